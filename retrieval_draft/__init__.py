@@ -1,0 +1,56 @@
+"""Lossless speculative decoding from text that was seen before. No training, no second model.
+
+    from retrieval_draft import RetrievalDrafter
+
+    drafter = RetrievalDrafter.for_model(model, tokenizer)
+    output = drafter.generate(**inputs, max_new_tokens=256)
+
+Names load on first use, so that importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retrieval_draft.config import DraftConfig
+    from retrieval_draft.drafter import RetrievalDrafter
+    from retrieval_draft.engine.tree import DraftTree
+    from retrieval_draft.errors import RetrievalDraftError
+    from retrieval_draft.index.source import DraftSource, NodeLogits, Proposal
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DraftConfig",
+    "DraftSource",
+    "DraftTree",
+    "NodeLogits",
+    "Proposal",
+    "RetrievalDraftError",
+    "RetrievalDrafter",
+    "__version__",
+]
+
+_HOME = {
+    "DraftConfig": "retrieval_draft.config",
+    "DraftSource": "retrieval_draft.index.source",
+    "DraftTree": "retrieval_draft.engine.tree",
+    "NodeLogits": "retrieval_draft.index.source",
+    "Proposal": "retrieval_draft.index.source",
+    "RetrievalDraftError": "retrieval_draft.errors",
+    "RetrievalDrafter": "retrieval_draft.drafter",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'retrieval_draft' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,68 @@
+"""What a user can set about drafting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from retrieval_draft.errors import InvalidInputError, UnknownMethodError
+
+__all__ = ["METHODS", "SOURCES", "DraftConfig"]
+
+METHODS = ("calibrated", "none")
+"""Drafting methods by name. ``none`` decodes plainly through the same loop."""
+
+SOURCES = ("automaton", "adjacency")
+"""Draft sources by name, nearest locality first."""
+
+MAX_NODES = 1024
+TOP_K_LIMIT = 32
+
+
+@dataclass(frozen=True, slots=True)
+class DraftConfig:
+    """How to draft. Nothing in it can change what is generated, only how fast.
+
+    Attributes:
+        method: A name of `METHODS`.
+        nodes: Draft nodes verified in every step, root excluded, or None to let the measured
+            cost of a forward pass decide step by step.
+        max_nodes: The most draft nodes a step may verify when the cost decides.
+        sources: Names of `SOURCES` to draft from.
+        top_k: Next tokens kept for each row of the adjacency matrix.
+        adjacency_rows: Rows of the adjacency matrix; 88 bytes each at ``top_k=8``.
+        prefill_logits: Whether the output head also runs over the prompt, so that the adjacency
+            matrix knows the prompt's alternatives: True, False, or "auto" for as many of the
+            last prompt positions as pay for their measured cost.
+    """
+
+    method: str = "calibrated"
+    nodes: int | None = None
+    max_nodes: int = 60
+    sources: tuple[str, ...] = SOURCES
+    top_k: int = 8
+    adjacency_rows: int = 65536
+    prefill_logits: bool | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UnknownMethodError(
+                f"Unknown method {self.method!r}.", f"Choose one of: {', '.join(METHODS)}."
+            )
+        unknown = [name for name in self.sources if name not in SOURCES]
+        if unknown:
+            raise InvalidInputError(
+                f"Unknown draft source {unknown[0]!r}.", f"Choose from: {', '.join(SOURCES)}."
+            )
+        for name, value, low, high in (
+            ("nodes", 0 if self.nodes is None else self.nodes, 0, MAX_NODES),
+            ("max_nodes", self.max_nodes, 0, MAX_NODES),
+            ("top_k", self.top_k, 1, TOP_K_LIMIT),
+            ("adjacency_rows", self.adjacency_rows, 16, 1 << 28),
+        ):
+            if not low <= value <= high:
+                raise InvalidInputError(f"{name} is {value}; it must lie in {low}..{high}.")
+        if self.prefill_logits not in (True, False, "auto"):
+            raise InvalidInputError(
+                f"prefill_logits is {self.prefill_logits!r}; it must be True, False or 'auto'."
+            )

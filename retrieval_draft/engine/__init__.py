@@ -1,0 +1,1 @@
+"""Turns proposals into accepted tokens. The only half that knows torch."""

@@ -1,0 +1,133 @@
+"""The draft tree that one forward pass verifies, as flat arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval_draft.index.source import CONTEXT, TokenArray
+
+__all__ = ["DraftTree"]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTree:
+    """Node 0 is the last accepted token, the root; every other node is a guess below it.
+
+    Parents come before their children, siblings hold different tokens, and path probabilities do
+    not increase along the arrays. So every prefix of the arrays is again a tree, and the best one
+    of its size: `truncate` only slices.
+
+    Attributes:
+        tokens: int32, shape (n + 1,).
+        parents: int32, shape (n + 1,). -1 for the root.
+        depths: int32, shape (n + 1,). 0 for the root.
+        probs: float32, shape (n + 1,). P(accepted | parent accepted); 1 for the root.
+        path_probs: float32, shape (n + 1,). Product of probs from the root.
+        sources: int64, shape (n + 1,). Bit s is set where proposal s named the node.
+
+    Example:
+        root 8, guesses "9 4" (0.8, 0.5) and "3" (0.1):
+        tokens [8, 9, 4, 3], parents [-1, 0, 1, 0], depths [0, 1, 2, 1], path_probs [1, .8, .4, .1]
+    """
+
+    tokens: TokenArray
+    parents: NDArray[np.int32]
+    depths: NDArray[np.int32]
+    probs: NDArray[np.float32]
+    path_probs: NDArray[np.float32]
+    sources: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """Nodes, the root included."""
+        return len(self.tokens)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Nodes, the root not included."""
+        return len(self.tokens) - 1
+
+    @classmethod
+    def root(cls, token: int) -> DraftTree:
+        """A tree without guesses: plain decoding of one token."""
+        return cls(
+            tokens=np.array([token], np.int32),
+            parents=np.array([-1], np.int32),
+            depths=np.zeros(1, np.int32),
+            probs=np.ones(1, np.float32),
+            path_probs=np.ones(1, np.float32),
+            sources=np.zeros(1, np.int64),
+        )
+
+    def truncate(self, nodes: int) -> DraftTree:
+        """The tree of the `nodes` most probable guesses (views, nothing is copied)."""
+        if nodes >= self.num_draft_tokens:
+            return self
+        end = nodes + 1
+        return DraftTree(
+            self.tokens[:end],
+            self.parents[:end],
+            self.depths[:end],
+            self.probs[:end],
+            self.path_probs[:end],
+            self.sources[:end],
+        )
+
+    def ancestors(self) -> NDArray[np.bool_]:
+        """Which node sees which: bool, shape (n + 1, n + 1), [i, j] true if j is i or above i.
+
+        Example:
+            parents [-1, 0, 1, 0]  ->  T...   TT..   TTT.   T..T
+        """
+        size = len(self.tokens)
+        seen = np.eye(size, dtype=np.bool_)
+        for node in range(1, size):
+            seen[node] |= seen[self.parents[node]]
+        return seen
+
+    def contexts(self, tail: TokenArray) -> NDArray[np.int32]:
+        """The last `CONTEXT` tokens at every node, the node's own token last.
+
+        Args:
+            tail: int32, shape (length,). Committed text before the root, the root not included.
+
+        Returns:
+            int32, shape (n + 1, CONTEXT), -1 where the text is shorter.
+
+        Example:
+            tail [5, 6], root 8 with child 9  ->  [[-1, 5, 6, 8], [5, 6, 8, 9]]
+        """
+        out = np.full((len(self.tokens), CONTEXT), -1, np.int32)
+        out[:, -1] = self.tokens
+        kept = tail[-(CONTEXT - 1) :]
+        if len(kept):
+            out[0, CONTEXT - 1 - len(kept) : CONTEXT - 1] = kept
+        for node in range(1, len(self.tokens)):
+            out[node, :-1] = out[self.parents[node], 1:]
+        return out
+
+    def walk(self, tokens: TokenArray) -> list[int]:
+        """Follows `tokens` down from the root as far as the tree goes.
+
+        Args:
+            tokens: int32, shape (length,). What the target emitted after the root.
+
+        Returns:
+            Nodes passed, root first.
+
+        Example:
+            tokens [8, 9, 4, 3], parents [-1, 0, 1, 0]; walk [9, 7]  ->  [0, 1]
+        """
+        path = [0]
+        node = 1
+        for token in tokens:
+            while node < len(self.tokens) and not (
+                self.parents[node] == path[-1] and self.tokens[node] == token
+            ):
+                node += 1
+            if node == len(self.tokens):
+                break
+            path.append(node)
+        return path

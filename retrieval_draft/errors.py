@@ -1,0 +1,68 @@
+"""Every error this package raises on purpose.
+
+RetrievalDraftError
+  InvalidInputError(ValueError)          a prompt, a length or an option that cannot be used
+    UnknownMethodError                   no drafting method of that name
+  TokenizerMismatchError(ValueError)     tokenizer and model, or tokenizer and datastore, do not belong together
+  UnsupportedModelError(ValueError)      the model's cache cannot be rolled back, or its attention ignores the mask
+  UnsupportedGenerationError(ValueError) a generation mode this package does not do (beams, contrastive search, ...)
+  NonFiniteLogitsError(ArithmeticError)  the model returned NaN
+  ModelFileError(OSError)                a model file is missing, torn or foreign
+
+Messages say what failed, what was found, what is allowed and what to do next.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "InvalidInputError",
+    "ModelFileError",
+    "NonFiniteLogitsError",
+    "RetrievalDraftError",
+    "TokenizerMismatchError",
+    "UnknownMethodError",
+    "UnsupportedGenerationError",
+    "UnsupportedModelError",
+]
+
+
+class RetrievalDraftError(Exception):
+    """Base of all errors raised on purpose by this package.
+
+    Args:
+        message: What failed, what was found and what is allowed.
+        hint: What to do next. The command line prints it on its own line.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(f"{message} {hint}".rstrip())
+        self.message = message
+        self.hint = hint
+
+
+class InvalidInputError(RetrievalDraftError, ValueError):
+    """A prompt, a length or an option that cannot be used."""
+
+
+class UnknownMethodError(InvalidInputError):
+    """No drafting method of that name."""
+
+
+class TokenizerMismatchError(RetrievalDraftError, ValueError):
+    """Tokenizer and model, or tokenizer and datastore, do not belong together."""
+
+
+class UnsupportedModelError(RetrievalDraftError, ValueError):
+    """The model's cache cannot be rolled back, or its attention would ignore the tree mask."""
+
+
+class UnsupportedGenerationError(RetrievalDraftError, ValueError):
+    """A generation mode that drafted decoding does not do."""
+
+
+class NonFiniteLogitsError(RetrievalDraftError, ArithmeticError):
+    """The model returned NaN, so there is no next token to choose."""
+
+
+class ModelFileError(RetrievalDraftError, OSError):
+    """A model file is missing, torn or not what its name says."""

@@ -1,0 +1,1 @@
+"""Looks tokens up. numpy and numba, never torch."""

@@ -1,0 +1,63 @@
+"""The hierarchy of draft sources, nearest first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from retrieval_draft.index.source import DraftSession, DraftSource, NodeLogits, Proposal, TokenArray
+
+__all__ = ["Locality", "RequestDrafts"]
+
+
+class RequestDrafts:
+    """Every source's session of one request, asked together."""
+
+    def __init__(self, sessions: Sequence[DraftSession]) -> None:
+        self._sessions = tuple(sessions)
+
+    def propose(self, budget: int) -> list[Proposal]:
+        """One proposal of at most `budget` nodes from each source that has something to say."""
+        if budget <= 0:
+            return []
+        proposals = [session.propose(budget) for session in self._sessions]
+        return [proposal for proposal in proposals if len(proposal)]
+
+    def observe(self, tokens: TokenArray) -> None:
+        """Appends accepted tokens to the text of every source."""
+        for session in self._sessions:
+            session.observe(tokens)
+
+    def learn(self, logits: NodeLogits) -> None:
+        """Hands the target's predictions at verified nodes to every source."""
+        for session in self._sessions:
+            session.learn(logits)
+
+    def close(self) -> None:
+        """Ends the request in every source."""
+        for session in self._sessions:
+            session.close()
+
+
+class Locality:
+    """Draft sources in order of locality, opened together for a request.
+
+    Args:
+        sources: Nearest first.
+    """
+
+    def __init__(self, sources: Sequence[DraftSource]) -> None:
+        self.sources = tuple(sources)
+
+    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> RequestDrafts:
+        """Starts a request in every source.
+
+        Args:
+            prompt: int32, shape (length,).
+            references: Texts that the reply may quote.
+        """
+        return RequestDrafts([source.open(prompt, references) for source in self.sources])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all sources, sessions excluded."""
+        return sum(source.nbytes for source in self.sources)

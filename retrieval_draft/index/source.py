@@ -1,0 +1,106 @@
+"""What every draft source is: a thing that opens requests and proposes small trees for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["CONTEXT", "DraftSession", "DraftSource", "NodeLogits", "Proposal", "TokenArray"]
+
+TokenArray = NDArray[np.int32]
+"""Token ids, int32, one axis. -1 means none; 0 is a token like any other."""
+
+CONTEXT = 4
+"""How many tokens of context `NodeLogits` carries for each node."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """One source's guesses for one step: a small tree below the last accepted token.
+
+    Node i is a child of node ``parents[i]``, or of the root when that is -1. Parents come before
+    their children, and siblings hold different tokens.
+
+    Attributes:
+        tokens: int32, shape (n,).
+        parents: int32, shape (n,). -1 for children of the root.
+        probs: float32, shape (n,). The source's own estimate of P(node accepted | parent accepted), in (0, 1].
+        match_lengths: int32, shape (n,). Tokens of context that the guess rests on.
+        source: The name of the source.
+        level: Its locality: "request", "history", "shared", "corpus" or "model".
+
+    Example:
+        context 7 8 9 4 7 8, the text has seen "7 8 9 4" once:
+        tokens [9, 4], parents [-1, 0], match_lengths [2, 3]
+    """
+
+    tokens: TokenArray
+    parents: NDArray[np.int32]
+    probs: NDArray[np.float32]
+    match_lengths: NDArray[np.int32]
+    source: str
+    level: str
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLogits:
+    """What the target model said at some positions, accepted or not.
+
+    Attributes:
+        contexts: int32, shape (m, 4). The last tokens up to and including the position itself,
+            oldest first; -1 where the text is shorter.
+        top_tokens: int32, shape (m, k). The most probable next tokens, best first.
+        top_probs: float32, shape (m, k). Their probabilities under the target's softmax.
+    """
+
+    contexts: NDArray[np.int32]
+    top_tokens: NDArray[np.int32]
+    top_probs: NDArray[np.float32]
+
+
+class DraftSession(Protocol):
+    """A source's view of one request. Not thread-safe; one decoding loop owns it."""
+
+    def propose(self, budget: int) -> Proposal:
+        """Returns at most `budget` nodes that may follow the text so far. Changes nothing a user can see."""
+        ...
+
+    def observe(self, tokens: TokenArray) -> None:
+        """Appends accepted tokens to the request's text."""
+        ...
+
+    def learn(self, logits: NodeLogits) -> None:
+        """Takes note of the target's predictions at verified nodes. Sources of plain text ignore it."""
+        ...
+
+    def close(self) -> None:
+        """Ends the request. The session is not used afterwards."""
+        ...
+
+
+class DraftSource(Protocol):
+    """A place to look continuations up in. Lives as long as the drafter; sessions live as long as a request."""
+
+    name: str
+    level: str
+
+    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> DraftSession:
+        """Starts a request whose text is `prompt`.
+
+        Args:
+            prompt: int32, shape (length,).
+            references: Texts the reply may quote; they never continue into the prompt.
+        """
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the source itself, sessions excluded."""
+        ...
