@@ -1,0 +1,194 @@
+"""One request's side of drafting: what to verify next, and what to learn from it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval_draft.engine.logits import Predictions
+from retrieval_draft.engine.stats import DraftStats
+from retrieval_draft.engine.tree import DraftTree
+from retrieval_draft.index.locality import RequestDrafts
+from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArray
+
+__all__ = ["Drafting", "Plan", "prompt_contexts"]
+
+
+class Calibrates(Protocol):
+    """What drafting asks of a calibration."""
+
+    def observe(self, tree: DraftTree, proposals: Sequence[Proposal], emitted: TokenArray) -> None:
+        """Notes which of the proposed nodes the target took."""
+        ...
+
+
+class Costs(Protocol):
+    """What drafting asks of a cost model."""
+
+    def choose(self, path_probs: NDArray[np.float32], context_length: int) -> int:
+        """The number of draft nodes with the most expected tokens a second."""
+        ...
+
+    def observe(self, nodes: int, context_length: int, seconds: float) -> None:
+        """Notes what a pass over `nodes` nodes, the root included, took."""
+        ...
+
+
+Fuse = Callable[[int, Sequence[Proposal], object, int], DraftTree]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step's drafts.
+
+    Attributes:
+        tree: What to verify.
+        fused: The whole fused tree, of which `tree` is the best part.
+        proposals: What the sources said; bit s of ``tree.sources`` means ``proposals[s]``.
+    """
+
+    tree: DraftTree
+    fused: DraftTree
+    proposals: Sequence[Proposal]
+
+
+class Drafting:
+    """Sources, fusion, calibration and cost, asked and told once a step.
+
+    Args:
+        drafts: The sources, opened for this request.
+        fuse: Unites proposals into a tree: (root token, proposals, calibration, max_nodes).
+        calibration: Learns what evidence is worth.
+        cost: Chooses the budget, or None to verify `max_nodes` always.
+        max_nodes: Draft nodes at most.
+        vocabulary: Token ids the model can embed.
+        stats: Counts to add to.
+    """
+
+    def __init__(
+        self,
+        drafts: RequestDrafts,
+        fuse: Fuse,
+        calibration: Calibrates,
+        cost: Costs | None,
+        max_nodes: int,
+        vocabulary: int,
+        stats: DraftStats,
+    ) -> None:
+        self._drafts = drafts
+        self._fuse = fuse
+        self._calibration = calibration
+        self._cost = cost
+        self._max_nodes = max_nodes
+        self._vocabulary = vocabulary
+        self._stats = stats
+
+    def plan(self, root: int, length: int, deepest: int) -> Plan:
+        """Proposes the tree of the next step.
+
+        Args:
+            root: The last accepted token.
+            length: Committed tokens before it.
+            deepest: Tokens that may still be emitted after the next one; deeper nodes are useless.
+        """
+        proposals = self._drafts.propose(self._max_nodes)
+        if not proposals:
+            tree = DraftTree.root(root)
+            return Plan(tree, tree, proposals)
+        fused = self._fuse(root, proposals, self._calibration, self._max_nodes)
+        usable = _usable(fused, deepest, self._vocabulary)
+        nodes = self._max_nodes
+        if self._cost is not None and len(usable) > 1:
+            nodes = self._cost.choose(usable.path_probs[1:], length)
+        return Plan(usable.truncate(nodes), fused, proposals)
+
+    def count(self, plan: Plan, path: Sequence[int]) -> None:
+        """Counts what a step verified and accepted."""
+        stats = self._stats
+        stats.drafted += plan.tree.num_draft_tokens
+        stats.accepted += len(path) - 1
+        stats.nodes[plan.tree.num_draft_tokens] += 1
+        for node in path[1:]:
+            named = int(plan.tree.sources[node])
+            levels = set()
+            for bit, proposal in enumerate(plan.proposals):
+                if named >> bit & 1:
+                    stats.accepted_by_source[proposal.source] += 1
+                    levels.add(proposal.level)
+            stats.accepted_by_level.update(levels)
+
+    def learn(self, plan: Plan, emitted: TokenArray, tail: TokenArray, said: Predictions) -> None:
+        """Tells sources and calibration what a step showed.
+
+        Args:
+            plan: The step's drafts.
+            emitted: int32, shape (m,). Tokens accepted in this step, the bonus token last.
+            tail: int32. Committed text before the root.
+            said: The target's predictions at every node of ``plan.tree``.
+        """
+        self._drafts.observe(emitted)
+        self._drafts.learn(NodeLogits(plan.tree.contexts(tail), said.top_tokens, said.top_probs))
+        if plan.proposals:
+            self._calibration.observe(plan.fused, plan.proposals, emitted)
+
+    def timed(self, nodes: int, length: int, seconds: float) -> None:
+        """Tells the cost model what a pass took."""
+        if self._cost is not None:
+            self._cost.observe(nodes, length, seconds)
+
+    def start(self, first: TokenArray, prompt: TokenArray, said: Predictions) -> None:
+        """Tells the sources the first token and what the target predicted at the prompt's end.
+
+        Args:
+            first: int32, shape (1,). The token after the prompt.
+            prompt: int32, shape (length,).
+            said: Predictions at the last positions of the prompt.
+        """
+        begin = time.perf_counter()
+        self._drafts.observe(first)
+        contexts = prompt_contexts(prompt, len(said.next_tokens))
+        self._drafts.learn(NodeLogits(contexts, said.top_tokens, said.top_probs))
+        self._stats.learn_seconds += time.perf_counter() - begin
+
+    def close(self) -> None:
+        """Ends the request in every source."""
+        self._drafts.close()
+
+
+def prompt_contexts(prompt: TokenArray, count: int) -> NDArray[np.int32]:
+    """Contexts of the last `count` positions: int32, shape (count, CONTEXT), -1 where there is no text.
+
+    Example:
+        prompt [5, 6, 7], count 2  ->  [[-1, -1, 5, 6], [-1, 5, 6, 7]]
+    """
+    head = np.full(CONTEXT - 1, -1, np.int32)
+    windows = np.lib.stride_tricks.sliding_window_view(np.concatenate([head, prompt]), CONTEXT)
+    return np.ascontiguousarray(windows[len(windows) - count :])
+
+
+def _usable(tree: DraftTree, deepest: int, vocabulary: int) -> DraftTree:
+    """Leaves out nodes that are too deep to be emitted or that the model cannot embed."""
+    bad = (tree.depths > deepest) | (tree.tokens >= vocabulary) | (tree.tokens < 0)
+    bad[0] = False
+    if not bad.any():
+        return tree
+    for node in range(1, len(tree)):
+        bad[node] |= bad[tree.parents[node]]
+    kept = np.flatnonzero(~bad)
+    place = np.full(len(tree), -1, np.int32)
+    place[kept] = np.arange(len(kept), dtype=np.int32)
+    parents = tree.parents[kept]
+    parents[1:] = place[parents[1:]]
+    return DraftTree(
+        tree.tokens[kept],
+        parents,
+        tree.depths[kept],
+        tree.probs[kept],
+        tree.path_probs[kept],
+        tree.sources[kept],
+    )

@@ -1,0 +1,301 @@
+"""A key-value cache whose newest tokens can form a tree, of which one path is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, get_layer_types_and_kwargs
+
+from retrieval_draft.errors import UnsupportedModelError
+
+__all__ = ["SpeculativeCache", "SpeculativeLayer", "layer_windows"]
+
+_GROWTH = 256
+"""Buffers grow by at least so many tokens, and window layers shift at most once in so many."""
+
+
+def layer_windows(config: PreTrainedConfig) -> list[tuple[str, int | None]]:
+    """Layer type and sliding window of each layer, in order.
+
+    Args:
+        config: The model's configuration; of a multimodal one the text part is used.
+
+    Returns:
+        For each layer its type, "dummy" for one without keys of its own, and its window or None.
+
+    Raises:
+        UnsupportedModelError: A layer keeps state that a rejected draft token would spoil.
+    """
+    text = config.get_text_config(decoder=True)
+    kinds: list[tuple[str, int | None]] = []
+    for index, (kind, options) in enumerate(zip(*get_layer_types_and_kwargs(text), strict=True)):
+        if kind not in ("full_attention", "sliding_attention", "dummy"):
+            raise UnsupportedModelError(
+                f"Layer {index} of {text.model_type!r} is of type {kind!r}, whose state cannot be rolled back "
+                "after a rejected draft token.",
+                "Only full and sliding-window attention are supported; use model.generate for this model.",
+            )
+        kinds.append((kind, options.get("sliding_window")))
+    windows: dict[str, set[int | None]] = {}
+    for kind, window in kinds:
+        windows.setdefault(kind, set()).add(window)
+    for kind, found in windows.items():
+        if len(found) > 1:
+            raise UnsupportedModelError(
+                f"Layers of type {kind!r} have different windows: {sorted(map(str, found))}.",
+                "One window for each layer type is supported; use model.generate for this model.",
+            )
+    return kinds
+
+
+class SpeculativeLayer(CacheLayerMixin):
+    """Keys and values of one layer.
+
+    Slot s of a buffer belongs to position `start + s`. Slots up to `length` are committed text;
+    `staged` slots behind them are nodes of the tree being verified.
+
+    Args:
+        window: Tokens that a position sees, itself included, or None for all.
+        capacity: Tokens to make room for at first.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, window: int | None = None, capacity: int = 0) -> None:
+        self.is_initialized = False
+        self.is_sliding = window is not None
+        self.window = window
+        self.length = 0
+        self.start = 0
+        self.staged = 0
+        self._hint = capacity
+        self._buffers: tuple[Tensor, ...] = ()
+
+    @property
+    def capacity(self) -> int:
+        """Slots allocated."""
+        return self._buffers[0].shape[-2] if self._buffers else 0
+
+    @property
+    def first_visible(self) -> int:
+        """The first position that the next token sees."""
+        return 0 if self.window is None else max(0, self.length - self.window + 1)
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """Committed keys that the next token sees: (batch, heads, tokens, dim)."""
+        return self._view(self.first_visible, self.length)[0] if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """Committed values that the next token sees: (batch, heads, tokens, dim)."""
+        return self._view(self.first_visible, self.length)[1] if self.is_initialized else None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Learns shapes, dtype and device from the first keys and values."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        shapes = (key_states.shape, value_states.shape)
+        together = shapes[0] == shapes[1] and key_states.dtype == value_states.dtype
+        self._buffers = tuple(
+            states.new_empty((parts, *states.shape[:2], 0, states.shape[-1]))
+            for parts, states in (((2, key_states),) if together else ((1, key_states), (1, value_states)))
+        )
+        self.is_initialized = True
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, *args: Any, staged: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Writes new keys and values behind the committed ones.
+
+        Args:
+            key_states: (batch, heads, new, dim).
+            value_states: (batch, heads, new, dim of values).
+            staged: Whether they are tree nodes that wait for `commit`, not text.
+
+        Returns:
+            Keys and values of everything the new tokens may see, themselves included; views that
+            hold until the next update.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = key_states.shape[-2]
+        first = self.first_visible
+        if self.window is not None and not staged and new > self._slack(0):
+            return self._prefill(key_states, value_states)
+        self._reserve(new)
+        base = self.length - self.start
+        keys, values = self._parts()
+        keys[:, :, base : base + new].copy_(key_states)
+        values[:, :, base : base + new].copy_(value_states)
+        seen = self._view(first, self.length + new)
+        if staged:
+            self.staged = new
+        else:
+            self.length += new
+        return seen
+
+    def commit(self, moved: Tensor | None, kept: int, count: int) -> None:
+        """Keeps one path of the staged nodes as text and drops the others.
+
+        Args:
+            moved: int64, shape (count - kept,), on this layer's device. Nodes of the path from its
+                `kept`-th on; None when there are none.
+            kept: Leading nodes of the path that already lie in place: node i is the path's i-th.
+            count: Nodes of the path.
+        """
+        if not self.is_initialized or not self.staged:
+            return
+        if moved is not None:
+            base = self.length - self.start
+            for buffer in self._buffers:
+                path = buffer.narrow(-2, base, self.staged).index_select(-2, moved)
+                buffer.narrow(-2, base + kept, count - kept).copy_(path)
+        self.length += count
+        self.staged = 0
+
+    def get_seq_length(self) -> int:
+        """Committed tokens."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of keys that `update` will return, and the position of the first."""
+        first = self.first_visible
+        return self.length - first + query_length, first
+
+    def get_max_length(self) -> int:
+        """The window, or -1."""
+        return -1 if self.window is None else self.window
+
+    def reset(self) -> None:
+        """Forgets the text and keeps the buffers."""
+        self.length = self.start = self.staged = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes `-tokens_to_remove` tokens from the end."""
+        length = self.length - abs(tokens_to_remove)
+        first = 0 if self.window is None else max(0, length - self.window + 1)
+        if length < 0 or first < self.start:
+            raise ValueError(
+                f"Cannot remove {abs(tokens_to_remove)} of {self.length} tokens: positions before {self.start} "
+                "have left the window."
+            )
+        self.length, self.staged = length, 0
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        return self._buffers[0][0], self._buffers[-1][-1]
+
+    def _view(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+        keys, values = self._parts()
+        begin, size = first - self.start, end - first
+        return keys.narrow(-2, begin, size), values.narrow(-2, begin, size)
+
+    def _slack(self, new: int) -> int:
+        """Slots of a window layer beyond its window; then a shift moves the window without overlap."""
+        assert self.window is not None
+        return max(self.window - 1, _GROWTH, new)
+
+    def _reserve(self, new: int) -> None:
+        """Makes room for `new` slots behind the committed ones."""
+        used = self.length - self.start
+        if used + new <= self.capacity:
+            return
+        wanted = max(used + new, self._hint, self.capacity + max(_GROWTH, self.capacity // 2))
+        first = self.start
+        if self.window is not None:
+            limit = self.window - 1 + self._slack(new)
+            if used + new > limit:
+                first = self.first_visible
+            wanted = min(wanted, limit)
+        kept = self.length - first
+        moved = first - self.start
+        if wanted <= self.capacity:
+            for buffer in self._buffers:
+                window = buffer.narrow(-2, moved, kept)
+                buffer.narrow(-2, 0, kept).copy_(window if kept <= moved else window.clone())
+        else:
+            grown = []
+            for buffer in self._buffers:
+                larger = buffer.new_empty((*buffer.shape[:-2], wanted, buffer.shape[-1]))
+                larger.narrow(-2, 0, kept).copy_(buffer.narrow(-2, moved, kept))
+                grown.append(larger)
+            self._buffers = tuple(grown)
+        self.start = first
+
+    def _prefill(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes a long run of text into a window layer: all of it is seen, its end is kept."""
+        assert self.window is not None
+        new = key_states.shape[-2]
+        full = (key_states, value_states)
+        if self.length:
+            old = self._view(self.first_visible, self.length)
+            full = (torch.cat([old[0], full[0]], -2), torch.cat([old[1], full[1]], -2))
+        kept = min(self.window - 1, full[0].shape[-2])
+        self.length += new
+        self.start, end = self.length - kept, self.length
+        self.length = self.start
+        self._reserve(kept)
+        self.length = end
+        for part, states in zip(self._parts(), full, strict=True):
+            part[:, :, :kept].copy_(states[:, :, states.shape[-2] - kept :])
+        return full
+
+
+class SpeculativeCache(Cache):
+    """A transformers cache in which a tree of draft tokens is written and one path of it kept.
+
+    Forward passes inside ``stage(True)`` leave their tokens staged until `commit`; all others
+    append text as any cache does, so that a returned cache can be used further.
+
+    Args:
+        config: The model's configuration.
+        capacity: Tokens to make room for at first.
+
+    Raises:
+        UnsupportedModelError: A layer keeps state that a rejected draft token would spoil.
+    """
+
+    def __init__(self, config: PreTrainedConfig, capacity: int = 0) -> None:
+        super().__init__(
+            layers=[
+                DummyLayer() if kind == "dummy" else SpeculativeLayer(window, capacity)
+                for kind, window in layer_windows(config)
+            ]
+        )
+        self._attention = [layer for layer in self.layers if isinstance(layer, SpeculativeLayer)]
+        self._staging = False
+
+    def stage(self, staging: bool) -> None:
+        """Says whether the tokens of the next forward passes are tree nodes."""
+        self._staging = staging
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Writes one layer's new keys and values; see `SpeculativeLayer.update`."""
+        return self.layers[layer_idx].update(key_states, value_states, *args, staged=self._staging, **kwargs)
+
+    def commit(self, moved: Tensor | None, kept: int, count: int) -> None:
+        """Keeps one path of the staged nodes in every layer; see `SpeculativeLayer.commit`."""
+        here: dict[torch.device, Tensor] = {}
+        for layer in self._attention:
+            indices = moved
+            if moved is not None and layer.is_initialized and moved.device != layer.device:
+                if layer.device not in here:
+                    here[layer.device] = moved.to(layer.device, non_blocking=True)
+                indices = here[layer.device]
+            layer.commit(indices, kept, count)
+
+    def drop(self) -> None:
+        """Drops all staged nodes."""
+        for layer in self._attention:
+            layer.staged = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(b.numel() * b.element_size() for layer in self._attention for b in layer._buffers)

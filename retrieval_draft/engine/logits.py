@@ -1,0 +1,136 @@
+"""What the target model says at each verified node, brought to the host in one copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["LogitReader", "Predictions", "top_k"]
+
+_BLOCK = 256
+_SMALL = 16 * _BLOCK
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """The head's output at n nodes, on the host.
+
+    Attributes:
+        next_tokens: int32, shape (n,). The most probable next token, the lowest id among equals.
+        finite: bool, shape (n,). False where a logit is NaN.
+        top_tokens: int32, shape (n, k). Most probable tokens, best first.
+        top_probs: float32, shape (n, k). Their probabilities.
+    """
+
+    next_tokens: NDArray[np.int32]
+    finite: NDArray[np.bool_]
+    top_tokens: NDArray[np.int32]
+    top_probs: NDArray[np.float32]
+
+
+def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Argmax and the k largest values of each row, exactly.
+
+    Only the k blocks with the largest maxima can hold them, so the whole row is read once, for
+    the maxima; this takes a sixth of the time of torch.topk at 262,144 ids.
+
+    Args:
+        logits: (n, vocabulary).
+        k: At most the vocabulary.
+
+    Returns:
+        (n,) maximum, NaN if any value is; (n,) its first index; (n, k) values; (n, k) indices.
+    """
+    rows, vocabulary = logits.shape
+    whole = vocabulary // _BLOCK * _BLOCK
+    if vocabulary < _SMALL:
+        best, index = logits.max(-1)
+        values, indices = torch.topk(logits, k) if k else (logits[:, :0], index[:, None][:, :0])
+        return best, index, values, indices
+    blocks = logits[:, :whole].unflatten(-1, (-1, _BLOCK))
+    maxima = blocks.amax(-1)
+    best, block = maxima.max(-1)
+    inside = torch.gather(blocks, 1, block[:, None, None].expand(-1, 1, _BLOCK))[:, 0].argmax(-1)
+    index = block * _BLOCK + inside
+    tail = logits[:, whole:]
+    if whole < vocabulary:
+        tail_best, tail_index = tail.max(-1)
+        later = (tail_best > best) | tail_best.isnan()
+        index = torch.where(later, tail_index + whole, index)
+        best = torch.where(later, tail_best, best)
+    if not k:
+        return best, index, logits[:, :0], index[:, None][:, :0]
+    chosen = torch.topk(maxima, min(k, maxima.shape[1])).indices
+    candidates = torch.gather(blocks, 1, chosen[:, :, None].expand(-1, -1, _BLOCK)).flatten(1)
+    if whole < vocabulary:
+        candidates = torch.cat([candidates, tail], -1)
+    values, places = torch.topk(candidates, k)
+    row, column = places // _BLOCK, places % _BLOCK
+    indices = torch.gather(chosen, 1, row.clamp(max=chosen.shape[1] - 1)) * _BLOCK + column
+    if whole < vocabulary:
+        past = chosen.shape[1] * _BLOCK
+        indices = torch.where(places >= past, places - past + whole, indices)
+    return best, index, values, indices
+
+
+class LogitReader:
+    """Reads logits off the device. Scratch memory is kept between calls.
+
+    Args:
+        k: How many alternatives to read for each node; 0 for the argmax alone.
+    """
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self._scratch = torch.empty(0)
+        self._host = torch.empty(0, dtype=torch.int32)
+
+    def read(self, logits: Tensor, nodes: int | None = None) -> Predictions:
+        """Summarises `logits` with one device-to-host copy.
+
+        Args:
+            logits: (n, vocabulary), any floating dtype. Not changed.
+            nodes: Rows that count; the rest is padding. All by default.
+        """
+        if nodes is not None:
+            logits = logits[:nodes]
+        k = min(self.k, logits.shape[-1])
+        best, index, values, indices = top_k(logits, k)
+        columns = [index[:, None].int(), best.isnan()[:, None].int()]
+        if k:
+            total = self._exp_sum(logits, best)
+            probs = (values.float() - best[:, None].float()).exp_() / total[:, None]
+            columns += [indices.int(), probs.view(torch.int32)]
+        packed = self._down(torch.cat(columns, -1)).numpy()
+        return Predictions(
+            next_tokens=packed[:, 0],
+            finite=packed[:, 1] == 0,
+            top_tokens=packed[:, 2 : 2 + k],
+            top_probs=packed[:, 2 + k :].view(np.float32),
+        )
+
+    def _exp_sum(self, logits: Tensor, best: Tensor) -> Tensor:
+        """Sum over each row of exp(logit - best), float32, row by row on the CPU to stay in cache."""
+        if logits.device.type != "cpu":
+            return (logits.float() - best[:, None].float()).exp_().sum(-1)
+        if self._scratch.numel() != logits.shape[-1]:
+            self._scratch = torch.empty(logits.shape[-1])
+        total = torch.empty(len(logits))
+        for row in range(len(logits)):
+            torch.sub(logits[row], best[row], out=self._scratch)
+            torch.sum(self._scratch.exp_(), 0, out=total[row])
+        return total
+
+    def _down(self, packed: Tensor) -> Tensor:
+        if packed.device.type != "cuda":
+            return packed.cpu()
+        if self._host.numel() < packed.numel():
+            self._host = torch.empty(2 * packed.numel(), dtype=torch.int32, pin_memory=True)
+        host = self._host[: packed.numel()].view(packed.shape)
+        host.copy_(packed, non_blocking=True)
+        torch.cuda.current_stream(packed.device).synchronize()
+        return host.clone()

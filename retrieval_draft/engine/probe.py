@@ -1,0 +1,83 @@
+"""A functional check that a model verifies trees as it would have decoded their paths."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from retrieval_draft.engine.target import Target
+from retrieval_draft.engine.tree import DraftTree
+from retrieval_draft.errors import RetrievalDraftError, UnsupportedModelError
+
+__all__ = ["probe"]
+
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
+_HALF_TOLERANCE = 0.15
+"""RMS difference over standard deviation. A mask or position that is ignored gives 0.1 to 1 in any dtype."""
+
+_PROMPT = 8
+_LONG_WINDOW = 64
+
+
+@torch.no_grad()
+def probe(target: Target) -> float:
+    """Compares a small tree's logits with those of its paths decoded token by token.
+
+    Costs one pass over a few prompt tokens, one over 4 nodes and 4 over one token.
+
+    Args:
+        target: The model.
+
+    Returns:
+        The largest difference found, RMS over the standard deviation of the logits.
+
+    Raises:
+        UnsupportedModelError: The model fails on trees or says something else than for single tokens,
+            as models with ALiBi or with code that ignores the mask do.
+    """
+    model, tokens = target.model, min(target.vocabulary, 1000)
+    windows = [window for window in target.windows.values() if window is not None and window <= _LONG_WINDOW]
+    length = max([_PROMPT, *(window + 2 for window in windows)])
+    ids = np.random.default_rng(0).integers(0, tokens, length + 4)
+    if target.max_positions is not None and length + 4 > target.max_positions:
+        return 0.0
+    prompt = torch.from_numpy(ids[:length]).to(target.device)
+    root, first, other, second = (int(token) for token in ids[length:])
+    tree = DraftTree(
+        tokens=np.array([root, first, (other if other != first else (first + 1) % tokens), second], np.int32),
+        parents=np.array([-1, 0, 0, 1], np.int32),
+        depths=np.array([0, 1, 1, 2], np.int32),
+        probs=np.ones(4, np.float32),
+        path_probs=np.ones(4, np.float32),
+        sources=np.zeros(4, np.int64),
+    )
+    try:
+        cache = target.cache(length + 8)
+        for _ in target.prefill(cache, prompt, 1):
+            pass
+        together = target.verify_tree(cache, tree, length)[:4].float()
+        cache.drop()
+        alone = []
+        for node, position, keep in ((0, 0, 1), (2, 1, 0), (1, 1, 1), (3, 2, 0)):
+            single = DraftTree.root(int(tree.tokens[node]))
+            alone.append(target.verify_tree(cache, single, length + position)[:1].float())
+            cache.commit(None, keep, keep)
+            cache.drop()
+        apart = torch.cat([alone[0], alone[2], alone[1], alone[3]])
+    except RetrievalDraftError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} failed on a draft tree: {type(error).__name__}: {error}",
+            "It may take no 4-D attention mask, or one cache layout only; use model.generate for this model.",
+        ) from error
+    difference = float(((together - apart).square().mean(-1).sqrt() / (apart.std(-1) + 1e-9)).max())
+    limit = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
+    # NaN compares false: a model that returns NaN is reported when it generates, with the position.
+    if difference > limit:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} says something else for a tree than for its paths: the logits differ by "
+            f"{difference:.2g} of their standard deviation, at most {limit:g} is allowed.",
+            "It ignores the tree mask or the positions (ALiBi, for example); use model.generate for this model.",
+        )
+    return difference

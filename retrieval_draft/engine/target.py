@@ -1,0 +1,144 @@
+"""The target model as the decoding loop sees it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from retrieval_draft.engine.attention import TreeAttention, TreeInputs
+from retrieval_draft.engine.kv_cache import SpeculativeCache, layer_windows
+from retrieval_draft.engine.tree import DraftTree
+from retrieval_draft.errors import UnsupportedModelError
+
+__all__ = ["Target"]
+
+_LOGIT_BYTES = 256 << 20
+"""The most memory that prompt logits take at a time."""
+
+
+class Target:
+    """Forward passes over prompts and trees, through one reusable set of masks.
+
+    Args:
+        model: Any causal language model of transformers that takes a 4-D mask and positions.
+
+    Raises:
+        UnsupportedModelError: The model cannot verify trees.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        _check(model)
+        self.model = model
+        text = model.config.get_text_config(decoder=True)
+        self.windows = {kind: window for kind, window in layer_windows(model.config) if kind != "dummy"}
+        self.embedding_rows = int(model.get_input_embeddings().weight.shape[0])
+        self.vocabulary = min(self.embedding_rows, int(text.vocab_size))
+        limit = getattr(text, "max_position_embeddings", None)
+        self.max_positions: int | None = limit if isinstance(limit, int) and limit > 0 else None
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.attention = TreeAttention(self.windows, model.dtype, self.device)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def cache(self, capacity: int) -> SpeculativeCache:
+        """An empty cache with room for `capacity` tokens."""
+        return SpeculativeCache(self.model.config, capacity)
+
+    def prefill(
+        self, cache: SpeculativeCache, prompt: Tensor, rows: int, chunk: int | None = None
+    ) -> Iterator[Tensor]:
+        """Appends `prompt` to the cache.
+
+        Args:
+            cache: Where the keys go; what it holds comes before the prompt.
+            prompt: int64, shape (length,), on the model's device.
+            rows: Last positions whose logits are wanted, at least 1.
+            chunk: Tokens in one pass at most.
+
+        Yields:
+            (m, vocabulary), float, logits of runs of positions in order, `rows` in all.
+        """
+        length = len(prompt)
+        together = max(16, _LOGIT_BYTES // (4 * self.vocabulary))
+        done = 0
+        while done < length:
+            size = length - done if chunk is None else min(chunk, length - done)
+            wanted = min(size, done + size - (length - rows))
+            if wanted > together:
+                # Stop where at most `together` of the positions so far are wanted.
+                size = min(size, max(length - rows - done, 0) + together)
+                wanted = min(size, done + size - (length - rows))
+            logits = self._forward(cache, prompt[None, done : done + size], done, max(wanted, 1))
+            done += size
+            if wanted > 0:
+                yield logits
+
+    def _forward(self, cache: SpeculativeCache, ids: Tensor, offset: int, keep: int) -> Tensor:
+        positions = torch.arange(offset, offset + ids.shape[1], device=ids.device)[None]
+        return self._call(cache, ids, positions, None, keep)
+
+    def _call(self, cache: SpeculativeCache, ids: Tensor, positions: Tensor, mask: Any, keep: int) -> Tensor:
+        options = {"logits_to_keep": keep} if self._keeps_logits else {}
+        out = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            **options,
+        )
+        logits: Tensor = out.logits[0]
+        return logits if self._keeps_logits else logits[-keep:]
+
+    def verify(self, cache: SpeculativeCache, inputs: TreeInputs) -> Tensor:
+        """One pass over a tree, whose nodes stay staged in the cache.
+
+        Returns:
+            (n, vocabulary), float, logits after each node, padded nodes included.
+        """
+        cache.stage(True)
+        try:
+            return self._call(
+                cache, inputs.input_ids, inputs.position_ids, inputs.attention_mask, inputs.input_ids.shape[1]
+            )
+        finally:
+            cache.stage(False)
+
+    def verify_tree(
+        self, cache: SpeculativeCache, tree: DraftTree, length: int, moved: NDArray[np.int64] | None = None
+    ) -> Tensor:
+        """`verify` of a tree without a pending commit, for probes and measurements."""
+        return self.verify(cache, self.attention.prepare(tree, length, moved))
+
+
+def _check(model: PreTrainedModel) -> None:
+    """Refuses what is known not to work, before anything runs."""
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder model.", "Only decoder-only models are supported."
+        )
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedModelError(
+            f"{name} has recurrent state, which cannot be rolled back after a rejected draft token.",
+            "Use model.generate for this model.",
+        )
+    text = model.config.get_text_config(decoder=True)
+    for implementation in {model.config._attn_implementation, text._attn_implementation}:
+        if implementation not in ("sdpa", "eager", None):
+            raise UnsupportedModelError(
+                f"{name} uses attention implementation {implementation!r}, which ignores tree masks.",
+                'Load it with attn_implementation="sdpa".',
+            )
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(
+            f"{name}.forward takes no position_ids, so the nodes of a tree cannot be placed.",
+            "Use model.generate for this model.",
+        )

@@ -1,0 +1,212 @@
+"""Checks at the edge: what a caller hands in, and what to say when it cannot be used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from retrieval_draft.errors import InvalidInputError, TokenizerMismatchError, UnsupportedGenerationError
+from retrieval_draft.index.source import TokenArray
+
+__all__ = ["check_generation", "check_new_tokens", "check_prompt", "check_tokenizer", "reference_tokens", "strip_row"]
+
+
+def check_prompt(
+    input_ids: Any, attention_mask: Any, vocabulary: int, max_positions: int | None
+) -> list[TokenArray]:
+    """Checks a batch of prompts and takes the left padding off.
+
+    Args:
+        input_ids: Integers, shape (batch, length).
+        attention_mask: 0 and 1, the same shape, zeros to the left only; None for no padding.
+        vocabulary: Rows of the model's embedding.
+        max_positions: The longest text the model allows, or None.
+
+    Returns:
+        For each row int32, shape (its length,).
+
+    Raises:
+        InvalidInputError: Wrong type, dtype or shape, an empty or too long prompt, an unknown id.
+    """
+    if not isinstance(input_ids, Tensor):
+        raise InvalidInputError(
+            f"input_ids is a {type(input_ids).__name__}; it must be a tensor of shape (batch, length).",
+            'Tokenize with return_tensors="pt".',
+        )
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise InvalidInputError(f"input_ids has dtype {input_ids.dtype}; token ids must be int64 or int32.")
+    if input_ids.ndim != 2:
+        raise InvalidInputError(
+            f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, length).",
+            "A single prompt is input_ids[None].",
+        )
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise InvalidInputError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}; "
+            "they must be equal."
+        )
+    if input_ids.numel() == 0:
+        raise InvalidInputError("The prompt is empty.", "Pass at least one token, for example the bos token.")
+    ids = input_ids.detach().cpu().numpy()
+    mask = None if attention_mask is None else attention_mask.detach().cpu().numpy()
+    rows = [strip_row(ids[row], None if mask is None else mask[row]) for row in range(len(ids))]
+    for row, tokens in enumerate(rows):
+        if max_positions is not None and len(tokens) > max_positions:
+            raise InvalidInputError(
+                f"Prompt {row} has {len(tokens)} tokens; the model allows {max_positions}.",
+                "Shorten the prompt or use a model with a longer context.",
+            )
+        bad = tokens[(tokens < 0) | (tokens >= vocabulary)]
+        if len(bad):
+            raise InvalidInputError(
+                f"Prompt {row} contains the token id {bad[0]}; ids must lie in 0..{vocabulary - 1}.",
+                "Use the tokenizer that belongs to the model.",
+            )
+    return rows
+
+
+def strip_row(ids: Any, mask: Any) -> TokenArray:
+    """One prompt without its left padding: int32, shape (length,)."""
+    if mask is None:
+        return np.ascontiguousarray(ids, np.int32)
+    start = int(np.argmax(mask != 0))
+    if not mask.any():
+        raise InvalidInputError("The prompt is empty: its attention mask is zero everywhere.")
+    if not (mask[start:] != 0).all():
+        raise InvalidInputError(
+            "attention_mask hides tokens behind the start of a prompt; only left padding is supported.",
+            'Set tokenizer.padding_side = "left".',
+        )
+    return np.ascontiguousarray(ids[start:], np.int32)
+
+
+def check_new_tokens(generation_config: GenerationConfig | None, options: dict[str, Any]) -> None:
+    """Refuses a generation of no tokens.
+
+    Raises:
+        InvalidInputError: max_new_tokens is below 1.
+    """
+    wanted = options.get("max_new_tokens")
+    if wanted is None and generation_config is not None:
+        wanted = generation_config.max_new_tokens
+    if wanted is not None and wanted < 1:
+        raise InvalidInputError(f"max_new_tokens is {wanted}; it must be at least 1.")
+
+
+def check_generation(config: GenerationConfig, model_inputs: dict[str, Any]) -> None:
+    """Refuses generation modes that drafted decoding does not do.
+
+    Args:
+        config: As prepared by model.generate.
+        model_inputs: What model.generate would hand to the model.
+
+    Raises:
+        UnsupportedGenerationError: Names the option and the alternative.
+    """
+    stock = "Use model.generate without custom_generate for it."
+    refused = {
+        "num_beams": (config.num_beams or 1) > 1,
+        "num_beam_groups": (getattr(config, "num_beam_groups", None) or 1) > 1,
+        "num_return_sequences": (config.num_return_sequences or 1) > 1,
+        "penalty_alpha": bool(getattr(config, "penalty_alpha", None)) and not config.do_sample,
+        "prompt_lookup_num_tokens": getattr(config, "prompt_lookup_num_tokens", None) is not None,
+        "assistant_early_exit": getattr(config, "assistant_early_exit", None) is not None,
+        "output_attentions": bool(config.output_attentions),
+        "output_hidden_states": bool(config.output_hidden_states),
+        "cache_implementation": config.cache_implementation not in (None, "dynamic", "dynamic_full"),
+    }
+    hints = {
+        "num_return_sequences": "Call generate once for each sequence, with different seeds.",
+        "prompt_lookup_num_tokens": "Leave it out: the drafter looks the prompt up itself.",
+        "assistant_early_exit": "Leave it out: the drafter makes the drafts.",
+        "cache_implementation": "Leave it out: the drafter brings its own cache.",
+    }
+    for name, found in refused.items():
+        if found:
+            raise UnsupportedGenerationError(
+                f"{name}={getattr(config, name, None)!r} is not supported by drafted decoding.",
+                hints.get(name, stock),
+            )
+    cache = model_inputs.get("past_key_values")
+    if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0):
+        raise UnsupportedGenerationError(
+            "past_key_values was passed in; drafted decoding starts from its own empty cache.",
+            "Pass the whole text as input_ids instead.",
+        )
+    known = {"attention_mask", "position_ids", "logits_to_keep", "past_key_values", "use_cache"}
+    extra = [name for name, value in model_inputs.items() if name not in known and value is not None]
+    if extra:
+        raise UnsupportedGenerationError(
+            f"Drafted decoding does not pass {', '.join(sorted(extra))} to the model; it takes token ids only.",
+            stock,
+        )
+
+
+def check_tokenizer(tokenizer: Any, model: Any, vocabulary: int) -> None:
+    """Refuses a tokenizer whose ids mean something else to the model.
+
+    Args:
+        tokenizer: Any transformers tokenizer.
+        model: The model.
+        vocabulary: Rows of the model's embedding.
+
+    Raises:
+        TokenizerMismatchError: It has more ids than the model, or other special ids.
+    """
+    if len(tokenizer) > vocabulary:
+        raise TokenizerMismatchError(
+            f"The tokenizer has {len(tokenizer)} ids, the model's embedding {vocabulary} rows.",
+            "Load the tokenizer from the model's folder.",
+        )
+    configs = (model.config.get_text_config(decoder=True), model.config, model.generation_config)
+    for name in ("bos_token_id", "eos_token_id"):
+        mine = getattr(tokenizer, name, None)
+        theirs: set[int] = set()
+        for config in configs:
+            value = getattr(config, name, None)
+            theirs.update([] if value is None else [value] if isinstance(value, int) else value)
+        if mine is not None and theirs and mine not in theirs:
+            raise TokenizerMismatchError(
+                f"The tokenizer's {name} is {mine}, the model's {sorted(theirs)}.",
+                "Load the tokenizer from the model's folder.",
+            )
+
+
+def reference_tokens(texts: Any, tokenizer: Any, vocabulary: int) -> list[TokenArray]:
+    """Reference texts as token ids.
+
+    Args:
+        texts: A string, token ids, or a list of either; None for nothing.
+        tokenizer: Needed for strings.
+        vocabulary: Rows of the model's embedding.
+
+    Raises:
+        InvalidInputError: A string without a tokenizer, or an unknown id.
+    """
+    if texts is None:
+        return []
+    if isinstance(texts, (str, Tensor, np.ndarray)) or (len(texts) > 0 and isinstance(texts[0], (int, np.integer))):
+        texts = [texts]
+    out = []
+    for text in texts:
+        if isinstance(text, str):
+            if tokenizer is None:
+                raise InvalidInputError(
+                    "prediction and documents as text need a tokenizer.",
+                    "Pass tokenizer= to RetrievalDrafter.for_model, or token ids.",
+                )
+            ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
+        else:
+            ids = np.asarray(text.cpu() if isinstance(text, Tensor) else text).reshape(-1)
+        if len(ids) and not (ids.dtype.kind in "iu" and 0 <= ids.min() and ids.max() < vocabulary):
+            raise InvalidInputError(
+                f"A reference holds values outside the token ids 0..{vocabulary - 1}.",
+                "Use the tokenizer that belongs to the model.",
+            )
+        if len(ids):
+            out.append(np.ascontiguousarray(ids, np.int32))
+    return out

@@ -1,0 +1,62 @@
+"""Tiny models with random weights, spread logits and text that repeats itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+VOCABULARY = 97
+WINDOW = 16
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def _gpt2(**options: Any) -> Any:
+    options.setdefault("vocab_size", VOCABULARY)
+    return transformers.GPT2Config(
+        n_embd=32, n_layer=3, n_head=4, n_positions=512, initializer_range=0.3,
+        bos_token_id=None, eos_token_id=None, **options,
+    )  # fmt: skip
+
+
+def _config(name: str, **extra: Any) -> Any:
+    return lambda **options: getattr(transformers, name)(**{**_SHAPE, **extra, **options})
+
+
+_WINDOWED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": WINDOW}
+
+CONFIGS = {
+    "llama": _config("LlamaConfig"),
+    "qwen2": _config("Qwen2Config"),
+    "qwen3-windowed": _config("Qwen3Config", use_sliding_window=True, **_WINDOWED),
+    "gemma3": _config("Gemma3TextConfig", query_pre_attn_scalar=8, **_WINDOWED),
+    "mistral": _config("MistralConfig", sliding_window=WINDOW),
+    "gpt-neox": _config("GPTNeoXConfig", num_key_value_heads=None, head_dim=None),
+    "mixtral": _config("MixtralConfig", num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "gpt2": _gpt2,
+}
+
+
+def make(name: str, *, attention: str = "sdpa", seed: int = 0, **options: Any) -> Any:
+    """A model of `CONFIGS` in float32, for inference."""
+    torch.manual_seed(seed)
+    config = CONFIGS[name](**options)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model.generation_config.eos_token_id = config.eos_token_id
+    model.generation_config.pad_token_id = 0
+    return model.eval()
