@@ -27,6 +27,8 @@ class DraftTree:
         probs: float32, shape (n + 1,). P(accepted | parent accepted); 1 for the root.
         path_probs: float32, shape (n + 1,). Product of probs from the root.
         sources: int64, shape (n + 1,). Bit s is set where proposal s named the node.
+        raw: float32, shape (n + 1,). The sources' joint estimate before calibration, where known.
+        cells: int32, shape (n + 1,). The calibration cell of each node, where known.
 
     Example:
         root 8, guesses "9 4" (0.8, 0.5) and "3" (0.1):
@@ -39,6 +41,8 @@ class DraftTree:
     probs: NDArray[np.float32]
     path_probs: NDArray[np.float32]
     sources: NDArray[np.int64]
+    raw: NDArray[np.float32] | None = None
+    cells: NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         """Nodes, the root included."""
@@ -73,6 +77,8 @@ class DraftTree:
             self.probs[:end],
             self.path_probs[:end],
             self.sources[:end],
+            None if self.raw is None else self.raw[:end],
+            None if self.cells is None else self.cells[:end],
         )
 
     def ancestors(self) -> NDArray[np.bool_]:

@@ -28,7 +28,7 @@ class Proposal:
     Attributes:
         tokens: int32, shape (n,).
         parents: int32, shape (n,). -1 for children of the root.
-        probs: float32, shape (n,). The source's own estimate of P(node accepted | parent accepted), in (0, 1].
+        probs: float32, shape (n,). The source's estimate of P(accepted | parent accepted), in (0, 1].
         match_lengths: int32, shape (n,). Tokens of context that the guess rests on.
         source: The name of the source.
         level: Its locality: "request", "history", "shared", "corpus" or "model".
@@ -86,7 +86,7 @@ class DraftSession(Protocol):
 
 
 class DraftSource(Protocol):
-    """A place to look continuations up in. Lives as long as the drafter; sessions live as long as a request."""
+    """A place to look continuations up in. It lives with the drafter, its sessions with a request."""
 
     name: str
     level: str

@@ -1,0 +1,225 @@
+"""Replays recorded greedy outputs: how many tokens a step would have been accepted, without a model.
+
+A draft node is accepted when it continues the recorded output, which is exactly when greedy decoding would
+have accepted it. What the target said at nodes off the recorded path is not in a trace, so sources that learn
+from logits do worse here than with a model.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval_draft.config import SOURCES, DraftConfig
+from retrieval_draft.engine.calibration import Calibration
+from retrieval_draft.engine.fusion import fuse
+from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.index.locality import Locality, RequestDrafts
+from retrieval_draft.index.registry import make_sources
+from retrieval_draft.index.source import CONTEXT, NodeLogits, TokenArray
+
+__all__ = ["Trace", "read_traces", "replay"]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One recorded request.
+
+    Attributes:
+        task: What kind of request it was.
+        prompt: int32, shape (prompt,).
+        output: int32, shape (output,).
+        top_tokens: int32, shape (output, k), the target's best tokens at each output position, or None.
+        top_probs: float32, shape (output, k), their probabilities, or None.
+    """
+
+    task: str
+    prompt: TokenArray
+    output: TokenArray
+    top_tokens: NDArray[np.int32] | None = None
+    top_probs: NDArray[np.float32] | None = None
+
+
+def read_traces(paths: Sequence[Path]) -> Iterator[Trace]:
+    """Reads traces: JSON lines ``{"task", "prompt": [ids], "output": [ids]}``, gzipped or not.
+
+    Raises:
+        InvalidInputError: A line is not such an object; the message names file and line.
+    """
+    for path in paths:
+        opener = gzip.open if path.suffix == ".gz" else open
+        try:
+            with opener(path, "rt", encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    try:
+                        yield _trace(json.loads(line))
+                    except (ValueError, KeyError, TypeError, OverflowError) as error:
+                        raise InvalidInputError(
+                            f"{path}, line {number} is not a trace: {error!r}.",
+                            'Each line is {"task": name, "prompt": [ids], "output": [ids]}.',
+                        ) from error
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise InvalidInputError(f"Cannot read the trace {path}: {error}.") from error
+
+
+def _trace(record: dict[str, Any]) -> Trace:
+    top = record.get("top")
+    return Trace(
+        task=str(record.get("task", "all")),
+        prompt=np.array(record["prompt"], np.int32),
+        output=np.array(record["output"], np.int32),
+        top_tokens=None if top is None else np.array(top[0], np.int32),
+        top_probs=None if top is None else np.array(top[1], np.float32),
+    )
+
+
+@dataclass(slots=True)
+class _Counts:
+    tokens: int = 0
+    steps: int = 0
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.tokens / self.steps if self.steps else 0.0
+
+
+class _Replayer:
+    """Sources and calibration that live from one trace to the next."""
+
+    def __init__(self, config: DraftConfig, nodes: int, keep: bool) -> None:
+        self._config = config
+        self._nodes = nodes
+        self._keep = keep
+        self._locality = Locality(make_sources(config))
+        self.calibration = Calibration()
+        self.verified = 0
+        self.draft_us: list[float] = []
+        self.observe_us: list[float] = []
+
+    @property
+    def nbytes(self) -> int:
+        return self._locality.nbytes
+
+    def run(self, trace: Trace) -> _Counts:
+        """Replays one request. Its first token comes from the prefill and costs no step."""
+        counts = _Counts(tokens=len(trace.output))
+        if not len(trace.output):
+            return counts
+        if not self._keep:  # request-level sources only: nothing is carried over
+            self._locality = Locality(make_sources(self._config))
+        drafts = self._locality.open(trace.prompt)
+        text = np.concatenate((trace.prompt, trace.output))
+        start = len(trace.prompt)
+        self._learn(drafts, trace, text, 0, 1)
+        drafts.observe(trace.output[:1])
+        done = 1
+        while done < len(trace.output):
+            begin = time.perf_counter()
+            proposals = drafts.propose(self._nodes)
+            tree = fuse(int(text[start + done - 1]), proposals, self.calibration, self._nodes)
+            drafted = time.perf_counter()
+            path = tree.walk(trace.output[done:])
+            emitted = trace.output[done : done + len(path)]
+            walked = time.perf_counter()
+            self._learn(drafts, trace, text, done, done + len(emitted))
+            drafts.observe(emitted)
+            self.calibration.observe(tree, proposals, emitted)
+            self.observe_us.append((time.perf_counter() - walked) * 1e6)
+            self.draft_us.append((drafted - begin) * 1e6)
+            self.verified += tree.num_draft_tokens
+            done += len(emitted)
+            counts.steps += 1
+        drafts.close()
+        return counts
+
+    def _learn(self, drafts: RequestDrafts, trace: Trace, text: TokenArray, first: int, last: int) -> None:
+        """Tells the sources what the target said at outputs first..last-1: its top-k, or its choice alone."""
+        if trace.top_tokens is None or trace.top_probs is None:
+            top_tokens = trace.output[first:last, None]
+            top_probs = np.ones((last - first, 1), np.float32)
+        else:
+            top_tokens, top_probs = trace.top_tokens[first:last], trace.top_probs[first:last]
+        contexts = np.full((last - first, CONTEXT), -1, np.int32)
+        for row, position in enumerate(range(first, last)):
+            end = len(trace.prompt) + position
+            tail = text[max(0, end - CONTEXT) : end]
+            if len(tail):
+                contexts[row, CONTEXT - len(tail) :] = tail
+        drafts.learn(NodeLogits(contexts, top_tokens, top_probs))
+
+
+def replay(
+    paths: Sequence[Path],
+    *,
+    nodes: int,
+    sources: Sequence[str] | None = None,
+    history: bool = True,
+    method: str = "calibrated",
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Replays traces and reports tokens per step.
+
+    Args:
+        paths: Trace files.
+        nodes: Draft nodes of every step.
+        sources: Names of draft sources; None for all.
+        history: Whether sources keep what they learned from one request to the next.
+        method: A drafting method by name; "none" drafts nothing.
+        limit: Replay only so many requests.
+
+    Returns:
+        The object that ``bench replay --json`` prints: tokens_per_step is all tokens over all steps, the
+        first token of a reply coming from the prefill; times are in microseconds.
+    """
+    config = DraftConfig(
+        method=method, nodes=nodes, sources=tuple(sources) if sources is not None else SOURCES
+    )
+    replayer = _Replayer(config, nodes if method != "none" else 0, history)
+    total = _Counts()
+    tasks: dict[str, _Counts] = {}
+    for number, trace in enumerate(read_traces(paths)):
+        if limit is not None and number >= limit:
+            break
+        counts = replayer.run(trace)
+        for sums in (total, tasks.setdefault(trace.task, _Counts())):
+            sums.tokens += counts.tokens
+            sums.steps += counts.steps
+    if total.steps == 0:
+        raise InvalidInputError(
+            f"Nothing to replay in {', '.join(map(str, paths)) or 'no file'}.",
+            "A trace needs an output of two tokens at least.",
+        )
+    return {
+        "tokens_per_step": total.tokens_per_step,
+        "by_task": {task: counts.tokens_per_step for task, counts in tasks.items()},
+        "steps": total.steps,
+        "tokens": total.tokens,
+        "nodes_per_step": replayer.verified / total.steps,
+        "draft_us": _summary(replayer.draft_us),
+        "observe_us": _summary(replayer.observe_us),
+        "nbytes": replayer.nbytes,
+        "config": {
+            "method": method,
+            "nodes": nodes,
+            "sources": list(config.sources),
+            "history": history,
+            "traces": [path.name for path in paths],
+        },
+    }
+
+
+def _summary(values: Sequence[float]) -> dict[str, float]:
+    warm = np.array(values[min(len(values) // 2, 16) :])  # the first calls compile or load kernels
+    return {
+        "p50": float(np.percentile(warm, 50)),
+        "p99": float(np.percentile(warm, 99)),
+        "mean": float(warm.mean()),
+    }

@@ -1,0 +1,144 @@
+"""What a forward pass over n tokens costs here, and how many draft nodes are worth it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["CostModel"]
+
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+ROUNDS = 2
+ENOUGH_SECONDS = 1.0
+MOST_ROUNDS = 7
+RATE_ALL = 0.1
+RATE_ONE = 0.05
+OUTLIER = 0.7
+"""Natural log of the largest correction one step can ask for: a stalled machine is not a slow model."""
+
+
+class CostModel:
+    """t(n): seconds of a verification pass over n tokens, root included.
+
+    Measured once on the user's model, device and dtype, then refined from every real step: all sizes
+    together for what the context's length and the machine's mood change, each size alone for the shape of
+    the curve.
+
+    Example:
+        t(1) = 1, t(2) = 1.7, t(5) = 2.8; path probabilities [.95, .9, .85, .8]:
+        (1 + .95 + .9 + .85 + .8) / 2.8 = 1.61 beats 1 / 1 and 1.95 / 1.7, so all four are verified
+    """
+
+    def __init__(self) -> None:
+        self.device: object = None
+        self._log_sizes = np.log2(np.array(SIZES, np.float64))
+        self._log_seconds: NDArray[np.float64] | None = None
+        self._table: NDArray[np.float64] = np.empty(0, np.float64)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether `measure` or `load` has run."""
+        return self._log_seconds is not None
+
+    @classmethod
+    def measure(
+        cls,
+        forward: Callable[[int], None],
+        device: object = None,
+        progress: Callable[[], object] | None = None,
+    ) -> CostModel:
+        """Times `forward(n)` for n = 1, 2, 4, ..., 64, sizes alternating, and keeps the least of each.
+
+        The least, since other work on the machine can only add. Two rounds, or as many as fit a second.
+
+        Args:
+            forward: Runs a pass over n tokens and returns when its result is there.
+            device: Where the model runs, for the record.
+            progress: Called after each pass of the first rounds, `ROUNDS` times the number of sizes in all.
+        """
+        forward(SIZES[0])
+        least = np.full(len(SIZES), np.inf)
+        started = time.perf_counter()
+        for turn in range(MOST_ROUNDS):
+            if turn >= ROUNDS and time.perf_counter() - started > ENOUGH_SECONDS:
+                break
+            for place, size in enumerate(SIZES):
+                begin = time.perf_counter()
+                forward(size)
+                least[place] = min(least[place], time.perf_counter() - begin)
+                if progress is not None and turn < ROUNDS:
+                    progress()
+        model = cls()
+        model.device = device
+        model.load(dict(zip(SIZES, least.tolist(), strict=True)))
+        return model
+
+    def load(self, seconds: dict[int, float]) -> None:
+        """Sets the curve from measured seconds for every size of `SIZES`; more tokens never cost less."""
+        curve = np.maximum.accumulate([max(seconds[size], 1e-9) for size in SIZES])
+        self._log_seconds = np.log(curve)
+        self._table = np.empty(0, np.float64)
+
+    def seconds_by_size(self) -> dict[int, float]:
+        """The curve as it stands: seconds by number of tokens."""
+        if self._log_seconds is None:
+            return {}
+        return dict(zip(SIZES, np.exp(self._log_seconds).tolist(), strict=True))
+
+    def seconds(self, tokens: int) -> float:
+        """t(tokens), interpolated between the measured sizes."""
+        return float(self._curve(tokens)[tokens - 1])
+
+    def choose(self, path_probs: NDArray[np.float32], context_length: int = 0) -> int:
+        """How many draft nodes to verify: the n with the best expected tokens a second. 0 is a choice.
+
+        Args:
+            path_probs: float32, shape (n,). Path probabilities of the draft nodes, best first, root excluded.
+            context_length: Tokens in the cache. The curve follows it through `observe`.
+
+        Returns:
+            n in 0..len(path_probs).
+        """
+        if self._log_seconds is None or not len(path_probs):
+            return 0
+        expected = np.empty(len(path_probs) + 1, np.float64)
+        expected[0] = 1.0
+        np.cumsum(path_probs, out=expected[1:])
+        expected[1:] += 1.0
+        return int(np.argmax(expected / self._curve(len(expected))[: len(expected)]))
+
+    def observe(self, tokens: int, context_length: int, seconds: float) -> None:
+        """Refines the curve from a real pass.
+
+        Args:
+            tokens: Tokens in the pass, root included.
+            context_length: Tokens in the cache.
+            seconds: What it took.
+        """
+        if self._log_seconds is None or seconds <= 0:
+            return
+        place = float(np.log2(tokens))
+        expected = float(np.interp(place, self._log_sizes, self._log_seconds))
+        error = min(max(float(np.log(seconds)) - expected, -OUTLIER), OUTLIER)
+        nearness = np.maximum(0.0, 1.0 - np.abs(self._log_sizes - place))
+        self._log_seconds = np.maximum.accumulate(
+            self._log_seconds + error * (RATE_ALL + RATE_ONE * nearness)
+        )
+        self._table = np.empty(0, np.float64)
+
+    def _curve(self, tokens: int) -> NDArray[np.float64]:
+        if self._log_seconds is None:
+            raise RuntimeError("the cost model was asked before it was measured")
+        if len(self._table) < tokens:
+            reach = np.log2(np.arange(1, max(tokens, SIZES[-1]) + 1))
+            logs = np.interp(reach, self._log_sizes, self._log_seconds)
+            slope = (self._log_seconds[-1] - self._log_seconds[-2]) / (
+                self._log_sizes[-1] - self._log_sizes[-2]
+            )
+            beyond = reach > self._log_sizes[-1]
+            logs[beyond] = self._log_seconds[-1] + slope * (reach[beyond] - self._log_sizes[-1])
+            self._table = np.exp(logs)
+        return self._table

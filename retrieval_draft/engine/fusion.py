@@ -1,0 +1,76 @@
+"""Several proposals, one draft tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from retrieval_draft.engine.calibration import Calibration
+from retrieval_draft.engine.tree import DraftTree
+from retrieval_draft.index.source import Proposal
+
+__all__ = ["fuse"]
+
+
+def fuse(
+    root_token: int, proposals: Sequence[Proposal], calibration: Calibration, max_nodes: int
+) -> DraftTree:
+    """The `max_nodes` most probable nodes of the union of `proposals`.
+
+    Equal tokens under equal parents are one node, however many sources name it.
+
+    Args:
+        root_token: The last accepted token.
+        proposals: What the sources guess.
+        calibration: Turns their estimates into acceptance probabilities.
+        max_nodes: The most draft nodes to keep, the root not counted.
+
+    Example:
+        root 8, proposals "9 4" (.8, .5) and "9, 3" (.5, .1): one node 9 with 1 - .2 * .5 = .9, then
+        tokens [8, 9, 4, 3], parents [-1, 0, 1, 0], path_probs [1, .9, .45, .1]
+    """
+    total = sum(len(proposal) for proposal in proposals)
+    if total == 0 or max_nodes <= 0:
+        return DraftTree.root(root_token)
+    from retrieval_draft.engine._kernels import fusion
+
+    starts = np.zeros(len(proposals) + 1, np.int64)
+    np.cumsum([len(proposal) for proposal in proposals], out=starts[1:])
+    size = min(total, max_nodes) + 1
+    tokens = np.empty(size, np.int32)
+    parents = np.empty(size, np.int32)
+    depths = np.zeros(size, np.int32)
+    probs = np.ones(size, np.float32)
+    path_probs = np.ones(size, np.float32)
+    sources = np.zeros(size, np.int64)
+    raw = np.ones(size, np.float32)
+    cells = np.zeros(size, np.int32)
+    tokens[0] = root_token
+    parents[0] = -1
+    kept = fusion.fuse(
+        np.concatenate([proposal.tokens for proposal in proposals]),
+        np.concatenate([proposal.parents for proposal in proposals]),
+        np.concatenate([proposal.probs for proposal in proposals]),
+        starts,
+        calibration.ratios,
+        max_nodes,
+        tokens,
+        parents,
+        depths,
+        probs,
+        path_probs,
+        sources,
+        raw,
+        cells,
+    )
+    return DraftTree(
+        tokens[:kept],
+        parents[:kept],
+        depths[:kept],
+        probs[:kept],
+        path_probs[:kept],
+        sources[:kept],
+        raw[:kept],
+        cells[:kept],
+    )

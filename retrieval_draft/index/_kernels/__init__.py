@@ -1,0 +1,1 @@
+"""numba functions over flat arrays. Import only where a kernel is about to run: it costs numba's import."""

@@ -1,0 +1,245 @@
+"""n-gram adjacency rows in one open-addressing table: next tokens with averaged probabilities.
+
+keys[r]    hash of (order, last `order` tokens), 0 where the row is free
+visits[r]  observations averaged into the row, capped
+used[r]    when the row was last written, for eviction
+tokens[r]  top-k next tokens, most probable first, -1 where there are fewer
+probs[r]   their averaged probabilities
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval_draft.index._kernels.heap import BUCKETS, LOWEST, THRESHOLDS, pop, push
+from retrieval_draft.index._kernels.jit import kernel
+
+ORDERS = 4
+WINDOW = 8
+"""Slots a key may lie in; the oldest of them is evicted when all are taken."""
+
+NO_ROW = -1
+
+
+@kernel
+def key_of(context: NDArray[np.int32], order: int) -> np.uint64:
+    """Hash of the last `order` tokens of `context`, never 0 (0 marks a free row)."""
+    mixed = np.uint64(order) * np.uint64(0x9E3779B97F4A7C15)
+    for place in range(len(context) - order, len(context)):
+        mixed ^= np.uint64(context[place]) + np.uint64(0x632BE59BD9B4E019)
+        mixed *= np.uint64(0xBF58476D1CE4E5B9)
+        mixed ^= mixed >> np.uint64(31)
+    return mixed | np.uint64(1)
+
+
+@kernel
+def find_row(keys: NDArray[np.uint64], key: np.uint64) -> int:
+    """The row of `key`, or NO_ROW."""
+    mask = np.uint64(len(keys) - 1)
+    start = key >> np.uint64(17)
+    for step in range(WINDOW):
+        row = np.int64((start + np.uint64(step)) & mask)
+        if keys[row] == key:
+            return row
+    return NO_ROW
+
+
+@kernel
+def take_row(
+    keys: NDArray[np.uint64], used: NDArray[np.int64], visits: NDArray[np.int32], key: np.uint64
+) -> int:
+    """The row of `key`; a free one or the least recently written of its window if it has none yet."""
+    mask = np.uint64(len(keys) - 1)
+    start = key >> np.uint64(17)
+    oldest = np.int64(start & mask)
+    for step in range(WINDOW):
+        row = np.int64((start + np.uint64(step)) & mask)
+        if keys[row] == key:
+            return row
+        if keys[row] == 0:
+            oldest = row
+            break
+        if used[row] < used[oldest]:
+            oldest = row
+    keys[oldest] = key
+    visits[oldest] = 0
+    return oldest
+
+
+@kernel
+def learn(
+    keys: NDArray[np.uint64],
+    used: NDArray[np.int64],
+    visits: NDArray[np.int32],
+    tokens: NDArray[np.int32],
+    probs: NDArray[np.float32],
+    contexts: NDArray[np.int32],
+    top_tokens: NDArray[np.int32],
+    top_probs: NDArray[np.float32],
+    cap: int,
+    now: int,
+) -> None:
+    """Averages one observed distribution for each context into the rows of its orders 1 to 4.
+
+    The n-th observation weighs 1/n until `cap`, then 1/cap, so that an old row still follows the text.
+    """
+    width = tokens.shape[1]
+    seen = top_tokens.shape[1]
+    merged_tokens = np.empty(width + seen, np.int32)
+    merged_probs = np.empty(width + seen, np.float32)
+    for item in range(len(contexts)):
+        for order in range(1, ORDERS + 1):
+            if contexts[item, ORDERS - order] < 0:
+                break
+            row = take_row(keys, used, visits, key_of(contexts[item], order))
+            used[row] = now
+            earlier = min(visits[row], cap - 1)
+            visits[row] = earlier + 1
+            fresh = np.float32(1.0) / np.float32(earlier + 1)
+            size = 0
+            if earlier > 0:
+                for place in range(width):
+                    if tokens[row, place] < 0:
+                        break
+                    merged_tokens[size] = tokens[row, place]
+                    merged_probs[size] = probs[row, place] * (np.float32(1.0) - fresh)
+                    size += 1
+            old = size
+            for place in range(seen):
+                token = top_tokens[item, place]
+                if token < 0:
+                    continue
+                match = 0
+                while match < old and merged_tokens[match] != token:
+                    match += 1
+                if match < old:
+                    merged_probs[match] += fresh * top_probs[item, place]
+                else:
+                    merged_tokens[size] = token
+                    merged_probs[size] = fresh * top_probs[item, place]
+                    size += 1
+            for place in range(width):  # selection sort: both lists are short
+                best = place
+                for other in range(place + 1, size):
+                    if merged_probs[other] > merged_probs[best]:
+                        best = other
+                if place < size:
+                    tokens[row, place] = merged_tokens[best]
+                    probs[row, place] = merged_probs[best]
+                    merged_tokens[best] = merged_tokens[place]
+                    merged_probs[best] = merged_probs[place]
+                else:
+                    tokens[row, place] = -1
+                    probs[row, place] = 0.0
+
+
+@kernel
+def propose(
+    keys: NDArray[np.uint64],
+    visits: NDArray[np.int32],
+    row_tokens: NDArray[np.int32],
+    row_probs: NDArray[np.float32],
+    doubt: NDArray[np.float64],
+    context: NDArray[np.int32],
+    budget: int,
+    work_int: NDArray[np.int32],
+    work_float: NDArray[np.float64],
+    work_bits: NDArray[np.int64],
+    heap: NDArray[np.int32],
+    tokens: NDArray[np.int32],
+    parents: NDArray[np.int32],
+    probs: NDArray[np.float32],
+    lengths: NDArray[np.int32],
+) -> int:
+    """Best-first tree over the rows of the last 4, 3, 2 and 1 tokens, blended.
+
+    A row of order o seen v times claims ``v / (v + doubt[o])`` of the mass that reaches it and leaves the
+    rest to the next shorter one.
+
+    Args:
+        doubt: float64, shape (5,), by order.
+        context: int32, shape (4,). The text's last tokens, oldest first, -1 where there are fewer.
+        work_int: int32, shape (candidates, 7): parent node, token, order of the row, context of four.
+        work_float: float64, shape (2, candidates): path probability, probability given the parent.
+        work_bits: the same memory as int64.
+
+    Returns:
+        Nodes written to `tokens`, `parents`, `probs` and `lengths`.
+    """
+    width = row_tokens.shape[1]
+    path_probs = work_float[0]
+    path_bits = work_bits[0]
+    current = context.copy()
+    histogram = np.zeros(BUCKETS, np.int64)
+    child_token = np.empty(ORDERS * width, np.int32)
+    child_order = np.empty(ORDERS * width, np.int32)
+    child_prob = np.empty(ORDERS * width, np.float64)
+    nodes = 0
+    candidates = 0
+    waiting = 0
+    bucket_cut = 0
+    above = 0
+    path = 1.0
+    node = -1
+    while nodes < budget:
+        needed = THRESHOLDS[bucket_cut]
+        found = 0
+        mass = 1.0
+        for back in range(ORDERS):
+            order = ORDERS - back
+            if current[back] < 0 or mass * path <= needed:
+                continue
+            row = find_row(keys, key_of(current, order))
+            if row == NO_ROW:
+                continue
+            claim = mass * visits[row] / (visits[row] + doubt[order])
+            mass -= claim
+            for place in range(width):
+                token = row_tokens[row, place]
+                if token < 0:
+                    break
+                match = 0
+                while match < found and child_token[match] != token:
+                    match += 1
+                if match < found:
+                    child_prob[match] += claim * row_probs[row, place]
+                else:
+                    child_token[found] = token
+                    child_order[found] = order
+                    child_prob[found] = claim * row_probs[row, place]
+                    found += 1
+        for place in range(found):
+            prob = min(child_prob[place], 0.999)
+            if prob * path > needed and candidates < len(path_probs):
+                work_int[candidates, 0] = node
+                work_int[candidates, 1] = child_token[place]
+                work_int[candidates, 2] = child_order[place]
+                for back in range(ORDERS - 1):
+                    work_int[candidates, 3 + back] = current[back + 1]
+                work_int[candidates, 2 + ORDERS] = child_token[place]
+                path_probs[candidates] = prob * path
+                work_float[1, candidates] = prob
+                bucket = (path_bits[candidates] >> 50) - LOWEST
+                histogram[bucket] += 1
+                above += 1
+                while above - histogram[bucket_cut] >= budget:
+                    above -= histogram[bucket_cut]
+                    bucket_cut += 1
+                push(heap, waiting, path_probs, candidates)
+                waiting += 1
+                candidates += 1
+        if waiting == 0:
+            break
+        best = pop(heap, waiting, path_probs)
+        waiting -= 1
+        node = nodes
+        nodes += 1
+        parents[node] = work_int[best, 0]
+        tokens[node] = work_int[best, 1]
+        lengths[node] = work_int[best, 2]
+        for back in range(ORDERS):
+            current[back] = work_int[best, 3 + back]
+        path = path_probs[best]
+        probs[node] = work_float[1, best]
+    return nodes

@@ -1,0 +1,162 @@
+"""Best-first draft trees from a suffix automaton."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval_draft.index._kernels.automaton import (
+    COUNT,
+    DEGREE,
+    FIRST_EDGE,
+    LAST,
+    LENGTH,
+    LINK,
+    NEXT,
+    TAKEN,
+    TARGET,
+    TOKEN,
+)
+from retrieval_draft.index._kernels.heap import BUCKETS, LOWEST, THRESHOLDS, pop, push
+from retrieval_draft.index._kernels.jit import kernel
+
+CHILDREN = 12
+"""Edges read from one state's list, and children kept for one node."""
+
+CHAIN = 8
+"""Contexts blended for one node, longest first."""
+
+
+@kernel
+def propose(
+    states: NDArray[np.int32],
+    edges: NDArray[np.int32],
+    meta: NDArray[np.int64],
+    params: NDArray[np.float64],
+    budget: int,
+    work_int: NDArray[np.int32],
+    work_float: NDArray[np.float64],
+    work_bits: NDArray[np.int64],
+    heap: NDArray[np.int32],
+    tokens: NDArray[np.int32],
+    parents: NDArray[np.int32],
+    probs: NDArray[np.float32],
+    lengths: NDArray[np.int32],
+) -> int:
+    """Best-first tree over the blended counts of all matched contexts.
+
+    A node's children come from every context that ends at it, the longest first. A context that was
+    continued `total` times, in `distinct` ways, claims a part of the probability mass that reaches it
+    and leaves ``(e*distinct / (total + e*distinct)) ** orders`` to the shorter ones (escape of PPM-C,
+    Moffat 1990, with a factor e), `orders` being how many context lengths the state stands for.
+
+    A candidate matters only while fewer than `budget` better ones are known, so the mass below which
+    nothing can enter the tree rises as candidates come in, and contexts with less are not read.
+
+    Args:
+        params: float64: escape factor, order cap, recency.
+        work_int: int32, shape (candidates, 4): parent node, token, state, match length.
+        work_float: float64, shape (2, candidates): path probability, probability given the parent.
+        work_bits: the same memory as int64.
+
+    Returns:
+        Nodes written to `tokens`, `parents`, `probs` and `lengths`.
+    """
+    escape = params[0]
+    cap = np.int64(params[1])
+    recency = params[2]
+    child_token = np.empty(CHILDREN, np.int32)
+    child_state = np.empty(CHILDREN, np.int32)
+    child_length = np.empty(CHILDREN, np.int32)
+    child_prob = np.empty(CHILDREN, np.float64)
+    histogram = np.zeros(BUCKETS, np.int64)
+    path_probs = work_float[0]
+    path_bits = work_bits[0]
+
+    state = states[meta[LAST], LINK]
+    if state < 0 or budget <= 0:
+        return 0
+    length = states[state, LENGTH]
+    nodes = 0
+    candidates = 0
+    waiting = 0
+    bucket_cut = 0
+    above = 0
+    path = 1.0
+    node = -1
+    while True:
+        needed = THRESHOLDS[bucket_cut]
+        found = 0
+        mass = 1.0
+        context = state
+        steps = 0
+        while context > 0 and steps < CHAIN and mass * path > needed:
+            shorter = states[context, LINK]
+            below = states[shorter, LENGTH]
+            total = states[context, COUNT]
+            edge = states[context, FIRST_EDGE]
+            if edge >= 0 and total > 0:
+                distinct = states[context, DEGREE]
+                once = escape * distinct / (total + escape * distinct)
+                leave = once
+                for _ in range(min(length, cap) - min(below, cap) - 1):
+                    leave *= once
+                claim = mass * (1.0 - leave) / (total + recency)
+                mass *= leave
+                read = 0
+                unread = total + recency
+                # Stop where all that is still unread could not carry one more child into the tree.
+                while edge >= 0 and read < CHILDREN and claim * unread * path > needed:
+                    token = edges[edge, TOKEN]
+                    weight = edges[edge, TAKEN] + (recency if read == 0 else 0.0)
+                    share = claim * weight
+                    unread -= weight
+                    place = 0
+                    while place < found and child_token[place] != token:
+                        place += 1
+                    if place < found:
+                        child_prob[place] += share
+                    elif found < CHILDREN:
+                        child_token[found] = token
+                        child_state[found] = edges[edge, TARGET]
+                        child_length[found] = length + 1
+                        child_prob[found] = share
+                        found += 1
+                    edge = edges[edge, NEXT]
+                    read += 1
+            context = shorter
+            length = below
+            steps += 1
+        for place in range(found):
+            prob = min(child_prob[place], 0.999)
+            if prob * path > needed and candidates < len(path_probs):
+                work_int[candidates, 0] = node
+                work_int[candidates, 1] = child_token[place]
+                work_int[candidates, 2] = child_state[place]
+                work_int[candidates, 3] = child_length[place]
+                path_probs[candidates] = prob * path
+                work_float[1, candidates] = prob
+                bucket = (path_bits[candidates] >> 50) - LOWEST
+                histogram[bucket] += 1
+                above += 1
+                while above - histogram[bucket_cut] >= budget:
+                    above -= histogram[bucket_cut]
+                    bucket_cut += 1
+                push(heap, waiting, path_probs, candidates)
+                waiting += 1
+                candidates += 1
+        if waiting == 0:
+            return nodes
+        best = pop(heap, waiting, path_probs)
+        waiting -= 1
+        node = nodes
+        nodes += 1
+        parents[node] = work_int[best, 0]
+        tokens[node] = work_int[best, 1]
+        state = work_int[best, 2]
+        length = work_int[best, 3]
+        lengths[node] = length - 1
+        path = path_probs[best]
+        probs[node] = work_float[1, best]
+        if nodes == budget:
+            return nodes

@@ -1,0 +1,182 @@
+"""n-gram adjacency matrix: what the target model said comes after the last 1, 2, 3 and 4 tokens.
+
+Token Recycling (arXiv:2408.08696) keeps the last top-8 of every token; STAND (arXiv:2506.04708) averages
+n-gram rows. Here rows of four orders are averaged, filled from every verified node, accepted or not, and
+blended when asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from retrieval_draft.index._workspace import Workspace
+from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArray
+
+__all__ = ["AdjacencyMatrix", "AdjacencySession", "AdjacencySource"]
+
+DOUBT = (0.0, 0.5, 0.5, 0.3, 0.2)
+"""A row of order o seen v times claims v / (v + DOUBT[o]) of the probability that reaches it."""
+
+VISITS = 16
+"""After so many observations a row turns from the mean of all into a moving average."""
+
+
+class AdjacencyMatrix:
+    """A fixed number of rows, each the averaged top-k next tokens of one n-gram.
+
+    Args:
+        rows: Rows, rounded up to a power of two. The least recently written of a window of eight is evicted.
+        top_k: Next tokens a row keeps.
+
+    Example:
+        learn context [-1, -1, 5, 7] -> tokens [9, 4], probs [.6, .3]; then after "5 7" the row of order 2
+        and after any 7 the row of order 1 propose 9 and 4. A token never seen proposes nothing.
+    """
+
+    def __init__(self, rows: int = 65536, top_k: int = 8) -> None:
+        from retrieval_draft.index._kernels import adjacency
+
+        self._kernels: Any = adjacency
+        size = 1 << max(4, (int(rows) - 1).bit_length())
+        self.top_k = top_k
+        self._keys = np.zeros(size, np.uint64)
+        self._used = np.zeros(size, np.int64)
+        self._visits = np.zeros(size, np.int32)
+        self._tokens = np.full((size, top_k), -1, np.int32)
+        self._probs = np.zeros((size, top_k), np.float32)
+        self._doubt = np.array(DOUBT, np.float64)
+        self._clock = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held; constant."""
+        arrays = (self._keys, self._used, self._visits, self._tokens, self._probs)
+        return sum(array.nbytes for array in arrays)
+
+    @property
+    def filled(self) -> int:
+        """Rows in use."""
+        return int(np.count_nonzero(self._keys))
+
+    def learn(self, logits: NodeLogits) -> None:
+        """Averages the target's predictions into the rows of orders 1 to 4 of each context."""
+        self._clock += 1
+        self._kernels.learn(
+            self._keys,
+            self._used,
+            self._visits,
+            self._tokens,
+            self._probs,
+            np.array(logits.contexts, np.int32),
+            np.array(logits.top_tokens, np.int32),
+            np.array(logits.top_probs, np.float32),
+            VISITS,
+            self._clock,
+        )
+
+    def row(self, context: TokenArray) -> tuple[TokenArray, np.ndarray[Any, np.dtype[np.float32]], int]:
+        """The row kept for exactly these tokens.
+
+        Args:
+            context: int32, shape (order,), 1 to 4 tokens.
+
+        Returns:
+            Next tokens and probabilities, best first, and how often the row was observed; empty and 0 if unknown.
+        """
+        padded = np.full(CONTEXT, -1, np.int32)
+        padded[CONTEXT - len(context) :] = context
+        row = self._kernels.find_row(self._keys, self._kernels.key_of(padded, len(context)))
+        if row == self._kernels.NO_ROW:
+            return np.empty(0, np.int32), np.empty(0, np.float32), 0
+        size = int(np.count_nonzero(self._tokens[row] >= 0))
+        return self._tokens[row, :size].copy(), self._probs[row, :size].copy(), int(self._visits[row])
+
+    def propose(self, tail: TokenArray, budget: int, workspace: Workspace) -> Proposal:
+        """The `budget` most probable nodes after `tail`. Changes nothing.
+
+        Args:
+            tail: int32, shape (4,). The text's last tokens, oldest first, -1 where there are fewer.
+            budget: The most nodes to return.
+            workspace: Scratch made by `workspace`, one for each thread.
+        """
+        workspace.fit(budget)
+        tokens = np.empty(budget, np.int32)
+        parents = np.empty(budget, np.int32)
+        probs = np.empty(budget, np.float32)
+        lengths = np.empty(budget, np.int32)
+        size = self._kernels.propose(
+            self._keys,
+            self._visits,
+            self._tokens,
+            self._probs,
+            self._doubt,
+            tail,
+            budget,
+            workspace.ints,
+            workspace.floats,
+            workspace.bits,
+            workspace.heap,
+            tokens,
+            parents,
+            probs,
+            lengths,
+        )
+        return Proposal(tokens[:size], parents[:size], probs[:size], lengths[:size], "adjacency", "request")
+
+    def workspace(self) -> Workspace:
+        """Scratch for `propose`."""
+        return Workspace(fields=3 + CONTEXT, children=CONTEXT * self.top_k)
+
+
+class AdjacencySession:
+    """One request's place in the matrix: its last four tokens."""
+
+    def __init__(self, matrix: AdjacencyMatrix, prompt: TokenArray) -> None:
+        self._matrix = matrix
+        self._workspace = matrix.workspace()
+        self._tail = np.full(CONTEXT, -1, np.int32)
+        self.observe(prompt[-CONTEXT:])
+
+    def propose(self, budget: int) -> Proposal:
+        """What the model said came next, earlier, after the same tokens."""
+        return self._matrix.propose(self._tail, budget, self._workspace)
+
+    def observe(self, tokens: TokenArray) -> None:
+        """Moves on. Accepted tokens teach through `learn`, which sees their whole distribution."""
+        kept = np.asarray(tokens[-CONTEXT:], np.int32)
+        if len(kept):
+            self._tail = np.concatenate((self._tail[len(kept) :], kept))
+
+    def learn(self, logits: NodeLogits) -> None:
+        """Fills the rows of every verified node."""
+        self._matrix.learn(logits)
+
+    def close(self) -> None:
+        """The rows stay for later requests."""
+
+
+class AdjacencySource:
+    """Drafts from the target's own predictions at earlier nodes.
+
+    Args:
+        rows: Rows of the matrix.
+        top_k: Next tokens a row keeps.
+    """
+
+    name = "adjacency"
+    level = "request"
+
+    def __init__(self, rows: int = 65536, top_k: int = 8) -> None:
+        self.matrix = AdjacencyMatrix(rows, top_k)
+
+    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> AdjacencySession:
+        """Starts at the end of the prompt; reference texts carry no predictions and are not used."""
+        return AdjacencySession(self.matrix, prompt)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix."""
+        return self.matrix.nbytes
