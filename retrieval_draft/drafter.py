@@ -2,52 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    EosTokenCriteria,
-    GenerationConfig,
-    LogitsProcessorList,
-    MaxLengthCriteria,
-    PreTrainedModel,
-    StoppingCriteriaList,
-    StopStringCriteria,
-)
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.engine.decode import DecodeRequest, decode
-from retrieval_draft.engine.drafting import Drafting
-from retrieval_draft.engine.guard import GuardedSource
-from retrieval_draft.engine.head_cost import HeadCost
-from retrieval_draft.engine.logits import LogitReader
+from retrieval_draft.engine.kv_cache import SpeculativeCache
 from retrieval_draft.engine.noise import GumbelNoise
 from retrieval_draft.engine.probe import probe
 from retrieval_draft.engine.sampling import Sampler
 from retrieval_draft.engine.stats import DraftStats
+from retrieval_draft.engine.supply import DraftSupply, make_sources
 from retrieval_draft.engine.target import Target
-from retrieval_draft.engine.tree import DraftTree
 from retrieval_draft.errors import InvalidInputError, UnsupportedGenerationError
-from retrieval_draft.index.locality import Locality
-from retrieval_draft.index.source import DraftSource, TokenArray
+from retrieval_draft.generation import pad_replies, set_limits, streaming, take_stop_strings
+from retrieval_draft.index.source import TokenArray
 from retrieval_draft.inputs import (
     check_generation,
     check_new_tokens,
+    check_options,
     check_prompt,
     check_tokenizer,
     reference_tokens,
 )
 
 __all__ = ["RetrievalDrafter"]
-
-_MEASURE_CONTEXT = 128
 
 
 class RetrievalDrafter:
@@ -66,21 +53,13 @@ class RetrievalDrafter:
         out = drafter.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=256)
     """
 
-    def __init__(
-        self, target: Target, tokenizer: Any, config: DraftConfig, sources: Sequence[DraftSource]
-    ) -> None:
+    def __init__(self, target: Target, tokenizer: Any, config: DraftConfig, supply: DraftSupply) -> None:
         self.config = config
         self.stats = DraftStats()
         self.last_stats: DraftStats | None = None
         self._target = target
         self._tokenizer = tokenizer
-        self._sources = [GuardedSource(source) for source in sources]
-        self._locality = Locality(self._sources)
-        self._reader = LogitReader(config.top_k if sources else 0)
-        self._fuse: Any = None
-        self._calibration: Any = None
-        self._cost: Any = None
-        self._head: HeadCost | None = None
+        self._supply = supply
         self._lock = threading.RLock()
 
     @classmethod
@@ -126,7 +105,7 @@ class RetrievalDrafter:
         if tokenizer is not None:
             check_tokenizer(tokenizer, model, target.embedding_rows)
         probe(target)
-        return cls(target, tokenizer, config, [] if config.method == "none" else _sources(config))
+        return cls(target, tokenizer, config, DraftSupply(target, config, make_sources(config)))
 
     def generate(
         self,
@@ -162,23 +141,15 @@ class RetrievalDrafter:
         if share:
             raise InvalidInputError("share=True needs a store, which is not supported yet.", "Leave it out.")
         target = self._target
+        model: Any = target.model
         check_prompt(input_ids, attention_mask, target.embedding_rows, target.max_positions)
         check_new_tokens(generation_config, generate_kwargs)
-        for name in ("assistant_model", "prompt_lookup_num_tokens"):
-            if generate_kwargs.get(name) is not None:
-                raise UnsupportedGenerationError(
-                    f"{name} cannot be combined with drafted decoding.", "Leave it out: the drafter makes the drafts."
-                )
-        for name in ("inputs_embeds", "past_key_values"):
-            if generate_kwargs.get(name) is not None:
-                raise UnsupportedGenerationError(
-                    f"{name} is not supported by drafted decoding.", "Pass the whole text as input_ids instead."
-                )
+        check_options(generate_kwargs)
         references = [
             *reference_tokens(documents, self._tokenizer, target.embedding_rows),
             *reference_tokens(prediction, self._tokenizer, target.embedding_rows),
         ]
-        generation_config = self._stop_strings(generation_config, generate_kwargs)
+        generation_config = take_stop_strings(generation_config, generate_kwargs, self._tokenizer)
 
         def loop(
             model: PreTrainedModel,
@@ -193,7 +164,7 @@ class RetrievalDrafter:
                 streamer, seed, references,
             )  # fmt: skip
 
-        return target.model.generate(
+        return model.generate(
             input_ids,
             attention_mask=attention_mask,
             generation_config=generation_config,
@@ -229,7 +200,7 @@ class RetrievalDrafter:
         """Compiles and measures now what the first request would otherwise wait for."""
         with self._lock, torch.no_grad():
             probe(self._target)
-            self._prepare()
+            self._supply.prepare()
 
     def reset_stats(self) -> None:
         """Sets all counts back to zero."""
@@ -249,219 +220,67 @@ class RetrievalDrafter:
     ) -> Any:
         target = self._target
         check_generation(config, model_inputs)
-        prompts = check_prompt(
-            input_ids, model_inputs.get("attention_mask"), target.embedding_rows, target.max_positions
+        mask = model_inputs.get("attention_mask")
+        prompts = check_prompt(input_ids, mask, target.embedding_rows, target.max_positions)
+        keeps = (
+            bool(config.return_dict_in_generate and config.output_scores),
+            bool(config.return_dict_in_generate and config.output_logits),
         )
-        full = config.return_dict_in_generate
-        if len(prompts) > 1:
-            if streamer is not None:
-                raise UnsupportedGenerationError(
-                    f"A streamer takes one prompt, the batch has {len(prompts)}.", "Stream prompts one by one."
-                )
-            if full and (config.output_scores or config.output_logits):
-                raise UnsupportedGenerationError(
-                    f"output_scores and output_logits take one prompt, the batch has {len(prompts)}.",
-                    "Generate prompts one by one.",
-                )
+        if len(prompts) > 1 and (streamer is not None or any(keeps)):
+            raise UnsupportedGenerationError(
+                f"A streamer, output_scores and output_logits take one prompt; the batch has {len(prompts)}.",
+                "Generate prompts one by one.",
+            )
         if config.do_sample and seed is None:
             seed = int(torch.randint(0, 2**62, ()))
         replies, caches, samplers = [], [], []
-        with self._lock, torch.no_grad(), _streaming(streamer, input_ids) as emit:
-            self._prepare()
-            total = DraftStats()
+        total = DraftStats()
+        with self._lock, torch.no_grad(), streaming(streamer, input_ids) as emit:
+            self._supply.prepare()
+            self.last_stats = total
             for row, prompt in enumerate(prompts):
                 sampler = None
-                keep = (bool(full and config.output_scores), bool(full and config.output_logits))
-                if config.do_sample or len(processors) or any(keep):
-                    noise = None
-                    if config.do_sample:
-                        assert seed is not None
-                        noise = GumbelNoise(seed, self._noise_width(), target.device, sample=row)
-                    sampler = Sampler(processors, noise, *keep)
-                request = DecodeRequest(prompt, 0, sampler=sampler, padded=input_ids[row : row + 1].long(), emit=emit)
-                _limits(request, criteria, config, input_ids.shape[1] - len(prompt))
-                stats = DraftStats()
-                try:
-                    reply, cache = self._decode(request, references, stats)
-                finally:
-                    total.add(stats)
-                    self.stats.add(stats)
-                    self.last_stats = total
+                if config.do_sample or len(processors) or any(keeps):
+                    noise = None if seed is None or not config.do_sample else self._noise(seed, row)
+                    sampler = Sampler(processors, noise, *keeps)
+                padded = input_ids[row : row + 1].long()
+                request = DecodeRequest(prompt, 0, sampler=sampler, padded=padded, emit=emit)
+                set_limits(request, criteria, config, input_ids.shape[1] - len(prompt))
+                reply, cache = self._decode(request, references, total)
                 replies.append(torch.from_numpy(reply.astype(np.int64)))
                 caches.append(cache)
                 samplers.append(sampler)
-        sequences = _pad(input_ids, replies, config)
-        if not full:
+        sequences = pad_replies(input_ids, replies, config)
+        if not config.return_dict_in_generate:
             return sequences
-        only = samplers[0] if len(samplers) == 1 else None
-        return GenerateDecoderOnlyOutput(
-            sequences=sequences,
-            scores=None if only is None or only.scores is None else tuple(only.scores),
-            logits=None if only is None or only.logits is None else tuple(only.logits),
-            past_key_values=caches[0] if len(caches) == 1 else None,
-        )
+        sampler = samplers[0]
+        fields: dict[str, Any] = {"sequences": sequences}
+        if sampler is not None and sampler.scores is not None:
+            fields["scores"] = tuple(sampler.scores)
+        if sampler is not None and sampler.logits is not None:
+            fields["logits"] = tuple(sampler.logits)
+        if len(caches) == 1:
+            fields["past_key_values"] = caches[0]
+        return GenerateDecoderOnlyOutput(**fields)
 
     def _decode(
-        self, request: DecodeRequest, references: list[TokenArray], stats: DraftStats
-    ) -> tuple[TokenArray, Any]:
-        """Decodes one row with its own sessions of the sources."""
-        drafting = self._open(request, references, stats)
-        failures = sum(source.failures for source in self._sources)
+        self, request: DecodeRequest, references: list[TokenArray], total: DraftStats
+    ) -> tuple[TokenArray, SpeculativeCache]:
+        """Decodes one row with its own sessions of the sources, and counts it whatever happens."""
+        stats, failures = DraftStats(), self._supply.failures
+        drafting = self._supply.open(request, references, stats)
         try:
-            text, cache = decode(self._target, request, self._reader, stats, drafting)
+            text, cache = decode(self._target, request, self._supply.reader, stats, drafting)
         finally:
             if drafting is not None:
                 drafting.close()
-            stats.source_failures += sum(source.failures for source in self._sources) - failures
+            stats.source_failures = self._supply.failures - failures
+            total.add(stats)
+            self.stats.add(stats)
         return text.reply.copy(), cache
 
-    def _open(
-        self, request: DecodeRequest, references: list[TokenArray], stats: DraftStats
-    ) -> Drafting | None:
-        if not self._drafts:
-            return None
-        new = request.max_length - len(request.prompt)
-        if self.config.prefill_logits is True:
-            request.prompt_rows = len(request.prompt)
-        elif self.config.prefill_logits == "auto" and self._head is not None:
-            request.prompt_rows = self._head.rows_worth(new, len(request.prompt))
-        fixed = self.config.nodes
-        return Drafting(
-            self._locality.open(request.prompt, references),
-            self._fuse,
-            self._calibration,
-            self._cost if fixed is None else None,
-            self.config.max_nodes if fixed is None else fixed,
-            self._target.vocabulary,
-            stats,
-        )
-
-    @property
-    def _drafts(self) -> bool:
-        nodes = self.config.max_nodes if self.config.nodes is None else self.config.nodes
-        return bool(self._sources) and nodes > 0
-
-    def _prepare(self) -> None:
-        """Makes calibration and cost model on the first request that needs them."""
-        if not self._drafts or self._calibration is not None:
-            return
-        from retrieval_draft.engine.calibration import Calibration
-        from retrieval_draft.engine.fusion import fuse
-
-        if self.config.prefill_logits == "auto":
-            self._head = HeadCost.measure(self._target)
-        if self.config.nodes is None:
-            from retrieval_draft.engine.cost import CostModel
-
-            forward = self._scratch_forward()
-            self._cost = CostModel.measure(forward, self._target.device)
-        self._fuse, self._calibration = fuse, Calibration()
-
-    def _scratch_forward(self) -> Callable[[int], None]:
-        """Passes over n nodes behind a short text, which leave nothing behind."""
-        target = self._target
-        length = _MEASURE_CONTEXT
-        if target.max_positions is not None:
-            length = max(1, min(length, target.max_positions - 2))
-        rng = np.random.default_rng(0)
-        ids = torch.from_numpy(rng.integers(0, target.vocabulary, length)).to(target.device)
-        cache = target.cache(length + 128)
-        for _ in target.prefill(cache, ids, 1):
-            pass
-
-        @torch.no_grad()
-        def forward(nodes: int) -> None:
-            tree = DraftTree(
-                tokens=rng.integers(0, target.vocabulary, nodes).astype(np.int32),
-                parents=np.array([-1] + [0] * (nodes - 1), np.int32),
-                depths=np.array([0] + [1] * (nodes - 1), np.int32),
-                probs=np.ones(nodes, np.float32),
-                path_probs=np.ones(nodes, np.float32),
-                sources=np.zeros(nodes, np.int64),
-            )
-            target.verify_tree(cache, tree, length)
-            cache.drop()
-            if target.device.type == "cuda":
-                torch.cuda.synchronize(target.device)
-
-        return forward
-
-    def _noise_width(self) -> int:
-        head = self._target.model.get_output_embeddings()
-        return int(head.weight.shape[0]) if head is not None else self._target.vocabulary
-
-    def _stop_strings(
-        self, config: GenerationConfig | None, options: dict[str, Any]
-    ) -> GenerationConfig | None:
-        """Makes the criterion for stop strings, since transformers loses the tokenizer on the way."""
-        strings = options.pop("stop_strings", None)
-        if strings is None and config is not None and config.stop_strings is not None:
-            strings = config.stop_strings
-            config = GenerationConfig(**{**config.to_dict(), "stop_strings": None})
-        tokenizer = options.pop("tokenizer", None) or self._tokenizer
-        if strings is None:
-            return config
-        if tokenizer is None:
-            raise InvalidInputError("stop_strings need a tokenizer.", "Pass tokenizer= to for_model.")
-        criterion = StopStringCriteria(tokenizer, strings)
-        options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), criterion])
-        return config
-
-
-def _sources(config: DraftConfig) -> list[DraftSource]:
-    made: list[DraftSource] = []
-    for name in config.sources:
-        if name == "automaton":
-            from retrieval_draft.index.suffix_automaton import AutomatonSource
-
-            made.append(AutomatonSource())
-        elif name == "adjacency":
-            from retrieval_draft.index.adjacency import AdjacencySource
-
-            made.append(AdjacencySource(rows=config.adjacency_rows, top_k=config.top_k))
-    return made
-
-
-def _limits(
-    request: DecodeRequest, criteria: StoppingCriteriaList, config: GenerationConfig, padding: int
-) -> None:
-    """Turns length and eos criteria into numbers, and leaves the others to be called."""
-    lengths, eos, others = [], set(), []
-    for criterion in criteria:
-        if type(criterion) is MaxLengthCriteria:
-            lengths.append(criterion.max_length - padding)
-        elif type(criterion) is EosTokenCriteria:
-            eos.update(criterion.eos_token_id.flatten().tolist())
-        else:
-            others.append(criterion)
-    request.max_length = min(lengths) if lengths else int(config.max_length) - padding
-    request.eos = frozenset(int(token) for token in eos)
-    request.criteria = StoppingCriteriaList(others)
-    request.prefill_chunk = config.prefill_chunk_size
-
-
-def _pad(input_ids: Tensor, replies: list[Tensor], config: GenerationConfig) -> Tensor:
-    """Prompts with their replies, right-padded to one length."""
-    longest = max(len(reply) for reply in replies)
-    out = input_ids.new_zeros((len(replies), input_ids.shape[1] + longest))
-    out[:, : input_ids.shape[1]] = input_ids
-    pad = getattr(config, "_pad_token_tensor", None)
-    for row, reply in enumerate(replies):
-        end = input_ids.shape[1] + len(reply)
-        out[row, input_ids.shape[1] : end] = reply.to(out.device)
-        if end < out.shape[1] and pad is not None:
-            out[row, end:] = pad.to(out.device)
-    return out
-
-
-@contextlib.contextmanager
-def _streaming(streamer: Any, input_ids: Tensor) -> Iterator[Callable[[int], None] | None]:
-    """Hands the prompt to the streamer, yields what takes its tokens, and ends it in any case."""
-    if streamer is None:
-        yield None
-        return
-    try:
-        streamer.put(input_ids.cpu())
-        yield lambda token: streamer.put(torch.tensor([token]))
-    finally:
-        streamer.end()
+    def _noise(self, seed: int, row: int) -> GumbelNoise:
+        model: Any = self._target.model
+        head = model.get_output_embeddings()
+        width = self._target.vocabulary if head is None else int(head.weight.shape[0])
+        return GumbelNoise(seed, width, self._target.device, sample=row)

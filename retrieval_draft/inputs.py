@@ -12,7 +12,17 @@ from transformers import GenerationConfig
 from retrieval_draft.errors import InvalidInputError, TokenizerMismatchError, UnsupportedGenerationError
 from retrieval_draft.index.source import TokenArray
 
-__all__ = ["check_generation", "check_new_tokens", "check_prompt", "check_tokenizer", "reference_tokens", "strip_row"]
+__all__ = [
+    "check_generation",
+    "check_new_tokens",
+    "check_options",
+    "check_prompt",
+    "check_tokenizer",
+    "reference_tokens",
+]
+
+_CACHES = (None, "dynamic", "dynamic_full")
+_CACHE_HINT = "Leave it out: the drafter brings its own cache."
 
 
 def check_prompt(
@@ -53,7 +63,7 @@ def check_prompt(
         raise InvalidInputError("The prompt is empty.", "Pass at least one token, for example the bos token.")
     ids = input_ids.detach().cpu().numpy()
     mask = None if attention_mask is None else attention_mask.detach().cpu().numpy()
-    rows = [strip_row(ids[row], None if mask is None else mask[row]) for row in range(len(ids))]
+    rows = [_strip_row(ids[row], None if mask is None else mask[row]) for row in range(len(ids))]
     for row, tokens in enumerate(rows):
         if max_positions is not None and len(tokens) > max_positions:
             raise InvalidInputError(
@@ -69,7 +79,7 @@ def check_prompt(
     return rows
 
 
-def strip_row(ids: Any, mask: Any) -> TokenArray:
+def _strip_row(ids: Any, mask: Any) -> TokenArray:
     """One prompt without its left padding: int32, shape (length,)."""
     if mask is None:
         return np.ascontiguousarray(ids, np.int32)
@@ -97,6 +107,28 @@ def check_new_tokens(generation_config: GenerationConfig | None, options: dict[s
         raise InvalidInputError(f"max_new_tokens is {wanted}; it must be at least 1.")
 
 
+def check_options(options: dict[str, Any]) -> None:
+    """Refuses keyword arguments of model.generate that would be lost on the way to our loop.
+
+    Raises:
+        UnsupportedGenerationError: Names the option and the alternative.
+    """
+    hints = {
+        "assistant_model": "Leave it out: the drafter makes the drafts.",
+        "prompt_lookup_num_tokens": "Leave it out: the drafter looks the prompt up itself.",
+        "inputs_embeds": "Pass the whole text as input_ids instead.",
+        "past_key_values": "Pass the whole text as input_ids instead.",
+    }
+    for name, hint in hints.items():
+        if options.get(name) is not None:
+            raise UnsupportedGenerationError(f"{name} is not supported by drafted decoding.", hint)
+    cache = options.get("cache_implementation")
+    if cache not in _CACHES:
+        raise UnsupportedGenerationError(
+            f"cache_implementation={cache!r} is not supported by drafted decoding.", _CACHE_HINT
+        )
+
+
 def check_generation(config: GenerationConfig, model_inputs: dict[str, Any]) -> None:
     """Refuses generation modes that drafted decoding does not do.
 
@@ -117,13 +149,13 @@ def check_generation(config: GenerationConfig, model_inputs: dict[str, Any]) -> 
         "assistant_early_exit": getattr(config, "assistant_early_exit", None) is not None,
         "output_attentions": bool(config.output_attentions),
         "output_hidden_states": bool(config.output_hidden_states),
-        "cache_implementation": config.cache_implementation not in (None, "dynamic", "dynamic_full"),
+        "cache_implementation": config.cache_implementation not in _CACHES,
     }
     hints = {
         "num_return_sequences": "Call generate once for each sequence, with different seeds.",
         "prompt_lookup_num_tokens": "Leave it out: the drafter looks the prompt up itself.",
         "assistant_early_exit": "Leave it out: the drafter makes the drafts.",
-        "cache_implementation": "Leave it out: the drafter brings its own cache.",
+        "cache_implementation": _CACHE_HINT,
     }
     for name, found in refused.items():
         if found:
@@ -141,7 +173,7 @@ def check_generation(config: GenerationConfig, model_inputs: dict[str, Any]) -> 
     extra = [name for name, value in model_inputs.items() if name not in known and value is not None]
     if extra:
         raise UnsupportedGenerationError(
-            f"Drafted decoding does not pass {', '.join(sorted(extra))} to the model; it takes token ids only.",
+            f"Drafted decoding takes token ids only; it cannot pass on {', '.join(sorted(extra))}.",
             stock,
         )
 
@@ -189,7 +221,9 @@ def reference_tokens(texts: Any, tokenizer: Any, vocabulary: int) -> list[TokenA
     """
     if texts is None:
         return []
-    if isinstance(texts, (str, Tensor, np.ndarray)) or (len(texts) > 0 and isinstance(texts[0], (int, np.integer))):
+    if isinstance(texts, (str, Tensor, np.ndarray)) or (
+        len(texts) > 0 and isinstance(texts[0], (int, np.integer))
+    ):
         texts = [texts]
     out = []
     for text in texts:
@@ -202,7 +236,7 @@ def reference_tokens(texts: Any, tokenizer: Any, vocabulary: int) -> list[TokenA
             ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
         else:
             ids = np.asarray(text.cpu() if isinstance(text, Tensor) else text).reshape(-1)
-        if len(ids) and not (ids.dtype.kind in "iu" and 0 <= ids.min() and ids.max() < vocabulary):
+        if len(ids) and not (ids.dtype.kind in "iu" and ids.min() >= 0 and ids.max() < vocabulary):
             raise InvalidInputError(
                 f"A reference holds values outside the token ids 0..{vocabulary - 1}.",
                 "Use the tokenizer that belongs to the model.",

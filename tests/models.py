@@ -38,13 +38,16 @@ def _config(name: str, **extra: Any) -> Any:
     return lambda **options: getattr(transformers, name)(**{**_SHAPE, **extra, **options})
 
 
-_WINDOWED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": WINDOW}
+_WINDOWED = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": WINDOW,
+}
 
 CONFIGS = {
     "llama": _config("LlamaConfig"),
     "qwen2": _config("Qwen2Config"),
     "qwen3-windowed": _config("Qwen3Config", use_sliding_window=True, **_WINDOWED),
-    "gemma3": _config("Gemma3TextConfig", query_pre_attn_scalar=8, **_WINDOWED),
+    "gemma3": _config("Gemma3TextConfig", query_pre_attn_scalar=8, tie_word_embeddings=False, **_WINDOWED),
     "mistral": _config("MistralConfig", sliding_window=WINDOW),
     "gpt-neox": _config("GPTNeoXConfig", num_key_value_heads=None, head_dim=None),
     "mixtral": _config("MixtralConfig", num_local_experts=4, num_experts_per_tok=2, sliding_window=None),

@@ -26,7 +26,9 @@ def proposal(tokens: list[int], parents: list[int], source: str = "test") -> Pro
 class OracleSession:
     """Knows the reply and mixes wrong siblings and wrong branches into it."""
 
-    def __init__(self, prompt: TokenArray, reply: Sequence[int], vocabulary: int, wrong: float, seed: int) -> None:
+    def __init__(
+        self, prompt: TokenArray, reply: Sequence[int], vocabulary: int, wrong: float, seed: int
+    ) -> None:
         self.text = list(map(int, prompt))
         self.start = len(prompt)
         self.reply = list(reply)
@@ -44,7 +46,9 @@ class OracleSession:
         while len(tokens) < budget:
             children = {truth[depth]} if self.rng.random() >= self.wrong else set()
             children |= set(self.rng.integers(0, self.vocabulary, self.rng.integers(0, 3)).tolist())
-            siblings = self.rng.permutation(sorted(children)).tolist() or [int(self.rng.integers(self.vocabulary))]
+            siblings = self.rng.permutation(sorted(children)).tolist() or [
+                int(self.rng.integers(self.vocabulary))
+            ]
             onward = -1
             for token in siblings[: budget - len(tokens)]:
                 tokens.append(int(token))
@@ -72,7 +76,9 @@ class OracleSource:
 
     name, level, nbytes = "oracle", "request", 0
 
-    def __init__(self, *replies: Sequence[int], vocabulary: int = 97, wrong: float = 0.2, seed: int = 0) -> None:
+    def __init__(
+        self, *replies: Sequence[int], vocabulary: int = 97, wrong: float = 0.2, seed: int = 0
+    ) -> None:
         self.replies = list(replies)
         self.options = (vocabulary, wrong, seed)
         self.sessions: list[OracleSession] = []

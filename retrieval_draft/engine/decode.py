@@ -59,7 +59,9 @@ class DecodeRequest:
 class _Run:
     """The state of a request: its text, its cache and the path that waits to be committed."""
 
-    def __init__(self, target: Target, request: DecodeRequest, reader: LogitReader, stats: DraftStats) -> None:
+    def __init__(
+        self, target: Target, request: DecodeRequest, reader: LogitReader, stats: DraftStats
+    ) -> None:
         self.target, self.request, self.reader, self.stats = target, request, reader, stats
         needs_ids = request.sampler is not None or len(request.criteria) > 0
         reply = min(request.max_length - len(request.prompt), _ROOM)

@@ -62,9 +62,7 @@ class HeadCost:
         step()
         few = min(passes(1) for _ in range(_REPEATS))
         many = min(passes(rows) for _ in range(_REPEATS))
-        return cls(
-            row=max(many - few, 1e-9) / max(rows - 1, 1), step=min(step() for _ in range(_REPEATS))
-        )
+        return cls(row=max(many - few, 1e-9) / max(rows - 1, 1), step=min(step() for _ in range(_REPEATS)))
 
     def rows_worth(self, new_tokens: int, prompt_length: int) -> int:
         """The most prompt positions whose head pass costs less than it is expected to save."""

@@ -34,8 +34,8 @@ def layer_windows(config: PreTrainedConfig) -> list[tuple[str, int | None]]:
     for index, (kind, options) in enumerate(zip(*get_layer_types_and_kwargs(text), strict=True)):
         if kind not in ("full_attention", "sliding_attention", "dummy"):
             raise UnsupportedModelError(
-                f"Layer {index} of {text.model_type!r} is of type {kind!r}, whose state cannot be rolled back "
-                "after a rejected draft token.",
+                f"Layer {index} of {text.model_type!r} is of type {kind!r}, whose state "
+                "cannot be rolled back after a rejected draft token.",
                 "Only full and sliding-window attention are supported; use model.generate for this model.",
             )
         kinds.append((kind, options.get("sliding_window")))
@@ -51,7 +51,7 @@ def layer_windows(config: PreTrainedConfig) -> list[tuple[str, int | None]]:
     return kinds
 
 
-class SpeculativeLayer(CacheLayerMixin):
+class SpeculativeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values of one layer.
 
     Slot s of a buffer belongs to position `start + s`. Slots up to `length` are committed text;
@@ -107,7 +107,7 @@ class SpeculativeLayer(CacheLayerMixin):
         )
         self.is_initialized = True
 
-    def update(  # type: ignore[override]
+    def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, staged: bool = False, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Writes new keys and values behind the committed ones.
@@ -115,7 +115,9 @@ class SpeculativeLayer(CacheLayerMixin):
         Args:
             key_states: (batch, heads, new, dim).
             value_states: (batch, heads, new, dim of values).
+            *args: Ignored, as in every cache layer.
             staged: Whether they are tree nodes that wait for `commit`, not text.
+            **kwargs: Ignored.
 
         Returns:
             Keys and values of everything the new tokens may see, themselves included; views that
@@ -181,8 +183,8 @@ class SpeculativeLayer(CacheLayerMixin):
         first = 0 if self.window is None else max(0, length - self.window + 1)
         if length < 0 or first < self.start:
             raise ValueError(
-                f"Cannot remove {abs(tokens_to_remove)} of {self.length} tokens: positions before {self.start} "
-                "have left the window."
+                f"Cannot remove {abs(tokens_to_remove)} of {self.length} tokens: "
+                f"positions before {self.start} have left the window."
             )
         self.length, self.staged = length, 0
 
@@ -260,9 +262,10 @@ class SpeculativeCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, capacity: int = 0) -> None:
+        dummy: Any = DummyLayer
         super().__init__(
             layers=[
-                DummyLayer() if kind == "dummy" else SpeculativeLayer(window, capacity)
+                dummy() if kind == "dummy" else SpeculativeLayer(window, capacity)
                 for kind, window in layer_windows(config)
             ]
         )
@@ -277,7 +280,11 @@ class SpeculativeCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Writes one layer's new keys and values; see `SpeculativeLayer.update`."""
-        return self.layers[layer_idx].update(key_states, value_states, *args, staged=self._staging, **kwargs)
+        layer: Any = self.layers[layer_idx]
+        seen: tuple[Tensor, Tensor] = layer.update(
+            key_states, value_states, *args, staged=self._staging, **kwargs
+        )
+        return seen
 
     def commit(self, moved: Tensor | None, kept: int, count: int) -> None:
         """Keeps one path of the staged nodes in every layer; see `SpeculativeLayer.commit`."""

@@ -45,13 +45,13 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Returns:
         (n,) maximum, NaN if any value is; (n,) its first index; (n, k) values; (n, k) indices.
     """
-    rows, vocabulary = logits.shape
+    vocabulary = logits.shape[-1]
     whole = vocabulary // _BLOCK * _BLOCK
     if vocabulary < _SMALL:
         best, index = logits.max(-1)
         values, indices = torch.topk(logits, k) if k else (logits[:, :0], index[:, None][:, :0])
         return best, index, values, indices
-    blocks = logits[:, :whole].unflatten(-1, (-1, _BLOCK))
+    blocks = torch.unflatten(logits[:, :whole], -1, (-1, _BLOCK))
     maxima = blocks.amax(-1)
     best, block = maxima.max(-1)
     inside = torch.gather(blocks, 1, block[:, None, None].expand(-1, 1, _BLOCK))[:, 0].argmax(-1)

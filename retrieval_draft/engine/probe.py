@@ -78,6 +78,6 @@ def probe(target: Target) -> float:
         raise UnsupportedModelError(
             f"{type(model).__name__} says something else for a tree than for its paths: the logits differ by "
             f"{difference:.2g} of their standard deviation, at most {limit:g} is allowed.",
-            "It ignores the tree mask or the positions (ALiBi, for example); use model.generate for this model.",
+            "It ignores the tree mask or the positions, as ALiBi does; use model.generate for this model.",
         )
     return difference

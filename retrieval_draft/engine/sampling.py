@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
 
 from retrieval_draft.engine.noise import GumbelNoise
 from retrieval_draft.errors import NonFiniteLogitsError
@@ -24,7 +25,7 @@ class Sampler:
     """Chooses tokens as plain decoding does: processors on the node's own prefix, then one draw.
 
     Args:
-        processors: Logits processors, with their state, called once for each accepted token.
+        processors: LogitsProcessorList with their state, called once for each accepted token.
         noise: Gumbel noise for sampling, or None for greedy.
         keep_scores: Whether to keep processed scores in `scores`.
         keep_logits: Whether to keep raw logits in `logits`.
@@ -32,7 +33,7 @@ class Sampler:
 
     def __init__(
         self,
-        processors: LogitsProcessorList,
+        processors: Any,
         noise: GumbelNoise | None,
         keep_scores: bool = False,
         keep_logits: bool = False,

@@ -36,13 +36,14 @@ class Target:
     def __init__(self, model: PreTrainedModel) -> None:
         _check(model)
         self.model = model
+        embedding: Any = model.get_input_embeddings()
         text = model.config.get_text_config(decoder=True)
         self.windows = {kind: window for kind, window in layer_windows(model.config) if kind != "dummy"}
-        self.embedding_rows = int(model.get_input_embeddings().weight.shape[0])
+        self.embedding_rows = int(embedding.weight.shape[0])
         self.vocabulary = min(self.embedding_rows, int(text.vocab_size))
         limit = getattr(text, "max_position_embeddings", None)
         self.max_positions: int | None = limit if isinstance(limit, int) and limit > 0 else None
-        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.device: torch.device = embedding.weight.device
         self.attention = TreeAttention(self.windows, model.dtype, self.device)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 

@@ -1,0 +1,150 @@
+"""What outlives a request: draft sources, calibration and measured costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from retrieval_draft.config import DraftConfig
+from retrieval_draft.engine.decode import DecodeRequest
+from retrieval_draft.engine.drafting import Drafting
+from retrieval_draft.engine.guard import GuardedSource
+from retrieval_draft.engine.head_cost import HeadCost
+from retrieval_draft.engine.logits import LogitReader
+from retrieval_draft.engine.stats import DraftStats
+from retrieval_draft.engine.target import Target
+from retrieval_draft.engine.tree import DraftTree
+from retrieval_draft.index.locality import Locality
+from retrieval_draft.index.source import DraftSource, TokenArray
+
+__all__ = ["DraftSupply", "make_sources"]
+
+_MEASURE_CONTEXT = 128
+
+
+def make_sources(config: DraftConfig) -> list[DraftSource]:
+    """The sources that `config` names; none for plain decoding."""
+    made: list[DraftSource] = []
+    for name in config.sources if config.method != "none" else ():
+        if name == "automaton":
+            from retrieval_draft.index.suffix_automaton import AutomatonSource
+
+            made.append(AutomatonSource())
+        elif name == "adjacency":
+            from retrieval_draft.index.adjacency import AdjacencySource
+
+            made.append(AdjacencySource(rows=config.adjacency_rows, top_k=config.top_k))
+    return made
+
+
+class DraftSupply:
+    """Opens the drafting side of requests.
+
+    Args:
+        target: The model.
+        config: How to draft.
+        sources: Draft sources, nearest first; empty for plain decoding.
+
+    Attributes:
+        reader: Reads as many alternatives as the sources learn from.
+    """
+
+    def __init__(self, target: Target, config: DraftConfig, sources: Sequence[DraftSource]) -> None:
+        self._target = target
+        self._config = config
+        self._sources = [GuardedSource(source) for source in sources]
+        self._locality = Locality(self._sources)
+        self._max_nodes = config.max_nodes if config.nodes is None else config.nodes
+        self._drafts = bool(sources) and self._max_nodes > 0
+        self._fuse: Any = None
+        self._calibration: Any = None
+        self._cost: Any = None
+        self._head: HeadCost | None = None
+        self.reader = LogitReader(config.top_k if self._drafts else 0)
+
+    def prepare(self) -> None:
+        """Makes calibration and measurements, once; they need a few forward passes."""
+        if not self._drafts or self._calibration is not None:
+            return
+        from retrieval_draft.engine.calibration import Calibration
+        from retrieval_draft.engine.fusion import fuse
+
+        if self._config.prefill_logits == "auto":
+            self._head = HeadCost.measure(self._target)
+        if self._config.nodes is None:
+            self._cost = self._measure()
+        self._fuse, self._calibration = fuse, Calibration()
+
+    def open(
+        self, request: DecodeRequest, references: Sequence[TokenArray], stats: DraftStats
+    ) -> Drafting | None:
+        """Opens the sources for a request, and says how much of its prompt they should learn from.
+
+        Args:
+            request: Its `prompt_rows` is set.
+            references: Texts the reply may quote.
+            stats: Counts to add to.
+
+        Returns:
+            None for plain decoding.
+        """
+        if not self._drafts:
+            return None
+        length = len(request.prompt)
+        if self._config.prefill_logits is True:
+            request.prompt_rows = length
+        elif self._config.prefill_logits == "auto" and self._head is not None:
+            request.prompt_rows = self._head.rows_worth(request.max_length - length, length)
+        return Drafting(
+            self._locality.open(request.prompt, references),
+            self._fuse,
+            self._calibration,
+            self._cost,
+            self._max_nodes,
+            self._target.vocabulary,
+            stats,
+        )
+
+    @property
+    def failures(self) -> int:
+        """Calls in which a source raised so far."""
+        return sum(source.failures for source in self._sources)
+
+    def _measure(self) -> Any:
+        from retrieval_draft._progress import progress
+        from retrieval_draft.engine.cost import ROUNDS, SIZES, CostModel
+
+        with progress("Measuring forward passes", ROUNDS * len(SIZES)) as advance:
+            return CostModel.measure(self._forward(), self._target.device, advance)
+
+    def _forward(self) -> Callable[[int], None]:
+        """Passes over n nodes behind a short text, which leave nothing behind."""
+        target = self._target
+        length = _MEASURE_CONTEXT
+        if target.max_positions is not None:
+            length = max(1, min(length, target.max_positions - 2))
+        rng = np.random.default_rng(0)
+        ids = torch.from_numpy(rng.integers(0, target.vocabulary, length)).to(target.device)
+        cache = target.cache(length + 128)
+        for _ in target.prefill(cache, ids, 1):
+            pass
+
+        def forward(nodes: int) -> None:
+            tree = DraftTree(
+                tokens=rng.integers(0, target.vocabulary, nodes).astype(np.int32),
+                parents=np.array([-1] + [0] * (nodes - 1), np.int32),
+                depths=np.array([0] + [1] * (nodes - 1), np.int32),
+                probs=np.ones(nodes, np.float32),
+                path_probs=np.ones(nodes, np.float32),
+                sources=np.zeros(nodes, np.int64),
+            )
+            logits = target.verify_tree(cache, tree, length)
+            cache.drop()
+            if target.device.type == "cuda":
+                # As in the loop, where the copy of the logits is what waits for the pass.
+                self.reader.read(logits)
+
+        return forward
