@@ -74,10 +74,9 @@ class SuffixAutomaton:
 
     @property
     def match_length(self) -> int:
-        """Tokens of the longest suffix that also occurs earlier. The text's own end does not count."""
-        kernels = self._kernels
-        state = self._states[self._meta[kernels.LAST], kernels.LINK]
-        return int(self._states[state, kernels.LENGTH]) if state >= 0 else 0
+        """Tokens of the longest suffix that was followed by something earlier; the text's own end was not."""
+        state = self._kernels.matched_state(self._states, self._meta)
+        return int(self._states[state, self._kernels.LENGTH])
 
     def insert(self, tokens: TokenArray) -> None:
         """Appends `tokens`. O(1) amortised for each.

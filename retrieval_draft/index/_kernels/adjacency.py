@@ -211,16 +211,18 @@ def propose(
                     found += 1
         for place in range(found):
             prob = min(child_prob[place], 0.999)
-            if prob * path > needed and candidates < len(path_probs):
+            if prob * path <= needed or candidates == len(path_probs):
+                continue
+            path_probs[candidates] = prob * path
+            bucket = (path_bits[candidates] >> 50) - LOWEST
+            if bucket >= bucket_cut:  # the cut may have risen past it since `needed` was read
                 work_int[candidates, 0] = node
                 work_int[candidates, 1] = child_token[place]
                 work_int[candidates, 2] = child_order[place]
                 for back in range(ORDERS - 1):
                     work_int[candidates, 3 + back] = current[back + 1]
                 work_int[candidates, 2 + ORDERS] = child_token[place]
-                path_probs[candidates] = prob * path
                 work_float[1, candidates] = prob
-                bucket = (path_bits[candidates] >> 50) - LOWEST
                 histogram[bucket] += 1
                 above += 1
                 while above - histogram[bucket_cut] >= budget:

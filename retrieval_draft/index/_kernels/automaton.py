@@ -222,8 +222,9 @@ def insert(
         if edge >= 0:
             target = edges[edge, TARGET]
             if states[parent, LENGTH] + 1 != states[target, LENGTH]:
-                more_edges += states[target, DEGREE]
-                more_tabled += states[target, DEGREE]
+                # One more than it has now: it may lie on the way up itself and get an edge first.
+                more_edges += states[target, DEGREE] + 1
+                more_tabled += states[target, DEGREE] + 1
         meta[NEED_STATES] = meta[STATES] + 2
         meta[NEED_EDGES] = meta[EDGES] + more_edges
         meta[NEED_TABLE] = 2 * (meta[TABLED] + more_tabled)
@@ -261,3 +262,15 @@ def insert(
             parent = states[parent, LINK]
             steps += 1
     return len(tokens)
+
+
+@kernel
+def matched_state(states: NDArray[np.int32], meta: NDArray[np.int64]) -> int:
+    """The state of the longest suffix that was followed by something earlier; the root if none was.
+
+    The whole text's own state counts only if another text holds it, since nothing follows its end yet.
+    """
+    state = meta[LAST]
+    while state > 0 and states[state, FIRST_EDGE] < 0:
+        state = states[state, LINK]
+    return state

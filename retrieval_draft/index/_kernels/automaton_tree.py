@@ -9,13 +9,13 @@ from retrieval_draft.index._kernels.automaton import (
     COUNT,
     DEGREE,
     FIRST_EDGE,
-    LAST,
     LENGTH,
     LINK,
     NEXT,
     TAKEN,
     TARGET,
     TOKEN,
+    matched_state,
 )
 from retrieval_draft.index._kernels.heap import BUCKETS, LOWEST, THRESHOLDS, pop, push
 from retrieval_draft.index._kernels.jit import kernel
@@ -73,8 +73,8 @@ def propose(
     path_probs = work_float[0]
     path_bits = work_bits[0]
 
-    state = states[meta[LAST], LINK]
-    if state < 0 or budget <= 0:
+    state = matched_state(states, meta)
+    if budget <= 0:
         return 0
     length = states[state, LENGTH]
     nodes = 0
@@ -129,14 +129,16 @@ def propose(
             steps += 1
         for place in range(found):
             prob = min(child_prob[place], 0.999)
-            if prob * path > needed and candidates < len(path_probs):
+            if prob * path <= needed or candidates == len(path_probs):
+                continue
+            path_probs[candidates] = prob * path
+            bucket = (path_bits[candidates] >> 50) - LOWEST
+            if bucket >= bucket_cut:  # the cut may have risen past it since `needed` was read
                 work_int[candidates, 0] = node
                 work_int[candidates, 1] = child_token[place]
                 work_int[candidates, 2] = child_state[place]
                 work_int[candidates, 3] = child_length[place]
-                path_probs[candidates] = prob * path
                 work_float[1, candidates] = prob
-                bucket = (path_bits[candidates] >> 50) - LOWEST
                 histogram[bucket] += 1
                 above += 1
                 while above - histogram[bucket_cut] >= budget:
