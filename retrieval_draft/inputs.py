@@ -89,7 +89,8 @@ def _strip_row(ids: Any, mask: Any) -> TokenArray:
     if not (mask[start:] != 0).all():
         raise InvalidInputError(
             "attention_mask hides tokens behind the start of a prompt; only left padding is supported.",
-            'Set tokenizer.padding_side = "left".',
+            'Set tokenizer.padding_side = "left"; for a prompt that holds the pad token as text, pass '
+            "attention_mask=torch.ones_like(input_ids).",
         )
     return np.ascontiguousarray(ids[start:], np.int32)
 

@@ -61,5 +61,5 @@ def make(name: str, *, attention: str = "sdpa", seed: int = 0, **options: Any) -
     config = CONFIGS[name](**options)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     model.generation_config.eos_token_id = config.eos_token_id
-    model.generation_config.pad_token_id = 0
+    model.generation_config.pad_token_id = None
     return model.eval()

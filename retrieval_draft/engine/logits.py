@@ -86,7 +86,7 @@ class LogitReader:
 
     def __init__(self, k: int) -> None:
         self.k = k
-        self._scratch = torch.empty(0)
+        self._scratch = torch.empty((1, 0))
         self._host = torch.empty(0, dtype=torch.int32)
 
     def read(self, logits: Tensor, nodes: int | None = None) -> Predictions:
@@ -114,15 +114,20 @@ class LogitReader:
         )
 
     def _exp_sum(self, logits: Tensor, best: Tensor) -> Tensor:
-        """Sum over each row of exp(logit - best), float32, row by row on the CPU to stay in cache."""
+        """Sum over each row of exp(logit - best): float32, shape (n,)."""
         if logits.device.type != "cpu":
             return (logits.float() - best[:, None].float()).exp_().sum(-1)
-        if self._scratch.numel() != logits.shape[-1]:
-            self._scratch = torch.empty(logits.shape[-1])
+        from retrieval_draft.engine._kernels.softmax import exp_sums
+
         total = torch.empty(len(logits))
+        if logits.dtype == torch.float32:
+            exp_sums(logits.detach().numpy(), best.numpy(), total.numpy())
+            return total
+        if self._scratch.shape[-1] != logits.shape[-1]:
+            self._scratch = torch.empty((1, logits.shape[-1]))
         for row in range(len(logits)):
-            torch.sub(logits[row], best[row], out=self._scratch)
-            torch.sum(self._scratch.exp_(), 0, out=total[row])
+            self._scratch.copy_(logits[row])
+            exp_sums(self._scratch.numpy(), best[row : row + 1].float().numpy(), total[row:].numpy())
         return total
 
     def _down(self, packed: Tensor) -> Tensor:

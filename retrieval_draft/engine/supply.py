@@ -10,7 +10,7 @@ import torch
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.engine.decode import DecodeRequest
-from retrieval_draft.engine.drafting import Drafting
+from retrieval_draft.engine.drafting import Drafting, prompt_contexts
 from retrieval_draft.engine.guard import GuardedSource
 from retrieval_draft.engine.head_cost import HeadCost
 from retrieval_draft.engine.logits import LogitReader
@@ -18,7 +18,7 @@ from retrieval_draft.engine.stats import DraftStats
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.tree import DraftTree
 from retrieval_draft.index.locality import Locality
-from retrieval_draft.index.source import DraftSource, TokenArray
+from retrieval_draft.index.source import DraftSource, NodeLogits, TokenArray
 
 __all__ = ["DraftSupply", "make_sources"]
 
@@ -72,6 +72,7 @@ class DraftSupply:
         from retrieval_draft.engine.calibration import Calibration
         from retrieval_draft.engine.fusion import fuse
 
+        self._compile(fuse, Calibration())
         if self._config.prefill_logits == "auto":
             self._head = HeadCost.measure(self._target)
         if self._config.nodes is None:
@@ -112,6 +113,24 @@ class DraftSupply:
     def failures(self) -> int:
         """Calls in which a source raised so far."""
         return sum(source.failures for source in self._sources)
+
+    def _compile(self, fuse: Any, calibration: Any) -> None:
+        """Runs every kernel once, on sources that are thrown away, so that no request waits for numba."""
+        from retrieval_draft._progress import progress
+
+        prompt = np.arange(8, dtype=np.int32).repeat(2) % 4
+        wide = torch.zeros((2, 2 * self.reader.k + 8))
+        with progress("Compiling", None):
+            said = self.reader.read(wide)
+            drafts = Locality(make_sources(self._config)).open(prompt, ())
+            drafts.learn(NodeLogits(prompt_contexts(prompt, 2), said.top_tokens, said.top_probs))
+            for token in (0, 0, 1):
+                proposals = drafts.propose(self._max_nodes)
+                emitted = np.array([token], np.int32)
+                if proposals:
+                    calibration.observe(fuse(0, proposals, calibration, self._max_nodes), proposals, emitted)
+                drafts.observe(emitted)
+            drafts.close()
 
     def _measure(self) -> Any:
         from retrieval_draft._progress import progress
