@@ -70,7 +70,9 @@ def read_traces(paths: Sequence[Path]) -> Iterator[Trace]:
             raise InvalidInputError(f"Cannot read the trace {path}: {error}.") from error
 
 
-def _trace(record: dict[str, Any]) -> Trace:
+def _trace(record: Any) -> Trace:
+    if not isinstance(record, dict):
+        raise TypeError("not an object")
     top = record.get("top")
     return Trace(
         task=str(record.get("task", "all")),

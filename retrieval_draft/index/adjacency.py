@@ -8,6 +8,7 @@ blended when asked.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ class AdjacencyMatrix:
         self._probs = np.zeros((size, top_k), np.float32)
         self._doubt = np.array(DOUBT, np.float64)
         self._clock = 0
+        self._lock = Lock()  # the kernels run without the GIL, and a server drafts from several threads
 
     @property
     def nbytes(self) -> int:
@@ -63,19 +65,20 @@ class AdjacencyMatrix:
 
     def learn(self, logits: NodeLogits) -> None:
         """Averages the target's predictions into the rows of orders 1 to 4 of each context."""
-        self._clock += 1
-        self._kernels.learn(
-            self._keys,
-            self._used,
-            self._visits,
-            self._tokens,
-            self._probs,
-            np.array(logits.contexts, np.int32),
-            np.array(logits.top_tokens, np.int32),
-            np.array(logits.top_probs, np.float32),
-            VISITS,
-            self._clock,
-        )
+        with self._lock:
+            self._clock += 1
+            self._kernels.learn(
+                self._keys,
+                self._used,
+                self._visits,
+                self._tokens,
+                self._probs,
+                np.array(logits.contexts, np.int32),
+                np.array(logits.top_tokens, np.int32),
+                np.array(logits.top_probs, np.float32),
+                VISITS,
+                self._clock,
+            )
 
     def row(self, context: TokenArray) -> tuple[TokenArray, np.ndarray[Any, np.dtype[np.float32]], int]:
         """The row kept for exactly these tokens.
@@ -84,11 +87,11 @@ class AdjacencyMatrix:
             context: int32, shape (order,), 1 to 4 tokens.
 
         Returns:
-            Next tokens and probabilities, best first, and how often the row was observed; empty and 0 if unknown.
+            Next tokens and probabilities, best first, and observations in the row; empty and 0 if unknown.
         """
         padded = np.full(CONTEXT, -1, np.int32)
         padded[CONTEXT - len(context) :] = context
-        row = self._kernels.find_row(self._keys, self._kernels.key_of(padded, len(context)))
+        row = self._kernels.find_context(self._keys, padded, len(context))
         if row == self._kernels.NO_ROW:
             return np.empty(0, np.int32), np.empty(0, np.float32), 0
         size = int(np.count_nonzero(self._tokens[row] >= 0))
@@ -107,23 +110,24 @@ class AdjacencyMatrix:
         parents = np.empty(budget, np.int32)
         probs = np.empty(budget, np.float32)
         lengths = np.empty(budget, np.int32)
-        size = self._kernels.propose(
-            self._keys,
-            self._visits,
-            self._tokens,
-            self._probs,
-            self._doubt,
-            tail,
-            budget,
-            workspace.ints,
-            workspace.floats,
-            workspace.bits,
-            workspace.heap,
-            tokens,
-            parents,
-            probs,
-            lengths,
-        )
+        with self._lock:
+            size = self._kernels.propose(
+                self._keys,
+                self._visits,
+                self._tokens,
+                self._probs,
+                self._doubt,
+                tail,
+                budget,
+                workspace.ints,
+                workspace.floats,
+                workspace.bits,
+                workspace.heap,
+                tokens,
+                parents,
+                probs,
+                lengths,
+            )
         return Proposal(tokens[:size], parents[:size], probs[:size], lengths[:size], "adjacency", "request")
 
     def workspace(self) -> Workspace:

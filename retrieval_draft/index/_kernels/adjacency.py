@@ -46,6 +46,12 @@ def find_row(keys: NDArray[np.uint64], key: np.uint64) -> int:
 
 
 @kernel
+def find_context(keys: NDArray[np.uint64], context: NDArray[np.int32], order: int) -> int:
+    """The row of the last `order` tokens of `context`, or NO_ROW."""
+    return find_row(keys, key_of(context, order))
+
+
+@kernel
 def take_row(
     keys: NDArray[np.uint64], used: NDArray[np.int64], visits: NDArray[np.int32], key: np.uint64
 ) -> int:

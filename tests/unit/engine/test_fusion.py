@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retrieval_draft.engine.calibration import Calibration
+from retrieval_draft.engine.fusion import fuse
+from retrieval_draft.index.source import Proposal
+
+
+def proposal(tokens: list[int], parents: list[int], probs: list[float], source: str = "a") -> Proposal:
+    size = len(tokens)
+    return Proposal(
+        np.array(tokens, np.int32),
+        np.array(parents, np.int32),
+        np.array(probs, np.float32),
+        np.ones(size, np.int32),
+        source,
+        "request",
+    )
+
+
+def test_docstring_example() -> None:
+    tree = fuse(
+        8,
+        [proposal([9, 4], [-1, 0], [0.8, 0.5]), proposal([9, 3], [-1, -1], [0.5, 0.1], "b")],
+        Calibration(),
+        10,
+    )
+    assert tree.tokens.tolist() == [8, 9, 4, 3]
+    assert tree.parents.tolist() == [-1, 0, 1, 0]
+    assert tree.depths.tolist() == [0, 1, 2, 1]
+    assert tree.sources.tolist() == [0, 3, 1, 2]
+    np.testing.assert_allclose(tree.path_probs, [1, 0.9, 0.45, 0.1], rtol=1e-5)
+
+
+def test_no_proposals_and_no_budget_give_the_root() -> None:
+    assert len(fuse(5, [], Calibration(), 10)) == 1
+    assert len(fuse(5, [proposal([1], [-1], [0.5])], Calibration(), 0)) == 1
+
+
+def test_the_same_word_from_two_sources_is_one_path() -> None:
+    one = proposal([1, 2, 3], [-1, 0, 1], [0.5, 0.5, 0.5])
+    tree = fuse(0, [one, one], Calibration(), 10)
+    assert tree.tokens.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("prob", [1.0, 0.999, 1e-7, 1e-30])
+def test_ties_and_underflow_stay_prefix_closed(prob: float) -> None:
+    size = 200
+    parents = [-1] + [i // 2 for i in range(size - 1)]
+    tokens = list(range(size))
+    for budget in (1, 7, 64, 200):
+        tree = fuse(0, [proposal(tokens, parents, [prob] * size)], Calibration(), budget)
+        assert len(tree) == budget + 1
+        assert np.all(tree.parents[1:] < np.arange(1, budget + 1))
+        assert np.all(np.diff(tree.path_probs) <= 0)
+
+
+TREES = st.lists(st.tuples(st.integers(-1, 30), st.integers(0, 5), st.floats(0.01, 1.0)), max_size=40)
+
+
+def as_proposal(items: list[tuple[int, int, float]], source: str) -> Proposal:
+    tokens: list[int] = []
+    parents: list[int] = []
+    probs: list[float] = []
+    seen: set[tuple[int, int]] = set()
+    for parent, token, prob in items:
+        above = min(parent, len(tokens) - 1)
+        if (above, token) not in seen:
+            seen.add((above, token))
+            tokens.append(token)
+            parents.append(above)
+            probs.append(prob)
+    return proposal(tokens, parents, probs, source)
+
+
+def naive(proposals: list[Proposal]) -> dict[tuple[int, ...], float]:
+    """Path to path probability of the whole union."""
+    edge: dict[tuple[int, ...], float] = {}
+    for given_tree in proposals:
+        paths: list[tuple[int, ...]] = []
+        for token, parent, prob in zip(
+            given_tree.tokens.tolist(), given_tree.parents.tolist(), given_tree.probs.tolist(), strict=True
+        ):
+            path = (*(paths[parent] if parent >= 0 else ()), token)
+            paths.append(path)
+            edge[path] = 1 - (1 - edge.get(path, 0.0)) * (1 - prob)
+    out: dict[tuple[int, ...], float] = {}
+    for path in sorted(edge, key=len):
+        out[path] = out.get(path[:-1], 1.0) * min(max(edge[path], 1e-6), 0.999)
+    return out
+
+
+@given(TREES, TREES, st.integers(1, 50))
+@settings(max_examples=200, deadline=None)
+def test_the_tree_is_the_best_prefix_closed_set(
+    first: list[tuple[int, int, float]], second: list[tuple[int, int, float]], budget: int
+) -> None:
+    proposals = [as_proposal(first, "a"), as_proposal(second, "b")]
+    expected = naive(proposals)
+    tree = fuse(99, proposals, Calibration(), budget)
+    paths: list[tuple[int, ...]] = [()]
+    for node in range(1, len(tree)):
+        paths.append((*paths[tree.parents[node]], int(tree.tokens[node])))
+        assert tree.depths[node] == len(paths[-1])
+        np.testing.assert_allclose(tree.path_probs[node], expected[paths[-1]], rtol=1e-4)
+    assert len(set(paths)) == len(paths)
+    assert len(tree) == min(budget, len(expected)) + 1
+    best = sorted(expected.values(), reverse=True)[: len(tree) - 1]
+    np.testing.assert_allclose(sorted(tree.path_probs[1:].tolist(), reverse=True), best, rtol=1e-4)
