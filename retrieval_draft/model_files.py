@@ -56,7 +56,9 @@ def load_model(
     if str(device) == "auto":
         options["device_map"] = "auto"
     with quiet_transformers(), _explained(name):
-        model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+        # With output_loading_info it returns a pair, which its types do not say.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         # transformers fills them with random numbers and goes on.

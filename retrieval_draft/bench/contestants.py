@@ -1,0 +1,118 @@
+"""The decoding methods that `bench live` lets run against each other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from retrieval_draft.bench.forward_passes import ForwardPasses
+from retrieval_draft.config import METHODS, DraftConfig
+from retrieval_draft.drafter import RetrievalDrafter
+from retrieval_draft.errors import UnknownMethodError
+
+__all__ = ["LOOKUP_TOKENS", "STOCK", "STOCK_LOOKUP", "Contestant", "Run", "make_contestant"]
+
+STOCK = "stock"
+STOCK_LOOKUP = "stock-pld"
+LOOKUP_TOKENS = 10
+"""``prompt_lookup_num_tokens`` of the prompt lookup that we compare with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One prompt decoded by one method.
+
+    Attributes:
+        tokens: The reply, ended by eos or by the limit.
+        seconds: From the call to its return, prefill included.
+        steps: Forward passes after the prefill.
+        nodes: Draft tokens verified in them.
+    """
+
+    tokens: list[int]
+    seconds: float
+    steps: int
+    nodes: int
+
+
+class Contestant(Protocol):
+    """A way to decode greedily."""
+
+    name: str
+
+    def generate(self, ids: Sequence[int], max_new_tokens: int) -> Run:
+        """Decodes one prompt."""
+        ...
+
+
+def make_contestant(name: str, model: Any, tokenizer: Any, nodes: int | None) -> Contestant:
+    """``stock`` is `model.generate`, ``stock-pld`` its prompt lookup, all else a drafting method.
+
+    Raises:
+        UnknownMethodError: None of these.
+    """
+    if name == STOCK:
+        return _Stock(name, model, {})
+    if name == STOCK_LOOKUP:
+        return _Stock(name, model, {"prompt_lookup_num_tokens": LOOKUP_TOKENS})
+    if name not in METHODS:
+        known = ", ".join((STOCK, STOCK_LOOKUP, *METHODS))
+        raise UnknownMethodError(f"Unknown method {name!r}.", f"Choose from: {known}.")
+    return _Drafted(name, model, tokenizer, nodes)
+
+
+class _Stock:
+    def __init__(self, name: str, model: Any, options: dict[str, Any]) -> None:
+        self.name = name
+        self._model = model
+        self._options = options
+
+    def generate(self, ids: Sequence[int], max_new_tokens: int) -> Run:
+        def call(inputs: dict[str, Any]) -> Any:
+            return self._model.generate(**inputs, **self._options)
+
+        # One hook of a few microseconds a pass: nothing beside a forward pass of any model.
+        with ForwardPasses(self._model) as count:
+            tokens, seconds = _timed(self._model, call, ids, max_new_tokens)
+        steps = count.passes - 1
+        return Run(tokens, seconds, steps, count.fed - steps)
+
+
+class _Drafted:
+    def __init__(self, name: str, model: Any, tokenizer: Any, nodes: int | None) -> None:
+        self.name = name
+        self._model = model
+        self._drafter = RetrievalDrafter.for_model(
+            model, tokenizer, config=DraftConfig(method=name, nodes=nodes), method=name
+        )
+        self._drafter.warm_up()
+
+    def generate(self, ids: Sequence[int], max_new_tokens: int) -> Run:
+        def call(inputs: dict[str, Any]) -> Any:
+            return self._drafter.generate(**inputs)
+
+        tokens, seconds = _timed(self._model, call, ids, max_new_tokens)
+        stats = self._drafter.last_stats
+        assert stats is not None
+        return Run(tokens, seconds, stats.steps, stats.drafted)
+
+
+def _timed(model: Any, call: Any, ids: Sequence[int], max_new_tokens: int) -> tuple[list[int], float]:
+    device = model.get_input_embeddings().weight.device
+    input_ids = torch.tensor([list(ids)], device=device)
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+    }
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    out = call(inputs)
+    tokens = out[0, input_ids.shape[1] :].tolist()
+    return tokens, time.perf_counter() - begin

@@ -1,0 +1,22 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+__all__ = ["Device", "Dtype", "Json", "Model", "Nodes"]
+
+Model = Annotated[
+    str, typer.Option("--model", help="A folder, a hub name, or gemma3-270m.", show_default=False)
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, ... or auto. CUDA where there is one, by default.")
+]
+Nodes = Annotated[
+    int | None,
+    typer.Option("--nodes", min=0, help="Draft nodes of every step. By default the measured cost decides."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

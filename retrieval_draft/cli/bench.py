@@ -1,0 +1,151 @@
+"""``retrieval-draft bench``: the measurements behind every number of the README."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from retrieval_draft.cli._common import Device, Dtype, Json, Model, Nodes
+from retrieval_draft.cli._output import print_json, print_table
+from retrieval_draft.errors import InvalidInputError
+
+__all__ = ["app", "print_live"]
+
+DIFFERENT = 3
+
+app = typer.Typer(help="Measure.", pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.callback(invoke_without_command=True)
+def _help(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command("live")
+def live(
+    model: Model,
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--prompts", help="JSON lines with prompt or turns; may be repeated.", show_default=False
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each reply at most.")] = 96,
+    methods: Annotated[
+        str, typer.Option(help="stock, stock-pld (prompt lookup) and drafting methods, by commas.")
+    ] = "stock,stock-pld,none,calibrated",
+    nodes: Nodes = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="So many prompts, taken in turn from every task.")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Only these tasks, by commas.", show_default=False)] = "",
+    random_ids: Annotated[
+        int | None, typer.Option(min=1, help="So many prompts of random ids instead of files.")
+    ] = None,
+    prompt_length: Annotated[int, typer.Option(min=1, help="Ids in each random prompt.")] = 256,
+    seed: Annotated[int, typer.Option(help="Draws which prompts, and random ids.")] = 0,
+    record: Annotated[
+        Path | None, typer.Option(help="Write stock's replies as a trace (.jsonl.gz).", show_default=False)
+    ] = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the JSON object to a file as well.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Compare decoding methods on a model: speed, tokens per step, and whether the text is the same."""
+    if not prompts and random_ids is None:
+        raise typer.BadParameter("name a file, or use --random-ids", param_hint="--prompts")
+    from retrieval_draft.bench.live import live as run
+    from retrieval_draft.bench.prompts import random_prompts, read_prompts, spread
+    from retrieval_draft.model_files import load_model
+
+    names = _split(methods)
+    chosen = [] if random_ids is not None else spread(read_prompts(prompts or []), limit, _split(tasks), seed)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    if random_ids is not None:
+        chosen = random_prompts(random_ids, prompt_length, len(tokenizer), tokenizer.all_special_ids, seed)
+    result = run(
+        loaded, tokenizer, chosen, max_new_tokens=max_new_tokens, methods=names, nodes=nodes, record=record
+    )
+    result["model"] = model
+    _finish(result, out)
+    if json:
+        print_json(result)
+    else:
+        print_live(result)
+    if any(entry["different"] for entry in result["methods"].values()):
+        raise typer.Exit(DIFFERENT)
+
+
+@app.command("replay")
+def replay(
+    traces: Annotated[list[Path], typer.Argument(help="Trace files.", show_default=False)],
+    nodes: Annotated[int, typer.Option(min=0, help="Draft nodes of every step.")] = 60,
+    sources: Annotated[str, typer.Option(help="Only these sources, by commas.", show_default=False)] = "",
+    history: Annotated[
+        bool, typer.Option("--history/--no-history", help="Keep what earlier requests taught.")
+    ] = True,
+    method: Annotated[str, typer.Option(help="How to draft.")] = "calibrated",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the JSON object to a file as well.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Replay recorded replies without a model: how many tokens each step would have yielded."""
+    from retrieval_draft.bench.replay import replay as run
+
+    result = run(
+        traces, nodes=nodes, sources=_split(sources) or None, history=history, method=method, limit=limit
+    )
+    _finish(result, out)
+    if json:
+        print_json(result)
+        return
+    rows = [(task, f"{value:.3f}") for task, value in sorted(result["by_task"].items())]
+    print_table("", ("task", "tokens per step"), [*rows, ("all", f"{result['tokens_per_step']:.3f}")])
+    for name in ("draft", "observe"):
+        times = result[f"{name}_us"]
+        print(f"{name}: p50 {times['p50']:.0f} us, p99 {times['p99']:.0f} us")
+
+
+def print_live(result: dict[str, Any]) -> None:
+    """Prints what `bench live` found as a table."""
+    rows = []
+    for name, entry in result["methods"].items():
+        ratio = entry["ratio_to_stock"]
+        equal = entry["equal_to_stock"]
+        rows.append(
+            (
+                name,
+                f"{entry['tokens_per_second']:.1f}",
+                f"{entry['tokens_per_step']:.2f}",
+                f"{entry['nodes_per_step']:.1f}",
+                "" if ratio is None else f"{ratio['median']:.2f} ({ratio['p10']:.2f}..{ratio['p90']:.2f})",
+                "" if equal is None else f"{equal} + {entry['near_ties']} ties of {result['prompts']}",
+            )
+        )
+    columns = ("method", "tokens/s", "tokens/step", "nodes/step", "ratio to stock (p10..p90)", "same text")
+    title = f"{result['model']}, {result['device']}, {result['dtype']}, greedy, {result['prompts']} prompts"
+    print_table(title, columns, rows)
+
+
+def _split(words: str) -> list[str]:
+    return [word.strip() for word in words.split(",") if word.strip()]
+
+
+def _finish(result: dict[str, Any], out: Path | None) -> None:
+    if out is None:
+        return
+    part = out.with_name(out.name + ".part")
+    try:
+        part.write_text(json_module.dumps(result, indent=2) + "\n", encoding="utf-8")
+        part.replace(out)
+    except OSError as error:
+        raise InvalidInputError(f"Cannot write {out}: {error}.") from error

@@ -1,0 +1,87 @@
+"""``retrieval-draft demo``: accepted drafts in colour, then the three methods in a table."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from retrieval_draft.cli._common import Device, Json, Nodes
+from retrieval_draft.cli._output import paint, print_json, wants_color
+from retrieval_draft.cli.bench import print_live
+from retrieval_draft.cli.generate import print_piece
+
+__all__ = ["demo"]
+
+_PROMPTS = {
+    "code": (
+        "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n"
+        "        self.items.append(item)\n\n\nclass Queue:\n    def __init__(self):\n"
+        "        self.items = []\n\n    def push(self, item):\n"
+    ),
+    "quoting": (
+        "The committee met on Tuesday. It decided to extend the opening hours of the town library until nine "
+        "in the evening, to hire two more librarians, and to repair the reading room before winter.\n\n"
+        "Minutes of the meeting, word for word:\nThe committee met on Tuesday. It decided"
+    ),
+    "list": "Numbers and their squares:\n1 squared is 1\n2 squared is 4\n3 squared is 9\n4 squared is 16\n",
+    "prose": "The lighthouse keeper had not spoken to anyone for eleven days, and when the boat came he",
+    "translation": (
+        "English: Good morning, how are you?\nFrench: Bonjour, comment allez-vous ?\n"
+        "English: Where is the train station?\nFrench: Où est la gare ?\nEnglish: I would like a coffee.\n"
+        "French:"
+    ),
+}
+
+
+def demo(
+    model: Annotated[
+        str, typer.Option("--model", help="A folder, a hub name, or gemma3-270m.")
+    ] = "gemma3-270m",
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens for each prompt.")] = 64,
+    nodes: Nodes = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Generate for prompts of different kinds, and compare with plain greedy decoding and prompt lookup."""
+    from retrieval_draft.bench.forward_passes import ForwardPasses
+    from retrieval_draft.bench.live import live
+    from retrieval_draft.bench.prompts import Prompt
+    from retrieval_draft.cli._draft_streamer import DraftStreamer
+    from retrieval_draft.config import DraftConfig
+    from retrieval_draft.drafter import RetrievalDrafter
+    from retrieval_draft.model_files import load_model
+
+    loaded, tokenizer = load_model(model, device=device)
+    if not json:
+        drafter = RetrievalDrafter.for_model(loaded, tokenizer, config=DraftConfig(nodes=nodes))
+        drafter.warm_up()
+        shown = paint("in colour") if wants_color(sys.stdout) else "in [brackets]"
+        print(f"Accepted draft tokens stand {shown}.")
+        for task, text in _PROMPTS.items():
+            print(f"\n--- {task}\n{text}", end="")
+            streamer = DraftStreamer(tokenizer, print_piece)
+            inputs = tokenizer(text, return_tensors="pt").to(loaded.get_input_embeddings().weight.device)
+            with ForwardPasses(loaded, before=streamer.step):
+                drafter.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+            stats = drafter.last_stats
+            assert stats is not None
+            print(f"\n    {stats.tokens} tokens, {stats.tokens_per_step:.2f} tokens per step", flush=True)
+        print("\nThe same prompts, three ways:")
+    prompts = [Prompt(task, task, text) for task, text in _PROMPTS.items()]
+    result = live(
+        loaded,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        methods=("stock", "stock-pld", "calibrated"),
+        nodes=nodes,
+    )
+    result["model"] = model
+    if json:
+        print_json(result)
+        return
+    names = {"stock": "plain greedy", "stock-pld": "prompt lookup", "calibrated": "retrieval_draft"}
+    result["methods"] = {names[name]: entry for name, entry in result["methods"].items()}
+    print_live(result)

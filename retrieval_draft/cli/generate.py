@@ -1,0 +1,132 @@
+"""``retrieval-draft generate``: text from a prompt, as it comes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from retrieval_draft.cli._common import Device, Dtype, Json, Model, Nodes
+from retrieval_draft.cli._output import paint, print_json, print_table, wants_color
+from retrieval_draft.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from retrieval_draft.engine.stats import DraftStats
+
+__all__ = ["generate", "print_piece"]
+
+
+def generate(
+    prompt: Annotated[
+        str, typer.Argument(help="The prompt, or - to read it from stdin.", show_default=False)
+    ],
+    model: Model,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
+    method: Annotated[str, typer.Option(help="How to draft: calibrated, or none for plain decoding.")] = (
+        "calibrated"
+    ),
+    nodes: Nodes = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+    ] = False,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Print what drafting did, on stderr.")] = False,
+    show_drafts: Annotated[
+        bool,
+        typer.Option("--show-drafts", help="Show accepted drafts in colour; in [ ] where there is none."),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Generate text, streamed to stdout."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise InvalidInputError("The prompt is empty.", "Give some text, or - and text on stdin.")
+    from retrieval_draft.bench.forward_passes import ForwardPasses
+    from retrieval_draft.cli._draft_streamer import DraftStreamer
+    from retrieval_draft.config import DraftConfig
+    from retrieval_draft.drafter import RetrievalDrafter
+    from retrieval_draft.model_files import load_model
+
+    config = DraftConfig(method=method, nodes=nodes)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    drafter = RetrievalDrafter.for_model(loaded, tokenizer, method=method, config=config)
+    drafter.warm_up()
+    inputs = encode(tokenizer, text, chat).to(loaded.get_input_embeddings().weight.device)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling |= {"temperature": temperature, "top_p": top_p}
+    streamer = DraftStreamer(tokenizer, None if json else lambda piece, drafted: print_piece(
+        piece, drafted and show_drafts
+    ))  # fmt: skip
+    begin = time.perf_counter()
+    with ForwardPasses(loaded, before=streamer.step):
+        drafter.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, seed=seed, **sampling)
+    seconds = time.perf_counter() - begin
+    done = drafter.last_stats
+    assert done is not None
+    if json:
+        print_json(
+            {
+                "text": streamer.text,
+                "tokens": streamer.tokens,
+                "from_draft": streamer.drafted,
+                "tokens_per_second": len(streamer.tokens) / seconds,
+                "tokens_per_step": done.tokens_per_step,
+                "seconds": seconds,
+                "stats": done.as_dict(),
+                "model": model,
+                "method": method,
+                "device": str(inputs["input_ids"].device),
+                "dtype": str(loaded.dtype).removeprefix("torch."),
+            }
+        )
+    else:
+        print()
+    if stats:
+        _print_stats(done, seconds)
+
+
+def encode(tokenizer: Any, text: str, chat: bool) -> Any:
+    """The prompt as model inputs, in the chat template when wanted.
+
+    Raises:
+        InvalidInputError: There is no chat template.
+    """
+    if not chat:
+        return tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    if not tokenizer.chat_template:
+        raise InvalidInputError("This model's tokenizer has no chat template.", "Leave --chat out.")
+    message = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(
+        message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+
+
+def print_piece(piece: str, drafted: bool) -> None:
+    """Prints generated text at once, accepted drafts in colour or in brackets."""
+    if drafted:
+        piece = paint(piece) if wants_color(sys.stdout) else f"[{piece}]"
+    print(piece, end="", flush=True)
+
+
+def _print_stats(stats: DraftStats, seconds: float) -> None:
+    parts = ("prefill", "draft", "forward", "accept", "commit", "learn")
+    rows = [
+        ("prompt tokens", f"{stats.prompt_tokens}"),
+        ("new tokens", f"{stats.tokens}"),
+        ("steps", f"{stats.steps}"),
+        ("tokens per step", f"{stats.tokens_per_step:.2f}"),
+        ("draft nodes per step", f"{stats.drafted / max(stats.steps, 1):.1f}"),
+        ("accepted drafts", f"{stats.accepted}"),
+        *((f"  by {name}", f"{count}") for name, count in sorted(stats.accepted_by_source.items())),
+        ("seconds", f"{seconds:.2f}"),
+        *((f"  {part}", f"{getattr(stats, part + '_seconds'):.3f}") for part in parts),
+        ("tokens a second", f"{stats.tokens / seconds:.1f}"),
+    ]
+    print_table("", ("drafting", ""), rows, sys.stderr)
