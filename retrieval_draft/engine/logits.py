@@ -99,19 +99,24 @@ class LogitReader:
         if nodes is not None:
             logits = logits[:nodes]
         k = min(self.k, logits.shape[-1])
-        best, index, values, indices = top_k(logits, k)
-        columns = [index[:, None].int(), best.isnan()[:, None].int()]
-        if k:
-            total = self._exp_sum(logits, best)
-            probs = (values.float() - best[:, None].float()).exp_() / total[:, None]
-            columns += [indices.int(), probs.view(torch.int32)]
-        packed = self._down(torch.cat(columns, -1)).numpy()
+        packed = self._down(self.pack(logits)).numpy()
         return Predictions(
             next_tokens=packed[:, 0],
             finite=packed[:, 1] == 0,
             top_tokens=packed[:, 2 : 2 + k],
             top_probs=packed[:, 2 + k :].view(np.float32),
         )
+
+    def pack(self, logits: Tensor) -> Tensor:
+        """Argmax, NaN flag, top ids and top probabilities by row: int32, shape (n, 2 + 2k), on the device."""
+        k = min(self.k, logits.shape[-1])
+        best, index, values, indices = top_k(logits, k)
+        columns = [index[:, None].int(), best.isnan()[:, None].int()]
+        if k:
+            total = self._exp_sum(logits, best)
+            probs = (values.float() - best[:, None].float()).exp_() / total[:, None]
+            columns += [indices.int(), probs.view(torch.int32)]
+        return torch.cat(columns, -1)
 
     def _exp_sum(self, logits: Tensor, best: Tensor) -> Tensor:
         """Sum over each row of exp(logit - best): float32, shape (n,)."""

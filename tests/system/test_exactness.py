@@ -75,7 +75,8 @@ def test_long_text_beyond_many_windows_stays_equal_and_memory_bounded(name: str)
     out = drafter.generate(prompt, max_new_tokens=440, do_sample=False, return_dict_in_generate=True)
     assert near_ties(model, out.sequences, stock) == 0
     sliding = [layer for layer in out.past_key_values.layers if layer.is_sliding]
-    assert sliding and all(layer.capacity < 400 for layer in sliding)
+    assert sliding
+    assert all(layer.capacity < 400 for layer in sliding)
 
 
 @pytest.mark.parametrize("chunk", [5, 16, 64])

@@ -16,7 +16,6 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     StoppingCriteria,
-    StoppingCriteriaList,
     TextIteratorStreamer,
 )
 

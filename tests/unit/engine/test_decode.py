@@ -1,0 +1,89 @@
+"""The loop's own parts: text, usable nodes, contexts, prompt rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from retrieval_draft.engine.decode import DecodeRequest, decode
+from retrieval_draft.engine.drafting import _usable, prompt_contexts
+from retrieval_draft.engine.head_cost import HeadCost
+from retrieval_draft.engine.logits import LogitReader
+from retrieval_draft.engine.stats import DraftStats
+from retrieval_draft.engine.target import Target
+from retrieval_draft.engine.transcript import Transcript
+from tests.models import make
+from tests.unit.engine.test_attention import tree_of
+
+
+def test_transcript_grows_and_keeps_padding_in_ids_only() -> None:
+    text = Transcript(np.array([5, 6], np.int32), torch.tensor([[0, 0, 5, 6]]), 2)
+    for token in range(10):
+        text.append(token)
+    assert text.tokens.tolist() == [5, 6, *range(10)]
+    assert text.reply.tolist() == list(range(10))
+    assert text.ids.tolist() == [[0, 0, 5, 6, *range(10)]]
+    assert Transcript(np.array([5], np.int32), None, 4).ids is None
+
+
+def test_nodes_too_deep_or_unknown_are_left_out_with_what_hangs_below() -> None:
+    tree = tree_of([8, 9, 70, 3, 5, 6], [-1, 0, 0, 2, 1, 4])
+    kept = _usable(tree, deepest=2, vocabulary=50)
+    assert kept.tokens.tolist() == [8, 9, 5]
+    assert kept.parents.tolist() == [-1, 0, 1]
+    assert _usable(tree, deepest=0, vocabulary=99).tokens.tolist() == [8]
+    assert _usable(tree, deepest=9, vocabulary=99) is tree
+
+
+def test_prompt_contexts() -> None:
+    assert prompt_contexts(np.array([5, 6, 7], np.int32), 2).tolist() == [[-1, -1, 5, 6], [-1, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("rows", [1, 5, 30])
+@pytest.mark.parametrize("chunk", [None, 1, 7, 64])
+def test_prefill_yields_the_last_rows_in_order(
+    rows: int, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make("gemma3")
+    target = Target(model)
+    ids = torch.arange(30) % 9
+    with torch.no_grad():
+        expected = model(ids[None]).logits[0, -rows:]
+        for limit in (1, 1 << 30):
+            monkeypatch.setattr("retrieval_draft.engine.target._LOGIT_BYTES", limit)
+            parts = list(target.prefill(target.cache(64), ids, rows, chunk))
+            assert all(len(part) <= (16 if limit == 1 else 30) for part in parts)
+            torch.testing.assert_close(torch.cat(parts), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_head_cost_bounds_the_rows() -> None:
+    cost = HeadCost(row=1.0, step=10.0)
+    assert cost.rows_worth(100, 1000) == 40
+    assert cost.rows_worth(100, 7) == 7
+    assert cost.rows_worth(1, 1000) == 1
+    measured = HeadCost.measure(Target(make("llama")))
+    assert measured.row > 0
+    assert measured.step > 0
+
+
+def test_stats_add_up() -> None:
+    total, one = DraftStats(), DraftStats(requests=1, tokens=9, steps=4)
+    one.accepted_by_source["a"] = 3
+    one.nodes[8] = 4
+    total.add(one)
+    total.add(one)
+    assert (total.tokens, total.tokens_per_step) == (18, 2.0)
+    assert total.accepted_by_source == {"a": 6}
+    assert total.as_dict()["nodes"] == {8: 8}
+
+
+def test_plain_decoding_needs_no_drafting() -> None:
+    model = make("gpt2")
+    prompt = torch.tensor([[1, 2, 3]])
+    stock = model.generate(prompt, max_new_tokens=12, do_sample=False)
+    request = DecodeRequest(np.array([1, 2, 3], np.int32), max_length=15)
+    with torch.no_grad():
+        text, cache = decode(Target(model), request, LogitReader(0), DraftStats())
+    assert text.tokens.tolist() == stock[0].tolist()
+    assert cache.get_seq_length() == 14
