@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 __all__ = ["DraftStats"]
@@ -70,8 +70,10 @@ class DraftStats:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types for JSON, with the two ratios."""
+        counts = {part.name: getattr(self, part.name) for part in fields(self)}
         return {
-            **asdict(self),
+            # asdict() would count the items of a Counter instead of copying it.
+            **{name: dict(value) if isinstance(value, Counter) else value for name, value in counts.items()},
             "tokens_per_step": self.tokens_per_step,
             "acceptance_rate": self.acceptance_rate,
         }
