@@ -1,0 +1,224 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import retrieval_draft
+from retrieval_draft.cli import generate as generate_module
+from retrieval_draft.cli import main
+from retrieval_draft.model_files import load_model
+from tests.tiny import TEXT, save_tiny
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    def run(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as done:
+            main(words)
+        out, err = capsys.readouterr()
+        return int(done.value.code or 0), out, err
+
+    return run
+
+
+def plain(tiny: str, tokens: int) -> list[int]:
+    model, tokenizer = load_model(tiny, device="cpu")
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    return list(model.generate(ids, max_new_tokens=tokens, do_sample=False)[0, ids.shape[1] :].tolist())
+
+
+def test_no_arguments_print_help(command: Command) -> None:
+    code, out, _ = command()
+    assert code == 0
+    assert "generate" in out
+    assert "bench" in out
+    code, out, _ = command("bench")
+    assert code == 0
+    assert "replay" in out
+
+
+def test_version(command: Command) -> None:
+    assert command("--version")[:2] == (0, retrieval_draft.__version__ + "\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate"],
+        ["no-such-command"],
+        ["generate", "x", "--model", "m", "--nodes", "-1"],
+        ["generate", "x", "--model", "m", "--no-such-option"],
+        ["bench", "live", "--model", "m"],
+    ],
+)
+def test_wrong_usage_exits_with_2(command: Command, words: list[str]) -> None:
+    code, out, err = command(*words)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert "\nhint:  " in err
+    assert "Traceback" not in err
+
+
+def test_absent_model_is_an_error_with_a_hint(command: Command) -> None:
+    code, _, err = command("generate", "x", "--model", "./no-such-folder")
+    assert code == 1
+    assert err.splitlines()[0].startswith("error: No model folder './no-such-folder'")
+    assert err.splitlines()[1].startswith("hint:  ")
+
+
+def test_debug_shows_the_traceback() -> None:
+    from retrieval_draft.errors import ModelFileError
+
+    with pytest.raises(ModelFileError):
+        main(["generate", "x", "--model", "./no-such-folder", "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["generate", ""], "empty"), (["generate", "x", "--method", "magic"], "magic")],
+)
+def test_bad_input_is_refused_before_the_model_loads(
+    command: Command, words: list[str], message: str
+) -> None:
+    code, _, err = command(*words, "--model", "./no-such-folder")
+    assert code == 1
+    assert message in err
+
+
+def test_generate_prints_what_the_model_says(command: Command, tiny: str) -> None:
+    code, out, _ = command("generate", TEXT, "--model", tiny, "--max-new-tokens", "40")
+    _, tokenizer = load_model(tiny, device="cpu")
+    assert code == 0
+    assert out == tokenizer.decode(plain(tiny, 40), skip_special_tokens=True) + "\n"
+
+
+def test_generate_json_is_one_object(command: Command, tiny: str) -> None:
+    code, out, _ = command(
+        "generate", TEXT, "--model", tiny, "--max-new-tokens", "40", "--nodes", "8", "--json"
+    )
+    found = json.loads(out)
+    assert code == 0
+    assert found["tokens"] == plain(tiny, 40)
+    assert len(found["from_draft"]) == 40
+    assert sum(found["from_draft"]) == found["stats"]["accepted"]
+    assert found["tokens_per_step"] == 39 / found["stats"]["steps"]
+
+
+def test_generate_reads_stdin(command: Command, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO(TEXT))
+    _, out, _ = command("generate", "-", "--model", tiny, "--max-new-tokens", "5", "--json")
+    assert json.loads(out)["tokens"] == plain(tiny, 5)
+
+
+def test_the_same_seed_gives_the_same_text_with_and_without_drafts(command: Command, tiny: str) -> None:
+    def sample(*words: str) -> Any:
+        options = ("--temperature", "0.9", "--top-p", "0.95", "--max-new-tokens", "30", "--json")
+        return json.loads(command("generate", TEXT, "--model", tiny, *options, *words)[1])["tokens"]
+
+    drafted = sample("--seed", "7", "--nodes", "8")
+    assert drafted == sample("--seed", "7", "--method", "none")
+    assert drafted != sample("--seed", "8", "--nodes", "8")
+
+
+def test_stats_go_to_stderr(command: Command, tiny: str) -> None:
+    _, out, err = command("generate", TEXT, "--model", tiny, "--max-new-tokens", "5", "--stats")
+    assert "tokens per step" in err
+    assert "tokens per step" not in out
+
+
+def test_drafts_are_shown_in_colour_or_brackets(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    generate_module.print_piece("a\nb", True)
+    generate_module.print_piece("c", False)
+    assert capsys.readouterr().out == "\x1b[1;32ma\x1b[0m\n\x1b[1;32mb\x1b[0mc"
+    monkeypatch.setenv("NO_COLOR", "1")
+    generate_module.print_piece("a", True)
+    assert capsys.readouterr().out == "[a]"
+
+
+def test_chat_without_a_template_is_refused(command: Command, tiny: str) -> None:
+    code, _, err = command("generate", "x", "--model", tiny, "--chat")
+    assert code == 1
+    assert "chat template" in err
+
+
+def test_bench_live_prints_and_writes_the_same_object(command: Command, tiny: str, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": TEXT}) + "\n")
+    words = (
+        "--prompts",
+        str(prompts),
+        "--max-new-tokens",
+        "8",
+        "--methods",
+        "stock,calibrated",
+        "--nodes",
+        "4",
+    )
+    out_file = tmp_path / "result.json"
+    code, out, _ = command("bench", "live", "--model", tiny, *words, "--json", "--out", str(out_file))
+    assert code == 0
+    assert json.loads(out) == json.loads(out_file.read_text())
+    assert list(json.loads(out)["methods"]) == ["stock", "calibrated"]
+
+
+def test_bench_live_table_and_random_ids(command: Command, tiny: str) -> None:
+    words = ("--random-ids", "2", "--prompt-length", "20", "--max-new-tokens", "4", "--methods", "stock,none")
+    code, out, _ = command("bench", "live", "--model", tiny, *words)
+    assert code == 0
+    assert "tokens/step" in out
+    assert "2 + 0 ties of 2" in out
+
+
+def test_a_difference_exits_with_3(command: Command, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from retrieval_draft.bench import live as live_module
+
+    monkeypatch.setattr(live_module, "judge", lambda *_: "different")
+    words = ("--random-ids", "1", "--prompt-length", "5", "--max-new-tokens", "4", "--methods", "stock")
+    assert command("bench", "live", "--model", tiny, *words)[0] == 3
+
+
+def test_bench_replay(command: Command, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    record = {"task": "loop", "prompt": [1, 2, 3], "output": [1, 2, 3] * 10}
+    trace.write_text(json.dumps(record) + "\n")
+    code, out, _ = command("bench", "replay", str(trace), "--nodes", "8", "--no-history", "--json")
+    assert code == 0
+    assert json.loads(out)["tokens_per_step"] > 2
+    code, out, _ = command("bench", "replay", str(trace), "--nodes", "8")
+    assert code == 0
+    assert "loop" in out
+    assert command("bench", "replay", str(tmp_path / "absent"), "--nodes", "8")[0] == 1
+
+
+def test_interruption_exits_with_130(command: Command, monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("retrieval_draft.model_files.load_model", interrupt)
+    assert command("generate", "x", "--model", tiny)[0] == 130
+
+
+def test_a_closed_pipe_is_no_traceback(tiny: str) -> None:
+    program = f"{sys.executable} -m retrieval_draft.cli bench live --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, env=dict(os.environ))
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
