@@ -69,7 +69,7 @@ def take_stop_strings(
     strings = options.pop("stop_strings", None)
     if strings is None and config is not None and config.stop_strings is not None:
         strings = config.stop_strings
-        config = GenerationConfig(**{**config.to_dict(), "stop_strings": None})  # type: ignore[no-untyped-call]
+        config = GenerationConfig(**{**config.to_dict(), "stop_strings": None})
     if strings is None:
         return config
     if tokenizer is None:

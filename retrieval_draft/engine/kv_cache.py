@@ -51,7 +51,7 @@ def layer_windows(config: PreTrainedConfig) -> list[tuple[str, int | None]]:
     return kinds
 
 
-class SpeculativeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class SpeculativeLayer(CacheLayerMixin):
     """Keys and values of one layer.
 
     Slot s of a buffer belongs to position `start + s`. Slots up to `length` are committed text;

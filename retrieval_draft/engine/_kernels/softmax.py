@@ -10,7 +10,7 @@ __all__ = ["exp_sums", "exp_sums_numpy"]
 
 
 # Sums may be reordered, so that they run in vector registers; NaN and infinity stay what they are.
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
 def exp_sums(logits: NDArray[np.float32], best: NDArray[np.float32], out: NDArray[np.float32]) -> None:
     """Sum over each row of exp(logit - best), to 1e-4 and far better where the terms matter.
 

@@ -62,3 +62,21 @@ def test_exp_sums_equal_their_numpy_twin() -> None:
     best, out = logits.max(-1), np.empty(3, np.float32)
     exp_sums(logits, best, out)
     np.testing.assert_allclose(out, exp_sums_numpy(logits, best), rtol=2e-4)
+
+
+def test_reading_in_place_equals_reading_packed() -> None:
+    logits = torch.randn(4, 9001) * 3
+    logits[2, 5] = float("-inf")
+    here = LogitReader(8).read(logits)
+    there = LogitReader(8).read(logits[:, None].expand(-1, 2, -1)[:, 0])  # not contiguous
+    for name in ("next_tokens", "finite", "top_tokens"):
+        assert (getattr(here, name) == getattr(there, name)).all()
+    np.testing.assert_allclose(here.top_probs, there.top_probs, rtol=1e-4)
+
+
+def test_signed_zeros_and_negative_nan_are_read_as_torch_reads_them() -> None:
+    logits = torch.full((1, 9000), -1.0)
+    logits[0, 300], logits[0, 8000] = -0.0, 0.0
+    assert LogitReader(2).read(logits).next_tokens.tolist() == logits.argmax(-1).tolist() == [300]
+    logits[0, 400] = -float("nan")
+    assert not LogitReader(2).read(logits).finite[0]
