@@ -20,10 +20,11 @@ from retrieval_draft.engine.noise import GumbelNoise
 from retrieval_draft.engine.probe import probe
 from retrieval_draft.engine.sampling import Sampler
 from retrieval_draft.engine.stats import DraftStats
-from retrieval_draft.engine.supply import DraftSupply, make_sources
+from retrieval_draft.engine.supply import DraftSupply
 from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import InvalidInputError, UnsupportedGenerationError
 from retrieval_draft.generation import pad_replies, set_limits, streaming, take_stop_strings
+from retrieval_draft.index.registry import make_sources
 from retrieval_draft.index.source import TokenArray
 from retrieval_draft.inputs import (
     check_generation,

@@ -3,9 +3,9 @@
 RetrievalDraftError
   InvalidInputError(ValueError)          a prompt, a length or an option that cannot be used
     UnknownMethodError                   no drafting method of that name
-  TokenizerMismatchError(ValueError)     tokenizer and model, or tokenizer and datastore, do not belong together
-  UnsupportedModelError(ValueError)      the model's cache cannot be rolled back, or its attention ignores the mask
-  UnsupportedGenerationError(ValueError) a generation mode this package does not do (beams, contrastive search, ...)
+  TokenizerMismatchError(ValueError)     tokenizer and model (or datastore) do not belong together
+  UnsupportedModelError(ValueError)      its cache cannot be rolled back, or masks are ignored
+  UnsupportedGenerationError(ValueError) a generation mode this package does not do (beams, ...)
   NonFiniteLogitsError(ArithmeticError)  the model returned NaN
   ModelFileError(OSError)                a model file is missing, torn or foreign
 

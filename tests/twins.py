@@ -65,7 +65,7 @@ def contexts(text: Sequence[int], suffix: tuple[int, ...]) -> list[tuple[tuple[i
 def blend(
     text: Sequence[int], suffix: tuple[int, ...], escape: float, cap: int, recency: float
 ) -> dict[int, tuple[float, int]]:
-    """P(next token) after `suffix` and the length of the longest context that saw it, by the rule of the kernel."""
+    """P(next token) after `suffix`, and the longest context that saw it, by the rule of the kernel."""
     mass = 1.0
     out: dict[int, tuple[float, int]] = {}
     for word, below in contexts(text, suffix):

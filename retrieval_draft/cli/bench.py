@@ -16,6 +16,10 @@ __all__ = ["app", "print_live"]
 
 DIFFERENT = 3
 
+Out = Annotated[
+    Path | None, typer.Option(help="Write the JSON object to a file as well.", show_default=False)
+]
+
 app = typer.Typer(help="Measure.", pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -53,9 +57,7 @@ def live(
     ] = None,
     dtype: Dtype = "float32",
     device: Device = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the JSON object to a file as well.", show_default=False)
-    ] = None,
+    out: Out = None,
     json: Json = False,
 ) -> None:
     """Compare decoding methods on a model: speed, tokens per step, and whether the text is the same."""
@@ -93,9 +95,7 @@ def replay(
     ] = True,
     method: Annotated[str, typer.Option(help="How to draft.")] = "calibrated",
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the JSON object to a file as well.", show_default=False)
-    ] = None,
+    out: Out = None,
     json: Json = False,
 ) -> None:
     """Replay recorded replies without a model: how many tokens each step would have yielded."""
@@ -113,6 +113,57 @@ def replay(
     for name in ("draft", "observe"):
         times = result[f"{name}_us"]
         print(f"{name}: p50 {times['p50']:.0f} us, p99 {times['p99']:.0f} us")
+
+
+@app.command("automaton")
+def automaton(
+    traces: Annotated[list[Path], typer.Argument(help="Trace files, for their text.", show_default=False)],
+    lengths: Annotated[str, typer.Option(help="Context lengths in tokens, by commas.")] = "8192,131072",
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of each proposal.")] = 60,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Measure the suffix automaton: insertion, bytes a token, proposals at several context lengths."""
+    from retrieval_draft.bench.automaton import measure_automaton
+
+    result = measure_automaton(traces, lengths=[int(length) for length in _split(lengths)], nodes=nodes)
+    _finish(result, out)
+    if json:
+        print_json(result)
+        return
+    rows = [
+        (
+            length,
+            f"{found['insert_tokens_per_second'] / 1e6:.2f}M",
+            f"{found['bytes_per_token']:.0f}",
+            f"{found['propose_us']['p50']:.1f}",
+            f"{found['propose_us']['p99']:.1f}",
+            f"{found['nodes']:.1f}",
+        )
+        for length, found in result["lengths"].items()
+    ]
+    columns = ("context", "inserted/s", "bytes/token", "propose p50 us", "p99 us", "nodes")
+    print_table("", columns, rows)
+
+
+@app.command("cold")
+def cold(out: Out = None, json: Json = False) -> None:
+    """Measure what a fresh install waits for: the import, and the first compilation."""
+    from retrieval_draft.bench.cold import measure_cold
+
+    result = measure_cold()
+    _finish(result, out)
+    if json:
+        print_json(result)
+        return
+    imports, compiled = result["import_seconds"], result["compile_seconds"]
+    rows = [
+        ("import of torch and transformers", f"{imports['torch_and_transformers']:.2f}"),
+        ("import of retrieval_draft after them", f"{imports['retrieval_draft']:.2f}"),
+        ("first compilation", f"{compiled['first']:.1f}"),
+        ("kernels from the cache", f"{compiled['cached']:.1f}"),
+    ]
+    print_table("", ("what", "seconds"), rows)
 
 
 def print_live(result: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.engine.decode import DecodeRequest
-from retrieval_draft.engine.drafting import Drafting, prompt_contexts
+from retrieval_draft.engine.drafting import Drafting
 from retrieval_draft.engine.guard import GuardedSource
 from retrieval_draft.engine.head_cost import HeadCost
 from retrieval_draft.engine.logits import LogitReader
@@ -18,26 +18,11 @@ from retrieval_draft.engine.stats import DraftStats
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.tree import DraftTree
 from retrieval_draft.index.locality import Locality
-from retrieval_draft.index.source import DraftSource, NodeLogits, TokenArray
+from retrieval_draft.index.source import DraftSource, TokenArray
 
-__all__ = ["DraftSupply", "make_sources"]
+__all__ = ["DraftSupply"]
 
 _MEASURE_CONTEXT = 128
-
-
-def make_sources(config: DraftConfig) -> list[DraftSource]:
-    """The sources that `config` names; none for plain decoding."""
-    made: list[DraftSource] = []
-    for name in config.sources if config.method != "none" else ():
-        if name == "automaton":
-            from retrieval_draft.index.suffix_automaton import AutomatonSource
-
-            made.append(AutomatonSource())
-        elif name == "adjacency":
-            from retrieval_draft.index.adjacency import AdjacencySource
-
-            made.append(AdjacencySource(rows=config.adjacency_rows, top_k=config.top_k))
-    return made
 
 
 class DraftSupply:
@@ -71,8 +56,9 @@ class DraftSupply:
             return
         from retrieval_draft.engine.calibration import Calibration
         from retrieval_draft.engine.fusion import fuse
+        from retrieval_draft.engine.warm_up import compile_kernels
 
-        self._compile(fuse, Calibration())
+        compile_kernels(self._config)
         if self._config.prefill_logits == "auto":
             self._head = HeadCost.measure(self._target)
         if self._config.nodes is None:
@@ -113,24 +99,6 @@ class DraftSupply:
     def failures(self) -> int:
         """Calls in which a source raised so far."""
         return sum(source.failures for source in self._sources)
-
-    def _compile(self, fuse: Any, calibration: Any) -> None:
-        """Runs every kernel once, on sources that are thrown away, so that no request waits for numba."""
-        from retrieval_draft._progress import progress
-
-        prompt = np.arange(8, dtype=np.int32).repeat(2) % 4
-        wide = torch.zeros((2, 2 * self.reader.k + 8))
-        with progress("Compiling", None):
-            said = self.reader.read(wide)
-            drafts = Locality(make_sources(self._config)).open(prompt, ())
-            drafts.learn(NodeLogits(prompt_contexts(prompt, 2), said.top_tokens, said.top_probs))
-            for token in (0, 0, 1):
-                proposals = drafts.propose(self._max_nodes)
-                emitted = np.array([token], np.int32)
-                if proposals:
-                    calibration.observe(fuse(0, proposals, calibration, self._max_nodes), proposals, emitted)
-                drafts.observe(emitted)
-            drafts.close()
 
     def _measure(self) -> Any:
         from retrieval_draft._progress import progress

@@ -18,5 +18,5 @@ REGISTRY: dict[str, Callable[[DraftConfig], DraftSource]] = {
 
 
 def make_sources(config: DraftConfig) -> list[DraftSource]:
-    """The sources that `config` names, in its order."""
-    return [REGISTRY[name](config) for name in config.sources]
+    """The sources that `config` names, in its order; none for plain decoding."""
+    return [] if config.method == "none" else [REGISTRY[name](config) for name in config.sources]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests import twins
 
 from retrieval_draft.index.suffix_automaton import ESCAPE, ORDER_CAP, RECENCY, SuffixAutomaton
+from tests import twins
 
 TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=50)
 CUTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=4)

@@ -11,7 +11,7 @@ from retrieval_draft.index._kernels.jit import kernel
 BINS = 16
 MASKS = 16
 CELLS = MASKS * BINS
-"""A calibration cell is the set of sources that named a node, and a bin of their joint estimate in log odds."""
+"""A calibration cell is the set of sources that named a node, and a bin of the log odds they give it."""
 
 CERTAIN = 0.999
 

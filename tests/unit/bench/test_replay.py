@@ -53,7 +53,7 @@ def test_recorded_alternatives_teach_the_adjacency_matrix(tmp_path: Path) -> Non
 
 
 def test_real_outputs_of_a_7b_model() -> None:
-    """Twelve requests of a Vicuna-7B greedy run on Spec-Bench; a floor, the whole file is the bench's business."""
+    """Twelve requests of a greedy run on Spec-Bench: a floor, the whole file is the bench's business."""
     result = replay([DATA], nodes=60, history=False)
     prompt_lookup = 1.6
     assert result["tokens_per_step"] > prompt_lookup

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import numpy as np
-from tests.unit.engine.test_fusion import proposal
 
 from retrieval_draft.engine.calibration import Calibration
 from retrieval_draft.engine.fusion import fuse
+from tests.unit.engine.test_fusion import proposal
 
 
 def test_an_overconfident_source_is_believed_less_and_recovers() -> None:
