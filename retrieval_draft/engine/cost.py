@@ -14,8 +14,13 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 ROUNDS = 2
 ENOUGH_SECONDS = 1.0
 MOST_ROUNDS = 7
-RATE_ALL = 0.1
-RATE_ONE = 0.05
+RATE_ALL = 0.03
+"""Share of a step's error that moves the whole curve: a longer context, a warmer machine."""
+
+MEASURED = 3.0
+REMEMBERED = 24.0
+"""The measurement weighs as much as three real steps of a size, and those as one of 24 once there are so many."""
+
 OUTLIER = 0.7
 """Natural log of the largest correction one step can ask for: a stalled machine is not a slow model."""
 
@@ -23,9 +28,8 @@ OUTLIER = 0.7
 class CostModel:
     """t(n): seconds of a verification pass over n tokens, root included.
 
-    Measured once on the user's model, device and dtype, then refined from every real step: all sizes
-    together for what the context's length and the machine's mood change, each size alone for the shape of
-    the curve.
+    Measured once on the user's model, device and dtype, then refined from every real step: mostly the sizes
+    next to it, since a measurement under load gets the shape wrong and the shape is what decides.
 
     Example:
         t(1) = 1, t(2) = 1.7, t(5) = 2.8; path probabilities [.95, .9, .85, .8]:
@@ -36,6 +40,7 @@ class CostModel:
         self.device: object = None
         self._log_sizes = np.log2(np.array(SIZES, np.float64))
         self._log_seconds: NDArray[np.float64] | None = None
+        self._weights: NDArray[np.float64] = np.full(len(SIZES), MEASURED)
         self._table: NDArray[np.float64] = np.empty(0, np.float64)
 
     @property
@@ -78,15 +83,15 @@ class CostModel:
 
     def load(self, seconds: dict[int, float]) -> None:
         """Sets the curve from measured seconds for every size of `SIZES`; more tokens never cost less."""
-        curve = np.maximum.accumulate([max(seconds[size], 1e-9) for size in SIZES])
-        self._log_seconds = np.log(curve)
+        self._log_seconds = np.log([max(seconds[size], 1e-9) for size in SIZES])
+        self._weights = np.full(len(SIZES), MEASURED)
         self._table = np.empty(0, np.float64)
 
     def seconds_by_size(self) -> dict[int, float]:
         """The curve as it stands: seconds by number of tokens."""
         if self._log_seconds is None:
             return {}
-        return dict(zip(SIZES, np.exp(self._log_seconds).tolist(), strict=True))
+        return dict(zip(SIZES, np.exp(np.maximum.accumulate(self._log_seconds)).tolist(), strict=True))
 
     def seconds(self, tokens: int) -> float:
         """t(tokens), interpolated between the measured sizes."""
@@ -124,9 +129,9 @@ class CostModel:
         expected = float(np.interp(place, self._log_sizes, self._log_seconds))
         error = min(max(float(np.log(seconds)) - expected, -OUTLIER), OUTLIER)
         nearness = np.maximum(0.0, 1.0 - np.abs(self._log_sizes - place))
-        self._log_seconds = np.maximum.accumulate(
-            self._log_seconds + error * (RATE_ALL + RATE_ONE * nearness)
-        )
+        self._weights = np.minimum(self._weights + nearness, REMEMBERED)
+        rate = np.maximum(nearness / self._weights, RATE_ALL)
+        self._log_seconds = self._log_seconds + error * rate
         self._table = np.empty(0, np.float64)
 
     def _curve(self, tokens: int) -> NDArray[np.float64]:
@@ -134,11 +139,11 @@ class CostModel:
             raise RuntimeError("the cost model was asked before it was measured")
         if len(self._table) < tokens:
             reach = np.log2(np.arange(1, max(tokens, SIZES[-1]) + 1))
-            logs = np.interp(reach, self._log_sizes, self._log_seconds)
-            slope = (self._log_seconds[-1] - self._log_seconds[-2]) / (
-                self._log_sizes[-1] - self._log_sizes[-2]
-            )
+            # Made monotone only here: a size that looked dear for a moment must not teach the larger ones.
+            known = np.maximum.accumulate(self._log_seconds)
+            logs = np.interp(reach, self._log_sizes, known)
+            slope = (known[-1] - known[-2]) / (self._log_sizes[-1] - self._log_sizes[-2])
             beyond = reach > self._log_sizes[-1]
-            logs[beyond] = self._log_seconds[-1] + slope * (reach[beyond] - self._log_sizes[-1])
+            logs[beyond] = known[-1] + slope * (reach[beyond] - self._log_sizes[-1])
             self._table = np.exp(logs)
         return self._table
