@@ -19,7 +19,7 @@ RATE_ALL = 0.03
 
 MEASURED = 3.0
 REMEMBERED = 24.0
-"""The measurement weighs as much as three real steps of a size, and those as one of 24 once there are so many."""
+"""The measurement weighs as three real steps of a size; a step never weighs less than one in 24."""
 
 OUTLIER = 0.7
 """Natural log of the largest correction one step can ask for: a stalled machine is not a slow model."""

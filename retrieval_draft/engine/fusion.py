@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from retrieval_draft.engine.calibration import Calibration
 from retrieval_draft.engine.tree import DraftTree
-from retrieval_draft.index.source import Proposal
+from retrieval_draft.index.locality import RequestDrafts
+from retrieval_draft.index.source import Proposal, Trunk
 
-__all__ = ["fuse"]
+__all__ = ["Union", "draft", "fuse"]
+
+Union = Callable[[int, Sequence[Proposal], Any, int], DraftTree]
+"""(root token, proposals, calibration, max_nodes) to a tree, best nodes first."""
 
 
 def fuse(
@@ -74,3 +79,31 @@ def fuse(
         raw[:kept],
         cells[:kept],
     )
+
+
+def draft(
+    root_token: int, drafts: RequestDrafts, calibration: Any, max_nodes: int, union: Union = fuse
+) -> tuple[DraftTree, Sequence[Proposal]]:
+    """Asks every source, and then once more what it knows to follow the others' guesses.
+
+    A copied passage gets side branches from what the target said along it, and a token that the target
+    thought likely gets the text that once followed it.
+
+    Args:
+        root_token: The last accepted token.
+        drafts: The sources, opened for the request.
+        calibration: Turns their estimates into acceptance probabilities.
+        max_nodes: The most draft nodes to keep, the root not counted.
+        union: How proposals become one tree.
+
+    Returns:
+        The fused tree, and the proposals that its `sources` bits name.
+    """
+    proposals = drafts.propose(max_nodes)
+    if not proposals:
+        return DraftTree.root(root_token), proposals
+    tree = union(root_token, proposals, calibration, max_nodes)
+    if drafts.several and len(tree) > 1:
+        proposals = drafts.propose(max_nodes, Trunk(tree.tokens, tree.parents, tree.path_probs))
+        tree = union(root_token, proposals, calibration, max_nodes)
+    return tree, proposals

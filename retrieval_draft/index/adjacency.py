@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from retrieval_draft.index._workspace import Workspace
-from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArray
+from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArray, Trunk
 
 __all__ = ["AdjacencyMatrix", "AdjacencySession", "AdjacencySource"]
 
@@ -97,19 +97,24 @@ class AdjacencyMatrix:
         size = int(np.count_nonzero(self._tokens[row] >= 0))
         return self._tokens[row, :size].copy(), self._probs[row, :size].copy(), int(self._visits[row])
 
-    def propose(self, tail: TokenArray, budget: int, workspace: Workspace) -> Proposal:
+    def propose(
+        self, tail: TokenArray, budget: int, workspace: Workspace, trunk: Trunk | None = None
+    ) -> Proposal:
         """The `budget` most probable nodes after `tail`. Changes nothing.
 
         Args:
             tail: int32, shape (4,). The text's last tokens, oldest first, -1 where there are fewer.
-            budget: The most nodes to return.
+            budget: The most nodes to add.
             workspace: Scratch made by `workspace`, one for each thread.
+            trunk: A tree to judge and to extend; None for the root alone.
         """
-        workspace.fit(budget)
-        tokens = np.empty(budget, np.int32)
-        parents = np.empty(budget, np.int32)
-        probs = np.empty(budget, np.float32)
-        lengths = np.empty(budget, np.int32)
+        trunk = trunk or Trunk.root()
+        room = budget + len(trunk) - 1
+        workspace.fit(room)
+        tokens = np.empty(room, np.int32)
+        parents = np.empty(room, np.int32)
+        probs = np.empty(room, np.float32)
+        lengths = np.empty(room, np.int32)
         with self._lock:
             size = self._kernels.propose(
                 self._keys,
@@ -118,6 +123,9 @@ class AdjacencyMatrix:
                 self._probs,
                 self._doubt,
                 tail,
+                trunk.tokens,
+                trunk.parents,
+                trunk.path_probs,
                 budget,
                 workspace.ints,
                 workspace.floats,
@@ -144,9 +152,9 @@ class AdjacencySession:
         self._tail = np.full(CONTEXT, -1, np.int32)
         self.observe(prompt[-CONTEXT:])
 
-    def propose(self, budget: int) -> Proposal:
+    def propose(self, budget: int, trunk: Trunk | None = None) -> Proposal:
         """What the model said came next, earlier, after the same tokens."""
-        return self._matrix.propose(self._tail, budget, self._workspace)
+        return self._matrix.propose(self._tail, budget, self._workspace, trunk)
 
     def observe(self, tokens: TokenArray) -> None:
         """Moves on. Accepted tokens teach through `learn`, which sees their whole distribution."""

@@ -84,10 +84,10 @@ def fuse(
                 trie_depth[node] = trie_depth[parent] + 1
                 trie_sibling[node] = trie_child[parent]
                 trie_child[parent] = node
-                trie_prob[node] = probs[item]
-            else:
+                trie_prob[node] = 0.0
+            if probs[item] > 0.0:  # else it only leads to others
                 trie_prob[node] = 1.0 - (1.0 - trie_prob[node]) * (1.0 - probs[item])
-            trie_mask[node] |= 1 << source
+                trie_mask[node] |= 1 << source
             place_of[item] = node
 
     path = np.empty(size, np.float64)
