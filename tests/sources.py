@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from retrieval_draft.engine.tree import DraftTree
-from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray, Trunk
+from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 
 
 def proposal(tokens: list[int], parents: list[int], source: str = "test") -> Proposal:
@@ -37,7 +37,7 @@ class OracleSession:
         self.learned: list[NodeLogits] = []
         self.closed = False
 
-    def propose(self, budget: int, trunk: Trunk | None = None) -> Proposal:
+    def propose(self, budget: int) -> Proposal:
         at = len(self.text) - self.start
         truth = [*self.reply[at:], *self.rng.integers(0, self.vocabulary, budget).tolist()]
         tokens: list[int] = []

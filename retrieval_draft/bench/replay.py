@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from retrieval_draft.config import SOURCES, DraftConfig
 from retrieval_draft.engine.calibration import Calibration
-from retrieval_draft.engine.fusion import draft
+from retrieval_draft.engine.fusion import fuse
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.locality import Locality, RequestDrafts
 from retrieval_draft.index.registry import make_sources
@@ -125,7 +125,8 @@ class _Replayer:
         done = 1
         while done < len(trace.output):
             begin = time.perf_counter()
-            tree, proposals = draft(int(text[start + done - 1]), drafts, self.calibration, self._nodes)
+            proposals = drafts.propose(self._nodes)
+            tree = fuse(int(text[start + done - 1]), proposals, self.calibration, self._nodes)
             drafted = time.perf_counter()
             path = tree.walk(trace.output[done:])
             emitted = trace.output[done : done + len(path)]

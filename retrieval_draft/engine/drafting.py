@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval_draft.engine.fusion import Union, draft
 from retrieval_draft.engine.logits import Predictions
 from retrieval_draft.engine.stats import DraftStats
 from retrieval_draft.engine.tree import DraftTree
@@ -38,6 +37,9 @@ class Costs(Protocol):
     def observe(self, nodes: int, context_length: int, seconds: float) -> None:
         """Notes what a pass over `nodes` nodes, the root included, took."""
         ...
+
+
+Fuse = Callable[[int, Sequence[Proposal], object, int], DraftTree]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class Drafting:
     def __init__(
         self,
         drafts: RequestDrafts,
-        fuse: Union,
+        fuse: Fuse,
         calibration: Calibrates,
         cost: Costs | None,
         max_nodes: int,
@@ -94,9 +96,11 @@ class Drafting:
             length: Committed tokens before it.
             deepest: Tokens that may still be emitted after the next one; deeper nodes are useless.
         """
-        fused, proposals = draft(root, self._drafts, self._calibration, self._max_nodes, self._fuse)
+        proposals = self._drafts.propose(self._max_nodes)
         if not proposals:
-            return Plan(fused, fused, proposals)
+            tree = DraftTree.root(root)
+            return Plan(tree, tree, proposals)
+        fused = self._fuse(root, proposals, self._calibration, self._max_nodes)
         usable = _usable(fused, deepest, self._vocabulary)
         nodes = self._max_nodes
         if self._cost is not None and len(usable) > 1:

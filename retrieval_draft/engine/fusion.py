@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from retrieval_draft.engine.calibration import Calibration
 from retrieval_draft.engine.tree import DraftTree
-from retrieval_draft.index.locality import RequestDrafts
-from retrieval_draft.index.source import Proposal, Trunk
+from retrieval_draft.index.source import Proposal
 
-__all__ = ["Union", "draft", "fuse"]
-
-Union = Callable[[int, Sequence[Proposal], Any, int], DraftTree]
-"""(root token, proposals, calibration, max_nodes) to a tree, best nodes first."""
+__all__ = ["fuse"]
 
 
 def fuse(
@@ -27,13 +22,13 @@ def fuse(
 
     Args:
         root_token: The last accepted token.
-        proposals: What the sources guess.
-        calibration: Turns their estimates into acceptance probabilities.
+        proposals: What the sources guess, one for each source, always in the same order.
+        calibration: Mixes their estimates and turns them into acceptance probabilities.
         max_nodes: The most draft nodes to keep, the root not counted.
 
     Example:
-        root 8, proposals "9 4" (.8, .5) and "9, 3" (.5, .1): one node 9 with 1 - .2 * .5 = .9, then
-        tokens [8, 9, 4, 3], parents [-1, 0, 1, 0], path_probs [1, .9, .45, .1]
+        root 8, proposals "9 4" (.8, .5) and "9, 3" (.5, .1): one node 9, in log odds .6 * 1.39 + .6 * 0 + .3,
+        so .76, then tokens [8, 9, 4, 3], parents [-1, 0, 1, 0], path_probs [1, .76, .38, .1]
     """
     total = sum(len(proposal) for proposal in proposals)
     if total == 0 or max_nodes <= 0:
@@ -83,31 +78,3 @@ def fuse(
         cells[:kept],
         odds[:kept],
     )
-
-
-def draft(
-    root_token: int, drafts: RequestDrafts, calibration: Any, max_nodes: int, union: Union = fuse
-) -> tuple[DraftTree, Sequence[Proposal]]:
-    """Asks every source, and then once more what it knows to follow the others' guesses.
-
-    A copied passage gets side branches from what the target said along it, and a token that the target
-    thought likely gets the text that once followed it.
-
-    Args:
-        root_token: The last accepted token.
-        drafts: The sources, opened for the request.
-        calibration: Turns their estimates into acceptance probabilities.
-        max_nodes: The most draft nodes to keep, the root not counted.
-        union: How proposals become one tree.
-
-    Returns:
-        The fused tree, and the proposals that its `sources` bits name.
-    """
-    proposals = drafts.propose(max_nodes)
-    if not proposals:
-        return DraftTree.root(root_token), proposals
-    tree = union(root_token, proposals, calibration, max_nodes)
-    if drafts.several and len(tree) > 1:
-        proposals = drafts.propose(max_nodes, Trunk(tree.tokens, tree.parents, tree.path_probs))
-        tree = union(root_token, proposals, calibration, max_nodes)
-    return tree, proposals

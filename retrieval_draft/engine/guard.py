@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from retrieval_draft.index.source import DraftSession, DraftSource, NodeLogits, Proposal, TokenArray, Trunk
+from retrieval_draft.index.source import DraftSession, DraftSource, NodeLogits, Proposal, TokenArray
 
 __all__ = ["GuardedSource"]
 
@@ -28,9 +28,9 @@ class _GuardedSession:
         self._source = source
         self._session = session
 
-    def propose(self, budget: int, trunk: Trunk | None = None) -> Proposal:
+    def propose(self, budget: int) -> Proposal:
         empty = _nothing(self._source.name, self._source.level)
-        return self._try("propose", lambda session: session.propose(budget, trunk), empty)
+        return self._try("propose", lambda session: session.propose(budget), empty)
 
     def observe(self, tokens: TokenArray) -> None:
         self._try("observe", lambda session: session.observe(tokens), None)

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from retrieval_draft.index._workspace import Workspace
-from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArray, Trunk
+from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArray
 
 __all__ = ["AdjacencyMatrix", "AdjacencySession", "AdjacencySource"]
 
 DOUBT = (0.0, 30.0, 16.0, 8.0, 4.0)
-"""A row of order o seen v times claims v / (v + DOUBT[o]) of the probability that reaches it. What is left stays
-unclaimed: on traces of two models, doubts of a tenth as much accept 1 to 3% fewer tokens."""
+"""A row of order o seen v times claims v / (v + DOUBT[o]) of the probability that reaches it. What is left
+stays unclaimed: on traces of two models, doubts of a tenth as much accept 1 to 3% fewer tokens."""
 
 VISITS = 16
 """After so many observations a row turns from the mean of all into a moving average."""
@@ -98,24 +98,19 @@ class AdjacencyMatrix:
         size = int(np.count_nonzero(self._tokens[row] >= 0))
         return self._tokens[row, :size].copy(), self._probs[row, :size].copy(), int(self._visits[row])
 
-    def propose(
-        self, tail: TokenArray, budget: int, workspace: Workspace, trunk: Trunk | None = None
-    ) -> Proposal:
+    def propose(self, tail: TokenArray, budget: int, workspace: Workspace) -> Proposal:
         """The `budget` most probable nodes after `tail`. Changes nothing.
 
         Args:
             tail: int32, shape (4,). The text's last tokens, oldest first, -1 where there are fewer.
-            budget: The most nodes to add.
+            budget: The most nodes to return.
             workspace: Scratch made by `workspace`, one for each thread.
-            trunk: A tree to judge and to extend; None for the root alone.
         """
-        trunk = trunk or Trunk.root()
-        room = budget + len(trunk) - 1
-        workspace.fit(room)
-        tokens = np.empty(room, np.int32)
-        parents = np.empty(room, np.int32)
-        probs = np.empty(room, np.float32)
-        lengths = np.empty(room, np.int32)
+        workspace.fit(budget)
+        tokens = np.empty(budget, np.int32)
+        parents = np.empty(budget, np.int32)
+        probs = np.empty(budget, np.float32)
+        lengths = np.empty(budget, np.int32)
         with self._lock:
             size = self._kernels.propose(
                 self._keys,
@@ -124,9 +119,6 @@ class AdjacencyMatrix:
                 self._probs,
                 self._doubt,
                 tail,
-                trunk.tokens,
-                trunk.parents,
-                trunk.path_probs,
                 budget,
                 workspace.ints,
                 workspace.floats,
@@ -153,9 +145,9 @@ class AdjacencySession:
         self._tail = np.full(CONTEXT, -1, np.int32)
         self.observe(prompt[-CONTEXT:])
 
-    def propose(self, budget: int, trunk: Trunk | None = None) -> Proposal:
+    def propose(self, budget: int) -> Proposal:
         """What the model said came next, earlier, after the same tokens."""
-        return self._matrix.propose(self._tail, budget, self._workspace, trunk)
+        return self._matrix.propose(self._tail, budget, self._workspace)
 
     def observe(self, tokens: TokenArray) -> None:
         """Moves on. Accepted tokens teach through `learn`, which sees their whole distribution."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from retrieval_draft.index.source import DraftSession, DraftSource, NodeLogits, Proposal, TokenArray, Trunk
+from retrieval_draft.index.source import DraftSession, DraftSource, NodeLogits, Proposal, TokenArray
 
 __all__ = ["Locality", "RequestDrafts"]
 
@@ -15,22 +15,12 @@ class RequestDrafts:
     def __init__(self, sessions: Sequence[DraftSession]) -> None:
         self._sessions = tuple(sessions)
 
-    @property
-    def several(self) -> bool:
-        """Whether there is more than one source, so that they can extend each other's proposals."""
-        return len(self._sessions) > 1
+    def propose(self, budget: int) -> list[Proposal]:
+        """One proposal of at most `budget` nodes from each source, in their order; empty ones too.
 
-    def propose(self, budget: int, trunk: Trunk | None = None) -> list[Proposal]:
-        """One proposal from each source that has something to say.
-
-        Args:
-            budget: The most nodes a source may add.
-            trunk: What they found together in a first round, to be judged and extended by all.
+        The order is what fusion and calibration know a source by, so it is the same at every step.
         """
-        if budget <= 0:
-            return []
-        proposals = [session.propose(budget, trunk) for session in self._sessions]
-        return [proposal for proposal in proposals if len(proposal)]
+        return [session.propose(budget) for session in self._sessions] if budget > 0 else []
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens to the text of every source."""

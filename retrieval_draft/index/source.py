@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CONTEXT", "DraftSession", "DraftSource", "NodeLogits", "Proposal", "TokenArray", "Trunk"]
+__all__ = ["CONTEXT", "DraftSession", "DraftSource", "NodeLogits", "Proposal", "TokenArray"]
 
 TokenArray = NDArray[np.int32]
 """Token ids, int32, one axis. -1 means none; 0 is a token like any other."""
@@ -28,8 +28,7 @@ class Proposal:
     Attributes:
         tokens: int32, shape (n,).
         parents: int32, shape (n,). -1 for children of the root.
-        probs: float32, shape (n,). The source's estimate of P(accepted | parent accepted), in (0, 1]; 0 for a
-            node of the trunk that the source does not know and that only leads to others.
+        probs: float32, shape (n,). The source's estimate of P(accepted | parent accepted), in (0, 1].
         match_lengths: int32, shape (n,). Tokens of context that the guess rests on.
         source: The name of the source.
         level: Its locality: "request", "history", "shared", "corpus" or "model".
@@ -45,29 +44,6 @@ class Proposal:
     match_lengths: NDArray[np.int32]
     source: str
     level: str
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Trunk:
-    """A tree found so far, by other sources too, that a source is asked to judge and to extend.
-
-    Attributes:
-        tokens: int32, shape (n + 1,). Node 0 is the last accepted token, the root.
-        parents: int32, shape (n + 1,). -1 for the root; parents come before their children.
-        path_probs: float32, shape (n + 1,). Probability of each node's whole path; 1 for the root.
-    """
-
-    tokens: TokenArray
-    parents: NDArray[np.int32]
-    path_probs: NDArray[np.float32]
-
-    @classmethod
-    def root(cls) -> Trunk:
-        """Nothing but the root, whose token no source reads."""
-        return cls(np.full(1, -1, np.int32), np.full(1, -1, np.int32), np.ones(1, np.float32))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -92,15 +68,8 @@ class NodeLogits:
 class DraftSession(Protocol):
     """A source's view of one request. Not thread-safe; one decoding loop owns it."""
 
-    def propose(self, budget: int, trunk: Trunk | None = None) -> Proposal:
-        """What may follow the text so far, as a tree. Changes nothing a user can see.
-
-        Args:
-            budget: The most nodes to add.
-            trunk: What all sources found together in a first round. A source that can, returns its own
-                estimate of every node of it, in its order, and then what it knows to follow any of them.
-                One that cannot ignores it.
-        """
+    def propose(self, budget: int) -> Proposal:
+        """Returns at most `budget` nodes that may follow the text so far. Changes nothing a user can see."""
         ...
 
     def observe(self, tokens: TokenArray) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index._workspace import Workspace
-from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray, Trunk
+from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 
 __all__ = ["AutomatonSession", "AutomatonSource", "SuffixAutomaton"]
 
@@ -138,32 +138,25 @@ class SuffixAutomaton:
             edge = int(self._edges[edge, kernels.NEXT])
         return counts
 
-    def propose(self, budget: int, workspace: Workspace, trunk: Trunk | None = None) -> Proposal:
+    def propose(self, budget: int, workspace: Workspace) -> Proposal:
         """The `budget` most probable nodes by the counts of every matched context. Changes nothing.
 
         Args:
-            budget: The most nodes to add.
+            budget: The most nodes to return.
             workspace: Scratch made by `workspace`, one for each thread.
-            trunk: A tree to judge and to extend; None for the root alone.
         """
         from retrieval_draft.index._kernels import automaton_tree
 
-        trunk = trunk or Trunk.root()
-        room = budget + len(trunk) - 1
-        workspace.fit(room)
-        tokens = np.empty(room, np.int32)
-        parents = np.empty(room, np.int32)
-        probs = np.empty(room, np.float32)
-        lengths = np.empty(room, np.int32)
+        workspace.fit(budget)
+        tokens = np.empty(budget, np.int32)
+        parents = np.empty(budget, np.int32)
+        probs = np.empty(budget, np.float32)
+        lengths = np.empty(budget, np.int32)
         size = automaton_tree.propose(
             self._states,
             self._edges,
-            self._table,
             self._meta,
             self._params,
-            trunk.tokens,
-            trunk.parents,
-            trunk.path_probs,
             budget,
             workspace.ints,
             workspace.floats,
@@ -204,9 +197,9 @@ class AutomatonSession:
         self.automaton.insert(prompt)
         self._workspace = SuffixAutomaton.workspace()
 
-    def propose(self, budget: int, trunk: Trunk | None = None) -> Proposal:
+    def propose(self, budget: int) -> Proposal:
         """What followed the text's last tokens before, as a tree."""
-        return self.automaton.propose(budget, self._workspace, trunk)
+        return self.automaton.propose(budget, self._workspace)
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens."""

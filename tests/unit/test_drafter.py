@@ -408,7 +408,7 @@ def test_zero_draft_steps_between_drafted_ones() -> None:
     def sometimes(*args: Any) -> Any:
         session = opened(*args)
         whole = session.propose
-        session.propose = lambda budget, trunk=None: whole(budget if next(turns) % 3 else 0)
+        session.propose = lambda budget: whole(budget if next(turns) % 3 else 0)
         return session
 
     source.open = sometimes

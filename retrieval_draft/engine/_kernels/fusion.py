@@ -96,10 +96,9 @@ def fuse(
                 trie_depth[node] = trie_depth[parent] + 1
                 trie_sibling[node] = trie_child[parent]
                 trie_child[parent] = node
-            if probs[item] > 0.0:  # else it only leads to others
-                place = min(source, SOURCES - 1)
-                trie_odds[node, place] = log_odds(probs[item])
-                trie_mask[node] |= 1 << place
+            place = min(source, SOURCES - 1)
+            trie_odds[node, place] = log_odds(probs[item])
+            trie_mask[node] |= 1 << place
             place_of[item] = node
 
     path = np.empty(size, np.float64)

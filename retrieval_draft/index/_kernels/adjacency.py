@@ -148,9 +148,6 @@ def propose(
     row_probs: NDArray[np.float32],
     doubt: NDArray[np.float64],
     context: NDArray[np.int32],
-    trunk_tokens: NDArray[np.int32],
-    trunk_parents: NDArray[np.int32],
-    trunk_paths: NDArray[np.float32],
     budget: int,
     work_int: NDArray[np.int32],
     work_float: NDArray[np.float64],
@@ -164,12 +161,11 @@ def propose(
     """Best-first tree over the rows of the last 4, 3, 2 and 1 tokens, blended.
 
     A row of order o seen v times claims ``v / (v + doubt[o])`` of the mass that reaches it and leaves the
-    rest to the next shorter one. Trunk, cut and results are as in the automaton's tree.
+    rest to the next shorter one.
 
     Args:
         doubt: float64, shape (5,), by order.
         context: int32, shape (4,). The text's last tokens, oldest first, -1 where there are fewer.
-        trunk_tokens: int32, shape (m,). A tree to judge and extend, root first; m is 1 for the root alone.
         work_int: int32, shape (candidates, 7): parent node, token, order of the row, context of four.
         work_float: float64, shape (2, candidates): path probability, probability given the parent.
         work_bits: the same memory as int64.
@@ -185,60 +181,14 @@ def propose(
     child_token = np.empty(ORDERS * width, np.int32)
     child_order = np.empty(ORDERS * width, np.int32)
     child_prob = np.empty(ORDERS * width, np.float64)
-    bucket_cut = 0
-    above = 0
-
-    trunk = len(trunk_tokens)
-    trunk_context = np.empty((trunk, ORDERS), np.int32)
-    first_child = np.full(trunk, -1, np.int32)
-    next_child = np.full(trunk, -1, np.int32)
-    trunk_context[0] = context
-    for item in range(1, trunk):
-        above_item = trunk_parents[item]
-        next_child[item] = first_child[above_item]
-        first_child[above_item] = item
-        for back in range(ORDERS - 1):
-            trunk_context[item, back] = trunk_context[above_item, back + 1]
-        trunk_context[item, ORDERS - 1] = trunk_tokens[item]
-        tokens[item - 1] = trunk_tokens[item]
-        parents[item - 1] = above_item - 1
-        probs[item - 1] = 0.0
-        lengths[item - 1] = 0
-        path_probs[0] = trunk_paths[item]
-        bucket = (path_bits[0] >> 50) - LOWEST
-        if bucket >= bucket_cut:
-            histogram[bucket] += 1
-            above += 1
-            while above - histogram[bucket_cut] >= budget:
-                above -= histogram[bucket_cut]
-                bucket_cut += 1
-
-    nodes = trunk - 1
-    most = nodes + budget
+    nodes = 0
     candidates = 0
     waiting = 0
-    turn = 0
-    while nodes < most:
-        if turn < trunk:
-            node = turn - 1
-            current[:] = trunk_context[turn]
-            path = np.float64(trunk_paths[turn])
-        else:
-            if waiting == 0:
-                break
-            best = pop(heap, waiting, path_probs)
-            waiting -= 1
-            node = nodes
-            nodes += 1
-            parents[node] = work_int[best, 0]
-            tokens[node] = work_int[best, 1]
-            lengths[node] = work_int[best, 2]
-            for back in range(ORDERS):
-                current[back] = work_int[best, 3 + back]
-            path = path_probs[best]
-            probs[node] = work_float[1, best]
-            if nodes == most:
-                break
+    bucket_cut = 0
+    above = 0
+    path = 1.0
+    node = -1
+    while nodes < budget:
         needed = THRESHOLDS[bucket_cut]
         found = 0
         mass = 1.0
@@ -267,14 +217,6 @@ def propose(
                     found += 1
         for place in range(found):
             prob = min(child_prob[place], 0.999)
-            if turn < trunk:
-                item = first_child[turn]
-                while item >= 0 and trunk_tokens[item] != child_token[place]:
-                    item = next_child[item]
-                if item >= 0:
-                    probs[item - 1] = prob
-                    lengths[item - 1] = child_order[place]
-                    continue
             if prob * path <= needed or candidates == len(path_probs):
                 continue
             path_probs[candidates] = prob * path
@@ -295,5 +237,17 @@ def propose(
                 push(heap, waiting, path_probs, candidates)
                 waiting += 1
                 candidates += 1
-        turn += 1
+        if waiting == 0:
+            break
+        best = pop(heap, waiting, path_probs)
+        waiting -= 1
+        node = nodes
+        nodes += 1
+        parents[node] = work_int[best, 0]
+        tokens[node] = work_int[best, 1]
+        lengths[node] = work_int[best, 2]
+        for back in range(ORDERS):
+            current[back] = work_int[best, 3 + back]
+        path = path_probs[best]
+        probs[node] = work_float[1, best]
     return nodes

@@ -15,7 +15,6 @@ from retrieval_draft.index._kernels.automaton import (
     TAKEN,
     TARGET,
     TOKEN,
-    find_edge,
     matched_state,
 )
 from retrieval_draft.index._kernels.heap import BUCKETS, LOWEST, THRESHOLDS, pop, push
@@ -32,12 +31,8 @@ CHAIN = 8
 def propose(
     states: NDArray[np.int32],
     edges: NDArray[np.int32],
-    table: NDArray[np.int32],
     meta: NDArray[np.int64],
     params: NDArray[np.float64],
-    trunk_tokens: NDArray[np.int32],
-    trunk_parents: NDArray[np.int32],
-    trunk_paths: NDArray[np.float32],
     budget: int,
     work_int: NDArray[np.int32],
     work_float: NDArray[np.float64],
@@ -60,14 +55,12 @@ def propose(
 
     Args:
         params: float64: escape factor, order cap, recency.
-        trunk_tokens: int32, shape (m,). A tree to judge and extend, root first; m is 1 for the root alone.
         work_int: int32, shape (candidates, 4): parent node, token, state, match length.
         work_float: float64, shape (2, candidates): path probability, probability given the parent.
         work_bits: the same memory as int64.
 
     Returns:
-        Nodes written to `tokens`, `parents`, `probs` and `lengths`: the trunk's m - 1 in their order,
-        with probability 0 where no context knows them, then the new ones.
+        Nodes written to `tokens`, `parents`, `probs` and `lengths`.
     """
     escape = params[0]
     cap = np.int64(params[1])
@@ -79,70 +72,19 @@ def propose(
     histogram = np.zeros(BUCKETS, np.int64)
     path_probs = work_float[0]
     path_bits = work_bits[0]
-    bucket_cut = 0
-    above = 0
 
-    trunk = len(trunk_tokens)
-    trunk_state = np.empty(trunk, np.int32)
-    trunk_length = np.empty(trunk, np.int32)
-    first_child = np.full(trunk, -1, np.int32)
-    next_child = np.full(trunk, -1, np.int32)
-    trunk_state[0] = matched_state(states, meta)
-    trunk_length[0] = states[trunk_state[0], LENGTH]
-    for item in range(1, trunk):
-        above_item = trunk_parents[item]
-        next_child[item] = first_child[above_item]
-        first_child[above_item] = item
-        # The longest suffix of text and path that occurs: step on, from shorter contexts where needed.
-        state = trunk_state[above_item]
-        length = trunk_length[above_item]
-        edge = find_edge(states, edges, table, state, trunk_tokens[item])
-        while edge < 0 and state > 0:
-            state = states[state, LINK]
-            length = states[state, LENGTH]
-            edge = find_edge(states, edges, table, state, trunk_tokens[item])
-        trunk_state[item] = edges[edge, TARGET] if edge >= 0 else 0
-        trunk_length[item] = length + 1 if edge >= 0 else 0
-        tokens[item - 1] = trunk_tokens[item]
-        parents[item - 1] = above_item - 1
-        probs[item - 1] = 0.0
-        lengths[item - 1] = 0
-        path_probs[0] = trunk_paths[item]
-        bucket = (path_bits[0] >> 50) - LOWEST
-        if bucket >= bucket_cut:
-            histogram[bucket] += 1
-            above += 1
-            while above - histogram[bucket_cut] >= budget:
-                above -= histogram[bucket_cut]
-                bucket_cut += 1
-
-    nodes = trunk - 1
-    most = nodes + budget
+    state = matched_state(states, meta)
+    if budget <= 0:
+        return 0
+    length = states[state, LENGTH]
+    nodes = 0
     candidates = 0
     waiting = 0
-    turn = 0
-    while nodes < most:
-        if turn < trunk:
-            node = turn - 1
-            state = trunk_state[turn]
-            length = trunk_length[turn]
-            path = np.float64(trunk_paths[turn])
-        else:
-            if waiting == 0:
-                break
-            best = pop(heap, waiting, path_probs)
-            waiting -= 1
-            node = nodes
-            nodes += 1
-            parents[node] = work_int[best, 0]
-            tokens[node] = work_int[best, 1]
-            state = work_int[best, 2]
-            length = work_int[best, 3]
-            lengths[node] = length - 1
-            path = path_probs[best]
-            probs[node] = work_float[1, best]
-            if nodes == most:
-                break
+    bucket_cut = 0
+    above = 0
+    path = 1.0
+    node = -1
+    while True:
         needed = THRESHOLDS[bucket_cut]
         found = 0
         mass = 1.0
@@ -187,14 +129,6 @@ def propose(
             steps += 1
         for place in range(found):
             prob = min(child_prob[place], 0.999)
-            if turn < trunk:
-                item = first_child[turn]
-                while item >= 0 and trunk_tokens[item] != child_token[place]:
-                    item = next_child[item]
-                if item >= 0:
-                    probs[item - 1] = prob
-                    lengths[item - 1] = child_length[place] - 1
-                    continue
             if prob * path <= needed or candidates == len(path_probs):
                 continue
             path_probs[candidates] = prob * path
@@ -213,5 +147,18 @@ def propose(
                 push(heap, waiting, path_probs, candidates)
                 waiting += 1
                 candidates += 1
-        turn += 1
-    return nodes
+        if waiting == 0:
+            return nodes
+        best = pop(heap, waiting, path_probs)
+        waiting -= 1
+        node = nodes
+        nodes += 1
+        parents[node] = work_int[best, 0]
+        tokens[node] = work_int[best, 1]
+        state = work_int[best, 2]
+        length = work_int[best, 3]
+        lengths[node] = length - 1
+        path = path_probs[best]
+        probs[node] = work_float[1, best]
+        if nodes == budget:
+            return nodes

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval_draft.engine.calibration import Calibration
+from retrieval_draft.engine.calibration import AGREEMENT, AGREEMENT_ODDS, Calibration
 from retrieval_draft.engine.fusion import fuse
 from retrieval_draft.index.source import Proposal
 
@@ -33,7 +35,7 @@ def test_docstring_example() -> None:
     assert tree.parents.tolist() == [-1, 0, 1, 0]
     assert tree.depths.tolist() == [0, 1, 2, 1]
     assert tree.sources.tolist() == [0, 3, 1, 2]
-    np.testing.assert_allclose(tree.path_probs, [1, 0.9, 0.45, 0.1], rtol=1e-5)
+    np.testing.assert_allclose(tree.path_probs, [1, 0.756, 0.378, 0.1], rtol=1e-3)
 
 
 def test_no_proposals_and_no_budget_give_the_root() -> None:
@@ -78,8 +80,8 @@ def as_proposal(items: list[tuple[int, int, float]], source: str) -> Proposal:
 
 
 def naive(proposals: list[Proposal]) -> dict[tuple[int, ...], float]:
-    """Path to path probability of the whole union."""
-    edge: dict[tuple[int, ...], float] = {}
+    """Path to path probability of the whole union, mixed with the weights that it starts with."""
+    said: dict[tuple[int, ...], list[float]] = {}
     for given_tree in proposals:
         paths: list[tuple[int, ...]] = []
         for token, parent, prob in zip(
@@ -87,10 +89,13 @@ def naive(proposals: list[Proposal]) -> dict[tuple[int, ...], float]:
         ):
             path = (*(paths[parent] if parent >= 0 else ()), token)
             paths.append(path)
-            edge[path] = 1 - (1 - edge.get(path, 0.0)) * (1 - prob)
+            kept = min(max(prob, 1e-6), 0.999)
+            said.setdefault(path, []).append(math.log(kept / (1 - kept)))
     out: dict[tuple[int, ...], float] = {}
-    for path in sorted(edge, key=len):
-        out[path] = out.get(path[:-1], 1.0) * min(max(edge[path], 1e-6), 0.999)
+    for path in sorted(said, key=len):
+        odds = said[path]
+        mixed = odds[0] if len(odds) == 1 else AGREEMENT * sum(odds) / len(odds) + AGREEMENT_ODDS
+        out[path] = out.get(path[:-1], 1.0) * min(max(1 / (1 + math.exp(-mixed)), 1e-6), 0.999)
     return out
 
 
