@@ -31,12 +31,16 @@ class Run:
         seconds: From the call to its return, prefill included.
         steps: Forward passes after the prefill.
         nodes: Draft tokens verified in them.
+        pass_seconds: Of those forward passes; 0 where the method does not tell.
+        loop_seconds: Of what the loop adds to them: drafting, masks, reading logits, commit, learning.
     """
 
     tokens: list[int]
     seconds: float
     steps: int
     nodes: int
+    pass_seconds: float = 0.0
+    loop_seconds: float = 0.0
 
 
 class Contestant(Protocol):
@@ -98,7 +102,8 @@ class _Drafted:
         tokens, seconds = _timed(self._model, call, ids, max_new_tokens)
         stats = self._drafter.last_stats
         assert stats is not None
-        return Run(tokens, seconds, stats.steps, stats.drafted)
+        loop = stats.draft_seconds + stats.commit_seconds + stats.accept_seconds + stats.learn_seconds
+        return Run(tokens, seconds, stats.steps, stats.drafted, stats.forward_seconds, loop)
 
 
 def _timed(model: Any, call: Any, ids: Sequence[int], max_new_tokens: int) -> tuple[list[int], float]:

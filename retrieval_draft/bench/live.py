@@ -54,6 +54,7 @@ def live(
     Returns:
         What ``bench live --json`` prints. ``equal_to_stock`` counts prompts with exactly the tokens of
         ``stock``, ``near_ties`` those that part from it at a near tie of logits, ``different`` the rest.
+        ``loop_share`` is what our loop adds to its forward passes, as a share of their time.
     """
     methods = list(dict.fromkeys(methods))
     if not methods:
@@ -112,6 +113,7 @@ def _summary(
     judged = [verdicts[name][number] for number in numbers if verdicts[name]]
     tokens = sum(len(run.tokens) for run in mine)
     steps = sum(run.steps for run in mine)
+    passes = sum(run.pass_seconds for run in mine)
     ratio = None
     if STOCK in runs:
         speeds = [_speed(runs[name][number]) / _speed(runs[STOCK][number]) for number in numbers]
@@ -127,6 +129,7 @@ def _summary(
         "near_ties": judged.count("tie") if judged else None,
         "different": judged.count("different") if judged else None,
         "ratio_to_stock": ratio,
+        "loop_share": sum(run.loop_seconds for run in mine) / passes if passes else None,
     }
 
 

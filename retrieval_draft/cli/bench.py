@@ -170,7 +170,7 @@ def print_live(result: dict[str, Any]) -> None:
     """Prints what `bench live` found as a table."""
     rows = []
     for name, entry in result["methods"].items():
-        ratio = entry["ratio_to_stock"]
+        ratio, share = entry["ratio_to_stock"], entry["loop_share"]
         equal = entry["equal_to_stock"]
         rows.append(
             (
@@ -180,9 +180,18 @@ def print_live(result: dict[str, Any]) -> None:
                 f"{entry['nodes_per_step']:.1f}",
                 "" if ratio is None else f"{ratio['median']:.2f} ({ratio['p10']:.2f}..{ratio['p90']:.2f})",
                 "" if equal is None else f"{equal} + {entry['near_ties']} ties of {result['prompts']}",
+                "" if share is None else f"{share:.1%}",
             )
         )
-    columns = ("method", "tokens/s", "tokens/step", "nodes/step", "ratio to stock (p10..p90)", "same text")
+    columns = (
+        "method",
+        "tokens/s",
+        "tokens/step",
+        "nodes/step",
+        "ratio to stock (p10..p90)",
+        "same text",
+        "loop",
+    )
     title = f"{result['model']}, {result['device']}, {result['dtype']}, greedy, {result['prompts']} prompts"
     print_table(title, columns, rows)
 

@@ -12,8 +12,11 @@ from retrieval_draft.engine.tree import DraftTree
 
 __all__ = ["PRIOR_GAIN", "HeadCost"]
 
-PRIOR_GAIN = 0.04
-"""Share of steps saved when the sources know the prompt's alternatives; to be fitted on traces."""
+PRIOR_GAIN = 0.03
+"""Share of plain decoding's time saved when the sources know the whole prompt's alternatives.
+
+On Gemma 3 270M at 16 nodes they saved 5% of the steps (171 instead of 180 for 448 tokens of seven prompts),
+and drafted decoding takes half to two thirds of plain decoding's time."""
 
 _ROWS = 16
 _CONTEXT = 32
@@ -65,9 +68,12 @@ class HeadCost:
         return cls(row=max(many - few, 1e-9) / max(rows - 1, 1), step=min(step() for _ in range(_REPEATS)))
 
     def rows_worth(self, new_tokens: int, prompt_length: int) -> int:
-        """The most prompt positions whose head pass costs less than it is expected to save."""
-        saving = PRIOR_GAIN * new_tokens * self.step
-        return int(max(1, min(prompt_length, saving / self.row)))
+        """All prompt positions where the head over them costs less than it should save, else the last.
+
+        What a position saves does not depend on where it stands: a part never pays where the whole does not.
+        """
+        pays = prompt_length * self.row < PRIOR_GAIN * new_tokens * self.step
+        return prompt_length if pays else 1
 
 
 def _now(device: torch.device) -> float:
