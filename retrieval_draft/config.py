@@ -30,7 +30,7 @@ class DraftConfig:
         max_nodes: The most draft nodes a step may verify when the cost decides.
         sources: Names of `SOURCES` to draft from.
         top_k: Next tokens kept for each row of the adjacency matrix.
-        adjacency_rows: Rows of the adjacency matrix; 88 bytes each at ``top_k=8``.
+        adjacency_rows: Rows of the adjacency matrix; 84 bytes each at ``top_k=8``.
         prefill_logits: Whether the output head also runs over the prompt, so that the adjacency
             matrix knows the prompt's alternatives: True, False, or "auto" for as many of the
             last prompt positions as pay for their measured cost.
@@ -41,7 +41,7 @@ class DraftConfig:
     max_nodes: int = 60
     sources: tuple[str, ...] = SOURCES
     top_k: int = 8
-    adjacency_rows: int = 65536
+    adjacency_rows: int = 262144
     prefill_logits: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:

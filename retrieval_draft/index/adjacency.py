@@ -38,7 +38,7 @@ class AdjacencyMatrix:
         and after any 7 the row of order 1 propose 9 and 4. A token never seen proposes nothing.
     """
 
-    def __init__(self, rows: int = 65536, top_k: int = 8) -> None:
+    def __init__(self, rows: int = 262144, top_k: int = 8) -> None:
         from retrieval_draft.index._kernels import adjacency
 
         self._kernels: Any = adjacency
@@ -174,7 +174,7 @@ class AdjacencySource:
     name = "adjacency"
     level = "request"
 
-    def __init__(self, rows: int = 65536, top_k: int = 8) -> None:
+    def __init__(self, rows: int = 262144, top_k: int = 8) -> None:
         self.matrix = AdjacencyMatrix(rows, top_k)
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> AdjacencySession:

@@ -57,9 +57,9 @@ def test_prefill_yields_the_last_rows_in_order(
             torch.testing.assert_close(torch.cat(parts), expected, atol=1e-3, rtol=1e-3)
 
 
-def test_head_cost_bounds_the_rows() -> None:
+def test_the_head_runs_over_a_prompt_only_where_that_pays() -> None:
     cost = HeadCost(row=1.0, step=10.0)
-    assert cost.rows_worth(100, 1000) == 40
+    assert cost.rows_worth(100, 1000) == 1
     assert cost.rows_worth(100, 7) == 7
     assert cost.rows_worth(1, 1000) == 1
     measured = HeadCost.measure(Target(make("llama")))
