@@ -17,7 +17,7 @@ from retrieval_draft.index._kernels.automaton import (
     TOKEN,
     matched_state,
 )
-from retrieval_draft.index._kernels.heap import BUCKETS, LOWEST, THRESHOLDS, pop, push
+from retrieval_draft.index._kernels.heap import BUCKETS, CUT, THRESHOLDS, admit, pop
 from retrieval_draft.index._kernels.jit import kernel
 
 CHILDREN = 12
@@ -80,12 +80,11 @@ def propose(
     nodes = 0
     candidates = 0
     waiting = 0
-    bucket_cut = 0
-    above = 0
+    cut = np.zeros(2, np.int64)
     path = 1.0
     node = -1
     while True:
-        needed = THRESHOLDS[bucket_cut]
+        needed = THRESHOLDS[cut[CUT]]
         found = 0
         mass = 1.0
         context = state
@@ -132,21 +131,15 @@ def propose(
             if prob * path <= needed or candidates == len(path_probs):
                 continue
             path_probs[candidates] = prob * path
-            bucket = (path_bits[candidates] >> 50) - LOWEST
-            if bucket >= bucket_cut:  # the cut may have risen past it since `needed` was read
-                work_int[candidates, 0] = node
-                work_int[candidates, 1] = child_token[place]
-                work_int[candidates, 2] = child_state[place]
-                work_int[candidates, 3] = child_length[place]
-                work_float[1, candidates] = prob
-                histogram[bucket] += 1
-                above += 1
-                while above - histogram[bucket_cut] >= budget:
-                    above -= histogram[bucket_cut]
-                    bucket_cut += 1
-                push(heap, waiting, path_probs, candidates)
-                waiting += 1
-                candidates += 1
+            if not admit(candidates, path_probs, path_bits, heap, waiting, histogram, cut, budget):
+                continue
+            work_int[candidates, 0] = node
+            work_int[candidates, 1] = child_token[place]
+            work_int[candidates, 2] = child_state[place]
+            work_int[candidates, 3] = child_length[place]
+            work_float[1, candidates] = prob
+            waiting += 1
+            candidates += 1
         if waiting == 0:
             return nodes
         best = pop(heap, waiting, path_probs)

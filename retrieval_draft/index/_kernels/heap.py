@@ -54,3 +54,45 @@ def pop(heap: NDArray[np.int32], size: int, path_probs: NDArray[np.float64]) -> 
         slot = below
     heap[slot] = item
     return best
+
+
+CUT, ABOVE = range(2)
+"""Fields of a cut: the lowest bucket that still matters, and candidates in it or above."""
+
+
+@kernel
+def admit(
+    item: int,
+    path_probs: NDArray[np.float64],
+    path_bits: NDArray[np.int64],
+    heap: NDArray[np.int32],
+    waiting: int,
+    histogram: NDArray[np.int64],
+    cut: NDArray[np.int64],
+    budget: int,
+) -> bool:
+    """Puts a candidate on the heap unless `budget` better ones are known, and raises the cut where it can.
+
+    Args:
+        item: The candidate; its path probability is in place.
+        path_probs: float64, shape (candidates,).
+        path_bits: the same memory as int64.
+        heap: int32, of `waiting` candidates.
+        waiting: Candidates on the heap.
+        histogram: int64, shape (BUCKETS,). Candidates so far, on the heap or taken off it.
+        cut: int64, shape (2,): CUT, ABOVE.
+        budget: Nodes wanted.
+
+    Returns:
+        Whether it is on the heap now.
+    """
+    bucket = (path_bits[item] >> 50) - LOWEST
+    if bucket < cut[CUT]:
+        return False
+    histogram[bucket] += 1
+    cut[ABOVE] += 1
+    while cut[ABOVE] - histogram[cut[CUT]] >= budget:
+        cut[ABOVE] -= histogram[cut[CUT]]
+        cut[CUT] += 1
+    push(heap, waiting, path_probs, item)
+    return True

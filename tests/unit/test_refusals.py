@@ -1,0 +1,130 @@
+"""What RetrievalDrafter refuses, and what it says then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
+
+from retrieval_draft import RetrievalDrafter
+from retrieval_draft.errors import (
+    InvalidInputError,
+    TokenizerMismatchError,
+    UnknownMethodError,
+    UnsupportedGenerationError,
+    UnsupportedModelError,
+)
+from tests.drafters import drafter_with, prompt_ids
+from tests.models import make
+from tests.sources import OracleSource
+
+MODEL = make("llama")
+PROMPT = prompt_ids()
+
+
+def oracle(**options: Any) -> RetrievalDrafter:
+    return drafter_with(MODEL, OracleSource((), wrong=0.1), **options)
+
+
+def ids(*values: Any, dtype: torch.dtype = torch.long) -> torch.Tensor:
+    return torch.tensor([list(values)], dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (torch.zeros((1, 0), dtype=torch.long), {}, "empty"),
+        (prompt_ids(513), {}, "513 tokens; the model allows 512"),
+        (ids(3, 97), {}, "token id 97"),
+        (ids(3, -1), {}, "token id -1"),
+        (ids(1.0, 2.0, dtype=torch.float32), {}, "dtype"),
+        (torch.tensor([1, 2]), {}, "shape"),
+        ([[1, 2]], {}, "list"),
+        (ids(1, 2), {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        (ids(1, 2), {"attention_mask": ids(1, 0)}, "left padding"),
+        (ids(1, 0, 2), {"pad_token_id": 0}, "pad token as text"),
+        (ids(1, 2), {"attention_mask": ids(0, 0)}, "empty"),
+        (ids(1, 2), {"attention_mask": ids(1)}, "shape"),
+        (ids(1, 2), {"prediction": "text"}, "tokenizer"),
+        (ids(1, 2), {"prediction": [5, 97]}, "reference"),
+        (ids(1, 2), {"share": True}, "store"),
+        (ids(1, 2), {"stop_strings": ["x"]}, "tokenizer"),
+    ],
+)
+def test_bad_input_has_its_own_error(arguments: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        oracle().generate(arguments, **{"max_new_tokens": 3, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"output_attentions": True, "return_dict_in_generate": True},
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "quantized"},
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_model": MODEL},
+        {"past_key_values": object()},
+        {"inputs_embeds": torch.zeros(1, 2, 32)},
+    ],
+)
+def test_other_generation_modes_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedGenerationError):
+        oracle().generate(PROMPT, max_new_tokens=3, **options)
+
+
+def test_unknown_method_and_unsupported_parts() -> None:
+    with pytest.raises(UnknownMethodError):
+        RetrievalDrafter.for_model(MODEL, method="magic")
+    for part in ({"corpora": ["x"]}, {"store": "redis://x"}, {"phrases": ["x"]}, {"draft_model": MODEL}):
+        with pytest.raises(InvalidInputError, match="not supported yet"):
+            RetrievalDrafter.for_model(MODEL, **part)
+
+
+def test_foreign_tokenizer_is_refused() -> None:
+    class Tokenizer:
+        bos_token_id = eos_token_id = None
+
+        def __init__(self, size: int, eos: int | None = None) -> None:
+            self.size, self.eos_token_id = size, eos
+
+        def __len__(self) -> int:
+            return self.size
+
+    with pytest.raises(TokenizerMismatchError, match="98 ids"):
+        RetrievalDrafter.for_model(MODEL, Tokenizer(98))
+    model = make("llama", eos_token_id=5)
+    with pytest.raises(TokenizerMismatchError, match="eos_token_id is 6"):
+        RetrievalDrafter.for_model(model, Tokenizer(97, eos=6))
+    RetrievalDrafter.for_model(model, Tokenizer(97, eos=5), method="none")
+
+
+def test_models_that_cannot_verify_trees_are_refused() -> None:
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(UnsupportedModelError):
+        RetrievalDrafter.for_model(mamba)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2))
+    with pytest.raises(UnsupportedModelError):
+        RetrievalDrafter.for_model(bloom)
+    flash = make("llama")
+    flash.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UnsupportedModelError, match="sdpa"):
+        RetrievalDrafter.for_model(flash)
+
+
+def test_probe_finds_a_model_that_ignores_the_mask() -> None:
+    model = make("llama")
+    forward = model.model.forward
+    model.model.forward = lambda *args, attention_mask=None, **kwargs: forward(*args, **kwargs)
+    with pytest.raises(UnsupportedModelError, match="says something else"):
+        RetrievalDrafter.for_model(model)
