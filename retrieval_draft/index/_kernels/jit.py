@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from numba import njit
 
@@ -17,4 +20,19 @@ def kernel(function: Function) -> Function:
 
     Floating point stays strict (no fastmath): the same input gives the same tree on every run.
     """
-    return cast(Function, njit(cache=True, nogil=True, error_model="numpy")(function))
+    compiled: Any = njit(cache=True, nogil=True, error_model="numpy")(function)
+    # numba takes kept machine code for fresh while the function's own file has its time and size. But kernels
+    # are compiled into each other across files, and wheels are built with one time for all files: an upgrade
+    # could run the last version's code. So the stamp is the text of all kernels.
+    file = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
+    if file is not None:
+        file._source_stamp = _stamp()
+    return cast(Function, compiled)
+
+
+@cache
+def _stamp() -> str:
+    digest = sha256()
+    for path in sorted(Path(__file__).parents[2].glob("*/_kernels/*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
