@@ -118,7 +118,7 @@ class RetrievalDrafter:
         seed: int | None = None,
         prediction: Any = None,
         documents: Any = None,
-        share: bool | None = None,
+        share: str | None = None,
         **generate_kwargs: Any,
     ) -> Any:
         """Generates as ``model.generate`` does, with its keyword arguments and return types.
@@ -132,15 +132,17 @@ class RetrievalDrafter:
                 Without one it is drawn from torch's global generator.
             prediction: What the reply may look like: text or token ids.
             documents: Texts the reply may quote: text or token ids, or a list of those.
-            share: Whether other servers may learn from this request; no store is supported yet.
+            share: What other servers may learn of this request: None or "none"; no store is supported yet.
             **generate_kwargs: As for ``model.generate``.
 
         Returns:
             int64, shape (batch, length + new), or GenerateDecoderOnlyOutput with
             ``return_dict_in_generate=True``.
         """
-        if share:
-            raise InvalidInputError("share=True needs a store, which is not supported yet.", "Leave it out.")
+        if share not in (None, "none"):
+            raise InvalidInputError(
+                f"share={share!r} needs a store, which is not supported yet.", 'Leave it out, or pass "none".'
+            )
         target = self._target
         model: Any = target.model
         check_prompt(input_ids, attention_mask, target.embedding_rows, target.max_positions)

@@ -48,11 +48,6 @@ class Calibration:
         self.expected: NDArray[np.float64] = np.zeros(CELLS, np.float64)
         self.accepted: NDArray[np.float64] = np.zeros(CELLS, np.float64)
 
-    @property
-    def ratios(self) -> NDArray[np.float64]:
-        """float64, shape (cells,). What an estimate is multiplied by."""
-        return (self.accepted + PRIOR) / (self.expected + PRIOR)
-
     def observe(self, tree: DraftTree, proposals: Sequence[Proposal], emitted: TokenArray) -> None:
         """Notes what became of a step's guesses, verified or not.
 

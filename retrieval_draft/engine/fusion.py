@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from retrieval_draft.engine.calibration import Calibration
+from retrieval_draft.engine.calibration import PRIOR, Calibration
 from retrieval_draft.engine.tree import DraftTree
 from retrieval_draft.index.source import Proposal
 
@@ -55,7 +55,9 @@ def fuse(
         np.concatenate([proposal.probs for proposal in proposals]),
         starts,
         calibration.weights,
-        calibration.ratios,
+        calibration.expected,
+        calibration.accepted,
+        PRIOR,
         max_nodes,
         tokens,
         parents,

@@ -128,3 +128,10 @@ def test_probe_finds_a_model_that_ignores_the_mask() -> None:
     model.model.forward = lambda *args, attention_mask=None, **kwargs: forward(*args, **kwargs)
     with pytest.raises(UnsupportedModelError, match="says something else"):
         RetrievalDrafter.for_model(model)
+
+
+@pytest.mark.parametrize("share", ["reply", "all", True])
+def test_sharing_needs_a_store(share: Any) -> None:
+    with pytest.raises(InvalidInputError, match="needs a store"):
+        oracle().generate(PROMPT, share=share, max_new_tokens=2)
+    assert oracle().generate(PROMPT, share="none", max_new_tokens=2).shape[1] == PROMPT.shape[1] + 2

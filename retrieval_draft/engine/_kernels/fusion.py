@@ -41,7 +41,9 @@ def fuse(
     probs: NDArray[np.float32],
     starts: NDArray[np.int64],
     weights: NDArray[np.float64],
-    ratios: NDArray[np.float64],
+    expected: NDArray[np.float64],
+    accepted: NDArray[np.float64],
+    prior: float,
     budget: int,
     out_tokens: NDArray[np.int32],
     out_parents: NDArray[np.int32],
@@ -65,7 +67,9 @@ def fuse(
         probs: float32, shape (total,).
         starts: int64, shape (proposals + 1,).
         weights: float64, shape (MASKS, SOURCES + 1). Of each source's log odds, and 1's, by set of sources.
-        ratios: float64, shape (CELLS,). Accepted over expected.
+        expected: float64, shape (CELLS,). Sum of estimates seen so far.
+        accepted: float64, shape (CELLS,). How many of them came true.
+        prior: Expected acceptances that each cell starts with, all of them met.
         out_tokens: int32, shape (budget + 1,), the root's already in place; the others alike.
 
     Returns:
@@ -114,7 +118,8 @@ def fuse(
             odds += weights[mask, place] * trie_odds[node, place]
         raw[node] = min(max(1.0 / (1.0 + np.exp(-odds)), UNLIKELY), CERTAIN) if mask else UNLIKELY
         cells[node] = cell_of(mask, raw[node])
-        calibrated[node] = min(raw[node] * ratios[cells[node]], CERTAIN)
+        ratio = (accepted[cells[node]] + prior) / (expected[cells[node]] + prior)
+        calibrated[node] = min(raw[node] * ratio, CERTAIN)
         path[node] = path[trie_parent[node]] * calibrated[node]
         push(heap, node - 1, path, node)
     chosen = min(budget, size - 1)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from retrieval_draft.index._kernels.jit import sum_kernel
 
 __all__ = ["exp_sums", "exp_sums_numpy"]
 
 
-# Sums may be reordered, so that they run in vector registers; NaN and infinity stay what they are.
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
+@sum_kernel
 def exp_sums(logits: NDArray[np.float32], best: NDArray[np.float32], out: NDArray[np.float32]) -> None:
     """Sum over each row of exp(logit - best), to 1e-4 and far better where the terms matter.
 

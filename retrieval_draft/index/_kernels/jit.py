@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 from numba import njit
 
-__all__ = ["kernel"]
+__all__ = ["kernel", "sum_kernel"]
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -20,7 +20,19 @@ def kernel(function: Function) -> Function:
 
     Floating point stays strict (no fastmath): the same input gives the same tree on every run.
     """
-    compiled: Any = njit(cache=True, nogil=True, error_model="numpy")(function)
+    return _compiled(function, fastmath=False)
+
+
+def sum_kernel(function: Function) -> Function:
+    """As `kernel`, for sums that may be reordered so that they run in vector registers.
+
+    NaN and infinity stay what they are, and one machine reorders the same way every time.
+    """
+    return _compiled(function, fastmath={"reassoc", "contract"})
+
+
+def _compiled(function: Function, fastmath: bool | set[str]) -> Function:
+    compiled: Any = njit(cache=True, nogil=True, error_model="numpy", fastmath=fastmath)(function)
     # numba takes kept machine code for fresh while the function's own file has its time and size. But kernels
     # are compiled into each other across files, and wheels are built with one time for all files: an upgrade
     # could run the last version's code. So the stamp is the text of all kernels.
