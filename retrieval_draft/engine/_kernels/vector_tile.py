@@ -1,0 +1,270 @@
+"""Register tiles for products of few tokens, as LLVM vectors: what numba's own loops do not promise.
+
+numba turns a plain loop into vector code as LLVM sees fit. How many accumulators stay in registers decides the
+speed here, so the tile is written out: `rows` x `tokens` accumulators of eight floats, each updated by one
+fused multiply-add a step. LLVM makes of eight floats what the machine has (one AVX register, two of NEON).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+__all__ = [
+    "LANES",
+    "STEP",
+    "claim",
+    "dot_tile",
+    "floats_at",
+    "integers_at",
+    "load_bfloat16",
+    "stack_floats",
+    "store_bfloat16",
+    "widen",
+]
+
+LANES = 8
+STEP = 16
+"""Elements of a row that one turn of the loop takes: two vectors, one cache line of float32."""
+
+_LINE = 64
+
+_FLOAT, _BYTE, _SHORT = ir.FloatType(), ir.IntType(8), ir.IntType(16)
+_INT, _LONG = ir.IntType(32), ir.IntType(64)
+_VECTOR = ir.VectorType(_FLOAT, LANES)
+
+
+def dot_tile(rows: int, tokens: int, half: bool = False) -> Any:
+    """Makes ``tile(w, w_stride, x, x_stride, length, y, y_stride, ahead)``, dot products in registers.
+
+    The compiled function adds to y[t, r] the dot product of weight row r and token t, for r < rows, t < tokens.
+    Each sum runs in one fixed order, whatever the tile: a token's result does not depend on the tokens beside it.
+
+    Addresses are intp. Strides are in elements, `length` is a multiple of `STEP`; `ahead` is the distance in bytes
+    from w to what will be read next, which is fetched into the cache meanwhile (0: nothing is). With `half` the
+    weights are bfloat16, all else is float32, and of each sixteen elements of x the eight at even places come first.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(context: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, length: Any, y: Any, y_stride: Any, ahead: Any) -> Any:  # fmt: skip  # noqa: E501
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _dot_tile(builder, rows, tokens, half, *arguments)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 8), generate
+
+    return tile
+
+
+def _dot_tile(
+    builder: Any, rows: int, tokens: int, half: bool, w: Any, w_stride: Any, x: Any, x_stride: Any, length: Any,
+    y: Any, y_stride: Any, ahead: Any,
+) -> None:  # fmt: skip
+    multiply_add = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32"
+    )
+    places = [(row, token) for row in range(rows) for token in range(tokens)]
+    wide = 2 if half else 4
+    w_rows = [_offset(builder, w, w_stride, wide * row) for row in range(rows)]
+    x_rows = [_offset(builder, x, x_stride, 4 * token) for token in range(tokens)]
+
+    entry = builder.block
+    loop, done = builder.append_basic_block("tile.loop"), builder.append_basic_block("tile.done")
+    zero = ir.Constant(_VECTOR, [0.0] * LANES)
+    builder.cbranch(builder.icmp_signed(">", length, _long(0)), loop, done)
+
+    builder.position_at_end(loop)
+    place = builder.phi(_LONG)
+    place.add_incoming(_long(0), entry)
+    starts = {where: builder.phi(_VECTOR) for where in places}
+    sums: dict[tuple[int, int], Any] = dict(starts)
+    x_here, w_here = builder.mul(place, _long(4)), builder.mul(place, _long(wide))
+    if half:
+        # Measured: a tile of bfloat16 is fetched best as it lies in memory, one of float32 row beside row.
+        next_lines = builder.add(builder.add(w, ahead), builder.mul(place, _long(rows * wide)))
+        for line in range(-(-rows * STEP * wide // _LINE)):
+            _prefetch(builder, builder.add(next_lines, _long(line * _LINE)))
+    else:
+        for w_row in w_rows:
+            _prefetch(builder, builder.add(builder.add(w_row, w_here), ahead))
+    shifts = [_long(4 * part * LANES) for part in range(STEP // LANES)]
+    inputs = [[builder.add(builder.add(x_row, x_here), shift) for shift in shifts] for x_row in x_rows]
+    if half:
+        for row in range(rows):
+            # One row at a time: its sixteen weights take two registers.
+            for part, weight in enumerate(_load_halves(builder, builder.add(w_rows[row], w_here))):
+                for token in range(tokens):
+                    given = _load(builder, inputs[token][part], _VECTOR, 4)
+                    sums[row, token] = builder.call(multiply_add, [weight, given, sums[row, token]])
+    else:
+        for part, shift in enumerate(shifts):
+            weights = [
+                _load(builder, builder.add(builder.add(w_row, w_here), shift), _VECTOR, 4) for w_row in w_rows
+            ]
+            for token in range(tokens):
+                # One token at a time: 3 x 4 sums, 3 weights and an input are the 16 registers of AVX2.
+                given = _load(builder, inputs[token][part], _VECTOR, 4)
+                for row in range(rows):
+                    sums[row, token] = builder.call(multiply_add, [weights[row], given, sums[row, token]])
+    after = builder.add(place, _long(STEP))
+    place.add_incoming(after, loop)
+    for where in places:
+        starts[where].add_incoming(zero, entry)
+        starts[where].add_incoming(sums[where], loop)
+    builder.cbranch(builder.icmp_signed("<", after, length), loop, done)
+
+    builder.position_at_end(done)
+    for row, token in places:
+        vector = builder.phi(_VECTOR)
+        vector.add_incoming(zero, entry)
+        vector.add_incoming(sums[row, token], loop)
+        sums[row, token] = vector
+    for row, token in places:
+        address = builder.add(_offset(builder, y, y_stride, 4 * token), _long(4 * row))
+        pointer = builder.inttoptr(address, _FLOAT.as_pointer())
+        total = builder.fadd(builder.load(pointer, align=4), _across(builder, sums[row, token]))
+        builder.store(total, pointer, align=4)
+
+
+def _across(builder: Any, vector: Any) -> Any:
+    """The sum of the lanes, by halves."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        low, high = (
+            ir.Constant(ir.VectorType(_INT, width), list(range(begin, begin + width))) for begin in (0, width)
+        )
+        vector = builder.fadd(
+            builder.shuffle_vector(vector, vector, low), builder.shuffle_vector(vector, vector, high)
+        )
+    return builder.extract_element(vector, ir.Constant(_INT, 0))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def widen(context: Any, source: Any, target: Any, length: Any, ahead: Any) -> Any:
+    """``widen(source, target, length, ahead)``: bfloat16 to float32, of each sixteen those at even places first."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, target, length, ahead = arguments
+        with cgutils.for_range_slice(builder, _long(0), length, _long(STEP)) as (place, _):
+            begin = _offset(builder, source, place, 2)
+            _prefetch(builder, builder.add(begin, ahead))
+            for part, vector in enumerate(_load_halves(builder, begin)):
+                address = builder.add(_offset(builder, target, place, 4), _long(4 * part * LANES))
+                builder.store(vector, builder.inttoptr(address, _VECTOR.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load_bfloat16(context: Any, address: Any) -> Any:
+    """The bfloat16 at an address, as float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits = builder.zext(_load(builder, arguments[0], _SHORT, 2), _INT)
+        return builder.bitcast(builder.shl(bits, ir.Constant(_INT, 16)), _FLOAT)
+
+    return types.float32(types.intp), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def store_bfloat16(context: Any, address: Any, value: Any) -> Any:
+    """Stores a float32 as the nearest bfloat16, ties to even; NaN stays NaN."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, value = arguments
+        bits = builder.bitcast(value, _INT)
+        sixteen = ir.Constant(_INT, 16)
+        odd = builder.and_(builder.lshr(bits, sixteen), ir.Constant(_INT, 1))
+        rounded = builder.lshr(builder.add(builder.add(bits, ir.Constant(_INT, 0x7FFF)), odd), sixteen)
+        nan = builder.or_(builder.lshr(bits, sixteen), ir.Constant(_INT, 0x40))
+        kept = builder.select(builder.fcmp_unordered("uno", value, value), nan, rounded)
+        builder.store(
+            builder.trunc(kept, _SHORT), builder.inttoptr(address, _SHORT.as_pointer()), align=2
+        )
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.float32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def claim(context: Any, address: Any) -> Any:
+    """Returns the int64 at an address and adds one to it, atomically: the next piece of work of a shared job."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], _LONG.as_pointer())
+        return builder.atomic_rmw("add", pointer, _long(1), "monotonic")
+
+    return types.int64(types.intp), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def floats_at(context: Any, address: Any) -> Any:
+    """A pointer to float32 from an address, for `numba.carray`."""
+    return types.CPointer(types.float32)(types.intp), _to_pointer(_FLOAT)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def integers_at(context: Any, address: Any) -> Any:
+    """A pointer to int64 from an address, for `numba.carray`."""
+    return types.CPointer(types.int64)(types.intp), _to_pointer(_LONG)
+
+
+def _to_pointer(kind: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], kind.as_pointer())
+
+    return generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def stack_floats(context: Any, count: Any) -> Any:
+    """The address of `count` floats, a literal, on the stack of the running thread."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None
+    size = count.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        room = cgutils.alloca_once(builder, ir.ArrayType(_FLOAT, size))
+        room.align = 64
+        return builder.ptrtoint(room, _LONG)
+
+    return types.intp(count), generate
+
+
+def _long(value: int) -> Any:
+    return ir.Constant(_LONG, value)
+
+
+def _offset(builder: Any, base: Any, stride: Any, scale: int) -> Any:
+    return builder.add(base, builder.mul(stride, _long(scale)))
+
+
+def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
+
+
+def _load_halves(builder: Any, address: Any) -> tuple[Any, Any]:
+    """Sixteen bfloat16 as two vectors of float32, those at even places and those at odd ones.
+
+    A bfloat16 is the upper half of a float32's bits: of each pair one is moved up, the other is there already.
+    """
+    whole = ir.VectorType(_INT, LANES)
+    pairs = _load(builder, address, whole, 2)
+    even = builder.shl(pairs, ir.Constant(whole, [16] * LANES))
+    odd = builder.and_(pairs, ir.Constant(whole, [0xFFFF0000] * LANES))
+    return builder.bitcast(even, _VECTOR), builder.bitcast(odd, _VECTOR)
+
+
+def _prefetch(builder: Any, address: Any) -> None:
+    function = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT]),
+        "llvm.prefetch.p0",
+    )
+    read, keep, data = (ir.Constant(_INT, value) for value in (0, 3, 1))
+    builder.call(function, [builder.inttoptr(address, _BYTE.as_pointer()), read, keep, data])
