@@ -68,6 +68,10 @@ class LinearChoices:
         self.path = (cache_home() / "linear" if folder is None else folder) / f"{digest}.json"
         self._names = self._read()
 
+    def has(self, weight: Tensor) -> bool:
+        """Whether a weight's shape has been measured."""
+        return shape_key(weight) in self._names
+
     def missing(self, weights: Sequence[Tensor]) -> dict[str, list[Tensor]]:
         """Those of `weights` whose shape has not been measured, by shape."""
         wanted: dict[str, list[Tensor]] = {}

@@ -1,0 +1,74 @@
+"""Attention of bfloat16 models on the CPU, in float32: torch's bfloat16 kernel is several times slower there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from retrieval_draft.engine.substitution import is_ordinary_call
+
+__all__ = ["WIDE_ATTENTION", "is_worthwhile", "wide_attention"]
+
+WIDE_ATTENTION = "retrieval_draft_cpu"
+"""The name of our attention in transformers' registry."""
+
+_MOST_TOKENS = 64
+
+_users: dict[int, int] = {}
+_lock = threading.Lock()
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """As transformers' sdpa; few bfloat16 queries are computed in float32, keys and values widened for it."""
+    if query.dtype is torch.bfloat16 and query.shape[2] <= _MOST_TOKENS and is_ordinary_call(query):
+        if attention_mask is not None and attention_mask.dtype is torch.bfloat16:
+            attention_mask = attention_mask.float()
+        out, _ = sdpa_attention_forward(
+            module, query.float(), key.float(), value.float(), attention_mask, **kwargs
+        )
+        return out.to(torch.bfloat16), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(WIDE_ATTENTION, _attend)
+AttentionMaskInterface.register(WIDE_ATTENTION, sdpa_mask)
+
+
+def is_worthwhile(model: Any) -> bool:
+    """Whether a model's attention is torch's, in bfloat16 on a CPU without instructions for it."""
+    return (
+        model.dtype is torch.bfloat16
+        and model.device.type == "cpu"
+        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+@contextmanager
+def wide_attention(model: Any) -> Iterator[None]:
+    """A model that uses torch's attention uses this one inside, and its own again afterwards."""
+    config = model.config
+    text = config.get_text_config(decoder=True)
+    with _lock:
+        taken = text._attn_implementation in ("sdpa", WIDE_ATTENTION)
+        if taken:
+            _users[id(text)] = _users.get(id(text), 0) + 1
+            text._attn_implementation = WIDE_ATTENTION
+    try:
+        yield
+    finally:
+        with _lock:
+            if taken:
+                _users[id(text)] -= 1
+                if not _users[id(text)]:
+                    del _users[id(text)]
+                    text._attn_implementation = "sdpa"

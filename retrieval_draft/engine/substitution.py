@@ -1,0 +1,56 @@
+"""Lends modules another ``forward`` for a while."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["is_free", "is_ordinary_call", "lend_forwards"]
+
+_users: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def is_free(module: nn.Module) -> bool:
+    """Whether nobody else has replaced a module's ``forward``, as hooks that move weights do."""
+    return "forward" not in module.__dict__ or module in _users
+
+
+def is_ordinary_call(input: Any) -> bool:
+    """Whether a call may go past autograd, autocast, compilers and tensor subclasses: none of them is there."""
+    return not (
+        torch.is_grad_enabled()
+        or type(input) is not Tensor
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
+@contextmanager
+def lend_forwards(forwards: Iterable[tuple[nn.Module, Callable[[Tensor], Tensor]]]) -> Iterator[None]:
+    """Modules use these ``forward`` functions inside, and what they had before afterwards.
+
+    Of several users of one module at a time the first decides and the last restores.
+    """
+    changed: list[nn.Module] = []
+    try:
+        with _lock:
+            for module, forward in forwards:
+                if module not in _users:
+                    module.__dict__["forward"] = forward
+                _users[module] = _users.get(module, 0) + 1
+                changed.append(module)
+        yield
+    finally:
+        with _lock:
+            for module in changed:
+                _users[module] -= 1
+                if not _users[module]:
+                    del _users[module]
+                    module.__dict__.pop("forward", None)
