@@ -34,6 +34,8 @@ class DraftConfig:
         prefill_logits: Whether the output head also runs over the prompt, so that the adjacency
             matrix knows the prompt's alternatives: True, False, or "auto" for as many of the
             last prompt positions as pay for their measured cost.
+        cpu_kernels: Whether the model's linear layers and norms use faster kernels for few tokens on the
+            CPU while the drafter decodes. Results differ in the last bits. Nothing happens on other devices.
     """
 
     method: str = "calibrated"
@@ -43,6 +45,7 @@ class DraftConfig:
     top_k: int = 8
     adjacency_rows: int = 262144
     prefill_logits: bool | Literal["auto"] = "auto"
+    cpu_kernels: bool = True
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

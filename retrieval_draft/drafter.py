@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -14,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from retrieval_draft.config import DraftConfig
+from retrieval_draft.engine.cpu_kernels import CpuKernels
 from retrieval_draft.engine.decode import DecodeRequest, decode
 from retrieval_draft.engine.kv_cache import SpeculativeCache
 from retrieval_draft.engine.noise import GumbelNoise
@@ -22,6 +26,7 @@ from retrieval_draft.engine.sampling import Sampler
 from retrieval_draft.engine.stats import DraftStats
 from retrieval_draft.engine.supply import DraftSupply
 from retrieval_draft.engine.target import Target
+from retrieval_draft.engine.threads import in_live_pool
 from retrieval_draft.errors import InvalidInputError, UnsupportedGenerationError
 from retrieval_draft.generation import pad_replies, set_limits, streaming, take_stop_strings
 from retrieval_draft.index.registry import make_sources
@@ -48,6 +53,7 @@ class RetrievalDrafter:
         config: How drafts are made.
         stats: Counts and times of all requests so far.
         last_stats: Those of the last request; None before the first.
+        kernels: Faster layers for few tokens on the CPU, which the model uses while the drafter decodes.
 
     Example:
         drafter = RetrievalDrafter.for_model(model, tokenizer)
@@ -61,7 +67,9 @@ class RetrievalDrafter:
         self._target = target
         self._tokenizer = tokenizer
         self._supply = supply
+        self.kernels = CpuKernels(target.model, config.cpu_kernels)
         self._lock = threading.RLock()
+        _drafters.add(self)
 
     @classmethod
     def for_model(
@@ -105,7 +113,7 @@ class RetrievalDrafter:
         target = Target(model)
         if tokenizer is not None:
             check_tokenizer(tokenizer, model, target.embedding_rows)
-        probe(target)
+        in_live_pool(lambda: probe(target))
         return cls(target, tokenizer, config, DraftSupply(target, config, make_sources(config)))
 
     def generate(
@@ -167,12 +175,14 @@ class RetrievalDrafter:
                 streamer, seed, references,
             )  # fmt: skip
 
-        return model.generate(
-            input_ids,
-            attention_mask=attention_mask,
-            generation_config=generation_config,
-            custom_generate=loop,
-            **generate_kwargs,
+        return in_live_pool(
+            lambda: model.generate(
+                input_ids,
+                attention_mask=attention_mask,
+                generation_config=generation_config,
+                custom_generate=loop,
+                **generate_kwargs,
+            )
         )
 
     def custom_generate(
@@ -194,16 +204,23 @@ class RetrievalDrafter:
             raise InvalidInputError(
                 "This drafter was made for another model.", "Make one with RetrievalDrafter.for_model(model)."
             )
-        return self._run(
-            input_ids, logits_processor, stopping_criteria, generation_config, model_inputs,
-            draft_streamer, draft_seed, [],
+        return in_live_pool(
+            lambda: self._run(
+                input_ids, logits_processor, stopping_criteria, generation_config, model_inputs,
+                draft_streamer, draft_seed, [],
+            )
         )  # fmt: skip
 
     def warm_up(self) -> None:
         """Compiles and measures now what the first request would otherwise wait for."""
+        in_live_pool(self._warm_up)
+
+    def _warm_up(self) -> None:
         with self._lock, torch.no_grad():
             probe(self._target)
-            self._supply.prepare()
+            self.kernels.prepare()
+            with self.kernels.applied():
+                self._supply.prepare()
 
     def reset_stats(self) -> None:
         """Sets all counts back to zero."""
@@ -238,7 +255,12 @@ class RetrievalDrafter:
             seed = int(torch.randint(0, 2**62, ()))
         replies, caches, samplers = [], [], []
         total = DraftStats()
-        with self._lock, torch.no_grad(), streaming(streamer, input_ids) as emit:
+        with ExitStack() as stack:
+            stack.enter_context(self._lock)
+            stack.enter_context(torch.no_grad())
+            emit = stack.enter_context(streaming(streamer, input_ids))
+            self.kernels.prepare()
+            stack.enter_context(self.kernels.applied())
             self._supply.prepare()
             self.last_stats = total
             for row, prompt in enumerate(prompts):
@@ -287,3 +309,16 @@ class RetrievalDrafter:
         head = model.get_output_embeddings()
         width = self._target.vocabulary if head is None else int(head.weight.shape[0])
         return GumbelNoise(seed, width, self._target.device, sample=row)
+
+
+_drafters: WeakSet[RetrievalDrafter] = WeakSet()
+
+
+def _after_fork() -> None:
+    """A lock that another thread held at the fork would stay locked in the child."""
+    for drafter in _drafters:
+        drafter._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -14,10 +14,11 @@ from retrieval_draft.config import METHODS, DraftConfig
 from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.errors import UnknownMethodError
 
-__all__ = ["LOOKUP_TOKENS", "STOCK", "STOCK_LOOKUP", "Contestant", "Run", "make_contestant"]
+__all__ = ["LOOKUP_TOKENS", "PLAIN", "STOCK", "STOCK_LOOKUP", "Contestant", "Run", "make_contestant"]
 
 STOCK = "stock"
 STOCK_LOOKUP = "stock-pld"
+PLAIN = "none"
 LOOKUP_TOKENS = 10
 """``prompt_lookup_num_tokens`` of the prompt lookup that we compare with."""
 
@@ -53,7 +54,9 @@ class Contestant(Protocol):
         ...
 
 
-def make_contestant(name: str, model: Any, tokenizer: Any, nodes: int | None) -> Contestant:
+def make_contestant(
+    name: str, model: Any, tokenizer: Any, nodes: int | None, cpu_kernels: bool = True
+) -> Contestant:
     """``stock`` is `model.generate`, ``stock-pld`` its prompt lookup, all else a drafting method.
 
     Raises:
@@ -66,7 +69,7 @@ def make_contestant(name: str, model: Any, tokenizer: Any, nodes: int | None) ->
     if name not in METHODS:
         known = ", ".join((STOCK, STOCK_LOOKUP, *METHODS))
         raise UnknownMethodError(f"Unknown method {name!r}.", f"Choose from: {known}.")
-    return _Drafted(name, model, tokenizer, nodes)
+    return _Drafted(name, model, tokenizer, nodes, cpu_kernels)
 
 
 class _Stock:
@@ -87,12 +90,11 @@ class _Stock:
 
 
 class _Drafted:
-    def __init__(self, name: str, model: Any, tokenizer: Any, nodes: int | None) -> None:
+    def __init__(self, name: str, model: Any, tokenizer: Any, nodes: int | None, cpu_kernels: bool) -> None:
         self.name = name
         self._model = model
-        self._drafter = RetrievalDrafter.for_model(
-            model, tokenizer, config=DraftConfig(method=name, nodes=nodes), method=name
-        )
+        config = DraftConfig(method=name, nodes=nodes, cpu_kernels=cpu_kernels)
+        self._drafter = RetrievalDrafter.for_model(model, tokenizer, config=config)
         self._drafter.warm_up()
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> Run:

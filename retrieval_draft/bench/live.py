@@ -11,7 +11,7 @@ import numpy as np
 
 from retrieval_draft._progress import progress
 from retrieval_draft.bench.agreement import Verdict, judge
-from retrieval_draft.bench.contestants import STOCK, Run, make_contestant
+from retrieval_draft.bench.contestants import PLAIN, STOCK, Run, make_contestant
 from retrieval_draft.bench.prompts import Prompt
 from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.bench.recording import TraceWriter
@@ -31,6 +31,7 @@ def live(
     methods: Sequence[str],
     nodes: int | None = None,
     record: Path | None = None,
+    cpu_kernels: bool = True,
 ) -> dict[str, Any]:
     """Decodes every prompt greedily with every method and compares them.
 
@@ -50,11 +51,14 @@ def live(
         methods: ``stock``, ``stock-pld`` and names of drafting methods.
         nodes: Draft nodes of every step, or None for the budget that the cost model chooses.
         record: Where to write the replies of ``stock`` as a trace.
+        cpu_kernels: Whether drafting methods use our kernels; ``stock`` and ``stock-pld`` never do.
 
     Returns:
         What ``bench live --json`` prints. ``equal_to_stock`` counts prompts with exactly the tokens of
         ``stock``, ``near_ties`` those that part from it at a near tie of logits, ``different`` the rest.
-        ``loop_share`` is what our loop adds to its forward passes, as a share of their time.
+        ``ratio_to_none`` is against our own plain decoding: what drafts bring. What ``none`` has over
+        ``stock`` is what our kernels bring. ``loop_share`` is what our loop adds to its forward passes, as a
+        share of their time.
     """
     methods = list(dict.fromkeys(methods))
     if not methods:
@@ -66,7 +70,7 @@ def live(
     if not prompts:
         raise InvalidInputError("No prompts to run.", "Name files with --prompts.")
     encoded = [prompt.encode(tokenizer) for prompt in prompts]
-    contestants = [make_contestant(name, model, tokenizer, nodes) for name in methods]
+    contestants = [make_contestant(name, model, tokenizer, nodes, cpu_kernels) for name in methods]
     runs: dict[str, list[Run]] = {name: [] for name in methods}
     verdicts: dict[str, list[Verdict]] = {name: [] for name in methods}
     writer = nullcontext() if record is None else TraceWriter(record)
@@ -99,6 +103,7 @@ def live(
         "prompts": len(prompts),
         "max_new_tokens": max_new_tokens,
         "nodes": nodes,
+        "cpu_kernels": cpu_kernels,
         "model": model.config.name_or_path or type(model).__name__,
         "device": str(device),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -114,11 +119,6 @@ def _summary(
     tokens = sum(len(run.tokens) for run in mine)
     steps = sum(run.steps for run in mine)
     passes = sum(run.pass_seconds for run in mine)
-    ratio = None
-    if STOCK in runs:
-        speeds = [_speed(runs[name][number]) / _speed(runs[STOCK][number]) for number in numbers]
-        low, middle, high = np.percentile(speeds, [10, 50, 90]).tolist()
-        ratio = {"median": middle, "p10": low, "p90": high}
     return {
         "tokens_per_second": tokens / sum(run.seconds for run in mine),
         "tokens_per_step": (tokens - len(mine)) / steps if steps else 0.0,
@@ -128,9 +128,20 @@ def _summary(
         "equal_to_stock": judged.count("equal") if judged else None,
         "near_ties": judged.count("tie") if judged else None,
         "different": judged.count("different") if judged else None,
-        "ratio_to_stock": ratio,
+        "ratio_to_stock": _ratio(name, STOCK, runs, numbers),
+        "ratio_to_none": _ratio(name, PLAIN, runs, numbers),
         "loop_share": sum(run.loop_seconds for run in mine) / passes if passes else None,
     }
+
+
+def _ratio(
+    name: str, base: str, runs: dict[str, list[Run]], numbers: Sequence[int]
+) -> dict[str, float] | None:
+    if base not in runs:
+        return None
+    speeds = [_speed(runs[name][number]) / _speed(runs[base][number]) for number in numbers]
+    low, middle, high = np.percentile(speeds, [10, 50, 90]).tolist()
+    return {"median": middle, "p10": low, "p90": high}
 
 
 def _speed(run: Run) -> float:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Device", "Dtype", "Json", "Model", "Nodes"]
+__all__ = ["CpuKernels", "Device", "Dtype", "Json", "Model", "Nodes"]
 
 Model = Annotated[
     str, typer.Option("--model", help="A folder, a hub name, or gemma3-270m.", show_default=False)
@@ -18,5 +18,11 @@ Device = Annotated[
 Nodes = Annotated[
     int | None,
     typer.Option("--nodes", min=0, help="Draft nodes of every step. By default the measured cost decides."),
+]
+CpuKernels = Annotated[
+    bool,
+    typer.Option(
+        "--cpu-kernels/--stock-kernels", help="Faster layers for few tokens on the CPU while drafting."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_draft.cli._common import Device, Dtype, Json, Model, Nodes
+from retrieval_draft.cli._common import CpuKernels, Device, Dtype, Json, Model, Nodes
 from retrieval_draft.cli._output import print_json, print_table
 from retrieval_draft.errors import InvalidInputError
 
@@ -55,6 +55,7 @@ def live(
     record: Annotated[
         Path | None, typer.Option(help="Write stock's replies as a trace (.jsonl.gz).", show_default=False)
     ] = None,
+    cpu_kernels: CpuKernels = True,
     dtype: Dtype = "float32",
     device: Device = None,
     out: Out = None,
@@ -73,7 +74,14 @@ def live(
     if random_ids is not None:
         chosen = random_prompts(random_ids, prompt_length, len(tokenizer), tokenizer.all_special_ids, seed)
     result = run(
-        loaded, tokenizer, chosen, max_new_tokens=max_new_tokens, methods=names, nodes=nodes, record=record
+        loaded,
+        tokenizer,
+        chosen,
+        max_new_tokens=max_new_tokens,
+        methods=names,
+        nodes=nodes,
+        record=record,
+        cpu_kernels=cpu_kernels,
     )
     result["model"] = model
     _finish(result, out)
@@ -113,6 +121,54 @@ def replay(
     for name in ("draft", "observe"):
         times = result[f"{name}_us"]
         print(f"{name}: p50 {times['p50']:.0f} us, p99 {times['p99']:.0f} us")
+
+
+@app.command("forward")
+def forward(
+    model: Model,
+    dtypes: Annotated[str, typer.Option(help="One or more, by commas, measured in turn.")] = "float32",
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache.")] = 256,
+    rounds: Annotated[int, typer.Option(min=1, help="How often everything is timed.")] = 7,
+    device: Device = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Measure t(n), a forward pass over n tokens: stock kernels, ours, and the machine's limit."""
+    from retrieval_draft.bench.forward import SIZES, measure_forward
+    from retrieval_draft.model_files import load_model
+
+    names = _split(dtypes)
+    if not names:
+        raise typer.BadParameter("name one", param_hint="--dtypes")
+    models = [load_model(model, dtype=name, device=device)[0] for name in names]
+    results = measure_forward(models, context=context, rounds=rounds)
+    for result in results:
+        result["model"] = model
+    result = results[0] | {"by_dtype": {each["dtype"]: each for each in results[1:]}}
+    _finish(result, out)
+    if json:
+        print_json(result)
+        return
+    for each in results:
+        ours, stock, limit = (part["milliseconds"] for part in (each, each["stock"], each["limit"]))
+        rows = [
+            (
+                str(n),
+                f"{limit[n]:.0f}",
+                f"{ours[n]:.0f}",
+                f"{stock[n]:.0f}",
+                f"{stock[n] / ours[n]:.2f}",
+                f"{ours[n] / ours[1]:.2f}",
+            )
+            for n in SIZES
+        ]
+        title = (
+            f"{model}, {each['device']}, {each['dtype']}, {each['threads']} threads, "
+            f"{context} tokens in the cache; reads {each['read_gb_per_second']:.1f} GB/s, "
+            f"multiplies at {each['sgemm_gflop_per_second']:.0f} GFLOP/s"
+        )
+        columns = ("tokens", "limit ms", "ours ms", "stock ms", "stock / ours", "ours / ours(1)")
+        print_table(title, columns, rows)
 
 
 @app.command("automaton")
@@ -170,7 +226,7 @@ def print_live(result: dict[str, Any]) -> None:
     """Prints what `bench live` found as a table."""
     rows = []
     for name, entry in result["methods"].items():
-        ratio, share = entry["ratio_to_stock"], entry["loop_share"]
+        share = entry["loop_share"]
         equal = entry["equal_to_stock"]
         rows.append(
             (
@@ -178,7 +234,8 @@ def print_live(result: dict[str, Any]) -> None:
                 f"{entry['tokens_per_second']:.1f}",
                 f"{entry['tokens_per_step']:.2f}",
                 f"{entry['nodes_per_step']:.1f}",
-                "" if ratio is None else f"{ratio['median']:.2f} ({ratio['p10']:.2f}..{ratio['p90']:.2f})",
+                _spread(entry["ratio_to_stock"]),
+                _spread(entry["ratio_to_none"]),
                 "" if equal is None else f"{equal} + {entry['near_ties']} ties of {result['prompts']}",
                 "" if share is None else f"{share:.1%}",
             )
@@ -188,12 +245,17 @@ def print_live(result: dict[str, Any]) -> None:
         "tokens/s",
         "tokens/step",
         "nodes/step",
-        "ratio to stock (p10..p90)",
+        "to stock (p10..p90)",
+        "to none (p10..p90)",
         "same text",
         "loop",
     )
     title = f"{result['model']}, {result['device']}, {result['dtype']}, greedy, {result['prompts']} prompts"
     print_table(title, columns, rows)
+
+
+def _spread(ratio: dict[str, float] | None) -> str:
+    return "" if ratio is None else f"{ratio['median']:.2f} ({ratio['p10']:.2f}..{ratio['p90']:.2f})"
 
 
 def _split(words: str) -> list[str]:

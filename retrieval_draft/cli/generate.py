@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retrieval_draft.cli._common import Device, Dtype, Json, Model, Nodes
+from retrieval_draft.cli._common import CpuKernels, Device, Dtype, Json, Model, Nodes
 from retrieval_draft.cli._output import paint, print_json, print_table, wants_color
 from retrieval_draft.errors import InvalidInputError
 
@@ -36,6 +36,7 @@ def generate(
     ] = False,
     dtype: Dtype = "float32",
     device: Device = None,
+    cpu_kernels: CpuKernels = True,
     stats: Annotated[bool, typer.Option("--stats", help="Print what drafting did, on stderr.")] = False,
     show_drafts: Annotated[
         bool,
@@ -53,7 +54,7 @@ def generate(
     from retrieval_draft.drafter import RetrievalDrafter
     from retrieval_draft.model_files import load_model
 
-    config = DraftConfig(method=method, nodes=nodes)
+    config = DraftConfig(method=method, nodes=nodes, cpu_kernels=cpu_kernels)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     drafter = RetrievalDrafter.for_model(loaded, tokenizer, method=method, config=config)
     drafter.warm_up()

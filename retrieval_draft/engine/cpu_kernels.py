@@ -1,4 +1,6 @@
-"""Everything that makes a forward pass over few tokens faster on the CPU, for as long as the drafter decodes."""
+"""Everything that makes a forward pass over few tokens faster on the CPU, for as long as the drafter
+decodes.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ __all__ = ["CpuKernels"]
 class CpuKernels:
     """A model's layers, which can be told to use faster kernels for a while.
 
-    Modules keep their class and weights; calls under autograd, autocast or a compiler run as ever. While the kernels
-    are applied, every user of the model gets them, whatever its thread: results differ in the last bits only.
+    Modules keep their class and weights; calls under autograd, autocast or a compiler run as ever. While the
+    kernels are applied, every user of the model gets them, whatever its thread: results differ in the last
+    bits only.
 
     Args:
         model: Any model of transformers.

@@ -20,8 +20,8 @@ __all__ = ["CpuLinear"]
 class CpuLinear:
     """Faster ``forward`` functions for a model's linear layers.
 
-    Layers on other devices, quantised or wrapped ones, and those whose ``forward`` was replaced by someone else are
-    left alone.
+    Layers on other devices, quantised or wrapped ones, and those whose ``forward`` was replaced by someone
+    else are left alone.
 
     Args:
         model: Any model.
@@ -78,12 +78,17 @@ def _is_plain(module: nn.Module) -> bool:
         and weight.device.type == "cpu"
         and weight.numel() > 0
         and is_tiled_available(weight)
-        and (bias is None or (type(bias) is nn.Parameter and bias.dtype == weight.dtype and bias.is_contiguous()))
+        and (
+            bias is None
+            or (type(bias) is nn.Parameter and bias.dtype == weight.dtype and bias.is_contiguous())
+        )
     )
 
 
 def _forward(parameters: Any, by_tokens: list[Linear]) -> Callable[[Tensor], Tensor]:
-    """A layer's ``forward``; it holds the layer's parameters, not the layer, which could then not be freed."""
+    """A layer's ``forward``; it holds the layer's parameters, not the layer, which could then not be
+    freed.
+    """
     known: Any = parameters["weight"]
     dtype, length = known.dtype, known.shape[1]
     most = len(by_tokens) - 1

@@ -22,8 +22,8 @@ _CLOSE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7}
 class CpuNorm:
     """Faster ``forward`` functions for a model's RMS norms.
 
-    A module counts as one when its class is named so and its own result on random rows is reproduced: models differ
-    in whether they scale by w (Llama) or by 1 + w (Gemma), and in when they round.
+    A module counts as one when its class is named so and its own result on random rows is reproduced: models
+    differ in whether they scale by w (Llama) or by 1 + w (Gemma), and in when they round.
 
     Args:
         model: Any model.
@@ -35,7 +35,7 @@ class CpuNorm:
 
     def forwards(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
         """Each RMS norm with what it may use."""
-        if numba_config.DISABLE_JIT:
+        if getattr(numba_config, "DISABLE_JIT", 0):
             return
         for module in self._model.modules():
             if not type(module).__name__.endswith("RMSNorm") or not is_free(module):
@@ -67,7 +67,9 @@ def _eps(module: nn.Module) -> float | None:
 
 
 def _rule(module: nn.Module, weight: Tensor, eps: float) -> tuple[float, bool] | None:
-    """What is added to the weight, and whether rows are rounded before they are scaled; None: something else."""
+    """What is added to the weight, and whether rows are rounded before they are scaled; None: something
+    else.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, len(weight), generator=generator).mul_(3).to(weight.dtype)
     own: Any = type(module).forward

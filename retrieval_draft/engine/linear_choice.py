@@ -35,7 +35,9 @@ SKIPPED = 3.0
 """A kernel this many times slower than the best is not tried on the next larger size."""
 
 TIE = 1.05
-"""Our kernel is kept where another is faster by less: with one kernel for all sizes a token's result never varies."""
+"""Our kernel is kept where another is faster by less: with one kernel for all sizes a token's result never
+varies.
+"""
 
 MEASURED_BYTES = 64 << 20
 """Weights read in one timing: more than caches hold, as in a forward pass."""

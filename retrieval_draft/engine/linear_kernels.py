@@ -66,8 +66,8 @@ def tiled(weight: Tensor, bias: Tensor | None = None) -> Linear:
         bias_at = 0 if bias is None else bias.data_ptr()
         for begin in range(0, tokens, most):
             job = make_job(
-                0, w_at, x_at + 4 * begin * length, bias_at, y_at + size * begin * rows, min(most, tokens - begin),
-                rows, length, block, weight.stride(0), half, length,
+                0, w_at, x_at + 4 * begin * length, bias_at, y_at + size * begin * rows, min(most, tokens -
+                begin), rows, length, block, weight.stride(0), half, length,
             )  # fmt: skip
             run(job)
         return y
@@ -102,7 +102,7 @@ KERNELS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {
 def is_tiled_available(weight: Tensor) -> bool:
     """Whether `tiled` can read a weight, and this Python may compile."""
     return (
-        not numba_config.DISABLE_JIT
+        not getattr(numba_config, "DISABLE_JIT", 0)
         and weight.dtype in _TILED_TYPES
         and weight.dim() == 2
         and weight.stride(1) == 1

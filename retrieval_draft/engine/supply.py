@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.engine.decode import DecodeRequest
 from retrieval_draft.engine.drafting import Drafting
 from retrieval_draft.engine.guard import GuardedSource
 from retrieval_draft.engine.head_cost import HeadCost
 from retrieval_draft.engine.logits import LogitReader
+from retrieval_draft.engine.passes import tree_passes
 from retrieval_draft.engine.stats import DraftStats
 from retrieval_draft.engine.target import Target
-from retrieval_draft.engine.tree import DraftTree
 from retrieval_draft.index.locality import Locality
 from retrieval_draft.index.source import DraftSource, TokenArray
 
@@ -109,28 +106,11 @@ class DraftSupply:
 
     def _forward(self) -> Callable[[int], None]:
         """Passes over n nodes behind a short text, which leave nothing behind."""
-        target = self._target
-        length = _MEASURE_CONTEXT
-        if target.max_positions is not None:
-            length = max(1, min(length, target.max_positions - 2))
-        rng = np.random.default_rng(0)
-        ids = torch.from_numpy(rng.integers(0, target.vocabulary, length)).to(target.device)
-        cache = target.cache(length + 128)
-        for _ in target.prefill(cache, ids, 1):
-            pass
+        run = tree_passes(self._target, _MEASURE_CONTEXT)
 
         def forward(nodes: int) -> None:
-            tree = DraftTree(
-                tokens=rng.integers(0, target.vocabulary, nodes).astype(np.int32),
-                parents=np.array([-1] + [0] * (nodes - 1), np.int32),
-                depths=np.array([0] + [1] * (nodes - 1), np.int32),
-                probs=np.ones(nodes, np.float32),
-                path_probs=np.ones(nodes, np.float32),
-                sources=np.zeros(nodes, np.int64),
-            )
-            logits = target.verify_tree(cache, tree, length)
-            cache.drop()
-            if target.device.type == "cuda":
+            logits = run(nodes)
+            if self._target.device.type == "cuda":
                 # As in the loop, where the copy of the logits is what waits for the pass.
                 self.reader.read(logits)
 

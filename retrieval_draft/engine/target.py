@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from retrieval_draft.engine.attention import TreeAttention, TreeInputs
+from retrieval_draft.engine.cpu_attention import WIDE_ATTENTION
 from retrieval_draft.engine.kv_cache import SpeculativeCache, layer_windows
 from retrieval_draft.engine.tree import DraftTree
 from retrieval_draft.errors import UnsupportedModelError
@@ -133,7 +134,7 @@ def _check(model: PreTrainedModel) -> None:
         )
     text = model.config.get_text_config(decoder=True)
     for implementation in {model.config._attn_implementation, text._attn_implementation}:
-        if implementation not in ("sdpa", "eager", None):
+        if implementation not in ("sdpa", "eager", WIDE_ATTENTION, None):
             raise UnsupportedModelError(
                 f"{name} uses attention implementation {implementation!r}, which ignores tree masks.",
                 'Load it with attn_implementation="sdpa".',

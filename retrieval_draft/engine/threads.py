@@ -46,8 +46,9 @@ def on_threads(function: int, threads: int) -> Callable[[Any], object]:
 def in_live_pool(work: Callable[[], Result]) -> Result:
     """Runs `work` where OpenMP works: here, unless this thread came out of a fork.
 
-    libgomp ties a pool to the thread that made it. After a fork that thread waits for workers which the child does
-    not have, in every parallel operation of torch (pytorch issue 17199); a new thread makes itself a new pool.
+    libgomp ties a pool to the thread that made it. After a fork that thread waits for workers which the
+    child does not have, in every parallel operation of torch (pytorch issue 17199); a new thread makes
+    itself a new pool.
     """
     if threading.get_ident() != _stale_thread or torch.get_num_threads() == 1:
         return work()

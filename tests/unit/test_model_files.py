@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from retrieval_draft import packaged_model
+from retrieval_draft._cache_home import cache_home
 from retrieval_draft._folder_manifest import MANIFEST, verify_folder, write_manifest
 from retrieval_draft.errors import InvalidInputError, ModelFileError
 from retrieval_draft.model_files import load_model
-from retrieval_draft._cache_home import cache_home
 from retrieval_draft.packaged_model import packaged_folder
 from tests.tiny import save_tiny
 

@@ -1,8 +1,9 @@
 """y = x Wᵀ + b for few tokens: each weight is read from memory once, whatever the number of tokens.
 
-The rows of W are cut into blocks, which the threads of a job claim one after the other. A thread keeps a block's
-sums on its stack and walks the block in tiles of a few weight rows, all tokens for each tile: the tile's weights
-come from memory for the first tokens and from the nearest cache for the others, while the next tile is fetched.
+The rows of W are cut into blocks, which the threads of a job claim one after the other. A thread keeps a
+block's sums on its stack and walks the block in tiles of a few weight rows, all tokens for each tile: the
+tile's weights come from memory for the first tokens and from the nearest cache for the others, while the
+next tile is fetched.
 """
 
 from __future__ import annotations
@@ -35,11 +36,15 @@ BLOCK = 24
 """Most weight rows that a thread claims at once: a multiple of every tile."""
 
 RUN = 1024
-"""Elements of a row that are multiplied before the next row's turn: all tokens' part of x then stays in the L2 cache."""
+"""Elements of a row that are multiplied before the next row's turn: all tokens' part of x then stays in the
+L2 cache.
+"""
 
 _GROUP = 4
 _FETCHES = 3
-"""Groups after which the next tile has surely been asked for. One is not enough: a busy core drops prefetches."""
+"""Groups after which the next tile has surely been asked for. One is not enough: a busy core drops
+prefetches.
+"""
 
 TILE, _TILE_FOR_TWO, _TILE_FOR_ONE = 3, 4, 8
 _TILE_OF_HALVES = 2
@@ -88,7 +93,9 @@ def _floats(
 def _halves(
     rows: int, tokens: int, w: int, w_stride: int, x: int, x_stride: int, length: int, y: int, ahead: int
 ) -> None:
-    """A tile of bfloat16 weights with the only group of tokens: each weight is widened once, in a register."""
+    """A tile of bfloat16 weights with the only group of tokens: each weight is widened once, in a
+    register.
+    """
     if rows == TILE:
         _h3x3(w, w_stride, x, x_stride, length, y, BLOCK, ahead)
     elif rows == _TILE_OF_HALVES:
@@ -113,12 +120,14 @@ def linear(job: int) -> None:
     A token's result does not depend, to the last bit, on the tokens beside it or on the number of threads.
 
     Args:
-        job: Address of int64[JOB], shared by the threads: [0] the next block, 0 at the start; addresses of [1] W,
-            (rows, length), [2] x, float32 (tokens, length), [3] bias, (rows,), or 0, [4] y, (tokens, rows), written;
-            [5] tokens, 1 to MOST_TOKENS, [6] rows, [7] length, [8] rows of a block, at most BLOCK, [9] elements from a
-            row of W to the next; [10] whether W, bias and y are bfloat16, else they are float32; [11] elements
-            from a row of x to the next. bias, y and the rows of W and x are contiguous. For bfloat16 each sixteen elements
-            of x have the eight at even places first, but for a last part of fewer than sixteen.
+        job: Address of int64[JOB], shared by the threads: [0] the next block, 0 at the start; addresses of
+        [1] W,
+            (rows, length), [2] x, float32 (tokens, length), [3] bias, (rows,), or 0, [4] y, (tokens, rows),
+            written; [5] tokens, 1 to MOST_TOKENS, [6] rows, [7] length, [8] rows of a block, at most BLOCK,
+            [9] elements from a row of W to the next; [10] whether W, bias and y are bfloat16, else they are
+            float32; [11] elements from a row of x to the next. bias, y and the rows of W and x are
+            contiguous. For bfloat16 each sixteen elements of x have the eight at even places first, but for
+            a last part of fewer than sixteen.
     """
     field = carray(integers_at(job), (JOB,))
     w, x, bias, y, tokens, rows = field[1], field[2], field[3], field[4], field[5], field[6]
@@ -167,8 +176,8 @@ def linear(job: int) -> None:
                     for group in range(groups):
                         end = tokens * (group + 1) // groups
                         _floats(
-                            count, end - begin, tile_at, tile_stride, x + (begin * x_stride + run) * 4, x_stride, whole,
-                            out + begin * BLOCK * 4, ahead,
+                            count, end - begin, tile_at, tile_stride, x + (begin * x_stride + run) * 4,
+                            x_stride, whole, out + begin * BLOCK * 4, ahead,
                         )  # fmt: skip
                         begin = end
                         if group == _FETCHES:
@@ -183,7 +192,9 @@ def linear(job: int) -> None:
 
 @kernel
 def widen_rows(source: int, target: int, rows: int, length: int) -> None:
-    """Rows of bfloat16 to float32 in the order that `linear` wants for bfloat16 weights. Addresses, contiguous."""
+    """Rows of bfloat16 to float32 in the order that `linear` wants for bfloat16 weights. Addresses,
+    contiguous.
+    """
     whole = length - length % STEP
     for row in range(rows):
         begin, out = source + row * length * 2, target + row * length * 4
@@ -195,7 +206,16 @@ def widen_rows(source: int, target: int, rows: int, length: int) -> None:
 
 @kernel
 def _rest(
-    count: int, tokens: int, w: int, w_stride: int, x: int, x_stride: int, begin: int, end: int, y: int, half: bool
+    count: int,
+    tokens: int,
+    w: int,
+    w_stride: int,
+    x: int,
+    x_stride: int,
+    begin: int,
+    end: int,
+    y: int,
+    half: bool,
 ) -> None:
     """What a tile leaves of a row whose length is no multiple of its step."""
     for token in range(tokens):
@@ -239,8 +259,8 @@ def linear_numpy(
 ) -> NDArray[np.float32]:
     """The kernel's twin, in its order of summation: eight lanes along a row, each a chain of multiply-adds.
 
-    numpy has no fused multiply-add: products are formed in float64, where they are exact, and each sum is rounded
-    to float32, which differs from fusing only where two roundings meet.
+    numpy has no fused multiply-add: products are formed in float64, where they are exact, and each sum is
+    rounded to float32, which differs from fusing only where two roundings meet.
     """
     tokens, length = x.shape
     out = np.zeros((tokens, w.shape[0]), np.float32)

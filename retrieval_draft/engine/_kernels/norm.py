@@ -16,7 +16,7 @@ __all__ = ["rms_norm_bfloat16", "rms_norm_float32", "rms_norm_numpy"]
 
 @sum_kernel
 def rms_norm_float32(x: int, y: int, scale: NDArray[np.float32], rows: int, eps: float) -> None:
-    """y = x / sqrt(mean(x²) + eps) · scale for each row.
+    """Y = x / sqrt(mean(x²) + eps) · scale for each row.
 
     Args:
         x, y: Addresses of float32 (rows, length), contiguous; y is written.

@@ -1,8 +1,9 @@
 """Register tiles for products of few tokens, as LLVM vectors: what numba's own loops do not promise.
 
-numba turns a plain loop into vector code as LLVM sees fit. How many accumulators stay in registers decides the
-speed here, so the tile is written out: `rows` x `tokens` accumulators of eight floats, each updated by one
-fused multiply-add a step. LLVM makes of eight floats what the machine has (one AVX register, two of NEON).
+numba turns a plain loop into vector code as LLVM sees fit. How many accumulators stay in registers decides
+the speed here, so the tile is written out: `rows` x `tokens` accumulators of eight floats, each updated by
+one fused multiply-add a step. LLVM makes of eight floats what the machine has (one AVX register, two of
+NEON).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _numba_intrinsic
 
 __all__ = [
     "LANES",
@@ -30,6 +31,9 @@ LANES = 8
 STEP = 16
 """Elements of a row that one turn of the loop takes: two vectors, one cache line of float32."""
 
+intrinsic: Any = _numba_intrinsic
+"""Untyped: what it makes takes the arguments after the first."""
+
 _LINE = 64
 
 _FLOAT, _BYTE, _SHORT = ir.FloatType(), ir.IntType(8), ir.IntType(16)
@@ -40,15 +44,17 @@ _VECTOR = ir.VectorType(_FLOAT, LANES)
 def dot_tile(rows: int, tokens: int, half: bool = False) -> Any:
     """Makes ``tile(w, w_stride, x, x_stride, length, y, y_stride, ahead)``, dot products in registers.
 
-    The compiled function adds to y[t, r] the dot product of weight row r and token t, for r < rows, t < tokens.
-    Each sum runs in one fixed order, whatever the tile: a token's result does not depend on the tokens beside it.
+    The compiled function adds to y[t, r] the dot product of weight row r and token t, for r < rows, t <
+    tokens. Each sum runs in one fixed order, whatever the tile: a token's result does not depend on the
+    tokens beside it.
 
-    Addresses are intp. Strides are in elements, `length` is a multiple of `STEP`; `ahead` is the distance in bytes
-    from w to what will be read next, which is fetched into the cache meanwhile (0: nothing is). With `half` the
-    weights are bfloat16, all else is float32, and of each sixteen elements of x the eight at even places come first.
+    Addresses are intp. Strides are in elements, `length` is a multiple of `STEP`; `ahead` is the distance in
+    bytes from w to what will be read next, which is fetched into the cache meanwhile (0: nothing is). With
+    `half` the weights are bfloat16, all else is float32, and of each sixteen elements of x the eight at even
+    places come first.
     """
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def tile(context: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, length: Any, y: Any, y_stride: Any, ahead: Any) -> Any:  # fmt: skip  # noqa: E501
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             _dot_tile(builder, rows, tokens, half, *arguments)
@@ -60,8 +66,8 @@ def dot_tile(rows: int, tokens: int, half: bool = False) -> Any:
 
 
 def _dot_tile(
-    builder: Any, rows: int, tokens: int, half: bool, w: Any, w_stride: Any, x: Any, x_stride: Any, length: Any,
-    y: Any, y_stride: Any, ahead: Any,
+    builder: Any, rows: int, tokens: int, half: bool, w: Any, w_stride: Any, x: Any, x_stride: Any, length:
+    Any, y: Any, y_stride: Any, ahead: Any,
 ) -> None:  # fmt: skip
     multiply_add = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32"
@@ -143,9 +149,11 @@ def _across(builder: Any, vector: Any) -> Any:
     return builder.extract_element(vector, ir.Constant(_INT, 0))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def widen(context: Any, source: Any, target: Any, length: Any, ahead: Any) -> Any:
-    """``widen(source, target, length, ahead)``: bfloat16 to float32, of each sixteen those at even places first."""
+    """``widen(source, target, length, ahead)``: bfloat16 to float32, of each sixteen those at even places
+    first.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, target, length, ahead = arguments
@@ -160,7 +168,7 @@ def widen(context: Any, source: Any, target: Any, length: Any, ahead: Any) -> An
     return types.void(*[types.intp] * 4), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def load_bfloat16(context: Any, address: Any) -> Any:
     """The bfloat16 at an address, as float32."""
 
@@ -171,7 +179,7 @@ def load_bfloat16(context: Any, address: Any) -> Any:
     return types.float32(types.intp), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def store_bfloat16(context: Any, address: Any, value: Any) -> Any:
     """Stores a float32 as the nearest bfloat16, ties to even; NaN stays NaN."""
 
@@ -183,17 +191,17 @@ def store_bfloat16(context: Any, address: Any, value: Any) -> Any:
         rounded = builder.lshr(builder.add(builder.add(bits, ir.Constant(_INT, 0x7FFF)), odd), sixteen)
         nan = builder.or_(builder.lshr(bits, sixteen), ir.Constant(_INT, 0x40))
         kept = builder.select(builder.fcmp_unordered("uno", value, value), nan, rounded)
-        builder.store(
-            builder.trunc(kept, _SHORT), builder.inttoptr(address, _SHORT.as_pointer()), align=2
-        )
+        builder.store(builder.trunc(kept, _SHORT), builder.inttoptr(address, _SHORT.as_pointer()), align=2)
         return context.get_dummy_value()
 
     return types.void(types.intp, types.float32), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def claim(context: Any, address: Any) -> Any:
-    """Returns the int64 at an address and adds one to it, atomically: the next piece of work of a shared job."""
+    """Returns the int64 at an address and adds one to it, atomically: the next piece of work of a shared
+    job.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = builder.inttoptr(arguments[0], _LONG.as_pointer())
@@ -202,13 +210,13 @@ def claim(context: Any, address: Any) -> Any:
     return types.int64(types.intp), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def floats_at(context: Any, address: Any) -> Any:
     """A pointer to float32 from an address, for `numba.carray`."""
     return types.CPointer(types.float32)(types.intp), _to_pointer(_FLOAT)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def integers_at(context: Any, address: Any) -> Any:
     """A pointer to int64 from an address, for `numba.carray`."""
     return types.CPointer(types.int64)(types.intp), _to_pointer(_LONG)
@@ -221,7 +229,7 @@ def _to_pointer(kind: Any) -> Any:
     return generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def stack_floats(context: Any, count: Any) -> Any:
     """The address of `count` floats, a literal, on the stack of the running thread."""
     if not isinstance(count, types.IntegerLiteral):
@@ -251,7 +259,8 @@ def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
 def _load_halves(builder: Any, address: Any) -> tuple[Any, Any]:
     """Sixteen bfloat16 as two vectors of float32, those at even places and those at odd ones.
 
-    A bfloat16 is the upper half of a float32's bits: of each pair one is moved up, the other is there already.
+    A bfloat16 is the upper half of a float32's bits: of each pair one is moved up, the other is there
+    already.
     """
     whole = ir.VectorType(_INT, LANES)
     pairs = _load(builder, address, whole, 2)

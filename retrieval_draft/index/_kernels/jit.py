@@ -45,7 +45,6 @@ def c_function(function: Callable[..., object], signature: Any) -> Any:
     return compiled
 
 
-
 def _compiled(function: Function, fastmath: bool | set[str]) -> Function:
     compiled: Any = njit(cache=True, nogil=True, error_model="numpy", fastmath=fastmath)(function)
     _restamp(compiled)
