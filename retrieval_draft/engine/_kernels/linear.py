@@ -35,10 +35,8 @@ MOST_TOKENS = 64
 BLOCK = 24
 """Most weight rows that a thread claims at once: a multiple of every tile."""
 
-RUN = 1024
-"""Elements of a row that are multiplied before the next row's turn: all tokens' part of x then stays in the
-L2 cache.
-"""
+RUN = 640
+"""Most elements of a row that are multiplied at a time: six rows of them and four tokens' stay in the L1 cache."""
 
 _GROUP = 4
 _FETCHES = 3
@@ -49,7 +47,8 @@ prefetches.
 TILE, _TILE_FOR_TWO, _TILE_FOR_ONE = 3, 4, 8
 _TILE_OF_HALVES = 2
 _SUMS = MOST_TOKENS * BLOCK
-_WIDE = TILE * RUN
+_BAND = 2 * TILE
+_WIDE = _BAND * RUN
 
 _f1x1, _f1x2, _f1x3, _f1x4 = dot_tile(1, 1), dot_tile(1, 2), dot_tile(1, 3), dot_tile(1, 4)
 _f3x1, _f3x2, _f3x3, _f3x4 = dot_tile(3, 1), dot_tile(3, 2), dot_tile(3, 3), dot_tile(3, 4)
@@ -68,25 +67,25 @@ def _floats(
     """A tile of float32 weights with one group of tokens."""
     if rows == TILE:
         if tokens == 4:
-            _f3x4(w, w_stride, x, x_stride, length, y, BLOCK, ahead)
+            _f3x4(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
         elif tokens == 3:
-            _f3x3(w, w_stride, x, x_stride, length, y, BLOCK, ahead)
+            _f3x3(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
         elif tokens == 2:
-            _f3x2(w, w_stride, x, x_stride, length, y, BLOCK, ahead)
+            _f3x2(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
         else:
-            _f3x1(w, w_stride, x, x_stride, length, y, BLOCK, ahead)
+            _f3x1(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
     elif rows == _TILE_FOR_TWO:
-        _f4x2(w, w_stride, x, x_stride, length, y, BLOCK, ahead)
+        _f4x2(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
     elif rows == _TILE_FOR_ONE:
-        _f8x1(w, w_stride, x, x_stride, length, y, BLOCK, ahead)
+        _f8x1(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
     elif tokens == 4:
-        _f1x4(w, w_stride, x, x_stride, length, y, BLOCK, ahead)
+        _f1x4(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
     elif tokens == 3:
-        _f1x3(w, w_stride, x, x_stride, length, y, BLOCK, ahead)
+        _f1x3(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
     elif tokens == 2:
-        _f1x2(w, w_stride, x, x_stride, length, y, BLOCK, ahead)
+        _f1x2(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
     else:
-        _f1x1(w, w_stride, x, x_stride, length, y, BLOCK, ahead)
+        _f1x1(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
 
 
 @kernel
@@ -97,21 +96,21 @@ def _halves(
     register.
     """
     if rows == TILE:
-        _h3x3(w, w_stride, x, x_stride, length, y, BLOCK, ahead)
+        _h3x3(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
     elif rows == _TILE_OF_HALVES:
-        _h2x4(w, w_stride, x, x_stride, length, y, BLOCK, ahead)
+        _h2x4(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
     elif rows == _TILE_FOR_TWO:
-        _h4x2(w, w_stride, x, x_stride, length, y, BLOCK, ahead)
+        _h4x2(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
     elif rows == _TILE_FOR_ONE:
-        _h8x1(w, w_stride, x, x_stride, length, y, BLOCK, ahead)
+        _h8x1(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
     elif tokens == 4:
-        _h1x4(w, w_stride, x, x_stride, length, y, BLOCK, ahead)
+        _h1x4(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
     elif tokens == 3:
-        _h1x3(w, w_stride, x, x_stride, length, y, BLOCK, ahead)
+        _h1x3(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
     elif tokens == 2:
-        _h1x2(w, w_stride, x, x_stride, length, y, BLOCK, ahead)
+        _h1x2(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
     else:
-        _h1x1(w, w_stride, x, x_stride, length, y, BLOCK, ahead)
+        _h1x1(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
 
 
 def linear(job: int) -> None:
@@ -134,60 +133,76 @@ def linear(job: int) -> None:
     length, size, stride, half, x_stride = field[7], field[8], field[9], field[10] != 0, field[11]
     bytes_each = 2 if half else 4
     sums_at, wide_at = stack_floats(_SUMS), stack_floats(_WIDE)
-    sums = carray(floats_at(sums_at), (MOST_TOKENS, BLOCK))
+    sums = carray(floats_at(sums_at), (BLOCK, MOST_TOKENS))
+    groups = (tokens + _GROUP - 1) // _GROUP
     tile_rows = _TILE_FOR_ONE if tokens == 1 else _TILE_FOR_TWO if tokens == 2 else TILE
     if half and tokens == _GROUP:
         tile_rows = _TILE_OF_HALVES
-    groups = (tokens + _GROUP - 1) // _GROUP
+    # With several groups of tokens two tiles share what of x is in the L1 cache.
+    band = tile_rows if groups == 1 else _BAND
+    run_length = _run_length(length)
     blocks = (rows + size - 1) // size
     block = claim(job)
     while block < blocks:
         next_block = claim(job)
         first, last = block * size, min((block + 1) * size, rows)
-        for token in range(tokens):
-            for place in range(last - first):
-                sums[token, place] = 0.0
-        for run in range(0, length, RUN):
-            part = min(RUN, length - run)
+        for place in range(last - first):
+            for token in range(tokens):
+                sums[place, token] = 0.0
+        for run in range(0, length, run_length):
+            part = min(run_length, length - run)
             whole = part - part % STEP
-            row = first
-            while row < last:
-                count = tile_rows if last - row >= tile_rows else 1
-                at = w + (row * stride + run) * bytes_each
-                if row + count < last:
-                    then = at + count * stride * bytes_each
-                elif run + RUN < length:
-                    then = w + (first * stride + run + RUN) * bytes_each
+            for row in range(first, last, band):
+                end = min(row + band, last)
+                start = w + (row * stride + run) * bytes_each
+                then = start
+                if end < last:
+                    then = w + (end * stride + run) * bytes_each
+                elif run + run_length < length:
+                    then = w + (first * stride + run + run_length) * bytes_each
                 elif next_block < blocks:
                     then = w + next_block * size * stride * bytes_each
-                else:
-                    then = at
-                ahead = then - at
-                out = sums_at + (row - first) * 4
-                if half and groups == 1:
-                    _halves(count, tokens, at, stride, x + run * 4, x_stride, whole, out, ahead)
-                else:
-                    tile_at, tile_stride = at, stride
-                    if half:
-                        for line in range(count):
-                            widen(at + line * stride * 2, wide_at + line * RUN * 4, whole, ahead)
-                        tile_at, tile_stride, ahead = wide_at, RUN, 0
-                    begin = 0
-                    for group in range(groups):
-                        end = tokens * (group + 1) // groups
-                        _floats(
-                            count, end - begin, tile_at, tile_stride, x + (begin * x_stride + run) * 4,
-                            x_stride, whole, out + begin * BLOCK * 4, ahead,
-                        )  # fmt: skip
-                        begin = end
-                        if group == _FETCHES:
-                            ahead = 0
+                ahead = then - start
+                widened = half and groups > 1
+                if widened:
+                    for line in range(end - row):
+                        widen(start + line * stride * 2, wide_at + line * RUN * 4, whole, ahead)
+                    start, ahead = wide_at, 0
+                tile_stride = RUN if widened else stride
+                tile_bytes = 4 if widened else bytes_each
+                begin = 0
+                for group in range(groups):
+                    after = tokens * (group + 1) // groups
+                    given = x + (begin * x_stride + run) * 4
+                    line = row
+                    while line < end:
+                        count = tile_rows if end - line >= tile_rows else 1
+                        at = start + (line - row) * tile_stride * tile_bytes
+                        out = sums_at + ((line - first) * MOST_TOKENS + begin) * 4
+                        if half and not widened:
+                            _halves(count, after - begin, at, stride, given, x_stride, whole, out, ahead)
+                        else:
+                            _floats(
+                                count, after - begin, at, tile_stride, given, x_stride, whole, out, ahead
+                            )
+                        line += count
+                    begin = after
+                    if group == _FETCHES:
+                        ahead = 0
                 if whole < part:
-                    _rest(count, tokens, at, stride, x + run * 4, x_stride, whole, part, out, half)
-                row += count
+                    at = w + (row * stride + run) * bytes_each
+                    out = sums_at + (row - first) * MOST_TOKENS * 4
+                    _rest(end - row, tokens, at, stride, x + run * 4, x_stride, whole, part, out, half)
         for token in range(tokens):
-            _write(sums[token], last - first, bias, y, token * rows + first, first, half)
+            _write(sums[: last - first, token], bias, y, token * rows + first, first, half)
         block = next_block
+
+
+@kernel
+def _run_length(length: int) -> int:
+    """Elements of a row in each run: runs of equal length, at most `RUN`, whole steps."""
+    runs = (length + RUN - 1) // RUN
+    return max((length + runs * STEP - 1) // (max(runs, 1) * STEP), 1) * STEP
 
 
 @kernel
@@ -220,8 +235,8 @@ def _rest(
     """What a tile leaves of a row whose length is no multiple of its step."""
     for token in range(tokens):
         given = carray(floats_at(x + token * x_stride * 4), (end,))
-        out = carray(floats_at(y + token * BLOCK * 4), (count,))
         for line in range(count):
+            out = carray(floats_at(y + (line * MOST_TOKENS + token) * 4), (1,))
             total = np.float32(0.0)
             if half:
                 for place in range(begin, end):
@@ -230,14 +245,13 @@ def _rest(
                 weights = carray(floats_at(w + line * w_stride * 4), (end,))
                 for place in range(begin, end):
                     total += weights[place] * given[place]
-            out[line] += total
+            out[0] += total
 
 
 @kernel
-def _write(
-    sums: NDArray[np.float32], count: int, bias: int, y: int, offset: int, first: int, half: bool
-) -> None:
+def _write(sums: NDArray[np.float32], bias: int, y: int, offset: int, first: int, half: bool) -> None:
     """Adds the bias to a token's sums and writes them in the type of the weights."""
+    count = sums.shape[0]
     if half:
         for place in range(count):
             total = sums[place]
@@ -264,8 +278,9 @@ def linear_numpy(
     """
     tokens, length = x.shape
     out = np.zeros((tokens, w.shape[0]), np.float32)
-    for run in range(0, length, RUN):
-        part = min(RUN, length - run)
+    run_length = _run_length(length)
+    for run in range(0, length, run_length):
+        part = min(run_length, length - run)
         whole = part - part % STEP
         lanes = np.zeros((tokens, w.shape[0], 8), np.float64)
         for place in range(run, run + whole, 8):

@@ -8,6 +8,7 @@ NEON).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -38,15 +39,15 @@ _LINE = 64
 
 _FLOAT, _BYTE, _SHORT = ir.FloatType(), ir.IntType(8), ir.IntType(16)
 _INT, _LONG = ir.IntType(32), ir.IntType(64)
-_VECTOR = ir.VectorType(_FLOAT, LANES)
+_VECTOR, _QUARTET = ir.VectorType(_FLOAT, LANES), ir.VectorType(_FLOAT, 4)
 
 
 def dot_tile(rows: int, tokens: int, half: bool = False) -> Any:
     """Makes ``tile(w, w_stride, x, x_stride, length, y, y_stride, ahead)``, dot products in registers.
 
-    The compiled function adds to y[t, r] the dot product of weight row r and token t, for r < rows, t <
-    tokens. Each sum runs in one fixed order, whatever the tile: a token's result does not depend on the
-    tokens beside it.
+    The compiled function adds to y[r, t] the dot product of weight row r and token t, for r < rows, t < tokens;
+    with three tokens it writes a fourth's place too, and changes nothing there. Each sum runs in one fixed order,
+    whatever the tile: a token's result does not depend on the tokens beside it.
 
     Addresses are intp. Strides are in elements, `length` is a multiple of `STEP`; `ahead` is the distance in
     bytes from w to what will be read next, which is fetched into the cache meanwhile (0: nothing is). With
@@ -128,25 +129,54 @@ def _dot_tile(
         vector.add_incoming(zero, entry)
         vector.add_incoming(sums[row, token], loop)
         sums[row, token] = vector
-    for row, token in places:
-        address = builder.add(_offset(builder, y, y_stride, 4 * token), _long(4 * row))
-        pointer = builder.inttoptr(address, _FLOAT.as_pointer())
-        total = builder.fadd(builder.load(pointer, align=4), _across(builder, sums[row, token]))
-        builder.store(total, pointer, align=4)
+    for row in range(rows):
+        line = _offset(builder, y, y_stride, 4 * row)
+        across = [sums[row, token] for token in range(tokens)]
+        if tokens > 2:
+            _add_at(builder, line, _across_four(builder, [*across, zero][:4]), _QUARTET)
+            continue
+        for token, vector in enumerate(across):
+            _add_at(builder, builder.add(line, _long(4 * token)), _across(builder, vector), _FLOAT)
+
+
+def _add_at(builder: Any, address: Any, value: Any, kind: Any) -> None:
+    pointer = builder.inttoptr(address, kind.as_pointer())
+    builder.store(builder.fadd(builder.load(pointer, align=4), value), pointer, align=4)
 
 
 def _across(builder: Any, vector: Any) -> Any:
-    """The sum of the lanes, by halves."""
+    """The sum of the lanes: of lane i and i + 4, then i + 2, then i + 1."""
     width = LANES
     while width > 1:
         width //= 2
-        low, high = (
-            ir.Constant(ir.VectorType(_INT, width), list(range(begin, begin + width))) for begin in (0, width)
-        )
-        vector = builder.fadd(
-            builder.shuffle_vector(vector, vector, low), builder.shuffle_vector(vector, vector, high)
-        )
+        low, high = (_shuffled(builder, vector, vector, range(at, at + width)) for at in (0, width))
+        vector = builder.fadd(low, high)
     return builder.extract_element(vector, ir.Constant(_INT, 0))
+
+
+def _across_four(builder: Any, vectors: list[Any]) -> Any:
+    """The sums of the lanes of four vectors, added in the order of `_across`, with a third of the instructions."""
+    pairs = [
+        builder.fadd(
+            _shuffled(builder, one, other, (0, 1, 2, 3, 8, 9, 10, 11)),
+            _shuffled(builder, one, other, (4, 5, 6, 7, 12, 13, 14, 15)),
+        )
+        for one, other in (vectors[:2], vectors[2:])
+    ]
+    # First and third of the four below, second and fourth above: registers of 128 bits are not crossed.
+    both = builder.fadd(
+        _shuffled(builder, *pairs, (0, 1, 8, 9, 4, 5, 12, 13)),
+        _shuffled(builder, *pairs, (2, 3, 10, 11, 6, 7, 14, 15)),
+    )
+    low, high = (_shuffled(builder, both, both, range(at, at + 4)) for at in (0, 4))
+    mixed = builder.fadd(
+        _shuffled(builder, low, high, (0, 2, 4, 6)), _shuffled(builder, low, high, (1, 3, 5, 7))
+    )
+    return _shuffled(builder, mixed, mixed, (0, 2, 1, 3))
+
+
+def _shuffled(builder: Any, one: Any, other: Any, lanes: Sequence[int]) -> Any:
+    return builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(_INT, len(lanes)), list(lanes)))
 
 
 @intrinsic

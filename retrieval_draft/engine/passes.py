@@ -1,0 +1,49 @@
+"""Forward passes over made-up trees, to measure what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retrieval_draft.engine.target import Target
+from retrieval_draft.engine.tree import DraftTree
+
+__all__ = ["tree_passes"]
+
+
+def tree_passes(target: Target, context: int) -> Callable[[int], Tensor]:
+    """Fills a cache with random text and returns what runs a pass over n nodes behind it, leaving nothing.
+
+    Args:
+        target: The model.
+        context: Tokens in the cache, fewer where the model allows fewer.
+
+    Returns:
+        Takes the number of nodes, root included; gives their logits, (n, vocabulary).
+    """
+    length = context
+    if target.max_positions is not None:
+        length = max(1, min(length, target.max_positions - 2))
+    rng = np.random.default_rng(0)
+    ids = torch.from_numpy(rng.integers(0, target.vocabulary, length)).to(target.device)
+    cache = target.cache(length + 128)
+    for _ in target.prefill(cache, ids, 1):
+        pass
+
+    def forward(nodes: int) -> Tensor:
+        tree = DraftTree(
+            tokens=rng.integers(0, target.vocabulary, nodes).astype(np.int32),
+            parents=np.array([-1] + [0] * (nodes - 1), np.int32),
+            depths=np.array([0] + [1] * (nodes - 1), np.int32),
+            probs=np.ones(nodes, np.float32),
+            path_probs=np.ones(nodes, np.float32),
+            sources=np.zeros(nodes, np.int64),
+        )
+        logits = target.verify_tree(cache, tree, length)
+        cache.drop()
+        return logits
+
+    return forward
