@@ -1,6 +1,4 @@
-"""Attention of bfloat16 models on the CPU, in float32: torch's bfloat16 kernel is several times slower
-there.
-"""
+"""Attention of bfloat16 models on the CPU, in float32, which torch computes several times faster there."""
 
 from __future__ import annotations
 

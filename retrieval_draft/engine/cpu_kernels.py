@@ -1,6 +1,4 @@
-"""Everything that makes a forward pass over few tokens faster on the CPU, for as long as the drafter
-decodes.
-"""
+"""All that makes a forward pass over few tokens faster on the CPU, for as long as the drafter decodes."""
 
 from __future__ import annotations
 

@@ -80,29 +80,35 @@ def _is_plain(module: nn.Module) -> bool:
         and is_tiled_available(weight)
         and (
             bias is None
-            or (type(bias) is nn.Parameter and bias.dtype == weight.dtype and bias.is_contiguous())
+            or (
+                type(bias) is nn.Parameter
+                and bias.dtype == weight.dtype
+                and bias.device == weight.device
+                and bias.is_contiguous()
+            )
         )
     )
 
 
 def _forward(parameters: Any, by_tokens: list[Linear]) -> Callable[[Tensor], Tensor]:
-    """A layer's ``forward``; it holds the layer's parameters, not the layer, which could then not be
-    freed.
-    """
+    """A layer's ``forward``. It holds the parameters and not the layer, which could then not be freed."""
     known: Any = parameters["weight"]
-    dtype, length = known.dtype, known.shape[1]
+    known_bias = parameters.get("bias")
+    dtype, length = known.dtype, int(known.shape[1])
     most = len(by_tokens) - 1
 
     def forward(input: Tensor) -> Tensor:
-        weight = parameters["weight"]
+        weight: Tensor = parameters["weight"]
+        bias: Tensor | None = parameters.get("bias")
         if (
             weight is known
+            and bias is known_bias
             and is_ordinary_call(input)
             and input.dtype is dtype
             and input.device.type == "cpu"
             and input.shape[-1] == length
         ):
             return by_tokens[min(input.numel() // length, most)](input)
-        return linear(input, weight, parameters.get("bias"))
+        return linear(input, weight, bias)
 
     return forward

@@ -67,9 +67,7 @@ def _eps(module: nn.Module) -> float | None:
 
 
 def _rule(module: nn.Module, weight: Tensor, eps: float) -> tuple[float, bool] | None:
-    """What is added to the weight, and whether rows are rounded before they are scaled; None: something
-    else.
-    """
+    """What is added to the weight, and whether rows are rounded before scaling; None for another rule."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, len(weight), generator=generator).mul_(3).to(weight.dtype)
     own: Any = type(module).forward

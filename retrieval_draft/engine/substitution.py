@@ -23,9 +23,7 @@ def is_free(module: nn.Module) -> bool:
 
 
 def is_ordinary_call(input: Any) -> bool:
-    """Whether a call may go past autograd, autocast, compilers and tensor subclasses: none of them is
-    there.
-    """
+    """Whether a call can do without autograd, autocast, compilers and tensor subclasses."""
     return not (
         torch.is_grad_enabled()
         or type(input) is not Tensor

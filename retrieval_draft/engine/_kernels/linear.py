@@ -9,7 +9,8 @@ next tile is fetched.
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, types
+from numba import types
+from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
 from retrieval_draft.engine._kernels.vector_tile import (
@@ -36,13 +37,11 @@ BLOCK = 24
 """Most weight rows that a thread claims at once: a multiple of every tile."""
 
 RUN = 640
-"""Most elements of a row that are multiplied at a time: six rows of them and four tokens' stay in the L1 cache."""
+"""Most elements of a row multiplied at a time: of these six rows and four tokens stay in the L1 cache."""
 
 _GROUP = 4
 _FETCHES = 3
-"""Groups after which the next tile has surely been asked for. One is not enough: a busy core drops
-prefetches.
-"""
+"""Groups after which the next tile has been asked for; one is too few, as busy cores drop prefetches."""
 
 TILE, _TILE_FOR_TWO, _TILE_FOR_ONE = 3, 4, 8
 _TILE_OF_HALVES = 2
@@ -92,9 +91,7 @@ def _floats(
 def _halves(
     rows: int, tokens: int, w: int, w_stride: int, x: int, x_stride: int, length: int, y: int, ahead: int
 ) -> None:
-    """A tile of bfloat16 weights with the only group of tokens: each weight is widened once, in a
-    register.
-    """
+    """A tile of bfloat16 weights with the only group of tokens: each weight is widened in a register."""
     if rows == TILE:
         _h3x3(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
     elif rows == _TILE_OF_HALVES:
@@ -120,11 +117,10 @@ def linear(job: int) -> None:
 
     Args:
         job: Address of int64[JOB], shared by the threads: [0] the next block, 0 at the start; addresses of
-        [1] W,
-            (rows, length), [2] x, float32 (tokens, length), [3] bias, (rows,), or 0, [4] y, (tokens, rows),
-            written; [5] tokens, 1 to MOST_TOKENS, [6] rows, [7] length, [8] rows of a block, at most BLOCK,
-            [9] elements from a row of W to the next; [10] whether W, bias and y are bfloat16, else they are
-            float32; [11] elements from a row of x to the next. bias, y and the rows of W and x are
+            [1] W, (rows, length), [2] x, float32 (tokens, length), [3] bias, (rows,), or 0, [4] y, (tokens,
+            rows), written; [5] tokens, 1 to MOST_TOKENS, [6] rows, [7] length, [8] rows of a block, at most
+            BLOCK, [9] elements from a row of W to the next; [10] whether W, bias and y are bfloat16, else
+            they are float32; [11] elements from a row of x to the next. bias, y and the rows of W and x are
             contiguous. For bfloat16 each sixteen elements of x have the eight at even places first, but for
             a last part of fewer than sixteen.
     """
@@ -182,9 +178,7 @@ def linear(job: int) -> None:
                         if half and not widened:
                             _halves(count, after - begin, at, stride, given, x_stride, whole, out, ahead)
                         else:
-                            _floats(
-                                count, after - begin, at, tile_stride, given, x_stride, whole, out, ahead
-                            )
+                            _floats(count, after - begin, at, tile_stride, given, x_stride, whole, out, ahead)
                         line += count
                     begin = after
                     if group == _FETCHES:
@@ -207,9 +201,7 @@ def _run_length(length: int) -> int:
 
 @kernel
 def widen_rows(source: int, target: int, rows: int, length: int) -> None:
-    """Rows of bfloat16 to float32 in the order that `linear` wants for bfloat16 weights. Addresses,
-    contiguous.
-    """
+    """Contiguous rows of bfloat16 to float32, in the order that `linear` wants for bfloat16 weights."""
     whole = length - length % STEP
     for row in range(rows):
         begin, out = source + row * length * 2, target + row * length * 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import carray
+from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
 from retrieval_draft.engine._kernels.vector_tile import floats_at, load_bfloat16, store_bfloat16

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic as _numba_intrinsic
+from numba.core import cgutils as _cgutils
+from numba.core import types as _types
+from numba.extending import intrinsic as _intrinsic
 
 __all__ = [
     "LANES",
@@ -32,8 +33,10 @@ LANES = 8
 STEP = 16
 """Elements of a row that one turn of the loop takes: two vectors, one cache line of float32."""
 
-intrinsic: Any = _numba_intrinsic
-"""Untyped: what it makes takes the arguments after the first."""
+# numba has no types for these; what `intrinsic` makes takes the arguments after the first.
+intrinsic: Any = _intrinsic
+cgutils: Any = _cgutils
+types: Any = _types
 
 _LINE = 64
 
@@ -45,9 +48,9 @@ _VECTOR, _QUARTET = ir.VectorType(_FLOAT, LANES), ir.VectorType(_FLOAT, 4)
 def dot_tile(rows: int, tokens: int, half: bool = False) -> Any:
     """Makes ``tile(w, w_stride, x, x_stride, length, y, y_stride, ahead)``, dot products in registers.
 
-    The compiled function adds to y[r, t] the dot product of weight row r and token t, for r < rows, t < tokens;
-    with three tokens it writes a fourth's place too, and changes nothing there. Each sum runs in one fixed order,
-    whatever the tile: a token's result does not depend on the tokens beside it.
+    The compiled function adds to y[r, t] the dot product of weight row r and token t, for r < rows and
+    t < tokens; with three tokens it writes a fourth's place too, and changes nothing there. Each sum runs in
+    one fixed order, whatever the tile: a token's result does not depend on the tokens beside it.
 
     Addresses are intp. Strides are in elements, `length` is a multiple of `STEP`; `ahead` is the distance in
     bytes from w to what will be read next, which is fetched into the cache meanwhile (0: nothing is). With
@@ -67,8 +70,8 @@ def dot_tile(rows: int, tokens: int, half: bool = False) -> Any:
 
 
 def _dot_tile(
-    builder: Any, rows: int, tokens: int, half: bool, w: Any, w_stride: Any, x: Any, x_stride: Any, length:
-    Any, y: Any, y_stride: Any, ahead: Any,
+    builder: Any, rows: int, tokens: int, half: bool, w: Any, w_stride: Any, x: Any, x_stride: Any,
+    length: Any, y: Any, y_stride: Any, ahead: Any,
 ) -> None:  # fmt: skip
     multiply_add = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32"
@@ -155,7 +158,7 @@ def _across(builder: Any, vector: Any) -> Any:
 
 
 def _across_four(builder: Any, vectors: list[Any]) -> Any:
-    """The sums of the lanes of four vectors, added in the order of `_across`, with a third of the instructions."""
+    """The sums of the lanes of four vectors, in the order of `_across`, with a third of its instructions."""
     pairs = [
         builder.fadd(
             _shuffled(builder, one, other, (0, 1, 2, 3, 8, 9, 10, 11)),
@@ -165,8 +168,8 @@ def _across_four(builder: Any, vectors: list[Any]) -> Any:
     ]
     # First and third of the four below, second and fourth above: registers of 128 bits are not crossed.
     both = builder.fadd(
-        _shuffled(builder, *pairs, (0, 1, 8, 9, 4, 5, 12, 13)),
-        _shuffled(builder, *pairs, (2, 3, 10, 11, 6, 7, 14, 15)),
+        _shuffled(builder, pairs[0], pairs[1], (0, 1, 8, 9, 4, 5, 12, 13)),
+        _shuffled(builder, pairs[0], pairs[1], (2, 3, 10, 11, 6, 7, 14, 15)),
     )
     low, high = (_shuffled(builder, both, both, range(at, at + 4)) for at in (0, 4))
     mixed = builder.fadd(
@@ -181,9 +184,7 @@ def _shuffled(builder: Any, one: Any, other: Any, lanes: Sequence[int]) -> Any:
 
 @intrinsic
 def widen(context: Any, source: Any, target: Any, length: Any, ahead: Any) -> Any:
-    """``widen(source, target, length, ahead)``: bfloat16 to float32, of each sixteen those at even places
-    first.
-    """
+    """``widen(source, target, length, ahead)``: bfloat16 to float32, even places of each 16 first."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, target, length, ahead = arguments
@@ -229,9 +230,7 @@ def store_bfloat16(context: Any, address: Any, value: Any) -> Any:
 
 @intrinsic
 def claim(context: Any, address: Any) -> Any:
-    """Returns the int64 at an address and adds one to it, atomically: the next piece of work of a shared
-    job.
-    """
+    """The int64 at an address, which grows by one, atomically: the next piece of work of a shared job."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = builder.inttoptr(arguments[0], _LONG.as_pointer())
@@ -289,8 +288,7 @@ def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
 def _load_halves(builder: Any, address: Any) -> tuple[Any, Any]:
     """Sixteen bfloat16 as two vectors of float32, those at even places and those at odd ones.
 
-    A bfloat16 is the upper half of a float32's bits: of each pair one is moved up, the other is there
-    already.
+    A bfloat16 is the upper half of a float32's bits: of each pair one is moved up, the other is in place.
     """
     whole = ir.VectorType(_INT, LANES)
     pairs = _load(builder, address, whole, 2)
