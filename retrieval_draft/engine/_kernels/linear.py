@@ -14,6 +14,7 @@ from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
 from retrieval_draft.engine._kernels.vector_tile import (
+    LANES,
     STEP,
     claim,
     dot_tile,
@@ -121,8 +122,8 @@ def linear(job: int) -> None:
             rows), written; [5] tokens, 1 to MOST_TOKENS, [6] rows, [7] length, [8] rows of a block, at most
             BLOCK, [9] elements from a row of W to the next; [10] whether W, bias and y are bfloat16, else
             they are float32; [11] elements from a row of x to the next. bias, y and the rows of W and x are
-            contiguous. For bfloat16 each sixteen elements of x have the eight at even places first, but for
-            a last part of fewer than sixteen.
+            contiguous. For bfloat16 each STEP elements of x have those at even places first, but for a last
+            part of fewer.
     """
     field = carray(integers_at(job), (JOB,))
     w, x, bias, y, tokens, rows = field[1], field[2], field[3], field[4], field[5], field[6]
@@ -263,7 +264,7 @@ def _write(sums: NDArray[np.float32], bias: int, y: int, offset: int, first: int
 def linear_numpy(
     x: NDArray[np.float32], w: NDArray[np.float32], bias: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
-    """The kernel's twin, in its order of summation: eight lanes along a row, each a chain of multiply-adds.
+    """The kernel's twin, in its order of summation: `LANES` lanes along a row, each a chain of multiply-adds.
 
     numpy has no fused multiply-add: products are formed in float64, where they are exact, and each sum is
     rounded to float32, which differs from fusing only where two roundings meet.
@@ -274,9 +275,9 @@ def linear_numpy(
     for run in range(0, length, run_length):
         part = min(run_length, length - run)
         whole = part - part % STEP
-        lanes = np.zeros((tokens, w.shape[0], 8), np.float64)
-        for place in range(run, run + whole, 8):
-            exact = x[:, None, place : place + 8].astype(np.float64) * w[None, :, place : place + 8]
+        lanes = np.zeros((tokens, w.shape[0], LANES), np.float64)
+        for place in range(run, run + whole, LANES):
+            exact = x[:, None, place : place + LANES].astype(np.float64) * w[None, :, place : place + LANES]
             lanes = (lanes + exact).astype(np.float32).astype(np.float64)
         halves = lanes.astype(np.float32)
         while halves.shape[-1] > 1:

@@ -1,9 +1,9 @@
 """Register tiles for products of few tokens, as LLVM vectors: what numba's own loops do not promise.
 
 numba turns a plain loop into vector code as LLVM sees fit. How many accumulators stay in registers decides
-the speed here, so the tile is written out: `rows` x `tokens` accumulators of eight floats, each updated by
-one fused multiply-add a step. LLVM makes of eight floats what the machine has (one AVX register, two of
-NEON).
+the speed here, so the tile is written out: `rows` x `tokens` accumulators of `LANES` floats, each updated by
+one fused multiply-add a step: eight floats, of which LLVM makes what the machine has (one AVX register, two of
+NEON), or sixteen where there is AVX-512.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import cgutils as _cgutils
 from numba.core import types as _types
@@ -29,9 +30,9 @@ __all__ = [
     "widen",
 ]
 
-LANES = 8
-STEP = 16
-"""Elements of a row that one turn of the loop takes: two vectors, one cache line of float32."""
+LANES = 16 if llvm.get_host_cpu_features().get("avx512f") else 8
+STEP = 2 * LANES
+"""Elements of a row that one turn of the loop takes: two vectors."""
 
 # numba has no types for these; what `intrinsic` makes takes the arguments after the first.
 intrinsic: Any = _intrinsic
@@ -54,7 +55,7 @@ def dot_tile(rows: int, tokens: int, half: bool = False) -> Any:
 
     Addresses are intp. Strides are in elements, `length` is a multiple of `STEP`; `ahead` is the distance in
     bytes from w to what will be read next, which is fetched into the cache meanwhile (0: nothing is). With
-    `half` the weights are bfloat16, all else is float32, and of each sixteen elements of x the eight at even
+    `half` the weights are bfloat16, all else is float32, and of each `STEP` elements of x those at even
     places come first.
     """
 
@@ -99,12 +100,14 @@ def _dot_tile(
             _prefetch(builder, builder.add(next_lines, _long(line * _LINE)))
     else:
         for w_row in w_rows:
-            _prefetch(builder, builder.add(builder.add(w_row, w_here), ahead))
+            next_line = builder.add(builder.add(w_row, w_here), ahead)
+            for line in range(STEP * wide // _LINE):
+                _prefetch(builder, builder.add(next_line, _long(line * _LINE)))
     shifts = [_long(4 * part * LANES) for part in range(STEP // LANES)]
     inputs = [[builder.add(builder.add(x_row, x_here), shift) for shift in shifts] for x_row in x_rows]
     if half:
         for row in range(rows):
-            # One row at a time: its sixteen weights take two registers.
+            # One row at a time: its weights take two registers.
             for part, weight in enumerate(_load_halves(builder, builder.add(w_rows[row], w_here))):
                 for token in range(tokens):
                     given = _load(builder, inputs[token][part], _VECTOR, 4)
@@ -148,17 +151,22 @@ def _add_at(builder: Any, address: Any, value: Any, kind: Any) -> None:
 
 
 def _across(builder: Any, vector: Any) -> Any:
-    """The sum of the lanes: of lane i and i + 4, then i + 2, then i + 1."""
+    """The sum of the lanes: the upper half is added to the lower one, until one lane is left."""
     width = LANES
     while width > 1:
-        width //= 2
-        low, high = (_shuffled(builder, vector, vector, range(at, at + width)) for at in (0, width))
-        vector = builder.fadd(low, high)
+        vector, width = _folded(builder, vector, width), width // 2
     return builder.extract_element(vector, ir.Constant(_INT, 0))
+
+
+def _folded(builder: Any, vector: Any, width: int) -> Any:
+    low, high = (_shuffled(builder, vector, vector, range(at, at + width // 2)) for at in (0, width // 2))
+    return builder.fadd(low, high)
 
 
 def _across_four(builder: Any, vectors: list[Any]) -> Any:
     """The sums of the lanes of four vectors, in the order of `_across`, with a third of its instructions."""
+    if LANES > 8:
+        vectors = [_folded(builder, vector, LANES) for vector in vectors]
     pairs = [
         builder.fadd(
             _shuffled(builder, one, other, (0, 1, 2, 3, 8, 9, 10, 11)),
@@ -184,7 +192,7 @@ def _shuffled(builder: Any, one: Any, other: Any, lanes: Sequence[int]) -> Any:
 
 @intrinsic
 def widen(context: Any, source: Any, target: Any, length: Any, ahead: Any) -> Any:
-    """``widen(source, target, length, ahead)``: bfloat16 to float32, even places of each 16 first."""
+    """``widen(source, target, length, ahead)``: bfloat16 to float32, even places of a step first."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, target, length, ahead = arguments
@@ -286,7 +294,7 @@ def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
 
 
 def _load_halves(builder: Any, address: Any) -> tuple[Any, Any]:
-    """Sixteen bfloat16 as two vectors of float32, those at even places and those at odd ones.
+    """A step of bfloat16 as two vectors of float32, those at even places and those at odd ones.
 
     A bfloat16 is the upper half of a float32's bits: of each pair one is moved up, the other is in place.
     """
