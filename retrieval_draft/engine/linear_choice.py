@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from retrieval_draft._cache_home import cache_home
-from retrieval_draft.engine.linear_kernels import KERNELS, Linear, is_tiled_available
+from retrieval_draft.engine.linear_kernels import KERNELS, OURS, Linear, is_tiled_available
 from retrieval_draft.index._kernels.jit import source_stamp
 
 __all__ = ["SIZES", "LinearChoices", "shape_key"]
@@ -34,13 +34,14 @@ HOPELESS = 1.5
 SKIPPED = 3.0
 """A kernel this many times slower than the best is not tried on the next larger size."""
 
-TIE = 1.05
-"""Our kernel is kept where another is faster by less: with one kernel for all sizes a token's result never
-varies.
-"""
+TIE = 1.1
+"""A kernel that comes first is used where a later one is faster by less, which may be chance."""
 
-MEASURED_BYTES = 64 << 20
+MEASURED_BYTES = 192 << 20
 """Weights read in one timing: more than caches hold, as in a forward pass."""
+
+MANY_TOKENS = 64
+"""Above, arithmetic decides and not memory: an eighth of the weights shows as much."""
 
 MOST_SECONDS = 12.0
 """After so long what is left goes unmeasured, to our kernel."""
@@ -106,16 +107,16 @@ class LinearChoices:
         begin = time.perf_counter()
         complete = True
         for key, weights in wanted.items():
-            some = _enough(weights)
             names: dict[int, str] = {}
             skipped: set[str] = set()
             for size in SIZES:
                 in_time = time.perf_counter() - begin < MOST_SECONDS
                 complete = complete and in_time
                 if in_time:
+                    some = _enough(weights, MEASURED_BYTES // (8 if size > MANY_TOKENS else 1))
                     names[size], skipped = _fastest(some, size, skipped)
                 else:
-                    names[size] = "tiled" if is_tiled_available(some[0]) else "stock"
+                    names[size] = "tiled" if is_tiled_available(weights[0]) else "stock"
                 if advance is not None:
                     advance()
             self._names[key] = names
@@ -159,13 +160,13 @@ class LinearChoices:
             _LOG.info("linear kernels will be measured again: %s cannot be written (%s)", self.path, error)
 
 
-def _enough(weights: Sequence[Tensor]) -> list[Tensor]:
-    """As many weights as come to `MEASURED_BYTES`; of a larger one that many bytes of rows."""
+def _enough(weights: Sequence[Tensor], most: int) -> list[Tensor]:
+    """As many weights as come to `most` bytes; of a larger one that many bytes of rows."""
     each = weights[0].nbytes
-    if each > MEASURED_BYTES:
-        rows = max(1, weights[0].shape[0] * MEASURED_BYTES // each)
+    if each > most:
+        rows = max(1, weights[0].shape[0] * most // each)
         return [weights[0][:rows]]
-    return list(weights[: max(1, MEASURED_BYTES // max(each, 1))])
+    return list(weights[: max(1, most // max(each, 1))])
 
 
 def _fastest(weights: Sequence[Tensor], tokens: int, skipped: set[str]) -> tuple[str, set[str]]:
@@ -174,7 +175,7 @@ def _fastest(weights: Sequence[Tensor], tokens: int, skipped: set[str]) -> tuple
     tried = [
         name
         for name in KERNELS
-        if name not in skipped and (name != "tiled" or is_tiled_available(weights[0]))
+        if name not in skipped and (name not in OURS or is_tiled_available(weights[0]))
     ] or ["stock"]  # fmt: skip
     least = dict.fromkeys(tried, float("inf"))
     for turn in range(ROUNDS):
@@ -190,7 +191,7 @@ def _fastest(weights: Sequence[Tensor], tokens: int, skipped: set[str]) -> tuple
                 layer(x)
             least[name] = min(least[name], time.perf_counter() - begin)
     best = min(least.values())
-    winner = tried[0] if least[tried[0]] <= TIE * best else min(least, key=least.__getitem__)
+    winner = next(name for name in tried if least[name] <= TIE * best)
     return winner, {name for name, seconds in least.items() if seconds > SKIPPED * best}
 
 

@@ -27,7 +27,9 @@ from retrieval_draft.engine._kernels.vector_tile import (
 )
 from retrieval_draft.index._kernels.jit import kernel
 
-__all__ = ["BLOCK", "JOB", "MOST_TOKENS", "SIGNATURE", "TILE", "linear", "linear_numpy", "widen_rows"]
+__all__ = [
+    "BLOCK", "JOB", "MOST_TOKENS", "SIGNATURE", "TILE", "linear", "linear_numpy", "widen_rows", "write",
+]  # fmt: skip
 
 SIGNATURE = types.void(types.intp)
 JOB = 12
@@ -189,7 +191,7 @@ def linear(job: int) -> None:
                     out = sums_at + (row - first) * MOST_TOKENS * 4
                     _rest(end - row, tokens, at, stride, x + run * 4, x_stride, whole, part, out, half)
         for token in range(tokens):
-            _write(sums[: last - first, token], bias, y, token * rows + first, first, half)
+            write(sums[: last - first, token], bias, y, token * rows + first, first, half)
         block = next_block
 
 
@@ -242,7 +244,7 @@ def _rest(
 
 
 @kernel
-def _write(sums: NDArray[np.float32], bias: int, y: int, offset: int, first: int, half: bool) -> None:
+def write(sums: NDArray[np.float32], bias: int, y: int, offset: int, first: int, half: bool) -> None:
     """Adds the bias to a token's sums and writes them in the type of the weights."""
     count = sums.shape[0]
     if half:

@@ -1,9 +1,9 @@
 """Register tiles for products of few tokens, as LLVM vectors: what numba's own loops do not promise.
 
 numba turns a plain loop into vector code as LLVM sees fit. How many accumulators stay in registers decides
-the speed here, so the tile is written out: `rows` x `tokens` accumulators of `LANES` floats, each updated by
-one fused multiply-add a step: eight floats, of which LLVM makes what the machine has (one AVX register, two of
-NEON), or sixteen where there is AVX-512.
+the speed here, so tiles are written out: accumulators of `LANES` floats, each updated by one fused
+multiply-add a step. LANES is eight, of which LLVM makes what the machine has (one AVX register, two of NEON),
+or sixteen where there is AVX-512.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ __all__ = [
     "floats_at",
     "integers_at",
     "load_bfloat16",
+    "outer_tile",
     "stack_floats",
     "store_bfloat16",
     "widen",
@@ -74,9 +75,7 @@ def _dot_tile(
     builder: Any, rows: int, tokens: int, half: bool, w: Any, w_stride: Any, x: Any, x_stride: Any,
     length: Any, y: Any, y_stride: Any, ahead: Any,
 ) -> None:  # fmt: skip
-    multiply_add = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32"
-    )
+    multiply_add = _multiply_add(builder)
     places = [(row, token) for row in range(rows) for token in range(tokens)]
     wide = 2 if half else 4
     w_rows = [_offset(builder, w, w_stride, wide * row) for row in range(rows)]
@@ -143,6 +142,86 @@ def _dot_tile(
             continue
         for token, vector in enumerate(across):
             _add_at(builder, builder.add(line, _long(4 * token)), _across(builder, vector), _FLOAT)
+
+
+def outer_tile(rows: int, vectors: int, turns: int) -> Any:
+    """Makes ``tile(w, w_stride, x, x_stride, length, y, y_stride, ahead)``, sums of outer products.
+
+    The compiled function adds to y[r, t] the dot product of weight row r and token t, for r < rows and
+    t < vectors · LANES. Tokens lie side by side, x is (length, x_stride): nothing is summed across lanes, and
+    a sum is one chain along the row, whatever the tile.
+
+    All is float32. Addresses are intp. Strides are in elements, `length` is a multiple of `turns` and not
+    0, `ahead` as in `dot_tile`.
+    """
+
+    @intrinsic
+    def tile(context: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, length: Any, y: Any, y_stride: Any, ahead: Any) -> Any:  # fmt: skip  # noqa: E501
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _outer_tile(builder, rows, vectors, turns, *arguments)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 8), generate
+
+    return tile
+
+
+def _outer_tile(
+    builder: Any, rows: int, vectors: int, turns: int, w: Any, w_stride: Any, x: Any, x_stride: Any,
+    length: Any, y: Any, y_stride: Any, ahead: Any,
+) -> None:  # fmt: skip
+    multiply_add = _multiply_add(builder)
+    places = [(row, part) for row in range(rows) for part in range(vectors)]
+    w_rows = [_offset(builder, w, w_stride, 4 * row) for row in range(rows)]
+    lines = [_offset(builder, y, y_stride, 4 * row) for row in range(rows)]
+    outs = {(row, part): builder.add(lines[row], _long(4 * LANES * part)) for row, part in places}
+    zero = ir.Constant(_VECTOR, [0.0] * LANES)
+
+    entry = builder.block
+    loop, done = builder.append_basic_block("outer.loop"), builder.append_basic_block("outer.done")
+    builder.branch(loop)
+
+    builder.position_at_end(loop)
+    place = builder.phi(_LONG)
+    place.add_incoming(_long(0), entry)
+    starts = {where: builder.phi(_VECTOR) for where in places}
+    sums: dict[tuple[int, int], Any] = dict(starts)
+    w_here = builder.mul(place, _long(4))
+    x_here = builder.add(x, builder.mul(builder.mul(place, x_stride), _long(4)))
+    for w_row in w_rows:
+        _prefetch(builder, builder.add(builder.add(w_row, w_here), ahead))
+    for turn in range(turns):
+        line = _offset(builder, x_here, x_stride, 4 * turn)
+        given = [
+            _load(builder, builder.add(line, _long(4 * LANES * part)), _VECTOR, 4) for part in range(vectors)
+        ]
+        for row in range(rows):
+            address = builder.add(builder.add(w_rows[row], w_here), _long(4 * turn))
+            weight = _spread(builder, _load(builder, address, _FLOAT, 4))
+            for part in range(vectors):
+                sums[row, part] = builder.call(multiply_add, [weight, given[part], sums[row, part]])
+    after = builder.add(place, _long(turns))
+    place.add_incoming(after, loop)
+    for where in places:
+        starts[where].add_incoming(zero, entry)
+        starts[where].add_incoming(sums[where], loop)
+    builder.cbranch(builder.icmp_signed("<", after, length), loop, done)
+
+    builder.position_at_end(done)
+    for where in places:
+        _add_at(builder, outs[where], sums[where], _VECTOR)
+
+
+def _multiply_add(builder: Any) -> Any:
+    return cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32"
+    )
+
+
+def _spread(builder: Any, value: Any) -> Any:
+    """A float in every lane."""
+    alone = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, ir.Constant(_INT, 0))
+    return _shuffled(builder, alone, alone, [0] * LANES)
 
 
 def _add_at(builder: Any, address: Any, value: Any, kind: Any) -> None:
