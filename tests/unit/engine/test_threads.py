@@ -1,0 +1,131 @@
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from retrieval_draft.engine import threads as threads_module
+from retrieval_draft.engine.linear_kernels import tiled
+from retrieval_draft.engine.threads import in_live_pool, on_threads
+
+WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def record() -> tuple[object, int, list[tuple[int | None, int]]]:
+    """A C function that notes its argument and its thread."""
+    calls: list[tuple[int | None, int]] = []
+    function = WORK(lambda argument: calls.append((argument, threading.get_native_id())))
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    return function, address, calls
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("openmp", [True, False])
+def test_every_thread_gets_the_argument_once(
+    number: int, openmp: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not openmp:
+        monkeypatch.setattr(threads_module, "_openmp", lambda: None)
+    function, address, calls = record()
+    argument = (ctypes.c_int64 * 2)(7, 8)
+    on_threads(address, number)(argument)
+    assert [given for given, _ in calls] == [ctypes.addressof(argument)] * number
+    if openmp:
+        assert len({thread for _, thread in calls}) == number
+    del function
+
+
+def test_torch_and_kernels_share_one_pool(two_threads: None) -> None:
+    """After both have run there are no more threads than after torch alone."""
+    big = torch.ones(1 << 22)
+    before = {*os.listdir("/proc/self/task")} if os.path.isdir("/proc/self/task") else set()
+    big.sum()
+    torch_alone = {*os.listdir("/proc/self/task")} if before else set()
+    tiled(torch.ones(4096, 512))(torch.ones(4, 512))
+    assert ({*os.listdir("/proc/self/task")} if before else set()) == torch_alone
+
+
+def test_the_number_of_threads_of_torch_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def note(function: int, number: int) -> object:
+        asked.append(number)
+        return on_threads(function, number)
+
+    monkeypatch.setattr("retrieval_draft.engine.linear_kernels.on_threads", note)
+    weight = torch.ones(2048, 512)
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        tiled(weight)(torch.ones(1, 512))
+    torch.set_num_threads(1)
+    tiled(torch.ones(4, 4))
+    assert asked == [1, 2, 1]
+
+
+def test_several_server_threads_at_once(two_threads: None) -> None:
+    weight, x = torch.randn(3000, 300), torch.randn(5, 300)
+    expected = tiled(weight)(x)
+    wrong: list[int] = []
+
+    def serve() -> None:
+        layer = tiled(weight)
+        for turn in range(30):
+            if not torch.equal(layer(x), expected):
+                wrong.append(turn)
+
+    servers = [threading.Thread(target=serve) for _ in range(4)]
+    for server in servers:
+        server.start()
+    for server in servers:
+        server.join()
+    assert not wrong
+
+
+def test_work_runs_in_place_where_nothing_was_forked() -> None:
+    assert in_live_pool(threading.get_ident) == threading.get_ident()
+
+
+FORK = """
+import os, sys, threading
+import torch
+sys.path.insert(0, os.getcwd())
+torch.set_num_threads(2)
+from retrieval_draft import RetrievalDrafter
+from tests.models import make
+model = make("llama", hidden_size=512, intermediate_size=1024, vocab_size=4096)
+drafter = RetrievalDrafter.for_model(model)
+prompt = torch.arange(40)[None] % 17
+first = drafter.generate(prompt, max_new_tokens=12, do_sample=False)
+holding = threading.Event()
+def hold():
+    with drafter._lock:
+        holding.set()
+        threading.Event().wait(2)
+threading.Thread(target=hold, daemon=True).start()
+holding.wait()
+child = os.fork()
+if not child:
+    again = drafter.generate(prompt, max_new_tokens=12, do_sample=False)
+    through = model.generate(
+        prompt, max_new_tokens=12, do_sample=False, custom_generate=drafter.custom_generate
+    ) if sys.argv[1] == "custom" else again
+    os._exit(0 if torch.equal(first, again) and torch.equal(first, through) else 3)
+_, status = os.waitpid(child, 0)
+assert os.waitstatus_to_exitcode(status) == 0, status
+after = drafter.generate(prompt, max_new_tokens=12, do_sample=False)
+assert torch.equal(first, after)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("way", ["generate", "custom"])
+def test_a_forked_process_generates(way: str) -> None:
+    """torch alone hangs in the child: the pool of the forking thread is gone (pytorch issue 17199)."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORK, way], capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 0, done.stderr
