@@ -45,14 +45,39 @@ def tiled(weight: Tensor, bias: Tensor | None = None) -> Linear:
     Example:
         weight = [[1, 0], [1, 1]], bias = [0, 5]: [[1, 2]] gives [[1, 8]]
     """
+    return _compiled_layer("tiled", weight, bias)
+
+
+def tokenwise(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """Our kernel for many tokens, which lie beside each other in vector registers; otherwise as `tiled`.
+
+    Args:
+        weight: (rows, length), float32 or bfloat16, each row contiguous.
+        bias: (rows,), contiguous, of the weight's dtype.
+
+    Returns:
+        The layer, for inputs of the weight's dtype; at most 64 tokens are multiplied at a time.
+
+    Example:
+        weight = [[1, 0], [1, 1]], bias = [0, 5]: [[1, 2], [3, 4]] gives [[1, 8], [3, 12]]
+    """
+    return _compiled_layer("tokenwise", weight, bias)
+
+
+def _compiled_layer(name: str, weight: Tensor, bias: Tensor | None) -> Linear:
+    """What `tiled` and `tokenwise` share: all but the order of x and of the sums."""
     from retrieval_draft.engine._kernels import linear as kernels
+    from retrieval_draft.engine._kernels.linear_tokenwise import pack
+    from retrieval_draft.engine._kernels.vector_tile import LANES
 
     rows, length = weight.shape
-    half = weight.dtype == torch.bfloat16
+    packs, half = name == "tokenwise", weight.dtype == torch.bfloat16
     threads = min(torch.get_num_threads(), 1 + weight.nbytes // _THREAD_BYTES)
-    block = min(kernels.BLOCK, -(-rows // (threads * kernels.TILE)) * kernels.TILE)
+    block = kernels.BLOCK
+    if not packs:
+        block = min(block, -(-rows // (threads * kernels.TILE)) * kernels.TILE)
     most, widen_rows = kernels.MOST_TOKENS, kernels.widen_rows
-    run = on_threads(_machine_code("tiled"), threads)
+    run = on_threads(_machine_code(name), threads)
     make_job: Any = c_int64 * kernels.JOB
     dtype, size = weight.dtype, weight.element_size()
 
@@ -69,62 +94,18 @@ def tiled(weight: Tensor, bias: Tensor | None = None) -> Linear:
             widen_rows(x.data_ptr(), given.data_ptr(), tokens, length)
         x_at, y_at, w_at = given.data_ptr(), y.data_ptr(), weight.data_ptr()
         bias_at = 0 if bias is None else bias.data_ptr()
-        for begin in range(0, tokens, most):
-            job = make_job(
-                0, w_at, x_at + 4 * begin * length, bias_at, y_at + size * begin * rows, min(most, tokens -
-                begin), rows, length, block, weight.stride(0), half, length,
-            )  # fmt: skip
-            run(job)
-        return y
-
-    return call
-
-
-def tokenwise(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """Our kernel for many tokens, which lie beside each other in vector registers; otherwise as `tiled`.
-
-    Args:
-        weight: (rows, length), float32 or bfloat16, each row contiguous.
-        bias: (rows,), contiguous, of the weight's dtype.
-
-    Returns:
-        The layer, for inputs of the weight's dtype; at most 64 tokens are multiplied at a time.
-
-    Example:
-        weight = [[1, 0], [1, 1]], bias = [0, 5]: [[1, 2], [3, 4]] gives [[1, 8], [3, 12]]
-    """
-    from retrieval_draft.engine._kernels import linear as kernels
-    from retrieval_draft.engine._kernels.linear_tokenwise import pack
-    from retrieval_draft.engine._kernels.vector_tile import LANES
-
-    rows, length = weight.shape
-    half = weight.dtype == torch.bfloat16
-    threads = min(torch.get_num_threads(), 1 + weight.nbytes // _THREAD_BYTES)
-    most, block, widen_rows = kernels.MOST_TOKENS, kernels.BLOCK, kernels.widen_rows
-    run = on_threads(_machine_code("tokenwise"), threads)
-    make_job: Any = c_int64 * kernels.JOB
-    dtype, size = weight.dtype, weight.element_size()
-
-    def call(x: Tensor) -> Tensor:
-        shape = x.shape
-        x = x.contiguous()
-        y = _fresh((*shape[:-1], rows), dtype)
-        tokens = y.numel() // rows
-        if not tokens:
-            return y
-        given = x
-        if half:
-            given = torch.empty(tokens * length)
-            widen_rows(x.data_ptr(), given.data_ptr(), tokens, length)
-        y_at, w_at, bias_at = y.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()
-        packed = torch.empty(length * min(-(-tokens // LANES) * LANES, most))
+        if packs:
+            packed = torch.empty(length * min(-(-tokens // LANES) * LANES, most))
         for begin in range(0, tokens, most):
             some = min(most, tokens - begin)
-            vectors = -(-some // LANES)
-            pack(given.data_ptr() + 4 * begin * length, packed.data_ptr(), some, length, vectors * LANES)
+            part, step = x_at + 4 * begin * length, length
+            if packs:
+                step = -(-some // LANES)
+                pack(part, packed.data_ptr(), some, length, step * LANES)
+                part = packed.data_ptr()
             job = make_job(
-                0, w_at, packed.data_ptr(), bias_at, y_at + size * begin * rows, some, rows, length, block,
-                weight.stride(0), half, vectors,
+                0, w_at, part, bias_at, y_at + size * begin * rows, some, rows, length, block,
+                weight.stride(0), half, step,
             )  # fmt: skip
             run(job)
         return y
