@@ -1,6 +1,7 @@
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -104,15 +105,27 @@ def test_experts_and_convolutions_keep_stock() -> None:
             assert lent(model) == number, name
 
 
+def kept(value: Any, seen: set[int]) -> int:
+    """Bytes of the tensors and arrays that a function holds, through lists and other functions."""
+    if id(value) in seen:
+        return 0
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor | np.ndarray):
+        address = value.data_ptr() if isinstance(value, torch.Tensor) else value.ctypes.data
+        fresh = address not in seen
+        seen.add(address)
+        return value.nbytes if fresh else 0
+    inner = list(value) if isinstance(value, list | tuple) else []
+    inner += [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+    return sum(kept(each, seen) for each in inner)
+
+
 def test_memory_is_that_of_the_model(model: Any) -> None:
-    """Kernels read the model's own weights: nothing as large as a weight is kept."""
-    before = {tensor.data_ptr() for tensor in model.parameters()}
+    """Kernels read the model's own weights; norms keep a scaled copy of theirs, which are small."""
+    seen = {tensor.data_ptr() for tensor in model.parameters()}
     with ready(model).applied():
-        for module in model.modules():
-            for cell in getattr(module.__dict__.get("forward"), "__closure__", None) or ():
-                kept = cell.cell_contents
-                if isinstance(kept, torch.Tensor):
-                    assert kept.data_ptr() in before
+        extra = sum(kept(module.__dict__.get("forward"), seen) for module in model.modules())
+    assert 0 < extra <= 0.05 * sum(tensor.nbytes for tensor in model.parameters())
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
