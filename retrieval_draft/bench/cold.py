@@ -32,6 +32,18 @@ print(json.dumps(time.perf_counter() - begin))
 """
 
 
+_LAYERS = """
+import json, time
+import torch
+from retrieval_draft.engine.linear_kernels import KERNELS, OURS
+begin = time.perf_counter()
+for dtype in (torch.float32, torch.bfloat16):
+    for name in OURS:
+        KERNELS[name](torch.ones(64, 64, dtype=dtype), None)(torch.ones(1, 64, dtype=dtype))
+print(json.dumps(time.perf_counter() - begin))
+"""
+
+
 def measure_cold(rounds: int = 3) -> dict[str, Any]:
     """Imports in fresh processes, and compiles the kernels into an empty cache, then again from that cache.
 
@@ -39,16 +51,19 @@ def measure_cold(rounds: int = 3) -> dict[str, Any]:
         rounds: Fresh imports; the least counts.
 
     Returns:
-        import_seconds (torch_and_transformers, and retrieval_draft beyond them), compile_seconds (first, and
-        cached).
+        import_seconds (torch_and_transformers, and retrieval_draft beyond them), compile_seconds and, for the
+        linear layers on the CPU, layer_seconds (first, and cached).
     """
     imports = [_run(_IMPORT, {}) for _ in range(rounds)]
     with tempfile.TemporaryDirectory() as cache:
         environment = {"NUMBA_CACHE_DIR": cache}
-        first, cached = _run(_COMPILE, environment), _run(_COMPILE, environment)
+        found = [[_run(program, environment) for _ in range(2)] for program in (_COMPILE, _LAYERS)]
     return {
-        "import_seconds": {name: min(found[name] for found in imports) for name in imports[0]},
-        "compile_seconds": {"first": first, "cached": cached},
+        "import_seconds": {name: min(each[name] for each in imports) for name in imports[0]},
+        **{
+            name: dict(zip(("first", "cached"), seconds, strict=True))
+            for name, seconds in zip(("compile_seconds", "layer_seconds"), found, strict=True)
+        },
     }
 
 

@@ -212,12 +212,14 @@ def cold(out: Out = None, json: Json = False) -> None:
     if json:
         print_json(result)
         return
-    imports, compiled = result["import_seconds"], result["compile_seconds"]
+    imports, compiled, layers = (result[f"{name}_seconds"] for name in ("import", "compile", "layer"))
     rows = [
         ("import of torch and transformers", f"{imports['torch_and_transformers']:.2f}"),
         ("import of retrieval_draft after them", f"{imports['retrieval_draft']:.2f}"),
         ("first compilation", f"{compiled['first']:.1f}"),
         ("kernels from the cache", f"{compiled['cached']:.1f}"),
+        ("first compilation of linear layers", f"{layers['first']:.1f}"),
+        ("linear layers from the cache", f"{layers['cached']:.1f}"),
     ]
     print_table("", ("what", "seconds"), rows)
 
