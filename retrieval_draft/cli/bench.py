@@ -226,7 +226,7 @@ def cold(out: Out = None, json: Json = False) -> None:
 
 def print_live(result: dict[str, Any]) -> None:
     """Prints what `bench live` found as a table."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, entry in result["methods"].items():
         share = entry["loop_share"]
         equal = entry["equal_to_stock"]
@@ -242,7 +242,7 @@ def print_live(result: dict[str, Any]) -> None:
                 "" if share is None else f"{share:.1%}",
             )
         )
-    columns = (
+    columns: tuple[str, ...] = (
         "method",
         "tokens/s",
         "tokens/step",
@@ -252,6 +252,9 @@ def print_live(result: dict[str, Any]) -> None:
         "same text",
         "loop",
     )
+    if all(entry["ratio_to_none"] is None for entry in result["methods"].values()):
+        at = columns.index("to none (p10..p90)")
+        columns, rows = columns[:at] + columns[at + 1 :], [row[:at] + row[at + 1 :] for row in rows]
     title = f"{result['model']}, {result['device']}, {result['dtype']}, greedy, {result['prompts']} prompts"
     print_table(title, columns, rows)
 
