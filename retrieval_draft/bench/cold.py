@@ -1,4 +1,4 @@
-"""What a fresh install waits for: the import, and the first compilation of the kernels."""
+"""What a fresh install waits for: the import, the first compilation, and measuring kernels for a model."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
-__all__ = ["measure_cold"]
+from retrieval_draft._cache_home import cache_home
+
+__all__ = ["measure_cold", "measure_first_use", "resident_bytes"]
 
 _IMPORT = """
 import json, sys, time
@@ -43,6 +46,32 @@ for dtype in (torch.float32, torch.bfloat16):
 print(json.dumps(time.perf_counter() - begin))
 """
 
+_FIRST_USE = """
+import json, sys, time
+import torch
+from retrieval_draft.bench.cold import resident_bytes
+from retrieval_draft.engine.cpu_kernels import CpuKernels
+from retrieval_draft.engine.passes import tree_passes
+from retrieval_draft.engine.target import Target
+from retrieval_draft.model_files import load_model
+
+model, _ = load_model(sys.argv[1], dtype=sys.argv[2], device="cpu")
+kernels = CpuKernels(model)
+with torch.no_grad():
+    forward = tree_passes(Target(model), 256)
+    for size in (1, 8, 64):
+        forward(size)
+    stock = resident_bytes()
+    begin = time.perf_counter()
+    kernels.prepare()
+    seconds = time.perf_counter() - begin
+    with kernels.applied():
+        for size in (1, 8, 64):
+            forward(size)
+weights = sum(weight.nbytes for weight in model.parameters())
+print(json.dumps({"seconds": seconds, "stock": stock, "ours": resident_bytes(), "weights": weights}))
+"""
+
 
 def measure_cold(rounds: int = 3) -> dict[str, Any]:
     """Imports in fresh processes, and compiles the kernels into an empty cache, then again from that cache.
@@ -67,9 +96,49 @@ def measure_cold(rounds: int = 3) -> dict[str, Any]:
     }
 
 
-def _run(program: str, environment: dict[str, str]) -> Any:
+def measure_first_use(model: str, dtype: str) -> dict[str, Any]:
+    """Prepares the CPU kernels for a model on a machine that never ran them, then again in a new process.
+
+    Args:
+        model: As for `load_model`.
+        dtype: Of its weights.
+
+    Returns:
+        first_seconds and again_seconds, what `CpuKernels.prepare` takes (compiling and measuring);
+        weight_bytes; stock_bytes and kernel_bytes, resident in the second process after passes with the
+        layers of torch and after passes with ours (None where the system does not tell).
+    """
+    from retrieval_draft.model_files import load_model
+
+    load_model(model, dtype=dtype, device="cpu")  # Downloads and conversions are not what is measured.
+    home = cache_home()
+    with tempfile.TemporaryDirectory() as cache:
+        folder = Path(cache) / "home"
+        folder.mkdir()
+        (folder / "models").symlink_to(home / "models")
+        environment = {"NUMBA_CACHE_DIR": cache, "RETRIEVAL_DRAFT_HOME": str(folder)}
+        first, again = (_run(_FIRST_USE, environment, model, dtype) for _ in range(2))
+    return {
+        "first_seconds": first["seconds"],
+        "again_seconds": again["seconds"],
+        "weight_bytes": again["weights"],
+        "stock_bytes": again["stock"],
+        "kernel_bytes": again["ours"],
+    }
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process that is in RAM, mapped files included; None where the system does not tell."""
+    try:
+        status = Path("/proc/self/statm").read_text()
+    except OSError:
+        return None
+    return int(status.split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _run(program: str, environment: dict[str, str], *arguments: str) -> Any:
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, *arguments],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,

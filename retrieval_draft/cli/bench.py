@@ -203,11 +203,19 @@ def automaton(
 
 
 @app.command("cold")
-def cold(out: Out = None, json: Json = False) -> None:
-    """Measure what a fresh install waits for: the import, and the first compilation."""
-    from retrieval_draft.bench.cold import measure_cold
+def cold(
+    model: Annotated[str | None, typer.Option(help="Also prepare the CPU kernels for this model.")] = None,
+    dtypes: Annotated[str, typer.Option(help="Of that model, one or more, by commas.")] = "float32",
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Measure what a fresh install waits for: import, compilation, and with --model the CPU kernels."""
+    from retrieval_draft.bench.cold import measure_cold, measure_first_use
 
     result = measure_cold()
+    names = _split(dtypes) if model is not None else []
+    if model is not None:
+        result["first_use"] = {name: measure_first_use(model, name) for name in names}
     _finish(result, out)
     if json:
         print_json(result)
@@ -221,7 +229,18 @@ def cold(out: Out = None, json: Json = False) -> None:
         ("first compilation of linear layers", f"{layers['first']:.1f}"),
         ("linear layers from the cache", f"{layers['cached']:.1f}"),
     ]
+    for name in names:
+        found = result["first_use"][name]
+        rows += [
+            (f"kernels for {model}, {name}, first time", f"{found['first_seconds']:.1f}"),
+            (f"kernels for {model}, {name}, from then on", f"{found['again_seconds']:.2f}"),
+        ]
     print_table("", ("what", "seconds"), rows)
+    for name in names:
+        found = result["first_use"][name]
+        if found["stock_bytes"]:
+            grown = (found["kernel_bytes"] - found["stock_bytes"]) / found["weight_bytes"]
+            print(f"{name}: our kernels add {grown:.1%} of the weights to resident memory")
 
 
 def print_live(result: dict[str, Any]) -> None:
