@@ -12,7 +12,7 @@ __all__ = ["METHODS", "SOURCES", "DraftConfig"]
 METHODS = ("calibrated", "none")
 """Drafting methods by name. ``none`` decodes plainly through the same loop."""
 
-SOURCES = ("automaton", "adjacency")
+SOURCES = ("automaton", "adjacency", "history", "phrases", "corpus")
 """Draft sources by name, nearest locality first."""
 
 MAX_NODES = 1024
@@ -36,6 +36,10 @@ class DraftConfig:
             last prompt positions as pay for their measured cost.
         cpu_kernels: Whether the model's linear layers and norms use faster kernels for few tokens on the
             CPU while the drafter decodes. Results differ in the last bits. Nothing happens on other devices.
+        history_bytes: The most memory that the text of earlier requests may take; the oldest goes first.
+        history_folder: Where that text is kept, so that a restart finds it; None to forget it at exit.
+        history_prompts: Whether prompts are kept.
+        history_replies: Whether replies are kept.
     """
 
     method: str = "calibrated"
@@ -46,6 +50,10 @@ class DraftConfig:
     adjacency_rows: int = 262144
     prefill_logits: bool | Literal["auto"] = "auto"
     cpu_kernels: bool = True
+    history_bytes: int = 1 << 28
+    history_folder: str | None = None
+    history_prompts: bool = True
+    history_replies: bool = True
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -62,6 +70,7 @@ class DraftConfig:
             ("max_nodes", self.max_nodes, 0, MAX_NODES),
             ("top_k", self.top_k, 1, TOP_K_LIMIT),
             ("adjacency_rows", self.adjacency_rows, 16, 1 << 28),
+            ("history_bytes", self.history_bytes, 1 << 20, 1 << 40),
         ):
             if not low <= value <= high:
                 raise InvalidInputError(f"{name} is {value}; it must lie in {low}..{high}.")

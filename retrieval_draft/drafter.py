@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from retrieval_draft.config import DraftConfig
+from retrieval_draft.datastores import open_datastores
 from retrieval_draft.engine.cpu_kernels import CpuKernels
 from retrieval_draft.engine.decode import DecodeRequest, decode
 from retrieval_draft.engine.kv_cache import SpeculativeCache
@@ -90,8 +91,9 @@ class RetrievalDrafter:
             model: Any causal language model of transformers with full or sliding-window attention.
             tokenizer: Needed for text in `prediction`, `documents` and `stop_strings` only.
             method: A drafting method, or "none" for plain decoding through the same loop.
-            corpora: Not supported yet.
-            phrases: Not supported yet.
+            corpora: Folders of ``retrieval-draft index build``, or opened ones, to draft from. They and the
+                next need the tokenizer.
+            phrases: Fixed texts the model often repeats: a file, or a list of texts.
             store: Not supported yet.
             draft_model: Not supported yet.
             config: Everything else that can be set.
@@ -99,12 +101,11 @@ class RetrievalDrafter:
         Raises:
             UnknownMethodError: No method of that name.
             UnsupportedModelError: The model's state cannot be rolled back, or it ignores masks.
-            TokenizerMismatchError: The tokenizer belongs to another model.
+            TokenizerMismatchError: The tokenizer belongs to another model, or a corpus to another tokenizer.
+            DatastoreError: A corpus is missing or torn.
         """
-        for name, value in (
-            ("corpora", corpora), ("phrases", phrases), ("store", store), ("draft_model", draft_model),
-        ):  # fmt: skip
-            if value is not None and not (isinstance(value, Sequence) and len(value) == 0):
+        for name, value in (("store", store), ("draft_model", draft_model)):
+            if value is not None:
                 raise InvalidInputError(f"{name} is not supported yet.", "Leave it out.")
         if config is None:
             config = DraftConfig(method=method)
@@ -113,8 +114,9 @@ class RetrievalDrafter:
         target = Target(model)
         if tokenizer is not None:
             check_tokenizer(tokenizer, model, target.embedding_rows)
+        stores = open_datastores(tokenizer, target.embedding_rows, config, corpora, phrases)
         in_live_pool(lambda: probe(target))
-        return cls(target, tokenizer, config, DraftSupply(target, config, make_sources(config)))
+        return cls(target, tokenizer, config, DraftSupply(target, config, make_sources(config, stores)))
 
     def generate(
         self,
@@ -221,6 +223,20 @@ class RetrievalDrafter:
             self.kernels.prepare()
             with self.kernels.applied():
                 self._supply.prepare()
+
+    def flush(self) -> None:
+        """Waits until what finished requests said can be drafted from; no request waits for that."""
+        self._supply.flush()
+
+    def close(self) -> None:
+        """Keeps what is still to be written to the history's folder, and stops background threads."""
+        self._supply.close()
+
+    def __enter__(self) -> RetrievalDrafter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def reset_stats(self) -> None:
         """Sets all counts back to zero."""

@@ -8,6 +8,7 @@ RetrievalDraftError
   UnsupportedGenerationError(ValueError) a generation mode this package does not do (beams, ...)
   NonFiniteLogitsError(ArithmeticError)  the model returned NaN
   ModelFileError(OSError)                a model file is missing, torn or foreign
+  DatastoreError(OSError)                a datastore's file is missing, torn, foreign or in use
 
 Messages say what failed, what was found, what is allowed and what to do next.
 """
@@ -15,6 +16,7 @@ Messages say what failed, what was found, what is allowed and what to do next.
 from __future__ import annotations
 
 __all__ = [
+    "DatastoreError",
     "InvalidInputError",
     "ModelFileError",
     "NonFiniteLogitsError",
@@ -66,3 +68,7 @@ class NonFiniteLogitsError(RetrievalDraftError, ArithmeticError):
 
 class ModelFileError(RetrievalDraftError, OSError):
     """A model file is missing, torn or not what its name says."""
+
+
+class DatastoreError(RetrievalDraftError, OSError):
+    """A datastore's file or folder is missing, torn, foreign, of a newer format, or in use by another."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from retrieval_draft.bench.forward_passes import ForwardPasses
-from retrieval_draft.config import METHODS, DraftConfig
+from retrieval_draft.config import METHODS, SOURCES, DraftConfig
 from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.errors import UnknownMethodError
 
@@ -55,7 +55,7 @@ class Contestant(Protocol):
 
 
 def make_contestant(
-    name: str, model: Any, tokenizer: Any, nodes: int | None, cpu_kernels: bool = True
+    name: str, model: Any, tokenizer: Any, nodes: int | None, cpu_kernels: bool = True, history: bool = False
 ) -> Contestant:
     """``stock`` is `model.generate`, ``stock-pld`` its prompt lookup, all else a drafting method.
 
@@ -69,7 +69,7 @@ def make_contestant(
     if name not in METHODS:
         known = ", ".join((STOCK, STOCK_LOOKUP, *METHODS))
         raise UnknownMethodError(f"Unknown method {name!r}.", f"Choose from: {known}.")
-    return _Drafted(name, model, tokenizer, nodes, cpu_kernels)
+    return _Drafted(name, model, tokenizer, nodes, cpu_kernels, history)
 
 
 class _Stock:
@@ -90,10 +90,13 @@ class _Stock:
 
 
 class _Drafted:
-    def __init__(self, name: str, model: Any, tokenizer: Any, nodes: int | None, cpu_kernels: bool) -> None:
+    def __init__(
+        self, name: str, model: Any, tokenizer: Any, nodes: int | None, cpu_kernels: bool, history: bool
+    ) -> None:
         self.name = name
         self._model = model
-        config = DraftConfig(method=name, nodes=nodes, cpu_kernels=cpu_kernels)
+        sources = SOURCES if history else tuple(source for source in SOURCES if source != "history")
+        config = DraftConfig(method=name, nodes=nodes, cpu_kernels=cpu_kernels, sources=sources)
         self._drafter = RetrievalDrafter.for_model(model, tokenizer, config=config)
         self._drafter.warm_up()
 

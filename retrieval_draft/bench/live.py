@@ -32,6 +32,7 @@ def live(
     nodes: int | None = None,
     record: Path | None = None,
     cpu_kernels: bool = True,
+    history: bool = False,
 ) -> dict[str, Any]:
     """Decodes every prompt greedily with every method and compares them.
 
@@ -52,6 +53,7 @@ def live(
         nodes: Draft nodes of every step, or None for the budget that the cost model chooses.
         record: Where to write the replies of ``stock`` as a trace.
         cpu_kernels: Whether drafting methods use our kernels; ``stock`` and ``stock-pld`` never do.
+        history: Whether drafting methods draft from earlier prompts and replies of the run too.
 
     Returns:
         What ``bench live --json`` prints. ``equal_to_stock`` counts prompts with exactly the tokens of
@@ -70,7 +72,7 @@ def live(
     if not prompts:
         raise InvalidInputError("No prompts to run.", "Name files with --prompts.")
     encoded = [prompt.encode(tokenizer) for prompt in prompts]
-    contestants = [make_contestant(name, model, tokenizer, nodes, cpu_kernels) for name in methods]
+    contestants = [make_contestant(name, model, tokenizer, nodes, cpu_kernels, history) for name in methods]
     runs: dict[str, list[Run]] = {name: [] for name in methods}
     verdicts: dict[str, list[Verdict]] = {name: [] for name in methods}
     writer = nullcontext() if record is None else TraceWriter(record)
@@ -104,6 +106,7 @@ def live(
         "max_new_tokens": max_new_tokens,
         "nodes": nodes,
         "cpu_kernels": cpu_kernels,
+        "history": history,
         "model": model.config.name_or_path or type(model).__name__,
         "device": str(device),
         "dtype": str(model.dtype).removeprefix("torch."),

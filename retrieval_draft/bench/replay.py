@@ -10,8 +10,10 @@ from __future__ import annotations
 import gzip
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ from numpy.typing import NDArray
 
 from retrieval_draft.config import SOURCES, DraftConfig
 from retrieval_draft.engine.calibration import Calibration
+from retrieval_draft.engine.drafting import count_names
 from retrieval_draft.engine.fusion import fuse
 from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.index.corpus import Corpus
 from retrieval_draft.index.locality import Locality, RequestDrafts
-from retrieval_draft.index.registry import make_sources
+from retrieval_draft.index.registry import Datastores, make_sources
 from retrieval_draft.index.source import CONTEXT, NodeLogits, TokenArray
 
 __all__ = ["Trace", "read_traces", "replay"]
@@ -96,13 +100,16 @@ class _Counts:
 class _Replayer:
     """Sources and calibration that live from one trace to the next."""
 
-    def __init__(self, config: DraftConfig, nodes: int, keep: bool) -> None:
+    def __init__(self, config: DraftConfig, nodes: int, keep: bool, stores: Datastores) -> None:
         self._config = config
         self._nodes = nodes
         self._keep = keep
-        self._locality = Locality(make_sources(config))
+        self._stores = stores
+        self._locality = Locality(make_sources(config, stores))
         self.calibration = Calibration()
         self.verified = 0
+        self.drafted: Counter[str] = Counter()
+        self.accepted: Counter[str] = Counter()
         self.draft_us: list[float] = []
         self.observe_us: list[float] = []
 
@@ -116,7 +123,8 @@ class _Replayer:
         if not len(trace.output):
             return counts
         if not self._keep:  # request-level sources only: nothing is carried over
-            self._locality = Locality(make_sources(self._config))
+            self._locality.close()
+            self._locality = Locality(make_sources(self._config, self._stores))
         drafts = self._locality.open(trace.prompt)
         text = np.concatenate((trace.prompt, trace.output))
         start = len(trace.prompt)
@@ -137,9 +145,12 @@ class _Replayer:
             self.observe_us.append((time.perf_counter() - walked) * 1e6)
             self.draft_us.append((drafted - begin) * 1e6)
             self.verified += tree.num_draft_tokens
+            count_names(proposals, tree.sources[1:], Counter(), self.drafted)
+            count_names(proposals, tree.sources[path[1:]], Counter(), self.accepted)
             done += len(emitted)
             counts.steps += 1
         drafts.close()
+        self._locality.flush()  # so that a replay is the same every time
         return counts
 
     def _learn(self, drafts: RequestDrafts, trace: Trace, text: TokenArray, first: int, last: int) -> None:
@@ -166,6 +177,7 @@ def replay(
     history: bool = True,
     method: str = "calibrated",
     limit: int | None = None,
+    corpora: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Replays traces and reports tokens per step.
 
@@ -176,6 +188,7 @@ def replay(
         history: Whether sources keep what they learned from one request to the next.
         method: A drafting method by name; "none" drafts nothing.
         limit: Replay only so many requests.
+        corpora: Index folders to draft from, built with the traces' tokenizer.
 
     Returns:
         The object that ``bench replay --json`` prints: tokens_per_step is all tokens over all steps, the
@@ -184,12 +197,18 @@ def replay(
     config = DraftConfig(
         method=method, nodes=nodes, sources=tuple(sources) if sources is not None else SOURCES
     )
-    replayer = _Replayer(config, nodes if method != "none" else 0, history)
+    traces = list(islice(read_traces(paths), limit))
+    ids = [int(part.max(initial=0)) for trace in traces for part in (trace.prompt, trace.output)]
+    opened = tuple(Corpus.open(corpus) for corpus in corpora)
+    vocabulary = (
+        max([*ids, *(corpus.folder.manifest.vocabulary_size - 1 for corpus in opened)], default=0) + 1
+    )
+    replayer = _Replayer(
+        config, nodes if method != "none" else 0, history, Datastores(vocabulary, corpora=opened)
+    )
     total = _Counts()
     tasks: dict[str, _Counts] = {}
-    for number, trace in enumerate(read_traces(paths)):
-        if limit is not None and number >= limit:
-            break
+    for trace in traces:
         counts = replayer.run(trace)
         for sums in (total, tasks.setdefault(trace.task, _Counts())):
             sums.tokens += counts.tokens
@@ -207,6 +226,8 @@ def replay(
         "nodes_per_step": replayer.verified / total.steps,
         "draft_us": _summary(replayer.draft_us),
         "observe_us": _summary(replayer.observe_us),
+        "drafted_by_level": dict(replayer.drafted),
+        "accepted_by_level": dict(replayer.accepted),
         "nbytes": replayer.nbytes,
         "config": {
             "method": method,

@@ -55,6 +55,9 @@ def live(
     record: Annotated[
         Path | None, typer.Option(help="Write stock's replies as a trace (.jsonl.gz).", show_default=False)
     ] = None,
+    history: Annotated[
+        bool, typer.Option("--history/--no-history", help="Draft from earlier prompts of the run too.")
+    ] = False,
     cpu_kernels: CpuKernels = True,
     dtype: Dtype = "float32",
     device: Device = None,
@@ -82,6 +85,7 @@ def live(
         nodes=nodes,
         record=record,
         cpu_kernels=cpu_kernels,
+        history=history,
     )
     result["model"] = model
     _finish(result, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +17,7 @@ from retrieval_draft.engine.tree import DraftTree
 from retrieval_draft.index.locality import RequestDrafts
 from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArray
 
-__all__ = ["Drafting", "Plan", "prompt_contexts"]
+__all__ = ["Drafting", "Plan", "count_names", "prompt_contexts"]
 
 
 class Calibrates(Protocol):
@@ -113,14 +114,9 @@ class Drafting:
         stats.drafted += plan.tree.num_draft_tokens
         stats.accepted += len(path) - 1
         stats.nodes[plan.tree.num_draft_tokens] += 1
-        for node in path[1:]:
-            named = int(plan.tree.sources[node])
-            levels = set()
-            for bit, proposal in enumerate(plan.proposals):
-                if named >> bit & 1:
-                    stats.accepted_by_source[proposal.source] += 1
-                    levels.add(proposal.level)
-            stats.accepted_by_level.update(levels)
+        count_names(plan.proposals, plan.tree.sources[1:], stats.drafted_by_source, stats.drafted_by_level)
+        taken = plan.tree.sources[list(path[1:])]
+        count_names(plan.proposals, taken, stats.accepted_by_source, stats.accepted_by_level)
 
     def learn(self, plan: Plan, emitted: TokenArray, tail: TokenArray, said: Predictions) -> None:
         """Tells sources and calibration what a step showed.
@@ -158,6 +154,31 @@ class Drafting:
     def close(self) -> None:
         """Ends the request in every source."""
         self._drafts.close()
+
+
+def count_names(
+    proposals: Sequence[Proposal],
+    named: NDArray[np.int64],
+    by_source: Counter[str],
+    by_level: Counter[str],
+) -> None:
+    """Counts nodes by the sources that named them, and by level; a node of two levels counts for both.
+
+    Args:
+        proposals: The step's proposals; bit s of a node means ``proposals[s]``.
+        named: int64. The bits of each node.
+        by_source: Counts to add to.
+        by_level: Counts to add to.
+    """
+    if not len(named):
+        return
+    levels: dict[str, int] = {}
+    for bit, proposal in enumerate(proposals):
+        if len(proposal):
+            by_source[proposal.source] += int(np.count_nonzero(named >> bit & 1))
+            levels[proposal.level] = levels.get(proposal.level, 0) | 1 << bit
+    for level, bits in levels.items():
+        by_level[level] += int(np.count_nonzero(named & bits))
 
 
 def prompt_contexts(prompt: TokenArray, count: int) -> NDArray[np.int32]:

@@ -88,6 +88,14 @@ class GuardedSource:
                 exc_info=error,
             )  # fmt: skip
 
+    def flush(self) -> None:
+        """Waits until what finished requests said can be looked up."""
+        self.source.flush()
+
+    def close(self) -> None:
+        """Ends the source."""
+        self.source.close()
+
     @property
     def nbytes(self) -> int:
         """Bytes held by the source."""

@@ -20,6 +20,8 @@ class DraftStats:
         steps: Verification passes, the prefill not included.
         drafted: Draft nodes verified.
         accepted: Draft nodes accepted and emitted.
+        drafted_by_source: Verified nodes by the sources that named them; agreement counts for each.
+        drafted_by_level: The same by locality.
         accepted_by_source: Accepted nodes by the sources that named them; agreement counts for each.
         accepted_by_level: The same by locality.
         nodes: How many steps verified so many draft nodes.
@@ -38,6 +40,8 @@ class DraftStats:
     steps: int = 0
     drafted: int = 0
     accepted: int = 0
+    drafted_by_source: Counter[str] = field(default_factory=Counter)
+    drafted_by_level: Counter[str] = field(default_factory=Counter)
     accepted_by_source: Counter[str] = field(default_factory=Counter)
     accepted_by_level: Counter[str] = field(default_factory=Counter)
     nodes: Counter[int] = field(default_factory=Counter)

@@ -92,6 +92,14 @@ class DraftSupply:
             stats,
         )
 
+    def flush(self) -> None:
+        """Waits until what finished requests said can be looked up."""
+        self._locality.flush()
+
+    def close(self) -> None:
+        """Ends the sources."""
+        self._locality.close()
+
     @property
     def failures(self) -> int:
         """Calls in which a source raised so far."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -12,7 +14,7 @@ from retrieval_draft.engine.drafting import prompt_contexts
 from retrieval_draft.engine.fusion import fuse
 from retrieval_draft.engine.logits import LogitReader
 from retrieval_draft.index.locality import Locality
-from retrieval_draft.index.registry import make_sources
+from retrieval_draft.index.registry import Datastores, make_sources
 from retrieval_draft.index.source import NodeLogits
 
 __all__ = ["compile_kernels"]
@@ -29,12 +31,17 @@ def compile_kernels(config: DraftConfig) -> None:
     with progress("Compiling", None):
         said = LogitReader(config.top_k).read(torch.zeros((2, 2 * config.top_k + 8)))
         calibration = Calibration()
-        drafts = Locality(make_sources(config)).open(prompt, ())
-        drafts.learn(NodeLogits(prompt_contexts(prompt, 2), said.top_tokens, said.top_probs))
-        for token in (0, 0, 1):
-            proposals = drafts.propose(nodes)
-            emitted = np.array([token], np.int32)
-            if proposals:
-                calibration.observe(fuse(0, proposals, calibration, nodes), proposals, emitted)
-            drafts.observe(emitted)
-        drafts.close()
+        # A history of its own, in memory, lest the user's be written.
+        locality = Locality(make_sources(replace(config, history_folder=None), Datastores(vocabulary=16)))
+        for _ in range(2):  # the second request drafts from the first
+            drafts = locality.open(prompt, ())
+            drafts.learn(NodeLogits(prompt_contexts(prompt, 2), said.top_tokens, said.top_probs))
+            for token in (0, 0, 1):
+                proposals = drafts.propose(nodes)
+                emitted = np.array([token], np.int32)
+                if proposals:
+                    calibration.observe(fuse(0, proposals, calibration, nodes), proposals, emitted)
+                drafts.observe(emitted)
+            drafts.close()
+            locality.flush()
+        locality.close()

@@ -181,6 +181,12 @@ class AdjacencySource:
         """Starts at the end of the prompt; reference texts carry no predictions and are not used."""
         return AdjacencySession(self.matrix, prompt)
 
+    def flush(self) -> None:
+        """Does nothing: what was learned is there at once."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
     @property
     def nbytes(self) -> int:
         """Bytes of the matrix."""

@@ -57,6 +57,16 @@ class Locality:
         """
         return RequestDrafts([source.open(prompt, references) for source in self.sources])
 
+    def flush(self) -> None:
+        """Waits until what finished requests said can be looked up in every source."""
+        for source in self.sources:
+            source.flush()
+
+    def close(self) -> None:
+        """Ends every source: what waits is kept, background threads stop."""
+        for source in self.sources:
+            source.close()
+
     @property
     def nbytes(self) -> int:
         """Bytes held by all sources, sessions excluded."""

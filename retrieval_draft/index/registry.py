@@ -3,20 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.index.adjacency import AdjacencySource
+from retrieval_draft.index.corpus import Corpus, CorpusSource
+from retrieval_draft.index.history import History, HistorySource
+from retrieval_draft.index.phrases import PhraseSource, PhraseTable
 from retrieval_draft.index.source import DraftSource
 from retrieval_draft.index.suffix_automaton import AutomatonSource
 
-__all__ = ["REGISTRY", "make_sources"]
+__all__ = ["REGISTRY", "Datastores", "make_sources"]
 
-REGISTRY: dict[str, Callable[[DraftConfig], DraftSource]] = {
-    "automaton": lambda config: AutomatonSource(),
-    "adjacency": lambda config: AdjacencySource(config.adjacency_rows, config.top_k),
+
+@dataclass(frozen=True, slots=True)
+class Datastores:
+    """What sources are made from besides the configuration.
+
+    Attributes:
+        vocabulary: Ids are below it.
+        fingerprint: Of the tokenizer; empty where there is none.
+        corpora: Opened indexes.
+        phrases: Fixed texts, or None.
+    """
+
+    vocabulary: int
+    fingerprint: str = ""
+    corpora: tuple[Corpus, ...] = ()
+    phrases: PhraseTable | None = None
+
+
+def _history(config: DraftConfig, stores: Datastores) -> HistorySource:
+    folder = None if config.history_folder is None else Path(config.history_folder)
+    history = History(stores.vocabulary, config.history_bytes, folder, stores.fingerprint)
+    return HistorySource(history, config.history_prompts, config.history_replies)
+
+
+REGISTRY: dict[str, Callable[[DraftConfig, Datastores], DraftSource | None]] = {
+    "automaton": lambda config, stores: AutomatonSource(),
+    "adjacency": lambda config, stores: AdjacencySource(config.adjacency_rows, config.top_k),
+    "history": _history,
+    "phrases": lambda config, stores: None if stores.phrases is None else PhraseSource(stores.phrases),
+    "corpus": lambda config, stores: CorpusSource(stores.corpora) if stores.corpora else None,
 }
+"""Each returns its source, or None where there is nothing for it to draft from."""
 
 
-def make_sources(config: DraftConfig) -> list[DraftSource]:
+def make_sources(config: DraftConfig, stores: Datastores) -> list[DraftSource]:
     """The sources that `config` names, in its order; none for plain decoding."""
-    return [] if config.method == "none" else [REGISTRY[name](config) for name in config.sources]
+    if config.method == "none":
+        return []
+    made = (REGISTRY[name](config, stores) for name in config.sources)
+    return [source for source in made if source is not None]

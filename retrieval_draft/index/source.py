@@ -100,6 +100,14 @@ class DraftSource(Protocol):
         """
         ...
 
+    def flush(self) -> None:
+        """Waits until what finished requests said can be looked up."""
+        ...
+
+    def close(self) -> None:
+        """Ends the source: what waits is kept, background threads stop."""
+        ...
+
     @property
     def nbytes(self) -> int:
         """Bytes held by the source itself, sessions excluded."""

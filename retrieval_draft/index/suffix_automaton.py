@@ -222,6 +222,12 @@ class AutomatonSource:
         """Indexes the prompt and the references."""
         return AutomatonSession(prompt, references)
 
+    def flush(self) -> None:
+        """Does nothing: nothing is kept between requests."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
     @property
     def nbytes(self) -> int:
         """0: sessions hold everything."""

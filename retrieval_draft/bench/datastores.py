@@ -1,0 +1,230 @@
+"""Datastores measured: an index is built, opened and drafted from, and a history that grows meanwhile."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retrieval_draft.bench.cold import resident_bytes
+from retrieval_draft.bench.provenance import provenance
+from retrieval_draft.bench.synthetic_text import SyntheticText
+from retrieval_draft.index.build.builder import segment_tokens_here
+from retrieval_draft.index.corpus import Corpus, CorpusSource
+from retrieval_draft.index.history import History, HistorySource
+from retrieval_draft.index.index_folder import IndexFolder
+from retrieval_draft.index.segment import Segment
+from retrieval_draft.index.source import DraftSource, TokenArray
+
+__all__ = ["measure_history", "measure_index"]
+
+SMALL = 1_000_000
+_STEPS = 4000
+_REQUEST = 1000
+
+
+def measure_index(
+    tokens: int,
+    *,
+    vocabulary: int = 32000,
+    workers: int = 2,
+    nodes: int = 60,
+    segment_tokens: int | None = None,
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """Builds an index of synthetic text from tokens to files, opens it and drafts from it.
+
+    A smaller index of 1M tokens is measured in turn with it, to see how lookups grow.
+
+    Args:
+        tokens: Of the index.
+        vocabulary: Ids are below it.
+        workers: Threads that sort.
+        nodes: Of each proposal.
+        segment_tokens: Tokens of a segment; None for what ``index build`` would take.
+        folder: Where to write; the default is a temporary folder that is removed.
+
+    Returns:
+        The object that ``bench index --json`` prints; a lookup is observing one to four tokens and proposing.
+    """
+    text = SyntheticText(vocabulary)
+    segment_tokens = segment_tokens or segment_tokens_here()
+    _sort_something(vocabulary)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        large = _build(text, tokens, vocabulary, workers, segment_tokens, Path(place) / "large")
+        small = _build(text, min(SMALL, tokens), vocabulary, workers, segment_tokens, Path(place) / "small")
+        before = resident_bytes()
+        begin = time.perf_counter()
+        corpus = Corpus.open(Path(place) / "large")
+        opened = time.perf_counter() - begin
+        after = resident_bytes()
+        sources = [CorpusSource([corpus]), CorpusSource([Corpus.open(Path(place) / "small")])]
+        query = text.tokens(4 * _STEPS, seed=99)
+        lookups = _lookups(sources, query, nodes)
+        manifest = corpus.folder.manifest
+        return {
+            "build_tokens_per_second": tokens / large["seconds"],
+            "build_memory_bytes": large["memory"],
+            "bytes_per_token": manifest.nbytes / manifest.tokens,
+            "open_ms": 1000 * opened,
+            "open_memory_bytes": None if before is None or after is None else after - before,
+            "lookup_us": _spread(lookups[0]),
+            "lookup_us_small": _spread(lookups[1]),
+            "growth": float(np.median(lookups[0]) / np.median(lookups[1])),
+            "tokens": manifest.tokens,
+            "tokens_small": small["tokens"],
+            "segments": len(manifest.segments),
+            "vocabulary": vocabulary,
+            "workers": workers,
+            "nodes": nodes,
+            "provenance": provenance(),
+        }
+
+
+def measure_history(tokens: int, *, vocabulary: int = 32000, nodes: int = 60) -> dict[str, Any]:
+    """Fills a history, then drafts from it while requests of 1,000 tokens are taken in, and then evicts.
+
+    Args:
+        tokens: To fill it with.
+        vocabulary: Ids are below it.
+        nodes: Of each proposal.
+
+    Returns:
+        Bytes a token, and microseconds of a step's part in the history (observing, proposing, and at the end
+        of a request handing it over): alone, while requests are taken in, and while old ones are evicted; and
+        resident bytes before and after the eviction of half of it.
+    """
+    text = SyntheticText(vocabulary)
+    _sort_something(vocabulary)
+    history = History(vocabulary, max_bytes=1 << 34)
+    source = HistorySource(history)
+    none = np.empty(0, np.int32)
+    made = text.tokens(tokens, seed=1)
+    for begin in range(0, tokens, _REQUEST):
+        history.add(none, made[begin : begin + _REQUEST])
+        if begin % (200 * _REQUEST) == 0:
+            history.flush()
+    history.flush()
+    held = history.num_tokens
+    each = history.nbytes / held
+    segments = len(history.segments)
+    query = text.tokens(4 * _STEPS, seed=99)
+    quiet = _lookups([source], query, nodes)[0]
+    busy = _steps_while(history, source, text, query, nodes)
+    history.flush()
+    before = resident_bytes()
+    history.limit(history.nbytes // 2)
+    evicting = _steps_while(history, source, text, query, nodes)
+    history.flush()
+    after = resident_bytes()
+    left = history.num_tokens
+    history.close()
+    return {
+        "tokens": held,
+        "bytes_per_token": each,
+        "segments": segments,
+        "step_us": _spread(quiet),
+        "step_us_ingesting": _spread(busy),
+        "step_us_evicting": _spread(evicting),
+        "tokens_after_eviction": left,
+        "resident_bytes": before,
+        "resident_bytes_after_eviction": after,
+        "vocabulary": vocabulary,
+        "nodes": nodes,
+        "provenance": provenance(),
+    }
+
+
+def _build(
+    text: SyntheticText, tokens: int, vocabulary: int, workers: int, segment_tokens: int, path: Path
+) -> dict[str, Any]:
+    """Builds an index from tokens; making them up is not counted."""
+    index = IndexFolder.create(path, "synthetic", vocabulary)
+    entries = []
+    seconds = 0.0
+    peak = _Peak()
+    for number, begin in enumerate(range(0, tokens, segment_tokens)):
+        joined, documents = text.joined(min(segment_tokens, tokens - begin), seed=number)
+        with peak:
+            start = time.perf_counter()
+            entries.append(index.write(Segment.join(joined, documents, vocabulary, workers)))
+            seconds += time.perf_counter() - start
+    index.publish(entries)
+    return {"seconds": seconds, "memory": peak.nbytes, "tokens": index.manifest.tokens}
+
+
+class _Peak:
+    """The most resident memory seen inside it, over what was there before."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+    def __enter__(self) -> None:
+        self._before = resident_bytes() or 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.02):
+            self.nbytes = max(self.nbytes, (resident_bytes() or 0) - self._before)
+
+
+def _lookups(sources: Sequence[DraftSource], query: TokenArray, nodes: int) -> list[list[float]]:
+    """Microseconds of each step's observing and proposing, the sources in turn."""
+    sessions = [source.open(query[:32]) for source in sources]
+    times: list[list[float]] = [[] for _ in sources]
+    random = np.random.default_rng(0)
+    place = 32
+    while place + 4 <= len(query) and len(times[0]) < _STEPS:
+        accepted = query[place : place + int(random.integers(1, 5))]
+        for session, found in zip(sessions, times, strict=True):
+            begin = time.perf_counter()
+            session.observe(accepted)
+            session.propose(nodes)
+            found.append(1e6 * (time.perf_counter() - begin))
+        place += len(accepted)
+    return [found[16:] for found in times]
+
+
+def _steps_while(
+    history: History, source: HistorySource, text: SyntheticText, query: TokenArray, nodes: int
+) -> list[float]:
+    """Steps of a decoding thread, with a forward pass's pause between, while finished requests come in."""
+    prompts = [text.tokens(_REQUEST, seed=1000 + number) for number in range(20)]
+    none = np.empty(0, np.int32)
+    session = source.open(query[:32])
+    times = []
+    for step in range(20 * len(prompts)):
+        accepted = query[32 + 2 * step : 34 + 2 * step]
+        begin = time.perf_counter()
+        session.observe(accepted)
+        session.propose(nodes)
+        if step % 20 == 0:
+            history.add(none, prompts[step // 20])
+        times.append(1e6 * (time.perf_counter() - begin))
+        time.sleep(0.002)
+    return times
+
+
+def _sort_something(vocabulary: int) -> None:
+    """Loads the kernels, so that no measurement waits for them."""
+    segment = Segment.build([np.arange(64, dtype=np.int32) % min(vocabulary, 7)] * 40, vocabulary)
+    segment.count(np.array([1, 2, 3], np.int32))
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {
+        "p50": float(np.percentile(values, 50)),
+        "p99": float(np.percentile(values, 99)),
+        "max": float(np.max(values)),
+    }

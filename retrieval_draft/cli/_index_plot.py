@@ -1,0 +1,44 @@
+"""The picture of ``index inspect --plot``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retrieval_draft.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from retrieval_draft.index.describe import Description
+
+__all__ = ["plot_description"]
+
+
+def plot_description(found: Description, tokens: int, path: Path) -> None:
+    """Draws how long positions repeat, and in how many ways contexts go on.
+
+    Raises:
+        InvalidInputError: matplotlib is missing, or the file's suffix is no picture's.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InvalidInputError(
+            "A picture needs matplotlib.", 'Install it: pip install "retrieval_draft[bench]".'
+        ) from error
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.bar(range(len(found.match_lengths)), found.match_lengths / max(found.sampled, 1), width=1.0)
+    left.set_xlabel("tokens that a position has in common with another (64: or more)")
+    left.set_ylabel("share of positions")
+    left.set_title(f"{tokens:,} tokens, {found.sampled} sampled", fontsize=10)
+    lengths = [length for length, counts in found.branching.items() if len(counts)]
+    if lengths:
+        right.boxplot([found.branching[length] for length in lengths], whis=(5, 95), showfliers=False)
+        right.set_xticklabels([str(length) for length in lengths])
+    right.set_yscale("symlog", linthresh=1)
+    right.set_xlabel("tokens of context")
+    right.set_ylabel("different next tokens (5% to 95%)")
+    try:
+        figure.savefig(path, dpi=120)
+    except ValueError as error:
+        raise InvalidInputError(f"{path}: {error}.", "Name a .png or .svg file.") from error

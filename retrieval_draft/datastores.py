@@ -1,0 +1,66 @@
+"""What a drafter drafts from besides the request: opened, and held to the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retrieval_draft.config import DraftConfig
+from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.fingerprint import tokenizer_fingerprint
+from retrieval_draft.index.corpus import Corpus
+from retrieval_draft.index.phrases import PhraseTable, read_phrases
+from retrieval_draft.index.registry import Datastores
+
+__all__ = ["open_datastores"]
+
+
+def open_datastores(
+    tokenizer: Any, vocabulary: int, config: DraftConfig, corpora: Sequence[Any] | str | Path, phrases: Any
+) -> Datastores:
+    """Opens corpora and phrases, and checks that they speak the tokenizer's ids.
+
+    Args:
+        tokenizer: The model's; None only where nothing here needs one.
+        vocabulary: Rows of the model's embedding.
+        config: Says whether a history is kept on disk.
+        corpora: Folders or opened `Corpus` objects; one or several.
+        phrases: A file, or texts; None for none.
+
+    Raises:
+        InvalidInputError: Something needs a tokenizer and there is none.
+        DatastoreError: A corpus is missing or torn.
+        TokenizerMismatchError: A corpus belongs to another tokenizer.
+    """
+    if isinstance(corpora, (str, Path, Corpus)):
+        corpora = (corpora,)
+    if tokenizer is None:
+        if corpora or phrases is not None:
+            name = "phrases" if phrases is not None else "corpora"
+            raise InvalidInputError(
+                f"{name} needs the model's tokenizer.", "Pass it to RetrievalDrafter.for_model."
+            )
+        return Datastores(vocabulary)
+    fingerprint = ""
+    if corpora or config.history_folder is not None:
+        fingerprint = tokenizer_fingerprint(tokenizer)
+    opened = []
+    for corpus in corpora:
+        if isinstance(corpus, Corpus):
+            corpus.folder.check(fingerprint, len(tokenizer))
+            opened.append(corpus)
+        else:
+            opened.append(Corpus.open(corpus, fingerprint, len(tokenizer)))
+    table = None if phrases is None else _phrases(phrases, tokenizer)
+    return Datastores(vocabulary, fingerprint, tuple(opened), table)
+
+
+def _phrases(phrases: Any, tokenizer: Any) -> PhraseTable:
+    texts = read_phrases(Path(phrases)) if isinstance(phrases, (str, Path)) else list(phrases)
+    if not all(isinstance(text, str) for text in texts):
+        raise InvalidInputError("phrases is a list of something else than texts.", "Pass a file, or texts.")
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    return PhraseTable([np.array(each, np.int32) for each in ids])

@@ -1,0 +1,309 @@
+"""Where the end of a text occurs in suffix-sorted segments, for every length of that end, token by token.
+
+A segment is described by a row of int64: see the fields below. For each segment a session keeps, for
+length = 1..LONGEST, the interval of the suffix array whose suffixes begin with the last `length` tokens:
+
+    chain[segment, length] = first, last + 1      several occurrences, or none where both are equal
+    chain[segment, length] = position, SINGLE     one occurrence, which begins at `position`
+    chain[segment, length] = 0, UNKNOWN           not looked up (short lengths only, rarely asked for)
+
+Invariant: after `advance`, ``longest[segment]`` is the longest length that occurs, and every entry from
+the segment's key length up to it is known. The interval of length + 1 after a token is the part of the
+interval of length before it whose suffixes have the token next, so a token costs one binary search for
+each length that still matches. Up to the key length there is nothing to narrow: the interval is found by
+the packed key itself, first among the keys of every STRIDE-th suffix, which stay in the processor's cache.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval_draft.index._kernels.jit import kernel
+from retrieval_draft.index._kernels.memory import load_int32, load_token, load_uint64
+
+TOKENS, LENGTH, WIDTH, SEPARATOR, SUFFIXES, SIZE, SAMPLES, NUM_SAMPLES, BITS = range(9)
+"""Address and number of the tokens, bytes of each, the separator; address and length of the suffix array;
+address and number of the sampled keys; bits of a token in a key."""
+SEGMENT_FIELDS = 9
+
+LONGEST = 32
+"""Tokens of context that are told apart."""
+
+STRIDE = 128
+"""Suffixes for one sampled key."""
+
+SINGLE = -1
+UNKNOWN = -2
+
+
+@kernel
+def token_at(segments: NDArray[np.int64], segment: int, place: int) -> int:
+    """The token at a place of a segment's text.
+
+    A suffix array that was altered on disk may point anywhere: what is outside reads as the end of a text.
+    """
+    if place < 0 or place >= segments[segment, LENGTH]:
+        return segments[segment, SEPARATOR]
+    return load_token(segments[segment, TOKENS], segments[segment, WIDTH], place)
+
+
+@kernel
+def key_at(segments: NDArray[np.int64], segment: int, place: int) -> int:
+    """The next tokens packed into 64 bits, zeros behind the end of the text."""
+    bits = segments[segment, BITS]
+    left = 64 // bits
+    separator = segments[segment, SEPARATOR]
+    key = np.uint64(0)
+    while left > 0:
+        token = token_at(segments, segment, place)
+        key = (key << np.uint64(bits)) | np.uint64(token)
+        left -= 1
+        place += 1
+        if token == separator:
+            break
+    return key << np.uint64(bits * left)
+
+
+@kernel
+def sample_keys(segments: NDArray[np.int64], segment: int, keys: NDArray[np.uint64]) -> None:
+    """Fills `keys` with the key of every STRIDE-th suffix."""
+    for sample in range(len(keys)):
+        keys[sample] = key_at(segments, segment, load_int32(segments[segment, SUFFIXES], sample * STRIDE))
+
+
+@kernel
+def _sample_below(
+    segments: NDArray[np.int64], segment: int, prefix: int, shift: int, above: int, first: int
+) -> int:
+    """First sample from `first` on whose key, shifted right, is at least ``prefix + above``."""
+    wanted = np.uint64(prefix)
+    samples = segments[segment, SAMPLES]
+    last = segments[segment, NUM_SAMPLES]
+    while first < last:
+        middle = (first + last) >> 1
+        key = load_uint64(samples, middle) >> np.uint64(shift)
+        if key < wanted or (above == 1 and key == wanted):
+            first = middle + 1
+        else:
+            last = middle
+    return first
+
+
+@kernel
+def _suffix_below(
+    segments: NDArray[np.int64], segment: int, prefix: int, shift: int, above: int, low: int, high: int
+) -> int:
+    """First suffix in low..high-1 whose key, shifted right, is at least ``prefix + above``, or `high`."""
+    wanted = np.uint64(prefix)
+    suffixes = segments[segment, SUFFIXES]
+    while low < high:
+        middle = (low + high) >> 1
+        key = key_at(segments, segment, load_int32(suffixes, middle)) >> np.uint64(shift)
+        if key < wanted or (above == 1 and key == wanted):
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@kernel
+def find_short(
+    segments: NDArray[np.int64],
+    segment: int,
+    tail: NDArray[np.int32],
+    length: int,
+    entry: NDArray[np.int32],
+) -> None:
+    """Looks the last `length` tokens up by their key; `length` is at most that of a key.
+
+    Args:
+        tail: int32. The text's end.
+        entry: int32, shape (2,). The chain's entry, written.
+    """
+    bits = segments[segment, BITS]
+    separator = segments[segment, SEPARATOR]
+    prefix = np.uint64(0)
+    for place in range(len(tail) - length, len(tail)):
+        token = tail[place]
+        if token == separator or token >> bits != 0:  # no token of this segment, so nowhere in it
+            entry[0] = 0
+            entry[1] = 0
+            return
+        prefix = (prefix << np.uint64(bits)) | np.uint64(token)
+    shift = bits * (64 // bits - length)
+    size = segments[segment, SIZE]
+    sample = _sample_below(segments, segment, prefix, shift, 0, 0)
+    end = min(sample * STRIDE, size)
+    low = _suffix_below(segments, segment, prefix, shift, 0, max((sample - 1) * STRIDE + 1, 0), end)
+    # The interval ends in the same block, mostly at once, or it holds at least one sample.
+    if low < end:
+        high = low
+        step = 1
+        suffixes = segments[segment, SUFFIXES]
+        while (
+            high < end and key_at(segments, segment, load_int32(suffixes, high)) >> np.uint64(shift) == prefix
+        ):
+            low_known = high
+            high += step
+            step *= 2
+        if high == low:
+            entry[0] = 0
+            entry[1] = 0
+            return
+        high = min(high, end)
+        if high < end or sample == segments[segment, NUM_SAMPLES]:
+            high = _suffix_below(segments, segment, prefix, shift, 1, low_known + 1, high)
+            _enter(segments, segment, entry, low, high)
+            return
+    if sample < segments[segment, NUM_SAMPLES]:
+        above = _sample_below(segments, segment, prefix, shift, 1, sample)
+        first = max((above - 1) * STRIDE + 1, low)
+        high = _suffix_below(segments, segment, prefix, shift, 1, first, min(above * STRIDE, size))
+    else:
+        high = low
+    _enter(segments, segment, entry, low, high)
+
+
+@kernel
+def _enter(segments: NDArray[np.int64], segment: int, entry: NDArray[np.int32], low: int, high: int) -> None:
+    if high - low == 1:
+        entry[0] = load_int32(segments[segment, SUFFIXES], low)
+        entry[1] = SINGLE
+    else:
+        entry[0] = low
+        entry[1] = max(high, low)
+
+
+@kernel
+def _narrow(
+    segments: NDArray[np.int64],
+    segment: int,
+    entry: NDArray[np.int32],
+    depth: int,
+    token: int,
+    target: NDArray[np.int32],
+) -> bool:
+    """The part of an interval, which agrees in `depth` tokens, that has `token` next.
+
+    Returns:
+        Whether there is one.
+    """
+    low, high = np.int64(entry[0]), np.int64(entry[1])
+    if high == SINGLE:
+        if token_at(segments, segment, low + depth) != token:
+            return False
+        target[0] = low
+        target[1] = SINGLE
+        return True
+    suffixes = segments[segment, SUFFIXES]
+    end = high
+    while low < high:
+        middle = (low + high) >> 1
+        if token_at(segments, segment, load_int32(suffixes, middle) + depth) < token:
+            low = middle + 1
+        else:
+            high = middle
+    # Most intervals end soon: look near before far.
+    step = 1
+    high = low
+    while high < end and token_at(segments, segment, load_int32(suffixes, high) + depth) == token:
+        low_known = high
+        high += step
+        step *= 2
+    if high == low:
+        return False
+    first = low
+    low, high = low_known + 1, min(high, end)
+    while low < high:
+        middle = (low + high) >> 1
+        if token_at(segments, segment, load_int32(suffixes, middle) + depth) == token:
+            low = middle + 1
+        else:
+            high = middle
+    _enter(segments, segment, target, first, low)
+    return True
+
+
+@kernel
+def advance(
+    segments: NDArray[np.int64],
+    chain: NDArray[np.int32],
+    longest: NDArray[np.int32],
+    tail: NDArray[np.int32],
+    tokens: NDArray[np.int32],
+) -> None:
+    """Appends `tokens` to the text whose last tokens are in `tail`.
+
+    Args:
+        segments: int64, shape (segments, SEGMENT_FIELDS).
+        chain: int32, shape (segments, LONGEST + 1, 2).
+        longest: int32, shape (segments,).
+        tail: int32, shape (LONGEST,). The text's end, -1 where it is shorter.
+    """
+    for token in tokens:
+        tail[: LONGEST - 1] = tail[1:]
+        tail[LONGEST - 1] = token
+        for segment in range(len(segments)):
+            count = 64 // segments[segment, BITS]
+            reached = 0
+            known = token != segments[segment, SEPARATOR]
+            for length in range(min(longest[segment], LONGEST - 1), count - 1, -1):
+                if known and _narrow(
+                    segments, segment, chain[segment, length], length, token, chain[segment, length + 1]
+                ):
+                    reached = max(reached, length + 1)
+                else:
+                    chain[segment, length + 1, 0] = 0
+                    chain[segment, length + 1, 1] = 0
+            for length in range(1, count):
+                chain[segment, length, 0] = 0
+                chain[segment, length, 1] = UNKNOWN
+            chain[segment, count, 0] = 0
+            chain[segment, count, 1] = 0
+            if tail[LONGEST - count] >= 0:
+                find_short(segments, segment, tail, count, chain[segment, count])
+                if chain[segment, count, 1] != chain[segment, count, 0]:
+                    reached = max(reached, count)
+            longest[segment] = reached
+
+
+@kernel
+def occurrences(
+    segments: NDArray[np.int64],
+    segment: int,
+    chain: NDArray[np.int32],
+    longest: NDArray[np.int32],
+    tail: NDArray[np.int32],
+    length: int,
+) -> int:
+    """How often the last `length` tokens occur in a segment; looks it up where it is not known yet."""
+    count = 64 // segments[segment, BITS]
+    if length >= count and length > longest[segment]:
+        return 0
+    entry = chain[segment, length]
+    if entry[1] == UNKNOWN:
+        entry[0] = 0
+        entry[1] = 0
+        if tail[LONGEST - length] >= 0:
+            find_short(segments, segment, tail, length, entry)
+    if entry[1] == SINGLE:
+        return 1
+    return entry[1] - entry[0]
+
+
+@kernel
+def match_lengths(
+    segments: NDArray[np.int64],
+    chain: NDArray[np.int32],
+    longest: NDArray[np.int32],
+    tail: NDArray[np.int32],
+    tokens: NDArray[np.int32],
+    lengths: NDArray[np.int32],
+) -> None:
+    """Appends `tokens` one by one and notes how long the text's end occurs in some segment after each."""
+    for place in range(len(tokens)):
+        advance(segments, chain, longest, tail, tokens[place : place + 1])
+        lengths[place] = 0
+        for segment in range(len(segments)):
+            lengths[place] = max(lengths[place], longest[segment])

@@ -1,0 +1,78 @@
+"""Corpus indexes that requests draft from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from retrieval_draft.index.index_folder import IndexFolder
+from retrieval_draft.index.segment_session import Segments, SegmentSession, segments_nbytes
+from retrieval_draft.index.source import TokenArray
+
+__all__ = ["Corpus", "CorpusSource"]
+
+
+class Corpus:
+    """An index folder, opened for lookups. Its files are mapped: processes share them, opening reads nothing.
+
+    Attributes:
+        folder: The index on disk.
+        segments: Its segments, oldest first.
+    """
+
+    def __init__(self, folder: IndexFolder) -> None:
+        self.folder = folder
+        self.segments: Segments = folder.segments()
+
+    @classmethod
+    def open(cls, path: str | Path, fingerprint: str | None = None, vocabulary: int | None = None) -> Corpus:
+        """Opens an index that ``retrieval-draft index build`` wrote.
+
+        Args:
+            path: Its folder.
+            fingerprint: Of the tokenizer of the texts that will be looked up; None to take any.
+            vocabulary: Ids of that tokenizer.
+
+        Raises:
+            DatastoreError: No index, or a torn one.
+            TokenizerMismatchError: It was built with another tokenizer.
+        """
+        folder = IndexFolder.open(Path(path))
+        if fingerprint is not None:
+            folder.check(fingerprint, folder.manifest.vocabulary_size if vocabulary is None else vocabulary)
+        return cls(folder)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its files."""
+        return segments_nbytes(self.segments)
+
+
+class CorpusSource:
+    """Drafts from corpus indexes; the counts of several are added up.
+
+    Args:
+        corpora: The indexes.
+    """
+
+    name = "corpus"
+    level = "corpus"
+
+    def __init__(self, corpora: Sequence[Corpus]) -> None:
+        self.corpora = tuple(corpora)
+        self._segments: Segments = tuple(segment for corpus in corpora for segment in corpus.segments)
+
+    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> SegmentSession:
+        """Starts a request; references are the request's own and are not looked up here."""
+        return SegmentSession(lambda: self._segments, prompt, self.name, self.level)
+
+    def flush(self) -> None:
+        """Does nothing: an index does not change."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the indexes' files, which are mapped and shared, not held."""
+        return sum(corpus.nbytes for corpus in self.corpora)

@@ -1,0 +1,300 @@
+"""An immutable, suffix-sorted run of texts, in memory or memory-mapped from a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from retrieval_draft.errors import DatastoreError, InvalidInputError
+from retrieval_draft.index.source import TokenArray
+from retrieval_draft.index.suffix_sort import key_bits, sort_suffixes
+
+__all__ = ["MOST_TOKENS", "Segment", "text_dtype"]
+
+MOST_TOKENS = 2**31 - 2**20
+"""Positions are int32."""
+
+_FILES = ("tokens", "suffixes", "documents", "samples")
+_BLOCK = 1 << 22
+
+
+class Segment:
+    """Texts with their suffix array.
+
+    Attributes:
+        tokens: uint16 or uint32, shape (n,). Texts one after the other, a separator behind each.
+        suffixes: int32, shape (n - texts,). Positions of tokens, ordered by what starts there.
+        documents: int32, shape (texts,). Where each text starts.
+        samples: uint64. Keys of every 128th suffix.
+        separator: The value between texts; no token of them.
+        row: int64. What kernels need to know, addresses among it: keep the segment while they use it.
+
+    Example:
+        texts 7 8 9 and 7 8 5: tokens 7 8 9 S 7 8 5 S, suffixes 6 4 0 5 1 2, documents 0 4;
+        count([7, 8]) is 2, count([9, 7]) is 0: matches stop at the end of a text
+    """
+
+    def __init__(
+        self,
+        tokens: NDArray[Any],
+        suffixes: NDArray[np.int32],
+        documents: NDArray[np.int32],
+        samples: NDArray[np.uint64],
+        separator: int,
+        bits: int,
+    ) -> None:
+        self.tokens = tokens
+        self.suffixes = suffixes
+        self.documents = documents
+        self.samples = samples
+        self.separator = separator
+        self.bits = bits
+        self.row = self._row()
+
+    @classmethod
+    def build(cls, texts: Sequence[TokenArray], vocabulary: int, threads: int = 1) -> Segment:
+        """Sorts texts into a segment.
+
+        Args:
+            texts: int32 each; empty ones are left out.
+            vocabulary: Ids are below it.
+            threads: Workers that sort.
+
+        Raises:
+            InvalidInputError: An id is negative or not below `vocabulary`, or there are too many tokens.
+        """
+        texts = [text for text in texts if len(text)]
+        length = sum(len(text) + 1 for text in texts)
+        if length > MOST_TOKENS:
+            raise InvalidInputError(
+                f"A segment of {length} tokens is too long; at most {MOST_TOKENS} fit.", "Make several."
+            )
+        joined = np.full(length, vocabulary, text_dtype(vocabulary))
+        documents = np.empty(len(texts), np.int32)
+        place = 0
+        for number, text in enumerate(texts):
+            _check_ids(int(text.min()), int(text.max()), vocabulary)
+            documents[number] = place
+            joined[place : place + len(text)] = text
+            place += len(text) + 1
+        return cls.join(joined, documents, vocabulary, threads)
+
+    @classmethod
+    def join(
+        cls, joined: NDArray[Any], documents: NDArray[np.int32], vocabulary: int, threads: int = 1
+    ) -> Segment:
+        """As `build`, for texts that are in one array already.
+
+        Args:
+            joined: `text_dtype`, shape (n,). The value `vocabulary` behind each text. The segment keeps it.
+            documents: int32. Where texts start.
+            vocabulary: Ids are below it.
+            threads: Workers that sort.
+        """
+        _check_ids(0, int(joined.max(initial=0)), vocabulary + 1)
+        separator, tokens = vocabulary, joined
+        if vocabulary == 2**16:  # no value of 16 bits is left over, but hardly a segment has all of them
+            free = np.flatnonzero(np.bincount(joined, minlength=2**16)[: 2**16] == 0)
+            if len(free):
+                separator = int(free[-1])
+                tokens = np.where(joined == vocabulary, separator, joined).astype(np.uint16)
+        bits = key_bits(separator, separator if tokens.dtype == np.uint32 else 0)
+        suffixes = sort_suffixes(tokens, separator, bits, threads)
+        segment = cls(tokens, suffixes, documents, np.empty(0, np.uint64), separator, bits)
+        segment._sample()
+        return segment
+
+    @classmethod
+    def open(cls, folder: Path, separator: int, bits: int, sizes: dict[str, int]) -> Segment:
+        """Maps a segment that `write` made. Reads nothing but the headers.
+
+        Args:
+            folder: The segment's folder.
+            separator: From the manifest, as are `bits`.
+            bits: Bits of a token in a key.
+            sizes: Bytes each file must have, by its name.
+
+        Raises:
+            DatastoreError: A file is missing, torn, or not an array of the kind expected.
+        """
+        arrays = {}
+        for name in _FILES:
+            path = folder / f"{name}.npy"
+            try:
+                found = path.stat().st_size
+                if found != sizes[path.name]:
+                    raise DatastoreError(
+                        f"{path} is torn: found {found} bytes, expected {sizes[path.name]}.",
+                        "Build the index again, or restore the file from a copy.",
+                    )
+                arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (FileNotFoundError, ValueError, EOFError, KeyError) as error:
+                raise DatastoreError(
+                    f"{path} cannot be read: {error}.",
+                    "Build the index again, or restore the file from a copy.",
+                ) from error
+        tokens, suffixes, documents, samples = (arrays[name] for name in _FILES)
+        expected = (
+            tokens.dtype in (np.uint16, np.uint32),
+            suffixes.dtype == np.int32,
+            documents.dtype == np.int32,
+            samples.dtype == np.uint64,
+            len(suffixes) + len(documents) == len(tokens),
+        )
+        if not all(expected):
+            raise DatastoreError(
+                f"{folder} holds arrays of {tokens.dtype}, {suffixes.dtype}, {documents.dtype}, "
+                f"{samples.dtype}, lengths {len(tokens)}, {len(suffixes)}, {len(documents)}: no segment.",
+                "Build the index again.",
+            )
+        return cls(tokens, suffixes, documents, samples, separator, bits)
+
+    def write(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Writes the arrays into a new folder and syncs them.
+
+        Returns:
+            For each file its bytes and xxh3 checksum, for the manifest.
+        """
+        folder.mkdir()
+        files: dict[str, dict[str, Any]] = {}
+        for name in _FILES:
+            path = folder / f"{name}.npy"
+            save_array(path, getattr(self, name))
+            files[path.name] = {"bytes": path.stat().st_size, "xxh3": file_checksum(path)}
+        return files
+
+    @property
+    def num_documents(self) -> int:
+        """Texts."""
+        return len(self.documents)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, separators not counted."""
+        return len(self.suffixes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays, mapped or not."""
+        return sum(int(getattr(self, name).nbytes) for name in _FILES)
+
+    def texts(self, vocabulary: int) -> NDArray[Any]:
+        """All texts as `join` takes them, `vocabulary` behind each; maybe the segment's own array."""
+        if self.separator == vocabulary:
+            return self.tokens
+        joined = self.tokens.astype(text_dtype(vocabulary))
+        joined[self.tokens == self.separator] = vocabulary
+        return joined
+
+    def count(self, context: TokenArray) -> int:
+        """How often `context` (1 to 32 tokens) occurs."""
+        return self._find(context)[0]
+
+    def followers(self, context: TokenArray, most: int = 1 << 20) -> dict[int, int]:
+        """How often each token follows `context`; from a sample where it occurs more than `most` times.
+
+        Args:
+            context: int32, 1 to 32 tokens.
+            most: Occurrences to read.
+
+        Returns:
+            Next token to count.
+
+        Example:
+            texts 7 8 9 and 7 8 5: followers([7, 8])  ->  {5: 1, 9: 1}
+        """
+        count, first, is_single = self._find(context)
+        if is_single:
+            places = np.array([first], np.int64)
+        else:
+            ranks = first + np.linspace(0, count, min(count, most), endpoint=False).astype(np.int64)
+            places = self.suffixes[ranks].astype(np.int64)
+        following = self.tokens[places + len(context)]
+        values, counts = np.unique(following[following != self.separator], return_counts=True)
+        return {int(value): int(number) for value, number in zip(values, counts, strict=True)}
+
+    def _find(self, context: TokenArray) -> tuple[int, int, bool]:
+        """Occurrences of a context; the first one's rank or the only one's position; whether it is one."""
+        from retrieval_draft.index._kernels import segment_match as kernels
+
+        chain, longest, tail = match_state(1)
+        rows = self.row[None]
+        kernels.advance(rows, chain, longest, tail, np.array(context, np.int32))
+        count = int(kernels.occurrences(rows, 0, chain, longest, tail, len(context)))
+        first, last = (int(value) for value in chain[0, len(context)])
+        return count, first, last == kernels.SINGLE
+
+    def _sample(self) -> None:
+        from retrieval_draft.index._kernels import segment_match as kernels
+
+        self.samples = np.empty(-(-len(self.suffixes) // kernels.STRIDE), np.uint64)
+        self.row = self._row()
+        kernels.sample_keys(self.row[None], 0, self.samples)
+
+    def _row(self) -> NDArray[np.int64]:
+        row = (
+            self.tokens.ctypes.data,
+            len(self.tokens),
+            self.tokens.dtype.itemsize,
+            self.separator,
+            self.suffixes.ctypes.data,
+            len(self.suffixes),
+            self.samples.ctypes.data,
+            len(self.samples),
+            self.bits,
+        )
+        return np.array(row, np.int64)
+
+
+def match_state(segments: int) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """Chain, longest and tail of an empty text, for `segment_match.advance`."""
+    from retrieval_draft.index._kernels.segment_match import LONGEST
+
+    chain = np.zeros((segments, LONGEST + 1, 2), np.int32)
+    return chain, np.zeros(segments, np.int32), np.full(LONGEST, -1, np.int32)
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """Writes a .npy file and makes sure that it is on disk."""
+    with path.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def file_checksum(path: Path) -> str:
+    """xxh3, 128 bits, in hex."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes sure that the names in a folder are on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def text_dtype(vocabulary: int) -> type[np.uint16] | type[np.uint32]:
+    """What holds ids below `vocabulary`, and `vocabulary` itself between texts."""
+    return np.uint16 if vocabulary < 2**16 else np.uint32
+
+
+def _check_ids(smallest: int, largest: int, vocabulary: int) -> None:
+    if smallest < 0 or largest >= vocabulary:
+        raise InvalidInputError(
+            f"A text holds the token id {smallest if smallest < 0 else largest}; ids must lie in "
+            f"0..{vocabulary - 1}.",
+            "Use the tokenizer that the datastore is for.",
+        )
