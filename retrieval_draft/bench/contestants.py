@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -55,9 +56,24 @@ class Contestant(Protocol):
 
 
 def make_contestant(
-    name: str, model: Any, tokenizer: Any, nodes: int | None, cpu_kernels: bool = True, history: bool = False
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    nodes: int | None,
+    cpu_kernels: bool = True,
+    history: bool = False,
+    corpora: Sequence[Path] = (),
 ) -> Contestant:
     """``stock`` is `model.generate`, ``stock-pld`` its prompt lookup, all else a drafting method.
+
+    Args:
+        name: Which.
+        model: Decodes.
+        tokenizer: The model's.
+        nodes: Of each step; None for the measured cost to choose.
+        cpu_kernels: Whether drafting methods use our kernels.
+        history: Whether they draft from earlier prompts and replies too.
+        corpora: Index folders that they draft from.
 
     Raises:
         UnknownMethodError: None of these.
@@ -69,7 +85,9 @@ def make_contestant(
     if name not in METHODS:
         known = ", ".join((STOCK, STOCK_LOOKUP, *METHODS))
         raise UnknownMethodError(f"Unknown method {name!r}.", f"Choose from: {known}.")
-    return _Drafted(name, model, tokenizer, nodes, cpu_kernels, history)
+    sources = SOURCES if history else tuple(source for source in SOURCES if source != "history")
+    config = DraftConfig(method=name, nodes=nodes, cpu_kernels=cpu_kernels, sources=sources)
+    return _Drafted(name, model, tokenizer, config, corpora if name != PLAIN else ())
 
 
 class _Stock:
@@ -91,13 +109,11 @@ class _Stock:
 
 class _Drafted:
     def __init__(
-        self, name: str, model: Any, tokenizer: Any, nodes: int | None, cpu_kernels: bool, history: bool
+        self, name: str, model: Any, tokenizer: Any, config: DraftConfig, corpora: Sequence[Path]
     ) -> None:
         self.name = name
         self._model = model
-        sources = SOURCES if history else tuple(source for source in SOURCES if source != "history")
-        config = DraftConfig(method=name, nodes=nodes, cpu_kernels=cpu_kernels, sources=sources)
-        self._drafter = RetrievalDrafter.for_model(model, tokenizer, config=config)
+        self._drafter = RetrievalDrafter.for_model(model, tokenizer, config=config, corpora=corpora)
         self._drafter.warm_up()
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> Run:

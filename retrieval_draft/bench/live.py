@@ -33,6 +33,7 @@ def live(
     record: Path | None = None,
     cpu_kernels: bool = True,
     history: bool = False,
+    corpora: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Decodes every prompt greedily with every method and compares them.
 
@@ -54,6 +55,7 @@ def live(
         record: Where to write the replies of ``stock`` as a trace.
         cpu_kernels: Whether drafting methods use our kernels; ``stock`` and ``stock-pld`` never do.
         history: Whether drafting methods draft from earlier prompts and replies of the run too.
+        corpora: Index folders that drafting methods draft from.
 
     Returns:
         What ``bench live --json`` prints. ``equal_to_stock`` counts prompts with exactly the tokens of
@@ -72,7 +74,9 @@ def live(
     if not prompts:
         raise InvalidInputError("No prompts to run.", "Name files with --prompts.")
     encoded = [prompt.encode(tokenizer) for prompt in prompts]
-    contestants = [make_contestant(name, model, tokenizer, nodes, cpu_kernels, history) for name in methods]
+    contestants = [
+        make_contestant(name, model, tokenizer, nodes, cpu_kernels, history, corpora) for name in methods
+    ]
     runs: dict[str, list[Run]] = {name: [] for name in methods}
     verdicts: dict[str, list[Verdict]] = {name: [] for name in methods}
     writer = nullcontext() if record is None else TraceWriter(record)
@@ -107,6 +111,7 @@ def live(
         "nodes": nodes,
         "cpu_kernels": cpu_kernels,
         "history": history,
+        "corpora": [str(path) for path in corpora],
         "model": model.config.name_or_path or type(model).__name__,
         "device": str(device),
         "dtype": str(model.dtype).removeprefix("torch."),

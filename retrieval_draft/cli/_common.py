@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-__all__ = ["CpuKernels", "Device", "Dtype", "Json", "Model", "Nodes"]
+__all__ = ["CpuKernels", "Device", "Dtype", "Index", "Json", "Model", "Nodes"]
 
 Model = Annotated[
     str, typer.Option("--model", help="A folder, a hub name, or gemma3-270m.", show_default=False)
@@ -24,5 +25,9 @@ CpuKernels = Annotated[
     typer.Option(
         "--cpu-kernels/--stock-kernels", help="Faster layers for few tokens on the CPU while drafting."
     ),
+]
+Index = Annotated[
+    list[Path] | None,
+    typer.Option("--index", help="A corpus index to draft from; repeatable.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retrieval_draft.cli._common import CpuKernels, Device, Dtype, Json, Model, Nodes
+from retrieval_draft.cli._common import CpuKernels, Device, Dtype, Index, Json, Model, Nodes
 from retrieval_draft.cli._output import paint, print_json, print_table, wants_color
 from retrieval_draft.errors import InvalidInputError
 
@@ -28,6 +29,14 @@ def generate(
         "calibrated"
     ),
     nodes: Nodes = None,
+    index: Index = None,
+    phrases: Annotated[
+        Path | None,
+        typer.Option(help="A file of fixed texts to draft from: one a line, or between lines of ---."),
+    ] = None,
+    history: Annotated[
+        Path | None, typer.Option(help="A folder in which prompts and replies are kept to draft from.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
@@ -54,9 +63,16 @@ def generate(
     from retrieval_draft.drafter import RetrievalDrafter
     from retrieval_draft.model_files import load_model
 
-    config = DraftConfig(method=method, nodes=nodes, cpu_kernels=cpu_kernels)
+    config = DraftConfig(
+        method=method,
+        nodes=nodes,
+        cpu_kernels=cpu_kernels,
+        history_folder=None if history is None else str(history),
+    )
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
-    drafter = RetrievalDrafter.for_model(loaded, tokenizer, method=method, config=config)
+    drafter = RetrievalDrafter.for_model(
+        loaded, tokenizer, method=method, config=config, corpora=index or (), phrases=phrases
+    )
     drafter.warm_up()
     inputs = encode(tokenizer, text, chat).to(loaded.get_input_embeddings().weight.device)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
@@ -69,6 +85,7 @@ def generate(
     with ForwardPasses(loaded, before=streamer.step):
         drafter.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, seed=seed, **sampling)
     seconds = time.perf_counter() - begin
+    drafter.close()
     done = drafter.last_stats
     assert done is not None
     if json:

@@ -1,0 +1,398 @@
+"""Phrases: fixed texts that the user names, and the rest of one as soon as its words come up."""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from heapq import heappop, heappush
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
+
+__all__ = ["PhraseSession", "PhraseSource", "PhraseTable", "read_phrases"]
+
+SHORTEST = 3
+"""Phrases of fewer tokens are ignored: two start a phrase, and there must be one to propose."""
+
+LONGEST = 32
+"""Tokens of the text that are compared with a phrase."""
+
+KEPT = 64
+"""Occurrences kept of one trigger, and looked at in one step."""
+
+CAP = 16
+"""Match length from which on nothing becomes surer. Below it, an occurrence weighs twice as much for each
+token of its match."""
+
+SURE = [1 - 0.65 * 0.775**length for length in range(CAP + 1)]
+"""Probability that the text goes on as the phrases do, by match length: .61 after 2 tokens, .70 after 3, .95
+after 10, .99 after 16."""
+
+_TOKEN = 4  # bytes: texts are kept as bytes, which Python compares, sorts and slices without a loop
+
+
+class PhraseTable:
+    """An Aho-Corasick automaton over the n-grams of phrases, and where each occurs.
+
+    Besides the n-grams, each phrase's first 2 to `trigger` - 1 tokens start it; no single token does. Of an
+    n-gram that occurs more than 64 times, 64 occurrences spread over all are kept, and those of twice its
+    length are triggers too, and so on up to 32 tokens, so that a long match is found among many short ones.
+    The table never changes; it takes 100 to 180 bytes a token, more the fewer n-grams repeat.
+
+    Args:
+        phrases: For each int32, shape (length,), ids of 0 and above. Those of less than 3 tokens are ignored.
+        trigger: Tokens of an n-gram, 2 to 32.
+
+    Attributes:
+        ignored: How many phrases were too short.
+
+    Raises:
+        InvalidInputError: A phrase is no row of token ids, or `trigger` is out of range.
+
+    Example:
+        phrase 5 6 7 8 9, trigger 3: after "5 6", its start, come 7 8 9; after "6 7 8" comes 9; after "5", or
+        after "7 8" without the 6, nothing
+    """
+
+    def __init__(self, phrases: Sequence[TokenArray], trigger: int = 3) -> None:
+        if not 2 <= trigger <= LONGEST:
+            raise InvalidInputError(f"trigger is {trigger}; it must lie in 2..{LONGEST}.")
+        checked = [_checked(phrase, number) for number, phrase in enumerate(phrases)]
+        kept = [phrase for phrase in checked if len(phrase) >= SHORTEST]
+        self.ignored = len(checked) - len(kept)
+        self._flat = b"".join(phrase.tobytes() for phrase in kept)
+        self._ends = array("i", accumulate(len(phrase) for phrase in kept))
+        # Trigger g occurs before the tokens positions[groups[g]:groups[g + 1]], counted over all phrases.
+        self._groups = array("i", [0])
+        self._positions = array("i")
+        self._reach = 0
+        self._automaton = self._build(trigger)
+        self._automaton_bytes = int(self._automaton.get_stats()["total_size"])
+
+    def __len__(self) -> int:
+        """Phrases, the ignored ones not counted."""
+        return len(self._ends)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held; constant."""
+        arrays = (self._ends, self._groups, self._positions)
+        return self._automaton_bytes + len(self._flat) + sum(len(each) * each.itemsize for each in arrays)
+
+    def propose(self, tail: bytes, budget: int) -> Proposal:
+        """The `budget` most probable nodes after a text.
+
+        Args:
+            tail: The text's last 32 tokens or all of fewer, as the bytes of int32.
+            budget: The most nodes to return.
+        """
+        found = self._occurrences(tail) if budget > 0 else []
+        if not found:
+            return _proposal([], [], [], [])
+        flat = self._flat
+        return _Continuations(
+            (flat[at * _TOKEN : min(end, at + budget) * _TOKEN], length) for at, end, length in found
+        ).tree(budget)
+
+    def _occurrences(self, tail: bytes) -> list[tuple[int, int, int]]:
+        """Next token's position, end of its phrase and match length, wherever a trigger ends the text."""
+        if not self._reach:
+            return []
+        letters = _letters(tail[-self._reach * _TOKEN :])
+        groups = [group for place, group in self._automaton.iter(letters) if place == len(letters) - 1]
+        positions: dict[int, None] = {}  # the longest trigger comes first, and is the one that may fill it
+        for group in groups:
+            positions.update(dict.fromkeys(self._positions[self._groups[group] : self._groups[group + 1]]))
+        found = []
+        for at in list(positions)[:KEPT]:
+            begin, end = self._phrase(at)
+            known = min(len(tail) // _TOKEN, at - begin, LONGEST)
+            before = self._flat[(at - known) * _TOKEN : at * _TOKEN]
+            found.append((at, end, _common_end(before, tail[-known * _TOKEN :])))
+        return found
+
+    def _phrase(self, position: int) -> tuple[int, int]:
+        """Where the phrase begins and ends that `position` lies in or ends; no phrase begins there."""
+        number = bisect_left(self._ends, position)
+        return (self._ends[number - 1] if number else 0), self._ends[number]
+
+    def _build(self, trigger: int) -> Any:
+        import ahocorasick
+
+        automaton = ahocorasick.Automaton(ahocorasick.STORE_INTS, ahocorasick.KEY_SEQUENCE)
+        starts: list[tuple[int, int]] = []
+        inner: list[tuple[int, int]] = []
+        begin = 0
+        for end in self._ends:
+            starts.extend((at - begin, at) for at in range(begin + 2, min(begin + trigger, end + 1)))
+            inner.extend((trigger, at) for at in range(begin + trigger, end + 1))
+            begin = end
+        self._add(automaton, starts)
+        length = trigger
+        while inner:
+            crowded = self._add(automaton, inner)
+            length *= 2
+            long_enough = (at for at in crowded if length <= LONGEST and at - self._phrase(at)[0] >= length)
+            inner = [(length, at) for at in long_enough]
+        if self._reach:
+            automaton.make_automaton()
+        return automaton
+
+    def _add(self, automaton: Any, places: list[tuple[int, int]]) -> list[int]:
+        """Adds the tokens before each position as triggers; returns the positions of those kept in part."""
+        grams: dict[bytes, list[int]] = {}
+        for length, at in places:
+            grams.setdefault(self._flat[(at - length) * _TOKEN : at * _TOKEN], []).append(at)
+        crowded: list[int] = []
+        for gram, positions in grams.items():
+            if len(positions) > KEPT:
+                crowded.extend(positions)
+                positions = [positions[i * len(positions) // KEPT] for i in range(KEPT)]
+            automaton.add_word(_letters(gram), len(self._groups) - 1)
+            self._positions.extend(positions)
+            self._groups.append(len(self._positions))
+            self._reach = max(self._reach, len(gram) // _TOKEN)
+        return crowded
+
+
+class _Continuations:
+    """What may follow, sorted: a tree node is a range of rows, and forks where neighbours differ.
+
+    A row weighs 2 to the power of its match length, 16 at most. A child gets its share of the weight of all
+    rows at its parent, those that end there included, times `SURE` of their longest match.
+    """
+
+    def __init__(self, found: Iterable[tuple[bytes, int]]) -> None:
+        self._rows = sorted(found)
+        texts = [text for text, _ in self._rows]
+        self._ids = [memoryview(text).cast("i") for text in texts]
+        self._lengths = [length for _, length in self._rows]
+        self._weights = [0, *accumulate(1 << min(length, CAP) for length in self._lengths)]
+        self._common = [0, *map(_common_start, texts, texts[1:])]  # with the row above
+        # Of each node to come: -path probability, -longest match, rows, depth, where it forks, parent,
+        # probability. Longer matches win ties; no two nodes hold the same first row, so nothing else decides.
+        self._heap: list[tuple[float, int, int, int, int, int, int, float]] = []
+
+    def tree(self, budget: int) -> Proposal:
+        """The `budget` most probable nodes, best first."""
+        tokens: list[int] = []
+        parents: list[int] = []
+        probs: list[float] = []
+        lengths: list[int] = []
+        heap = self._heap
+        self._fork(-1.0, -max(self._lengths), 0, len(self._rows), 0, -1)
+        while heap and len(tokens) < budget:
+            path, longest, first, last, depth, fork, parent, prob = heappop(heap)
+            node = len(tokens)
+            tokens.append(self._ids[first][depth])
+            parents.append(parent)
+            probs.append(prob)
+            lengths.append(depth - longest)
+            depth += 1
+            if depth == fork:
+                self._fork(path, longest, first, last, depth, node)
+            else:
+                prob = SURE[min(depth - longest, CAP)]
+                heappush(heap, (path * prob, longest, first, last, depth, fork, node, prob))
+        return _proposal(tokens, parents, probs, lengths)
+
+    def _fork(self, path: float, longest: int, first: int, last: int, depth: int, node: int) -> None:
+        """Pushes the children of a node whose rows no longer agree, or end."""
+        ids, common, weights = self._ids, self._common, self._weights
+        sure = SURE[min(depth - longest, CAP)] / (weights[last] - weights[first])
+        while first < last and len(ids[first]) == depth:  # sorted, rows that end here come first
+            first += 1
+        while first < last:
+            end = first + 1
+            fork = len(ids[first])
+            while end < last and common[end] > depth:
+                fork = min(fork, common[end])
+                end += 1
+            prob = sure * (weights[end] - weights[first])
+            longest = -max(self._lengths[first:end])
+            heappush(self._heap, (path * prob, longest, first, end, depth, fork, node, prob))
+            first = end
+
+
+class PhraseSession:
+    """One request's last 32 tokens."""
+
+    def __init__(self, table: PhraseTable, prompt: TokenArray) -> None:
+        self._table = table
+        self._tail = b""
+        self.observe(prompt)
+
+    def propose(self, budget: int) -> Proposal:
+        """The rest of the phrases that the text is in."""
+        return self._table.propose(self._tail, budget)
+
+    def observe(self, tokens: TokenArray) -> None:
+        """Appends accepted tokens.
+
+        Raises:
+            InvalidInputError: An id is negative.
+        """
+        ids = np.asarray(tokens, np.int32)
+        if len(ids) and int(ids.min()) < 0:
+            raise InvalidInputError(f"Token id {int(ids.min())} is negative.", "Ids start at 0.")
+        self._tail = (self._tail + ids[-LONGEST:].tobytes())[-LONGEST * _TOKEN :]
+
+    def learn(self, logits: NodeLogits) -> None:
+        """Does nothing: phrases are given."""
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class PhraseSource:
+    """Drafts the rest of fixed texts: templates, schemas, licence headers.
+
+    Args:
+        table: The phrases.
+    """
+
+    name = "phrases"
+    level = "corpus"
+
+    def __init__(self, table: PhraseTable) -> None:
+        self.table = table
+
+    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> PhraseSession:
+        """Starts at the end of the prompt; reference texts are the request's own and are not used."""
+        return PhraseSession(self.table, prompt)
+
+    def flush(self) -> None:
+        """Does nothing: the phrases do not change."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the table."""
+        return self.table.nbytes
+
+
+def read_phrases(path: Path) -> list[str]:
+    """Reads phrases from a file.
+
+    Args:
+        path: ``.json``, a list of strings, or ``.jsonl``, one on each line, where an object with ``text``
+            will do for a string. Any other file is text: lines of nothing but three or more dashes separate
+            the phrases, whose line breaks at both ends are left out; without such a line every line is one.
+            Blank phrases are skipped.
+
+    Raises:
+        InvalidInputError: The file cannot be read, is not UTF-8, not of that form, or holds no phrase.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(
+            f"The phrases file {path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}.",
+            "Save it as UTF-8.",
+        ) from error
+    except OSError as error:
+        raise InvalidInputError(f"Cannot read the phrases file {path}: {error.strerror}.") from error
+    form = {".json": _json_phrases, ".jsonl": _jsonl_phrases}.get(path.suffix.lower(), _text_phrases)
+    phrases = [phrase for phrase in form(text, path) if phrase.strip()]
+    if not phrases:
+        raise InvalidInputError(
+            f"The phrases file {path} holds no phrase; it must hold at least one.",
+            "In a text file every line is a phrase, or lines of --- separate longer ones.",
+        )
+    return phrases
+
+
+def _text_phrases(text: str, path: Path) -> list[str]:
+    parts = re.split(r"^-{3,}[ \t]*$", text, flags=re.MULTILINE)
+    return text.split("\n") if len(parts) == 1 else [part.strip("\n") for part in parts]
+
+
+def _json_phrases(text: str, path: Path) -> list[str]:
+    records = _parsed(text, f"The phrases file {path}")
+    if not isinstance(records, list):
+        raise InvalidInputError(f"The phrases file {path} is {_kind(records)}; it must be a list of strings.")
+    return [_text(record, f"Entry {n} of the phrases file {path}") for n, record in enumerate(records, 1)]
+
+
+def _jsonl_phrases(text: str, path: Path) -> list[str]:
+    lines = [(line, f"{path}:{number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [_text(_parsed(line, where), where) for line, where in lines]
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInputError(f"{where} must hold strings as JSON: {error}.") from error
+
+
+def _text(record: Any, where: str) -> str:
+    phrase = record.get("text") if isinstance(record, dict) else record
+    if not isinstance(phrase, str):
+        raise InvalidInputError(f'{where} is {_kind(record)}; it must be a string, or an object with "text".')
+    return phrase
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    if isinstance(value, dict):
+        return f"an object with {', '.join(map(repr, list(value)[:5])) or 'no keys'}"
+    return f"a list of {len(value)}" if isinstance(value, list) else f"the value {json.dumps(value)[:40]}"
+
+
+def _checked(phrase: TokenArray, number: int) -> TokenArray:
+    """Token ids of one phrase, int32, shape (length,)."""
+    ids = np.asarray(phrase)
+    if ids.size == 0:
+        return np.empty(0, np.int32)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        found = f"has shape {ids.shape} and dtype {ids.dtype}"
+        raise InvalidInputError(f"Phrase {number} {found}; it must be a row of token ids.")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= 2**31:
+        wrong = low if low < 0 else high
+        raise InvalidInputError(f"Phrase {number} holds the id {wrong}; ids must lie in 0..{2**31 - 1}.")
+    return ids.astype(np.int32)
+
+
+def _letters(tokens: bytes) -> tuple[int, ...]:
+    """Two letters for each token, the first from 256 on, so that neither can be taken for the other.
+
+    pyahocorasick searches a node's edges one by one: with a letter a token, the root's alone would take 40
+    microseconds where phrases hold 50,000 different tokens. This way it has one edge for 256 of them.
+    """
+    return tuple([letter for id in memoryview(tokens).cast("i") for letter in (256 + (id >> 8), id & 255)])
+
+
+def _common_start(one: bytes, other: bytes) -> int:
+    """How many tokens two texts start alike. The lowest bit in which they differ says it, without a loop."""
+    size = min(len(one), len(other))
+    differ = int.from_bytes(one[:size], "little") ^ int.from_bytes(other[:size], "little")
+    return ((differ & -differ).bit_length() - 1) // (8 * _TOKEN) if differ else size // _TOKEN
+
+
+def _common_end(one: bytes, other: bytes) -> int:
+    """How many tokens two texts of one length end alike: the highest bit in which they differ says it."""
+    differ = int.from_bytes(one, "little") ^ int.from_bytes(other, "little")
+    return len(one) // _TOKEN - (-(-differ.bit_length() // (8 * _TOKEN)))
+
+
+def _proposal(tokens: list[int], parents: list[int], probs: list[float], lengths: list[int]) -> Proposal:
+    return Proposal(
+        np.array(tokens, np.int32),
+        np.array(parents, np.int32),
+        np.array(probs, np.float32),
+        np.array(lengths, np.int32),
+        PhraseSource.name,
+        PhraseSource.level,
+    )
