@@ -302,8 +302,10 @@ def _new_texts(segments: Segments, prompt: TokenArray, reply: TokenArray) -> lis
         )
         lengths = np.empty(len(prompt), np.int32)
         kernels.match_lengths(rows, *match_state(len(segments)), prompt, lengths)
-        # A position is known where the 32 tokens that end there are; what leads to a new one is kept with it.
-        fresh = np.concatenate((lengths < kernels.LONGEST, [bool(len(reply))]))
+        # A position is known where the 32 tokens that end there are, or all that there are; what leads to a
+        # new one is kept with it.
+        enough = np.minimum(np.arange(len(prompt)) + 1, kernels.LONGEST)
+        fresh = np.concatenate((lengths < enough, [bool(len(reply))]))
         wanted = np.zeros(len(fresh) + kernels.LONGEST, bool)
         for place in np.flatnonzero(np.diff(fresh, prepend=False)):
             if fresh[place]:

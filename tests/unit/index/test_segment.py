@@ -34,9 +34,7 @@ def test_long_repetition_is_sorted_by_where_it_ends() -> None:
     assert segment.count(np.full(32, 4, np.int32)) == 269
 
 
-@pytest.mark.parametrize(
-    ("vocabulary", "width"), [(10, 2), (65535, 2), (65536, 2), (65537, 4), (262144, 4)]
-)
+@pytest.mark.parametrize(("vocabulary", "width"), [(10, 2), (65535, 2), (65536, 2), (65537, 4), (262144, 4)])
 def test_width_of_tokens(vocabulary: int, width: int) -> None:
     last = vocabulary - 1
     segment = Segment.build(texts([last, 0, last], [last, 0, 3]), vocabulary)
