@@ -37,6 +37,9 @@ SHARE = 8
 QUEUE_TOKENS = 1 << 22
 """Tokens that may wait for the background thread. Beyond them the oldest request waiting is dropped."""
 
+_UNTOLD = 3
+"""Matches shorter than a sort key (4 tokens at most) are not told apart from none."""
+
 _log = logging.getLogger("retrieval_draft")
 
 
@@ -305,6 +308,7 @@ def _new_texts(segments: Segments, prompt: TokenArray, reply: TokenArray) -> lis
         # A position is known where the 32 tokens that end there are, or all that there are; what leads to a
         # new one is kept with it.
         enough = np.minimum(np.arange(len(prompt)) + 1, kernels.LONGEST)
+        enough[:_UNTOLD] = 0
         fresh = np.concatenate((lengths < enough, [bool(len(reply))]))
         wanted = np.zeros(len(fresh) + kernels.LONGEST, bool)
         for place in np.flatnonzero(np.diff(fresh, prepend=False)):

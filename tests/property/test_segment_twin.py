@@ -16,7 +16,7 @@ runs = st.lists(
 
 
 def naive_order(tokens: np.ndarray, separator: int) -> list[int]:
-    """Positions by the text from there to its end, separator included, and by position where that is equal."""
+    """Positions by the text from there to its end, separator included; by position where that is equal."""
 
     def key(place: int) -> tuple[list[int], int]:
         tail = tokens[place : place + DEPTH].tolist()

@@ -99,7 +99,7 @@ def test_new_segments_are_taken_up_in_the_middle_of_a_request() -> None:
 
 
 def test_a_long_match_proposes_deep() -> None:
-    run = list(range(90)) + [3, 1, 4]
+    run = [*range(90), 3, 1, 4]
     proposal = session([segment(run)], run[:40]).propose(60)
     assert len(proposal) >= 16
     assert proposal.tokens.tolist() == run[40 : 40 + len(proposal)]
