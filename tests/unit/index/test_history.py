@@ -56,8 +56,8 @@ def test_a_finished_request_is_drafted_from(history) -> None:
     [(True, True, [[1, 2, 3, 4]]), (True, False, [[1, 2]]), (False, True, [[3, 4]]), (False, False, [])],
 )
 def test_prompts_and_replies_can_be_left_out(history, prompts, replies, expected) -> None:
-    session = HistorySource(history, prompts, replies).open(ids(1, 2))
-    session.observe(ids(3, 4))
+    session = HistorySource(history, prompts, replies).open(ids(1, 2, 3, 4))
+    session.observe(ids(5, 6))
     session.close()
     history.flush(10)
     assert texts(history) == expected
