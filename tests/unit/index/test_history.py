@@ -53,7 +53,12 @@ def test_a_finished_request_is_drafted_from(history) -> None:
 
 @pytest.mark.parametrize(
     ("prompts", "replies", "expected"),
-    [(True, True, [[1, 2, 3, 4]]), (True, False, [[1, 2]]), (False, True, [[3, 4]]), (False, False, [])],
+    [
+        (True, True, [[1, 2, 3, 4, 5, 6]]),
+        (True, False, [[1, 2, 3, 4]]),
+        (False, True, [[5, 6]]),
+        (False, False, []),
+    ],
 )
 def test_prompts_and_replies_can_be_left_out(history, prompts, replies, expected) -> None:
     session = HistorySource(history, prompts, replies).open(ids(1, 2, 3, 4))
