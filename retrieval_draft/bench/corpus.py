@@ -18,6 +18,7 @@ from retrieval_draft.index.build.builder import BuildOptions, build_index
 from retrieval_draft.index.build.documents import DocumentFile, ReadReport, find_files, read_documents
 from retrieval_draft.index.build.encoder import Encoder
 from retrieval_draft.index.index_folder import IndexFolder
+from retrieval_draft.index.source import TokenArray
 
 __all__ = ["measure_corpus", "standard_library"]
 
@@ -26,8 +27,9 @@ STOP_AT = 0.2, 0.8
 
 
 def standard_library() -> tuple[list[str], list[str]]:
-    """The folder of Python's standard library, its tests included, and globs of what in it is no part of it."""
-    return [sysconfig.get_path("stdlib")], ["site-packages/**", "dist-packages/**"]
+    """The folder of Python's standard library, and globs of what is not its code: packages and tests."""
+    left_out = ("site-packages", "dist-packages", "test", "**/tests", "**/test", "**/*_test")
+    return [sysconfig.get_path("stdlib")], [f"{folder}/**" for folder in left_out]
 
 
 def measure_corpus(
@@ -58,7 +60,7 @@ def measure_corpus(
         seed: Draws files and places.
 
     Returns:
-        Tokens per step with and without, their ratio, ratios of speed in turn, and how many replies were equal.
+        Tokens per step with and without, their ratio, ratios of speed, and how many replies were equal.
     """
     files = find_files(paths, include=include, exclude=exclude)
     encoder = Encoder(tokenizer, getattr(tokenizer, "name_or_path", ""))
@@ -122,7 +124,7 @@ def _cut_prompts(
     cut: list[tuple[DocumentFile, list[int]]] = []
     for place in random.permutation(len(files)):
         text = next((text for _, text in read_documents(files[place], ReadReport())), "")
-        tokens = encoder.encode([text])[0]
+        tokens: TokenArray = encoder.encode([text])[0]
         first, last = (int(part * len(tokens)) for part in STOP_AT)
         if first < length or last + reply > len(tokens) or last <= first:
             continue

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -260,10 +261,8 @@ class IndexFolder:
         Raises:
             DatastoreError: It cannot be written; the old index stays.
         """
-        from retrieval_draft import __version__
-
         manifest = msgspec.structs.replace(
-            self.manifest, segments=list(segments), changed=_now(), library_version=__version__, xxh3=""
+            self.manifest, segments=list(segments), changed=_now(), library_version=_version(), xxh3=""
         )
         manifest.xxh3 = _own_checksum(manifest)
         try:
@@ -382,6 +381,13 @@ def _own_checksum(manifest: Manifest) -> str:
 
 def _is_ours(name: str) -> bool:
     return name.startswith((_PREFIX, _RUN, MANIFEST, _LOCK, "journal."))
+
+
+def _version() -> str:
+    try:
+        return metadata.version("retrieval_draft")
+    except metadata.PackageNotFoundError:  # run from a folder, not installed
+        return ""
 
 
 def _now() -> str:

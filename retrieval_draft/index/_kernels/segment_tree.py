@@ -71,7 +71,7 @@ def propose(
 
     Args:
         segments, chain, longest, tail: As `segment_match.advance` left them.
-        params: float64: escape factor, order cap.
+        params: float64: escape factor, order cap, gain beyond it.
         work_int: int32, shape (candidates, 4): parent node, token, depth, match length.
         work_range: int16, shape (candidates + 1, RANGES, 2): ranges of the pool; the last row is the root's.
         work_float: float64, shape (2, candidates): path probability, probability given the parent.
@@ -81,7 +81,8 @@ def propose(
         Nodes written to `tokens`, `parents`, `probs` and `lengths`.
     """
     escape = params[0]
-    cap = np.int64(params[1])
+    cap = params[1]
+    gain = params[2]
     pool_place = np.empty(POOL, np.int64)
     range_segment = np.empty(RANGES, np.int64)
     range_scale = np.empty(RANGES, np.float64)
@@ -168,7 +169,6 @@ def propose(
                     if not again:
                         distinct += 1
             once = escape * distinct / (total + escape * distinct)
-            leave = once
             # It stands for all lengths down to the next context that knows this path.
             below = min(depth, INSIDE)
             if depth == 0:
@@ -177,8 +177,8 @@ def propose(
                 for other in range(ranges - 1, item - 1, -1):
                     if work_range[row, other, 1] > work_range[row, other, 0]:
                         below = context_length[range_context[other]] + depth
-            for _ in range(min(context_length[context] + depth, cap) - min(below, cap) - 1):
-                leave *= once
+            orders = _worth(context_length[context] + depth, cap, gain) - _worth(below, cap, gain)
+            leave = once ** max(orders, 1.0)
             claim = mass * (1.0 - leave) / total
             mass *= leave
             for run in range(runs):
@@ -215,6 +215,14 @@ def propose(
         row = best
         if nodes == budget:
             return nodes
+
+
+@kernel
+def _worth(length: int, cap: float, gain: float) -> float:
+    """Context lengths that a match of `length` tokens counts for: each up to the cap, fewer beyond."""
+    if length <= cap:
+        return float(length)
+    return cap + gain * np.log2(length / cap)
 
 
 @kernel
