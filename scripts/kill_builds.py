@@ -2,8 +2,8 @@
 
 python scripts/kill_builds.py [KILLS] [SEED]
 
-Each folder must hold what it held before the command, or all that the command was to bring; run again, the command
-must end with exactly the documents of a run that nobody killed.
+Each folder must hold what it held before the command, or all that the command was to bring; run again, the
+command must end with exactly the documents of a run that nobody killed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,8 @@ def main(kills: int = 200, seed: int = 0) -> int:
                 shutil.copytree(pristine, target)
             words = [*words, "--out", str(target)] if name != "merge" else ["merge", str(target), *words[1:]]
             begin = time.monotonic()
-            process = subprocess.Popen([*_COMMAND, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            process = subprocess.Popen([*_COMMAND, *words], **quiet)
             wait = chance.uniform(0.2, longest[name])
             try:
                 process.wait(wait)
@@ -112,8 +114,7 @@ def _holds(path: Path, encoder: Encoder) -> list[str]:
     pieces = []
     for segment in index.segments():
         joined = segment.texts(encoder.vocabulary)
-        bounds = [*segment.documents.tolist(), len(joined)]
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for begin, end in pairwise([*segment.documents.tolist(), len(joined)]):
             pieces.append(encoder.decode(np.asarray(joined[begin : end - 1], np.int32)))
     return pieces
 
