@@ -16,7 +16,7 @@ from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.bench.synthetic_text import SyntheticText
 from retrieval_draft.index.build.builder import segment_tokens_here
 from retrieval_draft.index.corpus import Corpus, CorpusSource
-from retrieval_draft.index.history import History, HistorySource
+from retrieval_draft.index.history import GRACE, History, HistorySource
 from retrieval_draft.index.index_folder import IndexFolder
 from retrieval_draft.index.segment import Segment
 from retrieval_draft.index.source import DraftSource, TokenArray
@@ -121,6 +121,7 @@ def measure_history(tokens: int, *, vocabulary: int = 32000, nodes: int = 60) ->
     history.limit(history.nbytes // 2)
     evicting = _steps_while(history, source, text, query, nodes)
     history.flush()
+    time.sleep(2 * GRACE + 1)
     after = resident_bytes()
     left = history.num_tokens
     history.close()

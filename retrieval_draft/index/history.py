@@ -11,6 +11,7 @@ import atexit
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -39,6 +40,9 @@ QUEUE_TOKENS = 1 << 22
 
 _UNTOLD = 3
 """Matches shorter than a sort key (4 tokens at most) are not told apart from none."""
+
+GRACE = 1.0
+"""Seconds that a segment nobody is to use any more is kept for those who still do."""
 
 _log = logging.getLogger("retrieval_draft")
 
@@ -70,6 +74,7 @@ class History:
         self._entries: WeakKeyDictionary[Segment, SegmentEntry] = WeakKeyDictionary()
         self._waiting: deque[tuple[TokenArray, TokenArray]] = deque()
         self._waiting_tokens = 0
+        self._leaving: deque[tuple[float, list[Segment]]] = deque()
         self._busy = False
         self._closed = False
         self._worker: threading.Thread | None = None
@@ -179,7 +184,7 @@ class History:
         if not texts:
             return
         segments = [*self._segments, Segment.build(texts, self._vocabulary)]
-        self._segments = tuple(segments)
+        self._segments = tuple(segments)  # it can be looked up at once; merging may take a while
         most = self._max_bytes // SHARE
         while len(segments) > 1 and segments[-2].nbytes < RATIO * segments[-1].nbytes:
             if segments[-2].nbytes + segments[-1].nbytes > most and segments[-2].nbytes > most // 2:
@@ -187,7 +192,11 @@ class History:
             segments[-2:] = [_merged(segments[-2], segments[-1], self._vocabulary)]
         while len(segments) > 1 and segments_nbytes(segments) > self._max_bytes:
             self.evicted += segments.pop(0).num_tokens
+        gone = [segment for segment in self._segments if segment not in segments]
         self._segments = tuple(segments)
+        # Giving memory back takes a while, and requests let go of a segment in the middle of a step: so the
+        # last one to let go is this thread.
+        self._leaving.append((time.monotonic() + GRACE, gone))
         self._persist(self._segments)
 
     def _persist(self, segments: Segments) -> None:
@@ -213,6 +222,8 @@ class History:
             Whether there may be another.
         """
         taken = self._take()
+        while self._leaving and self._leaving[0][0] <= time.monotonic():
+            self._leaving.popleft()
         if taken:
             try:
                 self._ingest(taken)

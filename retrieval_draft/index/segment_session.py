@@ -110,16 +110,13 @@ class SegmentSession:
         chain, longest, _ = match_state(len(segments))
         known = {id(segment): place for place, segment in enumerate(self._segments)}
         rows = np.empty((len(segments), self._match.SEGMENT_FIELDS), np.int64)
-        text = self._tail[self._tail >= 0]
         for place, segment in enumerate(segments):
             rows[place] = segment.row
             old = known.get(id(segment))
             if old is not None:
                 chain[place], longest[place] = self._chain[old], self._longest[old]
-            elif len(text):
-                here = slice(place, place + 1)
-                _, _, tail = match_state(0)
-                self._match.advance(rows[here], chain[here], longest[here], tail, text)
+            else:
+                self._match.locate(rows, place, chain, longest, self._tail)
         self._segments, self._rows, self._chain, self._longest = segments, rows, chain, longest
 
 

@@ -269,6 +269,45 @@ def advance(
 
 
 @kernel
+def locate(
+    segments: NDArray[np.int64],
+    segment: int,
+    chain: NDArray[np.int32],
+    longest: NDArray[np.int32],
+    tail: NDArray[np.int32],
+) -> None:
+    """Finds the text's end in one segment from nothing, as `advance` would have left it.
+
+    Each length is looked up by the key it begins with and narrowed by what follows, until one does not occur:
+    then no longer one does.
+    """
+    count = 64 // segments[segment, BITS]
+    chain[segment] = 0
+    for length in range(1, count):
+        chain[segment, length, 1] = UNKNOWN
+    longest[segment] = 0
+    for length in range(count, LONGEST + 1):
+        first = LONGEST - length
+        entry = chain[segment, length]
+        if tail[first] < 0:
+            return
+        find_short(segments, segment, tail[: first + count], count, entry)
+        found = entry[0] != entry[1]
+        for depth in range(count, length):
+            token = tail[first + depth]
+            found = (
+                found
+                and token != segments[segment, SEPARATOR]
+                and _narrow(segments, segment, entry, depth, token, entry)
+            )
+        if not found:
+            entry[0] = 0
+            entry[1] = 0
+            return
+        longest[segment] = length
+
+
+@kernel
 def occurrences(
     segments: NDArray[np.int64],
     segment: int,
