@@ -242,7 +242,8 @@ def advance(
         tail: int32, shape (LONGEST,). The text's end, -1 where it is shorter.
     """
     for token in tokens:
-        tail[: LONGEST - 1] = tail[1:]
+        for place in range(LONGEST - 1):
+            tail[place] = tail[place + 1]
         tail[LONGEST - 1] = token
         for segment in range(len(segments)):
             count = 64 // segments[segment, BITS]
@@ -282,9 +283,9 @@ def locate(
     then no longer one does.
     """
     count = 64 // segments[segment, BITS]
-    chain[segment] = 0
-    for length in range(1, count):
-        chain[segment, length, 1] = UNKNOWN
+    for length in range(LONGEST + 1):
+        chain[segment, length, 0] = 0
+        chain[segment, length, 1] = UNKNOWN if 0 < length < count else 0
     longest[segment] = 0
     for length in range(count, LONGEST + 1):
         first = LONGEST - length

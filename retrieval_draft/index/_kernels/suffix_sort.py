@@ -217,7 +217,9 @@ def _sort_many(
     histogram: NDArray[np.int32],
 ) -> None:
     """Stable radix sort of `run` by `keys`, lowest byte first, bytes that are all equal left out."""
-    histogram[:] = 0
+    for digit in range(DIGITS):
+        for value in range(_RADIX):
+            histogram[digit, value] = 0
     for item in range(size):
         key = keys[item]
         for digit in range(DIGITS):
@@ -243,5 +245,6 @@ def _sort_many(
             target[slot] = source[item]
         flipped = not flipped
     if flipped:
-        keys[:size] = spare_keys[:size]
-        run[:] = spare[:size]
+        for item in range(size):
+            keys[item] = spare_keys[item]
+            run[item] = spare[item]
