@@ -10,7 +10,7 @@ import numpy as np
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.fingerprint import tokenizer_fingerprint
+from retrieval_draft.fingerprint import tokenizer_fingerprint, vocabulary_size
 from retrieval_draft.index.corpus import Corpus
 from retrieval_draft.index.phrases import PhraseTable, read_phrases
 from retrieval_draft.index.registry import Datastores
@@ -49,11 +49,9 @@ def open_datastores(
         fingerprint = tokenizer_fingerprint(tokenizer)
     opened = []
     for corpus in corpora:
-        if isinstance(corpus, Corpus):
-            corpus.folder.check(fingerprint, len(tokenizer))
-            opened.append(corpus)
-        else:
-            opened.append(Corpus.open(corpus, fingerprint, len(tokenizer)))
+        found = corpus if isinstance(corpus, Corpus) else Corpus.open(corpus)
+        found.folder.check(fingerprint, vocabulary_size(tokenizer))
+        opened.append(found)
     table = None if phrases is None else _phrases(phrases, tokenizer)
     return Datastores(vocabulary, fingerprint, tuple(opened), table)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import xxhash
 
-__all__ = ["tokenizer_fingerprint"]
+__all__ = ["tokenizer_fingerprint", "vocabulary_size"]
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -22,3 +22,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0])):
         digest.update(f"{number}\t{token}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """One more than the largest id, added tokens included; ids may have gaps."""
+    return max(tokenizer.get_vocab().values(), default=0) + 1

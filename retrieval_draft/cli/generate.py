@@ -143,6 +143,10 @@ def _print_stats(stats: DraftStats, seconds: float) -> None:
         ("draft nodes per step", f"{stats.drafted / max(stats.steps, 1):.1f}"),
         ("accepted drafts", f"{stats.accepted}"),
         *((f"  by {name}", f"{count}") for name, count in sorted(stats.accepted_by_source.items())),
+        *(
+            (f"  level {name}: accepted of drafted", f"{stats.accepted_by_level[name]} of {count}")
+            for name, count in sorted(stats.drafted_by_level.items())
+        ),
         ("seconds", f"{seconds:.2f}"),
         *((f"  {part}", f"{getattr(stats, part + '_seconds'):.3f}") for part in parts),
         ("tokens a second", f"{stats.tokens / seconds:.1f}"),

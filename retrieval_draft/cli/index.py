@@ -398,7 +398,9 @@ def _named(index: IndexFolder) -> str:
 
 
 def _workers(workers: int | None) -> int:
-    return workers or len(os.sched_getaffinity(0))
+    if workers is None and hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return workers or os.cpu_count() or 1
 
 
 def _shown(value: object) -> str:

@@ -25,22 +25,13 @@ class Corpus:
         self.segments: Segments = folder.segments()
 
     @classmethod
-    def open(cls, path: str | Path, fingerprint: str | None = None, vocabulary: int | None = None) -> Corpus:
-        """Opens an index that ``retrieval-draft index build`` wrote.
-
-        Args:
-            path: Its folder.
-            fingerprint: Of the tokenizer of the texts that will be looked up; None to take any.
-            vocabulary: Ids of that tokenizer.
+    def open(cls, path: str | Path) -> Corpus:
+        """Opens an index that ``index build`` wrote; ``folder.check`` holds it to a tokenizer.
 
         Raises:
             DatastoreError: No index, or a torn one.
-            TokenizerMismatchError: It was built with another tokenizer.
         """
-        folder = IndexFolder.open(Path(path))
-        if fingerprint is not None:
-            folder.check(fingerprint, folder.manifest.vocabulary_size if vocabulary is None else vocabulary)
-        return cls(folder)
+        return cls(IndexFolder.open(Path(path)))
 
     @property
     def nbytes(self) -> int:

@@ -8,6 +8,9 @@ from retrieval_draft.index.source import DraftSession, DraftSource, NodeLogits, 
 
 __all__ = ["Locality", "RequestDrafts"]
 
+CERTAIN = 0.5
+"""A source that gives all of its nodes together this probability leaves no room for others."""
+
 
 class RequestDrafts:
     """Every source's session of one request, asked together."""
@@ -18,9 +21,17 @@ class RequestDrafts:
     def propose(self, budget: int) -> list[Proposal]:
         """One proposal of at most `budget` nodes from each source, in their order; empty ones too.
 
-        The order is what fusion and calibration know a source by, so it is the same at every step.
+        The order is what fusion and calibration know a source by, so it is the same at every step. Where a
+        near source is almost certain of the whole budget, those further away are not asked.
         """
-        return [session.propose(budget) for session in self._sessions] if budget > 0 else []
+        if budget <= 0:
+            return []
+        proposals: list[Proposal] = []
+        enough = False
+        for session in self._sessions:
+            proposals.append(session.propose(0 if enough else budget))
+            enough = enough or _fills(proposals[-1], budget)
+        return proposals
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens to the text of every source."""
@@ -36,6 +47,11 @@ class RequestDrafts:
         """Ends the request in every source."""
         for session in self._sessions:
             session.close()
+
+
+def _fills(proposal: Proposal, budget: int) -> bool:
+    """Whether a proposal has `budget` nodes and takes all of them together for likely."""
+    return len(proposal) == budget and float(proposal.probs.prod()) >= CERTAIN
 
 
 class Locality:

@@ -86,7 +86,7 @@ def test_other_generation_modes_are_refused(options: dict[str, Any]) -> None:
 def test_unknown_method_and_unsupported_parts() -> None:
     with pytest.raises(UnknownMethodError):
         RetrievalDrafter.for_model(MODEL, method="magic")
-    for part in ({"corpora": ["x"]}, {"store": "redis://x"}, {"phrases": ["x"]}, {"draft_model": MODEL}):
+    for part in ({"store": "redis://x"}, {"draft_model": MODEL}):
         with pytest.raises(InvalidInputError, match="not supported yet"):
             RetrievalDrafter.for_model(MODEL, **part)
 

@@ -51,9 +51,9 @@ def test_what_is_not_published_does_not_count(index) -> None:
 
 def test_another_tokenizer_is_refused(index) -> None:
     with pytest.raises(TokenizerMismatchError, match="fingerprint"):
-        Corpus.open(index.path, "0" * 32, 100)
+        Corpus.open(index.path).folder.check("0" * 32, 100)
     with pytest.raises(TokenizerMismatchError, match="101 ids"):
-        Corpus.open(index.path, "f" * 32, 101)
+        Corpus.open(index.path).folder.check("f" * 32, 101)
     with pytest.raises(TokenizerMismatchError):
         IndexFolder.create(index.path, "0" * 32, 100)
 
