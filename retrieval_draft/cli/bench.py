@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from retrieval_draft.cli import bench_datastores
+from retrieval_draft.cli._bench_common import Out, finish, ratio_range, split
 from retrieval_draft.cli._common import CpuKernels, Device, Dtype, Index, Json, Model, Nodes
 from retrieval_draft.cli._output import print_json, print_table
-from retrieval_draft.errors import InvalidInputError
 
 __all__ = ["app", "print_live"]
 
 DIFFERENT = 3
 
-Out = Annotated[
-    Path | None, typer.Option(help="Write the JSON object to a file as well.", show_default=False)
-]
-
 app = typer.Typer(help="Measure.", pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command("index")(bench_datastores.index)
+app.command("corpus")(bench_datastores.corpus)
 
 
 @app.callback(invoke_without_command=True)
@@ -72,8 +70,8 @@ def live(
     from retrieval_draft.bench.prompts import random_prompts, read_prompts, spread
     from retrieval_draft.model_files import load_model
 
-    names = _split(methods)
-    chosen = [] if random_ids is not None else spread(read_prompts(prompts or []), limit, _split(tasks), seed)
+    names = split(methods)
+    chosen = [] if random_ids is not None else spread(read_prompts(prompts or []), limit, split(tasks), seed)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     if random_ids is not None:
         chosen = random_prompts(random_ids, prompt_length, len(tokenizer), tokenizer.all_special_ids, seed)
@@ -90,7 +88,7 @@ def live(
         corpora=index or (),
     )
     result["model"] = model
-    _finish(result, out)
+    finish(result, out)
     if json:
         print_json(result)
     else:
@@ -119,13 +117,13 @@ def replay(
     result = run(
         traces,
         nodes=nodes,
-        sources=_split(sources) or None,
+        sources=split(sources) or None,
         history=history,
         method=method,
         limit=limit,
         corpora=index or (),
     )
-    _finish(result, out)
+    finish(result, out)
     if json:
         print_json(result)
         return
@@ -155,7 +153,7 @@ def forward(
     from retrieval_draft.bench.forward import SIZES, measure_forward
     from retrieval_draft.model_files import load_model
 
-    names = _split(dtypes)
+    names = split(dtypes)
     if not names:
         raise typer.BadParameter("name one", param_hint="--dtypes")
     models = [load_model(model, dtype=name, device=device)[0] for name in names]
@@ -163,7 +161,7 @@ def forward(
     for result in results:
         result["model"] = model
     result = results[0] | {"by_dtype": {each["dtype"]: each for each in results[1:]}}
-    _finish(result, out)
+    finish(result, out)
     if json:
         print_json(result)
         return
@@ -200,8 +198,8 @@ def automaton(
     """Measure the suffix automaton: insertion, bytes a token, proposals at several context lengths."""
     from retrieval_draft.bench.automaton import measure_automaton
 
-    result = measure_automaton(traces, lengths=[int(length) for length in _split(lengths)], nodes=nodes)
-    _finish(result, out)
+    result = measure_automaton(traces, lengths=[int(length) for length in split(lengths)], nodes=nodes)
+    finish(result, out)
     if json:
         print_json(result)
         return
@@ -220,108 +218,6 @@ def automaton(
     print_table("", columns, rows)
 
 
-@app.command("index")
-def index(
-    tokens: Annotated[int, typer.Option(min=1000, help="Tokens of the index.")] = 100_000_000,
-    vocabulary: Annotated[int, typer.Option(min=16, help="Ids are below it.")] = 32000,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that sort.")] = 2,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes of each proposal.")] = 60,
-    history_tokens: Annotated[
-        int, typer.Option(min=0, help="Tokens of the history; 0 for none.")
-    ] = 10_000_000,
-    folder: Annotated[
-        Path | None,
-        typer.Option(help="Where to write meanwhile; the system's by default.", show_default=False),
-    ] = None,
-    out: Out = None,
-    json: Json = False,
-) -> None:
-    """Measure datastores on synthetic text: build, open and look up an index, and a growing history."""
-    from retrieval_draft.bench.datastores import measure_history, measure_index
-
-    result = measure_index(tokens, vocabulary=vocabulary, workers=workers, nodes=nodes, folder=folder)
-    if history_tokens:
-        result["history"] = measure_history(history_tokens, vocabulary=vocabulary, nodes=nodes)
-    _finish(result, out)
-    if json:
-        print_json(result)
-        return
-    large, small = result["lookup_us"], result["lookup_us_small"]
-    rows = [
-        ("built, tokens a second", f"{result['build_tokens_per_second'] / 1e6:.1f}M"),
-        ("memory of the build, MB", f"{result['build_memory_bytes'] / 1e6:.0f}"),
-        ("bytes a token on disk", f"{result['bytes_per_token']:.2f}"),
-        ("opening, ms", f"{result['open_ms']:.1f}"),
-        ("lookup and proposal, us: p50, p99", f"{large['p50']:.1f}, {large['p99']:.1f}"),
-        (f"the same at {result['tokens_small']:,} tokens", f"{small['p50']:.1f}, {small['p99']:.1f}"),
-    ]
-    if history_tokens:
-        found = result["history"]
-        rows.append(("history, bytes a token", f"{found['bytes_per_token']:.2f}"))
-        for name, what in (("", "alone"), ("_ingesting", "requests come in"), ("_evicting", "evicting")):
-            times = found[f"step_us{name}"]
-            values = f"{times['p50']:.0f}, {times['p99']:.0f}, {times['max']:.0f}"
-            rows.append((f"history's part of a step, us: p50, p99, max, {what}", values))
-        sizes = (found["resident_bytes"], found["resident_bytes_after_eviction"])
-        if None not in sizes:
-            rows.append(
-                ("resident MB before and after eviction", " ".join(f"{size / 1e6:.0f}" for size in sizes))
-            )
-    title = f"{result['tokens']:,} tokens in {result['segments']} segments, {vocabulary:,} ids"
-    print_table(title, ("what", "measured"), rows)
-
-
-@app.command("corpus")
-def corpus(
-    model: Model,
-    paths: Annotated[
-        list[str] | None,
-        typer.Argument(help="A code base. Python's standard library by default.", show_default=False),
-    ] = None,
-    include: Annotated[str, typer.Option(help="Globs of files to take, by commas.")] = "*.py",
-    exclude: Annotated[str, typer.Option(help="Globs of files to leave out, by commas.")] = "",
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts, each from a file of its own.")] = 30,
-    prompt_tokens: Annotated[int, typer.Option(min=8, help="Tokens of each.")] = 192,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each reply at most.")] = 96,
-    nodes: Nodes = None,
-    dtype: Dtype = "float32",
-    device: Device = None,
-    out: Out = None,
-    json: Json = False,
-) -> None:
-    """Measure what an index of a code base brings to prompts cut from files it does not hold."""
-    from retrieval_draft.bench.corpus import measure_corpus, standard_library
-    from retrieval_draft.model_files import load_model
-
-    chosen, left_out = (paths, []) if paths else standard_library()
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
-    result = measure_corpus(
-        loaded,
-        tokenizer,
-        chosen,
-        include=_split(include),
-        exclude=[*left_out, *_split(exclude)],
-        prompts=prompts,
-        prompt_tokens=prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        nodes=nodes,
-    )
-    result["model"] = model
-    _finish(result, out)
-    if json:
-        print_json(result)
-        return
-    steps, speed = result["tokens_per_step"], result["speed_ratio"]
-    rows = [
-        ("tokens per step without the index", f"{steps['without']:.3f}"),
-        ("with the index", f"{steps['with']:.3f}"),
-        ("ratio", f"{result['ratio']:.3f}"),
-        ("speed with / without, median (p10..p90)", _spread(speed)),
-        ("same text", f"{result['equal']} of {result['prompts']}"),
-    ]
-    print_table(f"{result['index_tokens']:,} tokens indexed", ("what", "measured"), rows)
-
-
 @app.command("cold")
 def cold(
     model: Annotated[str | None, typer.Option(help="Also prepare the CPU kernels for this model.")] = None,
@@ -333,10 +229,10 @@ def cold(
     from retrieval_draft.bench.cold import measure_cold, measure_first_use
 
     result = measure_cold()
-    names = _split(dtypes) if model is not None else []
+    names = split(dtypes) if model is not None else []
     if model is not None:
         result["first_use"] = {name: measure_first_use(model, name) for name in names}
-    _finish(result, out)
+    finish(result, out)
     if json:
         print_json(result)
         return
@@ -375,8 +271,8 @@ def print_live(result: dict[str, Any]) -> None:
                 f"{entry['tokens_per_second']:.1f}",
                 f"{entry['tokens_per_step']:.2f}",
                 f"{entry['nodes_per_step']:.1f}",
-                _spread(entry["ratio_to_stock"]),
-                _spread(entry["ratio_to_none"]),
+                ratio_range(entry["ratio_to_stock"]),
+                ratio_range(entry["ratio_to_none"]),
                 "" if equal is None else f"{equal} + {entry['near_ties']} ties of {result['prompts']}",
                 "" if share is None else f"{share:.1%}",
             )
@@ -396,22 +292,3 @@ def print_live(result: dict[str, Any]) -> None:
         columns, rows = columns[:at] + columns[at + 1 :], [row[:at] + row[at + 1 :] for row in rows]
     title = f"{result['model']}, {result['device']}, {result['dtype']}, greedy, {result['prompts']} prompts"
     print_table(title, columns, rows)
-
-
-def _spread(ratio: dict[str, float] | None) -> str:
-    return "" if ratio is None else f"{ratio['median']:.2f} ({ratio['p10']:.2f}..{ratio['p90']:.2f})"
-
-
-def _split(words: str) -> list[str]:
-    return [word.strip() for word in words.split(",") if word.strip()]
-
-
-def _finish(result: dict[str, Any], out: Path | None) -> None:
-    if out is None:
-        return
-    part = out.with_name(out.name + ".part")
-    try:
-        part.write_text(json_module.dumps(result, indent=2) + "\n", encoding="utf-8")
-        part.replace(out)
-    except OSError as error:
-        raise InvalidInputError(f"Cannot write {out}: {error}.") from error

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from retrieval_draft.cli import index_look
 from retrieval_draft.cli._common import Json
-from retrieval_draft.cli._output import print_json, print_table
+from retrieval_draft.cli._encoder import load_encoder, named_tokenizer
+from retrieval_draft.cli._output import print_json
 from retrieval_draft.errors import DatastoreError, InvalidInputError
 
 if TYPE_CHECKING:
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(help="Corpus indexes: text on disk that requests draft from.", no_args_is_help=False)
+app.command("inspect")(index_look.inspect)
+app.command("verify")(index_look.verify)
+app.command("query")(index_look.query)
 
 DIFFERENT = 3
 
@@ -119,7 +124,7 @@ def add(
     from retrieval_draft.index.index_folder import IndexFolder
 
     index = IndexFolder.open(out)
-    encoder = load_encoder(tokenizer or _named(index))
+    encoder = load_encoder(tokenizer or named_tokenizer(index))
     _fill(index, encoder, paths, text_column, limit, skip, include, exclude, workers, segment_tokens,
           executor, json, False)  # fmt: skip
 
@@ -154,142 +159,6 @@ def merge(
     with progress("Merging", total) as advance:
         merge_indexes(target, sources, segment_tokens or segment_tokens_here(), _workers(workers), advance)
     _print_summary(target, {}, json)
-
-
-@app.command("inspect")
-def inspect(
-    folder: Folder,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            "--plot", help="Write histograms of match lengths and branching (.png, .svg).", show_default=False
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Positions sampled for them.")] = 2000,
-    json: Json = False,
-) -> None:
-    """Say what an index holds."""
-    from retrieval_draft.index.build.journal import Journal
-    from retrieval_draft.index.describe import describe
-    from retrieval_draft.index.index_folder import IndexFolder
-
-    index = IndexFolder.open(folder)
-    manifest = index.manifest
-    found = describe(index.segments(), samples)
-    facts: dict[str, Any] = {
-        "tokens": manifest.tokens,
-        "documents": manifest.documents,
-        "segments": [entry.tokens for entry in manifest.segments],
-        "nbytes": manifest.nbytes,
-        "bytes_per_token": manifest.nbytes / manifest.tokens if manifest.tokens else 0.0,
-        "vocabulary_size": manifest.vocabulary_size,
-        "tokenizer": manifest.tokenizer,
-        "fingerprint": manifest.fingerprint,
-        "format_version": manifest.format_version,
-        "created": manifest.created,
-        "changed": manifest.changed,
-        "unfinished": Journal.exists(index.path),
-        "median_match": found.median_match,
-        "mean_branching": {
-            str(length): float(counts.mean()) for length, counts in found.branching.items() if len(counts)
-        },
-    }
-    if plot is not None:
-        from retrieval_draft.cli._index_plot import plot_description
-
-        plot_description(found, manifest.tokens, plot)
-        facts["plot"] = str(plot)
-    if json:
-        print_json(facts)
-        return
-    rows = [(name, _shown(value)) for name, value in facts.items()]
-    print_table(str(folder), ("what", "value"), rows)
-    if facts["unfinished"]:
-        print("An interrupted build waits here: the same command goes on with it.")
-
-
-@app.command("verify")
-def verify(folder: Folder, json: Json = False) -> None:
-    """Compare every file with its checksum. Exit code 3 if one differs."""
-    from retrieval_draft.index.index_folder import IndexFolder
-
-    index = IndexFolder.open(folder)
-    wrong = index.verify()
-    if not wrong:
-        index.segments()
-    if json:
-        print_json({"files": 4 * len(index.manifest.segments), "wrong": wrong})
-    else:
-        for line in wrong:
-            print(line)
-        if not wrong:
-            print(f"{folder}: {len(index.manifest.segments)} segments, all files as they were written")
-    if wrong:
-        raise typer.Exit(DIFFERENT)
-
-
-@app.command("query")
-def query(
-    text: Annotated[str, typer.Argument(help="Text that a reply could end with so far.", show_default=False)],
-    index: Annotated[list[Path], typer.Option("--index", help="An index; repeatable.", show_default=False)],
-    tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="By default the one the index was built with.")
-    ] = None,
-    nodes: Annotated[int, typer.Option("--nodes", min=1, max=1024, help="Nodes of the draft.")] = 24,
-    json: Json = False,
-) -> None:
-    """Show what would be drafted after a text."""
-    import numpy as np
-
-    from retrieval_draft.index.corpus import Corpus, CorpusSource
-
-    opened = [Corpus.open(path) for path in index]
-    encoder = load_encoder(tokenizer or _named(opened[0].folder))
-    for corpus in opened:
-        corpus.folder.check(encoder.fingerprint, encoder.vocabulary)
-    tokens = encoder.encode([text])[0]
-    if not len(tokens):
-        raise InvalidInputError("The text is empty.", "Give some text.")
-    session = CorpusSource(opened).open(tokens)
-    proposal = session.propose(nodes)
-    suffixes = [
-        {"tokens": length, "text": encoder.decode(tokens[-length:]),
-         "count": sum(segment.count(tokens[-length:]) for corpus in opened for segment in corpus.segments)}
-        for length in range(1, min(len(tokens), 32) + 1)
-    ]  # fmt: skip
-    suffixes = [found for found in suffixes if found["count"]]
-    paths = np.ones(len(proposal))
-    for node, parent in enumerate(proposal.parents):
-        paths[node] = proposal.probs[node] * (paths[parent] if parent >= 0 else 1.0)
-    if json:
-        print_json(
-            {
-                "text_tokens": [int(token) for token in tokens],
-                "matches": suffixes,
-                "tokens": [int(token) for token in proposal.tokens],
-                "pieces": [encoder.decode(proposal.tokens[node : node + 1]) for node in range(len(proposal))],
-                "parents": [int(parent) for parent in proposal.parents],
-                "probs": [float(prob) for prob in proposal.probs],
-                "path_probs": [float(prob) for prob in paths],
-                "match_lengths": [int(length) for length in proposal.match_lengths],
-            }
-        )
-        return
-    rows = [(repr(found["text"]), str(found["tokens"]), str(found["count"])) for found in suffixes[-8:]]
-    print_table("", ("end of the text that occurs", "tokens", "times"), rows)
-    _print_tree(encoder, proposal, paths)
-
-
-def load_encoder(name: str) -> Encoder:
-    """The tokenizer that a user names: a tokenizer.json, a model's folder, or a hub name."""
-    from retrieval_draft.index.build.encoder import Encoder
-
-    path = Path(name).expanduser()
-    if path.is_file():
-        return Encoder.from_file(path)
-    from retrieval_draft.model_files import load_tokenizer
-
-    return Encoder(load_tokenizer(name), name)
 
 
 def _fill(
@@ -374,43 +243,7 @@ def _print_summary(index: IndexFolder, facts: dict[str, Any], json: bool) -> Non
             print(f"  {name}")
 
 
-def _print_tree(encoder: Encoder, proposal: Any, paths: Any) -> None:
-    from rich.console import Console
-    from rich.text import Text
-    from rich.tree import Tree
-
-    root = Tree("draft")
-    branches = [root]
-    for node, parent in enumerate(proposal.parents):
-        piece = encoder.decode(proposal.tokens[node : node + 1])
-        line = Text(f"{piece!r}  {paths[node]:.2f}")
-        branches.append(branches[parent + 1].add(line))
-    if len(proposal):
-        Console().print(root)
-    else:
-        print("Nothing to draft: the index does not know the text's end.")
-
-
-def _named(index: IndexFolder) -> str:
-    if not index.manifest.tokenizer:
-        raise InvalidInputError(f"{index.path} does not say its tokenizer.", "Name it with --tokenizer.")
-    return index.manifest.tokenizer
-
-
 def _workers(workers: int | None) -> int:
     if workers is None and hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return workers or os.cpu_count() or 1
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.2f}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {_shown(each)}" for key, each in value.items())
-    if isinstance(value, list):
-        shown = ", ".join(_shown(each) for each in value[:8])
-        return f"{len(value)}: {shown}{', ...' if len(value) > 8 else ''}"
-    return str(value)
