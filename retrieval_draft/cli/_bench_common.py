@@ -18,14 +18,17 @@ Out = Annotated[
 
 
 def ratio_range(ratio: dict[str, float] | None) -> str:
+    """A median with its tenths; empty where there is none."""
     return "" if ratio is None else f"{ratio['median']:.2f} ({ratio['p10']:.2f}..{ratio['p90']:.2f})"
 
 
 def split(words: str) -> list[str]:
+    """What stands between commas."""
     return [word.strip() for word in words.split(",") if word.strip()]
 
 
 def finish(result: dict[str, Any], out: Path | None) -> None:
+    """Writes a result to the file that the user named, if one."""
     if out is None:
         return
     part = out.with_name(out.name + ".part")
