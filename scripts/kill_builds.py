@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from retrieval_draft.index.build.encoder import Encoder
+from retrieval_draft.index.building.encoder import Encoder
 from retrieval_draft.index.index_folder import IndexFolder
 from tests.tiny import byte_tokenizer
 

@@ -14,7 +14,7 @@ import numpy as np
 from retrieval_draft.bench.cold import resident_bytes
 from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.bench.synthetic_text import SyntheticText
-from retrieval_draft.index.build.builder import segment_tokens_here
+from retrieval_draft.index.building.builder import segment_tokens_here
 from retrieval_draft.index.corpus import Corpus, CorpusSource
 from retrieval_draft.index.history import GRACE, History, HistorySource
 from retrieval_draft.index.index_folder import IndexFolder

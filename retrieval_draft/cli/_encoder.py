@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from retrieval_draft.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from retrieval_draft.index.build.encoder import Encoder
+    from retrieval_draft.index.building.encoder import Encoder
     from retrieval_draft.index.index_folder import IndexFolder
 
 __all__ = ["load_encoder", "named_tokenizer"]
@@ -16,7 +16,7 @@ __all__ = ["load_encoder", "named_tokenizer"]
 
 def load_encoder(name: str) -> Encoder:
     """The tokenizer that a user names: a tokenizer.json, a model's folder, or a hub name."""
-    from retrieval_draft.index.build.encoder import Encoder
+    from retrieval_draft.index.building.encoder import Encoder
 
     path = Path(name).expanduser()
     if path.is_file():

@@ -17,8 +17,8 @@ from retrieval_draft.cli._output import print_json
 from retrieval_draft.errors import DatastoreError, InvalidInputError
 
 if TYPE_CHECKING:
-    from retrieval_draft.index.build.builder import BuildState
-    from retrieval_draft.index.build.encoder import Encoder
+    from retrieval_draft.index.building.builder import BuildState
+    from retrieval_draft.index.building.encoder import Encoder
     from retrieval_draft.index.index_folder import IndexFolder
 
 __all__ = ["app"]
@@ -142,8 +142,8 @@ def merge(
 ) -> None:
     """Join indexes of one tokenizer, and small segments into larger ones."""
     from retrieval_draft._progress import progress
-    from retrieval_draft.index.build.builder import segment_tokens_here
-    from retrieval_draft.index.build.merge import merge_indexes
+    from retrieval_draft.index.building.builder import segment_tokens_here
+    from retrieval_draft.index.building.merge import merge_indexes
     from retrieval_draft.index.index_folder import IndexFolder
 
     opened = [IndexFolder.open(path) for path in indexes]
@@ -178,8 +178,8 @@ def _fill(
 ) -> None:
     """What build and add have in common."""
     from retrieval_draft.cli._build_progress import build_progress
-    from retrieval_draft.index.build.builder import BuildOptions, build_index
-    from retrieval_draft.index.build.documents import find_files
+    from retrieval_draft.index.building.builder import BuildOptions, build_index
+    from retrieval_draft.index.building.documents import find_files
 
     files = find_files(paths, include=include or (), exclude=exclude or ())
     threads = _workers(workers)
@@ -192,7 +192,7 @@ def _fill(
         if executor is None:
             state = build_index(index, files, encoder, options, watch, replace)
         else:
-            from retrieval_draft.index.build.shards import build_on_ray
+            from retrieval_draft.index.building.shards import build_on_ray
 
             if executor != "ray" and not executor.startswith("ray://"):
                 raise InvalidInputError(

@@ -13,7 +13,7 @@ from retrieval_draft.cli._output import print_json, print_table
 from retrieval_draft.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from retrieval_draft.index.build.encoder import Encoder
+    from retrieval_draft.index.building.encoder import Encoder
 
 __all__ = ["inspect", "query", "verify"]
 
@@ -34,7 +34,7 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Say what an index holds."""
-    from retrieval_draft.index.build.journal import Journal
+    from retrieval_draft.index.building.journal import Journal
     from retrieval_draft.index.describe import describe
     from retrieval_draft.index.index_folder import IndexFolder
 

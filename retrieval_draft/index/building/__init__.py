@@ -1,0 +1,1 @@
+"""Building corpus indexes: reading, tokenising, sorting, joining."""

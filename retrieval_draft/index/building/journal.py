@@ -1,0 +1,106 @@
+"""What an unfinished build has done so far, so that the same command goes on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import xxhash
+
+from retrieval_draft.index.building.documents import DocumentFile
+from retrieval_draft.index.index_folder import RunEntry, SegmentEntry, replace_file
+
+__all__ = ["Journal", "Position", "work_key"]
+
+_NAME = "journal.json"
+
+
+class Position(msgspec.Struct, frozen=True):
+    """The next document to read.
+
+    Attributes:
+        file: Number of its file.
+        record: Number of the document within it.
+        offset: Tokens of it that are done already.
+        documents: Documents taken before it.
+    """
+
+    file: int = 0
+    record: int = 0
+    offset: int = 0
+    documents: int = 0
+
+
+class Journal(msgspec.Struct, kw_only=True):
+    """What is finished but not published.
+
+    Attributes:
+        key: Says what work it is, see `work_key`.
+        base: Names of the segments that the index had when the work began.
+        runs: Texts that are read but not sorted, in order.
+        segments: Texts that are sorted, which come before the runs.
+        shards: For builds in shards, which are done: their number to the segments of each.
+        position: Where reading goes on.
+        all_read: Whether there is nothing more to read.
+    """
+
+    key: str
+    base: list[str]
+    runs: list[RunEntry] = msgspec.field(default_factory=list)
+    segments: list[SegmentEntry] = msgspec.field(default_factory=list)
+    shards: dict[int, list[SegmentEntry]] = msgspec.field(default_factory=dict)
+    position: Position = Position()
+    all_read: bool = False
+
+    @classmethod
+    def load(cls, folder: Path, key: str, base: Sequence[str]) -> Journal:
+        """The journal of this very work, or a new one where there is none or one of other work."""
+        try:
+            found = msgspec.json.decode((folder / _NAME).read_bytes(), type=cls)
+        except (OSError, msgspec.MsgspecError):
+            found = None
+        whole = found is not None and all((folder / name).is_dir() for name in found.names)
+        if found is not None and whole and found.key == key and found.base == list(base):
+            return found
+        return cls(key=key, base=list(base))
+
+    @property
+    def names(self) -> list[str]:
+        """Folders of everything finished."""
+        return [entry.name for entry in self._entries]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of everything finished."""
+        return sum(entry.tokens for entry in self._entries)
+
+    @property
+    def _entries(self) -> list[SegmentEntry | RunEntry]:
+        shards = [entry for entries in self.shards.values() for entry in entries]
+        return [*self.segments, *shards, *self.runs]
+
+    def save(self, folder: Path) -> None:
+        """Replaces the journal on disk."""
+        replace_file(folder / _NAME, msgspec.json.encode(self))
+
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        """Whether an interrupted build left one."""
+        return (folder / _NAME).exists()
+
+    @staticmethod
+    def remove(folder: Path) -> None:
+        """Forgets it: the work is published."""
+        (folder / _NAME).unlink(missing_ok=True)
+
+
+def work_key(files: Sequence[DocumentFile], *settings: object) -> str:
+    """A digest of what is indexed and how; files count by path, size and time of change."""
+    digest = xxhash.xxh3_128(repr(settings).encode())
+    for file in files:
+        changed = 0 if file.path == "-" else Path(file.path).stat().st_mtime_ns
+        digest.update(
+            f"{file.path}\0{file.kind}\0{file.nbytes}\0{changed}\n".encode("utf-8", "surrogateescape")
+        )
+    return digest.hexdigest()
