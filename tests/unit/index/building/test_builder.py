@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,7 @@ def texts(index: IndexFolder) -> list[str]:
     found = []
     for segment in index.segments():
         joined = segment.texts(ENCODER.vocabulary)
-        bounds = [*segment.documents.tolist(), len(joined)]
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in pairwise([*segment.documents.tolist(), len(joined)]):
             found.append(ENCODER.decode(joined[begin : end - 1].astype(np.int32)))
     return found
 
