@@ -17,7 +17,7 @@ PRIOR = 20.0
 
 AGREEMENT = 1.2
 AGREEMENT_ODDS = 0.3
-RATE = 0.003
+RATE = 0.01
 """Two sources that agree start at 1.2 times the mean of their log odds and 0.3 more; from there each set of
 sources learns its own weights, at this rate."""
 
