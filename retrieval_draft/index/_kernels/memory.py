@@ -5,10 +5,12 @@ The caller keeps the arrays alive and in place for as long as the kernel runs, a
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import config, types
 from numba.extending import intrinsic
 
 from retrieval_draft.index._kernels.jit import kernel
@@ -34,10 +36,30 @@ def _loader(bits: int, result: Any, signed: bool) -> Any:
     return intrinsic(load)
 
 
-_load_uint16 = _loader(16, types.int64, signed=False)
-_load_uint32 = _loader(32, types.int64, signed=False)
-load_int32 = _loader(32, types.int64, signed=True)
-load_uint64 = _loader(64, types.uint64, signed=False)
+def _reader(kind: type[Any], result: type[Any]) -> Any:
+    """The same in Python, for runs with NUMBA_DISABLE_JIT, which check that kernels are Python that works."""
+    size = ctypes.sizeof(kind)
+
+    def load(address: int, index: int) -> Any:
+        return result(kind.from_address(int(address) + size * int(index)).value)
+
+    return load
+
+
+_load_uint16: Any
+_load_uint32: Any
+load_int32: Any
+load_uint64: Any
+if getattr(config, "DISABLE_JIT", 0):  # numba sets it when it is imported
+    _load_uint16 = _reader(ctypes.c_uint16, int)
+    _load_uint32 = _reader(ctypes.c_uint32, int)
+    load_int32 = _reader(ctypes.c_int32, int)
+    load_uint64 = _reader(ctypes.c_uint64, np.uint64)
+else:
+    _load_uint16 = _loader(16, types.int64, signed=False)
+    _load_uint32 = _loader(32, types.int64, signed=False)
+    load_int32 = _loader(32, types.int64, signed=True)
+    load_uint64 = _loader(64, types.uint64, signed=False)
 
 
 @kernel
