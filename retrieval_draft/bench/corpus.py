@@ -26,10 +26,11 @@ STOP_AT = 0.2, 0.8
 """Prompts end in this part of a file: not in its licence, not where it ends."""
 
 
-def standard_library() -> tuple[list[str], list[str]]:
-    """The folder of Python's standard library, and globs of what is not its code: packages and tests."""
-    left_out = ("site-packages", "dist-packages", "test", "**/tests", "**/test", "**/*_test")
-    return [sysconfig.get_path("stdlib")], [f"{folder}/**" for folder in left_out]
+def standard_library() -> tuple[list[str], list[str], list[str]]:
+    """The folder of Python's standard library, globs of what is no part of it, and globs of its tests."""
+    packages = ["site-packages/**", "dist-packages/**"]
+    tests = [f"{folder}/**" for folder in ("test", "**/tests", "**/test", "**/*_test")]
+    return [sysconfig.get_path("stdlib")], packages, tests
 
 
 def measure_corpus(
@@ -39,6 +40,7 @@ def measure_corpus(
     *,
     include: Sequence[str] = ("*.py",),
     exclude: Sequence[str] = (),
+    no_prompts: Sequence[str] = (),
     prompts: int = 30,
     prompt_tokens: int = 192,
     max_new_tokens: int = 96,
@@ -53,6 +55,7 @@ def measure_corpus(
         paths: The code base.
         include: Globs of files to take.
         exclude: Globs of files to leave out altogether.
+        no_prompts: Globs of files that are indexed but that no prompt is cut from.
         prompts: How many; each from a file of its own, which the index does not hold.
         prompt_tokens: Length of each.
         max_new_tokens: Of each reply.
@@ -63,13 +66,14 @@ def measure_corpus(
         Tokens per step with and without, their ratio, ratios of speed, and how many replies were equal.
     """
     files = find_files(paths, include=include, exclude=exclude)
+    sources = find_files(paths, include=include, exclude=[*exclude, *no_prompts])
     encoder = Encoder(tokenizer, getattr(tokenizer, "name_or_path", ""))
     random = np.random.default_rng(seed)
     # A model that expects a first token of its own writes nonsense without it.
     start = tokenizer("")["input_ids"][:1]
     cut = [
         (file, [*start, *ids])
-        for file, ids in _cut_prompts(files, encoder, random, prompts, prompt_tokens, max_new_tokens)
+        for file, ids in _cut_prompts(sources, encoder, random, prompts, prompt_tokens, max_new_tokens)
     ]
     held_out = {file.path for file, _ in cut}
     with tempfile.TemporaryDirectory() as folder:

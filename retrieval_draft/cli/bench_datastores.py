@@ -72,6 +72,10 @@ def corpus(
     ] = None,
     include: Annotated[str, typer.Option(help="Globs of files to take, by commas.")] = "*.py",
     exclude: Annotated[str, typer.Option(help="Globs of files to leave out, by commas.")] = "",
+    no_prompts: Annotated[
+        str,
+        typer.Option(help="Globs of files to index but cut no prompt from, by commas; stdlib: its tests."),
+    ] = "",
     prompts: Annotated[int, typer.Option(min=1, help="Prompts, each from a file of its own.")] = 30,
     prompt_tokens: Annotated[int, typer.Option(min=8, help="Tokens of each.")] = 192,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each reply at most.")] = 96,
@@ -85,7 +89,7 @@ def corpus(
     from retrieval_draft.bench.corpus import measure_corpus, standard_library
     from retrieval_draft.model_files import load_model
 
-    chosen, left_out = (paths, []) if paths else standard_library()
+    chosen, left_out, tests = (paths, [], []) if paths else standard_library()
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     result = measure_corpus(
         loaded,
@@ -93,6 +97,7 @@ def corpus(
         chosen,
         include=split(include),
         exclude=[*left_out, *split(exclude)],
+        no_prompts=[*tests, *split(no_prompts)],
         prompts=prompts,
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,

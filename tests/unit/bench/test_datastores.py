@@ -62,6 +62,7 @@ def test_a_code_base_is_measured(tmp_path) -> None:
 
 
 def test_the_standard_library_is_there() -> None:
-    [folder], left_out = standard_library()
+    [folder], left_out, tests = standard_library()
     assert folder
     assert "site-packages/**" in left_out
+    assert "test/**" in tests
