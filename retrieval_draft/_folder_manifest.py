@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from retrieval_draft import __version__
+from retrieval_draft._files import file_checksum, sync_file
 from retrieval_draft.errors import ModelFileError
 
 __all__ = ["FORMAT_VERSION", "MANIFEST", "verify_folder", "write_manifest"]
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-_BLOCK = 1 << 22
 
 
 def write_manifest(folder: Path, source: dict[str, str]) -> None:
     """Syncs every file of `folder` to disk and writes their checksums, the manifest itself last."""
     files = {}
     for path in sorted(folder.iterdir()):
-        _sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "xxh3": _checksum(path)}
+        sync_file(path)
+        files[path.name] = {"bytes": path.stat().st_size, "xxh3": file_checksum(path)}
     manifest = {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
@@ -34,7 +31,7 @@ def write_manifest(folder: Path, source: dict[str, str]) -> None:
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    _sync(folder / MANIFEST)
+    sync_file(folder / MANIFEST)
 
 
 def verify_folder(folder: Path, repair: str) -> None:
@@ -55,7 +52,7 @@ def verify_folder(folder: Path, repair: str) -> None:
         size = path.stat().st_size
         if size != expected["bytes"]:
             raise ModelFileError(f"{path} is torn: found {size} bytes, expected {expected['bytes']}.", repair)
-        found = _checksum(path)
+        found = file_checksum(path)
         if found != expected["xxh3"]:
             raise ModelFileError(
                 f"{path} was altered: found checksum xxh3 {found}, expected {expected['xxh3']}.", repair
@@ -79,16 +76,3 @@ def _read_manifest(folder: Path, repair: str) -> dict[str, Any]:
     ):
         raise ModelFileError(f"{path}: found no list of checksums, expected one.", repair)
     return manifest
-
-
-def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

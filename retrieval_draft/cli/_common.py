@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["CpuKernels", "Device", "Dtype", "Index", "Json", "Model", "Nodes"]
+__all__ = ["DIFFERENT", "CpuKernels", "Device", "Dtype", "Index", "Json", "Model", "Nodes"]
+
+DIFFERENT = 3
+"""Exit code: verification found a difference."""
 
 Model = Annotated[
     str, typer.Option("--model", help="A folder, a hub name, or gemma3-270m.", show_default=False)

@@ -9,12 +9,10 @@ import typer
 
 from retrieval_draft.cli import bench_datastores
 from retrieval_draft.cli._bench_common import Out, finish, ratio_range, split
-from retrieval_draft.cli._common import CpuKernels, Device, Dtype, Index, Json, Model, Nodes
+from retrieval_draft.cli._common import DIFFERENT, CpuKernels, Device, Dtype, Index, Json, Model, Nodes
 from retrieval_draft.cli._output import print_json, print_table
 
 __all__ = ["app", "print_live"]
-
-DIFFERENT = 3
 
 app = typer.Typer(help="Measure.", pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("index")(bench_datastores.index)

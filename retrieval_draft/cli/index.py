@@ -28,8 +28,6 @@ app.command("inspect")(index_look.inspect)
 app.command("verify")(index_look.verify)
 app.command("query")(index_look.query)
 
-DIFFERENT = 3
-
 Paths = Annotated[
     list[str],
     typer.Argument(
@@ -64,7 +62,6 @@ Executor = Annotated[
         "--executor", help="ray, or the address of a Ray cluster: ray://HOST:PORT.", show_default=False
     ),
 ]
-Folder = Annotated[Path, typer.Argument(help="An index folder.", show_default=False)]
 
 
 @app.callback(invoke_without_command=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retrieval_draft.cli._common import Json
+from retrieval_draft.cli._common import DIFFERENT, Json
 from retrieval_draft.cli._encoder import load_encoder, named_tokenizer
 from retrieval_draft.cli._output import print_json, print_table
 from retrieval_draft.errors import InvalidInputError
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from retrieval_draft.index.building.encoder import Encoder
 
 __all__ = ["inspect", "query", "verify"]
-
-DIFFERENT = 3
 
 Folder = Annotated[Path, typer.Argument(help="An index folder.", show_default=False)]
 

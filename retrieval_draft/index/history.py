@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 import numpy as np
 
 from retrieval_draft.errors import DatastoreError, InvalidInputError, RetrievalDraftError
+from retrieval_draft.index.building.merge import join_segments
 from retrieval_draft.index.index_folder import IndexFolder, SegmentEntry
 from retrieval_draft.index.segment import Segment, match_state
 from retrieval_draft.index.segment_session import Segments, SegmentSession, segments_nbytes
@@ -189,7 +190,7 @@ class History:
         while len(segments) > 1 and segments[-2].nbytes < RATIO * segments[-1].nbytes:
             if segments[-2].nbytes + segments[-1].nbytes > most and segments[-2].nbytes > most // 2:
                 break
-            segments[-2:] = [_merged(segments[-2], segments[-1], self._vocabulary)]
+            segments[-2:] = [join_segments(segments[-2:], self._vocabulary)]
         while len(segments) > 1 and segments_nbytes(segments) > self._max_bytes:
             self.evicted += segments.pop(0).num_tokens
         gone = [segment for segment in self._segments if segment not in segments]
@@ -334,12 +335,6 @@ def _new_texts(segments: Segments, prompt: TokenArray, reply: TokenArray) -> lis
         else:
             pieces.append(reply)
     return pieces
-
-
-def _merged(older: Segment, newer: Segment, vocabulary: int) -> Segment:
-    documents = np.concatenate((older.documents, newer.documents + np.int32(len(older.tokens))))
-    texts = np.concatenate((older.texts(vocabulary), newer.texts(vocabulary)))
-    return Segment.join(texts, documents, vocabulary)
 
 
 def _work(history: Callable[[], History | None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 import uuid
@@ -18,8 +17,9 @@ import xxhash
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from retrieval_draft._files import file_checksum, replace_file, sync_folder
 from retrieval_draft.errors import DatastoreError, TokenizerMismatchError
-from retrieval_draft.index.segment import Segment, file_checksum, save_array, sync_folder
+from retrieval_draft.index.segment import Segment, save_array
 
 __all__ = ["FORMAT_VERSION", "KIND", "IndexFolder", "Manifest", "RunEntry", "SegmentEntry"]
 
@@ -320,17 +320,6 @@ class IndexFolder:
             yield
         finally:
             lock.release()
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Replaces a file by another at one point in time, and makes sure that it is on disk."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    sync_folder(path.parent)
 
 
 def _read_manifest(path: Path) -> Manifest:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
+from retrieval_draft._files import file_checksum
 from retrieval_draft.errors import DatastoreError, InvalidInputError
 from retrieval_draft.index.source import TokenArray
 from retrieval_draft.index.suffix_sort import key_bits, sort_suffixes
@@ -21,7 +21,6 @@ MOST_TOKENS = 2**31 - 2**20
 """Positions are int32."""
 
 _FILES = ("tokens", "suffixes", "documents", "samples")
-_BLOCK = 1 << 22
 
 
 class Segment:
@@ -266,24 +265,6 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
         np.save(file, array, allow_pickle=False)
         file.flush()
         os.fsync(file.fileno())
-
-
-def file_checksum(path: Path) -> str:
-    """xxh3, 128 bits, in hex."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes sure that the names in a folder are on disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def text_dtype(vocabulary: int) -> type[np.uint16] | type[np.uint32]:

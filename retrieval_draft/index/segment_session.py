@@ -51,7 +51,9 @@ class SegmentSession:
         self._params = np.array([ESCAPE, ORDER_CAP, GAIN], np.float64)
         self._workspace = Workspace(fields=4, children=segment_tree.CHILDREN)
         self._ranges: NDArray[np.int16] = np.empty((0, segment_tree.RANGES, 2), np.int16)
-        self.observe(np.asarray(prompt, np.int32)[-segment_match.LONGEST :])
+        end = np.asarray(prompt, np.int32)[-segment_match.LONGEST :]
+        self._tail[segment_match.LONGEST - len(end) :] = end
+        self._refresh()
 
     @property
     def match_length(self) -> int:

@@ -20,7 +20,15 @@ from retrieval_draft.index.index_folder import IndexFolder, SegmentEntry
 from retrieval_draft.index.segment import MOST_TOKENS, Segment, text_dtype
 from retrieval_draft.index.source import TokenArray
 
-__all__ = ["BuildOptions", "BuildState", "build_index", "read_runs", "save_journal", "segment_tokens_here"]
+__all__ = [
+    "BuildOptions",
+    "BuildState",
+    "build_index",
+    "publish",
+    "read_runs",
+    "save_journal",
+    "segment_tokens_here",
+]
 
 RUN_TOKENS = 1 << 24
 """Tokens read at a time: as many are read again at most when a build is interrupted."""
@@ -66,7 +74,7 @@ class BuildOptions:
             ("segment_tokens", self.segment_tokens or 64, 64, MOST_TOKENS),
             ("workers", self.workers, 1, 1024),
             ("skip", self.skip, 0, 1 << 62),
-            ("limit", self.limit or 1, 1, 1 << 62),
+            ("limit", 1 if self.limit is None else self.limit, 1, 1 << 62),
         ):
             if not low <= value <= high:
                 raise InvalidInputError(f"{name} is {value}; it must lie in {low}..{high}.")
@@ -118,7 +126,8 @@ def build_index(
 ) -> BuildState:
     """Adds documents to an index. Readers see the old index until all is done.
 
-    Interrupted, the same call goes on behind the last finished segment, if the files did not change.
+    Interrupted, the same call goes on behind the last finished run, if the files did not change; and where all
+    was published already, it does nothing more.
 
     Args:
         index: Where to; its tokenizer is the encoder's.
@@ -141,16 +150,26 @@ def build_index(
         key = work_key(files, options.text_column, options.skip, options.limit, options.segment_tokens)
         if any(file.path == "-" for file in files):
             Journal.remove(index.path)  # what comes on stdin may be something else this time
-        journal = Journal.load(index.path, key, names)
+        journal = Journal.load(index.path, key, names, index.manifest)
         index.sweep(journal.names)
+        if journal.is_published:
+            Journal.remove(index.path)
+            return state
         state.tokens = journal.tokens
         state.resumed = journal.position.documents
         _read_all(index, files, encoder, options, journal, state, watch)
         _sort_all(index, options, journal)
-        index.publish(_all_segments(index, base, journal.segments, options))
-        Journal.remove(index.path)
-        index.sweep()
+        publish(index, journal, _all_segments(index, base, journal.segments, options))
     return state
+
+
+def publish(index: IndexFolder, journal: Journal, segments: list[SegmentEntry]) -> None:
+    """Makes `segments` the index and forgets the journal, which until then says what was to be published."""
+    journal.result = [entry.name for entry in segments]
+    save_journal(index, journal)
+    index.publish(segments)
+    Journal.remove(index.path)
+    index.sweep()
 
 
 def _read_all(
@@ -293,8 +312,6 @@ def _batches(
             if taken < options.skip:
                 taken += 1
                 continue
-            if options.limit is not None and taken - options.skip >= options.limit:
-                break
             texts.append(text)
             positions.append(Position(number, place, offset if place == record else 0, taken))
             taken += 1
@@ -302,6 +319,8 @@ def _batches(
             if characters >= _BATCH_CHARACTERS or len(texts) == _BATCH_TEXTS:
                 yield texts, positions
                 texts, positions, characters = [], [], 0
+            if options.limit is not None and taken - options.skip >= options.limit:
+                break
         state.done_bytes += file.nbytes
         state.file_bytes = 0
         if options.limit is not None and taken - options.skip >= options.limit:

@@ -8,8 +8,9 @@ from pathlib import Path
 import msgspec
 import xxhash
 
+from retrieval_draft._files import replace_file
 from retrieval_draft.index.building.documents import DocumentFile
-from retrieval_draft.index.index_folder import RunEntry, SegmentEntry, replace_file
+from retrieval_draft.index.index_folder import Manifest, RunEntry, SegmentEntry
 
 __all__ = ["Journal", "Position", "work_key"]
 
@@ -43,6 +44,8 @@ class Journal(msgspec.Struct, kw_only=True):
         shards: For builds in shards, which are done: their number to the segments of each.
         position: Where reading goes on.
         all_read: Whether there is nothing more to read.
+        result: Names of the segments that are about to be published; empty before.
+        is_published: Whether they were.
     """
 
     key: str
@@ -52,14 +55,26 @@ class Journal(msgspec.Struct, kw_only=True):
     shards: dict[int, list[SegmentEntry]] = msgspec.field(default_factory=dict)
     position: Position = Position()
     all_read: bool = False
+    result: list[str] = msgspec.field(default_factory=list)
+    is_published: bool = False
 
     @classmethod
-    def load(cls, folder: Path, key: str, base: Sequence[str]) -> Journal:
-        """The journal of this very work, or a new one where there is none or one of other work."""
+    def load(cls, folder: Path, key: str, base: Sequence[str], manifest: Manifest) -> Journal:
+        """The journal of this very work, or a new one where there is none or one of other work.
+
+        Args:
+            folder: The index.
+            key: From `work_key`.
+            base: Names of the segments that are to be kept.
+            manifest: Of the index: it tells whether a process ended between publishing and saying so.
+        """
         try:
             found = msgspec.json.decode((folder / _NAME).read_bytes(), type=cls)
         except (OSError, msgspec.MsgspecError):
             found = None
+        if found is not None and found.key == key and found.result:
+            if found.result == [entry.name for entry in manifest.segments]:
+                return cls(key=key, base=list(base), is_published=True)
         whole = found is not None and all((folder / name).is_dir() for name in found.names)
         if found is not None and whole and found.key == key and found.base == list(base):
             return found

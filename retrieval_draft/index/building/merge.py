@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft._files import sync_file, sync_folder
 from retrieval_draft.errors import DatastoreError, TokenizerMismatchError
 from retrieval_draft.index.index_folder import IndexFolder, SegmentEntry
-from retrieval_draft.index.segment import Segment, sync_folder
+from retrieval_draft.index.segment import Segment
 
 __all__ = ["RATIO", "compacted", "join_segments", "joined_texts", "merge_indexes"]
 
@@ -147,5 +148,4 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-        with target.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync_file(target)

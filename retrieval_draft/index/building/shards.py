@@ -10,6 +10,7 @@ from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.building.builder import (
     BuildOptions,
     BuildState,
+    publish,
     read_runs,
     save_journal,
 )
@@ -110,8 +111,11 @@ def build_on_ray(
         index.reload()
         base = [] if replace else list(index.manifest.segments)
         key = work_key(files, "shards", options.text_column, options.segment_tokens)
-        journal = Journal.load(index.path, key, [entry.name for entry in base])
+        journal = Journal.load(index.path, key, [entry.name for entry in base], index.manifest)
         index.sweep(journal.names)
+        if journal.is_published:
+            Journal.remove(index.path)
+            return state
         state.tokens = journal.tokens
         state.done_bytes = sum(file.nbytes for shard in journal.shards for file in shards[shard])
         started = not ray.is_initialized()
@@ -132,9 +136,7 @@ def build_on_ray(
             if started:
                 ray.shutdown()
         made = [entry for number in sorted(journal.shards) for entry in journal.shards[number]]
-        index.publish(compacted(index, [*base, *made], options.most, options.workers))
-        Journal.remove(index.path)
-        index.sweep()
+        publish(index, journal, compacted(index, [*base, *made], options.most, options.workers))
     return state
 
 

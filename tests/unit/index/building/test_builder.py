@@ -59,8 +59,9 @@ def test_documents_come_back(tmp_path) -> None:
 def test_skip_and_limit(tmp_path) -> None:
     paths = [lines(tmp_path, "a.jsonl", ["one", "two"]), lines(tmp_path, "b.jsonl", ["three", "four"])]
     index = empty(tmp_path / "index")
-    build(index, *paths, skip=1, limit=2)
+    state = build(index, *paths, skip=1, limit=2)
     assert texts(index) == ["two", "three"]
+    assert state.report.documents == 3  # what is behind the limit is not read
 
 
 def test_long_documents_and_many_segments(tmp_path) -> None:
@@ -119,6 +120,22 @@ def test_an_interrupted_build_goes_on(tmp_path, monkeypatch, after: int) -> None
     assert "".join(texts(index)) == "".join(documents)
     assert index.verify() == []
     assert not list(index.path.glob("run-*"))
+
+
+def test_a_process_that_ended_right_behind_publishing_adds_nothing_twice(tmp_path, monkeypatch) -> None:
+    index = empty(tmp_path / "index")
+    build(index, lines(tmp_path, "a.jsonl", ["one"]))
+    path = lines(tmp_path, "b.jsonl", ["two", "three"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", lambda folder: (_ for _ in ()).throw(StopError))
+        with pytest.raises(StopError):
+            build(index, path)
+    assert texts(IndexFolder.open(index.path)) == ["one", "two", "three"]
+    build(index, path)
+    assert texts(index) == ["one", "two", "three"]
+    assert not Journal.exists(index.path)
+    build(index, path)  # asked for again, it is added again
+    assert texts(index) == ["one", "two", "three", "two", "three"]
 
 
 def test_other_work_does_not_go_on_with_a_journal(tmp_path, monkeypatch) -> None:
@@ -187,7 +204,7 @@ def test_a_full_disk_keeps_the_old_index_and_what_is_finished(tmp_path, monkeypa
     assert "".join(texts(index)) == "old" + "new " * 60 + "newer " * 60
 
 
-@pytest.mark.parametrize("bad", [{"segment_tokens": 3}, {"workers": 0}, {"skip": -1}, {"limit": -1}])
+@pytest.mark.parametrize("bad", [{"segment_tokens": 3}, {"workers": 0}, {"skip": -1}, {"limit": 0}])
 def test_bad_options(bad: dict[str, int]) -> None:
     with pytest.raises(InvalidInputError, match=next(iter(bad))):
         BuildOptions(**bad)
