@@ -126,8 +126,8 @@ def build_index(
 ) -> BuildState:
     """Adds documents to an index. Readers see the old index until all is done.
 
-    Interrupted, the same call goes on behind the last finished run, if the files did not change; and where all
-    was published already, it does nothing more.
+    Interrupted, the same call goes on behind the last finished run, if the files did not change; and where
+    all was published already, it does nothing more.
 
     Args:
         index: Where to; its tokenizer is the encoder's.

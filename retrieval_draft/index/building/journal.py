@@ -72,9 +72,9 @@ class Journal(msgspec.Struct, kw_only=True):
             found = msgspec.json.decode((folder / _NAME).read_bytes(), type=cls)
         except (OSError, msgspec.MsgspecError):
             found = None
-        if found is not None and found.key == key and found.result:
-            if found.result == [entry.name for entry in manifest.segments]:
-                return cls(key=key, base=list(base), is_published=True)
+        published = [entry.name for entry in manifest.segments]
+        if found is not None and found.key == key and found.result and found.result == published:
+            return cls(key=key, base=list(base), is_published=True)
         whole = found is not None and all((folder / name).is_dir() for name in found.names)
         if found is not None and whole and found.key == key and found.base == list(base):
             return found
