@@ -9,8 +9,8 @@ from retrieval_draft.errors import InvalidInputError, UnknownMethodError
 
 __all__ = ["METHODS", "SOURCES", "DraftConfig"]
 
-METHODS = ("calibrated", "none")
-"""Drafting methods by name. ``none`` decodes plainly through the same loop."""
+METHODS = ("calibrated", "none", "prompt_lookup")
+"""Drafting methods by name, a module of `retrieval_draft.methods` each. ``none`` decodes plainly."""
 
 SOURCES = ("automaton", "adjacency", "history", "phrases", "corpus")
 """Draft sources by name, nearest locality first."""

@@ -30,7 +30,7 @@ from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.threads import in_live_pool
 from retrieval_draft.errors import InvalidInputError, UnsupportedGenerationError
 from retrieval_draft.generation import pad_replies, set_limits, streaming, take_stop_strings
-from retrieval_draft.index.registry import make_sources
+from retrieval_draft.index.registry import Datastores
 from retrieval_draft.index.source import TokenArray
 from retrieval_draft.inputs import (
     check_generation,
@@ -40,6 +40,8 @@ from retrieval_draft.inputs import (
     check_tokenizer,
     reference_tokens,
 )
+from retrieval_draft.methods.method import Parts
+from retrieval_draft.methods.registry import get_method
 
 __all__ = ["RetrievalDrafter"]
 
@@ -116,7 +118,18 @@ class RetrievalDrafter:
             check_tokenizer(tokenizer, model, target.embedding_rows)
         stores = open_datastores(tokenizer, target.embedding_rows, config, corpora, phrases)
         in_live_pool(lambda: probe(target))
-        return cls(target, tokenizer, config, DraftSupply(target, config, make_sources(config, stores)))
+        chosen = get_method(config.method)
+        # Kernels are compiled with a history in memory, lest the user's be written.
+        spare = Parts(replace(config, history_folder=None), Datastores(vocabulary=16))
+        supply = DraftSupply(
+            target,
+            config,
+            chosen.sources(Parts(config, stores)),
+            chosen.tree,
+            chosen.nodes,
+            lambda: chosen.sources(spare),
+        )
+        return cls(target, tokenizer, config, supply)
 
     def generate(
         self,

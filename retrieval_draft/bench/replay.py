@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 from retrieval_draft.config import SOURCES, DraftConfig
 from retrieval_draft.engine.calibration import Calibration
 from retrieval_draft.engine.drafting import count_names
-from retrieval_draft.engine.fusion import fuse
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.corpus import Corpus
 from retrieval_draft.index.locality import Locality, RequestDrafts
-from retrieval_draft.index.registry import Datastores, make_sources
+from retrieval_draft.index.registry import Datastores
 from retrieval_draft.index.source import CONTEXT, NodeLogits, TokenArray
+from retrieval_draft.methods.method import Parts
+from retrieval_draft.methods.registry import get_method
 
 __all__ = ["Trace", "read_traces", "replay"]
 
@@ -101,11 +102,11 @@ class _Replayer:
     """Sources and calibration that live from one trace to the next."""
 
     def __init__(self, config: DraftConfig, nodes: int, keep: bool, stores: Datastores) -> None:
-        self._config = config
+        self._method = get_method(config.method)
+        self._parts = Parts(config, stores)
         self._nodes = nodes
         self._keep = keep
-        self._stores = stores
-        self._locality = Locality(make_sources(config, stores))
+        self._locality = Locality(self._method.sources(self._parts))
         self.calibration = Calibration()
         self.verified = 0
         self.drafted: Counter[str] = Counter()
@@ -124,7 +125,7 @@ class _Replayer:
             return counts
         if not self._keep:  # request-level sources only: nothing is carried over
             self._locality.close()
-            self._locality = Locality(make_sources(self._config, self._stores))
+            self._locality = Locality(self._method.sources(self._parts))
         drafts = self._locality.open(trace.prompt)
         text = np.concatenate((trace.prompt, trace.output))
         start = len(trace.prompt)
@@ -134,7 +135,7 @@ class _Replayer:
         while done < len(trace.output):
             begin = time.perf_counter()
             proposals = drafts.propose(self._nodes)
-            tree = fuse(int(text[start + done - 1]), proposals, self.calibration, self._nodes)
+            tree = self._method.tree(int(text[start + done - 1]), proposals, self.calibration, self._nodes)
             drafted = time.perf_counter()
             path = tree.walk(trace.output[done:])
             emitted = trace.output[done : done + len(path)]

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from retrieval_draft.engine.tree import DraftTree
 from retrieval_draft.index.locality import RequestDrafts
 from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArray
 
-__all__ = ["Drafting", "Plan", "count_names", "prompt_contexts"]
+__all__ = ["Drafting", "Fuse", "Plan", "count_names", "prompt_contexts"]
 
 
 class Calibrates(Protocol):
@@ -40,7 +40,7 @@ class Costs(Protocol):
         ...
 
 
-Fuse = Callable[[int, Sequence[Proposal], object, int], DraftTree]
+Fuse = Callable[[int, Sequence[Proposal], Any, int], DraftTree]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from typing import Any
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.engine.decode import DecodeRequest
-from retrieval_draft.engine.drafting import Drafting
+from retrieval_draft.engine.drafting import Drafting, Fuse
+from retrieval_draft.engine.fusion import fuse
 from retrieval_draft.engine.guard import GuardedSource
 from retrieval_draft.engine.head_cost import HeadCost
 from retrieval_draft.engine.logits import LogitReader
@@ -29,19 +30,33 @@ class DraftSupply:
         target: The model.
         config: How to draft.
         sources: Draft sources, nearest first; empty for plain decoding.
+        tree: Makes one tree of what they propose: (root token, proposals, calibration, max_nodes).
+        nodes: Draft nodes of a step where `config` names none; None lets the measured cost decide.
+        spare: Makes sources like these, to be thrown away once they have compiled their kernels.
 
     Attributes:
         reader: Reads as many alternatives as the sources learn from.
     """
 
-    def __init__(self, target: Target, config: DraftConfig, sources: Sequence[DraftSource]) -> None:
+    def __init__(
+        self,
+        target: Target,
+        config: DraftConfig,
+        sources: Sequence[DraftSource],
+        tree: Fuse = fuse,
+        nodes: int | None = None,
+        spare: Callable[[], Sequence[DraftSource]] = tuple,
+    ) -> None:
         self._target = target
         self._config = config
         self._sources = [GuardedSource(source) for source in sources]
         self._locality = Locality(self._sources)
-        self._max_nodes = config.max_nodes if config.nodes is None else config.nodes
+        fixed = config.nodes if config.nodes is not None or nodes is None else min(nodes, config.max_nodes)
+        self._max_nodes = config.max_nodes if fixed is None else fixed
+        self._by_cost = fixed is None
+        self._tree = tree
+        self._spare = spare
         self._drafts = bool(sources) and self._max_nodes > 0
-        self._fuse: Any = None
         self._calibration: Any = None
         self._cost: Any = None
         self._head: HeadCost | None = None
@@ -52,15 +67,14 @@ class DraftSupply:
         if not self._drafts or self._calibration is not None:
             return
         from retrieval_draft.engine.calibration import Calibration
-        from retrieval_draft.engine.fusion import fuse
         from retrieval_draft.engine.warm_up import compile_kernels
 
-        compile_kernels(self._config)
+        compile_kernels(self._spare(), self._tree, self._config.top_k)
         if self._config.prefill_logits == "auto":
             self._head = HeadCost.measure(self._target)
-        if self._config.nodes is None:
+        if self._by_cost:
             self._cost = self._measure()
-        self._fuse, self._calibration = fuse, Calibration()
+        self._calibration = Calibration()
 
     def open(
         self, request: DecodeRequest, references: Sequence[TokenArray], stats: DraftStats
@@ -84,7 +98,7 @@ class DraftSupply:
             request.prompt_rows = self._head.rows_worth(request.max_length - length, length)
         return Drafting(
             self._locality.open(request.prompt, references),
-            self._fuse,
+            self._tree,
             self._calibration,
             self._cost,
             self._max_nodes,

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from retrieval_draft._progress import progress
-from retrieval_draft.config import DraftConfig
 from retrieval_draft.engine.calibration import Calibration
-from retrieval_draft.engine.drafting import prompt_contexts
-from retrieval_draft.engine.fusion import fuse
+from retrieval_draft.engine.drafting import Fuse, prompt_contexts
 from retrieval_draft.engine.logits import LogitReader
 from retrieval_draft.index.locality import Locality
-from retrieval_draft.index.registry import Datastores, make_sources
-from retrieval_draft.index.source import NodeLogits
+from retrieval_draft.index.source import DraftSource, NodeLogits
 
 __all__ = ["compile_kernels"]
 
 
-def compile_kernels(config: DraftConfig) -> None:
-    """Runs each kernel once on sources that are thrown away, so that no request waits for numba.
+def compile_kernels(sources: Sequence[DraftSource], tree: Fuse, top_k: int) -> None:
+    """Runs each kernel once, so that no request waits for numba.
 
     Takes seconds after a fresh install, and a fraction of one from then on: the machine code is kept beside
     the modules, or where ``NUMBA_CACHE_DIR`` says. A progress bar shows it.
+
+    Args:
+        sources: Thrown away afterwards.
+        tree: Unites their proposals.
+        top_k: Next tokens that sources learn for each node.
     """
     nodes = 4
     prompt = np.arange(8, dtype=np.int32).repeat(2) % 4
     with progress("Compiling", None):
-        said = LogitReader(config.top_k).read(torch.zeros((2, 2 * config.top_k + 8)))
+        said = LogitReader(top_k).read(torch.zeros((2, 2 * top_k + 8)))
         calibration = Calibration()
-        # A history of its own, in memory, lest the user's be written.
-        locality = Locality(make_sources(replace(config, history_folder=None), Datastores(vocabulary=16)))
+        locality = Locality(sources)
         for _ in range(2):  # the second request drafts from the first
             drafts = locality.open(prompt, ())
             drafts.learn(NodeLogits(prompt_contexts(prompt, 2), said.top_tokens, said.top_probs))
@@ -40,7 +41,7 @@ def compile_kernels(config: DraftConfig) -> None:
                 proposals = drafts.propose(nodes)
                 emitted = np.array([token], np.int32)
                 if proposals:
-                    calibration.observe(fuse(0, proposals, calibration, nodes), proposals, emitted)
+                    calibration.observe(tree(0, proposals, calibration, nodes), proposals, emitted)
                 drafts.observe(emitted)
             drafts.close()
             locality.flush()

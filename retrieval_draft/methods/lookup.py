@@ -1,0 +1,127 @@
+"""What the published lookup methods share: a source with one session a request, and a small tree to fill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from retrieval_draft.index.source import DraftSession, NodeLogits, Proposal, TokenArray
+
+__all__ = ["GuessTree", "LookupSession", "MethodSource"]
+
+
+class GuessTree:
+    """Guesses of one step, grown node by node; equal tokens below one parent are one node.
+
+    Args:
+        source: The method's name.
+        level: Locality of what it looked up.
+
+    Example:
+        add_path([9, 4]); add_path([9, 3])  ->  tokens [9, 4, 3], parents [-1, 0, 0]
+    """
+
+    def __init__(self, source: str, level: str = "request") -> None:
+        self.source = source
+        self.level = level
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.probs: list[float] = []
+        self.lengths: list[int] = []
+        self._nodes: dict[tuple[int, int], int] = {}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add(self, parent: int, token: int, prob: float = 1.0, match_length: int = 0) -> int:
+        """The node of `token` below `parent` (-1 for the root), new or known."""
+        node = self._nodes.setdefault((parent, token), len(self.tokens))
+        if node == len(self.tokens):
+            self.tokens.append(token)
+            self.parents.append(parent)
+            self.probs.append(prob)
+            self.lengths.append(match_length)
+        return node
+
+    def add_path(
+        self, tokens: Iterable[int], parent: int = -1, prob: float = 1.0, match_length: int = 0
+    ) -> int:
+        """Adds a chain below `parent` and returns its last node."""
+        for token in tokens:
+            parent = self.add(parent, int(token), prob, match_length)
+        return parent
+
+    def proposal(self, budget: int) -> Proposal:
+        """The first `budget` nodes, in the order in which they were added."""
+        size = min(budget, len(self.tokens))
+        return Proposal(
+            np.array(self.tokens[:size], np.int32),
+            np.array(self.parents[:size], np.int32),
+            np.clip(np.array(self.probs[:size], np.float32), 1e-6, 1.0),
+            np.array(self.lengths[:size], np.int32),
+            self.source,
+            self.level,
+        )
+
+
+class LookupSession:
+    """A request's text as a list, for methods that look it up. Subclasses propose.
+
+    Args:
+        prompt: int32, shape (length,).
+    """
+
+    def __init__(self, prompt: TokenArray) -> None:
+        self.text: list[int] = [int(token) for token in prompt]
+
+    def propose(self, budget: int) -> Proposal:
+        """At most `budget` nodes that may follow the text."""
+        raise NotImplementedError
+
+    def observe(self, tokens: TokenArray) -> None:
+        """Appends accepted tokens."""
+        self.text.extend(int(token) for token in tokens)
+
+    def learn(self, logits: NodeLogits) -> None:
+        """Nothing, unless a method learns from the target's predictions."""
+
+    def close(self) -> None:
+        """Nothing, unless a method keeps what the request said."""
+
+
+class MethodSource:
+    """A source that holds nothing itself, or whose sessions share what `open_session` closes over.
+
+    Args:
+        name: The method's name.
+        open_session: Makes a request's session from its prompt and reference texts.
+        nbytes: Bytes held between requests.
+    """
+
+    level = "request"
+
+    def __init__(
+        self,
+        name: str,
+        open_session: Callable[[TokenArray, Sequence[TokenArray]], DraftSession],
+        nbytes: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.name = name
+        self._open = open_session
+        self._nbytes = nbytes
+
+    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> DraftSession:
+        """Starts a request."""
+        return self._open(prompt, references)
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held between requests."""
+        return self._nbytes()

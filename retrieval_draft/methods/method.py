@@ -1,0 +1,94 @@
+"""What a drafting method is: sources, a rule that makes the tree, and how large it may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from retrieval_draft.config import DraftConfig
+from retrieval_draft.engine.tree import DraftTree
+from retrieval_draft.index.registry import Datastores
+from retrieval_draft.index.source import DraftSource, Proposal
+
+__all__ = ["Method", "Parts", "TreeRule", "as_proposed"]
+
+TreeRule = Callable[[int, Sequence[Proposal], Any, int], DraftTree]
+"""Root token, one proposal of each source, calibration, most nodes: the tree to verify."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a method can be made from.
+
+    Attributes:
+        config: What the user set.
+        stores: Corpora, phrases, vocabulary.
+        models: Draft models, the best first; empty without one.
+    """
+
+    config: DraftConfig
+    stores: Datastores
+    models: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A drafting method.
+
+    Attributes:
+        name: As in ``DraftConfig.method``.
+        paper: Where it was published.
+        sources: Makes its sources, nearest locality first.
+        tree: Makes one tree of what they propose.
+        nodes: Draft nodes of a step as published; None lets the measured cost decide.
+        calibrates: Whether acceptance is learned.
+        needs_model: Whether it drafts with a draft model.
+    """
+
+    name: str
+    paper: str
+    sources: Callable[[Parts], Sequence[DraftSource]]
+    tree: TreeRule
+    nodes: int | None
+    calibrates: bool = False
+    needs_model: bool = False
+
+
+def as_proposed(
+    root_token: int, proposals: Sequence[Proposal], calibration: object, max_nodes: int
+) -> DraftTree:
+    """The first proposal itself, cut to `max_nodes`: what published systems verify.
+
+    Args:
+        root_token: The last accepted token.
+        proposals: Of one source.
+        calibration: Not used.
+        max_nodes: The most draft nodes to keep.
+
+    Example:
+        root 8, proposal tokens [9, 4], parents [-1, 0]  ->  tokens [8, 9, 4], parents [-1, 0, 1]
+    """
+    import numpy as np
+
+    if not proposals or not len(proposals[0]):
+        return DraftTree.root(root_token)
+    proposal = proposals[0]
+    size = min(len(proposal), max_nodes) + 1
+    tree = DraftTree(
+        tokens=np.full(size, root_token, np.int32),
+        parents=np.full(size, -1, np.int32),
+        depths=np.zeros(size, np.int32),
+        probs=np.ones(size, np.float32),
+        path_probs=np.ones(size, np.float32),
+        sources=np.ones(size, np.int64),
+    )
+    tree.tokens[1:] = proposal.tokens[: size - 1]
+    tree.parents[1:] = proposal.parents[: size - 1] + 1
+    tree.probs[1:] = proposal.probs[: size - 1]
+    tree.sources[0] = 0
+    for node in range(1, size):
+        above = tree.parents[node]
+        tree.depths[node] = tree.depths[above] + 1
+        tree.path_probs[node] = tree.path_probs[above] * tree.probs[node]
+    return tree
