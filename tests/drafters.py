@@ -20,8 +20,8 @@ def drafter_with(model: Any, *sources: Any, **options: Any) -> RetrievalDrafter:
     """A drafter over stand-in sources, fused in their own order."""
     config = DraftConfig(**{"nodes": 8, "prefill_logits": True, **options})
     target = Target(model)
-    supply = DraftSupply(target, config, sources)
-    supply._fuse, supply._calibration = fuse, NoCalibration()
+    supply = DraftSupply(target, config, sources, fuse)
+    supply._calibration = NoCalibration()
     return RetrievalDrafter(target, None, config, supply)
 
 
