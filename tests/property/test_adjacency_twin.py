@@ -30,7 +30,7 @@ def learn(rows: Rows, context: list[int], top: dict[int, float]) -> None:
         rows[tuple(context[-order:])] = (visits, mixed)
 
 
-def children(rows: Rows, context: tuple[int, ...]) -> dict[int, float]:
+def children(rows: Rows, counts: dict[int, float], context: tuple[int, ...]) -> dict[int, float]:
     out: dict[int, float] = {}
     mass = 1.0
     for order in range(min(4, len(context)), 0, -1):
@@ -40,11 +40,14 @@ def children(rows: Rows, context: tuple[int, ...]) -> dict[int, float]:
             mass -= claim
             for token, prob in row.items():
                 out[token] = out.get(token, 0.0) + claim * prob
+    for token, count in counts.items():
+        out[token] = out.get(token, 0.0) + mass * count / (sum(counts.values()) + DOUBT[0])
     return out
 
 
-def both(seen: list[tuple[list[int], list[int], int]]) -> tuple[AdjacencyMatrix, Rows]:
-    matrix, rows = AdjacencyMatrix(rows=1 << 14, top_k=8), {}
+def both(seen: list[tuple[list[int], list[int], int]]) -> tuple[AdjacencyMatrix, Rows, dict[int, float]]:
+    """The matrix, exact rows and exact counts of all tokens; fewer than are kept as frequent."""
+    matrix, rows, counts = AdjacencyMatrix(rows=1 << 14, top_k=8), {}, {}
     for context, tokens, seed in seen:
         probs = np.sort(np.random.default_rng(seed).dirichlet(np.ones(len(tokens) + 1))[:-1])[::-1]
         padded = [-1] * (4 - len(context)) + context
@@ -56,13 +59,15 @@ def both(seen: list[tuple[list[int], list[int], int]]) -> tuple[AdjacencyMatrix,
             )
         )
         learn(rows, context, dict(zip(tokens, probs.tolist(), strict=True)))
-    return matrix, rows
+        for token, prob in zip(tokens, probs.tolist(), strict=True):
+            counts[token] = counts.get(token, 0.0) + prob
+    return matrix, rows, counts
 
 
 @given(SEEN)
 @settings(max_examples=100, deadline=None)
 def test_rows_are_the_averages(seen: list[tuple[list[int], list[int], int]]) -> None:
-    matrix, rows = both(seen)
+    matrix, rows, _ = both(seen)
     for context, (visits, row) in rows.items():
         tokens, probs, found = matrix.row(np.array(context, np.int32))
         assert found == visits
@@ -76,19 +81,21 @@ def test_rows_are_the_averages(seen: list[tuple[list[int], list[int], int]]) -> 
 def test_tree_is_the_blend_of_all_orders(
     seen: list[tuple[list[int], list[int], int]], context: list[int]
 ) -> None:
-    matrix, rows = both(seen)
+    matrix, rows, counts = both(seen)
     tail = np.array([-1] * (4 - len(context)) + context, np.int32)
     proposal = matrix.propose(tail, 200, matrix.workspace())
     paths: list[tuple[int, ...]] = []
     probs: list[float] = []
     for token, parent, prob in zip(proposal.tokens, proposal.parents, proposal.probs, strict=True):
         above = paths[parent] if parent >= 0 else ()
-        expected = children(rows, (*context, *above))
+        expected = children(rows, counts, (*context, *above))
         np.testing.assert_allclose(prob, min(expected[int(token)], 0.999), rtol=1e-3)
         paths.append((*above, int(token)))
         probs.append(float(prob) * (probs[parent] if parent >= 0 else 1.0))
     assert len(set(paths)) == len(paths)
     assert np.all(np.diff(probs) <= 1e-6), "best first"
     if len(proposal) < 200:
-        missing = {(token,) for token, prob in children(rows, tuple(context)).items() if prob > 2**-15}
+        missing = {
+            (token,) for token, prob in children(rows, counts, tuple(context)).items() if prob > 2**-15
+        }
         assert missing <= set(paths)

@@ -147,6 +147,9 @@ def propose(
     row_tokens: NDArray[np.int32],
     row_probs: NDArray[np.float32],
     doubt: NDArray[np.float64],
+    counts: NDArray[np.float32],
+    frequent: NDArray[np.int32],
+    total: NDArray[np.float64],
     context: NDArray[np.int32],
     budget: int,
     work_int: NDArray[np.int32],
@@ -158,13 +161,16 @@ def propose(
     probs: NDArray[np.float32],
     lengths: NDArray[np.int32],
 ) -> int:
-    """Best-first tree over the rows of the last 4, 3, 2 and 1 tokens, blended.
+    """Best-first tree over the rows of the last 4, 3, 2 and 1 tokens and of none, blended.
 
     A row of order o seen v times claims ``v / (v + doubt[o])`` of the mass that reaches it and leaves the
-    rest to the next shorter one.
+    rest to the next shorter one. What is left by all goes to the tokens that are frequent anywhere.
 
     Args:
         doubt: float64, shape (5,), by order.
+        counts: float32. How often each token was said.
+        frequent: int32. Tokens with the largest counts, in any order, -1 at the end where there are fewer.
+        total: float64, shape (1,). Sum of all counts.
         context: int32, shape (4,). The text's last tokens, oldest first, -1 where there are fewer.
         work_int: int32, shape (candidates, 7): parent node, token, order of the row, context of four.
         work_float: float64, shape (2, candidates): path probability, probability given the parent.
@@ -178,9 +184,9 @@ def propose(
     path_bits = work_bits[0]
     current = context.copy()
     histogram = np.zeros(BUCKETS, np.int64)
-    child_token = np.empty(ORDERS * width, np.int32)
-    child_order = np.empty(ORDERS * width, np.int32)
-    child_prob = np.empty(ORDERS * width, np.float64)
+    child_token = np.empty(ORDERS * width + len(frequent), np.int32)
+    child_order = np.empty(ORDERS * width + len(frequent), np.int32)
+    child_prob = np.empty(ORDERS * width + len(frequent), np.float64)
     nodes = 0
     candidates = 0
     waiting = 0
@@ -214,6 +220,25 @@ def propose(
                     child_order[found] = order
                     child_prob[found] = claim * row_probs[row, place]
                     found += 1
+        claim = mass / (total[0] + doubt[0])
+        in_context = found
+        for place in range(len(frequent) if mass * path > needed else 0):
+            token = frequent[place]
+            if token < 0:
+                break
+            share = claim * counts[token]
+            if share * path <= needed:
+                continue
+            match = 0
+            while match < in_context and child_token[match] != token:
+                match += 1
+            if match < in_context:
+                child_prob[match] += share
+            else:
+                child_token[found] = token
+                child_order[found] = 0
+                child_prob[found] = share
+                found += 1
         for place in range(found):
             prob = min(child_prob[place], 0.999)
             if prob * path <= needed or candidates == len(path_probs):

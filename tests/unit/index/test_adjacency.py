@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from retrieval_draft.index.adjacency import VISITS, AdjacencyMatrix, AdjacencySource
+from retrieval_draft.index.adjacency import DOUBT, VISITS, AdjacencyMatrix, AdjacencySource
 from retrieval_draft.index.source import NodeLogits
 
 
@@ -29,9 +29,20 @@ def test_docstring_example() -> None:
     assert source.matrix.row(ids(5))[2] == 0
 
 
-def test_an_unseen_token_proposes_nothing() -> None:
+def test_a_matrix_that_learned_nothing_proposes_nothing() -> None:
     session = AdjacencySource(rows=64).open(ids(1, 2, 3, 4))
     assert len(session.propose(16)) == 0
+
+
+def test_after_an_unseen_token_come_frequent_ones() -> None:
+    session = AdjacencySource(rows=64).open(ids(1, 2, 3, 4))
+    session.learn(said([-1, -1, -1, 9], [20, 21], [0.9, 0.1]))
+    session.learn(said([-1, -1, -1, 8], [20, 22], [0.7, 0.3]))
+    proposal = session.propose(3)
+    assert proposal.tokens.tolist() == [20, 22, 21]
+    assert proposal.parents.tolist() == [-1, -1, -1]
+    assert proposal.match_lengths.tolist() == [0, 0, 0]
+    np.testing.assert_allclose(proposal.probs, np.array([1.6, 0.3, 0.1]) / (2 + DOUBT[0]), rtol=1e-5)
 
 
 def test_token_zero_is_a_token() -> None:
@@ -70,6 +81,7 @@ def test_rejected_nodes_and_longer_contexts_decide() -> None:
 
 def test_fixed_size_and_eviction_of_the_oldest() -> None:
     matrix = AdjacencyMatrix(rows=16)
+    matrix.learn(said([-1, -1, -1, 0], [500], [0.5]))  # the largest id: counts of tokens grow with it
     size = matrix.nbytes
     for token in range(500):
         matrix.learn(said([-1, -1, -1, token], [token + 1], [0.5]))

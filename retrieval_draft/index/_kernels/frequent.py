@@ -1,0 +1,62 @@
+"""The tokens seen most often, kept up to date without sorting.
+
+counts[t]    how often token t was said, fading
+slots[t]     where t stands in `frequent`, -1 where it does not
+frequent[s]  the most frequent tokens, in no order, -1 where there are fewer
+total[0]     sum of all counts
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval_draft.index._kernels.jit import kernel
+
+
+@kernel
+def count(
+    counts: NDArray[np.float32],
+    slots: NDArray[np.int32],
+    frequent: NDArray[np.int32],
+    total: NDArray[np.float64],
+    tokens: NDArray[np.int32],
+    probs: NDArray[np.float32],
+    fade: float,
+) -> None:
+    """Adds `probs` to the counts of `tokens`; what has the largest counts stays in `frequent`.
+
+    Invariant: no token outside `frequent` has a larger count than one inside. Counts only grow between fades,
+    and a fade scales them alike, so it is enough to compare the token that has just grown with the least inside.
+
+    Args:
+        tokens: int32, shape (m, k), below len(counts); -1 where a row has fewer.
+        probs: float32, shape (m, k).
+        fade: The total at which all counts are halved.
+    """
+    for row in range(tokens.shape[0]):
+        for place in range(tokens.shape[1]):
+            token = tokens[row, place]
+            if token < 0:
+                continue
+            counts[token] += probs[row, place]
+            total[0] += probs[row, place]
+            if slots[token] >= 0:
+                continue
+            least = 0
+            for slot in range(len(frequent)):
+                if frequent[slot] < 0:
+                    least = slot
+                    break
+                if counts[frequent[slot]] < counts[frequent[least]]:
+                    least = slot
+            if frequent[least] >= 0:
+                if counts[frequent[least]] >= counts[token]:
+                    continue
+                slots[frequent[least]] = -1
+            frequent[least] = token
+            slots[token] = least
+    if total[0] > fade:
+        total[0] *= 0.5
+        for token in range(len(counts)):
+            counts[token] *= np.float32(0.5)
