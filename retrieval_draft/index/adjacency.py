@@ -20,10 +20,10 @@ from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArr
 __all__ = ["AdjacencyMatrix", "AdjacencySession", "AdjacencySource"]
 
 DOUBT = (300.0, 30.0, 16.0, 8.0, 4.0)
-"""A row of order o seen v times claims v / (v + DOUBT[o]) of the probability that reaches it; order 0 is what
-is frequent anywhere, in the place of visits the sum of its counts. On traces of two models, halving or doubling
-doubts changes the result by less than 0.5%, a tenth accepts 1 to 3% fewer tokens, and leaving out order 0 4 to
-10% fewer."""
+"""A row of order o seen v times claims v / (v + DOUBT[o]) of the probability that reaches it; order 0 is
+what is frequent anywhere, in the place of visits the sum of its counts. On traces of two models, halving or
+doubling doubts changes the result by less than 0.5%, a tenth accepts 1 to 3% fewer tokens, and leaving out
+order 0 4 to 10% fewer."""
 
 VISITS = 16
 """After so many observations a row turns from the mean of all into a moving average."""
@@ -70,7 +70,7 @@ class AdjacencyMatrix:
         return int(np.count_nonzero(self._keys))
 
     def learn(self, logits: NodeLogits) -> None:
-        """Averages the target's predictions into the rows of orders 1 to 4 of each context, and counts them."""
+        """Averages the target's predictions into the rows of orders 1 to 4 of each context and counts them."""
         tokens, probs = np.array(logits.top_tokens, np.int32), np.array(logits.top_probs, np.float32)
         with self._lock:
             self._clock += 1

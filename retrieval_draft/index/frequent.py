@@ -13,8 +13,8 @@ __all__ = ["FrequentTokens"]
 
 KEPT = 64
 FADE = 20000.0
-"""Counts are halved when they sum to this: some dozens of replies back a word counts half. On the traces 5,000
-and 100,000, and 128 tokens kept, change the result by less than 0.3%."""
+"""Counts are halved when they sum to this: some dozens of replies back a word counts half. On the traces
+5,000 and 100,000, and 128 tokens kept, change the result by less than 0.3%."""
 
 
 class FrequentTokens:

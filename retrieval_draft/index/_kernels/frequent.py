@@ -26,8 +26,8 @@ def count(
 ) -> None:
     """Adds `probs` to the counts of `tokens`; what has the largest counts stays in `frequent`.
 
-    Invariant: no token outside `frequent` has a larger count than one inside. Counts only grow between fades,
-    and a fade scales them alike, so it is enough to compare the token that has just grown with the least inside.
+    Invariant: no token outside `frequent` has a larger count than one inside. Counts only grow between
+    fades, and a fade scales all alike, so the token that has just grown need only beat the least inside.
 
     Args:
         tokens: int32, shape (m, k), below len(counts); -1 where a row has fewer.
