@@ -70,7 +70,7 @@ class AdjacencyMatrix:
         return int(np.count_nonzero(self._keys))
 
     def learn(self, logits: NodeLogits) -> None:
-        """Averages the target's predictions into the rows of orders 1 to 4 of each context and counts them."""
+        """Averages the target's predictions into the rows of orders 1 to 4 of each context; counts them."""
         tokens, probs = np.array(logits.top_tokens, np.int32), np.array(logits.top_probs, np.float32)
         with self._lock:
             self._clock += 1
