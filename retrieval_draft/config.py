@@ -9,7 +9,22 @@ from retrieval_draft.errors import InvalidInputError, UnknownMethodError
 
 __all__ = ["METHODS", "SOURCES", "DraftConfig"]
 
-METHODS = ("calibrated", "none", "prompt_lookup")
+METHODS = (
+    "calibrated",
+    "none",
+    "prompt_lookup",
+    "sam_decoding",
+    "token_recycling",
+    "sam_token_recycling",
+    "hierarchy_drafting",
+    "rest",
+    "suffix_decoding",
+    "anpd",
+    "aded",
+    "stand",
+    "racer",
+    "logit_spec",
+)
 """Drafting methods by name, a module of `retrieval_draft.methods` each. ``none`` decodes plainly."""
 
 SOURCES = ("automaton", "adjacency", "history", "phrases", "corpus")

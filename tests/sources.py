@@ -138,5 +138,8 @@ class NoCalibration:
     def __init__(self) -> None:
         self.told = 0
 
+    def open(self) -> NoCalibration:
+        return self
+
     def observe(self, tree: DraftTree, proposals: Sequence[Proposal], emitted: TokenArray) -> None:
         self.told += 1

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft.bench.reliability import Reliability
 from retrieval_draft.config import SOURCES, DraftConfig
 from retrieval_draft.engine.calibration import Calibration
 from retrieval_draft.engine.drafting import count_names
@@ -28,7 +29,7 @@ from retrieval_draft.index.corpus import Corpus
 from retrieval_draft.index.locality import Locality, RequestDrafts
 from retrieval_draft.index.registry import Datastores
 from retrieval_draft.index.source import CONTEXT, NodeLogits, TokenArray
-from retrieval_draft.methods.method import Parts
+from retrieval_draft.methods.method import Parts, as_proposed
 from retrieval_draft.methods.registry import get_method
 
 __all__ = ["Trace", "read_traces", "replay"]
@@ -101,31 +102,46 @@ class _Counts:
 class _Replayer:
     """Sources and calibration that live from one trace to the next."""
 
-    def __init__(self, config: DraftConfig, nodes: int, keep: bool, stores: Datastores) -> None:
+    def __init__(
+        self, config: DraftConfig, nodes: int, keep: bool, stores: Datastores, calibration: Calibration
+    ) -> None:
         self._method = get_method(config.method)
+        if self._method.needs_model:
+            raise InvalidInputError(
+                f"The method {config.method!r} drafts with a model, which a replay does not have.",
+                "Measure it with retrieval-draft bench live.",
+            )
         self._parts = Parts(config, stores)
         self._nodes = nodes
         self._keep = keep
         self._locality = Locality(self._method.sources(self._parts))
-        self.calibration = Calibration()
+        self.calibration = calibration
+        self.reliability = Reliability()
         self.verified = 0
         self.drafted: Counter[str] = Counter()
         self.accepted: Counter[str] = Counter()
         self.draft_us: list[float] = []
+        self.fuse_us: list[float] = []
         self.observe_us: list[float] = []
 
     @property
     def nbytes(self) -> int:
         return self._locality.nbytes
 
-    def run(self, trace: Trace) -> _Counts:
-        """Replays one request. Its first token comes from the prefill and costs no step."""
+    def run(self, trace: Trace, oracle: bool = False) -> _Counts:
+        """Replays one request. Its first token comes from the prefill and costs no step.
+
+        Args:
+            trace: The request.
+            oracle: Whether to verify, in each step, the one source that turns out best.
+        """
         counts = _Counts(tokens=len(trace.output))
         if not len(trace.output):
             return counts
         if not self._keep:  # request-level sources only: nothing is carried over
             self._locality.close()
             self._locality = Locality(self._method.sources(self._parts))
+        calibration = self.calibration.open()
         drafts = self._locality.open(trace.prompt)
         text = np.concatenate((trace.prompt, trace.output))
         start = len(trace.prompt)
@@ -133,18 +149,26 @@ class _Replayer:
         drafts.observe(trace.output[:1])
         done = 1
         while done < len(trace.output):
+            root, rest = int(text[start + done - 1]), trace.output[done:]
             begin = time.perf_counter()
             proposals = drafts.propose(self._nodes)
-            tree = self._method.tree(int(text[start + done - 1]), proposals, self.calibration, self._nodes)
+            proposed = time.perf_counter()
+            tree = self._method.tree(root, proposals, calibration, self._nodes)
             drafted = time.perf_counter()
-            path = tree.walk(trace.output[done:])
+            if oracle:
+                alone = [as_proposed(root, [proposal], None, self._nodes) for proposal in proposals]
+                tree = max(alone, key=lambda tree: len(tree.walk(rest)), default=tree)
+            path = tree.walk(rest)
             emitted = trace.output[done : done + len(path)]
             walked = time.perf_counter()
+            outcomes = calibration.observe(tree, proposals, emitted)
+            observed = time.perf_counter()
             self._learn(drafts, trace, text, done, done + len(emitted))
             drafts.observe(emitted)
-            self.calibration.observe(tree, proposals, emitted)
             self.observe_us.append((time.perf_counter() - walked) * 1e6)
             self.draft_us.append((drafted - begin) * 1e6)
+            self.fuse_us.append((drafted - proposed + observed - walked) * 1e6)
+            self.reliability.observe(tree, outcomes)
             self.verified += tree.num_draft_tokens
             count_names(proposals, tree.sources[1:], Counter(), self.drafted)
             count_names(proposals, tree.sources[path[1:]], Counter(), self.accepted)
@@ -179,6 +203,11 @@ def replay(
     method: str = "calibrated",
     limit: int | None = None,
     corpora: Sequence[Path] = (),
+    part: str = "all",
+    without: Sequence[str] = (),
+    priors: bool = True,
+    oracle: bool = False,
+    calibration: Calibration | None = None,
 ) -> dict[str, Any]:
     """Replays traces and reports tokens per step.
 
@@ -190,27 +219,42 @@ def replay(
         method: A drafting method by name; "none" drafts nothing.
         limit: Replay only so many requests.
         corpora: Index folders to draft from, built with the traces' tokenizer.
+        part: "all" requests, or only those at "even" or "odd" places; priors are fitted on the even ones.
+        without: Evidence that calibration does not learn from, to see what it is worth.
+        priors: Whether calibration starts from the shipped priors.
+        oracle: Whether to verify, in each step, the source that turns out best, and no other.
+        calibration: What to start from instead; it goes on learning.
 
     Returns:
         The object that ``bench replay --json`` prints: tokens_per_step is all tokens over all steps, the
-        first token of a reply coming from the prefill; times are in microseconds.
+        first token of a reply coming from the prefill; times are in microseconds, `fuse_us` being fusion,
+        selection and what calibration learns, without the sources.
+
+    Raises:
+        InvalidInputError: The traces hold nothing to replay, or an argument is none of those allowed.
     """
     config = DraftConfig(
         method=method, nodes=nodes, sources=tuple(sources) if sources is not None else SOURCES
     )
-    traces = list(islice(read_traces(paths), limit))
-    ids = [int(part.max(initial=0)) for trace in traces for part in (trace.prompt, trace.output)]
+    if part not in PARTS:
+        raise InvalidInputError(f"part is {part!r}.", f"Choose from: {', '.join(PARTS)}.")
+    traces = list(islice(read_traces(paths), limit))[PARTS[part]]
+    ids = [int(ids.max(initial=0)) for trace in traces for ids in (trace.prompt, trace.output)]
     opened = tuple(Corpus.open(corpus) for corpus in corpora)
     vocabulary = (
         max([*ids, *(corpus.folder.manifest.vocabulary_size - 1 for corpus in opened)], default=0) + 1
     )
     replayer = _Replayer(
-        config, nodes if method != "none" else 0, history, Datastores(vocabulary, corpora=opened)
+        config,
+        nodes if method != "none" else 0,
+        history,
+        Datastores(vocabulary, corpora=opened),
+        Calibration(priors, without) if calibration is None else calibration,
     )
     total = _Counts()
     tasks: dict[str, _Counts] = {}
     for trace in traces:
-        counts = replayer.run(trace)
+        counts = replayer.run(trace, oracle)
         for sums in (total, tasks.setdefault(trace.task, _Counts())):
             sums.tokens += counts.tokens
             sums.steps += counts.steps
@@ -219,13 +263,14 @@ def replay(
             f"Nothing to replay in {', '.join(map(str, paths)) or 'no file'}.",
             "A trace needs an output of two tokens at least.",
         )
-    return {
+    result = {
         "tokens_per_step": total.tokens_per_step,
         "by_task": {task: counts.tokens_per_step for task, counts in tasks.items()},
         "steps": total.steps,
         "tokens": total.tokens,
         "nodes_per_step": replayer.verified / total.steps,
         "draft_us": _summary(replayer.draft_us),
+        "fuse_us": _summary(replayer.fuse_us),
         "observe_us": _summary(replayer.observe_us),
         "drafted_by_level": dict(replayer.drafted),
         "accepted_by_level": dict(replayer.accepted),
@@ -235,9 +280,19 @@ def replay(
             "nodes": nodes,
             "sources": list(config.sources),
             "history": history,
+            "part": part,
+            "without": list(without),
+            "priors": priors,
+            "oracle": oracle,
             "traces": [path.name for path in paths],
         },
     }
+    if get_method(method).calibrates and not oracle:
+        result["calibration"] = replayer.reliability.summary()
+    return result
+
+
+PARTS = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
 
 
 def _summary(values: Sequence[float]) -> dict[str, float]:

@@ -106,10 +106,20 @@ def replay(
     method: Annotated[str, typer.Option(help="How to draft.")] = "calibrated",
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests.")] = None,
     index: Index = None,
+    part: Annotated[str, typer.Option(help="all, even or odd requests; priors are fitted on even.")] = "all",
+    without: Annotated[
+        str, typer.Option(help="Evidence not to learn from: length,depth,rank,absent,request,cells.")
+    ] = "",
+    priors: Annotated[bool, typer.Option(help="Start from the shipped calibration.")] = True,
+    oracle: Annotated[bool, typer.Option(help="Verify the best single source of each step instead.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw predicted against observed acceptance.", show_default=False)
+    ] = None,
     out: Out = None,
     json: Json = False,
 ) -> None:
     """Replay recorded replies without a model: how many tokens each step would have yielded."""
+    from retrieval_draft.bench.reliability import plot_reliability
     from retrieval_draft.bench.replay import replay as run
 
     result = run(
@@ -120,8 +130,16 @@ def replay(
         method=method,
         limit=limit,
         corpora=index or (),
+        part=part,
+        without=split(without),
+        priors=priors,
+        oracle=oracle,
     )
     finish(result, out)
+    if plot is not None:
+        if "calibration" not in result:
+            raise typer.BadParameter(f"{method} predicts no acceptance", param_hint="--plot")
+        plot_reliability(result["calibration"], plot)
     if json:
         print_json(result)
         return
@@ -132,9 +150,53 @@ def replay(
         for level, count in result["drafted_by_level"].items()
     ]
     print_table("", ("level", "drafted nodes", "accepted"), shares)
-    for name in ("draft", "observe"):
+    if "calibration" in result:
+        error, path_error = result["calibration"]["error"], result["calibration"]["path_error"]
+        print(f"expected calibration error: {error:.4f} of nodes, {path_error:.4f} of paths")
+    for name in ("draft", "fuse", "observe"):
         times = result[f"{name}_us"]
         print(f"{name}: p50 {times['p50']:.0f} us, p99 {times['p99']:.0f} us")
+
+
+@app.command("methods")
+def methods(
+    traces: Annotated[list[Path], typer.Argument(help="Trace files.", show_default=False)],
+    nodes: Annotated[str, typer.Option(help="Draft nodes of every step, by commas.")] = "8,16,32,60",
+    names: Annotated[str, typer.Option("--methods", help="Only these, by commas.", show_default=False)] = "",
+    history: Annotated[
+        bool, typer.Option("--history/--no-history", help="Keep what earlier requests taught.")
+    ] = True,
+    part: Annotated[str, typer.Option(help="all, even or odd requests; priors are fitted on even.")] = "all",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests.")] = None,
+    index: Index = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Replay with every method that needs no model, and with the best single source of each step."""
+    from retrieval_draft._progress import progress
+    from retrieval_draft.bench.compare import compare_methods, lookup_methods
+
+    sizes = [int(word) for word in split(nodes)]
+    chosen = split(names) or lookup_methods()
+    with progress("Replaying", (len(chosen) + 1) * len(sizes)) as advance:
+        result = compare_methods(
+            traces,
+            nodes=sizes,
+            methods=chosen,
+            progress=advance,
+            history=history,
+            part=part,
+            limit=limit,
+            corpora=index or (),
+        )
+    finish(result, out)
+    if json:
+        print_json(result)
+        return
+    rows = [(name, *(f"{found[size]:.3f}" for size in sizes)) for name, found in result["methods"].items()]
+    print_table("tokens per step", ("method", *(f"{size} nodes" for size in sizes)), rows)
+    for size, ratio in result["calibrated_to_best"].items():
+        print(f"{size} nodes: calibrated is {ratio:.3f} times the best other method")
 
 
 @app.command("forward")

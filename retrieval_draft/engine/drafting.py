@@ -23,7 +23,7 @@ __all__ = ["Drafting", "Fuse", "Plan", "count_names", "prompt_contexts"]
 class Calibrates(Protocol):
     """What drafting asks of a calibration."""
 
-    def observe(self, tree: DraftTree, proposals: Sequence[Proposal], emitted: TokenArray) -> None:
+    def observe(self, tree: DraftTree, proposals: Sequence[Proposal], emitted: TokenArray) -> object:
         """Notes which of the proposed nodes the target took."""
         ...
 

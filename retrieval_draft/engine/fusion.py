@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from retrieval_draft.engine.calibration import PRIOR, Calibration
+from retrieval_draft.engine.calibration import PRIOR, Calibration, places_of
 from retrieval_draft.engine.tree import DraftTree
 from retrieval_draft.index.source import Proposal
 
@@ -27,8 +27,9 @@ def fuse(
         max_nodes: The most draft nodes to keep, the root not counted.
 
     Example:
-        root 8, proposals "9 4" (.8, .5) and "9, 3" (.5, .1): one node 9, in log odds .6 * 1.39 + .6 * 0 + .3,
-        so .76, then tokens [8, 9, 4, 3], parents [-1, 0, 1, 0], path_probs [1, .76, .38, .1]
+        root 8, proposals "9 4" (.8, .5) and "9, 3" (.5, .1), nothing learned: one node 9, in log odds
+        .6 * 1.39 + .6 * 0 + .3, so .76, then tokens [8, 9, 4, 3], parents [-1, 0, 1, 0],
+        path_probs [1, .76, .38, .1]
     """
     total = sum(len(proposal) for proposal in proposals)
     if total == 0 or max_nodes <= 0:
@@ -44,17 +45,19 @@ def fuse(
     probs = np.ones(size, np.float32)
     path_probs = np.ones(size, np.float32)
     sources = np.zeros(size, np.int64)
-    raw = np.ones(size, np.float32)
-    cells = np.zeros(size, np.int32)
-    odds = np.zeros((size, fusion.SOURCES), np.float32)
+    evidence = np.zeros((size, fusion.EVIDENCE), np.float32)
     tokens[0] = root_token
     parents[0] = -1
     kept = fusion.fuse(
         np.concatenate([proposal.tokens for proposal in proposals]),
         np.concatenate([proposal.parents for proposal in proposals]),
         np.concatenate([proposal.probs for proposal in proposals]),
+        np.concatenate([proposal.match_lengths for proposal in proposals]),
         starts,
+        places_of(tuple([proposal.source for proposal in proposals])),
         calibration.weights,
+        calibration.parameters,
+        calibration.request,
         calibration.expected,
         calibration.accepted,
         PRIOR,
@@ -65,9 +68,7 @@ def fuse(
         probs,
         path_probs,
         sources,
-        raw,
-        cells,
-        odds,
+        evidence,
     )
     return DraftTree(
         tokens[:kept],
@@ -76,7 +77,5 @@ def fuse(
         probs[:kept],
         path_probs[:kept],
         sources[:kept],
-        raw[:kept],
-        cells[:kept],
-        odds[:kept],
+        evidence[:kept],
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from retrieval_draft.config import DraftConfig
+from retrieval_draft.engine.calibration import Calibration
 from retrieval_draft.engine.decode import DecodeRequest
 from retrieval_draft.engine.drafting import Drafting, Fuse
 from retrieval_draft.engine.fusion import fuse
@@ -15,12 +18,18 @@ from retrieval_draft.engine.logits import LogitReader
 from retrieval_draft.engine.passes import tree_passes
 from retrieval_draft.engine.stats import DraftStats
 from retrieval_draft.engine.target import Target
+from retrieval_draft.errors import DatastoreError
 from retrieval_draft.index.locality import Locality
 from retrieval_draft.index.source import DraftSource, TokenArray
 
 __all__ = ["DraftSupply"]
 
 _MEASURE_CONTEXT = 128
+
+CALIBRATION = "calibration.safetensors"
+"""Its file in the history's folder."""
+
+_log = logging.getLogger("retrieval_draft")
 
 
 class DraftSupply:
@@ -57,7 +66,7 @@ class DraftSupply:
         self._tree = tree
         self._spare = spare
         self._drafts = bool(sources) and self._max_nodes > 0
-        self._calibration: Any = None
+        self._calibration: Any = None  # made by prepare
         self._cost: Any = None
         self._head: HeadCost | None = None
         self.reader = LogitReader(config.top_k if self._drafts else 0)
@@ -66,7 +75,6 @@ class DraftSupply:
         """Makes calibration and measurements, once; they need a few forward passes."""
         if not self._drafts or self._calibration is not None:
             return
-        from retrieval_draft.engine.calibration import Calibration
         from retrieval_draft.engine.warm_up import compile_kernels
 
         compile_kernels(self._spare(), self._tree, self._config.top_k)
@@ -74,7 +82,7 @@ class DraftSupply:
             self._head = HeadCost.measure(self._target)
         if self._by_cost:
             self._cost = self._measure()
-        self._calibration = Calibration()
+        self._calibration = self._load_calibration()
 
     def open(
         self, request: DecodeRequest, references: Sequence[TokenArray], stats: DraftStats
@@ -99,7 +107,7 @@ class DraftSupply:
         return Drafting(
             self._locality.open(request.prompt, references),
             self._tree,
-            self._calibration,
+            self._calibration.open(),
             self._cost,
             self._max_nodes,
             self._target.vocabulary,
@@ -107,17 +115,44 @@ class DraftSupply:
         )
 
     def flush(self) -> None:
-        """Waits until what finished requests said can be looked up."""
+        """Waits until what finished requests said can be looked up, and keeps what calibration learned."""
         self._locality.flush()
+        self._save_calibration()
 
     def close(self) -> None:
-        """Ends the sources."""
+        """Ends the sources, and keeps what calibration learned."""
         self._locality.close()
+        self._save_calibration()
 
     @property
     def failures(self) -> int:
         """Calls in which a source raised so far."""
         return sum(source.failures for source in self._sources)
+
+    @property
+    def _calibration_file(self) -> Path | None:
+        folder = self._config.history_folder
+        return None if folder is None or "history" not in self._config.sources else Path(folder, CALIBRATION)
+
+    def _load_calibration(self) -> Calibration:
+        """What was learned beside the history, or the shipped priors; a torn file costs only that."""
+        calibration = Calibration()
+        path = self._calibration_file
+        if path is not None and path.exists():
+            try:
+                calibration.load(path)
+            except DatastoreError as error:
+                _log.warning("Calibration starts afresh. %s", error)
+        return calibration
+
+    def _save_calibration(self) -> None:
+        """A full disk costs what was learned, nothing else."""
+        path = self._calibration_file
+        if path is not None and self._calibration is not None:
+            try:
+                self._calibration.save(path)
+            except OSError as error:
+                _log.warning("Calibration could not be saved to %s: %s", path, error)
 
     def _measure(self) -> Any:
         from retrieval_draft._progress import progress

@@ -27,9 +27,7 @@ class DraftTree:
         probs: float32, shape (n + 1,). P(accepted | parent accepted); 1 for the root.
         path_probs: float32, shape (n + 1,). Product of probs from the root.
         sources: int64, shape (n + 1,). Bit s is set where proposal s named the node.
-        raw: float32, shape (n + 1,). The sources' joint estimate before calibration, where known.
-        cells: int32, shape (n + 1,). The calibration cell of each node, where known.
-        odds: float32, shape (n + 1, sources). What each source said, in log odds, where known.
+        evidence: float32, shape (n + 1, columns). What calibration learns from, where there is any.
 
     Example:
         root 8, guesses "9 4" (0.8, 0.5) and "3" (0.1):
@@ -42,9 +40,7 @@ class DraftTree:
     probs: NDArray[np.float32]
     path_probs: NDArray[np.float32]
     sources: NDArray[np.int64]
-    raw: NDArray[np.float32] | None = None
-    cells: NDArray[np.int32] | None = None
-    odds: NDArray[np.float32] | None = None
+    evidence: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         """Nodes, the root included."""
@@ -79,9 +75,7 @@ class DraftTree:
             self.probs[:end],
             self.path_probs[:end],
             self.sources[:end],
-            None if self.raw is None else self.raw[:end],
-            None if self.cells is None else self.cells[:end],
-            None if self.odds is None else self.odds[:end],
+            None if self.evidence is None else self.evidence[:end],
         )
 
     def ancestors(self) -> NDArray[np.bool_]:

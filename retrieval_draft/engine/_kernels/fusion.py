@@ -8,16 +8,44 @@ from numpy.typing import NDArray
 from retrieval_draft.index._kernels.heap import pop, push
 from retrieval_draft.index._kernels.jit import kernel
 
-MASKS = 256
 SOURCES = 8
-"""Sources beyond the eighth share its place: sets of sources are bit masks."""
+MASKS = 1 << SOURCES
+"""Places of sources; a set of sources is a bit mask of their places."""
 
 BINS = 16
 CELLS = MASKS * BINS
 """A calibration cell is the set of sources that named a node, and a bin of the log odds they give it."""
 
+LENGTHS = 10
+DEPTHS = 8
+RANKS = 5
+"""Buckets of match length, of depth, and of the rank among a source's guesses below one parent."""
+
+LENGTH_SCALE = 0
+LENGTH_BIAS = LENGTH_SCALE + SOURCES * LENGTHS
+DEPTH_BIAS = LENGTH_BIAS + SOURCES * LENGTHS
+RANK_BIAS = DEPTH_BIAS + SOURCES * DEPTHS
+ABSENT = RANK_BIAS + SOURCES * RANKS
+PARAMETERS = ABSENT + SOURCES
+"""Where each kind of parameter of single sources starts, in one vector."""
+
+MASK, RAW, RANK, DEPTH = range(4)
+ODDS = 4
+LENGTH = ODDS + SOURCES
+LEFT = LENGTH + SOURCES
+EVIDENCE = LEFT + SOURCES
+"""Columns of a node's evidence: the set of sources that named it, what they say together, its rank and depth;
+then for each source its log odds, the bucket of its match length, and, where it named siblings but not this
+node, the log of the probability it left over."""
+
+LEARNS_LENGTH, LEARNS_DEPTH, LEARNS_RANK, LEARNS_ABSENT, LEARNS_REQUEST, LEARNS_CELLS = range(6)
+SWITCHES = 6
+"""What is learned, 1 or 0 each; all of them unless one measures what each is worth."""
+
 CERTAIN = 0.999
 UNLIKELY = 1e-6
+LEAST_LEFT = 0.001
+MOST_WEIGHT = 2.0
 
 
 @kernel
@@ -35,12 +63,115 @@ def cell_of(mask: int, prob: float) -> int:
 
 
 @kernel
+def length_bucket(length: int) -> int:
+    """0 to 4 as they are, then 5-6, 7-9, 10-15, 16-31 and longer."""
+    if length < 5:
+        return max(length, 0)
+    if length < 7:
+        return 5
+    if length < 10:
+        return 6
+    if length < 16:
+        return 7
+    return 8 if length < 32 else 9
+
+
+@kernel
+def depth_bucket(depth: int) -> int:
+    """1 to 4, then 5-6, 7-10, 11-20 and deeper."""
+    if depth < 5:
+        return depth - 1
+    if depth < 7:
+        return 4
+    if depth < 11:
+        return 5
+    return 6 if depth < 21 else 7
+
+
+@kernel
+def mixed_odds(
+    evidence: NDArray[np.float32],
+    weights: NDArray[np.float64],
+    parameters: NDArray[np.float64],
+    request: NDArray[np.float64],
+) -> float:
+    """Log odds that a node is accepted if its parent is.
+
+    A sum of the sources' log odds, weighted by their set and by match length; of a bias of the set; of the
+    mean over the naming sources of biases by match length, depth, rank and request; and of what the
+    sources that named siblings only left over for it.
+    """
+    mask = int(evidence[MASK])
+    depth = depth_bucket(int(evidence[DEPTH]))
+    rank = int(evidence[RANK])
+    odds = weights[mask, SOURCES]
+    biases = 0.0
+    named = 0
+    for place in range(SOURCES):
+        if mask >> place & 1:
+            bucket = place * LENGTHS + int(evidence[LENGTH + place])
+            odds += (weights[mask, place] + parameters[LENGTH_SCALE + bucket]) * evidence[ODDS + place]
+            biases += parameters[LENGTH_BIAS + bucket]
+            biases += parameters[DEPTH_BIAS + place * DEPTHS + depth]
+            biases += parameters[RANK_BIAS + place * RANKS + rank]
+            biases += request[place]
+            named += 1
+        else:
+            odds += parameters[ABSENT + place] * evidence[LEFT + place]
+    return odds + biases / max(named, 1)
+
+
+@kernel
+def teach(
+    evidence: NDArray[np.float32],
+    error: float,
+    rate: float,
+    request_rate: float,
+    weights: NDArray[np.float64],
+    parameters: NDArray[np.float64],
+    request: NDArray[np.float64],
+    switches: NDArray[np.float64],
+) -> None:
+    """One step of logistic regression: moves every term of `mixed_odds` along its gradient.
+
+    Args:
+        error: Outcome, 0 or 1, minus probability.
+    """
+    mask = int(evidence[MASK])
+    depth = depth_bucket(int(evidence[DEPTH]))
+    rank = int(evidence[RANK])
+    named = 0
+    for place in range(SOURCES):
+        named += mask >> place & 1
+    step = rate * error
+    part = step / max(named, 1)
+    weights[mask, SOURCES] += step
+    for place in range(SOURCES):
+        if mask >> place & 1:
+            said = step * evidence[ODDS + place]
+            weights[mask, place] = min(max(weights[mask, place] + said, 0.0), MOST_WEIGHT)
+            bucket = place * LENGTHS + int(evidence[LENGTH + place])
+            parameters[LENGTH_SCALE + bucket] += switches[LEARNS_LENGTH] * said
+            parameters[LENGTH_BIAS + bucket] += switches[LEARNS_LENGTH] * part
+            parameters[DEPTH_BIAS + place * DEPTHS + depth] += switches[LEARNS_DEPTH] * part
+            parameters[RANK_BIAS + place * RANKS + rank] += switches[LEARNS_RANK] * part
+            request[place] += switches[LEARNS_REQUEST] * request_rate * error / named
+        else:
+            moved = parameters[ABSENT + place] + switches[LEARNS_ABSENT] * step * evidence[LEFT + place]
+            parameters[ABSENT + place] = min(max(moved, 0.0), MOST_WEIGHT)
+
+
+@kernel
 def fuse(
     tokens: NDArray[np.int32],
     parents: NDArray[np.int32],
     probs: NDArray[np.float32],
+    lengths: NDArray[np.int32],
     starts: NDArray[np.int64],
+    places: NDArray[np.int64],
     weights: NDArray[np.float64],
+    parameters: NDArray[np.float64],
+    request: NDArray[np.float64],
     expected: NDArray[np.float64],
     accepted: NDArray[np.float64],
     prior: float,
@@ -51,26 +182,30 @@ def fuse(
     out_probs: NDArray[np.float32],
     out_paths: NDArray[np.float32],
     out_sources: NDArray[np.int64],
-    out_raw: NDArray[np.float32],
-    out_cells: NDArray[np.int32],
-    out_odds: NDArray[np.float32],
+    out_evidence: NDArray[np.float32],
 ) -> int:
     """Merges proposals into a trie and writes its root and `budget` most probable nodes, best first.
 
-    What the sources of a node say is mixed in log odds, with weights of its set of sources. The ratio of its
-    cell then turns that into what was accepted in like cases. A parent is at least as probable as its child
-    and has the smaller number, so the order (path probability down, number up) is prefix-closed under ties.
+    What the sources of a node say is mixed in log odds (`mixed_odds`). The ratio of its cell then turns that
+    into what was accepted in like cases. A parent is at least as probable as its child and has the smaller
+    number, so the order (path probability down, number up) is prefix-closed under ties.
 
     Args:
         tokens: int32, shape (total,). All proposals one after the other.
         parents: int32, shape (total,). Within each proposal, -1 for the root.
         probs: float32, shape (total,).
+        lengths: int32, shape (total,). Match lengths.
         starts: int64, shape (proposals + 1,).
+        places: int64, shape (proposals,). Of each proposal's source, below SOURCES, all different.
         weights: float64, shape (MASKS, SOURCES + 1). Of each source's log odds, and 1's, by set of sources.
+        parameters: float64, shape (PARAMETERS,). Of single sources.
+        request: float64, shape (SOURCES,). How much better or worse each source is in this request.
         expected: float64, shape (CELLS,). Sum of estimates seen so far.
         accepted: float64, shape (CELLS,). How many of them came true.
         prior: Expected acceptances that each cell starts with, all of them met.
         out_tokens: int32, shape (budget + 1,), the root's already in place; the others alike.
+        out_sources: int64. Bit s where proposal s named the node.
+        out_evidence: float32, shape (budget + 1, EVIDENCE).
 
     Returns:
         Nodes written, the root included.
@@ -82,11 +217,15 @@ def fuse(
     trie_child = np.full(total + 1, -1, np.int32)
     trie_sibling = np.full(total + 1, -1, np.int32)
     trie_mask = np.zeros(total + 1, np.int64)
-    trie_odds = np.zeros((total + 1, SOURCES), np.float32)
+    trie_named = np.zeros(total + 1, np.int64)
+    evidence = np.zeros((total + 1, EVIDENCE), np.float32)
+    covered = np.zeros((total + 1, SOURCES), np.float32)
+    children = np.zeros((total + 1, SOURCES), np.int32)
     place_of = np.empty(total, np.int32)
     size = 1
     for source in range(len(starts) - 1):
         start = starts[source]
+        place = places[source]
         for item in range(start, starts[source + 1]):
             parent = 0 if parents[item] < 0 else place_of[start + parents[item]]
             node = trie_child[parent]
@@ -100,27 +239,35 @@ def fuse(
                 trie_depth[node] = trie_depth[parent] + 1
                 trie_sibling[node] = trie_child[parent]
                 trie_child[parent] = node
-            place = min(source, SOURCES - 1)
-            trie_odds[node, place] = log_odds(probs[item])
+                evidence[node, RANK] = RANKS - 1
+            evidence[node, ODDS + place] = log_odds(probs[item])
+            evidence[node, LENGTH + place] = length_bucket(lengths[item])
+            evidence[node, RANK] = min(evidence[node, RANK], children[parent, place])
+            children[parent, place] += 1
+            covered[parent, place] += probs[item]
             trie_mask[node] |= 1 << place
+            trie_named[node] |= 1 << source
             place_of[item] = node
 
     path = np.empty(size, np.float64)
-    raw = np.empty(size, np.float64)
     calibrated = np.empty(size, np.float64)
-    cells = np.empty(size, np.int32)
     heap = np.empty(size, np.int32)
     path[0] = 1.0
     for node in range(1, size):
         mask = trie_mask[node]
-        odds = weights[mask, SOURCES]
+        parent = trie_parent[node]
+        evidence[node, MASK] = mask
+        evidence[node, DEPTH] = trie_depth[node]
         for place in range(SOURCES):
-            odds += weights[mask, place] * trie_odds[node, place]
-        raw[node] = min(max(1.0 / (1.0 + np.exp(-odds)), UNLIKELY), CERTAIN) if mask else UNLIKELY
-        cells[node] = cell_of(mask, raw[node])
-        ratio = (accepted[cells[node]] + prior) / (expected[cells[node]] + prior)
-        calibrated[node] = min(raw[node] * ratio, CERTAIN)
-        path[node] = path[trie_parent[node]] * calibrated[node]
+            if not mask >> place & 1 and covered[parent, place] > 0.0:
+                evidence[node, LEFT + place] = np.log(max(1.0 - covered[parent, place], LEAST_LEFT))
+        raw = 1.0 / (1.0 + np.exp(-mixed_odds(evidence[node], weights, parameters, request)))
+        raw = min(max(raw, UNLIKELY), CERTAIN)
+        evidence[node, RAW] = raw
+        cell = cell_of(mask, raw)
+        ratio = (accepted[cell] + prior) / (expected[cell] + prior)
+        calibrated[node] = min(raw * ratio, CERTAIN)
+        path[node] = path[parent] * calibrated[node]
         push(heap, node - 1, path, node)
     chosen = min(budget, size - 1)
     placed = np.empty(size, np.int32)
@@ -135,10 +282,8 @@ def fuse(
         out_depths[place] = trie_depth[node]
         out_probs[place] = calibrated[node]
         out_paths[place] = path[node]
-        out_sources[place] = trie_mask[node]
-        out_raw[place] = raw[node]
-        out_cells[place] = cells[node]
-        out_odds[place] = trie_odds[node]
+        out_sources[place] = trie_named[node]
+        out_evidence[place] = evidence[node]
     return chosen + 1
 
 
@@ -146,38 +291,44 @@ def fuse(
 def score(
     tokens: NDArray[np.int32],
     parents: NDArray[np.int32],
-    raw: NDArray[np.float32],
-    cells: NDArray[np.int32],
-    odds: NDArray[np.float32],
+    evidence: NDArray[np.float32],
     emitted: NDArray[np.int32],
     weights: NDArray[np.float64],
+    parameters: NDArray[np.float64],
+    request: NDArray[np.float64],
     expected: NDArray[np.float64],
     accepted: NDArray[np.float64],
     rate: float,
+    request_rate: float,
     memory: float,
+    switches: NDArray[np.float64],
+    outcomes: NDArray[np.int8],
 ) -> None:
     """Learns from every node whose parent was accepted: it was, or was not, what the target emitted.
 
-    The weights of its set of sources take a step of logistic regression, its cell counts the outcome; old
-    outcomes fade by halves.
+    The terms of its log odds take a step of logistic regression, its cell counts the outcome; old outcomes
+    fade by halves.
+
+    Args:
+        outcomes: int8, shape (n + 1,). Gets 1 or 0 for each such node, -1 for the others.
     """
     depth = np.full(len(tokens), -1, np.int64)
     depth[0] = 0
+    outcomes[0] = -1
     for node in range(1, len(tokens)):
+        outcomes[node] = -1
         above = depth[parents[node]]
         if above < 0 or above >= len(emitted):
             continue
-        cell = cells[node]
-        mask = cell // BINS
-        taken = 1.0 if tokens[node] == emitted[above] else 0.0
-        if taken > 0.0:
+        taken = tokens[node] == emitted[above]
+        outcomes[node] = taken
+        if taken:
             depth[node] = above + 1
-        step = rate * (taken - raw[node])
-        weights[mask, SOURCES] += step
-        for place in range(SOURCES):
-            weights[mask, place] = min(max(weights[mask, place] + step * odds[node, place], 0.0), 2.0)
-        expected[cell] += raw[node]
-        accepted[cell] += taken
+        raw = np.float64(evidence[node, RAW])
+        cell = cell_of(int(evidence[node, MASK]), raw)
+        teach(evidence[node], taken - raw, rate, request_rate, weights, parameters, request, switches)
+        expected[cell] += switches[LEARNS_CELLS] * raw
+        accepted[cell] += switches[LEARNS_CELLS] * taken
         if expected[cell] > memory:
             expected[cell] *= 0.5
             accepted[cell] *= 0.5

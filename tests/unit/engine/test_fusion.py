@@ -28,7 +28,7 @@ def test_docstring_example() -> None:
     tree = fuse(
         8,
         [proposal([9, 4], [-1, 0], [0.8, 0.5]), proposal([9, 3], [-1, -1], [0.5, 0.1], "b")],
-        Calibration(),
+        Calibration(priors=False),
         10,
     )
     assert tree.tokens.tolist() == [8, 9, 4, 3]
@@ -39,13 +39,13 @@ def test_docstring_example() -> None:
 
 
 def test_no_proposals_and_no_budget_give_the_root() -> None:
-    assert len(fuse(5, [], Calibration(), 10)) == 1
-    assert len(fuse(5, [proposal([1], [-1], [0.5])], Calibration(), 0)) == 1
+    assert len(fuse(5, [], Calibration(priors=False), 10)) == 1
+    assert len(fuse(5, [proposal([1], [-1], [0.5])], Calibration(priors=False), 0)) == 1
 
 
 def test_the_same_word_from_two_sources_is_one_path() -> None:
     one = proposal([1, 2, 3], [-1, 0, 1], [0.5, 0.5, 0.5])
-    tree = fuse(0, [one, one], Calibration(), 10)
+    tree = fuse(0, [one, one], Calibration(priors=False), 10)
     assert tree.tokens.tolist() == [0, 1, 2, 3]
 
 
@@ -55,7 +55,7 @@ def test_ties_and_underflow_stay_prefix_closed(prob: float) -> None:
     parents = [-1] + [i // 2 for i in range(size - 1)]
     tokens = list(range(size))
     for budget in (1, 7, 64, 200):
-        tree = fuse(0, [proposal(tokens, parents, [prob] * size)], Calibration(), budget)
+        tree = fuse(0, [proposal(tokens, parents, [prob] * size)], Calibration(priors=False), budget)
         assert len(tree) == budget + 1
         assert np.all(tree.parents[1:] < np.arange(1, budget + 1))
         assert np.all(np.diff(tree.path_probs) <= 0)
@@ -106,7 +106,7 @@ def test_the_tree_is_the_best_prefix_closed_set(
 ) -> None:
     proposals = [as_proposal(first, "a"), as_proposal(second, "b")]
     expected = naive(proposals)
-    tree = fuse(99, proposals, Calibration(), budget)
+    tree = fuse(99, proposals, Calibration(priors=False), budget)
     paths: list[tuple[int, ...]] = [()]
     for node in range(1, len(tree)):
         paths.append((*paths[tree.parents[node]], int(tree.tokens[node])))

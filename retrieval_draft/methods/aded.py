@@ -1,0 +1,200 @@
+"""ADED (Adaptix): sentences that a tree search finds in a trigram matrix which follows the text.
+
+"Adaptix", or "ADED" (2024, arXiv:2407.12021): a matrix of the 12 most probable third tokens of each pair,
+made from a corpus; at each step the trigrams of the text's last 16 tokens gain 0.04, up to 3.0; 150 rounds of
+a tree search over sentences of 4 tokens; the 24 most visited ones, each with its most probable fifth token,
+are merged into at most 64 nodes.
+
+Pairs are read from the corpora's segments when they are needed; without a corpus, from what earlier requests
+of this process said. Not public in what was read, and chosen here: a round goes to a sentence's end at once
+and is worth the mean value of its tokens; the most visited nodes are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from threading import Lock
+
+import numpy as np
+
+from retrieval_draft.index.segment import Segment
+from retrieval_draft.index.source import Proposal, TokenArray
+from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
+from retrieval_draft.methods.method import Method, Parts, as_proposed
+
+__all__ = ["METHOD", "AdedSession", "TrigramMatrix"]
+
+KEPT, GAIN, MOST_VALUE, WINDOW = 12, 0.04, 3.0, 16
+ITERATIONS, LENGTH, SENTENCES, NODES = 150, 4, 24, 64
+ROWS, ROW_BYTES = 1 << 16, 1000
+"""Pairs kept at most, and about what one takes in CPython."""
+
+
+class TrigramMatrix:
+    """Values of third tokens by the two before. Safe for sessions in several threads.
+
+    Args:
+        segments: Texts to count in; without any, `remember` fills the matrix.
+        rows: Pairs kept at most; the least recently used ones are evicted.
+
+    Example:
+        remember 7 8 5, 7 8 9, 7 8 9: row(7, 8)  ->  9 .67, 5 .33; gain 7 8 5  ->  9 .67, 5 .37
+    """
+
+    def __init__(self, segments: Sequence[Segment] = (), rows: int = ROWS) -> None:
+        self._segments, self._most = segments, rows
+        self._rows: OrderedDict[tuple[int, int], dict[int, float]] = OrderedDict()
+        self._seen, self._lock = dict[tuple[int, int], int](), Lock()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, first: int, second: int) -> list[tuple[int, float]]:
+        """The third tokens and their values, best first."""
+        with self._lock:
+            if not self._segments and (first, second) not in self._rows:
+                return []
+            return sorted(self._take((first, second)).items(), key=lambda entry: (-entry[1], entry[0]))
+
+    def gain(self, text: Sequence[int]) -> None:
+        """Raises the value of each trigram of `text`."""
+        with self._lock:
+            for first, second, third in zip(text, text[1:], text[2:], strict=False):
+                _raise(self._take((first, second)), third, GAIN)
+
+    def remember(self, text: Sequence[int]) -> None:
+        """Moves rows towards a finished request's trigrams, a pair's n-th by 1/n; not with a corpus."""
+        if self._segments:
+            return
+        with self._lock:
+            for first, second, third in zip(text, text[1:], text[2:], strict=False):
+                row = self._take(pair := (first, second))
+                self._seen[pair] = seen = self._seen.get(pair, 0) + 1
+                for token in row:
+                    row[token] *= 1 - 1 / seen
+                _raise(row, third, 1 / seen)
+
+    def _take(self, pair: tuple[int, int]) -> dict[int, float]:
+        if pair not in self._rows:
+            self._rows[pair] = self._count(pair)
+            if len(self._rows) > self._most:
+                oldest, _ = self._rows.popitem(last=False)
+                self._seen.pop(oldest, None)
+        self._rows.move_to_end(pair)
+        return self._rows[pair]
+
+    def _count(self, pair: tuple[int, int]) -> dict[int, float]:
+        counts: Counter[int] = Counter()
+        for segment in self._segments:
+            counts.update(segment.followers(np.array(pair, np.int32), 1 << 16))
+        total = counts.total()
+        return {token: count / total for token, count in counts.most_common(KEPT)}
+
+
+def _raise(row: dict[int, float], token: int, by: float) -> None:
+    if token not in row and len(row) == KEPT:
+        del row[min(row, key=lambda other: row[other])]
+    row[token] = min(MOST_VALUE, row.get(token, 0.0) + by)
+
+
+class _Place:
+    """A sentence's beginning: its ways on, and how often each was taken."""
+
+    def __init__(self, options: Sequence[tuple[int, float]]) -> None:
+        self.options, self.below = options, dict[int, _Place]()
+        self.visits, self.wins = [0] * len(options), [0.0] * len(options)
+
+    def choose(self) -> int:
+        """The way with the best W/N + (32 + ln((N_parent + 9)/8)) * P * sqrt(N_parent)/(1 + N)."""
+        visited = sum(self.visits)
+        scale = (32 + math.log((visited + 9) / 8)) * math.sqrt(visited)
+        best, choice = -1.0, 0
+        for way, ((_, value), visits, wins) in enumerate(zip(self.options, self.visits, self.wins)):  # noqa: B905
+            score = scale * value / (1 + visits) + (wins / visits if visits else 0.0)
+            if score > best:
+                best, choice = score, way
+        return choice
+
+
+class AdedSession(LookupSession):
+    """A request's text beside the shared matrix.
+
+    Args:
+        matrix: Shared by all requests.
+        prompt: int32, shape (length,).
+
+    Example:
+        rows "7 8": 9 .75, 5 .25; "8 9": 1; "8 5": 2; "9 1": 3, text .. 7 8
+        ->  sentences 9 1 3 and 5 2, of which 9 1 3 is visited more: tokens [9, 1, 3, 5, 2]
+    """
+
+    def __init__(self, matrix: TrigramMatrix, prompt: TokenArray) -> None:
+        super().__init__(prompt)
+        self._matrix = matrix
+
+    def propose(self, budget: int) -> Proposal:
+        """The most visited sentences, the most visited nodes first; chances are shares of visits."""
+        visits: Counter[tuple[int, ...]] = Counter()
+        for sentence, times in self._search().most_common(SENTENCES):
+            longer = (*sentence, *(token for token, _ in self._row(sentence)[:1]))
+            visits.update({longer[:size]: times for size in range(len(longer) + 1)})
+        tree = GuessTree("aded")
+        places: dict[tuple[int, ...], int] = {(): -1}
+        for path in sorted(visits, key=lambda path: (-visits[path], len(path)))[1:]:
+            places[path] = tree.add(places[path[:-1]], path[-1], visits[path] / visits[path[:-1]], 2)
+        return tree.proposal(min(budget, NODES))
+
+    def observe(self, tokens: TokenArray) -> None:
+        """Appends accepted tokens; the trigrams of the last 16 tokens gain."""
+        super().observe(tokens)
+        self._matrix.gain(self.text[-WINDOW:])
+
+    def close(self) -> None:
+        """Leaves the text to later requests."""
+        self._matrix.remember(self.text)
+
+    def _row(self, sentence: tuple[int, ...]) -> list[tuple[int, float]]:
+        pair = [*self.text[-2:], *sentence][-2:]
+        return self._matrix.row(*pair) if len(pair) == 2 else []
+
+    def _search(self) -> Counter[tuple[int, ...]]:
+        """Sentences with their visits."""
+        found: Counter[tuple[int, ...]] = Counter()
+        root = _Place(self._row(()))
+        for _ in range(ITERATIONS if root.options else 0):
+            sentence: tuple[int, ...] = ()
+            path: list[tuple[_Place, int]] = []
+            place, total = root, 0.0
+            while place.options and len(path) < LENGTH:
+                way = place.choose()
+                path.append((place, way))
+                token, value = place.options[way]
+                sentence, total = (*sentence, token), total + value
+                if way not in place.below:
+                    place.below[way] = _Place(self._row(sentence) if len(path) < LENGTH else [])
+                place = place.below[way]
+            for place, way in path:
+                place.visits[way] += 1
+                place.wins[way] += total / len(path)
+            found[sentence] += 1
+        return found
+
+
+def _sources(parts: Parts) -> Sequence[MethodSource]:
+    matrix = TrigramMatrix([segment for corpus in parts.stores.corpora for segment in corpus.segments])
+
+    def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> AdedSession:
+        return AdedSession(matrix, prompt)
+
+    return [MethodSource("aded", opened, lambda: len(matrix) * ROW_BYTES)]
+
+
+METHOD = Method(
+    name="aded",
+    paper="ADED 2024, arXiv:2407.12021",
+    sources=_sources,
+    tree=as_proposed,
+    nodes=NODES,
+)

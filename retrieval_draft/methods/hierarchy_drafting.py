@@ -1,0 +1,197 @@
+"""Hierarchy Drafting: guesses from the request, then from the model's own outputs, then from a corpus.
+
+Cho et al. (2025), "Lossless Acceleration of Large Language Models with Hierarchical Drafting based on
+Temporal Locality in Speculative Decoding" (arXiv:2502.05609): 7 guesses of 4 tokens for the last token,
+verified in parallel. W, the context: those last seen behind that token in prompt and output. If they are
+fewer than 7, S, the model: the most frequent of the 100,000 most frequent 5-grams of its own outputs. If
+still fewer, L, statistics: the most frequent continuations in a corpus, looked up as in REST.
+
+Differences: W also takes guesses of a Jacobi window, which runs on further positions of the target; a lookup
+does not have them, so it is left out, and W offers less than published. S is made of this process's earlier
+outputs and not of a data set's; beyond 100,000 5-grams the rarest go, of equal ones the oldest. Guesses that
+begin alike share nodes, newer ones come first, and W, S and L are filled up to 7 together.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from heapq import nlargest
+from threading import Lock
+
+from retrieval_draft.index.segment_session import Segments
+from retrieval_draft.index.source import Proposal, TokenArray
+from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
+from retrieval_draft.methods.method import Method, Parts, as_proposed
+from retrieval_draft.methods.rest import LONGEST, SHORTEST, TextEnd, common_prefixes
+
+__all__ = ["METHOD", "HierarchyDraftingSession", "ModelStore"]
+
+GUESSES = 7
+COPIED = 4
+MOST_STORED = 100_000
+KEPT = 75_000
+"""What is left when there are more: the rarest are found by sorting all, so not for one at a time."""
+ENTRY_BYTES = 240
+"""A 5-gram's Python objects, measured."""
+
+Guess = tuple[int, ...]
+
+
+class ModelStore:
+    """How often the model said each 5-gram. Safe for sessions in several threads.
+
+    Example:
+        add 1 2 3 4 5 1 2 3 4 6 1 2 3 4 5  ->  best(1) is [(2, 3, 4, 5), (2, 3, 4, 6)]
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[int, dict[Guess, tuple[int, int]]] = {}  # how often, when last
+        self._best: dict[int, list[Guess]] = {}  # the first of each token's
+        self._size = 0
+        self._time = 0
+        self._lock = Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, estimated."""
+        return self._size * ENTRY_BYTES
+
+    def add(self, text: Sequence[int]) -> None:
+        """Counts the 5-grams of an output."""
+        with self._lock:
+            for place in range(len(text) - COPIED):
+                token, guess = text[place], tuple(text[place + 1 : place + 1 + COPIED])
+                known = self._counts.setdefault(token, {})
+                self._size += guess not in known
+                self._time += 1
+                known[guess] = (known.get(guess, (0, 0))[0] + 1, self._time)
+                best = self._best.setdefault(token, [])
+                if guess not in best:
+                    best.append(guess)
+                best.sort(key=known.__getitem__, reverse=True)
+                del best[2 * GUESSES :]
+                if self._size > MOST_STORED:
+                    self._forget()
+
+    def best(self, token: int) -> list[Guess]:
+        """What followed `token` most often, of equals the newest first: 2 * GUESSES at most."""
+        with self._lock:
+            return list(self._best.get(token, ()))
+
+    def _forget(self) -> None:
+        ranked = (
+            (*rank, token, guess) for token, known in self._counts.items() for guess, rank in known.items()
+        )
+        kept = nlargest(KEPT, ranked)
+        self._counts, self._best, self._size = {}, {}, len(kept)
+        for count, when, token, guess in kept:
+            self._counts.setdefault(token, {})[guess] = (count, when)
+            best = self._best.setdefault(token, [])
+            if len(best) < 2 * GUESSES:
+                best.append(guess)
+
+
+class HierarchyDraftingSession(LookupSession):
+    """A request's own guesses, beside the model's and those of the corpora.
+
+    Args:
+        model: Shared by all requests.
+        segments: Of the corpora; may be none.
+        prompt: int32, shape (length,).
+
+    Example:
+        text 7 1 2 3 4 7 1 2 5 6 7  ->  guesses 1 2 5 6 and 1 2 3 4: tokens [1, 2, 5, 6, 3, 4],
+        parents [-1, 0, 1, 2, 1, 4]
+    """
+
+    def __init__(self, model: ModelStore, segments: Segments, prompt: TokenArray) -> None:
+        super().__init__(prompt)
+        self._model = model
+        self._prompted = len(self.text)
+        self._context: dict[int, dict[Guess, None]] = {}  # of each token, the newest last
+        self._indexed = 0
+        self._end = TextEnd(segments, prompt)
+        self._index()
+
+    def propose(self, budget: int) -> Proposal:
+        """Guess by guess: the context's, the model's, the corpora's."""
+        last = self.text[-1] if self.text else -1
+        guesses = {guess: 1 for guess in reversed(self._context.get(last, {}))}
+        level = "request"
+        if len(guesses) < GUESSES:
+            level = level if guesses else "history"
+            _fill(guesses, self._model.best(last), 1)
+        for span in range(min(LONGEST, max(self._end.length, 4)), SHORTEST - 1, -1):
+            if len(guesses) >= GUESSES:
+                break
+            found = common_prefixes(self._end.behind(span), COPIED, 2 * GUESSES, COPIED)
+            level = level if guesses else "corpus"
+            _fill(guesses, [guess for guess, _ in found], span)
+            if found:
+                break
+        return _merged(guesses, level).proposal(budget)
+
+    def observe(self, tokens: TokenArray) -> None:
+        """Appends accepted tokens."""
+        super().observe(tokens)
+        self._end.observe(tokens)
+        self._index()
+
+    def close(self) -> None:
+        """Hands the output over to the model's store."""
+        self._model.add(self.text[self._prompted :])
+
+    def _index(self) -> None:
+        text = self.text
+        for place in range(self._indexed, len(text) - COPIED):
+            guess = tuple(text[place + 1 : place + 1 + COPIED])
+            known = self._context.setdefault(text[place], {})
+            known.pop(guess, None)
+            known[guess] = None
+            if len(known) > GUESSES:
+                del known[next(iter(known))]
+        self._indexed = max(self._indexed, len(text) - COPIED)
+
+
+def _fill(guesses: dict[Guess, int], more: Sequence[Guess], match: int) -> None:
+    """Adds guesses that are new, up to GUESSES."""
+    for guess in more:
+        if len(guesses) < GUESSES:
+            guesses.setdefault(guess, match)
+
+
+def _merged(guesses: dict[Guess, int], level: str) -> GuessTree:
+    """One tree of all guesses; a node's chance is its share of the guesses that reach its parent."""
+    tree = GuessTree("hierarchy_drafting", level)
+    reached = Counter(guess[:depth] for guess in guesses for depth in range(COPIED + 1))
+    for guess, match in guesses.items():
+        node = -1
+        for depth, token in enumerate(guess):
+            share = reached[guess[: depth + 1]] / reached[guess[:depth]]
+            node = tree.add(node, token, share, match)
+    return tree
+
+
+def _sources(parts: Parts) -> Sequence[MethodSource]:
+    model = ModelStore()
+    corpora = parts.stores.corpora
+    segments = tuple(part for corpus in corpora for part in corpus.segments)
+
+    def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> HierarchyDraftingSession:
+        shared = model if parts.config.history_replies else ModelStore()
+        return HierarchyDraftingSession(shared, segments, prompt)
+
+    def nbytes() -> int:
+        return model.nbytes + sum(corpus.nbytes for corpus in corpora)
+
+    return [MethodSource("hierarchy_drafting", opened, nbytes)]
+
+
+METHOD = Method(
+    name="hierarchy_drafting",
+    paper="Cho et al. 2025, arXiv:2502.05609",
+    sources=_sources,
+    tree=as_proposed,
+    nodes=GUESSES * COPIED,
+)

@@ -1,0 +1,200 @@
+"""REST: what followed the text's end elsewhere, counted and verified as one tree.
+
+He et al. (2024), "REST: Retrieval-Based Speculative Decoding" (NAACL 2024): of the last 16, 15, .. 2 tokens,
+the first that occur in the datastore; the next 10 tokens of at most 5000 occurrences, in the order of the
+suffix array; of all their prefixes the 64 most frequent. The released code then drops the longest prefixes
+until the lengths of those left add up to 64, although they share nodes. So it is here: about 20 are left.
+
+Differences: drafts stop at the end of a document; of equal counts the shorter prefix is first, then that
+first in the suffix array (theirs is random); segments are read one after the other up to 5000 occurrences.
+Without a corpus it drafts from earlier requests of this process, see `History`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval_draft.index.history import HistorySource
+from retrieval_draft.index.registry import REGISTRY
+from retrieval_draft.index.segment import Segment, match_state
+from retrieval_draft.index.segment_session import Segments
+from retrieval_draft.index.source import DraftSession, Proposal, TokenArray
+from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
+from retrieval_draft.methods.method import Method, Parts, as_proposed
+
+__all__ = ["METHOD", "RestSession", "RestSource", "TextEnd", "common_prefixes"]
+
+LONGEST, SHORTEST, COPIED = 16, 2, 10
+MOST_MATCHES = 5000
+CHOICES = 64
+
+Places = list[tuple[Segment, NDArray[np.int64]]]
+"""For each segment, places in its tokens."""
+Counted = tuple[tuple[int, ...], int]
+
+
+class TextEnd:
+    """Where the end of a growing text, which begins with `prompt`, occurs in segments.
+
+    Example:
+        one segment with the text 7 8 9 4, prompt 5 7 8: behind(2)  ->  place 2, where 9 stands
+    """
+
+    def __init__(self, segments: Segments, prompt: TokenArray) -> None:
+        from retrieval_draft.index._kernels import segment_match
+
+        self._kernels = segment_match
+        self._segments = segments
+        self._rows: NDArray[np.int64] = np.array([part.row for part in segments], np.int64)
+        self._chain, self._longest, self._tail = match_state(len(segments))
+        if segments:
+            self.observe(prompt[-segment_match.LONGEST :])
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text's end that occur, up to 32. Less than a sort key's (4 at most) are told as 0."""
+        return int(self._longest.max(initial=0))
+
+    def observe(self, tokens: TokenArray) -> None:
+        """Appends accepted tokens."""
+        if self._segments:
+            tokens = np.array(tokens, np.int32)
+            self._kernels.advance(self._rows, self._chain, self._longest, self._tail, tokens)
+
+    def behind(self, length: int, most: int = MOST_MATCHES) -> Places:
+        """The places behind at most `most` occurrences of the last `length` tokens (1 to 32)."""
+        kernels, found = self._kernels, []
+        for number, segment in enumerate(self._segments):
+            count = kernels.occurrences(self._rows, number, self._chain, self._longest, self._tail, length)
+            if not count or not most:
+                continue
+            first, last = self._chain[number, length].tolist()
+            if last == kernels.SINGLE:
+                starts = np.array([first], np.int64)
+            else:
+                starts = segment.suffixes[first : min(last, first + most)].astype(np.int64)
+            most -= len(starts)
+            # Files that were altered may point anywhere; the last token is a separator.
+            found.append((segment, np.clip(starts + length, 0, len(segment.tokens) - 1)))
+        return found
+
+
+def common_prefixes(places: Places, copied: int, number: int, shortest: int = 1) -> list[Counted]:
+    """The `number` most frequent prefixes of `shortest` to `copied` tokens at `places`, with their counts.
+
+    Example:
+        places before 9 4 and before 9 3, copied 2, number 2  ->  (9): 2, (9 3): 1
+    """
+    if not places:
+        return []
+    parts = []
+    for segment, starts in places:
+        spread = np.minimum(starts[:, None] + np.arange(copied), len(segment.tokens) - 1)
+        part = segment.tokens[spread].astype(np.int32)
+        part[np.logical_or.accumulate(part == segment.separator, axis=1)] = -1
+        parts.append(part)
+    rows = np.concatenate(parts)
+    if len(parts) > 1:  # those of one segment are in order as they come
+        keys = np.ascontiguousarray((rows + 1).astype(">u4")).view(f"S{4 * copied}")[:, 0]
+        rows = rows[np.argsort(keys, kind="stable")]
+    changes = np.logical_or.accumulate(rows[1:] != rows[:-1], axis=1)
+    counts, depths, firsts = [], [], []
+    for depth in range(shortest, copied + 1):
+        begins = np.concatenate(([0], np.flatnonzero(changes[:, depth - 1]) + 1))
+        whole = rows[begins, depth - 1] >= 0
+        counts.append(np.diff(begins, append=len(rows))[whole].astype(np.int16))
+        firsts.append(begins[whole])
+        depths.append(np.full(len(firsts[-1]), depth))
+    # As int16 they are sorted by radix.
+    best = np.argsort(-np.concatenate(counts), kind="stable")[:number]
+    chosen = (np.concatenate(part)[best].tolist() for part in (firsts, depths, counts))
+    return [(tuple(rows[first, :depth].tolist()), count) for first, depth, count in zip(*chosen, strict=True)]
+
+
+class RestSession(LookupSession):
+    """Where one request's text ends in the datastore.
+
+    Args:
+        segments: The datastore as it is for this request.
+        prompt: int32, shape (length,).
+        history: Keeps the request's text, or None.
+
+    Example:
+        datastore 7 8 9 4 and 7 8 9 3, prompt 1 7 8  ->  tokens [9, 3, 4], parents [-1, 0, 0]
+    """
+
+    def __init__(self, segments: Segments, prompt: TokenArray, history: DraftSession | None = None) -> None:
+        super().__init__(prompt[:0])
+        self._end = TextEnd(segments, prompt)
+        self._history = history
+
+    def propose(self, budget: int) -> Proposal:
+        """The most frequent prefixes of what followed."""
+        tree = GuessTree("rest", "history" if self._history else "corpus")
+        for span in range(min(LONGEST, max(self._end.length, 4)), SHORTEST - 1, -1):
+            places = self._end.behind(span)
+            kept = _cut(common_prefixes(places, COPIED, CHOICES))
+            matches = sum(len(starts) for _, starts in places)
+            for prefix, count in kept.items():
+                tree.add_path(prefix, prob=count / kept.get(prefix[:-1], matches), match_length=span)
+            if kept:
+                break
+        return tree.proposal(budget)
+
+    def observe(self, tokens: TokenArray) -> None:
+        """Appends accepted tokens."""
+        self._end.observe(tokens)
+        if self._history:
+            self._history.observe(tokens)
+
+    def close(self) -> None:
+        """Ends the request; without a corpus its text joins the datastore."""
+        if self._history:
+            self._history.close()
+
+
+def _cut(prefixes: list[Counted]) -> dict[tuple[int, ...], int]:
+    """Drops the longest prefixes, rarer ones first, until the lengths add up to CHOICES or less."""
+    kept = dict(prefixes)
+    longest = sorted(kept, key=len)  # of equal lengths the rarest last
+    while sum(map(len, kept)) > CHOICES:
+        del kept[longest.pop()]
+    return kept
+
+
+class RestSource(MethodSource):
+    """The corpora; without one, what earlier requests said."""
+
+    def __init__(self, parts: Parts) -> None:
+        segments = tuple(part for corpus in parts.stores.corpora for part in corpus.segments)
+        store = REGISTRY["corpus" if segments else "history"](parts.config, parts.stores)
+        assert store is not None
+        self._store = store
+
+        def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> RestSession:
+            if isinstance(store, HistorySource):
+                return RestSession(store.history.segments, prompt, store.open(prompt))
+            return RestSession(segments, prompt)
+
+        super().__init__("rest", opened, lambda: store.nbytes)
+        self.level = store.level
+
+    def flush(self) -> None:
+        """Waits until finished requests can be looked up."""
+        self._store.flush()
+
+    def close(self) -> None:
+        """Keeps what waits."""
+        self._store.close()
+
+
+METHOD = Method(
+    name="rest",
+    paper="He et al. 2024, arXiv:2311.08252",
+    sources=lambda parts: [RestSource(parts)],
+    tree=as_proposed,
+    nodes=CHOICES,
+)

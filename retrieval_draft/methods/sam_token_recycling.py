@@ -1,0 +1,98 @@
+"""SAM[Token Recycling]: copy behind a long match, else the tree of recycled tokens.
+
+Hu et al. (2024), "SAM Decoding: Speculative Decoding via Suffix Automaton" (arXiv:2411.10666), with Token
+Recycling as the other drafter: where the longest suffix of the text that occurred before has 5 tokens or
+more, one chain of the 40 tokens behind its oldest occurrence; else the tree. Never both.
+
+Differences: their second automaton, over a fixed corpus, is left out; where fewer than 40 tokens follow,
+those are the chain (their code pads with zeros or takes a shorter match); the tree is `token_recycling`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
+from retrieval_draft.index.suffix_automaton import SuffixAutomaton
+from retrieval_draft.methods.lookup import GuessTree, MethodSource
+from retrieval_draft.methods.method import Method, Parts, as_proposed
+from retrieval_draft.methods.token_recycling import TEMPLATE, RecycledTokens
+
+__all__ = ["METHOD", "SamTokenRecyclingSession"]
+
+LONG = 5
+COPIED = 40
+NAME = "sam_token_recycling"
+
+
+class SamTokenRecyclingSession:
+    """A request's automaton and text beside the shared matrix.
+
+    Args:
+        matrix: Shared by all requests.
+        prompt: int32, shape (length,).
+
+    Example:
+        text 1 2 3 4 5 8 9 1 2 3 4 5: the last five stood at the start  ->  chain 8 9 1 2 3 4 5;
+        text 8 2 3 4 5 8 9 1 2 3 4 5: only four did  ->  the template below 5
+    """
+
+    def __init__(self, matrix: RecycledTokens, prompt: TokenArray) -> None:
+        self._matrix = matrix
+        self._automaton = SuffixAutomaton(len(prompt) + 256)
+        self._bytes = bytearray()
+        self._last = -1
+        self.observe(prompt)
+
+    def propose(self, budget: int) -> Proposal:
+        """The chain behind a long match, or the tree."""
+        length = self._automaton.match_length
+        if length < LONG:
+            return self._matrix.propose(self._last, budget, NAME)
+        end = self._first_end(length)
+        copied = np.frombuffer(bytes(self._bytes[4 * end : 4 * (end + COPIED)]), np.int32)
+        tree = GuessTree(NAME)
+        tree.add_path(copied.tolist(), match_length=length)
+        return tree.proposal(budget)
+
+    def observe(self, tokens: TokenArray) -> None:
+        """Appends accepted tokens."""
+        if len(tokens):
+            self._automaton.insert(tokens)
+            self._bytes += np.asarray(tokens, np.int32).tobytes()
+            self._last = int(tokens[-1])
+
+    def learn(self, logits: NodeLogits) -> None:
+        """Overwrites the rows of every verified node."""
+        self._matrix.learn(logits)
+
+    def close(self) -> None:
+        """The rows stay for later requests, the automaton goes."""
+
+    def _first_end(self, length: int) -> int:
+        """Where the oldest occurrence of the last `length` tokens ends."""
+        suffix = self._bytes[-4 * length :]
+        found = self._bytes.find(suffix)
+        while found % 4:  # bytes of two neighbours that look like the token
+            found = self._bytes.find(suffix, found + 1)
+        return found // 4 + length
+
+
+def _sources(parts: Parts) -> Sequence[MethodSource]:
+    matrix = RecycledTokens(parts.stores.vocabulary)
+
+    def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> SamTokenRecyclingSession:
+        return SamTokenRecyclingSession(matrix, prompt)
+
+    return [MethodSource(NAME, opened, lambda: matrix.nbytes)]
+
+
+METHOD = Method(
+    name=NAME,
+    paper="Hu et al. 2024, arXiv:2411.10666",
+    sources=_sources,
+    tree=as_proposed,
+    nodes=len(TEMPLATE),
+)

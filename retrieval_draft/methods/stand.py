@@ -1,0 +1,168 @@
+"""STAND: n-gram rows of averaged next-token distributions, drafted as one fixed tree of ranks.
+
+Song et al. (2025), "Accelerated Test-Time Scaling with Model-Free Speculative Sampling" (arXiv:2506.04708):
+the target's distributions at verified nodes are averaged by their last 4, 3 and 2 tokens, one that follows k
+others with a weight of 1/(k+1), the top 10 kept; children of a node are the best of the longest n-gram that
+has a row.
+
+Differences: children are the most probable ones, as greedy decoding wants them; the published Gumbel noise
+is for sampling and is added elsewhere. The published tree of 80 nodes was cut from 625 on AIME samples and is
+not public, so this one follows a rule, see `shape`. How an unseen n-gram is drafted is not public either:
+here its node stays a leaf. Rows stay for later requests, and the least recently written ones make room.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from retrieval_draft.index.adjacency import AdjacencyMatrix
+from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArray
+from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
+from retrieval_draft.methods.method import Method, Parts, as_proposed
+
+__all__ = ["METHOD", "StandSession", "StandTable", "shape"]
+
+KEPT = 10
+NODES = 80
+ORDERS = (4, 3, 2)
+EXPONENT = 2.3
+"""To a tenth the one with which the 80 nodes of `shape` reach the published depth of 13."""
+
+NO_CAP = 2**31 - 1
+
+
+def shape() -> tuple[tuple[int, int], ...]:
+    """The tree of ranks as (parent, rank): the 80 most probable paths if rank r has chance ~ (r+1)^-2.3.
+
+    Chances add up to 1 over the ten ranks, which gives the best one .716. Nodes are ordered by the path's
+    chance, so a smaller tree is a prefix.
+
+    Example:
+        the first nodes: rank 0; below it rank 0; below that rank 0; ...
+    """
+    total = sum((rank + 1) ** -EXPONENT for rank in range(KEPT))
+    chances = [(rank + 1) ** -EXPONENT / total for rank in range(KEPT)]
+    waiting: list[tuple[float, tuple[int, ...], int]] = [
+        (-chance, (rank,), -1) for rank, chance in enumerate(chances)
+    ]
+    heapq.heapify(waiting)
+    nodes: list[tuple[int, int]] = []
+    while len(nodes) < NODES:
+        chance, path, parent = heapq.heappop(waiting)
+        for rank, below in enumerate(chances):
+            heapq.heappush(waiting, (chance * below, (*path, rank), len(nodes)))
+        nodes.append((parent, path[-1]))
+    return tuple(nodes)
+
+
+SHAPE = shape()
+
+
+class StandTable(AdjacencyMatrix):
+    """Rows of n-grams that average everything they have seen. Safe for sessions in several threads.
+
+    The rows of one token that it keeps besides are not looked up.
+
+    Args:
+        rows: Rows at most; 100 bytes each.
+
+    Example:
+        after 5 7 the target says 9 with .6, then 9 with .2 and 4 with .5: the row of "5 7" is 9 .4, 4 .25
+    """
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(rows, KEPT)
+
+    def learn(self, logits: NodeLogits) -> None:
+        """Averages the distribution of every node into the rows of its last 4, 3 and 2 tokens."""
+        if not len(logits.contexts):
+            return
+        with self._lock:
+            self._clock += 1
+            self._kernels.learn(
+                self._keys,
+                self._used,
+                self._visits,
+                self._tokens,
+                self._probs,
+                np.array(logits.contexts, np.int32),
+                np.array(logits.top_tokens, np.int32),
+                np.array(logits.top_probs, np.float32),
+                NO_CAP,
+                self._clock,
+            )
+
+    def longest(self, context: Sequence[int]) -> tuple[list[int], list[float], int]:
+        """Next tokens, their probabilities and the order of the longest n-gram that has a row."""
+        for order in ORDERS:
+            if len(context) >= order:
+                with self._lock:
+                    tokens, probs, _ = self.row(np.array(context[-order:], np.int32))
+                if len(tokens):
+                    return tokens.tolist(), probs.tolist(), order
+        return [], [], 0
+
+
+class StandSession(LookupSession):
+    """One request's last tokens.
+
+    Args:
+        table: Shared by all requests.
+        prompt: int32, shape (length,).
+
+    Example:
+        rows "5 7": 9 4 and "7 9": 2, text .. 5 7, budget 3  ->  tokens [9, 2, 4], parents [-1, 0, -1]
+    """
+
+    def __init__(self, table: StandTable, prompt: TokenArray) -> None:
+        super().__init__(prompt[-CONTEXT:])
+        self._table = table
+
+    def propose(self, budget: int) -> Proposal:
+        """The shape, filled from the rows; ranks that a row does not have stay out."""
+        tree = GuessTree("stand")
+        nodes, contexts = {-1: -1}, {-1: self.text}
+        rows: dict[int, Any] = {}
+        for number, (parent, rank) in enumerate(SHAPE):
+            if len(tree) >= budget:
+                break
+            if parent not in nodes:
+                continue
+            if parent not in rows:
+                rows[parent] = self._table.longest(contexts[parent])
+            tokens, probs, order = rows[parent]
+            if rank < len(tokens):
+                nodes[number] = tree.add(nodes[parent], tokens[rank], probs[rank], order)
+                contexts[number] = [*contexts[parent][1 - CONTEXT :], tokens[rank]]
+        return tree.proposal(budget)
+
+    def observe(self, tokens: TokenArray) -> None:
+        """Moves on. Accepted tokens teach through `learn`, which sees their whole distribution."""
+        super().observe(tokens[-CONTEXT:])
+        self.text = self.text[-CONTEXT:]
+
+    def learn(self, logits: NodeLogits) -> None:
+        """Averages the predictions of every verified node into its rows."""
+        self._table.learn(logits)
+
+
+def _sources(parts: Parts) -> Sequence[MethodSource]:
+    table = StandTable(parts.config.adjacency_rows)
+
+    def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> StandSession:
+        return StandSession(table, prompt)
+
+    return [MethodSource("stand", opened, lambda: table.nbytes)]
+
+
+METHOD = Method(
+    name="stand",
+    paper="Song et al. 2025, arXiv:2506.04708",
+    sources=_sources,
+    tree=as_proposed,
+    nodes=NODES,
+)
