@@ -199,6 +199,28 @@ def methods(
         print(f"{size} nodes: calibrated is {ratio:.3f} times the best other method")
 
 
+@app.command("fusion")
+def fusion(
+    traces: Annotated[list[Path], typer.Argument(help="Trace files.", show_default=False)],
+    nodes: Annotated[int, typer.Option(min=1, help="Draft nodes of every step.")] = 60,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests.")] = 60,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Time fusion, selection and calibration for five sources that propose in full."""
+    from retrieval_draft.bench.fusion import measure_fusion
+
+    result = measure_fusion(traces, nodes=nodes, limit=limit)
+    finish(result, out)
+    if json:
+        print_json(result)
+        return
+    for name in ("fuse_us", "observe_us", "both_us"):
+        times = result[name]
+        print(f"{name.removesuffix('_us')}: p50 {times['p50']:.0f} us, p99 {times['p99']:.0f} us")
+    print(f"{result['proposed']:.0f} nodes proposed, {result['steps']:,} steps")
+
+
 @app.command("forward")
 def forward(
     model: Model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 
@@ -31,29 +32,23 @@ def fuse(
         .6 * 1.39 + .6 * 0 + .3, so .76, then tokens [8, 9, 4, 3], parents [-1, 0, 1, 0],
         path_probs [1, .76, .38, .1]
     """
-    total = sum(len(proposal) for proposal in proposals)
+    sizes = [len(proposal.tokens) for proposal in proposals]
+    total = sum(sizes)
     if total == 0 or max_nodes <= 0:
         return DraftTree.root(root_token)
     from retrieval_draft.engine._kernels import fusion
 
-    starts = np.zeros(len(proposals) + 1, np.int64)
-    np.cumsum([len(proposal) for proposal in proposals], out=starts[1:])
     size = min(total, max_nodes) + 1
-    tokens = np.empty(size, np.int32)
-    parents = np.empty(size, np.int32)
-    depths = np.zeros(size, np.int32)
-    probs = np.ones(size, np.float32)
-    path_probs = np.ones(size, np.float32)
-    sources = np.zeros(size, np.int64)
-    evidence = np.zeros((size, fusion.EVIDENCE), np.float32)
-    tokens[0] = root_token
-    parents[0] = -1
+    nodes = np.empty((3, size), np.int32)
+    probs = np.empty((2, size), np.float32)
+    sources = np.empty(size, np.int64)
+    evidence = np.empty((size, fusion.EVIDENCE), np.float32)
     kept = fusion.fuse(
         np.concatenate([proposal.tokens for proposal in proposals]),
         np.concatenate([proposal.parents for proposal in proposals]),
         np.concatenate([proposal.probs for proposal in proposals]),
         np.concatenate([proposal.match_lengths for proposal in proposals]),
-        starts,
+        np.array([0, *accumulate(sizes)]),
         places_of(tuple([proposal.source for proposal in proposals])),
         calibration.weights,
         calibration.parameters,
@@ -62,20 +57,12 @@ def fuse(
         calibration.accepted,
         PRIOR,
         max_nodes,
-        tokens,
-        parents,
-        depths,
+        root_token,
+        nodes,
         probs,
-        path_probs,
         sources,
         evidence,
     )
-    return DraftTree(
-        tokens[:kept],
-        parents[:kept],
-        depths[:kept],
-        probs[:kept],
-        path_probs[:kept],
-        sources[:kept],
-        evidence[:kept],
-    )
+    if kept < size:  # several sources named a node
+        nodes, probs, sources, evidence = nodes[:, :kept], probs[:, :kept], sources[:kept], evidence[:kept]
+    return DraftTree(nodes[0], nodes[1], nodes[2], probs[0], probs[1], sources, evidence)

@@ -29,14 +29,14 @@ ABSENT = RANK_BIAS + SOURCES * RANKS
 PARAMETERS = ABSENT + SOURCES
 """Where each kind of parameter of single sources starts, in one vector."""
 
-MASK, RAW, RANK, DEPTH = range(4)
-ODDS = 4
+MASK, RAW, CELL, RANK, DEPTH = range(5)
+ODDS = 5
 LENGTH = ODDS + SOURCES
 LEFT = LENGTH + SOURCES
 EVIDENCE = LEFT + SOURCES
-"""Columns of a node's evidence: the set of sources that named it, what they say together, its rank and depth;
-then for each source its log odds, the bucket of its match length, and, where it named siblings but not this
-node, the log of the probability it left over."""
+"""Columns of a node's evidence: the set of sources that named it, what they say together, the cell of that,
+rank and depth; then for each source its log odds, the bucket of its match length, and, where it named siblings
+but not this node, the log of the probability it left over."""
 
 LEARNS_LENGTH, LEARNS_DEPTH, LEARNS_RANK, LEARNS_ABSENT, LEARNS_REQUEST, LEARNS_CELLS = range(6)
 SWITCHES = 6
@@ -56,10 +56,9 @@ def log_odds(prob: float) -> float:
 
 
 @kernel
-def cell_of(mask: int, prob: float) -> int:
-    """The calibration cell of a node that the sources in `mask` give `prob` together."""
-    place = int(log_odds(prob) * 1.5 + BINS / 2)
-    return mask * BINS + min(max(place, 0), BINS - 1)
+def cell_of(mask: int, odds: float) -> int:
+    """The calibration cell of a node that the sources in `mask` give these log odds together."""
+    return mask * BINS + int(min(max(odds * 1.5 + BINS / 2, 0.0), BINS - 1.0))
 
 
 @kernel
@@ -176,11 +175,9 @@ def fuse(
     accepted: NDArray[np.float64],
     prior: float,
     budget: int,
-    out_tokens: NDArray[np.int32],
-    out_parents: NDArray[np.int32],
-    out_depths: NDArray[np.int32],
+    root_token: int,
+    out_nodes: NDArray[np.int32],
     out_probs: NDArray[np.float32],
-    out_paths: NDArray[np.float32],
     out_sources: NDArray[np.int64],
     out_evidence: NDArray[np.float32],
 ) -> int:
@@ -203,7 +200,9 @@ def fuse(
         expected: float64, shape (CELLS,). Sum of estimates seen so far.
         accepted: float64, shape (CELLS,). How many of them came true.
         prior: Expected acceptances that each cell starts with, all of them met.
-        out_tokens: int32, shape (budget + 1,), the root's already in place; the others alike.
+        root_token: The root's.
+        out_nodes: int32, shape (3, budget + 1). Tokens, parents, depths.
+        out_probs: float32, shape (2, budget + 1). Probability given the parent, path probability.
         out_sources: int64. Bit s where proposal s named the node.
         out_evidence: float32, shape (budget + 1, EVIDENCE).
 
@@ -220,6 +219,7 @@ def fuse(
     trie_named = np.zeros(total + 1, np.int64)
     evidence = np.zeros((total + 1, EVIDENCE), np.float32)
     covered = np.zeros((total + 1, SOURCES), np.float32)
+    left = np.ones((total + 1, SOURCES), np.float32)  # log of what is not covered; 1 where not computed
     children = np.zeros((total + 1, SOURCES), np.int32)
     place_of = np.empty(total, np.int32)
     size = 1
@@ -260,11 +260,14 @@ def fuse(
         evidence[node, DEPTH] = trie_depth[node]
         for place in range(SOURCES):
             if not mask >> place & 1 and covered[parent, place] > 0.0:
-                evidence[node, LEFT + place] = np.log(max(1.0 - covered[parent, place], LEAST_LEFT))
-        raw = 1.0 / (1.0 + np.exp(-mixed_odds(evidence[node], weights, parameters, request)))
-        raw = min(max(raw, UNLIKELY), CERTAIN)
+                if left[parent, place] > 0.0:
+                    left[parent, place] = np.log(max(1.0 - covered[parent, place], LEAST_LEFT))
+                evidence[node, LEFT + place] = left[parent, place]
+        odds = mixed_odds(evidence[node], weights, parameters, request)
+        raw = min(max(1.0 / (1.0 + np.exp(-odds)), UNLIKELY), CERTAIN)
+        cell = cell_of(mask, odds)
         evidence[node, RAW] = raw
-        cell = cell_of(mask, raw)
+        evidence[node, CELL] = cell
         ratio = (accepted[cell] + prior) / (expected[cell] + prior)
         calibrated[node] = min(raw * ratio, CERTAIN)
         path[node] = path[parent] * calibrated[node]
@@ -272,16 +275,22 @@ def fuse(
     chosen = min(budget, size - 1)
     placed = np.empty(size, np.int32)
     placed[0] = 0
+    out_nodes[0, 0] = root_token
+    out_nodes[1, 0] = -1
+    out_nodes[2, 0] = 0
+    out_probs[:, 0] = 1.0
+    out_sources[0] = 0
+    out_evidence[0] = 0.0
     waiting = size - 1
     for place in range(1, chosen + 1):
         node = pop(heap, waiting, path)
         waiting -= 1
         placed[node] = place
-        out_tokens[place] = trie_token[node]
-        out_parents[place] = placed[trie_parent[node]]
-        out_depths[place] = trie_depth[node]
-        out_probs[place] = calibrated[node]
-        out_paths[place] = path[node]
+        out_nodes[0, place] = trie_token[node]
+        out_nodes[1, place] = placed[trie_parent[node]]
+        out_nodes[2, place] = trie_depth[node]
+        out_probs[0, place] = calibrated[node]
+        out_probs[1, place] = path[node]
         out_sources[place] = trie_named[node]
         out_evidence[place] = evidence[node]
     return chosen + 1
@@ -325,7 +334,7 @@ def score(
         if taken:
             depth[node] = above + 1
         raw = np.float64(evidence[node, RAW])
-        cell = cell_of(int(evidence[node, MASK]), raw)
+        cell = int(evidence[node, CELL])
         teach(evidence[node], taken - raw, rate, request_rate, weights, parameters, request, switches)
         expected[cell] += switches[LEARNS_CELLS] * raw
         accepted[cell] += switches[LEARNS_CELLS] * taken
