@@ -39,8 +39,8 @@ def measure_fusion(paths: Sequence[Path], *, nodes: int = 60, limit: int | None 
         limit: Replay only so many requests.
 
     Returns:
-        ``{"fuse_us": {"p50", "p99", "mean"}, "observe_us": …, "both_us": …, "proposed": nodes proposed in a step,
-        "steps", "nodes"}``.
+        ``{"fuse_us": {"p50", "p99", "mean"}, "observe_us": …, "both_us": …, "proposed", "steps", "nodes"}``,
+        `proposed` being the nodes proposed in a step.
 
     Raises:
         InvalidInputError: The traces are too short to time anything.

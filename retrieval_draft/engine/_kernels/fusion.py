@@ -35,8 +35,8 @@ LENGTH = ODDS + SOURCES
 LEFT = LENGTH + SOURCES
 EVIDENCE = LEFT + SOURCES
 """Columns of a node's evidence: the set of sources that named it, what they say together, the cell of that,
-rank and depth; then for each source its log odds, the bucket of its match length, and, where it named siblings
-but not this node, the log of the probability it left over."""
+rank and depth; then for each source its log odds, the bucket of its match length, and, where it named
+siblings but not this node, the log of the probability it left over."""
 
 LEARNS_LENGTH, LEARNS_DEPTH, LEARNS_RANK, LEARNS_ABSENT, LEARNS_REQUEST, LEARNS_CELLS = range(6)
 SWITCHES = 6
