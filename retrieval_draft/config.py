@@ -24,6 +24,10 @@ METHODS = (
     "stand",
     "racer",
     "logit_spec",
+    "opt_tree",
+    "rasd",
+    "cascade",
+    "ouroboros",
 )
 """Drafting methods by name, a module of `retrieval_draft.methods` each. ``none`` decodes plainly."""
 

@@ -20,6 +20,7 @@ from retrieval_draft.config import DraftConfig
 from retrieval_draft.datastores import open_datastores
 from retrieval_draft.engine.cpu_kernels import CpuKernels
 from retrieval_draft.engine.decode import DecodeRequest, decode
+from retrieval_draft.engine.draft_models import make_draft_sources
 from retrieval_draft.engine.kv_cache import SpeculativeCache
 from retrieval_draft.engine.noise import GumbelNoise
 from retrieval_draft.engine.probe import probe
@@ -97,7 +98,8 @@ class RetrievalDrafter:
                 next need the tokenizer.
             phrases: Fixed texts the model often repeats: a file, or a list of texts.
             store: Not supported yet.
-            draft_model: Not supported yet.
+            draft_model: A model with the same tokenizer, a pair of another model and its tokenizer, "self"
+                for the target with layers skipped, a draft source such as `HeadDraft`, or a list of those.
             config: Everything else that can be set.
 
         Raises:
@@ -106,9 +108,8 @@ class RetrievalDrafter:
             TokenizerMismatchError: The tokenizer belongs to another model, or a corpus to another tokenizer.
             DatastoreError: A corpus is missing or torn.
         """
-        for name, value in (("store", store), ("draft_model", draft_model)):
-            if value is not None:
-                raise InvalidInputError(f"{name} is not supported yet.", "Leave it out.")
+        if store is not None:
+            raise InvalidInputError("store is not supported yet.", "Leave it out.")
         if config is None:
             config = DraftConfig(method=method)
         elif method not in ("calibrated", config.method):
@@ -119,15 +120,20 @@ class RetrievalDrafter:
         stores = open_datastores(tokenizer, target.embedding_rows, config, corpora, phrases)
         in_live_pool(lambda: probe(target))
         chosen = get_method(config.method)
+        models = make_draft_sources(draft_model, target, tokenizer)
+        if chosen.needs_model and not models:
+            raise InvalidInputError(
+                f"The method {chosen.name!r} drafts with a model, and there is none.", "Pass draft_model=."
+            )
         # Kernels are compiled with a history in memory, lest the user's be written.
         spare = Parts(replace(config, history_folder=None), Datastores(vocabulary=16))
         supply = DraftSupply(
             target,
             config,
-            chosen.sources(Parts(config, stores)),
+            chosen.sources(Parts(config, stores, models)),
             chosen.tree,
             chosen.nodes,
-            lambda: chosen.sources(spare),
+            lambda: [] if chosen.needs_model else chosen.sources(spare),
         )
         return cls(target, tokenizer, config, supply)
 

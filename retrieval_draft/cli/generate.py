@@ -25,7 +25,7 @@ def generate(
     ],
     model: Model,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
-    method: Annotated[str, typer.Option(help="How to draft: calibrated, or none for plain decoding.")] = (
+    method: Annotated[str, typer.Option(help="How to draft: calibrated, a published method, or none.")] = (
         "calibrated"
     ),
     nodes: Nodes = None,
@@ -36,6 +36,10 @@ def generate(
     ] = None,
     history: Annotated[
         Path | None, typer.Option(help="A folder in which prompts and replies are kept to draft from.")
+    ] = None,
+    draft_model: Annotated[
+        str | None,
+        typer.Option(help='A smaller model to draft with too; "self": this one with layers skipped.'),
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
@@ -70,9 +74,13 @@ def generate(
         history_folder=None if history is None else str(history),
     )
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    drafts: Any = draft_model
+    if draft_model not in (None, "self"):
+        drafts = load_model(str(draft_model), dtype=dtype, device=device)
     drafter = RetrievalDrafter.for_model(
-        loaded, tokenizer, method=method, config=config, corpora=index or (), phrases=phrases
-    )
+        loaded, tokenizer, method=method, config=config, corpora=index or (), phrases=phrases,
+        draft_model=drafts,
+    )  # fmt: skip
     drafter.warm_up()
     inputs = encode(tokenizer, text, chat).to(loaded.get_input_embeddings().weight.device)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}

@@ -33,6 +33,10 @@ RATE = 0.01
 """Without shipped priors two sources that agree start at 1.2 times the mean of their log odds and 0.3 more;
 from there each set of sources learns its own weights, at this rate."""
 
+LOOKUP_BESIDE_MODEL = 0.1
+NOT_OF_MODEL = 1.0
+"""A draft model has read the text: at first its word counts whole, a lookup's that agrees or not little."""
+
 REQUEST_RATE = 0.03
 """Rate of what is learned of one request and forgotten with it."""
 
@@ -83,7 +87,13 @@ class Calibration:
         # Alone a source is taken at its word; together they count as somewhat more than their mean.
         self.weights[:, :-1] = members * np.where(size > 1, AGREEMENT / size, 1.0)[:, None]
         self.weights[:, -1] = np.where(size > 1, AGREEMENT_ODDS, 0.0)
+        model = fusion.MODEL
+        with_model = (members[:, model] > 0) & (size > 1)
+        self.weights[with_model, :-1] = members[with_model] * LOOKUP_BESIDE_MODEL
+        self.weights[with_model, -1] = 0.0
+        self.weights[with_model, model] = 1.0
         self.parameters: NDArray[np.float64] = np.zeros(fusion.PARAMETERS)
+        self.parameters[fusion.ABSENT + model] = NOT_OF_MODEL
         self.expected: NDArray[np.float64] = np.zeros(fusion.CELLS)
         self.accepted: NDArray[np.float64] = np.zeros(fusion.CELLS)
         self.request: NDArray[np.float64] = np.zeros(fusion.SOURCES)
@@ -194,13 +204,15 @@ def places_of(names: tuple[str, ...]) -> NDArray[np.int64]:
     Example:
         ("automaton", "corpus", "mine")  ->  [0, 4, 7]
     """
-    from retrieval_draft.engine._kernels.fusion import SOURCES
+    from retrieval_draft.engine._kernels.fusion import MODEL, SOURCES
 
     places: dict[int, int] = {}
     for index, name in enumerate(names):
         if name in PLACES and PLACES.index(name) not in places.values():
             places[index] = PLACES.index(name)
-    free = [place for place in reversed(range(SOURCES)) if place not in places.values()]
+    # A model's weights are no start for anything else: its place is the last resort.
+    order = sorted(range(SOURCES), key=lambda place: (place == MODEL, -place))
+    free = [place for place in order if place not in places.values()]
     for index in range(len(names)):
         if index not in places:
             places[index] = free.pop(0) if free else SOURCES - 1

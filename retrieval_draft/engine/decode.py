@@ -112,6 +112,8 @@ class _Run:
         if drafting is not None:
             drafting.count(plan, self.path)
             drafting.learn(plan, np.array(emitted, np.int32), text.tokens[max(0, length - 3) : length], said)
+            if drafting.wants_hidden and self.target.hidden is not None:
+                drafting.learn_hidden(self.target.hidden[self.path[-1]])
             drafting.timed(inputs.input_ids.shape[1], length, forward)
         stats.steps += 1
         stats.draft_seconds += drafted - started
@@ -220,10 +222,13 @@ def decode(
     run = _Run(target, request, reader, stats)
     stats.requests += 1
     stats.prompt_tokens += len(request.prompt)
-    said = run.prefill()
-    if drafting is not None:
-        drafting.start(run.text.reply, request.prompt, said)
-    while not run.done:
-        run.step(drafting)
+    with target.watching_hidden(drafting is not None and drafting.wants_hidden):
+        said = run.prefill()
+        if drafting is not None:
+            drafting.start(run.text.reply, request.prompt, said)
+            if target.hidden is not None:
+                drafting.learn_hidden(target.hidden[-1])
+        while not run.done:
+            run.step(drafting)
     run.finish()
     return run.text, run.cache

@@ -132,6 +132,15 @@ class Drafting:
         if plan.proposals:
             self._calibration.observe(plan.fused, plan.proposals, emitted)
 
+    @property
+    def wants_hidden(self) -> bool:
+        """Whether a source drafts from the target's hidden states."""
+        return self._drafts.wants_hidden
+
+    def learn_hidden(self, hidden: Any) -> None:
+        """Tells the sources the hidden state that chose the new root; after `learn` or `start`."""
+        self._drafts.learn_hidden(hidden)
+
     def timed(self, nodes: int, length: int, seconds: float) -> None:
         """Tells the cost model what a pass took."""
         if self._cost is not None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
+from retrieval_draft.index.locality import wants_hidden
 from retrieval_draft.index.source import DraftSession, DraftSource, NodeLogits, Proposal, TokenArray
 
 __all__ = ["GuardedSource"]
@@ -37,6 +38,15 @@ class _GuardedSession:
 
     def learn(self, logits: NodeLogits) -> None:
         self._try("learn", lambda session: session.learn(logits), None)
+
+    def learn_hidden(self, hidden: Any) -> None:
+        session: Any = self._session
+        if wants_hidden(session):
+            self._try("learn_hidden", lambda _: session.learn_hidden(hidden), None)
+
+    @property
+    def wants_hidden(self) -> bool:
+        return wants_hidden(self._session)
 
     def close(self) -> None:
         self._try("close", lambda session: session.close(), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ from retrieval_draft.engine.tree import DraftTree
 from retrieval_draft.errors import UnsupportedModelError
 
 __all__ = ["Target"]
+
+_APPENDED = 2048
+"""Tokens of text in one pass of `append`."""
 
 _LOGIT_BYTES = 256 << 20
 """The most memory that prompt logits take at a time."""
@@ -46,7 +50,26 @@ class Target:
         self.max_positions: int | None = limit if isinstance(limit, int) and limit > 0 else None
         self.device: torch.device = embedding.weight.device
         self.attention = TreeAttention(self.windows, model.dtype, self.device)
+        self.hidden: Tensor | None = None
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @contextmanager
+    def watching_hidden(self, wanted: bool = True) -> Iterator[None]:
+        """Inside, `hidden` is what the output head read in the last pass: (n, d), a row for each logit."""
+        head: Any = self.model.get_output_embeddings() if wanted else None
+        if head is None:
+            yield
+            return
+
+        def keep(module: Any, args: tuple[Tensor, ...]) -> None:
+            self.hidden = args[0][0]
+
+        handle = head.register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self.hidden = None
 
     def cache(self, capacity: int) -> SpeculativeCache:
         """An empty cache with room for `capacity` tokens."""
@@ -80,6 +103,16 @@ class Target:
             done += size
             if wanted > 0:
                 yield logits
+
+    def append(self, cache: SpeculativeCache, text: Tensor, offset: int) -> Iterator[Tensor]:
+        """Appends `text` behind `offset` cached tokens, in runs of `_APPENDED`.
+
+        Yields:
+            (1, vocabulary), float, logits after each run.
+        """
+        for part in text.split(_APPENDED):
+            yield self._forward(cache, part[None], offset, 1)
+            offset += len(part)
 
     def _forward(self, cache: SpeculativeCache, ids: Tensor, offset: int, keep: int) -> Tensor:
         positions = torch.arange(offset, offset + ids.shape[1], device=ids.device)[None]

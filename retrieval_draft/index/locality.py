@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from retrieval_draft.index.source import DraftSession, DraftSource, NodeLogits, Proposal, TokenArray
 
-__all__ = ["Locality", "RequestDrafts"]
+__all__ = ["Locality", "RequestDrafts", "wants_hidden"]
 
 CERTAIN = 0.5
 """A source that gives all of its nodes together this probability leaves no room for others."""
@@ -43,10 +44,27 @@ class RequestDrafts:
         for session in self._sessions:
             session.learn(logits)
 
+    @property
+    def wants_hidden(self) -> bool:
+        """Whether a session drafts from the target's hidden states."""
+        return any(wants_hidden(session) for session in self._sessions)
+
+    def learn_hidden(self, hidden: Any) -> None:
+        """Hands the hidden state that chose the new root to the sessions that draft from it."""
+        for session in self._sessions:
+            if wants_hidden(session):
+                head: Any = session
+                head.learn_hidden(hidden)
+
     def close(self) -> None:
         """Ends the request in every source."""
         for session in self._sessions:
             session.close()
+
+
+def wants_hidden(session: object) -> bool:
+    """Whether a session has `learn_hidden` and a use for it."""
+    return bool(getattr(session, "wants_hidden", False))
 
 
 def _fills(proposal: Proposal, budget: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from retrieval_draft.engine.fusion import fuse
+from retrieval_draft.engine.pacing import PacedSource
 from retrieval_draft.index.registry import make_sources
 from retrieval_draft.index.source import DraftSource
 from retrieval_draft.methods.method import Method, Parts
@@ -13,7 +14,10 @@ __all__ = ["METHOD"]
 
 
 def _sources(parts: Parts) -> Sequence[DraftSource]:
-    return [*make_sources(parts.config, parts.stores), *parts.models]
+    # A model's time counts only where the budget is free to follow it.
+    paced = parts.config.nodes is None
+    models = [PacedSource(model) if paced else model for model in parts.models]
+    return [*make_sources(parts.config, parts.stores), *models]
 
 
 METHOD = Method("calibrated", "this project", _sources, fuse, nodes=None, calibrates=True)

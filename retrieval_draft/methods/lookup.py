@@ -44,6 +44,10 @@ class GuessTree:
             self.lengths.append(match_length)
         return node
 
+    def find(self, parent: int, token: int) -> int | None:
+        """The node of `token` below `parent`, if there is one."""
+        return self._nodes.get((parent, token))
+
     def add_path(
         self, tokens: Iterable[int], parent: int = -1, prob: float = 1.0, match_length: int = 0
     ) -> int:

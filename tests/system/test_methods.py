@@ -35,6 +35,21 @@ def test_greedy_equals_generate(name: str, method: str) -> None:
         assert drafter.stats.drafted > 0 or method == "rest"
 
 
+@pytest.mark.parametrize("method", ["opt_tree", "rasd", "cascade", "ouroboros"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_methods_with_a_draft_model_are_exact_too(name: str, method: str) -> None:
+    model, prompt, stock = reference(name)
+    for draft, nodes in (("self", None), (make("llama", seed=7, num_hidden_layers=1), 6)):
+        drafter = RetrievalDrafter.for_model(
+            model, draft_model=draft, config=DraftConfig(method=method, nodes=nodes)
+        )
+        for _ in range(2):
+            ours = drafter.generate(prompt, max_new_tokens=NEW, do_sample=False)
+            assert near_ties(model, ours, stock) == 0
+        assert drafter.stats.source_failures == 0
+        assert drafter.stats.drafted > 0
+
+
 @pytest.mark.parametrize("method", lookup_methods())
 def test_a_seeded_sample_equals_the_same_seed_without_drafts(method: str) -> None:
     model, prompt, _ = reference("llama")

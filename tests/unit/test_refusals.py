@@ -86,9 +86,25 @@ def test_other_generation_modes_are_refused(options: dict[str, Any]) -> None:
 def test_unknown_method_and_unsupported_parts() -> None:
     with pytest.raises(UnknownMethodError):
         RetrievalDrafter.for_model(MODEL, method="magic")
-    for part in ({"store": "redis://x"}, {"draft_model": MODEL}):
-        with pytest.raises(InvalidInputError, match="not supported yet"):
-            RetrievalDrafter.for_model(MODEL, **part)
+    with pytest.raises(InvalidInputError, match="not supported yet"):
+        RetrievalDrafter.for_model(MODEL, store="redis://x")
+
+
+@pytest.mark.parametrize("given", ["small", 3, (MODEL,), [MODEL, "small"]])
+def test_what_is_no_draft_model_is_refused(given: Any) -> None:
+    with pytest.raises(InvalidInputError, match="Pass a model"):
+        RetrievalDrafter.for_model(MODEL, draft_model=given)
+
+
+def test_methods_that_need_a_draft_model_say_so() -> None:
+    for method in ("opt_tree", "rasd", "cascade", "ouroboros"):
+        with pytest.raises(InvalidInputError, match="Pass draft_model="):
+            RetrievalDrafter.for_model(MODEL, method=method)
+
+
+def test_a_foreign_draft_model_needs_both_tokenizers() -> None:
+    with pytest.raises(InvalidInputError, match="target's tokenizer"):
+        RetrievalDrafter.for_model(MODEL, draft_model=(MODEL, object()))
 
 
 def test_foreign_tokenizer_is_refused() -> None:

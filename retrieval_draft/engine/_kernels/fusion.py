@@ -26,8 +26,12 @@ LENGTH_BIAS = LENGTH_SCALE + SOURCES * LENGTHS
 DEPTH_BIAS = LENGTH_BIAS + SOURCES * LENGTHS
 RANK_BIAS = DEPTH_BIAS + SOURCES * DEPTHS
 ABSENT = RANK_BIAS + SOURCES * RANKS
-PARAMETERS = ABSENT + SOURCES
-"""Where each kind of parameter of single sources starts, in one vector."""
+PARAMETERS = ABSENT + 2 * SOURCES
+"""Where each kind of parameter of single sources starts, in one vector. What sources that guess otherwise are
+worth is kept apart for nodes that a model named."""
+
+MODEL = 6
+"""The place of draft models."""
 
 MASK, RAW, CELL, RANK, DEPTH = range(5)
 ODDS = 5
@@ -88,6 +92,16 @@ def depth_bucket(depth: int) -> int:
 
 
 @kernel
+def total_weight(mask: int, weights: NDArray[np.float64]) -> float:
+    """Sum of the weights of the sources in `mask`, not 0."""
+    total = 1e-6
+    for place in range(SOURCES):
+        if mask >> place & 1:
+            total += weights[mask, place]
+    return total
+
+
+@kernel
 def mixed_odds(
     evidence: NDArray[np.float32],
     weights: NDArray[np.float64],
@@ -96,28 +110,29 @@ def mixed_odds(
 ) -> float:
     """Log odds that a node is accepted if its parent is.
 
-    A sum of the sources' log odds, weighted by their set and by match length; of a bias of the set; of the
-    mean over the naming sources of biases by match length, depth, rank and request; and of what the
-    sources that named siblings only left over for it.
+    A sum of the sources' log odds, weighted by their set and scaled by match length; of a bias of the set; of
+    the naming sources' biases by match length, depth, rank and request, each as far as its weight goes; and
+    of what the sources that named siblings only left over for it.
     """
     mask = int(evidence[MASK])
     depth = depth_bucket(int(evidence[DEPTH]))
     rank = int(evidence[RANK])
+    absent = ABSENT + SOURCES * (mask >> MODEL & 1)
     odds = weights[mask, SOURCES]
     biases = 0.0
-    named = 0
     for place in range(SOURCES):
         if mask >> place & 1:
+            weight = weights[mask, place]
             bucket = place * LENGTHS + int(evidence[LENGTH + place])
-            odds += (weights[mask, place] + parameters[LENGTH_SCALE + bucket]) * evidence[ODDS + place]
-            biases += parameters[LENGTH_BIAS + bucket]
-            biases += parameters[DEPTH_BIAS + place * DEPTHS + depth]
-            biases += parameters[RANK_BIAS + place * RANKS + rank]
-            biases += request[place]
-            named += 1
+            odds += weight * (1.0 + parameters[LENGTH_SCALE + bucket]) * evidence[ODDS + place]
+            bias = parameters[LENGTH_BIAS + bucket]
+            bias += parameters[DEPTH_BIAS + place * DEPTHS + depth]
+            bias += parameters[RANK_BIAS + place * RANKS + rank]
+            bias += request[place]
+            biases += weight * bias
         else:
-            odds += parameters[ABSENT + place] * evidence[LEFT + place]
-    return odds + biases / max(named, 1)
+            odds += parameters[absent + place] * evidence[LEFT + place]
+    return odds + biases / total_weight(mask, weights)
 
 
 @kernel
@@ -133,31 +148,34 @@ def teach(
 ) -> None:
     """One step of logistic regression: moves every term of `mixed_odds` along its gradient.
 
+    The share that a bias has is taken as given.
+
     Args:
         error: Outcome, 0 or 1, minus probability.
     """
     mask = int(evidence[MASK])
     depth = depth_bucket(int(evidence[DEPTH]))
     rank = int(evidence[RANK])
-    named = 0
-    for place in range(SOURCES):
-        named += mask >> place & 1
+    total = total_weight(mask, weights)
+    absent = ABSENT + SOURCES * (mask >> MODEL & 1)
     step = rate * error
-    part = step / max(named, 1)
     weights[mask, SOURCES] += step
     for place in range(SOURCES):
         if mask >> place & 1:
+            weight = weights[mask, place]
+            share = weight / total
             said = step * evidence[ODDS + place]
-            weights[mask, place] = min(max(weights[mask, place] + said, 0.0), MOST_WEIGHT)
             bucket = place * LENGTHS + int(evidence[LENGTH + place])
-            parameters[LENGTH_SCALE + bucket] += switches[LEARNS_LENGTH] * said
-            parameters[LENGTH_BIAS + bucket] += switches[LEARNS_LENGTH] * part
-            parameters[DEPTH_BIAS + place * DEPTHS + depth] += switches[LEARNS_DEPTH] * part
-            parameters[RANK_BIAS + place * RANKS + rank] += switches[LEARNS_RANK] * part
-            request[place] += switches[LEARNS_REQUEST] * request_rate * error / named
+            scale = 1.0 + parameters[LENGTH_SCALE + bucket]
+            weights[mask, place] = min(max(weight + scale * said, 0.0), MOST_WEIGHT)
+            parameters[LENGTH_SCALE + bucket] += switches[LEARNS_LENGTH] * weight * said
+            parameters[LENGTH_BIAS + bucket] += switches[LEARNS_LENGTH] * share * step
+            parameters[DEPTH_BIAS + place * DEPTHS + depth] += switches[LEARNS_DEPTH] * share * step
+            parameters[RANK_BIAS + place * RANKS + rank] += switches[LEARNS_RANK] * share * step
+            request[place] += switches[LEARNS_REQUEST] * request_rate * share * error
         else:
-            moved = parameters[ABSENT + place] + switches[LEARNS_ABSENT] * step * evidence[LEFT + place]
-            parameters[ABSENT + place] = min(max(moved, 0.0), MOST_WEIGHT)
+            moved = parameters[absent + place] + switches[LEARNS_ABSENT] * step * evidence[LEFT + place]
+            parameters[absent + place] = min(max(moved, 0.0), MOST_WEIGHT)
 
 
 @kernel

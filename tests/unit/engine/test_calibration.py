@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from retrieval_draft.engine.calibration import FEATURES, VERSION, Calibration, places_of
+from retrieval_draft.engine._kernels.fusion import MODEL
+from retrieval_draft.engine.calibration import FEATURES, PLACES, VERSION, Calibration, places_of
 from retrieval_draft.engine.fusion import fuse
 from retrieval_draft.errors import DatastoreError, InvalidInputError
 from retrieval_draft.index.source import Proposal
@@ -166,6 +167,10 @@ def test_known_sources_keep_their_place_and_others_take_what_is_free() -> None:
     assert places_of(("corpus",)).tolist() == [4]
     assert places_of(("model", "model", "a", "b")).tolist() == [6, 7, 5, 4]
     assert len(places_of(tuple(f"s{i}" for i in range(12)))) == 12
+
+
+def test_the_kernels_know_the_models_place() -> None:
+    assert PLACES.index("model") == MODEL
 
 
 def test_the_shipped_priors_are_there() -> None:

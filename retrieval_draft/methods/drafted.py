@@ -1,0 +1,33 @@
+"""What the published methods with a draft model share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from retrieval_draft.engine.expansion import Expansion, ExpansionLimits
+from retrieval_draft.engine.model_draft import ModelDraft
+from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.methods.method import Parts
+
+__all__ = ["expansions"]
+
+
+def expansions(parts: Parts, name: str, limits: ExpansionLimits) -> Callable[[], Expansion]:
+    """A function that gives each request its own expansion of the draft model.
+
+    Args:
+        parts: With a draft model that has the target's tokenizer.
+        name: The method's.
+        limits: How far it expands.
+
+    Raises:
+        InvalidInputError: There is no such model.
+    """
+    models = [model for model in parts.models if isinstance(model, ModelDraft)]
+    if models:
+        return partial(models[0].expansion, limits)
+    raise InvalidInputError(
+        f"The method {name!r} drafts with a model that has the target's tokenizer, and there is none.",
+        'Pass one as draft_model=, or "self".',
+    )

@@ -1,0 +1,37 @@
+"""OPT-Tree: a draft model's tree with the most expected accepted tokens.
+
+Wang et al. (TACL 2025, arXiv:2406.17276): each layer keeps the n best extensions of the nodes before; the
+expansion stops where a layer adds less than delta to the expected number of accepted tokens; of all nodes the
+50 with the largest path products are verified. Published settings: depth 10, delta 0.5. Here a layer expands
+ten nodes into ten children, as their draft models do, and ties go to the shallower node, so that a tree is
+closed under them, which the released selection is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from retrieval_draft.engine.expansion import ExpansionLimits
+from retrieval_draft.engine.model_draft import ModelSession
+from retrieval_draft.index.source import DraftSource, TokenArray
+from retrieval_draft.methods.drafted import expansions
+from retrieval_draft.methods.lookup import MethodSource
+from retrieval_draft.methods.method import Method, Parts, as_proposed
+
+__all__ = ["LIMITS", "METHOD"]
+
+LIMITS = ExpansionLimits(top_k=10, depth=10, entropy_stop=None, gain_stop=0.5)
+
+
+def _sources(parts: Parts) -> Sequence[DraftSource]:
+    start = expansions(parts, "opt_tree", LIMITS)
+
+    def open_session(prompt: TokenArray, references: Sequence[TokenArray]) -> ModelSession:
+        return ModelSession(start(), prompt, reranked=1)
+
+    return [MethodSource("opt_tree", open_session)]
+
+
+METHOD = Method(
+    "opt_tree", "Wang et al. 2025, arXiv:2406.17276", _sources, as_proposed, nodes=50, needs_model=True
+)

@@ -1,0 +1,121 @@
+"""Ouroboros: a draft model's chain, extended by phrases of a pool.
+
+Zhao et al. (EMNLP 2024, arXiv:2402.13720): the pool keeps for each token the 20 newest phrases of 6
+tokens behind it and outlives the request; the draft's last token is extended by the 3 newest of them, and
+all is verified in one pass. Published, the draft model itself decodes with lookahead over the pool, which
+makes drafting faster and leaves the draft as it is; here it decodes plainly. The pool takes phrases from
+drafts and from text that was verified; published ones also come from the lookahead's own guesses. The
+draft's length is per task there; 8 here.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from threading import Lock
+
+import numpy as np
+
+from retrieval_draft.engine.expansion import Expansion, ExpansionLimits
+from retrieval_draft.index.source import DraftSource, Proposal, TokenArray
+from retrieval_draft.methods.drafted import expansions
+from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
+from retrieval_draft.methods.method import Method, Parts, as_proposed
+
+__all__ = ["METHOD", "OuroborosSession", "PhrasePool"]
+
+DRAFTED = 8
+PHRASE = 6
+KEPT = 20
+EXTENDED = 3
+MOST_TOKENS = 100_000
+"""Tokens that the pool keeps phrases for; the one used longest ago goes first."""
+
+
+class PhrasePool:
+    """Phrases by the token before them, newest last. Several requests may use it at once.
+
+    Example:
+        after add([5, 1, 2, 3, 4, 6, 7]), newest(5)  ->  [(1, 2, 3, 4, 6, 7)]
+    """
+
+    def __init__(self) -> None:
+        self._phrases: OrderedDict[int, deque[tuple[int, ...]]] = OrderedDict()
+        self._lock = Lock()
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Takes every phrase of a run of tokens, whole ones only."""
+        with self._lock:
+            for start in range(len(tokens) - PHRASE):
+                phrase = tuple(tokens[start + 1 : start + 1 + PHRASE])
+                known = self._phrases.setdefault(tokens[start], deque(maxlen=KEPT))
+                if phrase in known:
+                    known.remove(phrase)
+                known.append(phrase)
+                self._phrases.move_to_end(tokens[start])
+            while len(self._phrases) > MOST_TOKENS:
+                self._phrases.popitem(last=False)
+
+    def newest(self, token: int) -> list[tuple[int, ...]]:
+        """The newest phrases behind `token`, newest first."""
+        with self._lock:
+            return list(self._phrases.get(token, ()))[: -EXTENDED - 1 : -1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the phrases' tokens, as Python counts them: about 100 a phrase."""
+        with self._lock:
+            return sum(100 * len(known) for known in self._phrases.values())
+
+
+class OuroborosSession(LookupSession):
+    """One request: the draft model, and the pool of all requests."""
+
+    def __init__(self, expansion: Expansion, pool: PhrasePool, prompt: TokenArray) -> None:
+        super().__init__(prompt)
+        self._expansion = expansion
+        self._pool = pool
+        pool.add(self.text)
+
+    def propose(self, budget: int) -> Proposal:
+        """The model's greedy chain, then three phrases behind its last token."""
+        tree = GuessTree("ouroboros", "model")
+        if not self.text or budget <= 0:
+            return tree.proposal(0)
+        grown = self._expansion.grow(np.array(self.text, np.int32), min(DRAFTED, budget))
+        chain = grown.tokens.tolist()
+        last = tree.add_path(chain)
+        for phrase in self._pool.newest(chain[-1] if chain else self.text[-1]):
+            tree.add_path(phrase, last)
+        self._pool.add([*self.text[-1:], *chain])
+        return tree.proposal(budget)
+
+    def observe(self, tokens: TokenArray) -> None:
+        """Appends accepted tokens; their phrases enter the pool."""
+        before = len(self.text)
+        super().observe(tokens)
+        self._pool.add(self.text[max(0, before - PHRASE) :])
+
+    def close(self) -> None:
+        """Lets go of the draft model's cache."""
+        self._expansion.close()
+
+
+def _sources(parts: Parts) -> Sequence[DraftSource]:
+    start = expansions(parts, "ouroboros", ExpansionLimits(top_k=1, depth=DRAFTED, entropy_stop=None))
+    pool = PhrasePool()
+
+    def open_session(prompt: TokenArray, references: Sequence[TokenArray]) -> OuroborosSession:
+        return OuroborosSession(start(), pool, prompt)
+
+    return [MethodSource("ouroboros", open_session, lambda: pool.nbytes)]
+
+
+METHOD = Method(
+    "ouroboros",
+    "Zhao et al. 2024, arXiv:2402.13720",
+    _sources,
+    as_proposed,
+    nodes=DRAFTED + EXTENDED * PHRASE,
+    needs_model=True,
+)

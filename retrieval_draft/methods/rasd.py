@@ -1,0 +1,135 @@
+"""RASD: a draft model's tree and a retrieval tree, pruned by the model and joined by longest prefix.
+
+Quan et al. (Findings of ACL 2025, arXiv:2503.03434; no code). The draft model grows an EAGLE-2 tree; of what
+retrieval finds, continuations whose first token is not among the model's best at the root are dropped; the
+others are joined to the tree along equal tokens. How many of the best, and how large the trees are, was not
+published: 10, and half of the nodes each, what one of them leaves going to the other. Retrieval here is the
+request's suffix automaton, history and corpora.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from retrieval_draft.engine.expansion import Expansion, ExpansionLimits
+from retrieval_draft.index.locality import Locality, RequestDrafts
+from retrieval_draft.index.registry import make_sources
+from retrieval_draft.index.source import DraftSource, Proposal, TokenArray
+from retrieval_draft.methods.drafted import expansions
+from retrieval_draft.methods.lookup import GuessTree, LookupSession
+from retrieval_draft.methods.method import Method, Parts, as_proposed
+
+__all__ = ["METHOD", "RasdSession", "RasdSource", "join"]
+
+LIMITS = ExpansionLimits(top_k=10, depth=6, entropy_stop=None)
+KEPT_FIRST = 10
+RETRIEVAL = ("automaton", "history", "corpus")
+
+
+def join(model: Proposal, found: Sequence[Proposal], budget: int) -> GuessTree:
+    """The model's tree with retrieved paths joined to it.
+
+    Args:
+        model: The draft model's nodes, best first.
+        found: Of each retrieval source, best first.
+        budget: The most nodes.
+
+    Example:
+        model "9 4", "3"; retrieved "9 5" and "7 1", budget 4: 7 is none of the model's first tokens, so
+        9 4 3 and 5 below 9
+    """
+    first = {int(t) for t, parent in zip(model.tokens, model.parents, strict=True) if parent < 0}
+    tree = GuessTree("rasd", "model")
+    half = (budget + 1) // 2
+    _add(tree, model, half, None)
+    for proposal in found:
+        _add(tree, proposal, budget, first)
+    _add(tree, model, budget, None)
+    return tree
+
+
+def _add(tree: GuessTree, proposal: Proposal, size: int, first: set[int] | None) -> None:
+    """Adds nodes until the tree has `size`, leaving out those below a first token that is not in `first`."""
+    places: list[int | None] = []
+    for token, parent, prob, length in zip(
+        proposal.tokens.tolist(),
+        proposal.parents.tolist(),
+        proposal.probs.tolist(),
+        proposal.match_lengths.tolist(),
+        strict=True,
+    ):
+        above = -1 if parent < 0 else places[parent]
+        if above is None or (parent < 0 and first is not None and token not in first):
+            places.append(None)
+        elif len(tree) < size or tree.find(above, token) is not None:
+            places.append(tree.add(above, token, prob, length))
+        else:
+            places.append(None)
+
+
+class RasdSession(LookupSession):
+    """The draft model's view of a request, and the retrieval sources'."""
+
+    def __init__(self, expansion: Expansion, drafts: RequestDrafts, prompt: TokenArray) -> None:
+        super().__init__(prompt)
+        self._expansion = expansion
+        self._drafts = drafts
+
+    def propose(self, budget: int) -> Proposal:
+        """The joined tree."""
+        if not self.text or budget <= 0:
+            return GuessTree("rasd", "model").proposal(0)
+        grown = self._expansion.grow(np.array(self.text, np.int32), max(budget, KEPT_FIRST))
+        zeros = np.zeros(len(grown.tokens), np.int32)
+        model = Proposal(grown.tokens, grown.parents, grown.probs, zeros, "model", "model")
+        return join(model, self._drafts.propose(budget), budget).proposal(budget)
+
+    def observe(self, tokens: TokenArray) -> None:
+        """Appends accepted tokens."""
+        super().observe(tokens)
+        self._drafts.observe(tokens)
+
+    def close(self) -> None:
+        """Ends the request in the retrieval sources."""
+        self._expansion.close()
+        self._drafts.close()
+
+
+class RasdSource:
+    """Retrieval sources and a draft model."""
+
+    name = "rasd"
+    level = "model"
+
+    def __init__(self, parts: Parts) -> None:
+        self._start = expansions(parts, "rasd", LIMITS)
+        names = [source for source in make_sources(parts.config, parts.stores) if source.name in RETRIEVAL]
+        self._locality = Locality(names)
+
+    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> RasdSession:
+        """Starts a request."""
+        return RasdSession(self._start(), self._locality.open(prompt, references), prompt)
+
+    def flush(self) -> None:
+        """Waits until what finished requests said can be looked up."""
+        self._locality.flush()
+
+    def close(self) -> None:
+        """Ends the retrieval sources."""
+        self._locality.close()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the retrieval sources."""
+        return self._locality.nbytes
+
+
+def _sources(parts: Parts) -> Sequence[DraftSource]:
+    return [RasdSource(parts)]
+
+
+METHOD = Method(
+    "rasd", "Quan et al. 2025, arXiv:2503.03434", _sources, as_proposed, nodes=60, needs_model=True
+)

@@ -1,0 +1,52 @@
+"""Ouroboros: the draft model's chain and three phrases behind it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from retrieval_draft.engine.expansion import Expansion, ExpansionLimits
+from retrieval_draft.engine.target import Target
+from retrieval_draft.methods import ouroboros
+from retrieval_draft.methods.ouroboros import DRAFTED, KEPT, OuroborosSession, PhrasePool
+from tests.models import make
+
+
+def test_docstring_example() -> None:
+    pool = PhrasePool()
+    pool.add([5, 1, 2, 3, 4, 6, 7])
+    assert pool.newest(5) == [(1, 2, 3, 4, 6, 7)]
+    assert pool.newest(1) == [], "a phrase is whole"
+
+
+def test_the_newest_phrases_come_first_and_old_ones_go() -> None:
+    pool = PhrasePool()
+    for last in range(KEPT + 5):
+        pool.add([5, 1, 2, 3, 4, 6, 100 + last])
+    pool.add([5, 1, 2, 3, 4, 6, 110])
+    assert [phrase[-1] for phrase in pool.newest(5)] == [110, 100 + KEPT + 4, 100 + KEPT + 3]
+    assert pool.nbytes == 100 * KEPT
+
+
+def test_tokens_used_longest_ago_are_forgotten(monkeypatch) -> None:
+    monkeypatch.setattr(ouroboros, "MOST_TOKENS", 2)
+    pool = PhrasePool()
+    for first in (1, 2, 3):
+        pool.add([first, *range(10, 16)])
+    assert pool.newest(1) == []
+    assert pool.newest(3)
+
+
+def test_the_greedy_chain_is_extended_by_phrases_of_earlier_requests() -> None:
+    model, pool = make("llama"), PhrasePool()
+    limits = ExpansionLimits(top_k=1, depth=DRAFTED, entropy_stop=None)
+    text = np.arange(1, 15, dtype=np.int32)
+    stock = model.generate(torch.tensor([text.tolist()]), max_new_tokens=DRAFTED, do_sample=False)
+    chain = stock[0, len(text) :].tolist()
+    pool.add([chain[-1], 1, 2, 3, 4, 5, 6])
+    proposal = OuroborosSession(Expansion(Target(model), limits), pool, text).propose(60)
+    assert proposal.tokens[:DRAFTED].tolist() == chain
+    assert proposal.parents[:DRAFTED].tolist() == list(range(-1, DRAFTED - 1))
+    last = proposal.tokens[DRAFTED:].tolist()
+    assert last[:6] == [1, 2, 3, 4, 5, 6]
+    assert proposal.parents[DRAFTED] == DRAFTED - 1
