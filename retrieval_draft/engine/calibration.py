@@ -33,9 +33,12 @@ RATE = 0.01
 """Without shipped priors two sources that agree start at 1.2 times the mean of their log odds and 0.3 more;
 from there each set of sources learns its own weights, at this rate."""
 
-LOOKUP_BESIDE_MODEL = 0.1
+LOOKUP_BESIDE_MODEL = 0.02
 NOT_OF_MODEL = 1.0
-"""A draft model has read the text: at first its word counts whole, a lookup's that agrees or not little."""
+MODEL_RANKS = (1.2, 0.0, -0.7, -0.7, -0.7)
+"""A draft model has read the text: at first its word counts whole, a lookup's beside it little. By rank, in
+log odds: where the target takes its best token, a model's first guess is right more often than its
+probability says and the later ones less often; where it samples, that is unlearned within a request."""
 
 REQUEST_RATE = 0.03
 """Rate of what is learned of one request and forgotten with it."""
@@ -94,6 +97,8 @@ class Calibration:
         self.weights[with_model, model] = 1.0
         self.parameters: NDArray[np.float64] = np.zeros(fusion.PARAMETERS)
         self.parameters[fusion.ABSENT + model] = NOT_OF_MODEL
+        ranks = fusion.RANK_BIAS + model * fusion.RANKS
+        self.parameters[ranks : ranks + fusion.RANKS] = MODEL_RANKS
         self.expected: NDArray[np.float64] = np.zeros(fusion.CELLS)
         self.accepted: NDArray[np.float64] = np.zeros(fusion.CELLS)
         self.request: NDArray[np.float64] = np.zeros(fusion.SOURCES)
