@@ -13,7 +13,9 @@ import torch
 from retrieval_draft.bench.forward_passes import ForwardPasses
 from retrieval_draft.config import METHODS, SOURCES, DraftConfig
 from retrieval_draft.drafter import RetrievalDrafter
+from retrieval_draft.engine.draft_models import SELF
 from retrieval_draft.errors import UnknownMethodError
+from retrieval_draft.methods.registry import get_method
 
 __all__ = ["LOOKUP_TOKENS", "PLAIN", "STOCK", "STOCK_LOOKUP", "Contestant", "Run", "make_contestant"]
 
@@ -63,6 +65,7 @@ def make_contestant(
     cpu_kernels: bool = True,
     history: bool = False,
     corpora: Sequence[Path] = (),
+    draft_model: Any = None,
 ) -> Contestant:
     """``stock`` is `model.generate`, ``stock-pld`` its prompt lookup, all else a drafting method.
 
@@ -74,6 +77,8 @@ def make_contestant(
         cpu_kernels: Whether drafting methods use our kernels.
         history: Whether they draft from earlier prompts and replies too.
         corpora: Index folders that they draft from.
+        draft_model: For `calibrated` and for the methods that need one, as `RetrievalDrafter.for_model` takes
+            it; without one those that need it draft with the model's own layers, some skipped.
 
     Raises:
         UnknownMethodError: None of these.
@@ -87,7 +92,16 @@ def make_contestant(
         raise UnknownMethodError(f"Unknown method {name!r}.", f"Choose from: {known}.")
     sources = SOURCES if history else tuple(source for source in SOURCES if source != "history")
     config = DraftConfig(method=name, nodes=nodes, cpu_kernels=cpu_kernels, sources=sources)
-    return _Drafted(name, model, tokenizer, config, corpora if name != PLAIN else ())
+    if draft_model is None and get_method(name).needs_model:
+        draft_model = SELF
+    return _Drafted(
+        name,
+        model,
+        tokenizer,
+        config,
+        corpora if name != PLAIN else (),
+        draft_model if name != PLAIN else None,
+    )
 
 
 class _Stock:
@@ -109,11 +123,19 @@ class _Stock:
 
 class _Drafted:
     def __init__(
-        self, name: str, model: Any, tokenizer: Any, config: DraftConfig, corpora: Sequence[Path]
+        self,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        config: DraftConfig,
+        corpora: Sequence[Path],
+        draft_model: Any,
     ) -> None:
         self.name = name
         self._model = model
-        self._drafter = RetrievalDrafter.for_model(model, tokenizer, config=config, corpora=corpora)
+        self._drafter = RetrievalDrafter.for_model(
+            model, tokenizer, config=config, corpora=corpora, draft_model=draft_model
+        )
         self._drafter.warm_up()
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> Run:

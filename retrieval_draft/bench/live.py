@@ -32,8 +32,9 @@ def live(
     nodes: int | None = None,
     record: Path | None = None,
     cpu_kernels: bool = True,
-    history: bool = False,
+    history: bool = True,
     corpora: Sequence[Path] = (),
+    draft_model: Any = None,
 ) -> dict[str, Any]:
     """Decodes every prompt greedily with every method and compares them.
 
@@ -56,6 +57,7 @@ def live(
         cpu_kernels: Whether drafting methods use our kernels; ``stock`` and ``stock-pld`` never do.
         history: Whether drafting methods draft from earlier prompts and replies of the run too.
         corpora: Index folders that drafting methods draft from.
+        draft_model: As for `make_contestant`.
 
     Returns:
         What ``bench live --json`` prints. ``equal_to_stock`` counts prompts with exactly the tokens of
@@ -75,7 +77,8 @@ def live(
         raise InvalidInputError("No prompts to run.", "Name files with --prompts.")
     encoded = [prompt.encode(tokenizer) for prompt in prompts]
     contestants = [
-        make_contestant(name, model, tokenizer, nodes, cpu_kernels, history, corpora) for name in methods
+        make_contestant(name, model, tokenizer, nodes, cpu_kernels, history, corpora, draft_model)
+        for name in methods
     ]
     runs: dict[str, list[Run]] = {name: [] for name in methods}
     verdicts: dict[str, list[Verdict]] = {name: [] for name in methods}

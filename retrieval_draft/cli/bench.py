@@ -54,7 +54,10 @@ def live(
     ] = None,
     history: Annotated[
         bool, typer.Option("--history/--no-history", help="Draft from earlier prompts of the run too.")
-    ] = False,
+    ] = True,
+    draft_model: Annotated[
+        str | None, typer.Option(help='Drafts too; "self": the model with layers skipped.')
+    ] = None,
     cpu_kernels: CpuKernels = True,
     dtype: Dtype = "float32",
     device: Device = None,
@@ -84,6 +87,7 @@ def live(
         cpu_kernels=cpu_kernels,
         history=history,
         corpora=index or (),
+        draft_model=draft_model if draft_model in (None, "self") else load_model(str(draft_model))[0],
     )
     result["model"] = model
     finish(result, out)

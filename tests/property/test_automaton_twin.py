@@ -96,6 +96,7 @@ def test_tree_with_room_is_exactly_the_blend(text: list[int]) -> None:
     found = paths(build(text), 400)
     for path, prob in found.items():
         if expected.get(path, 0.0) > 2**-14:
-            np.testing.assert_allclose(prob, expected[path], rtol=1e-4)
+            # Contexts with less than 2**-17 of the mass are not read.
+            np.testing.assert_allclose(prob, expected[path], rtol=1e-4, atol=2**-16)
     missing = [prob for path, prob in expected.items() if path not in found]
     assert all(prob < 2**-14 for prob in missing)
