@@ -132,3 +132,22 @@ def test_fingerprints_tell_vocabularies_apart(tokenizer) -> None:
 
     assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(tokenizer.backend_tokenizer)
     assert tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(Other())
+
+
+def test_calibration_is_kept_beside_the_history(tmp_path, caplog, model, tokenizer):
+    config = DraftConfig(nodes=8, history_folder=str(tmp_path))
+    with RetrievalDrafter.for_model(model, tokenizer, config=config) as drafter:
+        drafter.generate(PROMPT, max_new_tokens=40, do_sample=False)
+    file = tmp_path / "calibration.safetensors"
+    again = RetrievalDrafter.for_model(model, tokenizer, config=config)
+    again.warm_up()
+    learned, known = (d._supply._calibration.expected for d in (drafter, again))
+    assert learned.sum() > 0
+    np.testing.assert_allclose(known, learned, rtol=1e-5)
+    again.close()
+    file.write_bytes(b"torn")
+    third = RetrievalDrafter.for_model(model, tokenizer, config=config)
+    third.generate(PROMPT, max_new_tokens=10, do_sample=False)
+    third.close()
+    assert "starts afresh" in caplog.text
+    assert len(file.read_bytes()) > 1000, "and is whole again"
