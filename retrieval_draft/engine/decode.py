@@ -120,7 +120,10 @@ class _Run:
         stats.commit_seconds += packed - drafted
         stats.forward_seconds += forward
         stats.accept_seconds += accepted - packed - forward
-        stats.learn_seconds += perf_counter() - accepted
+        learned = perf_counter()
+        if drafting is not None:
+            drafting.note_step(len(emitted), learned - started, forward)
+        stats.learn_seconds += learned - accepted
 
     def finish(self) -> None:
         """Moves the last accepted path into place, so that the cache can be used further."""

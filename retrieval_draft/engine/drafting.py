@@ -39,6 +39,10 @@ class Costs(Protocol):
         """Notes what a pass over `nodes` nodes, the root included, took."""
         ...
 
+    def note_step(self, emitted: int, seconds: float, forward_seconds: float) -> None:
+        """Notes what a whole step yielded and took."""
+        ...
+
 
 Fuse = Callable[[int, Sequence[Proposal], Any, int], DraftTree]
 
@@ -145,6 +149,11 @@ class Drafting:
         """Tells the cost model what a pass took."""
         if self._cost is not None:
             self._cost.observe(nodes, length, seconds)
+
+    def note_step(self, emitted: int, seconds: float, forward_seconds: float) -> None:
+        """Tells the cost model what a whole step yielded and took."""
+        if self._cost is not None:
+            self._cost.note_step(emitted, seconds, forward_seconds)
 
     def start(self, first: TokenArray, prompt: TokenArray, said: Predictions) -> None:
         """Tells the sources the first token and what the target predicted at the prompt's end.

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from retrieval_draft.engine.cost import SIZES, CostModel
+from retrieval_draft.engine.cost import SETTLED, SIZES, CostModel
 
 STOCK = {1: 1.0, 2: 1.7, 4: 2.7, 8: 2.9, 16: 3.4, 32: 4.4, 64: 6.5}
 FLAT = {size: 1.0 + 0.001 * size for size in SIZES}
@@ -65,3 +65,30 @@ def test_measuring_calls_every_size_and_takes_the_least() -> None:
     assert set(calls) == set(SIZES)
     assert len(ticks) == 2 * len(SIZES)
     assert model.is_measured
+
+
+def test_a_node_must_beat_the_tokens_a_second_of_late() -> None:
+    cost = CostModel()
+    cost.load({size: 0.1 + 0.01 * (size - 1) for size in SIZES})
+    doubtful = np.full(20, 0.12, np.float32)
+    alone = cost.choose(doubtful)
+    for _ in range(SETTLED):
+        cost.note_step(2, 0.2, 0.2)
+    assert cost.choose(doubtful) == alone, "at its own rate or below nothing changes"
+    for _ in range(300):
+        cost.note_step(5, 0.2, 0.2)
+    assert alone == 20
+    assert cost.choose(doubtful) == 0, "12 tokens a second, where others bring 25"
+    assert cost.choose(np.full(20, 0.9, np.float32)) == 20
+
+
+def test_the_loops_own_time_makes_larger_trees_pay() -> None:
+    probs = np.full(8, 0.25, np.float32)
+    counts = []
+    for overhead in (0.0, 0.05):
+        cost = CostModel()
+        cost.load({size: 0.1 + 0.028 * (size - 1) for size in SIZES})
+        for _ in range(50):
+            cost.note_step(1, 0.1 + overhead, 0.1)
+        counts.append(cost.choose(probs))
+    assert counts == [0, 8]
