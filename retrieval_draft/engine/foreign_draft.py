@@ -128,6 +128,10 @@ class ForeignModelDraft:
         """The draft model with an empty cache."""
         return self._model.expansion(slack=SLACK)
 
+    def prepare(self) -> None:
+        """Measures the fastest kernels for the draft model's layers, once."""
+        self._model.prepare()
+
     def to_draft(self, text: TokenArray) -> TokenArray:
         """The text in the draft model's tokens.
 

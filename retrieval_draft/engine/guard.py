@@ -88,6 +88,15 @@ class GuardedSource:
             self.failed("open", error)
         return _GuardedSession(self, session)
 
+    def prepare(self) -> None:
+        """What a source wants to do before its first request, such as measuring kernels."""
+        prepare: Callable[[], None] | None = getattr(self.source, "prepare", None)
+        if prepare is not None:
+            try:
+                prepare()
+            except Exception as error:  # as above
+                self.failed("prepare", error)
+
     def failed(self, call: str, error: Exception) -> None:
         """Counts a failure and warns the first time."""
         self.failures += 1

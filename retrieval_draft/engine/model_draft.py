@@ -120,10 +120,13 @@ class ModelDraft:
         """
         return Expansion(self.target, limits or self.limits, self.applied, slack)
 
+    def prepare(self) -> None:
+        """Measures the fastest kernels for the draft model's layers, once."""
+        self._kernels.prepare()
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """What a pass of the draft model needs."""
-        self._kernels.prepare()
         with self._kernels.applied():
             yield
 

@@ -125,6 +125,12 @@ class PacedSource:
         """Starts a request; what is known of the source's worth is kept from request to request."""
         return _PacedSession(self.source.open(prompt, references), self.pacer, self._clock)
 
+    def prepare(self) -> None:
+        """What the source wants to do before its first request."""
+        prepare: Callable[[], None] | None = getattr(self.source, "prepare", None)
+        if prepare is not None:
+            prepare()
+
     def flush(self) -> None:
         """Waits until what finished requests said can be looked up."""
         self.source.flush()

@@ -78,6 +78,8 @@ class DraftSupply:
         from retrieval_draft.engine.warm_up import compile_kernels
 
         compile_kernels(self._spare(), self._tree, self._config.top_k)
+        for source in self._sources:
+            source.prepare()
         if self._config.prefill_logits == "auto":
             self._head = HeadCost.measure(self._target)
         if self._by_cost:
