@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft._figure import new_figure, save_figure
 from retrieval_draft.engine.tree import DraftTree
-from retrieval_draft.errors import InvalidInputError
 
 __all__ = ["Reliability", "plot_reliability"]
 
@@ -80,14 +80,8 @@ def plot_reliability(summary: dict[str, Any], path: Path) -> None:
     Raises:
         InvalidInputError: matplotlib is missing, or the file's suffix is no picture's.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InvalidInputError(
-            "A picture needs matplotlib.", 'Install it: pip install "retrieval_draft[bench]".'
-        ) from error
     predicted, taken, seen = np.array(summary["bins"]).T
-    figure = Figure(figsize=(4.8, 5.6), layout="constrained")
+    figure = new_figure(4.8, 5.6)
     upper, lower = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
     upper.plot((0, 1), (0, 1), color="0.7", linewidth=1)
     upper.plot(predicted, taken, marker="o", markersize=4)
@@ -97,7 +91,4 @@ def plot_reliability(summary: dict[str, Any], path: Path) -> None:
     lower.set_yscale("log")
     lower.set_ylabel("nodes")
     lower.set_xlabel("calibrated probability that a node is accepted")
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise InvalidInputError(f"{path}: {error}.", "Name a .png or .svg file.") from error
+    save_figure(figure, path)

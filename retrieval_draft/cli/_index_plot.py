@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retrieval_draft.errors import InvalidInputError
+from retrieval_draft._figure import new_figure, save_figure
 
 if TYPE_CHECKING:
     from retrieval_draft.index.describe import Description
@@ -19,13 +19,7 @@ def plot_description(found: Description, tokens: int, path: Path) -> None:
     Raises:
         InvalidInputError: matplotlib is missing, or the file's suffix is no picture's.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InvalidInputError(
-            "A picture needs matplotlib.", 'Install it: pip install "retrieval_draft[bench]".'
-        ) from error
-    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    figure = new_figure(9.6, 3.4)
     left, right = figure.subplots(1, 2)
     left.bar(range(len(found.match_lengths)), found.match_lengths / max(found.sampled, 1), width=1.0)
     left.set_xlabel("tokens that a position has in common with another (64: or more)")
@@ -38,7 +32,4 @@ def plot_description(found: Description, tokens: int, path: Path) -> None:
     right.set_yscale("symlog", linthresh=1)
     right.set_xlabel("tokens of context")
     right.set_ylabel("different next tokens (5% to 95%)")
-    try:
-        figure.savefig(path, dpi=120)
-    except ValueError as error:
-        raise InvalidInputError(f"{path}: {error}.", "Name a .png or .svg file.") from error
+    save_figure(figure, path)
