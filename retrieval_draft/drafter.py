@@ -10,30 +10,29 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.cache_utils import DynamicCache
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.datastores import open_datastores
+from retrieval_draft.engine.cache_rows import write_back
 from retrieval_draft.engine.cpu_kernels import CpuKernels
-from retrieval_draft.engine.decode import DecodeRequest, decode
+from retrieval_draft.engine.decode import decode
 from retrieval_draft.engine.draft_models import make_draft_sources
-from retrieval_draft.engine.kv_cache import SpeculativeCache
-from retrieval_draft.engine.noise import GumbelNoise
 from retrieval_draft.engine.probe import probe
-from retrieval_draft.engine.sampling import Sampler
+from retrieval_draft.engine.request import DecodeRequest
+from retrieval_draft.engine.row import Row
 from retrieval_draft.engine.stats import DraftStats
 from retrieval_draft.engine.supply import DraftSupply
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.threads import in_live_pool
-from retrieval_draft.errors import InvalidInputError, UnsupportedGenerationError
-from retrieval_draft.generation import pad_replies, set_limits, streaming, take_stop_strings
+from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.generation import streaming, take_stop_strings
 from retrieval_draft.index.registry import Datastores
-from retrieval_draft.index.source import TokenArray
 from retrieval_draft.inputs import (
+    best_of_options,
     check_generation,
     check_new_tokens,
     check_options,
@@ -43,6 +42,8 @@ from retrieval_draft.inputs import (
 )
 from retrieval_draft.methods.method import Parts
 from retrieval_draft.methods.registry import get_method
+from retrieval_draft.outputs import best_rows, make_output
+from retrieval_draft.requests import Extras, Seeds, make_requests
 
 __all__ = ["RetrievalDrafter"]
 
@@ -50,8 +51,8 @@ __all__ = ["RetrievalDrafter"]
 class RetrievalDrafter:
     """Generates with a model in fewer forward passes, by drafting from text seen before.
 
-    What is generated does not depend on the drafts. One request runs at a time; calls from
-    several threads wait for each other.
+    What is generated does not depend on the drafts. The rows of a batch are decoded together; calls
+    from several threads wait for each other.
 
     Attributes:
         config: How drafts are made.
@@ -144,29 +145,40 @@ class RetrievalDrafter:
         generation_config: GenerationConfig | None = None,
         *,
         streamer: Any = None,
-        seed: int | None = None,
+        seed: Seeds = None,
         prediction: Any = None,
         documents: Any = None,
         share: str | None = None,
+        best_of: int | None = None,
+        output_prompt_logits: bool = False,
+        past_key_values: Any = None,
         **generate_kwargs: Any,
     ) -> Any:
         """Generates as ``model.generate`` does, with its keyword arguments and return types.
 
         Args:
-            input_ids: int64, shape (batch, length). Rows are decoded one after the other.
+            input_ids: int64, shape (batch, length). Rows are decoded together, each with its own drafts.
             attention_mask: Zeros mark left padding.
             generation_config: As for ``model.generate``.
-            streamer: Sees the prompt once, then each new token once and in order; batch 1 only.
-            seed: For sampling. The same seed gives the same tokens with and without drafts.
-                Without one it is drawn from torch's global generator.
+            streamer: Sees the prompts once, then the new tokens once and in order, one for each row.
+            seed: For sampling; one for all prompts, or a list of one for each. The same seed gives a prompt
+                the same tokens with and without drafts, alone and in a batch; equal prompts of a batch and
+                ``num_return_sequences`` draw different ones. Without one, seeds are drawn from torch's global
+                generator.
             prediction: What the reply may look like: text or token ids.
             documents: Texts the reply may quote: text or token ids, or a list of those.
             share: What other servers may learn of this request: None or "none"; no store is supported yet.
+            best_of: Samples to draw for each prompt, of which the ``num_return_sequences`` with the highest
+                mean log probability are returned, the best first.
+            output_prompt_logits: Whether ``prompt_logits`` is returned, with ``return_dict_in_generate``.
+            past_key_values: A cache that holds the beginning of `input_ids`: what an earlier call returned,
+                or a ``DynamicCache``. One of ours is continued in place; what the text does not share with it
+                is taken off.
             **generate_kwargs: As for ``model.generate``.
 
         Returns:
-            int64, shape (batch, length + new), or GenerateDecoderOnlyOutput with
-            ``return_dict_in_generate=True``.
+            int64, shape (batch, length + new), or a GenerateDecoderOnlyOutput with
+            ``return_dict_in_generate=True``; its ``past_key_values`` can be handed back.
         """
         if share not in (None, "none"):
             raise InvalidInputError(
@@ -177,11 +189,13 @@ class RetrievalDrafter:
         check_prompt(input_ids, attention_mask, target.embedding_rows, target.max_positions)
         check_new_tokens(generation_config, generate_kwargs)
         check_options(generate_kwargs)
+        keep_best = best_of_options(best_of, generation_config, generate_kwargs)
         references = [
             *reference_tokens(documents, self._tokenizer, target.embedding_rows),
             *reference_tokens(prediction, self._tokenizer, target.embedding_rows),
         ]
         generation_config = take_stop_strings(generation_config, generate_kwargs, self._tokenizer)
+        extras = Extras(streamer, seed, references, output_prompt_logits, keep_best)
 
         def loop(
             model: PreTrainedModel,
@@ -191,10 +205,10 @@ class RetrievalDrafter:
             generation_config: GenerationConfig,
             **model_inputs: Any,
         ) -> Any:
+            model_inputs["past_key_values"] = past_key_values
             return self._run(
-                input_ids, logits_processor, stopping_criteria, generation_config, model_inputs,
-                streamer, seed, references,
-            )  # fmt: skip
+                input_ids, logits_processor, stopping_criteria, generation_config, model_inputs, extras
+            )
 
         return in_live_pool(
             lambda: model.generate(
@@ -214,7 +228,7 @@ class RetrievalDrafter:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         draft_streamer: Any = None,
-        draft_seed: int | None = None,
+        draft_seed: Seeds = None,
         **model_inputs: Any,
     ) -> Any:
         """A decoding loop for ``model.generate(..., custom_generate=drafter.custom_generate)``.
@@ -225,12 +239,12 @@ class RetrievalDrafter:
             raise InvalidInputError(
                 "This drafter was made for another model.", "Make one with RetrievalDrafter.for_model(model)."
             )
+        extras = Extras(draft_streamer, draft_seed)
         return in_live_pool(
             lambda: self._run(
-                input_ids, logits_processor, stopping_criteria, generation_config, model_inputs,
-                draft_streamer, draft_seed, [],
+                input_ids, logits_processor, stopping_criteria, generation_config, model_inputs, extras
             )
-        )  # fmt: skip
+        )
 
     def warm_up(self) -> None:
         """Compiles and measures now what the first request would otherwise wait for."""
@@ -269,81 +283,58 @@ class RetrievalDrafter:
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
         model_inputs: dict[str, Any],
-        streamer: Any,
-        seed: int | None,
-        references: list[TokenArray],
+        extras: Extras,
     ) -> Any:
         target = self._target
-        check_generation(config, model_inputs)
-        mask = model_inputs.get("attention_mask")
+        check_generation(config, processors, len(input_ids), model_inputs)
+        mask, cache = model_inputs.get("attention_mask"), model_inputs.get("past_key_values")
+        if isinstance(cache, DynamicCache) and not getattr(cache, "_is_user_defined", True):
+            cache = None
         prompts = check_prompt(input_ids, mask, target.embedding_rows, target.max_positions)
-        keeps = (
-            bool(config.return_dict_in_generate and config.output_scores),
-            bool(config.return_dict_in_generate and config.output_logits),
-        )
-        if len(prompts) > 1 and (streamer is not None or any(keeps)):
-            raise UnsupportedGenerationError(
-                f"A streamer, output_scores and output_logits take one prompt; the batch has {len(prompts)}.",
-                "Generate prompts one by one.",
-            )
-        if config.do_sample and seed is None:
-            seed = int(torch.randint(0, 2**62, ()))
-        replies, caches, samplers = [], [], []
         total = DraftStats()
         with ExitStack() as stack:
             stack.enter_context(self._lock)
             stack.enter_context(torch.no_grad())
-            emit = stack.enter_context(streaming(streamer, input_ids))
+            stream = stack.enter_context(streaming(extras.streamer, input_ids, _pad_token(config)))
             self.kernels.prepare()
             stack.enter_context(self.kernels.applied())
             self._supply.prepare()
             self.last_stats = total
-            for row, prompt in enumerate(prompts):
-                sampler = None
-                if config.do_sample or len(processors) or any(keeps):
-                    noise = None if seed is None or not config.do_sample else self._noise(seed, row)
-                    sampler = Sampler(processors, noise, *keeps)
-                padded = input_ids[row : row + 1].long()
-                request = DecodeRequest(prompt, 0, sampler=sampler, padded=padded, emit=emit)
-                set_limits(request, criteria, config, input_ids.shape[1] - len(prompt))
-                reply, cache = self._decode(request, references, total)
-                replies.append(torch.from_numpy(reply.astype(np.int64)))
-                caches.append(cache)
-                samplers.append(sampler)
-        sequences = pad_replies(input_ids, replies, config)
-        if not config.return_dict_in_generate:
-            return sequences
-        sampler = samplers[0]
-        fields: dict[str, Any] = {"sequences": sequences}
-        if sampler is not None and sampler.scores is not None:
-            fields["scores"] = tuple(sampler.scores)
-        if sampler is not None and sampler.logits is not None:
-            fields["logits"] = tuple(sampler.logits)
-        if len(caches) == 1:
-            fields["past_key_values"] = caches[0]
-        return GenerateDecoderOnlyOutput(**fields)
+            requests = make_requests(
+                target, prompts, input_ids, processors, criteria, config, cache, extras, stream
+            )
+            rows = self._decode(requests, extras, total)
+        if isinstance(cache, DynamicCache) and len(rows) == 1:
+            write_back(rows[0].cache, cache)
+        if extras.best_of is not None:
+            kept = best_rows(rows, config.num_return_sequences or 1, extras.best_of)
+            rows, input_ids = [rows[row] for row in kept], input_ids[kept]
+        return make_output(rows, input_ids, config)
 
-    def _decode(
-        self, request: DecodeRequest, references: list[TokenArray], total: DraftStats
-    ) -> tuple[TokenArray, SpeculativeCache]:
-        """Decodes one row with its own sessions of the sources, and counts it whatever happens."""
-        stats, failures = DraftStats(), self._supply.failures
-        drafting = self._supply.open(request, references, stats)
+    def _decode(self, requests: list[DecodeRequest], extras: Extras, total: DraftStats) -> list[Row]:
+        """Decodes a batch with sessions of the sources for each row, and counts it whatever happens."""
+        shared, failures = DraftStats(), self._supply.failures
+        each = [DraftStats() for _ in requests]
         try:
-            text, cache = decode(self._target, request, self._supply.reader, stats, drafting)
+            return decode(
+                self._target,
+                requests,
+                self._supply.reader,
+                shared,
+                self._supply.open(requests, extras.references, each),
+                self._supply.budget,
+                each,
+            )
         finally:
-            if drafting is not None:
-                drafting.close()
-            stats.source_failures = self._supply.failures - failures
-            total.add(stats)
-            self.stats.add(stats)
-        return text.reply.copy(), cache
+            shared.source_failures = self._supply.failures - failures
+            for stats in (shared, *each):
+                total.add(stats)
+            self.stats.add(total)
 
-    def _noise(self, seed: int, row: int) -> GumbelNoise:
-        model: Any = self._target.model
-        head = model.get_output_embeddings()
-        width = self._target.vocabulary if head is None else int(head.weight.shape[0])
-        return GumbelNoise(seed, width, self._target.device, sample=row)
+
+def _pad_token(config: GenerationConfig) -> int:
+    pad = getattr(config, "_pad_token_tensor", None)
+    return 0 if pad is None else int(pad)
 
 
 _drafters: WeakSet[RetrievalDrafter] = WeakSet()

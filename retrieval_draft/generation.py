@@ -1,4 +1,4 @@
-"""Between model.generate and the decoding loop: criteria, stop strings, streamers, padding."""
+"""Between model.generate and the decoding loop: stop strings, and streamers for one row or several."""
 
 from __future__ import annotations
 
@@ -8,45 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    EosTokenCriteria,
-    GenerationConfig,
-    MaxLengthCriteria,
-    StoppingCriteriaList,
-    StopStringCriteria,
-)
+from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
-from retrieval_draft.engine.decode import DecodeRequest
 from retrieval_draft.errors import InvalidInputError
 
-__all__ = ["pad_replies", "set_limits", "streaming", "take_stop_strings"]
-
-
-def set_limits(
-    request: DecodeRequest, criteria: StoppingCriteriaList, config: GenerationConfig, padding: int
-) -> None:
-    """Turns length and eos criteria into numbers, and leaves the others to be called.
-
-    Args:
-        request: Its `max_length`, `eos`, `criteria` and `prefill_chunk` are set.
-        criteria: As prepared by model.generate.
-        config: As prepared by model.generate.
-        padding: Left padding of this prompt, which max_length counts and the request does not.
-    """
-    lengths: list[int] = []
-    eos: set[int] = set()
-    others = []
-    for criterion in criteria:
-        if type(criterion) is MaxLengthCriteria:
-            lengths.append(criterion.max_length - padding)
-        elif type(criterion) is EosTokenCriteria:
-            eos.update(criterion.eos_token_id.flatten().tolist())
-        else:
-            others.append(criterion)
-    request.max_length = min(lengths) if lengths else int(config.max_length) - padding
-    request.eos = frozenset(int(token) for token in eos)
-    request.criteria = StoppingCriteriaList(others)
-    request.prefill_chunk = config.prefill_chunk_size
+__all__ = ["StreamRows", "streaming", "take_stop_strings"]
 
 
 def take_stop_strings(
@@ -81,37 +47,57 @@ def take_stop_strings(
     return config
 
 
-def pad_replies(input_ids: Tensor, replies: list[Tensor], config: GenerationConfig) -> Tensor:
-    """Prompts with their replies, right-padded to one length.
+class StreamRows:
+    """Hands a streamer the tokens of rows that do not advance together, as model.generate would.
+
+    One row's tokens go on at once, shape (1,). Of several, a position goes on when every row has it or has
+    ended before it; ended rows are padded: shape (rows,).
 
     Args:
-        input_ids: int64, shape (batch, length), left padding included.
-        replies: int64, shape (new,) each.
-        config: Holds the pad token, as prepared by model.generate.
-
-    Returns:
-        int64, shape (batch, length + longest reply).
+        streamer: Anything with `put`.
+        rows: How many.
+        pad: Token for rows that have ended.
     """
-    begin = input_ids.shape[1]
-    pad = getattr(config, "_pad_token_tensor", None)
-    out = input_ids.new_zeros((len(replies), begin + max(len(reply) for reply in replies)))
-    out[:, :begin] = input_ids
-    for row, reply in enumerate(replies):
-        end = begin + len(reply)
-        out[row, begin:end] = reply.to(out.device)
-        if end < out.shape[1] and pad is not None:
-            out[row, end:] = pad.to(out.device)
-    return out
+
+    def __init__(self, streamer: Any, rows: int, pad: int) -> None:
+        self._streamer = streamer
+        self._waiting: list[list[int]] = [[] for _ in range(rows)]
+        self._ended = [False] * rows
+        self._pad = pad
+
+    def taker(self, row: int) -> Callable[[int], None]:
+        """What takes the tokens of one row."""
+        if len(self._waiting) == 1:
+            return lambda token: self._streamer.put(torch.tensor([token]))
+
+        def take(token: int) -> None:
+            self._waiting[row].append(token)
+            self._pass_on()
+
+        return take
+
+    def end(self, row: int) -> None:
+        """Says that a row has ended."""
+        self._ended[row] = True
+        if len(self._waiting) > 1:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        while any(self._waiting) and all(
+            tokens or ended for tokens, ended in zip(self._waiting, self._ended, strict=True)
+        ):
+            column = [tokens.pop(0) if tokens else self._pad for tokens in self._waiting]
+            self._streamer.put(torch.tensor(column))
 
 
 @contextlib.contextmanager
-def streaming(streamer: Any, input_ids: Tensor) -> Iterator[Callable[[int], None] | None]:
-    """Hands the prompt to the streamer, yields what takes its tokens, and ends it in any case."""
+def streaming(streamer: Any, input_ids: Tensor, pad: int) -> Iterator[StreamRows | None]:
+    """Hands the prompt to the streamer, yields what takes the tokens of its rows, and ends it in any case."""
     if streamer is None:
         yield None
         return
     try:
         streamer.put(input_ids.cpu())
-        yield lambda token: streamer.put(torch.tensor([token]))
+        yield StreamRows(streamer, len(input_ids), pad)
     finally:
         streamer.end()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from retrieval_draft.errors import InvalidInputError, TokenizerMismatchError, UnsupportedGenerationError
 from retrieval_draft.index.source import TokenArray
 
 __all__ = [
+    "best_of_options",
     "check_generation",
     "check_new_tokens",
     "check_options",
@@ -118,7 +120,6 @@ def check_options(options: dict[str, Any]) -> None:
         "assistant_model": "Leave it out: the drafter makes the drafts.",
         "prompt_lookup_num_tokens": "Leave it out: the drafter looks the prompt up itself.",
         "inputs_embeds": "Pass the whole text as input_ids instead.",
-        "past_key_values": "Pass the whole text as input_ids instead.",
     }
     for name, hint in hints.items():
         if options.get(name) is not None:
@@ -130,11 +131,49 @@ def check_options(options: dict[str, Any]) -> None:
         )
 
 
-def check_generation(config: GenerationConfig, model_inputs: dict[str, Any]) -> None:
+def best_of_options(
+    best_of: int | None, config: GenerationConfig | None, options: dict[str, Any]
+) -> int | None:
+    """Has model.generate expand each prompt to as many samples as are to be drawn.
+
+    Args:
+        best_of: Samples of each prompt, or None.
+        config: The caller's.
+        options: Keyword arguments for model.generate; ``num_return_sequences`` is changed in place.
+
+    Returns:
+        How many of them are to be returned; None for all.
+
+    Raises:
+        InvalidInputError: Fewer samples than are to be returned, or nothing is sampled.
+    """
+    if best_of is None:
+        return None
+    wanted = options.get("num_return_sequences")
+    if wanted is None:
+        wanted = (config.num_return_sequences if config is not None else None) or 1
+    if best_of < wanted:
+        raise InvalidInputError(
+            f"best_of is {best_of}; it must be at least num_return_sequences, which is {wanted}."
+        )
+    sampled = options.get("do_sample")
+    if sampled is False or (sampled is None and config is not None and not config.do_sample):
+        raise InvalidInputError(
+            "best_of draws several samples; greedy decoding has one.", "Set do_sample=True."
+        )
+    options["num_return_sequences"] = best_of
+    return int(wanted)
+
+
+def check_generation(
+    config: GenerationConfig, processors: Sequence[Any], rows: int, model_inputs: dict[str, Any]
+) -> None:
     """Refuses generation modes that drafted decoding does not do.
 
     Args:
         config: As prepared by model.generate.
+        processors: As prepared by model.generate.
+        rows: Of the batch.
         model_inputs: What model.generate would hand to the model.
 
     Raises:
@@ -144,7 +183,8 @@ def check_generation(config: GenerationConfig, model_inputs: dict[str, Any]) -> 
     refused = {
         "num_beams": (config.num_beams or 1) > 1,
         "num_beam_groups": (getattr(config, "num_beam_groups", None) or 1) > 1,
-        "num_return_sequences": (config.num_return_sequences or 1) > 1,
+        "guidance_scale": rows > 1
+        and any(type(p) is UnbatchedClassifierFreeGuidanceLogitsProcessor for p in processors),
         "penalty_alpha": bool(getattr(config, "penalty_alpha", None)) and not config.do_sample,
         "prompt_lookup_num_tokens": getattr(config, "prompt_lookup_num_tokens", None) is not None,
         "assistant_early_exit": getattr(config, "assistant_early_exit", None) is not None,
@@ -153,7 +193,8 @@ def check_generation(config: GenerationConfig, model_inputs: dict[str, Any]) -> 
         "cache_implementation": config.cache_implementation not in _CACHES,
     }
     hints = {
-        "num_return_sequences": "Call generate once for each sequence, with different seeds.",
+        "num_beams": "Sample with num_return_sequences or best_of, or use model.generate for beams.",
+        "guidance_scale": "It follows one text only: generate the rows one by one.",
         "prompt_lookup_num_tokens": "Leave it out: the drafter looks the prompt up itself.",
         "assistant_early_exit": "Leave it out: the drafter makes the drafts.",
         "cache_implementation": _CACHE_HINT,
@@ -164,12 +205,6 @@ def check_generation(config: GenerationConfig, model_inputs: dict[str, Any]) -> 
                 f"{name}={getattr(config, name, None)!r} is not supported by drafted decoding.",
                 hints.get(name, stock),
             )
-    cache = model_inputs.get("past_key_values")
-    if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0):
-        raise UnsupportedGenerationError(
-            "past_key_values was passed in; drafted decoding starts from its own empty cache.",
-            "Pass the whole text as input_ids instead.",
-        )
     known = {"attention_mask", "position_ids", "logits_to_keep", "past_key_values", "use_cache"}
     extra = [name for name, value in model_inputs.items() if name not in known and value is not None]
     if extra:

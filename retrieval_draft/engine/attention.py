@@ -11,7 +11,10 @@ from torch import Tensor
 
 from retrieval_draft.engine.tree import DraftTree
 
-__all__ = ["TreeAttention", "TreeInputs", "padded_size"]
+__all__ = ["Mask", "TreeAttention", "TreeInputs", "padded_size"]
+
+Mask = Tensor | dict[str, Tensor | None] | None
+"""None where every given key is visible; else additive, or one such mask for each layer type."""
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48)
 
@@ -35,7 +38,7 @@ class TreeInputs:
 
     input_ids: Tensor
     position_ids: Tensor
-    attention_mask: Tensor | dict[str, Tensor | None] | None
+    attention_mask: Mask
     moved: Tensor | None
 
 
@@ -166,7 +169,7 @@ class TreeAttention:
     def unpack(self, up: Tensor, nodes: int, extra: int, deepest: int, length: int) -> TreeInputs:
         """The device's half of `prepare`: views of `up`, and the tree written into the masks."""
         ids, positions, depths = up[:nodes], up[nodes : 2 * nodes], up[2 * nodes : 3 * nodes]
-        masks: Tensor | dict[str, Tensor | None] | None = None
+        masks: Mask = None
         if nodes > 1:
             flat = up[3 * nodes + extra :].view(torch.bool)
             hidden = flat[: nodes * nodes].view(nodes, nodes)

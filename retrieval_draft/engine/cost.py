@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 __all__ = ["CostModel"]
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
+MORE_SIZES = (128, 256, 512, 1024)
+"""Sizes of passes over several rows."""
+
 ROUNDS = 2
 ENOUGH_SECONDS = 1.0
 MOST_ROUNDS = 7
@@ -44,6 +47,7 @@ class CostModel:
 
     def __init__(self) -> None:
         self.device: object = None
+        self._sizes: tuple[int, ...] = SIZES
         self._log_sizes = np.log2(np.array(SIZES, np.float64))
         self._log_seconds: NDArray[np.float64] | None = None
         self._weights: NDArray[np.float64] = np.full(len(SIZES), MEASURED)
@@ -101,13 +105,28 @@ class CostModel:
         """The curve as it stands: seconds by number of tokens."""
         if self._log_seconds is None:
             return {}
-        return dict(zip(SIZES, np.exp(np.maximum.accumulate(self._log_seconds)).tolist(), strict=True))
+        return dict(zip(self._sizes, np.exp(np.maximum.accumulate(self._log_seconds)).tolist(), strict=True))
+
+    def for_rows(self, rows: int) -> CostModel:
+        """A model of passes over `rows` rows that starts from this one.
+
+        Linear layers, where the time goes, see only how many nodes there are. What the rows' attention adds,
+        and sizes beyond those measured, are learned from real passes.
+        """
+        model = CostModel()
+        model.device = self.device
+        model._sizes = (*SIZES, *(size for size in MORE_SIZES if size < rows * MORE_SIZES[0]))
+        model._log_sizes = np.log2(np.array(model._sizes, np.float64))
+        model._weights = np.ones(len(model._sizes))
+        if self._log_seconds is not None:
+            model._log_seconds = np.log(self._curve(model._sizes[-1])[np.array(model._sizes) - 1])
+        return model
 
     def seconds(self, tokens: int) -> float:
         """t(tokens), interpolated between the measured sizes."""
         return float(self._curve(tokens)[tokens - 1])
 
-    def choose(self, path_probs: NDArray[np.float32], context_length: int = 0) -> int:
+    def choose(self, path_probs: NDArray[np.float32], context_length: int = 0, rows: int = 1) -> int:
         """How many draft nodes to verify, for the most tokens a second. 0 is a choice.
 
         The time that a node costs could be spent on steps like those of late, so it pays if it brings more
@@ -117,6 +136,7 @@ class CostModel:
         Args:
             path_probs: float32, shape (n,). Path probabilities of the draft nodes, best first, root excluded.
             context_length: Tokens in the cache. The curve follows it through `observe`.
+            rows: Rows that share the pass; each brings a root, which is a token for certain.
 
         Returns:
             n in 0..len(path_probs).
@@ -124,10 +144,11 @@ class CostModel:
         if self._log_seconds is None or not len(path_probs):
             return 0
         expected = np.empty(len(path_probs) + 1, np.float64)
-        expected[0] = 1.0
+        expected[0] = rows
         np.cumsum(path_probs, out=expected[1:])
-        expected[1:] += 1.0
-        seconds = self._curve(len(expected))[: len(expected)] + self._overhead
+        expected[1:] += rows
+        end = rows - 1 + len(expected)
+        seconds = self._curve(end)[rows - 1 : end] + self._overhead
         rate = float((expected / seconds).max())
         if self._steps >= SETTLED:
             rate = max(rate, self._emitted / self._spent)
@@ -153,7 +174,7 @@ class CostModel:
         """Refines the curve from a real pass.
 
         Args:
-            tokens: Tokens in the pass, root included.
+            tokens: Tokens in the pass, roots included.
             context_length: Tokens in the cache.
             seconds: What it took.
         """
@@ -172,7 +193,7 @@ class CostModel:
         if self._log_seconds is None:
             raise RuntimeError("the cost model was asked before it was measured")
         if len(self._table) < tokens:
-            reach = np.log2(np.arange(1, max(tokens, SIZES[-1]) + 1))
+            reach = np.log2(np.arange(1, max(tokens, self._sizes[-1]) + 1))
             # Made monotone only here: a size that looked dear for a moment must not teach the larger ones.
             known = np.maximum.accumulate(self._log_seconds)
             logs = np.interp(reach, self._log_sizes, known)

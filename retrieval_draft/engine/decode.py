@@ -1,237 +1,171 @@
-"""The decoding loop of one request."""
+"""The decoding loop: rows of their own lengths, trees and ends behind one forward pass a step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from itertools import pairwise
 from time import perf_counter
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from transformers import StoppingCriteriaList
 
-from retrieval_draft.engine.drafting import Drafting, Plan
-from retrieval_draft.engine.kv_cache import SpeculativeCache
+from retrieval_draft.engine.budget import Budget
+from retrieval_draft.engine.drafting import Drafting
 from retrieval_draft.engine.logits import LogitReader, Predictions
-from retrieval_draft.engine.sampling import Sampler, non_finite
+from retrieval_draft.engine.request import DecodeRequest
+from retrieval_draft.engine.row import Row
 from retrieval_draft.engine.stats import DraftStats
 from retrieval_draft.engine.target import Target
-from retrieval_draft.engine.transcript import Transcript
-from retrieval_draft.engine.tree import DraftTree
-from retrieval_draft.engine.verify import walk
-from retrieval_draft.index.source import TokenArray
 
-__all__ = ["DecodeRequest", "decode"]
-
-_ROOM = 4096
-"""Tokens of reply that the cache makes room for at once."""
+__all__ = ["Batch", "decode"]
 
 
-@dataclass(slots=True)
-class DecodeRequest:
-    """What to decode.
+class Batch:
+    """The requests that are decoded together now. One may join or leave between any two steps.
+
+    Args:
+        target: The model.
+        reader: Reads logits; its `k` is what the sources learn from.
+        stats: Counts of what the rows share; their own are theirs.
+        budget: Shares draft nodes between the rows.
 
     Attributes:
-        prompt: int32, shape (length,), padding stripped.
-        max_length: Prompt and reply together.
-        eos: Tokens that end the reply.
-        criteria: Further stopping criteria, asked after each token.
-        sampler: Chooses tokens where processors or sampling take part; None for the argmax.
-        padded: int64, shape (1, length + padding). Needed by `criteria` and `sampler`.
-        emit: Called with each new token, once and in order.
-        prompt_rows: Last prompt positions whose predictions the sources learn from.
-        prefill_chunk: Prompt tokens in one pass at most.
+        rows: In the order in which they joined.
     """
 
-    prompt: TokenArray
-    max_length: int
-    eos: frozenset[int] = frozenset()
-    criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
-    sampler: Sampler | None = None
-    padded: Tensor | None = None
-    emit: Callable[[int], None] | None = None
-    prompt_rows: int = 1
-    prefill_chunk: int | None = None
+    def __init__(self, target: Target, reader: LogitReader, stats: DraftStats, budget: Budget) -> None:
+        self.rows: list[Row] = []
+        self._target, self._reader, self._stats, self._budget = target, reader, stats, budget
 
+    def join(
+        self, request: DecodeRequest, drafting: Drafting | None, stats: DraftStats, leader: Row | None = None
+    ) -> Row:
+        """Adds a request, and decodes its first token.
 
-class _Run:
-    """The state of a request: its text, its cache and the path that waits to be committed."""
+        Args:
+            request: What to decode.
+            drafting: Its drafts; None decodes one token a step.
+            stats: Its counts.
+            leader: A row that just joined with the same prompt and has not stepped since.
 
-    def __init__(
-        self, target: Target, request: DecodeRequest, reader: LogitReader, stats: DraftStats
-    ) -> None:
-        self.target, self.request, self.reader, self.stats = target, request, reader, stats
-        needs_ids = request.sampler is not None or len(request.criteria) > 0
-        reply = min(request.max_length - len(request.prompt), _ROOM)
-        self.text = Transcript(
-            request.prompt, request.padded if needs_ids else None, len(request.prompt) + reply
-        )
-        self.cache: SpeculativeCache = target.cache(len(request.prompt) + reply + 64)
-        self.moved: NDArray[np.int64] | None = None
-        self.path: Sequence[int] = ()
-        self.done = False
+        Returns:
+            Its row; it may be done already.
+        """
+        target = self._target
+        attention = target.attention if not self.rows else target.attention_of_row()
+        row = Row(target, request, drafting, attention, stats)
+        with target.watching_hidden(drafting is not None and drafting.wants_hidden):
+            if leader is None:
+                row.prefill(self._reader)
+            else:
+                row.fork(leader)
+        self.rows.append(row)
+        return row
 
-    def prefill(self) -> Predictions:
-        """Passes the prompt through the model and emits the first token."""
-        request, begin = self.request, perf_counter()
-        prompt = torch.from_numpy(request.prompt.astype(np.int64)).to(self.target.device)
-        parts = []
-        for logits in self.target.prefill(self.cache, prompt, request.prompt_rows, request.prefill_chunk):
-            parts.append(self.reader.read(logits))
-        said = Predictions(*(np.concatenate([getattr(p, name) for p in parts]) for name in _FIELDS))
-        for _ in self._accept(DraftTree.root(int(request.prompt[-1])), logits[-1:], _last(said)):
-            pass
-        self.path = ()
-        self.stats.prefill_seconds += perf_counter() - begin
-        return said
+    def leave(self) -> list[Row]:
+        """Takes out the rows that are done, each ready to be returned."""
+        done = [row for row in self.rows if row.done]
+        if done:
+            self.rows = [row for row in self.rows if not row.done]
+            for row in done:
+                row.finish()
+                row.forget()
+        return done
 
-    def step(self, drafting: Drafting | None) -> None:
-        """Drafts, verifies and accepts."""
-        text, stats = self.text, self.stats
+    def step(self) -> None:
+        """Drafts, verifies and accepts in every row."""
+        rows, stats = self.rows, self._stats
         started = perf_counter()
-        root, length = int(text.tokens[-1]), len(text) - 1
-        if drafting is None:
-            plan = Plan(tree := DraftTree.root(root), tree, ())
-        else:
-            plan = drafting.plan(root, length, self.request.max_length - len(text) - 1)
+        plans = [row.propose() for row in rows]
+        sizes = self._budget.share([plan.tree for plan in plans], [row.length for row in rows])
+        plans = [plan.cut(size) for plan, size in zip(plans, sizes, strict=True)]
         drafted = perf_counter()
-        inputs = self.target.attention.prepare(plan.tree, length, self.moved)
-        self._commit(inputs.moved)
+        inputs = [row.prepare(plan) for row, plan in zip(rows, plans, strict=True)]
         packed = perf_counter()
-        logits = self.target.verify(self.cache, inputs)
+        wanted = any(row.drafting is not None and row.drafting.wants_hidden for row in rows)
+        with self._target.watching_hidden(wanted):
+            logits = self._target.verify_rows([row.cache for row in rows], inputs)
+            hidden = self._target.hidden
         launched = perf_counter()
-        said = self.reader.read(logits, len(plan.tree))
+        begins = [0]
+        for given in inputs:
+            begins.append(begins[-1] + given.input_ids.shape[1])
+        said = self._read(logits, begins, [len(plan.tree) for plan in plans])
         read = perf_counter()
-        emitted = list(self._accept(plan.tree, logits, said))
-        self._pend(self.path)
+        parts = list(pairwise(begins))
+        emitted = [
+            row.accept(plan, logits[begin:end], each)
+            for row, plan, each, (begin, end) in zip(rows, plans, said, parts, strict=True)
+        ]
         accepted = perf_counter()
         # On CUDA the pass is over when its logits have been read; nothing else waits for it.
-        forward = (read if self.target.device.type == "cuda" else launched) - packed
-        if drafting is not None:
-            drafting.count(plan, self.path)
-            drafting.learn(plan, np.array(emitted, np.int32), text.tokens[max(0, length - 3) : length], said)
-            if drafting.wants_hidden and self.target.hidden is not None:
-                drafting.learn_hidden(self.target.hidden[self.path[-1]])
-            drafting.timed(inputs.input_ids.shape[1], length, forward)
-        stats.steps += 1
+        forward = (read if self._target.device.type == "cuda" else launched) - packed
+        for row, plan, tokens, each, (begin, end) in zip(rows, plans, emitted, said, parts, strict=True):
+            row.learn(plan, tokens, each, None if hidden is None else hidden[begin:end])
+        longest = max(row.length for row in rows)
+        self._budget.timed(len(rows), begins[-1], longest, forward)
+        learned = perf_counter()
+        self._budget.note_step(len(rows), sum(map(len, emitted)), learned - started, forward)
+        stats.passes += 1
         stats.draft_seconds += drafted - started
         stats.commit_seconds += packed - drafted
         stats.forward_seconds += forward
         stats.accept_seconds += accepted - packed - forward
-        learned = perf_counter()
-        if drafting is not None:
-            drafting.note_step(len(emitted), learned - started, forward)
-        stats.learn_seconds += learned - accepted
+        stats.learn_seconds += perf_counter() - accepted
 
-    def finish(self) -> None:
-        """Moves the last accepted path into place, so that the cache can be used further."""
-        moved = None if self.moved is None else torch.from_numpy(self.moved).to(self.target.device)
-        self._commit(moved)
+    def close(self) -> None:
+        """Ends what the rows hold, as after an error."""
+        for row in self.rows:
+            row.forget()
+        self.rows = []
 
-    def _accept(self, tree: DraftTree, logits: Tensor, said: Predictions) -> list[int]:
-        """Emits the accepted tokens one by one, each as if it had been decoded alone."""
-        emitted: list[int] = []
-        path: list[int] = []
-        self.path = path
-        choose = self._argmax(said) if self.request.sampler is None else self._sample(logits, said)
-        for node, token in walk(tree, choose):
-            path.append(node)
-            emitted.append(token)
-            self._emit(token)
-            if self.done:
-                break
-        return emitted
-
-    def _argmax(self, said: Predictions) -> Callable[[int], int]:
-        tokens, finite = said.next_tokens.tolist(), said.finite.tolist()
-
-        def choose(node: int) -> int:
-            if not finite[node]:
-                raise non_finite(len(self.text))
-            return int(tokens[node])
-
-        return choose
-
-    def _sample(self, logits: Tensor, said: Predictions) -> Callable[[int], int]:
-        sampler = self.request.sampler
-        assert sampler is not None
-
-        def choose(node: int) -> int:
-            ids = self.text.ids
-            assert ids is not None
-            if not said.finite[node]:
-                raise non_finite(len(self.text))
-            return sampler.choose(logits[node], ids, len(self.text))
-
-        return choose
-
-    def _emit(self, token: int) -> None:
-        request, text = self.request, self.text
-        text.append(token)
-        self.stats.tokens += 1
-        if request.emit is not None:
-            request.emit(token)
-        self.done = token in request.eos or len(text) >= request.max_length
-        if request.criteria:
-            sampler = request.sampler
-            scores = None if sampler is None or sampler.scores is None else tuple(sampler.scores)
-            # Asked even when done: criteria may keep state, and plain decoding asks all of them.
-            self.done |= bool(request.criteria(text.ids, scores).all())
-
-    def _pend(self, path: Sequence[int]) -> None:
-        """Notes which nodes to keep. They move with the next step's inputs, in the same copy up."""
-        kept = 0
-        while kept < len(path) and path[kept] == kept:
-            kept += 1
-        self.kept = kept
-        self.moved = np.array(path[kept:], np.int64) if kept < len(path) else None
-
-    def _commit(self, moved: Tensor | None) -> None:
-        if self.path:
-            self.cache.commit(moved, self.kept, len(self.path))
-        self.path, self.moved = (), None
-
-    kept = 0
-
-
-_FIELDS = ("next_tokens", "finite", "top_tokens", "top_probs")
-
-
-def _last(said: Predictions) -> Predictions:
-    return Predictions(*(getattr(said, name)[-1:] for name in _FIELDS))
+    def _read(self, logits: Tensor, begins: Sequence[int], nodes: Sequence[int]) -> list[Predictions]:
+        """Summaries of each row's part of the logits, in one copy; padded nodes left out."""
+        if len(nodes) == 1:
+            return [self._reader.read(logits, nodes[0])]
+        whole = self._reader.read(logits)
+        return [
+            Predictions(*(getattr(whole, name)[begin : begin + size] for name in Predictions.__slots__))
+            for begin, size in zip(begins, nodes, strict=False)
+        ]
 
 
 def decode(
     target: Target,
-    request: DecodeRequest,
+    requests: Sequence[DecodeRequest],
     reader: LogitReader,
     stats: DraftStats,
-    drafting: Drafting | None = None,
-) -> tuple[Transcript, SpeculativeCache]:
-    """Decodes one request.
+    draftings: Sequence[Drafting | None] = (),
+    budget: Budget | None = None,
+    each: Sequence[DraftStats] = (),
+) -> list[Row]:
+    """Decodes requests together until all are done; those that end early leave the batch.
 
     Args:
         target: The model.
-        request: What to decode.
+        requests: What to decode. A leader comes before those it leads.
         reader: Reads logits; its `k` is what the sources learn from.
-        stats: Counts to add to.
-        drafting: Where drafts come from; None decodes one token a step.
+        stats: Counts to add what the rows share to.
+        draftings: Where each request's drafts come from; None for one token a step. Closed here.
+        budget: Shares draft nodes between rows; without one all of a tree is verified.
+        each: Counts of each request; `stats` without.
 
     Returns:
-        The text, and the cache, which holds all of it but the last token.
+        The finished rows, in the order of the requests: their texts and caches.
     """
-    run = _Run(target, request, reader, stats)
-    stats.requests += 1
-    stats.prompt_tokens += len(request.prompt)
-    with target.watching_hidden(drafting is not None and drafting.wants_hidden):
-        said = run.prefill()
-        if drafting is not None:
-            drafting.start(run.text.reply, request.prompt, said)
-            if target.hidden is not None:
-                drafting.learn_hidden(target.hidden[-1])
-        while not run.done:
-            run.step(drafting)
-    run.finish()
-    return run.text, run.cache
+    batch = Batch(target, reader, stats, budget if budget is not None else Budget())
+    rows: dict[DecodeRequest, Row] = {}
+    drafted: Sequence[Drafting | None] = draftings or [None] * len(requests)
+    try:
+        for index, (request, drafting) in enumerate(zip(requests, drafted, strict=True)):
+            leader = None if request.leader is None else rows[request.leader]
+            rows[request] = batch.join(request, drafting, each[index] if each else stats, leader)
+        batch.leave()
+        while batch.rows:
+            batch.step()
+            batch.leave()
+    finally:
+        batch.close()
+        for drafting in drafted:
+            if drafting is not None:
+                drafting.close()
+    return [rows[request] for request in requests]

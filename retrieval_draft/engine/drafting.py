@@ -23,24 +23,11 @@ __all__ = ["Drafting", "Fuse", "Plan", "count_names", "prompt_contexts"]
 class Calibrates(Protocol):
     """What drafting asks of a calibration."""
 
+    position: int
+    """Where in the text the first drafted token would stand."""
+
     def observe(self, tree: DraftTree, proposals: Sequence[Proposal], emitted: TokenArray) -> object:
         """Notes which of the proposed nodes the target took."""
-        ...
-
-
-class Costs(Protocol):
-    """What drafting asks of a cost model."""
-
-    def choose(self, path_probs: NDArray[np.float32], context_length: int) -> int:
-        """The number of draft nodes with the most expected tokens a second."""
-        ...
-
-    def observe(self, nodes: int, context_length: int, seconds: float) -> None:
-        """Notes what a pass over `nodes` nodes, the root included, took."""
-        ...
-
-    def note_step(self, emitted: int, seconds: float, forward_seconds: float) -> None:
-        """Notes what a whole step yielded and took."""
         ...
 
 
@@ -61,15 +48,20 @@ class Plan:
     fused: DraftTree
     proposals: Sequence[Proposal]
 
+    def cut(self, nodes: int) -> Plan:
+        """The plan that verifies the best `nodes` nodes of this one's tree."""
+        if nodes >= self.tree.num_draft_tokens:
+            return self
+        return Plan(self.tree.truncate(nodes), self.fused, self.proposals)
+
 
 class Drafting:
-    """Sources, fusion, calibration and cost, asked and told once a step.
+    """Sources, fusion and calibration, asked and told once a step.
 
     Args:
         drafts: The sources, opened for this request.
         fuse: Unites proposals into a tree: (root token, proposals, calibration, max_nodes).
         calibration: Learns what evidence is worth.
-        cost: Chooses the budget, or None to verify `max_nodes` always.
         max_nodes: Draft nodes at most.
         vocabulary: Token ids the model can embed.
         stats: Counts to add to.
@@ -80,7 +72,6 @@ class Drafting:
         drafts: RequestDrafts,
         fuse: Fuse,
         calibration: Calibrates,
-        cost: Costs | None,
         max_nodes: int,
         vocabulary: int,
         stats: DraftStats,
@@ -88,13 +79,12 @@ class Drafting:
         self._drafts = drafts
         self._fuse = fuse
         self._calibration = calibration
-        self._cost = cost
         self._max_nodes = max_nodes
         self._vocabulary = vocabulary
         self._stats = stats
 
-    def plan(self, root: int, length: int, deepest: int) -> Plan:
-        """Proposes the tree of the next step.
+    def propose(self, root: int, length: int, deepest: int) -> Plan:
+        """All that could be verified in the next step; the budget cuts it.
 
         Args:
             root: The last accepted token.
@@ -105,12 +95,9 @@ class Drafting:
         if not proposals:
             tree = DraftTree.root(root)
             return Plan(tree, tree, proposals)
+        self._calibration.position = length + 1
         fused = self._fuse(root, proposals, self._calibration, self._max_nodes)
-        usable = _usable(fused, deepest, self._vocabulary)
-        nodes = self._max_nodes
-        if self._cost is not None and len(usable) > 1:
-            nodes = self._cost.choose(usable.path_probs[1:], length)
-        return Plan(usable.truncate(nodes), fused, proposals)
+        return Plan(_usable(fused, deepest, self._vocabulary), fused, proposals)
 
     def count(self, plan: Plan, path: Sequence[int]) -> None:
         """Counts what a step verified and accepted."""
@@ -145,33 +132,25 @@ class Drafting:
         """Tells the sources the hidden state that chose the new root; after `learn` or `start`."""
         self._drafts.learn_hidden(hidden)
 
-    def timed(self, nodes: int, length: int, seconds: float) -> None:
-        """Tells the cost model what a pass took."""
-        if self._cost is not None:
-            self._cost.observe(nodes, length, seconds)
-
-    def note_step(self, emitted: int, seconds: float, forward_seconds: float) -> None:
-        """Tells the cost model what a whole step yielded and took."""
-        if self._cost is not None:
-            self._cost.note_step(emitted, seconds, forward_seconds)
-
-    def start(self, first: TokenArray, prompt: TokenArray, said: Predictions) -> None:
+    def start(self, first: TokenArray, prompt: TokenArray, said: Predictions | None) -> None:
         """Tells the sources the first token and what the target predicted at the prompt's end.
 
         Args:
             first: int32, shape (1,). The token after the prompt.
             prompt: int32, shape (length,).
-            said: Predictions at the last positions of the prompt.
+            said: Predictions at the last positions of the prompt; None if the sources know them already.
         """
         begin = time.perf_counter()
         self._drafts.observe(first)
-        contexts = prompt_contexts(prompt, len(said.next_tokens))
-        self._drafts.learn(NodeLogits(contexts, said.top_tokens, said.top_probs))
+        if said is not None:
+            contexts = prompt_contexts(prompt, len(said.next_tokens))
+            self._drafts.learn(NodeLogits(contexts, said.top_tokens, said.top_probs))
         self._stats.learn_seconds += time.perf_counter() - begin
 
     def close(self) -> None:
-        """Ends the request in every source."""
-        self._drafts.close()
+        """Ends the request in every source. Once is enough, twice does no harm."""
+        drafts, self._drafts = self._drafts, RequestDrafts(())
+        drafts.close()
 
 
 def count_names(

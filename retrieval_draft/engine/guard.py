@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from retrieval_draft.index.locality import wants_hidden
+from retrieval_draft.index.locality import open_siblings, wants_hidden
 from retrieval_draft.index.source import DraftSession, DraftSource, NodeLogits, Proposal, TokenArray
 
 __all__ = ["GuardedSource"]
@@ -87,6 +87,17 @@ class GuardedSource:
             session = None
             self.failed("open", error)
         return _GuardedSession(self, session)
+
+    def open_siblings(
+        self, prompt: TokenArray, references: Sequence[TokenArray], count: int
+    ) -> list[DraftSession]:
+        """Opens the source for requests with one prompt; where that fails, as `open` does."""
+        try:
+            sessions: list[DraftSession | None] = [*open_siblings(self.source, prompt, references, count)]
+        except Exception as error:  # as above
+            sessions = [None] * count
+            self.failed("open", error)
+        return [_GuardedSession(self, session) for session in sessions]
 
     def prepare(self) -> None:
         """What a source wants to do before its first request, such as measuring kernels."""

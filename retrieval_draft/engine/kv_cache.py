@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, get_layer_types_and_kwargs
 
 from retrieval_draft.errors import UnsupportedModelError
+from retrieval_draft.index.source import TokenArray
 
 __all__ = ["SpeculativeCache", "SpeculativeLayer", "layer_windows"]
 
@@ -173,6 +174,29 @@ class SpeculativeLayer(CacheLayerMixin):
         """The window, or -1."""
         return -1 if self.window is None else self.window
 
+    def clone(self, capacity: int = 0) -> SpeculativeLayer:
+        """A copy of the committed text's keys and values, with room for `capacity` tokens in all."""
+        copy = SpeculativeLayer(self.window, capacity)
+        if self.is_initialized:
+            copy.load(*self._view(self.start, self.length), self.start)
+        return copy
+
+    def load(self, key_states: Tensor, value_states: Tensor, start: int) -> None:
+        """Takes over committed text.
+
+        Args:
+            key_states: (batch, heads, tokens, dim).
+            value_states: (batch, heads, tokens, dim of values).
+            start: Position of the first of them; what comes before has left the window.
+        """
+        self.lazy_initialization(key_states, value_states)
+        tokens = key_states.shape[-2]
+        self.length = self.start = start
+        self._reserve(tokens)
+        for part, states in zip(self._parts(), (key_states, value_states), strict=True):
+            part.narrow(-2, 0, tokens).copy_(states)
+        self.length += tokens
+
     def reset(self) -> None:
         """Forgets the text and keeps the buffers."""
         self.length = self.start = self.staged = 0
@@ -257,6 +281,9 @@ class SpeculativeCache(Cache):
         config: The model's configuration.
         capacity: Tokens to make room for at first.
 
+    Attributes:
+        text: int32, the committed tokens, where a request left the cache to be used further; else None.
+
     Raises:
         UnsupportedModelError: A layer keeps state that a rejected draft token would spoil.
     """
@@ -271,6 +298,7 @@ class SpeculativeCache(Cache):
         )
         self._attention = [layer for layer in self.layers if isinstance(layer, SpeculativeLayer)]
         self._staging = False
+        self.text: TokenArray | None = None
 
     def stage(self, staging: bool) -> None:
         """Says whether the tokens of the next forward passes are tree nodes."""
@@ -296,6 +324,21 @@ class SpeculativeCache(Cache):
                     here[layer.device] = moved.to(layer.device, non_blocking=True)
                 indices = here[layer.device]
             layer.commit(indices, kept, count)
+
+    def clone(self, capacity: int = 0) -> SpeculativeCache:
+        """A copy of the committed text, with room for `capacity` tokens in all; staged nodes are left out."""
+        copy = object.__new__(SpeculativeCache)
+        Cache.__init__(
+            copy,
+            layers=[
+                layer.clone(capacity) if isinstance(layer, SpeculativeLayer) else type(layer)()
+                for layer in self.layers
+            ],
+        )
+        copy._attention = [layer for layer in copy.layers if isinstance(layer, SpeculativeLayer)]
+        copy._staging = False
+        copy.text = self.text
+        return copy
 
     def drop(self) -> None:
         """Drops all staged nodes."""

@@ -17,7 +17,8 @@ class DraftStats:
         requests: Requests counted.
         prompt_tokens: Tokens of the prompts.
         tokens: Generated tokens, the one from the prefill included.
-        steps: Verification passes, the prefill not included.
+        steps: Verification steps, the prefill not included; each row of a batch counts its own.
+        passes: Forward passes that verified; the rows of a batch share them.
         drafted: Draft nodes verified.
         accepted: Draft nodes accepted and emitted.
         drafted_by_source: Verified nodes by the sources that named them; agreement counts for each.
@@ -38,6 +39,7 @@ class DraftStats:
     prompt_tokens: int = 0
     tokens: int = 0
     steps: int = 0
+    passes: int = 0
     drafted: int = 0
     accepted: int = 0
     drafted_by_source: Counter[str] = field(default_factory=Counter)

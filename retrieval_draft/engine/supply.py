@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from retrieval_draft.config import DraftConfig
+from retrieval_draft.engine.budget import Budget
 from retrieval_draft.engine.calibration import Calibration
-from retrieval_draft.engine.decode import DecodeRequest
 from retrieval_draft.engine.drafting import Drafting, Fuse
 from retrieval_draft.engine.fusion import fuse
 from retrieval_draft.engine.guard import GuardedSource
 from retrieval_draft.engine.head_cost import HeadCost
 from retrieval_draft.engine.logits import LogitReader
 from retrieval_draft.engine.passes import tree_passes
+from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.stats import DraftStats
 from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import DatastoreError
-from retrieval_draft.index.locality import Locality
+from retrieval_draft.index.locality import Locality, RequestDrafts
 from retrieval_draft.index.source import DraftSource, TokenArray
 
 __all__ = ["DraftSupply"]
@@ -45,6 +46,7 @@ class DraftSupply:
 
     Attributes:
         reader: Reads as many alternatives as the sources learn from.
+        budget: Shares draft nodes between the rows of a batch.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class DraftSupply:
         self._spare = spare
         self._drafts = bool(sources) and self._max_nodes > 0
         self._calibration: Any = None  # made by prepare
-        self._cost: Any = None
+        self.budget = Budget()
         self._head: HeadCost | None = None
         self.reader = LogitReader(config.top_k if self._drafts else 0)
 
@@ -83,37 +85,45 @@ class DraftSupply:
         if self._config.prefill_logits == "auto":
             self._head = HeadCost.measure(self._target)
         if self._by_cost:
-            self._cost = self._measure()
+            self.budget = Budget(self._measure())
         self._calibration = self._load_calibration()
 
     def open(
-        self, request: DecodeRequest, references: Sequence[TokenArray], stats: DraftStats
-    ) -> Drafting | None:
-        """Opens the sources for a request, and says how much of its prompt they should learn from.
+        self,
+        requests: Sequence[DecodeRequest],
+        references: Sequence[TokenArray],
+        stats: Sequence[DraftStats],
+    ) -> list[Drafting | None]:
+        """Opens the sources for requests, and says how much of their prompts they should learn from.
 
         Args:
-            request: Its `prompt_rows` is set.
-            references: Texts the reply may quote.
-            stats: Counts to add to.
+            requests: Their `prompt_rows` is set. Those with a leader and it draft from each other.
+            references: Texts the replies may quote.
+            stats: Counts to add to, one for each request.
 
         Returns:
-            None for plain decoding.
+            For each request; None for plain decoding.
         """
         if not self._drafts:
-            return None
+            return [None] * len(requests)
+        opened: dict[int, RequestDrafts] = {}
+        for leader in requests:
+            if leader.leader is None:
+                places = [i for i, r in enumerate(requests) if r is leader or r.leader is leader]
+                drafts = self._locality.open_siblings(leader.prompt, references, len(places))
+                opened.update(zip(places, drafts, strict=True))
+        return [
+            self._drafting(request, opened[place], stats[place]) for place, request in enumerate(requests)
+        ]
+
+    def _drafting(self, request: DecodeRequest, drafts: RequestDrafts, stats: DraftStats) -> Drafting:
         length = len(request.prompt)
         if self._config.prefill_logits is True:
             request.prompt_rows = length
         elif self._config.prefill_logits == "auto" and self._head is not None:
             request.prompt_rows = self._head.rows_worth(request.max_length - length, length)
         return Drafting(
-            self._locality.open(request.prompt, references),
-            self._tree,
-            self._calibration.open(),
-            self._cost,
-            self._max_nodes,
-            self._target.vocabulary,
-            stats,
+            drafts, self._tree, self._calibration.open(), self._max_nodes, self._target.vocabulary, stats
         )
 
     def flush(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from retrieval_draft.engine.attention import TreeAttention, TreeInputs
 from retrieval_draft.engine.cpu_attention import WIDE_ATTENTION
 from retrieval_draft.engine.kv_cache import SpeculativeCache, layer_windows
+from retrieval_draft.engine.packed_attention import can_pack, packed_attention
+from retrieval_draft.engine.packed_cache import PackedCache
 from retrieval_draft.engine.tree import DraftTree
 from retrieval_draft.errors import UnsupportedModelError
 
@@ -43,13 +45,16 @@ class Target:
         self.model = model
         embedding: Any = model.get_input_embeddings()
         text = model.config.get_text_config(decoder=True)
-        self.windows = {kind: window for kind, window in layer_windows(model.config) if kind != "dummy"}
+        layers = layer_windows(model.config)
+        self.windows = {kind: window for kind, window in layers if kind != "dummy"}
         self.embedding_rows = int(embedding.weight.shape[0])
         self.vocabulary = min(self.embedding_rows, int(text.vocab_size))
         limit = getattr(text, "max_position_embeddings", None)
         self.max_positions: int | None = limit if isinstance(limit, int) and limit > 0 else None
         self.device: torch.device = embedding.weight.device
         self.attention = TreeAttention(self.windows, model.dtype, self.device)
+        self._kinds = [kind for kind, _ in layers]
+        self._joins = False
         self.hidden: Tensor | None = None
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -81,7 +86,7 @@ class Target:
         """Appends `prompt` to the cache.
 
         Args:
-            cache: Where the keys go; what it holds comes before the prompt.
+            cache: Where the keys go; the text that it holds comes before the prompt.
             prompt: int64, shape (length,), on the model's device.
             rows: Last positions whose logits are wanted, at least 1.
             chunk: Tokens in one pass at most.
@@ -89,7 +94,7 @@ class Target:
         Yields:
             (m, vocabulary), float, logits of runs of positions in order, `rows` in all.
         """
-        length = len(prompt)
+        length, offset = len(prompt), cache.get_seq_length()
         together = max(16, _LOGIT_BYTES // (4 * self.vocabulary))
         done = 0
         while done < length:
@@ -99,7 +104,7 @@ class Target:
                 # Stop where at most `together` of the positions so far are wanted.
                 size = min(size, max(length - rows - done, 0) + together)
                 wanted = min(size, done + size - (length - rows))
-            logits = self._forward(cache, prompt[None, done : done + size], done, max(wanted, 1))
+            logits = self._forward(cache, prompt[None, done : done + size], offset + done, max(wanted, 1))
             done += size
             if wanted > 0:
                 yield logits
@@ -118,7 +123,7 @@ class Target:
         positions = torch.arange(offset, offset + ids.shape[1], device=ids.device)[None]
         return self._call(cache, ids, positions, None, keep)
 
-    def _call(self, cache: SpeculativeCache, ids: Tensor, positions: Tensor, mask: Any, keep: int) -> Tensor:
+    def _call(self, cache: Any, ids: Tensor, positions: Tensor, mask: Any, keep: int) -> Tensor:
         options = {"logits_to_keep": keep} if self._keeps_logits else {}
         out = self.model(
             input_ids=ids,
@@ -145,6 +150,39 @@ class Target:
             )
         finally:
             cache.stage(False)
+
+    def verify_rows(self, caches: Sequence[SpeculativeCache], inputs: Sequence[TreeInputs]) -> Tensor:
+        """One pass over the trees of several requests, whose nodes stay staged in their caches.
+
+        Args:
+            caches: One for each request.
+            inputs: Their trees, from a `TreeAttention` each.
+
+        Returns:
+            (nodes of all, vocabulary), float, logits after each node, one request after the other, padded
+            nodes included.
+        """
+        if len(caches) == 1:
+            return self.verify(caches[0], inputs[0])
+        ids = torch.cat([given.input_ids for given in inputs], 1)
+        positions = torch.cat([given.position_ids for given in inputs], 1)
+        if not self._joins and can_pack(self.model):
+            packed = PackedCache(caches, inputs, self._kinds)
+            # Any mask of four dimensions keeps the model from making its own; ours are the requests' own.
+            unused = ids.new_zeros((1, 1, 1, 1), dtype=self.model.dtype)
+            with packed_attention(self.model, packed):
+                logits = self._call(packed, ids, positions, unused, ids.shape[1])
+            if packed.is_read:
+                return logits
+            # Some layer did not attend through transformers' registry.
+            packed.drop()
+            self._joins = True
+        joined = PackedCache(caches, inputs, self._kinds, joined=True)
+        return self._call(joined, ids, positions, joined.joined_mask(), ids.shape[1])
+
+    def attention_of_row(self) -> TreeAttention:
+        """Masks for one more request beside others; `attention` serves one that is alone."""
+        return TreeAttention(self.windows, self.model.dtype, self.device)
 
     def verify_tree(
         self, cache: SpeculativeCache, tree: DraftTree, length: int, moved: NDArray[np.int64] | None = None

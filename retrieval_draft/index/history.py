@@ -290,6 +290,15 @@ class HistorySource:
         """Starts a request; references are the request's own and stay out of the history."""
         return HistorySession(self.history, prompt, self._prompts, self._replies)
 
+    def open_siblings(
+        self, prompt: TokenArray, references: Sequence[TokenArray], count: int
+    ) -> list[HistorySession]:
+        """Starts requests with one prompt, which joins the history once."""
+        return [
+            HistorySession(self.history, prompt, self._prompts and each == 0, self._replies)
+            for each in range(count)
+        ]
+
     def flush(self) -> None:
         """Waits until finished requests can be looked up."""
         self.history.flush()

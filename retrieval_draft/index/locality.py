@@ -7,7 +7,7 @@ from typing import Any
 
 from retrieval_draft.index.source import DraftSession, DraftSource, NodeLogits, Proposal, TokenArray
 
-__all__ = ["Locality", "RequestDrafts", "wants_hidden"]
+__all__ = ["Locality", "RequestDrafts", "open_siblings", "wants_hidden"]
 
 CERTAIN = 0.5
 """A source that gives all of its nodes together this probability leaves no room for others."""
@@ -62,6 +62,16 @@ class RequestDrafts:
             session.close()
 
 
+def open_siblings(
+    source: DraftSource, prompt: TokenArray, references: Sequence[TokenArray], count: int
+) -> list[DraftSession]:
+    """A source's sessions of `count` requests with one prompt; it may have a way of its own to open them."""
+    together: Any = getattr(source, "open_siblings", None)
+    if together is not None and count > 1:
+        return list(together(prompt, references, count))
+    return [source.open(prompt, references) for _ in range(count)]
+
+
 def wants_hidden(session: object) -> bool:
     """Whether a session has `learn_hidden` and a use for it."""
     return bool(getattr(session, "wants_hidden", False))
@@ -90,6 +100,19 @@ class Locality:
             references: Texts that the reply may quote.
         """
         return RequestDrafts([source.open(prompt, references) for source in self.sources])
+
+    def open_siblings(
+        self, prompt: TokenArray, references: Sequence[TokenArray], count: int
+    ) -> list[RequestDrafts]:
+        """Starts `count` requests with one prompt, which draft from each other's replies where a source can.
+
+        Args:
+            prompt: int32, shape (length,).
+            references: Texts that the replies may quote.
+            count: How many.
+        """
+        opened = [open_siblings(source, prompt, references, count) for source in self.sources]
+        return [RequestDrafts([sessions[each] for sessions in opened]) for each in range(count)]
 
     def flush(self) -> None:
         """Waits until what finished requests said can be looked up in every source."""

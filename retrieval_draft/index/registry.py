@@ -11,6 +11,7 @@ from retrieval_draft.index.adjacency import AdjacencySource
 from retrieval_draft.index.corpus import Corpus, CorpusSource
 from retrieval_draft.index.history import History, HistorySource
 from retrieval_draft.index.phrases import PhraseSource, PhraseTable
+from retrieval_draft.index.siblings import SiblingSource
 from retrieval_draft.index.source import DraftSource
 from retrieval_draft.index.suffix_automaton import AutomatonSource
 
@@ -43,6 +44,7 @@ def _history(config: DraftConfig, stores: Datastores) -> HistorySource:
 REGISTRY: dict[str, Callable[[DraftConfig, Datastores], DraftSource | None]] = {
     "automaton": lambda config, stores: AutomatonSource(),
     "adjacency": lambda config, stores: AdjacencySource(config.adjacency_rows, config.top_k),
+    "siblings": lambda config, stores: SiblingSource(),
     "history": _history,
     "phrases": lambda config, stores: None if stores.phrases is None else PhraseSource(stores.phrases),
     "corpus": lambda config, stores: CorpusSource(stores.corpora) if stores.corpora else None,

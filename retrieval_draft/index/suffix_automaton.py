@@ -78,8 +78,21 @@ class SuffixAutomaton:
         state = self._kernels.matched_state(self._states, self._meta)
         return int(self._states[state, self._kernels.LENGTH])
 
+    @property
+    def place(self) -> int:
+        """Stands for the current text. Set it back to go on with that text after another was continued.
+
+        Texts that begin alike can grow in turns: each insertion extends the text that is current, and a
+        continuation counts for all texts that end alike (a suffix automaton of a trie, Mohri et al. 2009).
+        """
+        return int(self._meta[self._kernels.LAST])
+
+    @place.setter
+    def place(self, place: int) -> None:
+        self._meta[self._kernels.LAST] = place
+
     def insert(self, tokens: TokenArray) -> None:
-        """Appends `tokens`. O(1) amortised for each.
+        """Appends `tokens` to the current text. O(1) amortised for each.
 
         Args:
             tokens: int32, shape (length,), ids of 0 and above.

@@ -67,7 +67,7 @@ def test_bad_input_has_its_own_error(arguments: Any, options: dict[str, Any], me
     "options",
     [
         {"num_beams": 2},
-        {"num_return_sequences": 2, "do_sample": True},
+        {"num_beams": 2, "num_return_sequences": 2},
         {"output_attentions": True, "return_dict_in_generate": True},
         {"output_hidden_states": True, "return_dict_in_generate": True},
         {"cache_implementation": "static"},

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from retrieval_draft.engine.decode import DecodeRequest, decode
+from retrieval_draft.engine.decode import decode
 from retrieval_draft.engine.drafting import _usable, prompt_contexts
 from retrieval_draft.engine.head_cost import HeadCost
 from retrieval_draft.engine.logits import LogitReader
+from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.stats import DraftStats
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.transcript import Transcript
@@ -84,6 +85,6 @@ def test_plain_decoding_needs_no_drafting() -> None:
     stock = model.generate(prompt, max_new_tokens=12, do_sample=False)
     request = DecodeRequest(np.array([1, 2, 3], np.int32), max_length=15)
     with torch.no_grad():
-        text, cache = decode(Target(model), request, LogitReader(0), DraftStats())
-    assert text.tokens.tolist() == stock[0].tolist()
-    assert cache.get_seq_length() == 14
+        row = decode(Target(model), [request], LogitReader(0), DraftStats())[0]
+    assert row.text.tokens.tolist() == stock[0].tolist()
+    assert row.cache.get_seq_length() == 14

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from retrieval_draft.engine.budget import Budget
 from retrieval_draft.engine.calibration import Calibration
 from retrieval_draft.engine.cost import SIZES, CostModel
 from retrieval_draft.engine.drafting import Drafting
@@ -45,12 +46,14 @@ def nothing_said(nodes: int) -> Predictions:
 def test_drafts_that_do_not_pay_are_not_verified_and_are_tried_again() -> None:
     cost = CostModel()
     cost.load({size: 1.0 + 0.3 * (size - 1) for size in SIZES})  # a pass where every token costs
-    drafting = Drafting(RequestDrafts([Guesser()]), fuse, Calibration().open(), cost, 60, 100, DraftStats())
+    drafting = Drafting(RequestDrafts([Guesser()]), fuse, Calibration().open(), 60, 100, DraftStats())
+    budget = Budget(cost)
 
     def steps(count: int, token: int) -> list[int]:
         verified = []
         for _ in range(count):
-            plan = drafting.plan(1, 50, 100)
+            plan = drafting.propose(1, 50, 100)
+            plan = plan.cut(budget.share([plan.tree], [50])[0])
             size = plan.tree.num_draft_tokens
             verified.append(size)
             emitted = np.full(1 if token != 1 else size + 1, token, np.int32)

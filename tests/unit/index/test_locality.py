@@ -82,5 +82,5 @@ def test_every_source_answers_to_its_name(stores) -> None:
 
 def test_what_there_is_nothing_for_is_left_out() -> None:
     names = [source.name for source in make_sources(DraftConfig(), Datastores(50))]
-    assert names == ["automaton", "adjacency", "history"]
+    assert names == ["automaton", "adjacency", "siblings", "history"]
     assert make_sources(DraftConfig(method="none"), Datastores(50)) == []

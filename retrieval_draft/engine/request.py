@@ -1,0 +1,50 @@
+"""What is to be decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from transformers import StoppingCriteriaList
+
+from retrieval_draft.engine.kv_cache import SpeculativeCache
+from retrieval_draft.engine.sampling import Sampler
+from retrieval_draft.index.source import TokenArray
+
+__all__ = ["DecodeRequest"]
+
+
+@dataclass(slots=True, eq=False)
+class DecodeRequest:
+    """One text to be continued.
+
+    Attributes:
+        prompt: int32, shape (length,), padding stripped.
+        max_length: Prompt and reply together.
+        eos: Tokens that end the reply.
+        criteria: Further stopping criteria, asked after each token.
+        sampler: Chooses tokens where processors or sampling take part; None for the argmax.
+        padded: int64, shape (1, length + padding). Needed by `criteria` and `sampler`.
+        emit: Called with each new token, once and in order.
+        ended: Called once the reply is complete.
+        prompt_rows: Last prompt positions whose predictions the sources learn from.
+        prefill_chunk: Prompt tokens in one pass at most.
+        cache: Holds the beginning of the prompt already, all but one token at most; None to begin anew.
+        leader: A request with the same prompt, earlier in the batch, whose prompt pass serves this one too.
+        keep_prompt_logits: Whether the logits at the prompt's positions are kept.
+    """
+
+    prompt: TokenArray
+    max_length: int
+    eos: frozenset[int] = frozenset()
+    criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
+    sampler: Sampler | None = None
+    padded: Tensor | None = None
+    emit: Callable[[int], None] | None = None
+    ended: Callable[[], None] | None = None
+    prompt_rows: int = 1
+    prefill_chunk: int | None = None
+    cache: SpeculativeCache | None = None
+    leader: DecodeRequest | None = None
+    keep_prompt_logits: bool = False

@@ -1,0 +1,255 @@
+"""One request while it is decoded: a row of the running batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from time import perf_counter
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from retrieval_draft.engine.attention import TreeAttention, TreeInputs
+from retrieval_draft.engine.drafting import Drafting, Plan
+from retrieval_draft.engine.logits import LogitReader, Predictions
+from retrieval_draft.engine.request import DecodeRequest
+from retrieval_draft.engine.sampling import non_finite
+from retrieval_draft.engine.stats import DraftStats
+from retrieval_draft.engine.target import Target
+from retrieval_draft.engine.transcript import Transcript
+from retrieval_draft.engine.tree import DraftTree
+from retrieval_draft.engine.verify import walk
+
+__all__ = ["Row"]
+
+_ROOM = 4096
+"""Tokens of reply that the cache makes room for at once."""
+
+_SPARE = 64
+"""Tree nodes that the cache makes room for at once."""
+
+
+class Row:
+    """The state of a request: its text, its cache and the path that waits to be committed.
+
+    Args:
+        target: The model.
+        request: What to decode.
+        drafting: Where drafts come from; None decodes one token a step.
+        attention: Masks that no other row uses.
+        stats: The request's counts.
+
+    Attributes:
+        text: Prompt and reply so far.
+        cache: Holds all of it but the last token, once `finish` has run.
+        done: Whether the reply is complete.
+        prompt_logits: float32, shape (positions, vocabulary), if the request wants them.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        request: DecodeRequest,
+        drafting: Drafting | None,
+        attention: TreeAttention,
+        stats: DraftStats,
+    ) -> None:
+        self.target, self.request, self.drafting, self.stats = target, request, drafting, stats
+        self.attention = attention
+        needs_ids = request.sampler is not None or len(request.criteria) > 0
+        reply = min(request.max_length - len(request.prompt), _ROOM)
+        self._capacity = len(request.prompt) + reply + _SPARE
+        self.text = Transcript(
+            request.prompt, request.padded if needs_ids else None, len(request.prompt) + reply
+        )
+        self.cache = request.cache if request.cache is not None else target.cache(self._capacity)
+        self.done = False
+        self.prompt_logits: Tensor | None = None
+        self._moved: NDArray[np.int64] | None = None
+        self._path: Sequence[int] = ()
+        self._kept = 0
+        self._prompt_end: Tensor | None = None
+        self._said: Predictions | None = None
+        self._hidden_end: Tensor | None = None
+        stats.requests += 1
+        stats.prompt_tokens += len(request.prompt)
+
+    def prefill(self, reader: LogitReader) -> None:
+        """Passes the prompt through the model, emits the first token, and tells the sources of both."""
+        request, begin = self.request, perf_counter()
+        fed = request.prompt[self.cache.get_seq_length() :]
+        prompt = torch.from_numpy(fed.astype(np.int64)).to(self.target.device)
+        wanted = len(fed) if request.keep_prompt_logits else min(request.prompt_rows, len(fed))
+        parts, kept = [], []
+        for logits in self.target.prefill(self.cache, prompt, wanted, request.prefill_chunk):
+            parts.append(reader.read(logits))
+            if request.keep_prompt_logits:
+                kept.append(logits.to(torch.float32, copy=True))
+        if kept:
+            self.prompt_logits = torch.cat(kept)
+        said = Predictions(*(np.concatenate([getattr(p, name) for p in parts]) for name in _FIELDS))
+        self._prompt_end = logits[-1:]
+        self._said = _last(said)
+        self._begin(self._prompt_end)
+        self.stats.prefill_seconds += perf_counter() - begin
+        if self.drafting is not None:
+            self.drafting.start(self.text.reply, request.prompt, said)
+            if self.target.hidden is not None:
+                self._hidden_end = self.target.hidden[-1]
+                self.drafting.learn_hidden(self._hidden_end)
+
+    def fork(self, leader: Row) -> None:
+        """Takes over what `prefill` of a row with the same prompt found, and emits its own first token."""
+        begin = perf_counter()
+        assert leader._prompt_end is not None
+        self.cache = leader.cache.clone(self._capacity)
+        self.prompt_logits = leader.prompt_logits
+        self._said = leader._said
+        self._begin(leader._prompt_end)
+        self.stats.prefill_seconds += perf_counter() - begin
+        if self.drafting is not None:
+            self.drafting.start(self.text.reply, self.request.prompt, None)
+            if leader._hidden_end is not None:
+                self.drafting.learn_hidden(leader._hidden_end)
+
+    def _begin(self, logits: Tensor) -> None:
+        assert self._said is not None
+        for _ in self._accept(DraftTree.root(int(self.request.prompt[-1])), logits, self._said):
+            pass
+        self._path = ()
+
+    def propose(self) -> Plan:
+        """All that the sources have for the next step."""
+        root, length = int(self.text.tokens[-1]), len(self.text) - 1
+        if self.drafting is None:
+            tree = DraftTree.root(root)
+            return Plan(tree, tree, ())
+        return self.drafting.propose(root, length, self.request.max_length - len(self.text) - 1)
+
+    def prepare(self, plan: Plan) -> TreeInputs:
+        """Packs the tree for the model, and moves the last accepted path into place."""
+        inputs = self.attention.prepare(plan.tree, len(self.text) - 1, self._moved)
+        self._commit(inputs.moved)
+        return inputs
+
+    def accept(self, plan: Plan, logits: Tensor, said: Predictions) -> list[int]:
+        """Emits what the target says along the tree, and notes which nodes to keep.
+
+        Args:
+            plan: What was verified.
+            logits: (n + 1, vocabulary) or more, float, after each node.
+            said: Their summary.
+        """
+        stats = self.stats
+        emitted = self._accept(plan.tree, logits, said)
+        path = self._path
+        kept = 0
+        while kept < len(path) and path[kept] == kept:
+            kept += 1
+        self._kept = kept
+        # They move with the next step's inputs, in the same copy up.
+        self._moved = np.array(path[kept:], np.int64) if kept < len(path) else None
+        stats.steps += 1
+        return emitted
+
+    def learn(self, plan: Plan, emitted: list[int], said: Predictions, hidden: Tensor | None) -> None:
+        """Tells sources and calibration what the step showed.
+
+        Args:
+            plan: What was verified.
+            emitted: Tokens that `accept` returned.
+            said: The target's predictions at the tree's nodes.
+            hidden: (n + 1, d) or more. What the head read at the nodes, if a source wants it.
+        """
+        drafting = self.drafting
+        if drafting is None:
+            return
+        before = len(self.text) - len(emitted) - 1
+        drafting.count(plan, self._path)
+        tail = self.text.tokens[max(0, before - 3) : before]
+        drafting.learn(plan, np.array(emitted, np.int32), tail, said)
+        if drafting.wants_hidden and hidden is not None:
+            drafting.learn_hidden(hidden[self._path[-1]])
+
+    def finish(self) -> None:
+        """Moves the last accepted path into place, so that the cache can be used further."""
+        moved = None if self._moved is None else torch.from_numpy(self._moved).to(self.target.device)
+        self._commit(moved)
+        self.cache.text = self.text.tokens[:-1].copy()
+        self._prompt_end = self._said = self._hidden_end = None
+
+    def _accept(self, tree: DraftTree, logits: Tensor, said: Predictions) -> list[int]:
+        """Emits the accepted tokens one by one, each as if it had been decoded alone."""
+        emitted: list[int] = []
+        path: list[int] = []
+        self._path = path
+        choose = self._argmax(said) if self.request.sampler is None else self._sample(logits, said)
+        for node, token in walk(tree, choose):
+            path.append(node)
+            emitted.append(token)
+            self._emit(token)
+            if self.done:
+                break
+        return emitted
+
+    def _argmax(self, said: Predictions) -> Callable[[int], int]:
+        tokens, finite = said.next_tokens.tolist(), said.finite.tolist()
+
+        def choose(node: int) -> int:
+            if not finite[node]:
+                raise non_finite(len(self.text))
+            return int(tokens[node])
+
+        return choose
+
+    def _sample(self, logits: Tensor, said: Predictions) -> Callable[[int], int]:
+        sampler = self.request.sampler
+        assert sampler is not None
+
+        def choose(node: int) -> int:
+            ids = self.text.ids
+            assert ids is not None
+            if not said.finite[node]:
+                raise non_finite(len(self.text))
+            return sampler.choose(logits[node], ids, len(self.text))
+
+        return choose
+
+    def _emit(self, token: int) -> None:
+        request, text = self.request, self.text
+        text.append(token)
+        self.stats.tokens += 1
+        if request.emit is not None:
+            request.emit(token)
+        self.done = token in request.eos or len(text) >= request.max_length
+        if request.criteria:
+            sampler = request.sampler
+            scores = None if sampler is None or sampler.scores is None else tuple(sampler.scores)
+            # Asked even when done: criteria may keep state, and plain decoding asks all of them.
+            self.done |= bool(request.criteria(text.ids, scores).all())
+        if self.done and request.ended is not None:
+            request.ended()
+
+    def _commit(self, moved: Tensor | None) -> None:
+        if self._path:
+            self.cache.commit(moved, self._kept, len(self._path))
+        self._path, self._moved = (), None
+
+    @property
+    def length(self) -> int:
+        """Tokens that are, or are about to be, committed."""
+        return len(self.text) - 1
+
+    def forget(self) -> None:
+        """Releases what only the running batch needs."""
+        if self.drafting is not None:
+            self.drafting.close()
+            self.drafting = None
+
+
+_FIELDS = ("next_tokens", "finite", "top_tokens", "top_probs")
+
+
+def _last(said: Predictions) -> Predictions:
+    return Predictions(*(getattr(said, name)[-1:] for name in _FIELDS))

@@ -1,0 +1,103 @@
+"""Several replies to one prompt, decoded side by side: each drafts from what the others have said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
+from retrieval_draft.index.suffix_automaton import SuffixAutomaton
+
+__all__ = ["SiblingSession", "SiblingSource"]
+
+LED_TO = 32
+"""Tokens of the prompt that go before each reply, so that its first tokens have a context."""
+
+
+class SiblingSession:
+    """One reply among several, in an automaton that holds all of them.
+
+    Args:
+        automaton: Its current text is the end of the prompt. None for a request that is alone.
+    """
+
+    def __init__(self, automaton: SuffixAutomaton | None) -> None:
+        self._automaton = automaton
+        self._place = 0 if automaton is None else automaton.place
+        self._workspace = None if automaton is None else SuffixAutomaton.workspace()
+
+    def propose(self, budget: int) -> Proposal:
+        """What followed the reply's last tokens in any of the replies, as a tree."""
+        if self._automaton is None or self._workspace is None:
+            return _NOTHING
+        self._automaton.place = self._place
+        said = self._automaton.propose(budget, self._workspace)
+        return replace(said, source=SiblingSource.name, level=SiblingSource.level)
+
+    def observe(self, tokens: TokenArray) -> None:
+        """Appends accepted tokens; the others can draft from them at once."""
+        if self._automaton is not None:
+            self._automaton.place = self._place
+            self._automaton.insert(tokens)
+            self._place = self._automaton.place
+
+    def learn(self, logits: NodeLogits) -> None:
+        """Does nothing: only text is kept here."""
+
+    def close(self) -> None:
+        """Leaves what was said to the siblings that go on."""
+
+
+class SiblingSource:
+    """Drafts from other samples of the same prompt in the same call.
+
+    Samples agree over some stretches, and counts over all of them say where: the consensus of parallel paths
+    (arXiv:2503.05330) in one suffix automaton, which the replies extend in turns.
+
+    Example:
+        after the prompt 1 2 one sample has said 3 4, another 3: it is offered 4
+    """
+
+    name = "siblings"
+    level = "request"
+
+    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> SiblingSession:
+        """A request without siblings has nothing to draft from here."""
+        return SiblingSession(None)
+
+    def open_siblings(
+        self, prompt: TokenArray, references: Sequence[TokenArray], count: int
+    ) -> list[SiblingSession]:
+        """Starts `count` requests with one prompt.
+
+        Args:
+            prompt: int32, shape (length,).
+            references: Not used: the request's own automaton holds them.
+            count: How many.
+        """
+        automaton = SuffixAutomaton()
+        automaton.insert(prompt[-LED_TO:])
+        return [SiblingSession(automaton) for _ in range(count)]
+
+    def flush(self) -> None:
+        """Does nothing: nothing is kept between requests."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    @property
+    def nbytes(self) -> int:
+        """0: sessions hold everything."""
+        return 0
+
+
+_NOTHING = Proposal(
+    np.empty(0, np.int32),
+    np.empty(0, np.int32),
+    np.empty(0, np.float32),
+    np.empty(0, np.int32),
+    SiblingSource.name,
+    SiblingSource.level,
+)
