@@ -107,10 +107,8 @@ def make_requests(
             samples[key] += 1
         sampler = None
         if noise is not None or len(processors) or any(keeps):
-            keeps_logprob = extras.best_of is not None
-            extra = {"keep_logprob": keeps_logprob} if hasattr(Sampler, "logprob") else {}
             own = processors_of_row(processors, row, len(prompts))
-            sampler = Sampler(own, noise, *keeps, **extra)
+            sampler = Sampler(own, noise, *keeps, keep_logprob=extras.best_of is not None)
         request = DecodeRequest(prompt, 0, sampler=sampler, padded=input_ids[row : row + 1].long())
         if stream is not None:
             request.emit, request.ended = stream.taker(row), partial(stream.end, row)

@@ -9,10 +9,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["LogitReader", "Predictions", "top_k"]
+from retrieval_draft.errors import NonFiniteLogitsError
+
+__all__ = ["LogitReader", "Predictions", "non_finite", "top_k"]
 
 _BLOCK = 256
 _SMALL = 16 * _BLOCK
+
+
+def non_finite(position: int) -> NonFiniteLogitsError:
+    """The error for NaN in the logits after the token at `position`."""
+    return NonFiniteLogitsError(
+        f"The model returned NaN in the logits for position {position}, so there is no next token to choose.",
+        "Load the model in bfloat16 or float32 instead of float16, and check its weights for NaN.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

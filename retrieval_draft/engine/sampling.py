@@ -6,29 +6,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
+from retrieval_draft.engine.logits import non_finite
 from retrieval_draft.engine.noise import GumbelNoise
-from retrieval_draft.errors import NonFiniteLogitsError
+from retrieval_draft.engine.warpers import Choice, Warpers, split
 
 __all__ = ["Sampler", "non_finite"]
 
 
-def non_finite(position: int) -> NonFiniteLogitsError:
-    """The error for NaN in the logits after the token at `position`."""
-    return NonFiniteLogitsError(
-        f"The model returned NaN in the logits for position {position}, so there is no next token to choose.",
-        "Load the model in bfloat16 or float32 instead of float16, and check its weights for NaN.",
-    )
-
-
 class Sampler:
     """Chooses tokens as plain decoding does: processors on the node's own prefix, then one draw.
+
+    On the host, and where the scores themselves are not kept, the warpers at the end of the list and the draw
+    are one kernel, and without other processors the row is not even copied.
 
     Args:
         processors: LogitsProcessorList with their state, called once for each accepted token.
         noise: Gumbel noise for sampling, or None for greedy.
         keep_scores: Whether to keep processed scores in `scores`.
         keep_logits: Whether to keep raw logits in `logits`.
+        keep_logprob: Whether to keep log probabilities of the chosen tokens, under the processed scores.
+
+    Attributes:
+        scores: Processed scores, each float32, shape (1, vocabulary), or None.
+        logits: Raw logits, each float32, shape (1, vocabulary), or None.
+        logprobs: Natural logarithms of the chosen tokens' probabilities, in order; empty unless kept.
+
+    Example:
+        With a temperature of 0.5 and logits ``[1.0, 0.0]``, token 0 is drawn with probability 0.88; where it
+        is drawn, `logprobs` grows by -0.13.
     """
 
     def __init__(
@@ -37,11 +44,25 @@ class Sampler:
         noise: GumbelNoise | None,
         keep_scores: bool = False,
         keep_logits: bool = False,
+        *,
+        keep_logprob: bool = False,
     ) -> None:
-        self._processors = processors
+        own = list(processors)
+        # Division can make scores equal, and then argmax looks at ids: greedy takes them as they are.
+        head, tail = (own, []) if keep_scores or noise is None else split(own)
+        self._head: Any = LogitsProcessorList(head)
+        self._tail: Any = LogitsProcessorList(tail)
+        self._warpers = Warpers(tail)
         self._noise = noise
+        self._keep_logprob = keep_logprob
         self.scores: list[Tensor] | None = [] if keep_scores else None
         self.logits: list[Tensor] | None = [] if keep_logits else None
+        self.logprobs: list[float] = []
+
+    @property
+    def logprob(self) -> float:
+        """Natural logarithm of the probability of all chosen tokens together."""
+        return sum(self.logprobs)
 
     def choose(self, row: Tensor, ids: Tensor, position: int) -> int:
         """The next token after the prefix `ids`.
@@ -50,17 +71,34 @@ class Sampler:
             row: (vocabulary,). The node's logits; left as they are.
             ids: int64, shape (1, length). The node's prefix, its own token last, padding included.
             position: Of the token to be chosen, padding not counted.
+
+        Raises:
+            NonFiniteLogitsError: A score is NaN.
         """
         # Processors write into their input; a copy of one row is what plain decoding makes too.
-        raw = row[None].to(dtype=torch.float32, copy=True)
-        scores = self._processors(ids.to(raw.device), raw if self.logits is None else raw.clone())
+        copied = len(self._head) > 0 or self.scores is not None
+        scores = row[None].to(torch.float32, copy=copied)
+        if self.logits is not None:
+            self.logits.append(row[None].to(device=ids.device, dtype=torch.float32, copy=True))
+        if len(self._head):
+            scores = self._head(ids.to(row.device), scores)
         if self.scores is not None:
             self.scores.append(scores.to(ids.device))
-        if self.logits is not None:
-            self.logits.append(raw.to(ids.device))
+        key = None if self._noise is None else self._noise.key(position)
+        choice = self._warpers.choose(scores[0], key, self._keep_logprob)
+        if choice is None:
+            choice = self._choose_in_torch(self._tail(ids.to(row.device), scores), position)
+        if self._keep_logprob:
+            self.logprobs.append(choice.logprob)
+        return choice.token
+
+    def _choose_in_torch(self, scores: Tensor, position: int) -> Choice:
         keyed = scores if self._noise is None else scores + self._noise.at(position)
         best = keyed.argmax(-1)
-        token, lost = torch.stack([best[0], keyed.gather(-1, best[:, None]).isnan()[0, 0].long()]).tolist()
+        columns = [best[0].double(), keyed.gather(-1, best[:, None]).isnan()[0, 0].double()]
+        if self._keep_logprob:
+            columns.append(scores.log_softmax(-1).gather(-1, best[:, None])[0, 0].double())
+        token, lost, *logprob = torch.stack(columns).tolist()
         if lost:
             raise non_finite(position)
-        return int(token)
+        return Choice(int(token), logprob[0] if logprob else float("nan"))

@@ -11,6 +11,7 @@ from retrieval_draft._progress import progress
 from retrieval_draft.engine.calibration import Calibration
 from retrieval_draft.engine.drafting import Fuse, prompt_contexts
 from retrieval_draft.engine.logits import LogitReader
+from retrieval_draft.engine.noise import GumbelNoise
 from retrieval_draft.index.locality import Locality
 from retrieval_draft.index.source import DraftSource, NodeLogits
 
@@ -32,6 +33,7 @@ def compile_kernels(sources: Sequence[DraftSource], tree: Fuse, top_k: int) -> N
     prompt = np.arange(8, dtype=np.int32).repeat(2) % 4
     with progress("Compiling", None):
         said = LogitReader(top_k).read(torch.zeros((2, 2 * top_k + 8)))
+        GumbelNoise(0, 8, torch.device("cpu")).draw(torch.zeros(8), 0)
         calibration = Calibration()
         locality = Locality(sources)
         for _ in range(2):  # the second request drafts from the first

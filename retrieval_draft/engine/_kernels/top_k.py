@@ -5,25 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft.engine._kernels.maxima import BLOCK, block_maxima, has_nan
 from retrieval_draft.index._kernels.jit import kernel
 
 __all__ = ["BLOCK", "top_k_rows"]
-
-BLOCK = 256
-
-
-@kernel
-def _range(bits: NDArray[np.int32]) -> tuple[int, int]:
-    """The largest and the smallest of some floats, as integers of the same order."""
-    highest = np.int32(0x7FFFFFFF)
-    high, low = np.int32(-2147483648), highest
-    for column in range(bits.shape[0]):
-        # The casts keep numba from widening to int64, which takes nine times as long.
-        key = np.int32(bits[column])
-        key = np.int32(key ^ ((key >> np.int32(31)) & highest))
-        high = key if key > high else high
-        low = key if key < low else low
-    return high, low
 
 
 @kernel
@@ -53,16 +38,9 @@ def top_k_rows(
         out: int32, shape (n,). Written: the lowest index of the maximum.
     """
     size, k = logits.shape[1], values.shape[1]
-    lowest, highest = np.int32(-2147483648), np.int32(0x7FFFFFFF)
-    infinity, minus_infinity = np.int32(0x7F800000), np.int32(-0x7F800001)
     for row in range(logits.shape[0]):
-        line, keys = logits[row], bits[row]
-        largest, smallest = lowest, highest
-        for block in range(maxima.shape[0]):
-            high, low = _range(keys[block * BLOCK : min(block * BLOCK + BLOCK, size)])
-            largest = high if high > largest else largest
-            smallest = low if low < smallest else smallest
-            order[block] = np.int32(high ^ ((high >> np.int32(31)) & highest))
+        line = logits[row]
+        largest, smallest = block_maxima(bits[row], order)
         top, first = maxima[0], 0
         for block in range(1, maxima.shape[0]):
             if maxima[block] > top:
@@ -71,7 +49,7 @@ def top_k_rows(
         while column < min(first * BLOCK + BLOCK, size) - 1 and line[column] != top:
             column += 1
         out[row] = column
-        best[row] = np.float32(np.nan) if largest > infinity or smallest < minus_infinity else top
+        best[row] = np.float32(np.nan) if has_nan(largest, smallest) else top
         if k == 0:
             continue
         values[row] = -np.inf
