@@ -55,6 +55,8 @@ class DraftConfig:
             last prompt positions as pay for their measured cost.
         cpu_kernels: Whether the model's linear layers and norms use faster kernels for few tokens on the
             CPU while the drafter decodes. Results differ in the last bits. Nothing happens on other devices.
+        known_noise: Whether drafts for sampled text are ranked by the noise that will draw it. Only a
+            measurement would turn it off.
         history_bytes: The most memory that the text of earlier requests may take; the oldest goes first.
         history_folder: Where that text is kept, so that a restart finds it; None to forget it at exit.
         history_prompts: Whether prompts are kept.
@@ -69,6 +71,7 @@ class DraftConfig:
     adjacency_rows: int = 262144
     prefill_logits: bool | Literal["auto"] = "auto"
     cpu_kernels: bool = True
+    known_noise: bool = True
     history_bytes: int = 1 << 28
     history_folder: str | None = None
     history_prompts: bool = True

@@ -146,6 +146,7 @@ class RetrievalDrafter:
         *,
         streamer: Any = None,
         seed: Seeds = None,
+        sample: int = 0,
         prediction: Any = None,
         documents: Any = None,
         share: str | None = None,
@@ -165,6 +166,7 @@ class RetrievalDrafter:
                 the same tokens with and without drafts, alone and in a batch; equal prompts of a batch and
                 ``num_return_sequences`` draw different ones. Without one, seeds are drawn from torch's global
                 generator.
+            sample: Which sample of its prompt and seed the first one is, to draw further ones later.
             prediction: What the reply may look like: text or token ids.
             documents: Texts the reply may quote: text or token ids, or a list of those.
             share: What other servers may learn of this request: None or "none"; no store is supported yet.
@@ -195,7 +197,7 @@ class RetrievalDrafter:
             *reference_tokens(prediction, self._tokenizer, target.embedding_rows),
         ]
         generation_config = take_stop_strings(generation_config, generate_kwargs, self._tokenizer)
-        extras = Extras(streamer, seed, references, output_prompt_logits, keep_best)
+        extras = Extras(streamer, seed, sample, references, output_prompt_logits, keep_best)
 
         def loop(
             model: PreTrainedModel,

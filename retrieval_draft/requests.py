@@ -40,6 +40,7 @@ class Extras:
     Attributes:
         streamer: Sees the prompt once, then each new token.
         seeds: One for all prompts, or one for each; None draws them from torch's global generator.
+        sample: Which sample of its prompt and seed the first one is.
         references: Texts that the replies may quote.
         keep_prompt_logits: Whether the logits at the prompts' positions are returned.
         best_of: Sequences of each prompt to return, the most probable first, of those that are sampled; None
@@ -48,6 +49,7 @@ class Extras:
 
     streamer: Any = None
     seeds: Seeds = None
+    sample: int = 0
     references: Sequence[TokenArray] = ()
     keep_prompt_logits: bool = False
     best_of: int | None = None
@@ -103,13 +105,16 @@ def make_requests(
         noise = None
         if config.do_sample:
             key = (seeds[row], prompt.tobytes())
-            noise = GumbelNoise(seeds[row], _logit_width(target), target.device, sample=samples[key])
+            sample = extras.sample + samples[key]
+            noise = GumbelNoise(seeds[row], _logit_width(target), target.device, sample=sample)
             samples[key] += 1
         sampler = None
         if noise is not None or len(processors) or any(keeps):
             own = processors_of_row(processors, row, len(prompts))
             sampler = Sampler(own, noise, *keeps, keep_logprob=extras.best_of is not None)
-        request = DecodeRequest(prompt, 0, sampler=sampler, padded=input_ids[row : row + 1].long())
+        request = DecodeRequest(
+            prompt, 0, sampler=sampler, noise=noise, padded=input_ids[row : row + 1].long()
+        )
         if stream is not None:
             request.emit, request.ended = stream.taker(row), partial(stream.end, row)
         request.cache = caches[row]

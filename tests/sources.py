@@ -137,8 +137,10 @@ class NoCalibration:
 
     def __init__(self) -> None:
         self.told = 0
+        self.noise: object = None
+        self.position = 0
 
-    def open(self) -> NoCalibration:
+    def open(self, noise: object = None) -> NoCalibration:
         return self
 
     def observe(self, tree: DraftTree, proposals: Sequence[Proposal], emitted: TokenArray) -> None:

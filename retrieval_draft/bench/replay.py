@@ -24,6 +24,7 @@ from retrieval_draft.bench.reliability import Reliability
 from retrieval_draft.config import SOURCES, DraftConfig
 from retrieval_draft.engine.calibration import Calibration
 from retrieval_draft.engine.drafting import count_names
+from retrieval_draft.engine.noise import GumbelNoise
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.corpus import Corpus
 from retrieval_draft.index.locality import Locality, RequestDrafts
@@ -45,6 +46,7 @@ class Trace:
         output: int32, shape (output,).
         top_tokens: int32, shape (output, k), the target's best tokens at each output position, or None.
         top_probs: float32, shape (output, k), their probabilities, or None.
+        noise: What the output was drawn with, or None where it is greedy.
     """
 
     task: str
@@ -52,6 +54,7 @@ class Trace:
     output: TokenArray
     top_tokens: NDArray[np.int32] | None = None
     top_probs: NDArray[np.float32] | None = None
+    noise: GumbelNoise | None = None
 
 
 def read_traces(paths: Sequence[Path]) -> Iterator[Trace]:
@@ -86,7 +89,18 @@ def _trace(record: Any) -> Trace:
         output=np.array(record["output"], np.int32),
         top_tokens=None if top is None else np.array(top[0], np.int32),
         top_probs=None if top is None else np.array(top[1], np.float32),
+        noise=_noise(record.get("noise")),
     )
+
+
+def _noise(record: Any) -> GumbelNoise | None:
+    """What ``{"seed", "sample", "vocabulary"}`` stands for."""
+    if record is None:
+        return None
+    import torch
+
+    numbers = [int(record[name]) for name in ("seed", "vocabulary", "sample")]
+    return GumbelNoise(numbers[0], numbers[1], torch.device("cpu"), sample=numbers[2])
 
 
 @dataclass(slots=True)
@@ -141,7 +155,7 @@ class _Replayer:
         if not self._keep:  # request-level sources only: nothing is carried over
             self._locality.close()
             self._locality = Locality(self._method.sources(self._parts))
-        calibration = self.calibration.open()
+        calibration = self.calibration.open(trace.noise)
         drafts = self._locality.open(trace.prompt)
         text = np.concatenate((trace.prompt, trace.output))
         start = len(trace.prompt)
@@ -151,6 +165,7 @@ class _Replayer:
         while done < len(trace.output):
             root, rest = int(text[start + done - 1]), trace.output[done:]
             begin = time.perf_counter()
+            calibration.position = start + done
             proposals = drafts.propose(self._nodes)
             proposed = time.perf_counter()
             tree = self._method.tree(root, proposals, calibration, self._nodes)

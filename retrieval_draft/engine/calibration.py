@@ -11,18 +11,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft._files import replace_file
+from retrieval_draft.engine.noise import GumbelNoise
 from retrieval_draft.engine.tree import DraftTree
 from retrieval_draft.errors import DatastoreError, InvalidInputError
 from retrieval_draft.index.source import Proposal, TokenArray
 
 __all__ = ["FEATURES", "Calibration", "places_of"]
 
-PLACES = ("automaton", "adjacency", "history", "phrases", "corpus", "shared", "model")
+PLACES = ("automaton", "adjacency", "history", "phrases", "corpus", "shared", "model", "siblings")
 """Sources that keep their place from one process to the next, so that what is learned of them can be kept."""
 
-FEATURES = ("length", "depth", "rank", "absent", "request", "cells")
+FEATURES = ("length", "depth", "rank", "absent", "request", "cells", "noise")
 """Evidence that can be left out, to measure what it is worth: match length, depth in the tree, rank among a
-source's guesses, sources that guess otherwise, this request's own acceptance, and counts by cell."""
+source's guesses, sources that guess otherwise, this request's own acceptance, counts by cell, and the noise
+that sampled text is drawn with."""
+
+SHARPNESS = 0.5
+SHARPNESS_RATE = 0.02
+"""How far the noise is believed at first, and how fast that is learned."""
 
 PRIOR = 20.0
 """Expected acceptances that a cell starts with, all of them met: it takes about so many to move it."""
@@ -102,13 +108,22 @@ class Calibration:
         self.expected: NDArray[np.float64] = np.zeros(fusion.CELLS)
         self.accepted: NDArray[np.float64] = np.zeros(fusion.CELLS)
         self.request: NDArray[np.float64] = np.zeros(fusion.SOURCES)
+        self.sharpness: NDArray[np.float64] = np.tile((SHARPNESS, 0.0), (fusion.MASKS, 1))
+        self.noise: GumbelNoise | None = None
+        self.position = 0
         self.rate = RATE
         if priors and PRIORS.exists():
             self.load(PRIORS)
 
-    def open(self) -> Calibration:
-        """The same calibration for one request: what is learned is shared, but for the request's own part."""
+    def open(self, noise: GumbelNoise | None = None) -> Calibration:
+        """The same calibration for one request: what is learned is shared, but for the request's own part.
+
+        Args:
+            noise: What the target draws the request's tokens with; None for greedy. Candidates are then
+                ranked by log odds and noise together (`sharpen`), for which `position` must be kept up.
+        """
         opened = copy(self)
+        opened.noise = noise if self.switches[FEATURES.index("noise")] else None
         opened.request = np.zeros_like(self.request)
         return opened
 
@@ -144,6 +159,8 @@ class Calibration:
             REQUEST_RATE,
             MEMORY,
             self.switches,
+            self.sharpness,
+            0.0 if self.noise is None else SHARPNESS_RATE,
             outcomes,
         )
         return outcomes
@@ -156,7 +173,7 @@ class Calibration:
         """
         from safetensors.numpy import save
 
-        arrays = {name: getattr(self, name).astype(np.float32) for name in _KEPT}
+        arrays = {name: getattr(self, name).astype(np.float32) for name in (*_KEPT, *_KEPT_LATER)}
         replace_file(path, save(arrays, {"format": "retrieval_draft calibration", "version": VERSION}))
 
     def load(self, path: Path) -> None:
@@ -176,7 +193,8 @@ class Calibration:
                         f"{path} has calibration format {version!r}; this release reads {VERSION!r}.",
                         "Delete it: what it knows is learned again.",
                     )
-                for name in _KEPT:
+                known = [*_KEPT, *(name for name in _KEPT_LATER if name in set(file.keys()))]
+                for name in known:
                     arrays[name] = file.get_tensor(name).astype(np.float64)
         except (OSError, SafetensorError) as error:
             raise DatastoreError(
@@ -194,6 +212,8 @@ class Calibration:
 
 
 _KEPT = ("weights", "parameters", "expected", "accepted")
+_KEPT_LATER = ("sharpness",)
+"""What files of the first release do not have."""
 
 
 @cache

@@ -23,6 +23,9 @@ __all__ = ["Drafting", "Fuse", "Plan", "count_names", "prompt_contexts"]
 class Calibrates(Protocol):
     """What drafting asks of a calibration."""
 
+    noise: Any
+    """What tokens will be drawn with, where that is known."""
+
     position: int
     """Where in the text the first drafted token would stand."""
 
@@ -30,6 +33,10 @@ class Calibrates(Protocol):
         """Notes which of the proposed nodes the target took."""
         ...
 
+
+NOISY_CHOICE = 2
+"""Nodes that sources propose for each that is verified, where the noise chooses between them. On replies of
+Gemma 270M at a temperature of 0.6 twice as many bring 1% more tokens a step, four times as many no more."""
 
 Fuse = Callable[[int, Sequence[Proposal], Any, int], DraftTree]
 
@@ -91,7 +98,9 @@ class Drafting:
             length: Committed tokens before it.
             deepest: Tokens that may still be emitted after the next one; deeper nodes are useless.
         """
-        proposals = self._drafts.propose(self._max_nodes)
+        # The noise may favour what the sources rank low.
+        wanted = self._max_nodes if self._calibration.noise is None else NOISY_CHOICE * self._max_nodes
+        proposals = self._drafts.propose(wanted)
         if not proposals:
             tree = DraftTree.root(root)
             return Plan(tree, tree, proposals)

@@ -38,6 +38,8 @@ def fuse(
         return DraftTree.root(root_token)
     from retrieval_draft.engine._kernels import fusion
 
+    noise = calibration.noise
+    noise_key = np.uint64(0) if noise is None else noise.sample_key
     size = min(total, max_nodes) + 1
     nodes = np.empty((3, size), np.int32)
     probs = np.empty((2, size), np.float32)
@@ -58,6 +60,10 @@ def fuse(
         PRIOR,
         max_nodes,
         root_token,
+        noise_key,
+        -1 if noise is None else calibration.position,
+        0 if noise is None else noise.vocabulary,
+        calibration.sharpness,
         nodes,
         probs,
         sources,

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from retrieval_draft.engine.kv_cache import SpeculativeCache
+from retrieval_draft.engine.noise import GumbelNoise
 from retrieval_draft.engine.sampling import Sampler
 from retrieval_draft.index.source import TokenArray
 
@@ -25,6 +26,7 @@ class DecodeRequest:
         eos: Tokens that end the reply.
         criteria: Further stopping criteria, asked after each token.
         sampler: Chooses tokens where processors or sampling take part; None for the argmax.
+        noise: What the sampler draws with; None for greedy.
         padded: int64, shape (1, length + padding). Needed by `criteria` and `sampler`.
         emit: Called with each new token, once and in order.
         ended: Called once the reply is complete.
@@ -40,6 +42,7 @@ class DecodeRequest:
     eos: frozenset[int] = frozenset()
     criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
     sampler: Sampler | None = None
+    noise: GumbelNoise | None = None
     padded: Tensor | None = None
     emit: Callable[[int], None] | None = None
     ended: Callable[[], None] | None = None

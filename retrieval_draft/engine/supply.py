@@ -122,8 +122,9 @@ class DraftSupply:
             request.prompt_rows = length
         elif self._config.prefill_logits == "auto" and self._head is not None:
             request.prompt_rows = self._head.rows_worth(request.max_length - length, length)
+        noise = request.noise if self._config.known_noise else None
         return Drafting(
-            drafts, self._tree, self._calibration.open(), self._max_nodes, self._target.vocabulary, stats
+            drafts, self._tree, self._calibration.open(noise), self._max_nodes, self._target.vocabulary, stats
         )
 
     def flush(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from retrieval_draft.bench.prompts import read_prompts
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.model_files import load_model
+from tests.batches import padded
 from tests.drafters import near_ties
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts_4.jsonl"
+TWENTY = PROMPTS.with_name("prompts_20.jsonl")
 NEW_TOKENS = 24
 
 
@@ -51,3 +54,50 @@ def test_greedy_equals_model_generate(
         ties += near_ties(model, mine, expected)
     print(f"near ties: {ties} of {len(stock)}")
     assert nodes is None or drafter.stats.tokens_per_step > 1.2
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+def test_seeded_equals_the_same_seed_undrafted(gemma: tuple[Any, Any]) -> None:
+    model, tokenizer = gemma
+    drafter = RetrievalDrafter.for_model(model, tokenizer)
+    plain = RetrievalDrafter.for_model(model, tokenizer, method="none")
+    grid = list(product((0.3, 0.7, 1.0, 1.3), (0.8, 1.0), (1.0, 1.2)))
+    for seed, prompt in enumerate(read_prompts([TWENTY])):
+        temperature, top_p, penalty = grid[seed % len(grid)]
+        ids = torch.tensor([prompt.encode(tokenizer)])
+        options = {
+            "max_new_tokens": NEW_TOKENS,
+            "do_sample": True,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": 0,
+            "repetition_penalty": penalty,
+            "seed": seed,
+        }
+        drafted = drafter.generate(ids, torch.ones_like(ids), **options)
+        assert torch.equal(drafted, plain.generate(ids, torch.ones_like(ids), **options)), options
+    assert drafter.stats.tokens_per_step > 1.05
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("sampled", [False, True])
+def test_rows_of_a_batch_equal_the_same_prompts_alone(gemma: tuple[Any, Any], sampled: bool) -> None:
+    model, tokenizer = gemma
+    encoded = [torch.tensor([prompt.encode(tokenizer)]) for prompt in read_prompts([TWENTY])][::3][:6]
+    ids, mask = padded(encoded)
+    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": sampled, "pad_token_id": 0}
+    if sampled:
+        options |= {"temperature": 0.8, "top_k": 0, "seed": 5}
+    drafter = RetrievalDrafter.for_model(model, tokenizer)
+    batch = drafter.generate(ids, mask, **options)
+    ties = 0
+    for row, prompt in enumerate(encoded):
+        alone = drafter.generate(prompt, torch.ones_like(prompt), **options)
+        mine = torch.cat([prompt, batch[row : row + 1, ids.shape[1] :]], 1)[:, : alone.shape[1]]
+        if sampled:
+            assert torch.equal(mine, alone)
+        else:
+            ties += near_ties(model, mine, alone)
+    print(f"near ties: {ties} of {len(encoded)}")

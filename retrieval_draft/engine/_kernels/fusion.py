@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft.engine._kernels.sharpen import COLUMNS, sharpen, teach_sharpness
 from retrieval_draft.index._kernels.heap import pop, push
 from retrieval_draft.index._kernels.jit import kernel
 
@@ -37,10 +38,11 @@ MASK, RAW, CELL, RANK, DEPTH = range(5)
 ODDS = 5
 LENGTH = ODDS + SOURCES
 LEFT = LENGTH + SOURCES
-EVIDENCE = LEFT + SOURCES
+NOISE = LEFT + SOURCES
+EVIDENCE = NOISE + COLUMNS
 """Columns of a node's evidence: the set of sources that named it, what they say together, the cell of that,
 rank and depth; then for each source its log odds, the bucket of its match length, and, where it named
-siblings but not this node, the log of the probability it left over."""
+siblings but not this node, the log of the probability it left over; then what the noise says."""
 
 LEARNS_LENGTH, LEARNS_DEPTH, LEARNS_RANK, LEARNS_ABSENT, LEARNS_REQUEST, LEARNS_CELLS = range(6)
 SWITCHES = 6
@@ -194,6 +196,10 @@ def fuse(
     prior: float,
     budget: int,
     root_token: int,
+    sample_key: np.uint64,
+    position: int,
+    vocabulary: int,
+    sharpness: NDArray[np.float64],
     out_nodes: NDArray[np.int32],
     out_probs: NDArray[np.float32],
     out_sources: NDArray[np.int64],
@@ -219,6 +225,10 @@ def fuse(
         accepted: float64, shape (CELLS,). How many of them came true.
         prior: Expected acceptances that each cell starts with, all of them met.
         root_token: The root's.
+        sample_key: Of the noise that the target draws with.
+        position: Of the first drafted token in the text; -1 where there is no noise.
+        vocabulary: Ids that noise is drawn for.
+        sharpness: float64, shape (MASKS, 2). How far the noise is believed, by set of sources.
         out_nodes: int32, shape (3, budget + 1). Tokens, parents, depths.
         out_probs: float32, shape (2, budget + 1). Probability given the parent, path probability.
         out_sources: int64. Bit s where proposal s named the node.
@@ -288,7 +298,16 @@ def fuse(
         evidence[node, CELL] = cell
         ratio = (accepted[cell] + prior) / (expected[cell] + prior)
         calibrated[node] = min(raw * ratio, CERTAIN)
-        path[node] = path[parent] * calibrated[node]
+    if position >= 0:
+        for node in range(size):
+            if trie_child[node] >= 0:
+                place = position + trie_depth[node]
+                sharpen(
+                    trie_child[node], trie_sibling, trie_token, trie_mask, sample_key, place, vocabulary,
+                    sharpness, calibrated, evidence, NOISE,
+                )  # fmt: skip
+    for node in range(1, size):
+        path[node] = path[trie_parent[node]] * calibrated[node]
         push(heap, node - 1, path, node)
     chosen = min(budget, size - 1)
     placed = np.empty(size, np.int32)
@@ -329,6 +348,8 @@ def score(
     request_rate: float,
     memory: float,
     switches: NDArray[np.float64],
+    sharpness: NDArray[np.float64],
+    sharpness_rate: float,
     outcomes: NDArray[np.int8],
 ) -> None:
     """Learns from every node whose parent was accepted: it was, or was not, what the target emitted.
@@ -337,6 +358,7 @@ def score(
     fade by halves.
 
     Args:
+        sharpness_rate: Of what is learned about noise; 0 where there is none.
         outcomes: int8, shape (n + 1,). Gets 1 or 0 for each such node, -1 for the others.
     """
     depth = np.full(len(tokens), -1, np.int64)
@@ -354,6 +376,9 @@ def score(
         raw = np.float64(evidence[node, RAW])
         cell = int(evidence[node, CELL])
         teach(evidence[node], taken - raw, rate, request_rate, weights, parameters, request, switches)
+        if sharpness_rate > 0.0:
+            odds, shift, mask = evidence[node, NOISE], evidence[node, NOISE + 1], int(evidence[node, MASK])
+            teach_sharpness(odds, shift, taken, sharpness_rate, mask, sharpness)
         expected[cell] += switches[LEARNS_CELLS] * raw
         accepted[cell] += switches[LEARNS_CELLS] * taken
         if expected[cell] > memory:
