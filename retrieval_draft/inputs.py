@@ -186,6 +186,9 @@ def check_generation(
         "guidance_scale": rows > 1
         and any(type(p) is UnbatchedClassifierFreeGuidanceLogitsProcessor for p in processors),
         "penalty_alpha": bool(getattr(config, "penalty_alpha", None)) and not config.do_sample,
+        "dola_layers": getattr(config, "dola_layers", None) is not None,
+        "force_words_ids": getattr(config, "force_words_ids", None) is not None,
+        "constraints": getattr(config, "constraints", None) is not None,
         "prompt_lookup_num_tokens": getattr(config, "prompt_lookup_num_tokens", None) is not None,
         "assistant_early_exit": getattr(config, "assistant_early_exit", None) is not None,
         "output_attentions": bool(config.output_attentions),

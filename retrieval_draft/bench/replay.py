@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from retrieval_draft.bench.reliability import Reliability
 from retrieval_draft.config import SOURCES, DraftConfig
 from retrieval_draft.engine.calibration import Calibration
-from retrieval_draft.engine.drafting import count_names
+from retrieval_draft.engine.drafting import count_names, proposed_nodes
 from retrieval_draft.engine.noise import GumbelNoise
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.corpus import Corpus
@@ -166,7 +166,7 @@ class _Replayer:
             root, rest = int(text[start + done - 1]), trace.output[done:]
             begin = time.perf_counter()
             calibration.position = start + done
-            proposals = drafts.propose(self._nodes)
+            proposals = drafts.propose(proposed_nodes(self._nodes, calibration.noise is not None))
             proposed = time.perf_counter()
             tree = self._method.tree(root, proposals, calibration, self._nodes)
             drafted = time.perf_counter()

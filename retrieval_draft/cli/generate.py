@@ -11,6 +11,7 @@ import typer
 
 from retrieval_draft.cli._common import CpuKernels, Device, Dtype, Index, Json, Model, Nodes
 from retrieval_draft.cli._output import paint, print_json, print_table, wants_color
+from retrieval_draft.cli._samples import print_samples
 from retrieval_draft.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -43,7 +44,14 @@ def generate(
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Most probable tokens to sample from; 0 for all.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Texts to sample, together.")] = 1,
+    best_of: Annotated[
+        int | None, typer.Option(min=1, help="Of so many samples print the most probable --samples.")
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
     ] = False,
@@ -85,13 +93,23 @@ def generate(
     inputs = encode(tokenizer, text, chat).to(loaded.get_input_embeddings().weight.device)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
-        sampling |= {"temperature": temperature, "top_p": top_p}
+        sampling |= {"temperature": temperature, "top_p": top_p, "seed": seed}
+        sampling |= {} if top_k is None else {"top_k": top_k}
+    elif samples > 1 or best_of is not None:
+        raise InvalidInputError("Greedy decoding has one text.", "Set --temperature to sample several.")
+    if samples > 1 or best_of is not None:
+        sampling |= {"num_return_sequences": samples, "best_of": best_of, "max_new_tokens": max_new_tokens}
+        print_samples(drafter, tokenizer, inputs, sampling, json)
+        drafter.close()
+        if stats and drafter.last_stats is not None:
+            _print_stats(drafter.last_stats, drafter.last_stats.seconds)
+        return
     streamer = DraftStreamer(tokenizer, None if json else lambda piece, drafted: print_piece(
         piece, drafted and show_drafts
     ))  # fmt: skip
     begin = time.perf_counter()
     with ForwardPasses(loaded, before=streamer.step):
-        drafter.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, seed=seed, **sampling)
+        drafter.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
     seconds = time.perf_counter() - begin
     drafter.close()
     done = drafter.last_stats

@@ -61,6 +61,11 @@ class DraftStats:
         return (self.tokens - self.requests) / self.steps if self.steps else 0.0
 
     @property
+    def seconds(self) -> float:
+        """All times together."""
+        return float(sum(getattr(self, each.name) for each in fields(self) if each.name.endswith("_seconds")))
+
+    @property
     def acceptance_rate(self) -> float:
         """Accepted over drafted nodes."""
         return self.accepted / self.drafted if self.drafted else 0.0

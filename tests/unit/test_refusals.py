@@ -68,6 +68,8 @@ def test_bad_input_has_its_own_error(arguments: Any, options: dict[str, Any], me
     [
         {"num_beams": 2},
         {"num_beams": 2, "num_return_sequences": 2},
+        {"dola_layers": "low"},
+        {"penalty_alpha": 0.6, "top_k": 4},
         {"output_attentions": True, "return_dict_in_generate": True},
         {"output_hidden_states": True, "return_dict_in_generate": True},
         {"cache_implementation": "static"},
