@@ -46,6 +46,10 @@ MODEL_RANKS = (1.2, 0.0, -0.7, -0.7, -0.7)
 log odds: where the target takes its best token, a model's first guess is right more often than its
 probability says and the later ones less often; where it samples, that is unlearned within a request."""
 
+SIBLINGS_BESIDE_OTHERS = 0.1
+"""The priors are of requests that were alone. Beside another source siblings count little until they have
+proved right: at a temperature of 0.8 they say the same thing seldom. 0.05 to 0.2 are alike."""
+
 REQUEST_RATE = 0.03
 """Rate of what is learned of one request and forgotten with it."""
 
@@ -114,6 +118,10 @@ class Calibration:
         self.rate = RATE
         if priors and PRIORS.exists():
             self.load(PRIORS)
+        sibling = 1 << PLACES.index("siblings")
+        others = np.arange(1, sibling)
+        self.weights[others | sibling] = self.weights[others]
+        self.weights[others | sibling, PLACES.index("siblings")] = SIBLINGS_BESIDE_OTHERS
 
     def open(self, noise: GumbelNoise | None = None) -> Calibration:
         """The same calibration for one request: what is learned is shared, but for the request's own part.
@@ -227,7 +235,7 @@ def places_of(names: tuple[str, ...]) -> NDArray[np.int64]:
         int64, shape (len(names),). From the ninth source on they share the last place.
 
     Example:
-        ("automaton", "corpus", "mine")  ->  [0, 4, 7]
+        ("automaton", "corpus", "mine")  ->  [0, 4, 5]
     """
     from retrieval_draft.engine._kernels.fusion import MODEL, SOURCES
 
@@ -235,8 +243,9 @@ def places_of(names: tuple[str, ...]) -> NDArray[np.int64]:
     for index, name in enumerate(names):
         if name in PLACES and PLACES.index(name) not in places.values():
             places[index] = PLACES.index(name)
-    # A model's weights are no start for anything else: its place is the last resort.
-    order = sorted(range(SOURCES), key=lambda place: (place == MODEL, -place))
+    # What models and siblings start with is no start for anything else: their places are the last resort.
+    taken = (MODEL, PLACES.index("siblings"))
+    order = sorted(range(SOURCES), key=lambda place: (place in taken, -place))
     free = [place for place in order if place not in places.values()]
     for index in range(len(names)):
         if index not in places:
