@@ -165,7 +165,7 @@ def test_unknown_evidence_is_named() -> None:
 def test_known_sources_keep_their_place_and_others_take_what_is_free() -> None:
     assert places_of(("automaton", "corpus", "mine")).tolist() == [0, 4, 5]
     assert places_of(("corpus",)).tolist() == [4]
-    assert places_of(("model", "model", "a", "b")).tolist() == [6, 7, 5, 4]
+    assert places_of(("model", "model", "a", "b")).tolist() == [6, 5, 4, 3]
     assert len(places_of(tuple(f"s{i}" for i in range(12)))) == 12
 
 
