@@ -12,6 +12,7 @@ from retrieval_draft import DraftConfig, RetrievalDrafter
 from tests.batches import padded, ragged
 from tests.drafters import near_ties
 from tests.models import CONFIGS, make
+from tests.tiny import byte_tokenizer
 
 NEW = 48
 
@@ -245,3 +246,21 @@ def test_custom_generate_takes_batches_and_samples() -> None:
         ids, mask, max_new_tokens=10, do_sample=True, num_return_sequences=2, pad_token_id=0, seed=4
     )
     assert torch.equal(out, same)
+
+
+def test_stop_strings_and_max_time_end_rows_of_a_batch() -> None:
+    tokenizer = byte_tokenizer()
+    model = make("llama", vocab_size=len(tokenizer))
+    texts = ["the cat sat", "on the mat and", "a dog"]
+    ids, mask = padded([torch.tensor([tokenizer(text)["input_ids"]]) for text in texts])
+    plain = model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False, pad_token_id=0)
+    ends = [tokenizer.decode(plain[row, ids.shape[1] + 4 + row :][:2]) for row in range(2)]
+    # Without an eos id, model.generate goes on writing into rows that have ended.
+    options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": 3}
+    assert 3 not in plain[:, ids.shape[1] :]
+    stock = model.generate(ids, attention_mask=mask, stop_strings=ends, tokenizer=tokenizer, **options)
+    drafter = RetrievalDrafter.for_model(model, tokenizer, config=DraftConfig(nodes=6))
+    ours = drafter.generate(ids, mask, stop_strings=ends, **options)
+    assert torch.equal(ours, stock)
+    assert (ours[1, ids.shape[1] :] == 0).any(), "a row ended before the others"
+    assert drafter.generate(ids, mask, max_time=1e-9, **options).shape[1] == ids.shape[1] + 1
