@@ -81,10 +81,13 @@ class Batch:
         drafted = perf_counter()
         inputs = [row.prepare(plan) for row, plan in zip(rows, plans, strict=True)]
         packed = perf_counter()
-        wanted = any(row.drafting is not None and row.drafting.wants_hidden for row in rows)
-        with self._target.watching_hidden(wanted):
-            logits = self._target.verify_rows([row.cache for row in rows], inputs)
-            hidden = self._target.hidden
+        caches, hidden = [row.cache for row in rows], None
+        if any(row.drafting is not None and row.drafting.wants_hidden for row in rows):
+            with self._target.watching_hidden():
+                logits = self._target.verify_rows(caches, inputs)
+                hidden = self._target.hidden
+        else:
+            logits = self._target.verify_rows(caches, inputs)
         launched = perf_counter()
         begins = [0]
         for given in inputs:
