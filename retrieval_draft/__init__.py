@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from retrieval_draft.engine.tree import DraftTree
     from retrieval_draft.errors import RetrievalDraftError
     from retrieval_draft.index.source import DraftSource, NodeLogits, Proposal
+    from retrieval_draft.index.store.config import StoreConfig
+    from retrieval_draft.index.store.store import SharedStore
 
 __version__ = "0.1.0"
 
@@ -30,6 +32,8 @@ __all__ = [
     "Proposal",
     "RetrievalDraftError",
     "RetrievalDrafter",
+    "SharedStore",
+    "StoreConfig",
     "__version__",
 ]
 
@@ -41,6 +45,8 @@ _HOME = {
     "Proposal": "retrieval_draft.index.source",
     "RetrievalDraftError": "retrieval_draft.errors",
     "RetrievalDrafter": "retrieval_draft.drafter",
+    "SharedStore": "retrieval_draft.index.store.store",
+    "StoreConfig": "retrieval_draft.index.store.config",
 }
 
 

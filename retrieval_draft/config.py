@@ -31,7 +31,7 @@ METHODS = (
 )
 """Drafting methods by name, a module of `retrieval_draft.methods` each. ``none`` decodes plainly."""
 
-SOURCES = ("automaton", "adjacency", "siblings", "history", "phrases", "corpus")
+SOURCES = ("automaton", "adjacency", "siblings", "history", "shared", "phrases", "corpus")
 """Draft sources by name, nearest locality first."""
 
 MAX_NODES = 1024

@@ -9,19 +9,26 @@ from typing import Any
 import numpy as np
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.errors import InvalidInputError, TokenizerMismatchError
 from retrieval_draft.fingerprint import tokenizer_fingerprint, vocabulary_size
 from retrieval_draft.index.corpus import Corpus
 from retrieval_draft.index.phrases import PhraseTable, read_phrases
 from retrieval_draft.index.registry import Datastores
+from retrieval_draft.index.store.config import StoreConfig
+from retrieval_draft.index.store.store import SharedStore
 
 __all__ = ["open_datastores"]
 
 
 def open_datastores(
-    tokenizer: Any, vocabulary: int, config: DraftConfig, corpora: Sequence[Any] | str | Path, phrases: Any
+    tokenizer: Any,
+    vocabulary: int,
+    config: DraftConfig,
+    corpora: Sequence[Any] | str | Path,
+    phrases: Any,
+    store: Any = None,
 ) -> Datastores:
-    """Opens corpora and phrases, and checks that they speak the tokenizer's ids.
+    """Opens corpora, phrases and store, and checks that they speak the tokenizer's ids.
 
     Args:
         tokenizer: The model's; None only where nothing here needs one.
@@ -29,23 +36,25 @@ def open_datastores(
         config: Says whether a history is kept on disk.
         corpora: Folders or opened `Corpus` objects; one or several.
         phrases: A file, or texts; None for none.
+        store: A URL, a `StoreConfig` or an opened `SharedStore`; None for none. It is not waited for.
 
     Raises:
         InvalidInputError: Something needs a tokenizer and there is none.
         DatastoreError: A corpus is missing or torn.
-        TokenizerMismatchError: A corpus belongs to another tokenizer.
+        TokenizerMismatchError: A corpus, or the opened store, belongs to another tokenizer.
     """
     if isinstance(corpora, (str, Path, Corpus)):
         corpora = (corpora,)
     if tokenizer is None:
-        if corpora or phrases is not None:
-            name = "phrases" if phrases is not None else "corpora"
+        given = {"corpora": bool(corpora), "phrases": phrases is not None, "store": store is not None}
+        if any(given.values()):
+            name = next(name for name in given if given[name])
             raise InvalidInputError(
                 f"{name} needs the model's tokenizer.", "Pass it to RetrievalDrafter.for_model."
             )
         return Datastores(vocabulary)
     fingerprint = ""
-    if corpora or config.history_folder is not None:
+    if corpora or config.history_folder is not None or store is not None:
         fingerprint = tokenizer_fingerprint(tokenizer)
     opened = []
     for corpus in corpora:
@@ -53,7 +62,27 @@ def open_datastores(
         found.folder.check(fingerprint, vocabulary_size(tokenizer))
         opened.append(found)
     table = None if phrases is None else _phrases(phrases, tokenizer)
-    return Datastores(vocabulary, fingerprint, tuple(opened), table)
+    shared = None if store is None else _shared(store, fingerprint, vocabulary_size(tokenizer))
+    owned = not isinstance(store, SharedStore)
+    return Datastores(vocabulary, fingerprint, tuple(opened), table, shared, owned)
+
+
+def _shared(store: Any, fingerprint: str, vocabulary: int) -> SharedStore:
+    if isinstance(store, str):
+        store = StoreConfig(store)
+    if isinstance(store, StoreConfig):
+        return SharedStore(store, fingerprint, vocabulary)
+    if not isinstance(store, SharedStore):
+        raise InvalidInputError(
+            f"store is a {type(store).__name__}.", "Pass a URL, a StoreConfig or a SharedStore."
+        )
+    if (store.fingerprint, store.vocabulary) != (fingerprint, vocabulary):
+        raise TokenizerMismatchError(
+            f"The store is for a tokenizer of fingerprint {store.fingerprint} and {store.vocabulary} ids; "
+            f"this one has fingerprint {fingerprint} and {vocabulary} ids.",
+            "Open a store for each tokenizer.",
+        )
+    return store
 
 
 def _phrases(phrases: Any, tokenizer: Any) -> PhraseTable:

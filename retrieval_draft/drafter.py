@@ -31,6 +31,8 @@ from retrieval_draft.engine.threads import in_live_pool
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.generation import streaming, take_stop_strings
 from retrieval_draft.index.registry import Datastores
+from retrieval_draft.index.store.config import check_share
+from retrieval_draft.index.store.store import SharedStore
 from retrieval_draft.inputs import (
     best_of_options,
     check_generation,
@@ -44,6 +46,7 @@ from retrieval_draft.methods.method import Parts
 from retrieval_draft.methods.registry import get_method
 from retrieval_draft.outputs import best_rows, make_output
 from retrieval_draft.requests import Extras, Seeds, make_requests
+from retrieval_draft.sharing import share_when_finished
 
 __all__ = ["RetrievalDrafter"]
 
@@ -58,6 +61,7 @@ class RetrievalDrafter:
         config: How drafts are made.
         stats: Counts and times of all requests so far.
         last_stats: Those of the last request; None before the first.
+        store: What servers share; None without.
         kernels: Faster layers for few tokens on the CPU, which the model uses while the drafter decodes.
 
     Example:
@@ -65,8 +69,18 @@ class RetrievalDrafter:
         out = drafter.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=256)
     """
 
-    def __init__(self, target: Target, tokenizer: Any, config: DraftConfig, supply: DraftSupply) -> None:
+    def __init__(
+        self,
+        target: Target,
+        tokenizer: Any,
+        config: DraftConfig,
+        supply: DraftSupply,
+        store: SharedStore | None = None,
+        owns_store: bool = False,
+    ) -> None:
         self.config = config
+        self.store = store
+        self._owns_store = owns_store
         self.stats = DraftStats()
         self.last_stats: DraftStats | None = None
         self._target = target
@@ -98,7 +112,8 @@ class RetrievalDrafter:
             corpora: Folders of ``retrieval-draft index build``, or opened ones, to draft from. They and the
                 next need the tokenizer.
             phrases: Fixed texts the model often repeats: a file, or a list of texts.
-            store: Not supported yet.
+            store: What servers share, with the same tokenizer: a URL such as ``redis://host:6379`` or
+                ``embedded://FOLDER``, a `StoreConfig`, or an opened `SharedStore`, which stays the caller's.
             draft_model: A model with the same tokenizer, a pair of another model and its tokenizer, "self"
                 for the target with layers skipped, a draft source such as `HeadDraft`, or a list of those.
             config: Everything else that can be set.
@@ -109,8 +124,6 @@ class RetrievalDrafter:
             TokenizerMismatchError: The tokenizer belongs to another model, or a corpus to another tokenizer.
             DatastoreError: A corpus is missing or torn.
         """
-        if store is not None:
-            raise InvalidInputError("store is not supported yet.", "Leave it out.")
         if config is None:
             config = DraftConfig(method=method)
         elif method not in ("calibrated", config.method):
@@ -118,7 +131,7 @@ class RetrievalDrafter:
         target = Target(model)
         if tokenizer is not None:
             check_tokenizer(tokenizer, model, target.embedding_rows)
-        stores = open_datastores(tokenizer, target.embedding_rows, config, corpora, phrases)
+        stores = open_datastores(tokenizer, target.embedding_rows, config, corpora, phrases, store)
         in_live_pool(lambda: probe(target))
         chosen = get_method(config.method)
         models = make_draft_sources(draft_model, target, tokenizer)
@@ -136,7 +149,7 @@ class RetrievalDrafter:
             chosen.nodes,
             lambda: [] if chosen.needs_model else chosen.sources(spare),
         )
-        return cls(target, tokenizer, config, supply)
+        return cls(target, tokenizer, config, supply, stores.shared, stores.owns_shared)
 
     def generate(
         self,
@@ -169,7 +182,8 @@ class RetrievalDrafter:
             sample: Which sample of its prompt and seed the first one is, to draw further ones later.
             prediction: What the reply may look like: text or token ids.
             documents: Texts the reply may quote: text or token ids, or a list of those.
-            share: What other servers may learn of this request: None or "none"; no store is supported yet.
+            share: What other servers may learn of this request, once it is finished: "none", "reply" or
+                "all"; None for what the store says. Needs a store, unless it is "none".
             best_of: Samples to draw for each prompt, of which the ``num_return_sequences`` with the highest
                 mean log probability are returned, the best first.
             output_prompt_logits: Whether ``prompt_logits`` is returned, with ``return_dict_in_generate``.
@@ -182,10 +196,7 @@ class RetrievalDrafter:
             int64, shape (batch, length + new), or a GenerateDecoderOnlyOutput with
             ``return_dict_in_generate=True``; its ``past_key_values`` can be handed back.
         """
-        if share not in (None, "none"):
-            raise InvalidInputError(
-                f"share={share!r} needs a store, which is not supported yet.", 'Leave it out, or pass "none".'
-            )
+        self._check_share(share)
         target = self._target
         model: Any = target.model
         check_prompt(input_ids, attention_mask, target.embedding_rows, target.max_positions)
@@ -197,7 +208,7 @@ class RetrievalDrafter:
             *reference_tokens(prediction, self._tokenizer, target.embedding_rows),
         ]
         generation_config = take_stop_strings(generation_config, generate_kwargs, self._tokenizer)
-        extras = Extras(streamer, seed, sample, references, output_prompt_logits, keep_best)
+        extras = Extras(streamer, seed, sample, references, output_prompt_logits, keep_best, share)
 
         def loop(
             model: PreTrainedModel,
@@ -231,6 +242,7 @@ class RetrievalDrafter:
         generation_config: GenerationConfig,
         draft_streamer: Any = None,
         draft_seed: Seeds = None,
+        draft_share: str | None = None,
         **model_inputs: Any,
     ) -> Any:
         """A decoding loop for ``model.generate(..., custom_generate=drafter.custom_generate)``.
@@ -241,7 +253,8 @@ class RetrievalDrafter:
             raise InvalidInputError(
                 "This drafter was made for another model.", "Make one with RetrievalDrafter.for_model(model)."
             )
-        extras = Extras(draft_streamer, draft_seed)
+        self._check_share(draft_share)
+        extras = Extras(draft_streamer, draft_seed, share=draft_share)
         return in_live_pool(
             lambda: self._run(
                 input_ids, logits_processor, stopping_criteria, generation_config, model_inputs, extras
@@ -249,8 +262,10 @@ class RetrievalDrafter:
         )
 
     def warm_up(self) -> None:
-        """Compiles and measures now what the first request would otherwise wait for."""
+        """Compiles, measures and reads now what the first request would otherwise wait for, or do without."""
         in_live_pool(self._warm_up)
+        if self.store is not None:
+            self.store.wait_ready()
 
     def _warm_up(self) -> None:
         with self._lock, torch.no_grad():
@@ -262,10 +277,14 @@ class RetrievalDrafter:
     def flush(self) -> None:
         """Waits until what finished requests said can be drafted from; no request waits for that."""
         self._supply.flush()
+        if self.store is not None:
+            self.store.flush()
 
     def close(self) -> None:
-        """Keeps what is still to be written to the history's folder, and stops background threads."""
+        """Keeps and sends what waits for the history's folder and the store, and stops background threads."""
         self._supply.close()
+        if self.store is not None and self._owns_store:
+            self.store.close()
 
     def __enter__(self) -> RetrievalDrafter:
         return self
@@ -277,6 +296,10 @@ class RetrievalDrafter:
         """Sets all counts back to zero."""
         self.stats = DraftStats()
         self.last_stats = None
+
+    def _check_share(self, share: str | None) -> None:
+        if share is not None and check_share(share) != "none" and self.store is None:
+            raise InvalidInputError(f"share={share!r} needs a store.", "Pass store= to for_model.")
 
     def _run(
         self,
@@ -305,6 +328,7 @@ class RetrievalDrafter:
             requests = make_requests(
                 target, prompts, input_ids, processors, criteria, config, cache, extras, stream
             )
+            share_when_finished(self.store, requests, extras.share)
             rows = self._decode(requests, extras, total)
         if isinstance(cache, DynamicCache) and len(rows) == 1:
             write_back(rows[0].cache, cache)

@@ -45,6 +45,7 @@ class Extras:
         keep_prompt_logits: Whether the logits at the prompts' positions are returned.
         best_of: Sequences of each prompt to return, the most probable first, of those that are sampled; None
             for all.
+        share: What other servers may learn: "none", "reply" or "all"; None for what the store says.
     """
 
     streamer: Any = None
@@ -53,6 +54,7 @@ class Extras:
     references: Sequence[TokenArray] = ()
     keep_prompt_logits: bool = False
     best_of: int | None = None
+    share: str | None = None
 
 
 def make_requests(

@@ -16,9 +16,10 @@ from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.bench.synthetic_text import SyntheticText
 from retrieval_draft.index.building.builder import segment_tokens_here
 from retrieval_draft.index.corpus import Corpus, CorpusSource
-from retrieval_draft.index.history import GRACE, History, HistorySource
+from retrieval_draft.index.history import History, HistorySource
 from retrieval_draft.index.index_folder import IndexFolder
 from retrieval_draft.index.segment import Segment
+from retrieval_draft.index.segment_pile import GRACE
 from retrieval_draft.index.source import DraftSource, TokenArray
 
 __all__ = ["measure_history", "measure_index"]

@@ -33,7 +33,7 @@ from retrieval_draft.index.source import CONTEXT, NodeLogits, TokenArray
 from retrieval_draft.methods.method import Parts, as_proposed
 from retrieval_draft.methods.registry import get_method
 
-__all__ = ["Trace", "read_traces", "replay"]
+__all__ = ["Counts", "Replayer", "Trace", "read_traces", "replay"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,17 +104,28 @@ def _noise(record: Any) -> GumbelNoise | None:
 
 
 @dataclass(slots=True)
-class _Counts:
+class Counts:
+    """Tokens, and the steps that they took."""
+
     tokens: int = 0
     steps: int = 0
 
     @property
     def tokens_per_step(self) -> float:
+        """All tokens over all steps."""
         return self.tokens / self.steps if self.steps else 0.0
 
 
-class _Replayer:
-    """Sources and calibration that live from one trace to the next."""
+class Replayer:
+    """Sources and calibration that live from one trace to the next.
+
+    Args:
+        config: How to draft.
+        nodes: Draft nodes of every step.
+        keep: Whether sources keep what they learned from one request to the next.
+        stores: What sources are made from.
+        calibration: It goes on learning.
+    """
 
     def __init__(
         self, config: DraftConfig, nodes: int, keep: bool, stores: Datastores, calibration: Calibration
@@ -140,16 +151,21 @@ class _Replayer:
 
     @property
     def nbytes(self) -> int:
+        """Bytes held by the sources."""
         return self._locality.nbytes
 
-    def run(self, trace: Trace, oracle: bool = False) -> _Counts:
+    def close(self) -> None:
+        """Ends the sources."""
+        self._locality.close()
+
+    def run(self, trace: Trace, oracle: bool = False) -> Counts:
         """Replays one request. Its first token comes from the prefill and costs no step.
 
         Args:
             trace: The request.
             oracle: Whether to verify, in each step, the one source that turns out best.
         """
-        counts = _Counts(tokens=len(trace.output))
+        counts = Counts(tokens=len(trace.output))
         if not len(trace.output):
             return counts
         if not self._keep:  # request-level sources only: nothing is carried over
@@ -259,18 +275,18 @@ def replay(
     vocabulary = (
         max([*ids, *(corpus.folder.manifest.vocabulary_size - 1 for corpus in opened)], default=0) + 1
     )
-    replayer = _Replayer(
+    replayer = Replayer(
         config,
         nodes if method != "none" else 0,
         history,
         Datastores(vocabulary, corpora=opened),
         Calibration(priors, without) if calibration is None else calibration,
     )
-    total = _Counts()
-    tasks: dict[str, _Counts] = {}
+    total = Counts()
+    tasks: dict[str, Counts] = {}
     for trace in traces:
         counts = replayer.run(trace, oracle)
-        for sums in (total, tasks.setdefault(trace.task, _Counts())):
+        for sums in (total, tasks.setdefault(trace.task, Counts())):
             sums.tokens += counts.tokens
             sums.steps += counts.steps
     if total.steps == 0:

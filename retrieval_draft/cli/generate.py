@@ -12,6 +12,8 @@ import typer
 from retrieval_draft.cli._common import CpuKernels, Device, Dtype, Index, Json, Model, Nodes
 from retrieval_draft.cli._output import paint, print_json, print_table, wants_color
 from retrieval_draft.cli._samples import print_samples
+from retrieval_draft.cli._store_options import Share, Snapshots, Store, Tenant
+from retrieval_draft.cli._store_options import config as store_config
 from retrieval_draft.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -38,6 +40,10 @@ def generate(
     history: Annotated[
         Path | None, typer.Option(help="A folder in which prompts and replies are kept to draft from.")
     ] = None,
+    store: Store = None,
+    tenant: Tenant = "default",
+    share: Share = "reply",
+    snapshots: Snapshots = None,
     draft_model: Annotated[
         str | None,
         typer.Option(help='A smaller model to draft with too; "self": this one with layers skipped.'),
@@ -81,13 +87,14 @@ def generate(
         cpu_kernels=cpu_kernels,
         history_folder=None if history is None else str(history),
     )
+    shared = store_config(store, tenant, share, snapshots)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     drafts: Any = draft_model
     if draft_model not in (None, "self"):
         drafts = load_model(str(draft_model), dtype=dtype, device=device)
     drafter = RetrievalDrafter.for_model(
         loaded, tokenizer, method=method, config=config, corpora=index or (), phrases=phrases,
-        draft_model=drafts,
+        store=shared, draft_model=drafts,
     )  # fmt: skip
     drafter.warm_up()
     inputs = encode(tokenizer, text, chat).to(loaded.get_input_embeddings().weight.device)

@@ -30,6 +30,7 @@ class DecodeRequest:
         padded: int64, shape (1, length + padding). Needed by `criteria` and `sampler`.
         emit: Called with each new token, once and in order.
         ended: Called once the reply is complete.
+        finished: Called with the reply, int32, once the request has left the batch; a view of a buffer.
         prompt_rows: Last prompt positions whose predictions the sources learn from.
         prefill_chunk: Prompt tokens in one pass at most.
         cache: Holds the beginning of the prompt already, all but one token at most; None to begin anew.
@@ -46,6 +47,7 @@ class DecodeRequest:
     padded: Tensor | None = None
     emit: Callable[[int], None] | None = None
     ended: Callable[[], None] | None = None
+    finished: Callable[[TokenArray], None] | None = None
     prompt_rows: int = 1
     prefill_chunk: int | None = None
     cache: SpeculativeCache | None = None

@@ -178,6 +178,8 @@ class Row:
         self._commit(moved)
         self.cache.text = self.text.tokens[:-1].copy()
         self._prompt_end = self._said = self._hidden_end = None
+        if self.request.finished is not None:
+            self.request.finished(self.text.reply)
 
     def _accept(self, tree: DraftTree, logits: Tensor, said: Predictions) -> list[int]:
         """Emits the accepted tokens one by one, each as if it had been decoded alone."""

@@ -1,8 +1,7 @@
 """Earlier requests of this process, as segments that are merged and evicted in the background.
 
-A log-structured store: what a finished request said becomes a small segment at once, and segments of like
-size are merged into larger ones, so there are never more than a handful. Everything is immutable; readers
-take the current tuple and need no lock.
+What a finished request said becomes a small segment at once, and segments of like size are merged into larger
+ones, so there are never more than a handful.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import atexit
 import logging
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -21,29 +19,17 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 import numpy as np
 
 from retrieval_draft.errors import DatastoreError, InvalidInputError, RetrievalDraftError
-from retrieval_draft.index.building.merge import join_segments
 from retrieval_draft.index.index_folder import IndexFolder, SegmentEntry
-from retrieval_draft.index.segment import Segment, match_state
-from retrieval_draft.index.segment_session import Segments, SegmentSession, segments_nbytes
+from retrieval_draft.index.new_texts import new_texts
+from retrieval_draft.index.segment import Segment
+from retrieval_draft.index.segment_pile import SegmentPile
+from retrieval_draft.index.segment_session import Segments, SegmentSession
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 
 __all__ = ["History", "HistorySource"]
 
-RATIO = 4
-"""A segment is merged with the newer ones unless it is so many times as large as they are together: there are
-about log(tokens) / log(4) segments, and a token is sorted about three times as often as that."""
-
-SHARE = 8
-"""A segment with 1 / 8 of the bytes allowed is merged no more, so that eviction has pieces."""
-
 QUEUE_TOKENS = 1 << 22
 """Tokens that may wait for the background thread. Beyond them the oldest request waiting is dropped."""
-
-_UNTOLD = 3
-"""Matches shorter than a sort key (4 tokens at most) are not told apart from none."""
-
-GRACE = 1.0
-"""Seconds that a segment nobody is to use any more is kept for those who still do."""
 
 _log = logging.getLogger("retrieval_draft")
 
@@ -60,7 +46,6 @@ class History:
 
     Attributes:
         dropped: Requests that were not kept because too many were waiting.
-        evicted: Tokens that went to make room.
         failures: Times that the folder could not be written.
     """
 
@@ -70,12 +55,10 @@ class History:
         if max_bytes < 1 << 20:
             raise InvalidInputError(f"max_bytes is {max_bytes}; a history needs at least {1 << 20}.")
         self._vocabulary = vocabulary
-        self._max_bytes = max_bytes
-        self._segments: Segments = ()
+        self._pile = SegmentPile(vocabulary, max_bytes)
         self._entries: WeakKeyDictionary[Segment, SegmentEntry] = WeakKeyDictionary()
         self._waiting: deque[tuple[TokenArray, TokenArray]] = deque()
         self._waiting_tokens = 0
-        self._leaving: deque[tuple[float, list[Segment]]] = deque()
         self._busy = False
         self._closed = False
         self._worker: threading.Thread | None = None
@@ -83,7 +66,6 @@ class History:
         self._index: IndexFolder | None = None
         self._stack = ExitStack()
         self.dropped = 0
-        self.evicted = 0
         self.failures = 0
         if folder is not None:
             self._attach(IndexFolder.create(folder, fingerprint, vocabulary))
@@ -92,17 +74,22 @@ class History:
     @property
     def segments(self) -> Segments:
         """Oldest first; a tuple that never changes."""
-        return self._segments
+        return self._pile.segments
 
     @property
     def num_tokens(self) -> int:
         """Tokens that can be looked up now."""
-        return sum(segment.num_tokens for segment in self._segments)
+        return self._pile.num_tokens
+
+    @property
+    def evicted(self) -> int:
+        """Tokens that went to make room."""
+        return self._pile.evicted
 
     @property
     def nbytes(self) -> int:
         """Bytes of all segments and of what waits."""
-        return segments_nbytes(self._segments) + 4 * self._waiting_tokens
+        return self._pile.nbytes + 4 * self._waiting_tokens
 
     def add(self, prompt: TokenArray, reply: TokenArray) -> None:
         """Takes a finished request in; it can be looked up a little later. Never waits.
@@ -132,7 +119,7 @@ class History:
 
     def limit(self, max_bytes: int) -> None:
         """Changes how many bytes are kept; what is over goes when the next request comes in."""
-        self._max_bytes = max_bytes
+        self._pile.max_bytes = max_bytes
 
     def flush(self, timeout: float | None = None) -> bool:
         """Waits until everything added can be looked up.
@@ -162,8 +149,8 @@ class History:
         else:
             self._index = index
             index.sweep()
-        self._segments = index.segments()
-        self._entries.update(zip(self._segments, index.manifest.segments, strict=True))
+        self._pile = SegmentPile(self._vocabulary, self._pile.max_bytes, index.segments())
+        self._entries.update(zip(self.segments, index.manifest.segments, strict=True))
 
     def _take(self) -> list[tuple[TokenArray, TokenArray]]:
         """Waits for requests, and takes all there are."""
@@ -176,29 +163,18 @@ class History:
             return taken
 
     def _ingest(self, taken: Sequence[tuple[TokenArray, TokenArray]]) -> None:
-        """Adds requests, merges and evicts: new tuples, then one assignment."""
+        """Adds requests, merges and evicts."""
         texts: list[TokenArray] = []
         for prompt, reply in taken:
-            texts += _new_texts(self._segments, prompt, reply)
+            texts += new_texts(self.segments, prompt, reply)
         texts = [text[(text >= 0) & (text < self._vocabulary)] for text in texts]
         texts = [text for text in texts if len(text) > 1]
         if not texts:
             return
-        segments = [*self._segments, Segment.build(texts, self._vocabulary)]
-        self._segments = tuple(segments)  # it can be looked up at once; merging may take a while
-        most = self._max_bytes // SHARE
-        while len(segments) > 1 and segments[-2].nbytes < RATIO * segments[-1].nbytes:
-            if segments[-2].nbytes + segments[-1].nbytes > most and segments[-2].nbytes > most // 2:
-                break
-            segments[-2:] = [join_segments(segments[-2:], self._vocabulary)]
-        while len(segments) > 1 and segments_nbytes(segments) > self._max_bytes:
-            self.evicted += segments.pop(0).num_tokens
-        gone = [segment for segment in self._segments if segment not in segments]
-        self._segments = tuple(segments)
-        # Giving memory back takes a while, and requests let go of a segment in the middle of a step: so the
-        # last one to let go is this thread.
-        self._leaving.append((time.monotonic() + GRACE, gone))
-        self._persist(self._segments)
+        self._pile.add(Segment.build(texts, self._vocabulary))  # merging may take a while
+        while self._pile.tidy():
+            pass
+        self._persist(self.segments)
 
     def _persist(self, segments: Segments) -> None:
         """Brings the folder to what is in memory. Failing costs the copy on disk, nothing else."""
@@ -223,8 +199,7 @@ class History:
             Whether there may be another.
         """
         taken = self._take()
-        while self._leaving and self._leaving[0][0] <= time.monotonic():
-            self._leaving.popleft()
+        self._pile.let_go()
         if taken:
             try:
                 self._ingest(taken)
@@ -311,39 +286,6 @@ class HistorySource:
     def nbytes(self) -> int:
         """Bytes of the history."""
         return self.history.nbytes
-
-
-def _new_texts(segments: Segments, prompt: TokenArray, reply: TokenArray) -> list[TokenArray]:
-    """What a request adds: the parts of the prompt that are not known, and the reply with what led to it."""
-    from retrieval_draft.index._kernels import segment_match as kernels
-
-    pieces: list[TokenArray] = []
-    if len(prompt):
-        rows = (
-            np.stack([segment.row for segment in segments])
-            if segments
-            else np.empty((0, kernels.SEGMENT_FIELDS), np.int64)
-        )
-        lengths = np.empty(len(prompt), np.int32)
-        kernels.match_lengths(rows, *match_state(len(segments)), prompt, lengths)
-        # A position is known where the 32 tokens that end there are, or all that there are; what leads to a
-        # new one is kept with it.
-        enough = np.minimum(np.arange(len(prompt)) + 1, kernels.LONGEST)
-        enough[:_UNTOLD] = 0
-        fresh = np.concatenate((lengths < enough, [bool(len(reply))]))
-        wanted = np.zeros(len(fresh) + kernels.LONGEST, bool)
-        for place in np.flatnonzero(np.diff(fresh, prepend=False)):
-            if fresh[place]:
-                wanted[max(place - kernels.LONGEST + 1, 0) : place] = True
-        wanted = (wanted[: len(fresh)] | fresh)[: len(prompt)]
-        edges = np.flatnonzero(np.diff(wanted, prepend=False, append=False))
-        pieces = [prompt[begin:end] for begin, end in zip(edges[::2], edges[1::2], strict=True)]
-    if len(reply):
-        if len(prompt):
-            pieces[-1:] = [np.concatenate((*pieces[-1:], reply))]
-        else:
-            pieces.append(reply)
-    return pieces
 
 
 def _work(history: Callable[[], History | None]) -> None:

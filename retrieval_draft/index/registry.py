@@ -11,8 +11,10 @@ from retrieval_draft.index.adjacency import AdjacencySource
 from retrieval_draft.index.corpus import Corpus, CorpusSource
 from retrieval_draft.index.history import History, HistorySource
 from retrieval_draft.index.phrases import PhraseSource, PhraseTable
+from retrieval_draft.index.shared import SharedSource
 from retrieval_draft.index.siblings import SiblingSource
 from retrieval_draft.index.source import DraftSource
+from retrieval_draft.index.store.store import SharedStore
 from retrieval_draft.index.suffix_automaton import AutomatonSource
 
 __all__ = ["REGISTRY", "Datastores", "make_sources"]
@@ -27,12 +29,16 @@ class Datastores:
         fingerprint: Of the tokenizer; empty where there is none.
         corpora: Opened indexes.
         phrases: Fixed texts, or None.
+        shared: What servers share, or None.
+        owns_shared: Whether `shared` was opened for the drafter, and ends with it.
     """
 
     vocabulary: int
     fingerprint: str = ""
     corpora: tuple[Corpus, ...] = ()
     phrases: PhraseTable | None = None
+    shared: SharedStore | None = None
+    owns_shared: bool = True
 
 
 def _history(config: DraftConfig, stores: Datastores) -> HistorySource:
@@ -46,6 +52,7 @@ REGISTRY: dict[str, Callable[[DraftConfig, Datastores], DraftSource | None]] = {
     "adjacency": lambda config, stores: AdjacencySource(config.adjacency_rows, config.top_k),
     "siblings": lambda config, stores: SiblingSource(),
     "history": _history,
+    "shared": lambda config, stores: None if stores.shared is None else SharedSource(stores.shared),
     "phrases": lambda config, stores: None if stores.phrases is None else PhraseSource(stores.phrases),
     "corpus": lambda config, stores: CorpusSource(stores.corpora) if stores.corpora else None,
 }

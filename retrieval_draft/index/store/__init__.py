@@ -1,0 +1,1 @@
+"""The shared datastore: a log in Redis that servers write to and read from."""

@@ -1,0 +1,33 @@
+"""Lets other threads run Python while this one works through a batch."""
+
+from __future__ import annotations
+
+import time
+
+__all__ = ["Breather"]
+
+HOLD = 60e-6
+"""Seconds of Python at a stretch. A thread that decodes waits no longer for the interpreter; without that it
+would wait for the switch interval, five milliseconds."""
+
+_REST = 100e-6
+"""Long enough for a thread that waits for the interpreter to wake up and take it."""
+
+
+class Breather:
+    """Call `breathe` every few microseconds of work: it sleeps a moment when the thread has run for long."""
+
+    __slots__ = ("_since",)
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+
+    def rested(self) -> None:
+        """The thread has just waited for something else."""
+        self._since = time.perf_counter()
+
+    def breathe(self) -> None:
+        """Sleeps if it is time to. Letting go and taking up again at once would wake nobody."""
+        if time.perf_counter() - self._since > HOLD:
+            time.sleep(_REST)
+            self._since = time.perf_counter()

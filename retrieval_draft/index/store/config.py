@@ -1,0 +1,88 @@
+"""What a user can set about the shared datastore."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from retrieval_draft.errors import InvalidInputError
+
+__all__ = ["SHARES", "StoreConfig", "check_share"]
+
+SHARES = ("none", "reply", "all")
+"""What of a request other servers may learn: nothing, its reply, or its prompt too."""
+
+_TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """Where servers share what they have said, and what of it.
+
+    Attributes:
+        url: ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://``, ``redis+sentinel://`` or
+            ``embedded://FOLDER``. User and password may stand in it, or in the environment variables
+            ``RETRIEVAL_DRAFT_REDIS_USERNAME`` and ``RETRIEVAL_DRAFT_REDIS_PASSWORD``.
+        tenant: Servers of one tenant share with each other, and with no others.
+        share: What of a request is shared unless the request says otherwise: "none", "reply" or "all".
+        key: A secret of all servers of the tenant. With one, entries are signed, and those that are not are
+            dropped. Also from ``RETRIEVAL_DRAFT_STORE_KEY``.
+        snapshots: A folder, or any URL of fsspec, where snapshots are kept; None for none.
+        snapshot_seconds: One server writes a snapshot so often.
+        max_bytes: The most memory that shared text may take here; the oldest goes first.
+        stream_bytes: The most memory that the log may take in Redis; the oldest entries go first.
+        stream_seconds: Entries older than that leave the log.
+        max_tokens: Longer entries are dropped; what this server shares is cut to it.
+        tokens_per_second: From one server, on average; what is over is dropped. Four seconds' worth may come
+            at once, and this server sends no faster.
+        queue_tokens: Tokens that may wait here to be sent, in an outage for one. The oldest go first.
+        timeout: Seconds after which Redis counts as unreachable. No request ever waits for it.
+    """
+
+    url: str = field(repr=False)
+    tenant: str = "default"
+    share: str = "reply"
+    key: str | bytes | None = field(default=None, repr=False)
+    snapshots: str | Path | None = None
+    snapshot_seconds: float = 600.0
+    max_bytes: int = 1 << 28
+    stream_bytes: int = 1 << 28
+    stream_seconds: float = 7 * 86400.0
+    max_tokens: int = 1 << 15
+    tokens_per_second: int = 1_000_000
+    queue_tokens: int = 1 << 22
+    timeout: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_share(self.share)
+        if not _TENANT.fullmatch(self.tenant) or self.tenant in (".", ".."):
+            raise InvalidInputError(
+                f"The tenant {self.tenant!r} is no name.", "Use 1 to 64 letters, digits, dots, - and _."
+            )
+        if self.key is not None and not self.key:
+            raise InvalidInputError("The store's key is empty.", "Give a secret, or leave it out.")
+        limits: tuple[tuple[str, float, float, float], ...] = (
+            ("snapshot_seconds", self.snapshot_seconds, 1, 1 << 30),
+            ("max_bytes", self.max_bytes, 1 << 20, 1 << 40),
+            ("stream_bytes", self.stream_bytes, 1 << 20, 1 << 44),
+            ("stream_seconds", self.stream_seconds, 1, 1 << 32),
+            ("max_tokens", self.max_tokens, 64, 1 << 24),
+            ("tokens_per_second", self.tokens_per_second, 64, 1 << 40),
+            ("queue_tokens", self.queue_tokens, 64, 1 << 32),
+            ("timeout", self.timeout, 0.05, 60),
+        )
+        for name, value, low, high in limits:
+            if not low <= value <= high:
+                raise InvalidInputError(f"{name} is {value}; it must lie in {low}..{high}.")
+
+
+def check_share(share: str) -> str:
+    """Returns `share`.
+
+    Raises:
+        InvalidInputError: It is none of `SHARES`.
+    """
+    if share not in SHARES:
+        raise InvalidInputError(f"share is {share!r}.", f"Choose from: {', '.join(SHARES)}.")
+    return share

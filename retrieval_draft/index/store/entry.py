@@ -1,0 +1,145 @@
+"""An entry of the shared log: a token run, who sent it, and proof that it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import time
+
+import msgspec
+import numpy as np
+
+from retrieval_draft.index.source import TokenArray
+
+__all__ = ["FORMAT_VERSION", "Entry", "EntryCodec", "RejectedEntryError"]
+
+FORMAT_VERSION = 1
+ID_BYTES = 16
+_MOST = 2**63
+
+
+class Entry(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What stands in the log, as a MessagePack array.
+
+    Attributes:
+        version: Of the format.
+        namespace: Tokenizer fingerprint and tenant, ``fingerprint:tenant``.
+        server: 16 bytes that a server draws when it starts.
+        sequence: The server's entries count up from 0. With `server` it tells an entry from all others.
+        created: Milliseconds since the epoch, by the server's clock.
+        tokens: The run, uint32, little-endian.
+        signature: HMAC-SHA256 of the entry without it; empty where there is no key.
+    """
+
+    version: int
+    namespace: str
+    server: bytes
+    sequence: int
+    created: int
+    tokens: bytes
+    signature: bytes = b""
+
+
+class RejectedEntryError(Exception):
+    """An entry that is not for us. It never leaves this package.
+
+    Args:
+        reason: What it is counted as.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class EntryCodec:
+    """Writes and reads the entries of one namespace.
+
+    Args:
+        namespace: ``fingerprint:tenant``.
+        key: With one, entries are signed, and those that are not are rejected.
+        max_tokens: Of a run.
+
+    Example:
+        encode(server, 0, [7, 8]) is the array [1, "fingerprint:tenant", server, 0, 1763972285000,
+        07 00 00 00 08 00 00 00, ""]
+    """
+
+    def __init__(self, namespace: str, key: str | bytes | None, max_tokens: int) -> None:
+        self._namespace = namespace
+        self._key = key.encode() if isinstance(key, str) else key
+        self._max_bytes = 4 * max_tokens
+        self._most = self._max_bytes + len(namespace.encode()) + 256
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Entry)
+
+    def encode(self, server: bytes, sequence: int, tokens: TokenArray) -> bytes:
+        """One entry.
+
+        Args:
+            server: Who sends it.
+            sequence: How many it sent before.
+            tokens: int32, ids of 0 and above.
+        """
+        run = np.asarray(tokens).astype("<u4").tobytes()
+        created = time.time_ns() // 1_000_000
+        entry = Entry(FORMAT_VERSION, self._namespace, server, sequence, created, run)
+        if self._key is not None:
+            entry = msgspec.structs.replace(entry, signature=self._sign(entry))
+        return self._encoder.encode(entry)
+
+    def decode(self, payload: object) -> Entry:
+        """Reads an entry and checks all that does not depend on other entries.
+
+        Args:
+            payload: What stood in the log.
+
+        Raises:
+            RejectedEntryError: It is malformed, of another format version or namespace, too long, unsigned or
+                altered.
+        """
+        if not isinstance(payload, bytes):
+            raise RejectedEntryError("malformed")
+        if len(payload) > self._most:
+            raise RejectedEntryError("length")
+        try:
+            entry = self._decoder.decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise RejectedEntryError(self._misfit(payload)) from error
+        if entry.version != FORMAT_VERSION:
+            raise RejectedEntryError("version")
+        if entry.namespace != self._namespace:
+            raise RejectedEntryError("namespace")
+        if self._key is not None:
+            if not entry.signature:
+                raise RejectedEntryError("unsigned")
+            if not hmac.compare_digest(entry.signature, self._sign(entry)):
+                raise RejectedEntryError("altered")
+        size = len(entry.tokens)
+        if size > self._max_bytes:
+            raise RejectedEntryError("length")
+        if not size or size % 4 or len(entry.server) != ID_BYTES or not 0 <= entry.sequence < _MOST:
+            raise RejectedEntryError("malformed")
+        return entry
+
+    def _sign(self, entry: Entry) -> bytes:
+        assert self._key is not None
+        unsigned = self._encoder.encode(msgspec.structs.replace(entry, signature=b""))
+        return hmac.digest(self._key, unsigned, hashlib.sha256)
+
+    def _misfit(self, payload: bytes) -> str:
+        """Why an entry does not fit: another version may have other fields."""
+        try:
+            found = msgspec.msgpack.decode(payload)
+        except (
+            msgspec.DecodeError,
+            UnicodeDecodeError,
+            RecursionError,
+            ValueError,
+            OverflowError,
+            TypeError,
+        ):
+            return "malformed"
+        if isinstance(found, list) and found and type(found[0]) is int and found[0] != FORMAT_VERSION:
+            return "version"
+        return "malformed"

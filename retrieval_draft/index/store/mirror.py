@@ -1,0 +1,326 @@
+"""One server's copy of the shared log: every entry once, ready to be looked up."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from retrieval_draft.index.segment import Segment, text_dtype
+from retrieval_draft.index.segment_pile import SMALL, SegmentPile
+from retrieval_draft.index.segment_session import Segments
+from retrieval_draft.index.store.breather import Breather
+from retrieval_draft.index.store.config import StoreConfig
+from retrieval_draft.index.store.counts import StoreCounts
+from retrieval_draft.index.store.entry import Entry, EntryCodec, RejectedEntryError
+from retrieval_draft.index.store.rate_limit import RateLimit
+from retrieval_draft.index.store.recent import Recent
+from retrieval_draft.index.store.sequence_set import SequenceSet
+from retrieval_draft.index.store.snapshots import LogState
+
+__all__ = ["FIELD", "KEPT_SECONDS", "Item", "Mirror", "stream_id"]
+
+KEPT_SECONDS = 5.0
+"""What Redis accepted is kept so long: with appendfsync everysec a crash loses about two seconds of it, and a
+failover what the replica did not have yet."""
+
+FIELD = b"e"
+"""The only field of a stream entry."""
+
+Item = Sequence[Any]
+"""What Redis returns of a stream entry: its id, and field and value in turn, or a dict of them (redis-py's
+client of a cluster), or None where it was deleted."""
+
+MOST_SERVERS = 1 << 16
+_BATCH_TOKENS = 1 << 19
+
+
+class _Writer:
+    """What is known of a server that writes to the log."""
+
+    __slots__ = ("known", "last", "rate")
+
+    def __init__(self, known: SequenceSet, rate: RateLimit, last: float) -> None:
+        self.known = known
+        self.rate = rate
+        self.last = last
+
+
+class Mirror:
+    """Takes entries of the log in, each once, whatever is read twice and in whatever order.
+
+    Its state is a set of entries, those that `writers` know, and a position in each stream before which
+    nothing is missing. Both change together under `lock`.
+
+    Args:
+        vocabulary: Ids are below it.
+        codec: Reads the entries.
+        config: Limits.
+        counts: To count in.
+
+    Attributes:
+        pile: The text, for lookups.
+        positions: For each shard the id of the last entry that is in.
+        batch_tokens: Tokens that make a segment, where many come in at once.
+        entries: That are in, with those of a snapshot.
+        digest: Sum of the hashes of all entries that are in, below 2^64: two mirrors of the same entries have
+            the same, in whatever order they came.
+    """
+
+    def __init__(self, vocabulary: int, codec: EntryCodec, config: StoreConfig, counts: StoreCounts) -> None:
+        self.lock = threading.Lock()
+        self.pile = SegmentPile(vocabulary, config.max_bytes)
+        self.positions: dict[str, bytes] = {}
+        self.entries = 0
+        self.digest = 0
+        self.batch_tokens = min(_BATCH_TOKENS, config.max_bytes // 64)  # so that eviction has pieces
+        self._vocabulary = vocabulary
+        self._codec = codec
+        self._rate = config.tokens_per_second
+        self._keep_seconds = config.stream_seconds
+        self._counts = counts
+        self._writers: dict[bytes, _Writer] = {}
+        self._highest: dict[str, tuple[int, int]] = {}
+        self._separator = np.array([vocabulary], "<u4").tobytes()
+        self._texts: list[NDArray[Any]] = []
+        self._lengths: list[int] = []
+        self.recent = Recent(KEPT_SECONDS + config.timeout)
+        self._unsorted: deque[tuple[NDArray[Any], NDArray[np.int32]]] = deque()
+        self._sorting = threading.Lock()
+        self._breather = Breather()
+
+    @property
+    def segments(self) -> Segments:
+        """Oldest first; a tuple that never changes."""
+        return self.pile.segments
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what can be looked up, and of what is about to."""
+        unsorted = sum(text.nbytes for text, _ in tuple(self._unsorted))
+        waiting = sum(text.nbytes for text in self._texts)
+        return self.pile.nbytes + waiting + unsorted + self.recent.nbytes
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens taken in that `publish` has not made a segment of."""
+        return sum(map(len, self._texts))
+
+    @property
+    def unsorted(self) -> int:
+        """Batches of many tokens that wait for `sort`."""
+        return len(self._unsorted)
+
+    def seen(self, server: bytes, sequence: int) -> bool:
+        """Whether an entry is in."""
+        writer = self._writers.get(server)
+        return writer is not None and sequence in writer.known
+
+    def writers(self) -> Mapping[bytes, SequenceSet]:
+        """What is in of each server; a copy of the table."""
+        return {server: writer.known for server, writer in list(self._writers.items())}
+
+    def take(self, shard: str, items: Sequence[Item]) -> None:
+        """Takes entries of one stream in, in their order.
+
+        Args:
+            shard: Whose stream.
+            items: At least one.
+        """
+        with self.lock:
+            self._breather.rested()
+            first, last = stream_id(items[0][0]), stream_id(items[-1][0])
+            highest = self._highest.get(shard, (-1, -1))
+            known = first <= highest  # read again: what is dropped again is not counted again
+            read: list[tuple[Entry, float, bytes]] = []
+            suspicious = self.recent.is_suspicious
+            for number, item in enumerate(items):
+                if not number % 4:
+                    self._breather.breathe()
+                at = stream_id(item[0])
+                again = known and at <= highest
+                if not again:
+                    self._counts.received += 1
+                try:
+                    payload = _payload(item)
+                    entry = self._codec.decode(payload)
+                except RejectedEntryError as rejected:
+                    if not again:
+                        self._counts.dropped[rejected.reason] += 1
+                    continue
+                read.append((entry, at[0] / 1000, payload))
+                if suspicious:
+                    self.recent.seen(entry.server, entry.sequence)
+            self._ingest(self._in_vocabulary(read, not known))
+            self.positions[shard] = items[-1][0]
+            self._highest[shard] = max(highest, last)
+
+    def after_fork(self) -> None:
+        """In the child of a fork: a lock that another thread held would stay locked."""
+        self.lock, self._sorting = threading.Lock(), threading.Lock()
+        self.pile.after_fork()
+
+    def reread(self, shard: str, from_start: bool) -> None:
+        """Notes that a stretch of a stream is going to be read again.
+
+        Args:
+            shard: Whose stream.
+            from_start: It is another stream than before, whose entries count again.
+        """
+        self._counts.rereads += 1
+        if from_start:
+            self._highest.pop(shard, None)
+
+    def publish(self) -> None:
+        """Makes what came in since the last time a segment, so that it can be looked up.
+
+        Few tokens at once; many are left to the thread that calls `sort`.
+        """
+        with self.lock:
+            self._publish()
+
+    def sort(self) -> bool:
+        """Makes a segment of a batch of many tokens.
+
+        Returns:
+            Whether there was one.
+        """
+        with self._sorting:
+            if not self._unsorted:
+                return False
+            self.pile.add(Segment.join(*self._unsorted[0], self._vocabulary))
+            self._unsorted.popleft()
+        return True
+
+    def snapshot(self, namespace: str) -> tuple[Segments, LogState]:
+        """The text and where in the log it stands, both of one moment."""
+        with self.lock:
+            self._publish()
+            while self.sort():
+                pass
+            state = LogState(
+                namespace=namespace,
+                positions={shard: at.decode() for shard, at in self.positions.items()},
+                writers={server.hex(): writer.known.bounds for server, writer in self._writers.items()},
+                entries=self.entries,
+                digest=f"{self.digest:016x}",
+                created=time.time_ns() // 1_000_000,
+            )
+            return self.pile.segments, state
+
+    def restore(self, segments: Segments, state: LogState) -> None:
+        """Starts from a snapshot instead of from nothing."""
+        now = state.created / 1000
+        with self.lock:
+            for segment in segments:
+                self.pile.add(segment)
+            self.positions = {shard: at.encode() for shard, at in state.positions.items()}
+            self._highest = {shard: stream_id(at) for shard, at in self.positions.items()}
+            self.entries, self.digest = state.entries, int(state.digest, 16)
+            for server, bounds in state.writers.items():
+                known = SequenceSet(bounds)
+                self._writers[bytes.fromhex(server)] = _Writer(known, RateLimit(self._rate), now)
+
+    def _in_vocabulary(
+        self, read: list[tuple[Entry, float, bytes]], count: bool
+    ) -> list[tuple[Entry, float, bytes]]:
+        if not read:
+            return read
+        joined = np.frombuffer(b"".join([entry.tokens for entry, _, _ in read]), "<u4")
+        if int(joined.max()) < self._vocabulary:
+            return read
+        kept = [pair for pair in read if int(np.frombuffer(pair[0].tokens, "<u4").max()) < self._vocabulary]
+        if count:
+            self._counts.dropped["vocabulary"] += len(read) - len(kept)
+        return kept
+
+    def _ingest(self, read: Sequence[tuple[Entry, float, bytes]]) -> None:
+        """Keeps the entries that are new, unless their server adds too many."""
+        runs: list[bytes] = []
+        now = time.monotonic()
+        for number, (entry, seconds, payload) in enumerate(read):
+            if not number % 8:
+                self._breather.breathe()
+            writer = self._writers.get(entry.server)
+            if writer is None:
+                writer = self._new_writer(entry.server, seconds)
+                if writer is None:
+                    self._counts.dropped["servers"] += 1
+                    continue
+            if not writer.known.add(entry.sequence):
+                self._counts.duplicates += 1
+                continue
+            writer.last = seconds
+            if not writer.rate.allows(len(entry.tokens) // 4, seconds):
+                self._counts.dropped["rate"] += 1
+                continue
+            runs.append(entry.tokens)
+            self.recent.note(entry.server, entry.sequence, payload, now)
+            self.digest += xxhash.xxh3_64_intdigest(
+                entry.server + entry.sequence.to_bytes(8, "little") + entry.tokens
+            )
+        if not runs:
+            return
+        self.digest %= 1 << 64
+        self.entries += len(runs)
+        self._counts.ingested += len(runs)
+        text = np.frombuffer(self._separator.join(runs) + self._separator, "<u4")
+        self._counts.ingested_tokens += len(text) - len(runs)
+        self._texts.append(text.astype(text_dtype(self._vocabulary)))
+        self._lengths.extend([len(run) // 4 + 1 for run in runs])
+
+    def _new_writer(self, server: bytes, seconds: float) -> _Writer | None:
+        if len(self._writers) >= MOST_SERVERS:
+            # Entries of those who have been silent for so long have left the log.
+            oldest = seconds - 2 * self._keep_seconds
+            self._writers = {name: each for name, each in self._writers.items() if each.last >= oldest}
+            if len(self._writers) >= MOST_SERVERS:
+                return None
+        writer = _Writer(SequenceSet(), RateLimit(self._rate), seconds)
+        self._writers[server] = writer
+        return writer
+
+    def _publish(self) -> None:
+        if not self._texts:
+            return
+        lengths = np.array(self._lengths, np.int32)
+        documents = np.cumsum(lengths, dtype=np.int32) - lengths
+        joined = np.concatenate(self._texts)
+        self._texts, self._lengths = [], []
+        # Long runs may come by the dozen in one answer: still no segment is so large that it fills the cap.
+        cuts = np.flatnonzero(np.diff(documents // (2 * self.batch_tokens))) + 1
+        for part in np.split(documents, cuts):
+            begin, end = int(part[0]), int(part[-1]) + int(lengths[len(part) - 1])
+            lengths = lengths[len(part) :]
+            self._add(joined if len(part) == len(documents) else joined[begin:end].copy(), part - part[0])
+
+    def _add(self, joined: NDArray[Any], documents: NDArray[np.int32]) -> None:
+        if len(joined) > SMALL or self._unsorted:  # the oldest go first, so older ones are not overtaken
+            self._unsorted.append((joined, documents))
+            return
+        self.pile.add(Segment.join(joined, documents, self._vocabulary))
+        self.pile.tidy(SMALL)  # by the thread that receives, so that few entries at a time stay few segments
+
+
+def stream_id(name: bytes) -> tuple[int, int]:
+    """A stream entry's id as numbers: milliseconds, and how manieth of them.
+
+    Example:
+        b"1763972285000-2"  ->  (1763972285000, 2)
+    """
+    milliseconds, _, number = name.partition(b"-")
+    return int(milliseconds), int(number or 0)
+
+
+def _payload(item: Item) -> Any:
+    """The value of our field, or None where the entry holds anything else."""
+    fields = item[1]
+    if isinstance(fields, list):
+        return fields[1] if len(fields) == 2 and fields[0] == FIELD else None
+    return fields.get(FIELD) if isinstance(fields, dict) and len(fields) == 1 else None

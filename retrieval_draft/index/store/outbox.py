@@ -1,0 +1,104 @@
+"""Runs that wait to be sent."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+
+from retrieval_draft.index.source import TokenArray
+
+__all__ = ["Outbox", "Run"]
+
+
+class Run(NamedTuple):
+    """A finished request.
+
+    Attributes:
+        prompt: int32; what of it others may see, maybe empty.
+        reply: int32; maybe empty.
+    """
+
+    prompt: TokenArray
+    reply: TokenArray
+
+    @property
+    def num_tokens(self) -> int:
+        """Of both."""
+        return len(self.prompt) + len(self.reply)
+
+
+class Outbox:
+    """A queue that never makes the one who fills it wait: what is over goes at the old end, and is counted.
+
+    Args:
+        max_tokens: Tokens that may wait.
+
+    Attributes:
+        dropped: Runs that were not sent because too many were waiting.
+        unfinished: Runs that wait, or were taken and not reported by `finish` yet.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self._runs: deque[Run] = deque()
+        self._tokens = 0
+        self._woken = False
+        self._changed = threading.Condition()
+        self.dropped = 0
+        self.unfinished = 0
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what waits."""
+        return 4 * self._tokens
+
+    def put(self, prompt: TokenArray, reply: TokenArray) -> None:
+        """Takes a run, copied."""
+        run = Run(np.array(prompt, np.int32), np.array(reply, np.int32))
+        if not run.num_tokens:
+            return
+        with self._changed:
+            self._runs.append(run)
+            self._tokens += run.num_tokens
+            self.unfinished += 1
+            while self._tokens > self._max_tokens and len(self._runs) > 1:
+                self._tokens -= self._runs.popleft().num_tokens
+                self.dropped += 1
+                self.unfinished -= 1
+            self._changed.notify_all()
+
+    def take(self, runs: int, tokens: int, timeout: float) -> list[Run]:
+        """The oldest runs, taken out.
+
+        Args:
+            runs: At most so many.
+            tokens: No more once there are so many.
+            timeout: Seconds to wait for the first.
+        """
+        taken: list[Run] = []
+        with self._changed:
+            self._changed.wait_for(lambda: self._runs or self._woken, timeout)
+            self._woken = False
+            size = 0
+            while self._runs and len(taken) < runs and size < tokens:
+                taken.append(self._runs.popleft())
+                size += taken[-1].num_tokens
+            self._tokens -= size
+        return taken
+
+    def finish(self, runs: int) -> None:
+        """Notes that runs which were taken are taken care of."""
+        with self._changed:
+            self.unfinished -= runs
+
+    def wake(self) -> None:
+        """Ends a wait in `take`."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify_all()

@@ -1,0 +1,227 @@
+"""Sends what this server has said."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from redis.exceptions import NoPermissionError, ResponseError
+
+from retrieval_draft.index.new_texts import new_texts
+from retrieval_draft.index.source import TokenArray
+from retrieval_draft.index.store.config import StoreConfig
+from retrieval_draft.index.store.counts import StoreCounts
+from retrieval_draft.index.store.entry import EntryCodec
+from retrieval_draft.index.store.link import Link, server_run
+from retrieval_draft.index.store.mirror import FIELD, KEPT_SECONDS, Mirror
+from retrieval_draft.index.store.outbox import Outbox
+from retrieval_draft.index.store.rate_limit import BURST, RateLimit
+
+__all__ = ["Sender"]
+
+_KEPT_BYTES = 1 << 24
+_RUNS = 128
+_TOKENS = 1 << 17
+"""Of one pipeline."""
+
+_OVERLAP = 31
+"""Tokens that a run cut in two has in both parts; no lookup needs a longer context."""
+
+_PACE = 0.8
+"""Of what readers allow: what is sent evenly may arrive in lumps."""
+
+_TRIM_SECONDS = 2.0
+
+
+class Sender:
+    """Appends entries to one stream, in the order of their sequence numbers.
+
+    Invariant: an entry is dropped from `_unsent` only when Redis has accepted it and all before it; it stays
+    in `_kept` for a while then. When another Redis answers than before, what is kept goes again. So readers
+    get every accepted entry at least once, and take it in once.
+
+    Args:
+        server: This server's id.
+        key: The stream.
+        outbox: Runs to send.
+        mirror: Tells which part of a prompt is known already.
+        codec: Writes entries.
+        link: To Redis.
+        config: Limits.
+        counts: To count in.
+        vocabulary: Ids are below it.
+        is_cluster: Whether Redis is one.
+        stopped: Ends everything.
+        stream_bytes: Cap of the stream.
+    """
+
+    def __init__(
+        self,
+        server: bytes,
+        key: bytes,
+        outbox: Outbox,
+        mirror: Mirror,
+        codec: EntryCodec,
+        link: Link,
+        config: StoreConfig,
+        counts: StoreCounts,
+        vocabulary: int,
+        is_cluster: bool,
+        stopped: threading.Event,
+        stream_bytes: int,
+    ) -> None:
+        self._server = server
+        self._key = key
+        self._outbox = outbox
+        self._mirror = mirror
+        self._codec = codec
+        self._link = link
+        self._keep_ms = int(1000 * config.stream_seconds)
+        self._counts = counts
+        self._vocabulary = vocabulary
+        self._is_cluster = is_cluster
+        self._stopped = stopped
+        self._stream_bytes = stream_bytes
+        self._rate = RateLimit(_PACE * config.tokens_per_second)
+        self._most_tokens = min(config.max_tokens, int(_PACE * BURST * config.tokens_per_second))
+        self._unsent: deque[bytes] = deque()
+        self._kept: deque[tuple[float, bytes]] = deque()
+        self._kept_bytes = 0
+        self._returned: deque[bytes] = deque()
+        self._again = 0  # of `_unsent`, how many were accepted before
+        self._run: str | None = None
+        self._client: Any = None
+        self._look_again = False
+        self._lost: float | None = None  # since when another Redis may be there
+        self._keep_seconds = KEPT_SECONDS + config.timeout
+        self._trimmed = 0.0
+        self.sequence = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything was accepted."""
+        return not self._outbox.unfinished and not self._unsent
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of entries on their way or kept."""
+        return self._kept_bytes + sum(map(len, tuple(self._unsent)))
+
+    def run(self) -> None:
+        """The thread: until stopped."""
+        self._link.run(self._work, self._fail)
+
+    def look_again(self) -> None:
+        """Another connection was lost: Redis may have restarted since the last entry."""
+        self._note_loss()
+        self._look_again = True
+        self._outbox.wake()
+
+    def put_back(self, payloads: Sequence[bytes]) -> None:
+        """Appends entries, ours or others', that Redis has lost."""
+        self._returned.extend(payloads)
+        self._outbox.wake()
+
+    def _fail(self) -> None:
+        self._note_loss()
+        self._client = None
+
+    def _note_loss(self) -> None:
+        if self._lost is None:
+            self._lost = time.monotonic()
+
+    def _work(self, client: Any) -> None:
+        """Sends a batch, or waits a while for one."""
+        if client is not self._client or self._look_again:
+            self._look_again = False
+            self._find_what_may_be_lost(client)
+            self._client = client
+            if not self._unsent:  # else only sending it shows that it works
+                self._link.worked()
+        if not self._unsent:
+            taken = self._outbox.take(_RUNS, _TOKENS, timeout=1.0)
+            try:
+                for run in taken:
+                    self._encode(run.prompt, run.reply)
+            finally:
+                self._outbox.finish(len(taken))
+        while self._returned:
+            self._unsent.appendleft(self._returned.popleft())
+            self._again += 1
+        if self._unsent:
+            self._send(client)
+
+    def _encode(self, prompt: TokenArray, reply: TokenArray) -> None:
+        for text in new_texts(self._mirror.segments, prompt, reply):
+            run = text[(text >= 0) & (text < self._vocabulary)]
+            step = self._most_tokens - _OVERLAP
+            for begin in range(0, max(len(run) - _OVERLAP, 1), step):
+                piece = run[begin : begin + self._most_tokens]
+                if len(piece) > 1:
+                    self._unsent.append(self._codec.encode(self._server, self.sequence, piece))
+                    self.sequence += 1
+
+    def _send(self, client: Any) -> None:
+        """Sends what is unsent, in pipelines; raises what Redis answered to the first it did not take."""
+        while self._unsent and not self._stopped.is_set():
+            batch = [self._unsent[place] for place in range(min(_RUNS, len(self._unsent)))]
+            tokens = sum(map(len, batch)) // 4
+            self._stopped.wait(self._rate.wait(tokens, time.monotonic()))
+            pipe = client.pipeline(transaction=False)
+            oldest = int(time.time() * 1000) - self._keep_ms
+            for number, payload in enumerate(batch):
+                pipe.xadd(self._key, {FIELD: payload}, minid=None if number else oldest, approximate=True)
+            replies = pipe.execute(raise_on_error=False)
+            now = time.monotonic()
+            for reply in replies:
+                if isinstance(reply, Exception):
+                    raise reply
+                self._accept(now)
+            self._link.worked()
+            self._trim(client)
+
+    def _accept(self, now: float) -> None:
+        payload = self._unsent.popleft()
+        if self._again:
+            self._again -= 1
+            self._counts.resent += 1
+        else:
+            self._counts.sent += 1
+        self._kept.append((now, payload))
+        self._kept_bytes += len(payload)
+        while self._kept[0][0] < now - self._keep_seconds or self._kept_bytes > _KEPT_BYTES:
+            self._kept_bytes -= len(self._kept.popleft()[1])
+            if not self._kept:
+                break
+
+    def _find_what_may_be_lost(self, client: Any) -> None:
+        """Puts what was accepted lately back in front, where another Redis answers than took it."""
+        run = server_run(client, self._is_cluster)
+        lost, self._lost = self._lost, None
+        if lost is None or (run is not None and self._run == run):
+            self._run = run
+            return
+        self._run = run
+        again = [payload for accepted, payload in self._kept if accepted >= lost - self._keep_seconds]
+        self._again += len(again)
+        self._unsent.extendleft(reversed(again))
+        self._kept.clear()
+        self._kept_bytes = 0
+
+    def _trim(self, client: Any) -> None:
+        """Keeps the stream below its cap, now and then."""
+        if time.monotonic() - self._trimmed < _TRIM_SECONDS:
+            return
+        self._trimmed = time.monotonic()
+        try:
+            used = client.memory_usage(self._key)
+            if used is not None and used > self._stream_bytes:
+                length = int(client.xlen(self._key) * 0.9 * self._stream_bytes / used)
+                client.xtrim(self._key, maxlen=length, approximate=True)
+        except NoPermissionError:
+            self._trimmed = float("inf")
+        except ResponseError:
+            pass

@@ -1,0 +1,74 @@
+"""Which entries of a server have come in."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+__all__ = ["MOST_GAPS", "SequenceSet"]
+
+MOST_GAPS = 1024
+"""Gaps remembered. A server leaves one only where Redis lost entries before it sent them again."""
+
+
+class SequenceSet:
+    """Sequence numbers, as ranges: one range for a server whose entries come in order.
+
+    So an entry that is written twice, or read twice, or comes long after those behind it, comes in once.
+    Where there are more gaps than `MOST_GAPS`, the lowest is closed, and what it lacks counts as known.
+
+    Args:
+        bounds: First and last number of each range in turn, ascending.
+
+    Example:
+        add(0), add(2), add(2), add(1), add(1)  ->  True, True, False, True, False; bounds 0 2
+    """
+
+    __slots__ = ("_firsts", "_lasts")
+
+    def __init__(self, bounds: Sequence[int] = ()) -> None:
+        self._firsts = list(bounds[::2])
+        self._lasts = list(bounds[1::2])
+
+    @property
+    def bounds(self) -> list[int]:
+        """First and last number of each range in turn, ascending."""
+        return [bound for pair in zip(self._firsts, self._lasts, strict=True) for bound in pair]
+
+    def add(self, number: int) -> bool:
+        """Notes that a number came.
+
+        Returns:
+            Whether it is the first time.
+        """
+        firsts, lasts = self._firsts, self._lasts
+        if lasts and number == lasts[-1] + 1:
+            lasts[-1] = number
+            return True
+        place = bisect_right(firsts, number)
+        if place and number <= lasts[place - 1]:
+            return False
+        joins_left = place > 0 and number == lasts[place - 1] + 1
+        joins_right = place < len(firsts) and number == firsts[place] - 1
+        if joins_left and joins_right:
+            lasts[place - 1] = lasts.pop(place)
+            del firsts[place]
+        elif joins_left:
+            lasts[place - 1] = number
+        elif joins_right:
+            firsts[place] = number
+        else:
+            firsts.insert(place, number)
+            lasts.insert(place, number)
+            if len(firsts) > MOST_GAPS + 1:
+                del firsts[1], lasts[0]
+        return True
+
+    def __contains__(self, number: int) -> bool:
+        """Whether a number came, or counts as known."""
+        place = bisect_right(self._firsts, number)
+        return place > 0 and number <= self._lasts[place - 1]
+
+    def __len__(self) -> int:
+        """Numbers in all ranges."""
+        return sum(self._lasts) - sum(self._firsts) + len(self._firsts)

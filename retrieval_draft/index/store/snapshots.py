@@ -1,0 +1,360 @@
+"""Snapshots of the shared log: segments as files, and where in the log they stand."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import xxhash
+
+from retrieval_draft._cache_home import cache_home
+from retrieval_draft._files import replace_file, sync_folder
+from retrieval_draft.errors import DatastoreError, InvalidInputError, RetrievalDraftError
+from retrieval_draft.index.index_folder import MANIFEST, IndexFolder
+from retrieval_draft.index.segment import Segment
+from retrieval_draft.index.store.snapshot_state import (
+    FORMAT_VERSION,
+    KIND,
+    STATE,
+    LogState,
+    SnapshotInfo,
+    StateFile,
+    describe,
+    read_state,
+    sealed,
+)
+
+__all__ = ["LogState", "Snapshot", "SnapshotInfo", "SnapshotPlace"]
+
+_TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_NAME = re.compile(r"snapshot-(\d{13})-[0-9a-f]{8}")
+_UNFINISHED = ".unfinished-"
+_STALE_SECONDS = 3600
+_STALE_UPLOAD_SECONDS = 86400
+"""An upload shows its parts while it goes on, and may take long."""
+
+_log = logging.getLogger("retrieval_draft")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A snapshot that can be looked up.
+
+    Attributes:
+        info: What it is.
+        state: Where in the log it stands.
+        segments: Mapped, oldest first.
+    """
+
+    info: SnapshotInfo
+    state: LogState
+    segments: tuple[Segment, ...]
+
+
+class _UnreachableError(DatastoreError):
+    """It is the place that fails, not one snapshot in it."""
+
+
+class SnapshotPlace:
+    """Where snapshots of one namespace are kept.
+
+    Each is a folder, an index like those of ``index build``, with a file that says where in the log it
+    stands. That one is written last: without it a snapshot does not count.
+
+    Args:
+        place: A folder, or any URL of fsspec.
+        namespace: ``fingerprint:tenant``.
+        fingerprint: Of the tokenizer.
+        vocabulary: Ids are below it.
+        cache: Where snapshots of a URL are kept here; the user's cache folder by default.
+
+    Raises:
+        InvalidInputError: The tenant is no name.
+        DatastoreError: The URL cannot be used, or fsspec is not installed.
+    """
+
+    def __init__(
+        self,
+        place: str | Path,
+        namespace: str,
+        fingerprint: str,
+        vocabulary: int,
+        cache: Path | None = None,
+    ) -> None:
+        self._namespace = namespace
+        self._fingerprint = fingerprint
+        self._vocabulary = vocabulary
+        tenant = namespace.partition(":")[2]
+        if not _TENANT.fullmatch(tenant) or tenant in (".", ".."):
+            raise InvalidInputError(
+                f"The tenant {tenant!r} is no name.", "Use 1 to 64 letters, digits, dots, - and _."
+            )
+        text = str(place).removeprefix("file://")
+        self._remote: Any = None
+        if "://" in text:
+            self._remote, root = _file_system(text)
+            self._root = f"{root.rstrip('/')}/{fingerprint}/{tenant}"
+            mark = xxhash.xxh3_64_hexdigest(text.encode())
+            home = cache_home() / "snapshots" if cache is None else cache
+            self._local = home / mark / fingerprint / tenant
+        else:
+            self._local = Path(text).expanduser() / fingerprint / tenant
+
+    def write(self, segments: Sequence[Segment], state: LogState) -> SnapshotInfo:
+        """Writes a snapshot; readers see all of it or nothing.
+
+        Args:
+            segments: Oldest first; there may be none.
+            state: Where in the log they stand.
+
+        Raises:
+            DatastoreError: The disk is full, or the place cannot be written; nothing is left behind.
+        """
+        name = f"snapshot-{state.created:013d}-{uuid.uuid4().hex[:8]}"
+        unfinished = Path()
+        try:
+            if self._remote is not None:
+                unfinished = Path(tempfile.mkdtemp(prefix="retrieval_draft-"))
+            else:
+                self._local.mkdir(parents=True, exist_ok=True)
+                unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self._local))
+            info = self._fill(unfinished / name, segments, state)
+            if self._remote is not None:
+                self._upload(unfinished / name)
+            else:
+                (unfinished / name).rename(self._local / name)
+                sync_folder(self._local)
+        except DatastoreError:
+            raise
+        except Exception as error:  # of whatever file system the URL names
+            raise DatastoreError(
+                f"Cannot write the snapshot {name}: {error}.", "Free space, or permit it."
+            ) from error
+        finally:
+            if unfinished != Path():
+                shutil.rmtree(unfinished, ignore_errors=True)
+        return info
+
+    def newest(self) -> Snapshot | None:
+        """Maps the newest snapshot that is whole; None where there is none.
+
+        Raises:
+            DatastoreError: The place cannot be read.
+        """
+        for name in self._names():
+            try:
+                if self._remote is not None:
+                    if not self._state_of(name):
+                        continue  # it is still being uploaded, or is being removed
+                    self._download(name)
+                found = self._open(self._local / name)
+            except _UnreachableError:
+                raise
+            except (OSError, RetrievalDraftError) as error:
+                _log.warning("The snapshot %s is not used: %s", name, error)
+                continue
+            if self._remote is not None:
+                self._keep_only(name)
+            return found
+        return None
+
+    def listing(self) -> list[SnapshotInfo]:
+        """Snapshots that are whole as far as their state files say, newest first.
+
+        Raises:
+            DatastoreError: The place cannot be read.
+        """
+        found = []
+        for name in self._names():
+            try:
+                file = read_state(self._state_of(name), name)
+            except _UnreachableError:
+                raise
+            except (OSError, RetrievalDraftError):
+                continue
+            if file.state.namespace == self._namespace:
+                found.append(describe(name, file))
+        return found
+
+    def prune(self, keep: int = 2) -> int:
+        """Removes all but the newest snapshots, and what crashed writers left.
+
+        Returns:
+            Snapshots removed. One that cannot be removed stays.
+        """
+        removed = 0
+        whole = [each.name for each in self.listing()]
+        for name in whole[keep:]:
+            with suppress(Exception):
+                self._remove(name)
+                removed += 1
+        for name in set(self._names()) - set(whole):
+            age = time.time() - int(name.split("-")[1]) / 1000
+            if age > _STALE_UPLOAD_SECONDS and self._is_unfinished(name):
+                with suppress(Exception):
+                    self._remove(name)
+        for path in self._local.glob(f"{_UNFINISHED}*"):
+            with suppress(OSError):
+                changed = max(each.stat().st_mtime for each in (path, *path.rglob("*")))
+                if changed < time.time() - _STALE_SECONDS:
+                    shutil.rmtree(path)
+        return removed
+
+    def _is_unfinished(self, name: str) -> bool:
+        """Whether no version of this library can use it, as it has no state file."""
+        try:
+            return not self._state_of(name)
+        except OSError:
+            return False
+
+    def _remove(self, name: str) -> None:
+        if self._remote is not None:
+            with suppress(FileNotFoundError):
+                # The state file goes first, so that nobody starts on half of it.
+                self._remote.rm_file(f"{self._root}/{name}/{STATE}")
+            self._remote.rm(f"{self._root}/{name}", recursive=True)
+        else:
+            # All of it goes at once, also when this process is killed.
+            gone = self._local / f"{_UNFINISHED}{uuid.uuid4().hex}"
+            (self._local / name).rename(gone)
+            shutil.rmtree(gone)
+
+    def _state_of(self, name: str) -> bytes:
+        """The state file, empty where it is missing."""
+        if self._remote is None:
+            path = self._local / name / STATE
+            return path.read_bytes() if path.exists() else b""
+        try:
+            return bytes(self._remote.cat_file(f"{self._root}/{name}/{STATE}"))
+        except FileNotFoundError:
+            return b""
+        except Exception as error:  # of whatever file system the URL names
+            raise _UnreachableError(f"Snapshots cannot be read: {error}.", "Check the place.") from error
+
+    def _names(self) -> list[str]:
+        try:
+            if self._remote is not None:
+                self._remote.invalidate_cache()
+                paths = self._remote.ls(self._root, detail=False) if self._remote.exists(self._root) else []
+                names = [path.rstrip("/").rsplit("/", 1)[-1] for path in paths]
+            else:
+                names = [path.name for path in self._local.iterdir()] if self._local.exists() else []
+        except Exception as error:  # of whatever file system the URL names
+            raise DatastoreError(
+                f"Snapshots cannot be listed: {error}.", "Check the place and its rights."
+            ) from error
+        return sorted((name for name in names if _NAME.fullmatch(name)), reverse=True)
+
+    def _fill(self, folder: Path, segments: Sequence[Segment], state: LogState) -> SnapshotInfo:
+        index = IndexFolder.create(folder, self._fingerprint, self._vocabulary)
+        index.publish([index.write(segment) for segment in segments])
+        file = StateFile(
+            KIND,
+            FORMAT_VERSION,
+            state,
+            xxhash.xxh3_128_hexdigest((folder / MANIFEST).read_bytes()),
+            index.manifest.tokens,
+            index.manifest.nbytes,
+        )
+        file = sealed(file)
+        replace_file(folder / STATE, msgspec.json.format(msgspec.json.encode(file), indent=1))
+        return describe(folder.name, file)
+
+    def _open(self, folder: Path) -> Snapshot:
+        file = read_state((folder / STATE).read_bytes(), folder.name)
+        if file.state.namespace != self._namespace:
+            raise DatastoreError(f"It belongs to {file.state.namespace}, not to {self._namespace}.")
+        found = xxhash.xxh3_128_hexdigest((folder / MANIFEST).read_bytes())
+        if found != file.manifest:
+            raise DatastoreError(
+                f"{folder / MANIFEST} was altered: found xxh3 {found}, expected {file.manifest}."
+            )
+        index = IndexFolder.open(folder)
+        index.check(self._fingerprint, self._vocabulary)
+        return Snapshot(describe(folder.name, file), file.state, index.segments())
+
+    def _upload(self, folder: Path) -> None:
+        target = f"{self._root}/{folder.name}"
+        try:
+            paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != STATE]
+            for path in (*paths, folder / STATE):
+                remote = f"{target}/{path.relative_to(folder).as_posix()}"
+                self._remote.makedirs(remote.rsplit("/", 1)[0], exist_ok=True)
+                self._remote.put_file(str(path), remote)
+        except Exception:
+            with suppress(Exception):
+                self._remote.rm(target, recursive=True)
+            raise
+
+    def _download(self, name: str) -> None:
+        """Copies a snapshot here, once, and compares its checksums."""
+        if (self._local / name).exists():
+            with suppress(OSError, RetrievalDraftError):
+                self._open(self._local / name)
+                return
+            shutil.rmtree(self._local / name, ignore_errors=True)
+        self._local.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self._local))
+        try:
+            root = f"{self._root}/{name}"
+            for path in self._remote.find(root):
+                target = unfinished / name / path[path.index(name) + len(name) + 1 :]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._remote.get_file(path, str(target))
+            wrong = IndexFolder.open(unfinished / name).verify()
+            if wrong:
+                raise DatastoreError(f"{wrong[0]}.")
+            self._open(unfinished / name)
+            try:
+                (unfinished / name).rename(self._local / name)
+            except OSError:
+                if not (self._local / name).exists():  # else another process has just put it there
+                    raise
+        except (FileNotFoundError, RetrievalDraftError):  # it was pruned, or is damaged
+            raise
+        except Exception as error:  # of whatever file system the URL names
+            raise _UnreachableError(f"{name} cannot be copied: {error}.", "Check the place.") from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _keep_only(self, name: str) -> None:
+        """Removes copies of what is gone from the place; who has mapped one keeps it until it ends."""
+        there = self._names()
+        for path in self._local.glob("snapshot-*"):
+            if path.name != name and path.name not in there:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError as error:
+        raise DatastoreError(
+            f"Snapshots at {url.partition('://')[0]}://... need the package fsspec.",
+            "pip install 'retrieval_draft[store]'",
+        ) from error
+    try:
+        file_system, root = url_to_fs(url)
+    except ImportError as error:  # names the package that the scheme needs
+        raise DatastoreError(f"Snapshots cannot be kept there: {error}.", "Install it.") from error
+    except ValueError:  # all from None, as a URL may hold a secret
+        raise DatastoreError(
+            f"Snapshots cannot be kept at {url.partition('://')[0]}://...: fsspec does not know that.",
+            "Name a folder, or a URL of fsspec.",
+        ) from None
+    except Exception as error:  # of whatever file system the URL names: some connect at once
+        raise DatastoreError(
+            f"Snapshots cannot be kept at {url.partition('://')[0]}://...: {type(error).__name__}.",
+            "Check the place, and what its file system needs.",
+        ) from None
+    return file_system, root

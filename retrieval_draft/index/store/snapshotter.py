@@ -1,0 +1,149 @@
+"""Writes snapshots of a mirror, one server at a time, and starts from them."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from contextlib import suppress
+
+from redis.exceptions import LockError
+
+from retrieval_draft.errors import DatastoreError, RetrievalDraftError
+from retrieval_draft.index.store.config import StoreConfig
+from retrieval_draft.index.store.connector import Connector
+from retrieval_draft.index.store.counts import StoreCounts
+from retrieval_draft.index.store.keys import lock_key
+from retrieval_draft.index.store.link import FAILURES
+from retrieval_draft.index.store.mirror import Mirror
+from retrieval_draft.index.store.snapshots import SnapshotInfo, SnapshotPlace
+
+__all__ = ["Snapshotter"]
+
+_LOCK_SECONDS = 120.0
+"""A server that dies while it writes holds the others up so long. One that takes longer has company, which
+does no harm: snapshots have names of their own, and each is whole."""
+
+_log = logging.getLogger("retrieval_draft")
+
+
+class Snapshotter:
+    """Takes part in the election of the server that writes the next snapshot.
+
+    Args:
+        connector: To Redis, where the lock is.
+        mirror: What to write.
+        config: Where to, and how often.
+        namespace: Of the log.
+        vocabulary: Ids are below it.
+        counts: To count in.
+        stopped: Ends everything.
+    """
+
+    def __init__(
+        self,
+        connector: Connector,
+        mirror: Mirror,
+        config: StoreConfig,
+        namespace: str,
+        vocabulary: int,
+        counts: StoreCounts,
+        stopped: threading.Event,
+    ) -> None:
+        self._connector = connector
+        self._mirror = mirror
+        self._namespace = namespace
+        self._seconds = config.snapshot_seconds
+        self._counts = counts
+        self._stopped = stopped
+        self._failing = False
+        self._place: SnapshotPlace | None = None
+        if config.snapshots is not None:
+            fingerprint = namespace.partition(":")[0]
+            self._place = SnapshotPlace(config.snapshots, namespace, fingerprint, vocabulary)
+
+    def restore(self) -> None:
+        """Puts the newest snapshot into the mirror, if there is one that can be read."""
+        if self._place is None:
+            return
+        try:
+            found = self._place.newest()
+        except (OSError, RetrievalDraftError) as error:
+            self._fail("read", error)
+            return
+        if found is not None:
+            self._mirror.restore(found.segments, found.state)
+
+    def write(self) -> SnapshotInfo:
+        """Writes one now, and removes those that two newer ones replace.
+
+        Raises:
+            DatastoreError: There is no place for it, or it cannot be written.
+        """
+        if self._place is None:
+            raise DatastoreError(
+                "There is no place for snapshots.", "Name a folder or a URL: snapshots= or --snapshots."
+            )
+        segments, state = self._mirror.snapshot(self._namespace)
+        info = self._place.write(segments, state)
+        self._counts.snapshots += 1
+        with suppress(DatastoreError):  # the next one will try again
+            self._place.prune()
+        return info
+
+    def run(self, begun: threading.Event) -> None:
+        """The thread: restores, and then writes when it is time to and no other server does.
+
+        Args:
+            begun: Set once the mirror has what it starts from.
+        """
+        try:
+            if not self._mirror.entries:
+                self.restore()
+        finally:
+            begun.set()
+        if self._place is None:
+            return
+        while not self._stopped.wait(self._wait()):
+            try:
+                if self._due():
+                    self._write_if_elected()
+                self._failing = False
+            except (*FAILURES, RetrievalDraftError) as error:
+                self._fail("written", error)
+
+    def _wait(self) -> float:
+        return min(60.0, self._seconds / 4) * random.uniform(0.5, 1.0)
+
+    def _due(self) -> bool:
+        """Whether the newest snapshot is old enough, and there is something new to write."""
+        assert self._place is not None
+        listed = self._place.listing()
+        if not listed:
+            return self._mirror.entries > 0
+        newest = listed[0]
+        is_old = time.time() - newest.created / 1000 >= self._seconds
+        return bool(is_old and self._mirror.entries > newest.entries)
+
+    def _write_if_elected(self) -> None:
+        client = self._connector.client()
+        try:
+            lock = client.lock(lock_key(self._namespace), timeout=_LOCK_SECONDS, thread_local=False)
+            if not lock.acquire(blocking=False):
+                return
+            try:
+                if self._due():  # whoever held the lock a moment ago may have written it
+                    self.write()
+            finally:
+                with suppress(LockError, *FAILURES):
+                    lock.release()
+        finally:
+            with suppress(*FAILURES):
+                client.close()
+
+    def _fail(self, what: str, error: Exception) -> None:
+        self._counts.snapshot_failures += 1
+        if not self._failing:
+            _log.warning("A snapshot of the shared store could not be %s for now: %s", what, error)
+        self._failing = True

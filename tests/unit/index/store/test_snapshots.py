@@ -1,0 +1,415 @@
+"""Tests of snapshots of the shared log."""
+
+import builtins
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+import traceback
+import uuid
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from retrieval_draft.errors import DatastoreError, InvalidInputError
+from retrieval_draft.index import segment as segment_module
+from retrieval_draft.index.index_folder import IndexFolder
+from retrieval_draft.index.segment import Segment
+from retrieval_draft.index.store.snapshots import LogState, SnapshotPlace
+
+FINGERPRINT = "f" * 32
+NAMESPACE = f"{FINGERPRINT}:default"
+NOW = 1_763_000_000_000
+WARNED = "retrieval_draft"
+
+
+def segment(*runs: list[int]) -> Segment:
+    return Segment.build([np.array(run, np.int32) for run in runs], 100)
+
+
+def count(found, *context: int) -> int:
+    return sum(each.count(np.array(context, np.int32)) for each in found.segments)
+
+
+def state(created: int = NOW, entries: int = 3, namespace: str = NAMESPACE) -> LogState:
+    return LogState(namespace, {"0": "1763-5"}, {"ab": [0, 2**63 - 1]}, entries, "0" * 16, created)
+
+
+@pytest.fixture(params=["local", "file", "memory"])
+def where(request, tmp_path):
+    if request.param == "memory":
+        url = f"memory://snapshots-{uuid.uuid4().hex}"
+        yield url
+        memory = fsspec.filesystem("memory")
+        if memory.exists(url):
+            memory.rm(url, recursive=True)
+    else:
+        yield f"file://{tmp_path}/place" if request.param == "file" else tmp_path / "place"
+
+
+def opened(where, tmp_path, namespace: str = NAMESPACE) -> SnapshotPlace:
+    return SnapshotPlace(where, namespace, namespace.partition(":")[0], 100, tmp_path / "cache")
+
+
+def root(tmp_path) -> Path:
+    return tmp_path / "place" / FINGERPRINT / "default"
+
+
+def three(tmp_path) -> tuple[SnapshotPlace, list[Path]]:
+    """A place with three snapshots, and their folders, oldest first."""
+    place = opened(tmp_path / "place", tmp_path)
+    for number in range(3):
+        place.write([segment([7, 8, number])], state(NOW + number, number))
+    return place, sorted(root(tmp_path).glob("snapshot-*"))
+
+
+def test_what_was_written_is_found(where, tmp_path) -> None:
+    place = opened(where, tmp_path)
+    assert place.newest() is None
+    assert place.listing() == []
+    written = place.write([segment([7, 8, 9, 4]), segment(), segment([7, 8], [1])], state())
+    found = opened(where, tmp_path).newest()
+    assert found.state == state()
+    assert found.info == written == place.listing()[0]
+    assert (written.tokens, written.entries, written.created) == (7, 3, NOW)
+    assert [each.num_tokens for each in found.segments] == [4, 0, 3]
+    assert count(found, 7, 8) == 2
+
+
+def test_a_snapshot_of_nothing(where, tmp_path) -> None:
+    place = opened(where, tmp_path)
+    place.write([], state(entries=0))
+    assert place.newest().segments == ()
+
+
+def test_the_newest_is_found_and_what_is_mapped_can_be_written_again(where, tmp_path) -> None:
+    place = opened(where, tmp_path)
+    place.write([segment([1, 2])], state(NOW + 5, 5))
+    place.write([segment([3, 4])], state(NOW, 9))
+    found = place.newest()
+    assert found.state.entries == 5
+    place.write([*found.segments, segment([1, 2, 3])], state(NOW + 9, 7))
+    assert count(place.newest(), 1, 2) == 2
+    assert [each.entries for each in place.listing()] == [7, 5, 9]
+
+
+def test_an_index_is_in_it(tmp_path) -> None:
+    _, folders = three(tmp_path)
+    index = IndexFolder.open(folders[-1])
+    assert index.manifest.fingerprint == FINGERPRINT
+    assert index.verify() == []
+
+
+def tear_log(folder: Path) -> None:
+    log = folder / "log.json"
+    log.write_bytes(log.read_bytes()[:-20])
+
+
+def alter_log(folder: Path) -> None:
+    log = folder / "log.json"
+    log.write_bytes(log.read_bytes().replace(b"1763-5", b"1763-6"))
+
+
+def remove_log(folder: Path) -> None:
+    (folder / "log.json").unlink()
+
+
+def tear_segment(folder: Path) -> None:
+    path = next(folder.glob("segment-*/suffixes.npy"))
+    os.truncate(path, path.stat().st_size - 4)
+
+
+def remove_segment(folder: Path) -> None:
+    shutil.rmtree(next(folder.glob("segment-*")))
+
+
+def alter_manifest(folder: Path) -> None:
+    index = IndexFolder.open(folder)  # a manifest that is whole, but not the one of this snapshot
+    index.publish([])
+
+
+def tear_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("{")
+
+
+def other_format(folder: Path) -> None:
+    log = folder / "log.json"
+    content = json.loads(log.read_bytes())
+    content["format_version"] = 2
+    log.write_text(json.dumps(content))
+
+
+def other_content(folder: Path) -> None:
+    (folder / "log.json").write_text("[]")
+
+
+BREAKS = [
+    tear_log,
+    alter_log,
+    remove_log,
+    tear_segment,
+    remove_segment,
+    alter_manifest,
+    tear_manifest,
+    other_format,
+    other_content,
+]
+
+
+@pytest.mark.parametrize("damage", BREAKS)
+def test_a_damaged_snapshot_is_passed_over(damage, tmp_path, caplog) -> None:
+    place, folders = three(tmp_path)
+    damage(folders[-1])
+    with caplog.at_level(logging.WARNING, WARNED):
+        assert place.newest().state.entries == 1
+    assert [folders[-1].name in each.getMessage() for each in caplog.records] == [True]
+
+
+def test_a_foreign_snapshot_is_passed_over(tmp_path, caplog) -> None:
+    place, _ = three(tmp_path)
+    foreign = "0" * 32
+    SnapshotPlace(tmp_path / "other", f"{foreign}:default", foreign, 100).write(
+        [segment([1])], state(NOW + 9, 9, f"{foreign}:default")
+    )
+    folder = next((tmp_path / "other").glob("*/*/snapshot-*"))
+    shutil.copytree(folder, root(tmp_path) / folder.name)
+    SnapshotPlace(tmp_path / "third", NAMESPACE, FINGERPRINT, 101).write([segment([1])], state(NOW + 10, 9))
+    folder = next((tmp_path / "third").glob("*/*/snapshot-*"))
+    shutil.copytree(folder, root(tmp_path) / folder.name)
+    with caplog.at_level(logging.WARNING, WARNED):
+        assert place.newest().state.entries == 2
+    assert len(caplog.records) == 2
+
+
+def test_tenants_do_not_see_each_other(where, tmp_path) -> None:
+    opened(where, tmp_path).write([segment([1])], state())
+    assert opened(where, tmp_path, f"{FINGERPRINT}:other").newest() is None
+
+
+@pytest.mark.parametrize("tenant", ["", ".", "..", "a/b", "../x", "a b", "a" * 65, "a\n", "a:b", "\u00e4"])
+def test_a_tenant_must_be_a_name(tenant, tmp_path) -> None:
+    with pytest.raises(InvalidInputError, match="tenant"):
+        SnapshotPlace(tmp_path, f"{FINGERPRINT}:{tenant}", FINGERPRINT, 100)
+
+
+def test_two_writers_at_once(where, tmp_path) -> None:
+    def write(entries: int) -> None:
+        opened(where, tmp_path).write([segment([7, 8, entries])], state(NOW, entries))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    place = opened(where, tmp_path)
+    assert sorted(each.entries for each in place.listing()) == list(range(6))
+    assert count(place.newest(), 7, 8) == 1
+
+
+def test_prune_keeps_the_newest(where, tmp_path) -> None:
+    place = opened(where, tmp_path)
+    for number in range(4):
+        place.write([segment([7, 8])], state(NOW + number, number))
+    assert place.prune() == 2
+    assert [each.entries for each in place.listing()] == [3, 2]
+    assert place.prune() == 0
+    assert place.prune(1) == 1
+
+
+def test_prune_does_not_count_what_nobody_can_use(tmp_path) -> None:
+    place, folders = three(tmp_path)
+    for folder in folders[1:]:
+        tear_log(folder)
+    place.prune(1)
+    assert folders[0].exists()
+    assert place.newest().state.entries == 0
+
+
+def test_prune_sweeps_what_crashed_writers_left(tmp_path, monkeypatch) -> None:
+    place, folders = three(tmp_path)
+    with monkeypatch.context() as patch:  # a writer that is killed removes nothing
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        with pytest.raises(DatastoreError):
+            place.write([segment([1])], state())
+    left = [each for each in root(tmp_path).iterdir() if each not in folders]
+    assert len(left) == 1
+    place.prune(3)
+    assert left[0].exists()
+    old = time.time() - 7200
+    for each in (*left[0].rglob("*"), left[0]):
+        os.utime(each, (old, old))
+    assert place.prune(3) == 0
+    assert sorted(root(tmp_path).iterdir()) == folders
+
+
+def test_what_is_mapped_outlives_its_folder(where, tmp_path) -> None:
+    place = opened(where, tmp_path)
+    place.write([segment([7, 8, 9])], state(NOW, 1))
+    found = place.newest()
+    for number in (2, 3):
+        place.write([segment([5])], state(NOW + number, number))
+    assert place.prune(1) == 2
+    assert place.newest().state.entries == 3
+    assert count(found, 7, 8) == 1
+
+
+def test_a_full_disk_leaves_nothing(where, tmp_path, monkeypatch) -> None:
+    place = opened(where, tmp_path)
+    place.write([segment([1])], state())
+    before = sorted((tmp_path / "place").rglob("*"))
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("retrieval_draft.index.segment.save_array", full)
+        with pytest.raises(DatastoreError, match="No space left"):
+            place.write([segment([2])], state(NOW + 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(DatastoreError, match="No space left"):
+            place.write([segment([2])], state(NOW + 1))
+    assert segment_module.save_array is not full
+    assert sorted((tmp_path / "place").rglob("*")) == before
+    assert len(place.listing()) == 1
+
+
+def test_a_place_that_cannot_be_listed(tmp_path, monkeypatch) -> None:
+    place = opened("memory://unreachable", tmp_path)
+
+    def down(*_, **__):
+        raise ConnectionError("down")
+
+    memory = type(fsspec.filesystem("memory"))
+    monkeypatch.setattr(memory, "ls", down)
+    monkeypatch.setattr(memory, "exists", down)
+    with pytest.raises(DatastoreError, match="down"):
+        place.newest()
+
+
+def test_a_url_without_fsspec(tmp_path, monkeypatch) -> None:
+    real = builtins.__import__
+
+    def without(name, *rest, **named):
+        if name.partition(".")[0] == "fsspec":
+            raise ImportError(name)
+        return real(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(DatastoreError, match=r"pip install 'retrieval_draft\[store\]'"):
+        opened("memory://x", tmp_path)
+    assert opened(f"file://{tmp_path}/place", tmp_path).newest() is None
+
+
+def test_a_place_that_cannot_be_used_shows_no_secret(tmp_path) -> None:
+    for url in ("ftp://me:s3cret@127.0.0.1:1/x", "nothing://me:s3cret@h", "github://me:s3cret@"):
+        with pytest.raises(DatastoreError, match="cannot be kept") as refused:
+            opened(url, tmp_path)
+        lines = traceback.TracebackException.from_exception(refused.value).format()
+        assert not any("s3cret" in line for line in lines if not line.startswith("  File"))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    place = opened(tmp_path / "file", tmp_path)
+    with pytest.raises(DatastoreError, match="Cannot write the snapshot"):
+        place.write([segment([1])], state())
+
+
+class Remote:
+    """A place in memory, and ways to damage what is there."""
+
+    def __init__(self, tmp_path) -> None:
+        self.url = f"memory://remote-{uuid.uuid4().hex}"
+        self.files = fsspec.filesystem("memory")
+        self.place = opened(self.url, tmp_path)
+
+    def path(self, name: str, ending: str) -> str:
+        return next(each for each in self.files.find(self.url) if name in each and each.endswith(ending))
+
+    def copies(self, tmp_path) -> list[Path]:
+        return sorted((tmp_path / "cache").rglob("snapshot-*"))
+
+
+@pytest.fixture
+def remote(tmp_path):
+    made = Remote(tmp_path)
+    made.place.write([segment([7, 8])], state(NOW, 1))
+    return made
+
+
+def test_an_upload_in_progress_is_used_once_it_is_whole(remote, tmp_path) -> None:
+    name = remote.place.write([segment([5, 6])], state(NOW + 1, 2)).name
+    log = remote.path(name, "log.json")
+    content = remote.files.cat_file(log)
+    remote.files.rm_file(log)
+    assert remote.place.newest().state.entries == 1
+    remote.files.pipe_file(log, content)
+    assert remote.place.newest().state.entries == 2
+
+
+def test_a_copy_that_differs_from_its_checksums_is_passed_over(remote, tmp_path, caplog) -> None:
+    name = remote.place.write([segment([5, 6])], state(NOW + 1, 2)).name
+    path = remote.path(name, "tokens.npy")
+    content = remote.files.cat_file(path)
+    remote.files.pipe_file(path, content[:-1] + bytes([content[-1] ^ 1]))
+    with caplog.at_level(logging.WARNING, WARNED):
+        assert remote.place.newest().state.entries == 1
+    assert len(caplog.records) == 1
+    remote.files.pipe_file(path, content)
+    assert remote.place.newest().state.entries == 2
+
+
+def test_a_damaged_copy_is_fetched_again(remote, tmp_path) -> None:
+    remote.place.newest()
+    tear_segment(remote.copies(tmp_path)[0])
+    assert count(remote.place.newest(), 7, 8) == 1
+
+
+def test_a_snapshot_is_copied_once_and_old_copies_go(remote, tmp_path, monkeypatch) -> None:
+    remote.place.newest()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(remote.files), "get_file", None)
+        assert remote.place.newest().state.entries == 1
+    remote.place.write([segment([5])], state(NOW + 1, 2))
+    remote.place.prune(1)
+    assert remote.place.newest().state.entries == 2
+    assert len(remote.copies(tmp_path)) == 1
+
+
+def test_prune_keeps_the_whole_one_beside_crashed_uploads(remote, tmp_path) -> None:
+    for number in (1, 2):
+        name = remote.place.write([segment([5])], state(NOW + number, number)).name
+        remote.files.rm_file(remote.path(name, "log.json"))
+    remote.place.prune(2)
+    assert remote.place.newest().state.entries == 1
+
+
+def test_an_upload_that_fails_leaves_nothing(remote, monkeypatch) -> None:
+    before = remote.files.find(remote.url)
+    put, calls = type(remote.files).put_file, []
+
+    def fails(self, *rest, **named):
+        calls.append(rest)
+        if len(calls) == 3:
+            raise ConnectionError("down")
+        return put(self, *rest, **named)
+
+    monkeypatch.setattr(type(remote.files), "put_file", fails)
+    with pytest.raises(DatastoreError, match="down"):
+        remote.place.write([segment([5])], state(NOW + 1, 2))
+    assert remote.files.find(remote.url) == before
+
+
+def test_a_place_that_goes_down_while_it_is_read(remote, monkeypatch) -> None:
+    def down(*_, **__):
+        raise ConnectionError("down")
+
+    monkeypatch.setattr(type(remote.files), "get_file", down)
+    with pytest.raises(DatastoreError, match="down"):
+        remote.place.newest()
