@@ -91,21 +91,23 @@ class Drafting:
         self._vocabulary = vocabulary
         self._stats = stats
 
-    def propose(self, root: int, length: int, deepest: int) -> Plan:
+    def propose(self, root: int, length: int, deepest: int, nodes: int | None = None) -> Plan:
         """All that could be verified in the next step; the budget cuts it.
 
         Args:
             root: The last accepted token.
             length: Committed tokens before it.
             deepest: Tokens that may still be emitted after the next one; deeper nodes are useless.
+            nodes: Draft nodes at most in this step; None for as many as in any.
         """
-        wanted = proposed_nodes(self._max_nodes, self._calibration.noise is not None)
+        most = self._max_nodes if nodes is None else nodes
+        wanted = proposed_nodes(most, self._calibration.noise is not None)
         proposals = self._drafts.propose(wanted)
         if not proposals:
             tree = DraftTree.root(root)
             return Plan(tree, tree, proposals)
         self._calibration.position = length + 1
-        fused = self._fuse(root, proposals, self._calibration, self._max_nodes)
+        fused = self._fuse(root, proposals, self._calibration, most)
         return Plan(_usable(fused, deepest, self._vocabulary), fused, proposals)
 
     def count(self, plan: Plan, path: Sequence[int]) -> None:
@@ -127,8 +129,19 @@ class Drafting:
             tail: int32. Committed text before the root.
             said: The target's predictions at every node of ``plan.tree``.
         """
+        logits = NodeLogits(plan.tree.contexts(tail), said.top_tokens, said.top_probs)
+        self.learn_from(plan, emitted, logits)
+
+    def learn_from(self, plan: Plan, emitted: TokenArray, logits: NodeLogits) -> None:
+        """Tells sources and calibration what a step showed, in terms of contexts.
+
+        Args:
+            plan: The step's drafts.
+            emitted: int32, shape (m,). Tokens accepted in this step.
+            logits: What the target said, at nodes of the tree or anywhere.
+        """
         self._drafts.observe(emitted)
-        self._drafts.learn(NodeLogits(plan.tree.contexts(tail), said.top_tokens, said.top_probs))
+        self._drafts.learn(logits)
         if plan.proposals:
             self._calibration.observe(plan.fused, plan.proposals, emitted)
 

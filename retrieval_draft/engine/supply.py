@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.engine.budget import Budget
-from retrieval_draft.engine.calibration import Calibration
 from retrieval_draft.engine.drafting import Drafting, Fuse
 from retrieval_draft.engine.fusion import fuse
 from retrieval_draft.engine.guard import GuardedSource
 from retrieval_draft.engine.head_cost import HeadCost
+from retrieval_draft.engine.kept_calibration import calibration_file, keep_calibration, load_calibration
 from retrieval_draft.engine.logits import LogitReader
 from retrieval_draft.engine.passes import tree_passes
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.stats import DraftStats
 from retrieval_draft.engine.target import Target
-from retrieval_draft.errors import DatastoreError
 from retrieval_draft.index.locality import Locality, RequestDrafts
 from retrieval_draft.index.source import DraftSource, TokenArray
 
 __all__ = ["DraftSupply"]
 
 _MEASURE_CONTEXT = 128
-
-CALIBRATION = "calibration.safetensors"
-"""Its file in the history's folder."""
-
-_log = logging.getLogger("retrieval_draft")
 
 
 class DraftSupply:
@@ -86,7 +78,7 @@ class DraftSupply:
             self._head = HeadCost.measure(self._target)
         if self._by_cost:
             self.budget = Budget(self._measure())
-        self._calibration = self._load_calibration()
+        self._calibration = load_calibration(calibration_file(self._config))
 
     def open(
         self,
@@ -142,30 +134,8 @@ class DraftSupply:
         """Calls in which a source raised so far."""
         return sum(source.failures for source in self._sources)
 
-    @property
-    def _calibration_file(self) -> Path | None:
-        folder = self._config.history_folder
-        return None if folder is None or "history" not in self._config.sources else Path(folder, CALIBRATION)
-
-    def _load_calibration(self) -> Calibration:
-        """What was learned beside the history, or the shipped priors; a torn file costs only that."""
-        calibration = Calibration()
-        path = self._calibration_file
-        if path is not None and path.exists():
-            try:
-                calibration.load(path)
-            except DatastoreError as error:
-                _log.warning("Calibration starts afresh. %s", error)
-        return calibration
-
     def _save_calibration(self) -> None:
-        """A full disk costs what was learned, nothing else."""
-        path = self._calibration_file
-        if path is not None and self._calibration is not None:
-            try:
-                self._calibration.save(path)
-            except OSError as error:
-                _log.warning("Calibration could not be saved to %s: %s", path, error)
+        keep_calibration(self._calibration, calibration_file(self._config))
 
     def _measure(self) -> Any:
         from retrieval_draft._progress import progress

@@ -1,0 +1,347 @@
+"""Drafts for an engine that keeps its own model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval_draft.config import MAX_NODES, DraftConfig
+from retrieval_draft.datastores import open_datastores
+from retrieval_draft.engine.calibration import Calibration
+from retrieval_draft.engine.drafting import Drafting, Plan
+from retrieval_draft.engine.guard import GuardedSource
+from retrieval_draft.engine.kept_calibration import calibration_file, keep_calibration, load_calibration
+from retrieval_draft.engine.stats import DraftStats
+from retrieval_draft.engine.tree import DraftTree
+from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.fingerprint import vocabulary_size
+from retrieval_draft.index.locality import Locality
+from retrieval_draft.index.registry import Datastores
+from retrieval_draft.index.source import CONTEXT, NodeLogits, TokenArray
+from retrieval_draft.index.store.config import check_share
+from retrieval_draft.index.store.store import SharedStore
+from retrieval_draft.methods.method import Method, Parts
+from retrieval_draft.methods.registry import get_method
+
+__all__ = ["Proposer", "ProposerSession"]
+
+_ENDLESS = 1 << 30
+
+
+class Proposer:
+    """Proposes draft trees and chains from text alone; whoever asks verifies them with a model of their own.
+
+    The same sources, fusion and calibration as `RetrievalDrafter`, without a model: no cost is measured, so
+    the caller says how many nodes it wants, and the adjacency matrix learns from the emitted tokens, or from
+    logits that the caller hands over. Sessions may be used from several threads; they take turns.
+
+    Args:
+        stores: What is drafted from besides the requests.
+        config: How to draft.
+
+    Attributes:
+        config: As given.
+        stats: Counts of all sessions.
+        store: What servers share; None without.
+
+    Example:
+        with Proposer.for_tokenizer(tokenizer) as proposer:
+            session = proposer.open(prompt)
+            tree = session.propose(16)  # verify it, then tell what was emitted:
+            session.observe(emitted)
+            session.close()
+    """
+
+    def __init__(self, stores: Datastores, config: DraftConfig) -> None:
+        self._method: Method = get_method(config.method)
+        if self._method.needs_model:
+            raise InvalidInputError(
+                f"The method {config.method!r} drafts with a model, which a proposer does not have.",
+                "Choose a method that looks text up, such as calibrated.",
+            )
+        self.config, self.stores = config, stores
+        self.stats = DraftStats()
+        self.store: SharedStore | None = stores.shared
+        self._sources = [GuardedSource(source) for source in self._method.sources(Parts(config, stores))]
+        self._locality = Locality(self._sources)
+        self.calibration: Calibration = load_calibration(calibration_file(config))
+        self.lock = threading.RLock()
+        """Sources and calibration are shared by all sessions and take one at a time."""
+
+    @classmethod
+    def for_tokenizer(
+        cls,
+        tokenizer: Any,
+        *,
+        vocabulary: int | None = None,
+        corpora: Sequence[Any] = (),
+        phrases: Any = None,
+        store: Any = None,
+        config: DraftConfig | None = None,
+    ) -> Proposer:
+        """Makes a proposer for the ids of a tokenizer.
+
+        Args:
+            tokenizer: Of the model that verifies. None where there are only ids; `vocabulary` is needed then,
+                and nothing is drafted from but requests.
+            vocabulary: Ids are below it; None for as many as the tokenizer has.
+            corpora: Folders of ``retrieval-draft index build``, or opened ones.
+            phrases: Fixed texts the model often repeats: a file, or a list of texts.
+            store: What servers share: a URL, a `StoreConfig`, or an opened `SharedStore`.
+            config: Everything else that can be set.
+
+        Raises:
+            InvalidInputError: There is neither tokenizer nor vocabulary, or something needs the tokenizer.
+            TokenizerMismatchError: A corpus or the opened store belongs to another tokenizer.
+            DatastoreError: A corpus is missing or torn.
+        """
+        if vocabulary is None:
+            if tokenizer is None:
+                raise InvalidInputError(
+                    "A proposer needs to know which ids there are.", "Pass a tokenizer, or vocabulary=."
+                )
+            vocabulary = vocabulary_size(tokenizer)
+        config = config if config is not None else DraftConfig()
+        return cls(open_datastores(tokenizer, vocabulary, config, corpora, phrases, store), config)
+
+    def open(
+        self, prompt: TokenArray, references: Sequence[TokenArray] = (), *, share: str | None = None
+    ) -> ProposerSession:
+        """Starts a request.
+
+        Args:
+            prompt: int32, shape (length,), one token at least: all of the text so far.
+            references: Texts the reply may quote, int32 each.
+            share: What other servers may learn of it: "none", "reply" or "all"; None for what the store says.
+
+        Raises:
+            InvalidInputError: The prompt is empty or has ids outside the vocabulary, or there is no store.
+        """
+        ids = self._checked(prompt, "The prompt")
+        if not len(ids):
+            raise InvalidInputError("The prompt is empty.", "Pass one token at least, such as the bos token.")
+        if share is not None and check_share(share) != "none" and self.store is None:
+            raise InvalidInputError(f"share={share!r} needs a store.", "Pass store= to for_tokenizer.")
+        texts = [self._checked(text, "A reference") for text in references]
+        stats = DraftStats(requests=1, prompt_tokens=len(ids))
+        with self.lock:
+            drafting = Drafting(
+                self._locality.open(ids, texts),
+                self._method.tree,
+                self.calibration.open(),
+                self.config.max_nodes,
+                self.stores.vocabulary,
+                stats,
+            )
+        return ProposerSession(self, drafting, ids, share, stats)
+
+    def warm_up(self) -> None:
+        """Compiles now what the first request would otherwise wait for, and reads the store's log."""
+        from retrieval_draft.engine.warm_up import compile_kernels
+
+        spare = Parts(replace(self.config, history_folder=None), Datastores(vocabulary=16))
+        compile_kernels(self._method.sources(spare), self._method.tree, self.config.top_k)
+        if self.store is not None:
+            self.store.wait_ready()
+
+    def flush(self) -> None:
+        """Waits until what finished requests said can be drafted from; no request waits for that."""
+        self._locality.flush()
+        keep_calibration(self.calibration, calibration_file(self.config))
+        if self.store is not None:
+            self.store.flush()
+
+    def close(self) -> None:
+        """Keeps and sends what waits, and stops background threads."""
+        self._locality.close()
+        keep_calibration(self.calibration, calibration_file(self.config))
+        if self.store is not None and self.stores.owns_shared:
+            self.store.close()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all sources, sessions excluded."""
+        return self._locality.nbytes
+
+    def __enter__(self) -> Proposer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _checked(self, tokens: TokenArray, what: str) -> TokenArray:
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
+            raise InvalidInputError(
+                f"{what} has shape {ids.shape} and dtype {ids.dtype}; it must be one row of token ids."
+            )
+        bad = ids[(ids < 0) | (ids >= self.stores.vocabulary)]
+        if len(bad):
+            raise InvalidInputError(
+                f"{what} contains the token id {bad[0]}; ids must lie in 0..{self.stores.vocabulary - 1}.",
+                "Use the tokenizer that belongs to the model.",
+            )
+        return np.array(ids, np.int32)
+
+
+class ProposerSession:
+    """One request of a `Proposer`. One thread at a time may use it.
+
+    Attributes:
+        stats: Its counts. Steps are calls of `observe`.
+    """
+
+    def __init__(
+        self, proposer: Proposer, drafting: Drafting, prompt: TokenArray, share: str | None, stats: DraftStats
+    ) -> None:
+        self.stats = stats
+        self._proposer, self._drafting, self._share = proposer, drafting, share
+        self._prompt = prompt
+        self._reply: list[TokenArray] = []
+        self._tail = prompt[-CONTEXT:]
+        self._length = len(prompt)
+        self._plan: Plan | None = None
+        self._closed = False
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and reply so far."""
+        return self._length
+
+    def propose(self, nodes: int, deepest: int | None = None) -> DraftTree:
+        """The most probable continuations, as a tree below the last token of the text.
+
+        Args:
+            nodes: Draft nodes at most, the root not counted.
+            deepest: Longest path that is of use; None for any.
+
+        Returns:
+            The tree; its root alone where nothing is known.
+
+        Raises:
+            InvalidInputError: `nodes` is negative or too large, or the session is closed.
+        """
+        if not 0 <= nodes <= MAX_NODES:
+            raise InvalidInputError(f"nodes is {nodes}; it must lie in 0..{MAX_NODES}.")
+        self._check_open()
+        with self._proposer.lock:
+            root = int(self._tail[-1])
+            limit = _ENDLESS if deepest is None else deepest
+            self._plan = self._drafting.propose(root, self._length - 1, limit, nodes)
+        return self._plan.tree
+
+    def propose_chain(
+        self, max_tokens: int, floor: float = 0.0, nodes: int | None = None
+    ) -> tuple[TokenArray, NDArray[np.float32]]:
+        """The one continuation of which most is accepted on average.
+
+        Args:
+            max_tokens: Its length at most.
+            floor: It ends before a token whose path probability is lower.
+            nodes: Size of the tree it is chosen from; None for twice its length, 16 at least.
+
+        Returns:
+            int32, shape (n,), its tokens; float32, shape (n,), P(all up to this one are accepted).
+
+        Raises:
+            InvalidInputError: As `propose`.
+
+        Example:
+            the text 7 8 9 4 7 8: propose_chain(2)  ->  tokens [9, 4]
+        """
+        if not 0 <= max_tokens <= MAX_NODES:
+            raise InvalidInputError(f"max_tokens is {max_tokens}; it must lie in 0..{MAX_NODES}.")
+        from retrieval_draft.engine._kernels.chain import best_chain
+
+        wanted = min(MAX_NODES, max(16, 2 * max_tokens)) if nodes is None else nodes
+        tree = self.propose(wanted, max_tokens)
+        assert self._plan is not None
+        chain = np.empty(max_tokens, np.int32)
+        gains = np.empty(len(tree), np.float32)
+        size = best_chain(tree.parents, tree.depths, tree.path_probs, max_tokens, floor, gains, chain)
+        kept = chain[:size]
+        self._plan = Plan(_path(tree, kept), self._plan.fused, self._plan.proposals)
+        return tree.tokens[kept], tree.path_probs[kept]
+
+    def observe(self, tokens: TokenArray, logits: NodeLogits | None = None) -> int:
+        """Takes in what the model emitted since the last call, in order, the bonus token included.
+
+        Args:
+            tokens: int32, shape (m,).
+            logits: What the model said at positions of the text or of the tree, if the caller has it; else
+                the sources learn that each token followed what stands before it.
+
+        Returns:
+            How many of the tokens had been drafted, from the first on.
+
+        Raises:
+            InvalidInputError: An id lies outside the vocabulary, or the session is closed; nothing is kept.
+        """
+        emitted = self._proposer._checked(tokens, "What was emitted")
+        self._check_open()
+        if not len(emitted):
+            return 0
+        plan, self._plan = self._plan, None
+        text = np.concatenate((self._tail, emitted))
+        if logits is None:
+            logits = _said(text, len(emitted))
+        if plan is None:
+            root = DraftTree.root(int(self._tail[-1]))
+            plan = Plan(root, root, ())
+        path = plan.tree.walk(emitted)
+        with self._proposer.lock:
+            self._drafting.count(plan, path)
+            self._drafting.learn_from(plan, emitted, logits)
+        self._reply.append(emitted)
+        self._tail = text[-CONTEXT:]
+        self._length += len(emitted)
+        self.stats.tokens += len(emitted)
+        self.stats.steps += 1
+        return len(path) - 1
+
+    def close(self, *, finished: bool = True) -> None:
+        """Ends the request: its text joins the history, and, if finished, the store. Twice does no harm.
+
+        Args:
+            finished: False where the request was given up: other servers learn nothing of it then.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        proposer = self._proposer
+        with proposer.lock:
+            self._drafting.close()
+            proposer.stats.add(self.stats)
+        if finished and proposer.store is not None:
+            reply = np.concatenate(self._reply) if self._reply else np.empty(0, np.int32)
+            proposer.store.share(self._prompt, reply, self._share)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InvalidInputError("The session is closed.", "Open another one.")
+
+
+def _said(text: TokenArray, count: int) -> NodeLogits:
+    """That each of the last `count` tokens of `text` followed the ones before it."""
+    padded = np.concatenate((np.full(CONTEXT, -1, np.int32), text))
+    windows = np.lib.stride_tricks.sliding_window_view(padded[:-1], CONTEXT)
+    contexts = np.ascontiguousarray(windows[len(windows) - count :])
+    return NodeLogits(contexts, text[-count:, None].copy(), np.ones((count, 1), np.float32))
+
+
+def _path(tree: DraftTree, nodes: NDArray[np.int32]) -> DraftTree:
+    """The tree of the root and one path below it."""
+    kept = np.concatenate((np.zeros(1, np.int32), nodes))
+    return DraftTree(
+        tree.tokens[kept],
+        np.arange(-1, len(kept) - 1, dtype=np.int32),
+        tree.depths[kept],
+        tree.probs[kept],
+        tree.path_probs[kept],
+        tree.sources[kept],
+    )
