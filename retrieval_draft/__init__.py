@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from retrieval_draft.index.source import DraftSource, NodeLogits, Proposal
     from retrieval_draft.index.store.config import StoreConfig
     from retrieval_draft.index.store.store import SharedStore
+    from retrieval_draft.proposer import Proposer
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "DraftTree",
     "NodeLogits",
     "Proposal",
+    "Proposer",
     "RetrievalDraftError",
     "RetrievalDrafter",
     "SharedStore",
@@ -43,6 +45,7 @@ _HOME = {
     "DraftTree": "retrieval_draft.engine.tree",
     "NodeLogits": "retrieval_draft.index.source",
     "Proposal": "retrieval_draft.index.source",
+    "Proposer": "retrieval_draft.proposer",
     "RetrievalDraftError": "retrieval_draft.errors",
     "RetrievalDrafter": "retrieval_draft.drafter",
     "SharedStore": "retrieval_draft.index.store.store",
