@@ -171,3 +171,13 @@ def test_refusals() -> None:
         session.close()
         with pytest.raises(InvalidInputError, match="closed"):
             session.propose(4)
+
+
+def test_only_what_is_kept_of_a_chain_counts_as_drafted() -> None:
+    with Proposer.for_tokenizer(None, vocabulary=20) as proposer:
+        session = proposer.open(ids(7, 8, 9, 4, 5, 7, 8))
+        assert session.propose_chain(3)[0].tolist() == [9, 4, 5]
+        session.cut(1)
+        assert session.observe(ids(9, 4)) == 1
+        assert (session.stats.drafted, session.stats.accepted) == (1, 1)
+        session.cut(0)  # nothing proposed: nothing to cut
