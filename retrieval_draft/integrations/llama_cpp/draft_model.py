@@ -1,0 +1,217 @@
+"""A draft model for llama-cpp-python that looks its drafts up."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval_draft.config import MAX_NODES, DraftConfig
+from retrieval_draft.engine.cost import SIZES
+from retrieval_draft.engine.stats import DraftStats
+from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.fingerprint import vocabulary_size
+from retrieval_draft.integrations.llama_cpp._engine import llama_cpp
+from retrieval_draft.integrations.llama_cpp.gguf_tokenizer import GgufTokenizer
+from retrieval_draft.integrations.llama_cpp.pass_costs import PassCosts
+from retrieval_draft.proposer import Proposer, ProposerSession
+
+__all__ = ["RetrievalDraftModel"]
+
+Ids = NDArray[np.intc]
+
+_NOTHING: Ids = np.empty(0, np.intc)
+_ROUNDS = 3
+
+
+class RetrievalDraftModel:
+    """A `llama_cpp.llama_speculative.LlamaDraftModel` that drafts from text seen before.
+
+    llama-cpp-python hands over the whole text before each pass, and nothing else. A text that goes on from
+    the last one by no more than was drafted and one token is the same request; any other is a new one, and
+    what the last one said joins the history. One draft model serves one `Llama`; several may share a
+    `Proposer`.
+
+    Args:
+        proposer: What is drafted from.
+        num_pred_tokens: Length of every draft; None for as long as pays by the measured time of passes.
+        max_tokens: Length of a draft at most. llama-cpp-python takes it in one batch: keep it below n_batch.
+        share: What other servers may learn of each request; None for what the store says.
+
+    Attributes:
+        proposer: As given.
+        costs: What passes take, as far as they were timed.
+
+    Raises:
+        InvalidInputError: A length is out of range.
+
+    Example:
+        draft_model = RetrievalDraftModel.for_gguf("model.gguf")
+        llama = Llama("model.gguf", draft_model=draft_model)
+        llama.create_completion("def main(", temperature=0.0)
+    """
+
+    def __init__(
+        self,
+        proposer: Proposer,
+        *,
+        num_pred_tokens: int | None = None,
+        max_tokens: int = 32,
+        share: str | None = None,
+    ) -> None:
+        for name, value in (("num_pred_tokens", num_pred_tokens or 0), ("max_tokens", max_tokens)):
+            if not 0 <= value <= MAX_NODES:
+                raise InvalidInputError(f"{name} is {value}; it must lie in 0..{MAX_NODES}.")
+        if importlib.util.find_spec("llama_cpp") is not None:
+            # A subclass to isinstance, without the engine's libraries being loaded when this module is.
+            llama_cpp().llama_speculative.LlamaDraftModel.register(RetrievalDraftModel)
+        self.proposer = proposer
+        self.costs = PassCosts()
+        self._fixed = num_pred_tokens
+        self._most = max_tokens if num_pred_tokens is None else num_pred_tokens
+        self._share = share
+        self._owns_proposer = False
+        self._session: ProposerSession | None = None
+        self._text: Ids = _NOTHING
+        self._drafted = 0
+        self._left = 0.0
+        self._lock = threading.Lock()
+
+    @classmethod
+    def for_gguf(
+        cls,
+        model: Any,
+        *,
+        corpora: Sequence[Any] = (),
+        phrases: Any = None,
+        store: Any = None,
+        config: DraftConfig | None = None,
+        num_pred_tokens: int | None = None,
+        max_tokens: int = 32,
+        share: str | None = None,
+    ) -> RetrievalDraftModel:
+        """Makes a draft model for a GGUF file.
+
+        Args:
+            model: The file; its vocabulary is read. Or the Hugging Face tokenizer of the same model.
+            corpora: Folders of ``retrieval-draft index build`` to draft from, or opened ones, built with this
+                file's vocabulary or with that tokenizer: both have the same fingerprint.
+            phrases: Fixed texts the model often repeats: a file, or a list of texts.
+            store: What servers share, whatever engine they run: a URL, a `StoreConfig` or a `SharedStore`.
+            config: Everything else about drafting. Costs are measured here: its ``nodes`` counts for nothing.
+            num_pred_tokens: As for the class.
+            max_tokens: As for the class.
+            share: As for the class.
+
+        Raises:
+            ModelFileError: The file is missing, or llama.cpp cannot read it.
+            TokenizerMismatchError: A corpus or the opened store belongs to another tokenizer.
+            DatastoreError: A corpus is missing or torn.
+            InvalidInputError: llama-cpp-python is not installed, or a length is out of range.
+        """
+        tokenizer = GgufTokenizer(model) if isinstance(model, (str, os.PathLike)) else model
+        rows = tokenizer.rows if isinstance(tokenizer, GgufTokenizer) else vocabulary_size(tokenizer)
+        proposer = Proposer.for_tokenizer(
+            tokenizer, vocabulary=rows, corpora=corpora, phrases=phrases, store=store, config=config
+        )
+        made = cls(proposer, num_pred_tokens=num_pred_tokens, max_tokens=max_tokens, share=share)
+        made._owns_proposer = True
+        return made
+
+    def __call__(self, input_ids: Ids, /, **kwargs: Any) -> Ids:
+        """Drafts what may follow a text.
+
+        Args:
+            input_ids: intc, shape (length,). All tokens so far; read, not kept.
+            **kwargs: Nothing, so far.
+
+        Returns:
+            intc, shape (n,); empty where drafting does not pay.
+        """
+        with self._lock:
+            session = self._follow(np.asarray(input_ids))
+            tokens, probs = session.propose_chain(self._most)
+            if self._fixed is None:
+                tokens = tokens[: self.costs.choose(probs, session.length)]
+                session.cut(len(tokens))
+            self._drafted = len(tokens)
+            self._left = time.perf_counter()
+            return tokens.astype(np.intc)
+
+    def warm_up(self, llama: Any = None) -> None:
+        """Does now what the first request would otherwise wait for, or learn.
+
+        Args:
+            llama: The `llama_cpp.Llama` to time passes of, which loses its text; None to learn from requests.
+        """
+        self.proposer.warm_up()
+        if llama is not None:
+            self.costs.load(_seconds_by_size(llama))
+
+    def finish(self) -> None:
+        """Says that the request is over, so that its text can be drafted from; the next one does so too."""
+        with self._lock:
+            self._end()
+
+    def flush(self) -> None:
+        """Waits until what requests said can be drafted from; ends the one that runs."""
+        self.finish()
+        self.proposer.flush()
+
+    def close(self) -> None:
+        """Ends the request that runs, and the proposer if `for_gguf` made it."""
+        self.finish()
+        if self._owns_proposer:
+            self.proposer.close()
+
+    @property
+    def stats(self) -> DraftStats:
+        """Counts of all requests that are over."""
+        return self.proposer.stats
+
+    def __enter__(self) -> RetrievalDraftModel:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _follow(self, text: Ids) -> ProposerSession:
+        """The request that a text belongs to, told what is new in it."""
+        length = len(self._text)
+        new = len(text) - length
+        session = self._session
+        if session is not None and 0 < new <= self._drafted + 1 and np.array_equal(text[:length], self._text):
+            seconds = time.perf_counter() - self._left
+            session.observe(text[length:])
+            self.costs.observe(self._drafted + 1, new, length, seconds)
+        else:
+            self._end()
+            session = self._session = self.proposer.open(text, share=self._share)
+        self._text = text.copy()
+        return session
+
+    def _end(self) -> None:
+        if self._session is not None:
+            self._session.close()
+        self._session, self._text, self._drafted = None, _NOTHING, 0
+
+
+def _seconds_by_size(llama: Any) -> dict[int, float]:
+    """The least time of a few passes over n tokens, for n of `SIZES`, sizes taking turns."""
+    least = dict.fromkeys(SIZES, float("inf"))
+    token = max(0, int(llama.token_bos()))
+    for turn in range(_ROUNDS + 1):
+        for size in SIZES:
+            llama.reset()
+            begin = time.perf_counter()
+            llama.eval([token] * size)
+            if turn:  # the first round pays for memory
+                least[size] = min(least[size], time.perf_counter() - begin)
+    llama.reset()
+    return least
