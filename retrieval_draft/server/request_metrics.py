@@ -10,7 +10,9 @@ from retrieval_draft.engine.stats import DraftStats
 __all__ = ["speculative_decoding"]
 
 
-def speculative_decoding(stats: DraftStats, accepted_steps: Mapping[int, int] | None = None) -> dict[str, Any]:
+def speculative_decoding(
+    stats: DraftStats, accepted_steps: Mapping[int, int] | None = None
+) -> dict[str, Any]:
     """The counts of one request under vLLM's keys, and some of ours.
 
     As there, a step counts only if it verified drafts, and the bonus token is no draft. A draft is a tree

@@ -1,0 +1,1 @@
+"""Drafts over HTTP for engines that keep their own model. `client` imports neither torch nor numpy."""

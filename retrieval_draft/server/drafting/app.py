@@ -1,0 +1,168 @@
+"""The drafting service over HTTP: a plain ASGI application, as a framework would cost more than a draft."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import msgspec
+
+from retrieval_draft.errors import RetrievalDraftError
+from retrieval_draft.server.drafting import wire
+from retrieval_draft.server.drafting.errors import DraftServiceError, NotAllowedError, TooLargeError, error_of
+from retrieval_draft.server.drafting.service import DraftService, failure_of
+
+__all__ = ["PREFIX", "Authenticate", "DraftApp"]
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Authenticate = Callable[[str], "str | None"]
+"""The tenant that a key belongs to, None for no such key; the key is empty where none was sent."""
+
+Reply = wire.Info | wire.OpenReply | wire.StepReply
+Result = TypeVar("Result")
+PREFIX = "/v1/draft"
+_QUICK_NODES, _QUICK_TOKENS = 256, 64
+_log = logging.getLogger("retrieval_draft")
+
+
+class DraftApp:
+    """``/v1/draft``, by itself or mounted.
+
+    ``GET /v1/draft`` says what the service is, ``POST /v1/draft/open`` starts a session and
+    ``POST /v1/draft/step`` takes in and hands out for one or many. A step of one session is made on the event
+    loop if nobody else drafts, as handing it to a thread takes about as long as making it; all else goes to
+    a thread.
+
+    Args:
+        service: Does the work. It is not closed here.
+        authenticate: Whose key it is; None where all are the tenant "default".
+        max_body: Bytes of a request at most.
+    """
+
+    def __init__(
+        self, service: DraftService, authenticate: Authenticate | None = None, max_body: int = 16 << 20
+    ) -> None:
+        self.service = service
+        self._authenticate = authenticate
+        self._max_body = max_body
+        # Proposals take turns anyway; the second thread opens sessions meanwhile.
+        self._pool = ThreadPoolExecutor(2, "retrieval_draft drafts")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] != "http":
+            raise RuntimeError(f"The drafting service does not speak {scope['type']}.")
+        json = False
+        try:
+            headers = dict(scope["headers"])
+            json = _is_json(headers.get(b"content-type", b""))
+            tenant = self._tenant(headers)
+            reply: Reply | wire.ErrorReply = await self._answer(scope, headers, receive, tenant, json)
+            status = 200
+        except RetrievalDraftError as error:
+            reply = wire.ErrorReply(failure_of(error))
+            status = reply.error.code
+        except _LeftError:
+            return
+        except Exception:
+            _log.exception("A request to the drafting service failed.")
+            reply = wire.ErrorReply(wire.Failure("The service failed.", "server_error", 500))
+            status = 500
+        if isinstance(reply, wire.ErrorReply):
+            self.service.observer.failed(status)
+        await _respond(send, status, wire.encode(reply, json), json)
+
+    def close(self) -> None:
+        """Ends the threads; what they do is finished first."""
+        self._pool.shutdown()
+
+    def _tenant(self, headers: dict[bytes, bytes]) -> str:
+        if self._authenticate is None:
+            return "default"
+        words = headers.get(b"authorization", b"").decode("latin-1").split(None, 1)
+        key = words[1].strip() if len(words) == 2 and words[0].lower() == "bearer" else ""
+        tenant = self._authenticate(key)
+        if tenant is None:
+            raise NotAllowedError("The API key is missing or wrong.", "Send it as Authorization: Bearer KEY.")
+        return tenant
+
+    async def _answer(
+        self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, tenant: str, json: bool
+    ) -> Reply:
+        name = str(scope["path"]).rpartition(PREFIX)[2].rstrip("/")
+        method = "POST" if name in ("/open", "/step") else "GET"
+        if name not in ("", "/open", "/step"):
+            raise error_of(404, f"There is no {PREFIX}{name}.", "There are /open and /step.")
+        if scope["method"] != method:
+            raise error_of(405, f"{PREFIX}{name} takes {method}, not {scope['method']}.")
+        if not name:
+            return await self._in_thread(self.service.info, tenant)
+        body = await self._body(headers, receive)
+        if name == "/open":
+            request = _read(body, wire.OpenRequest, json)
+            return await self._in_thread(self.service.open, tenant, request)
+        steps = _read(body, wire.StepRequest, json).steps
+        if len(steps) > 1:
+            return wire.StepReply(await self._in_thread(self.service.steps, tenant, steps))
+        step = steps[0]
+        quick = step.nodes <= _QUICK_NODES and len(step.tokens) <= _QUICK_TOKENS and step.close is None
+        if quick and self.service.is_free(tenant, step.session):
+            return wire.StepReply([self.service.step(tenant, step)])
+        return wire.StepReply([await self._in_thread(self.service.step, tenant, step)])
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        too_large = TooLargeError(f"The body is longer than {self._max_body} bytes.", "Send less at once.")
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self._max_body:
+            raise too_large
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                raise _LeftError
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self._max_body:
+                raise too_large
+            if not message.get("more_body", False):
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _in_thread(self, call: Callable[..., Result], *arguments: Any) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
+
+
+class _LeftError(Exception):
+    """The client hung up before it had said everything."""
+
+
+def _read(body: bytes, kind: type[wire.Message], json: bool) -> wire.Message:
+    try:
+        return wire.decode(body, kind, json)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise DraftServiceError(
+            f"The body is no such message: {error}.",
+            f"Send {wire.JSON if json else wire.MESSAGE_PACK} of format version {wire.VERSION}.",
+        ) from error
+
+
+def _is_json(content_type: bytes) -> bool:
+    return content_type.partition(b";")[0].strip().lower() == wire.JSON.encode()
+
+
+async def _respond(send: Send, status: int, body: bytes, json: bool) -> None:
+    headers = [
+        (b"content-type", (wire.JSON if json else wire.MESSAGE_PACK).encode()),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if status == 429:
+        headers.append((b"retry-after", b"1"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

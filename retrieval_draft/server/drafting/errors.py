@@ -1,0 +1,89 @@
+"""What can go wrong between an engine and the drafting service.
+
+RetrievalDraftError
+  DraftServiceError                          the service said no; `status` is the HTTP status
+    UnknownSessionError(LookupError)         404: closed, expired, of another tenant, or never there
+    OutOfStepError                           409: the engine's text is not the one that the service has
+    ServiceFullError                         429: too many sessions or tokens
+    NotAllowedError(PermissionError)         401: no key, or a wrong one
+  ServiceUnavailableError(ConnectionError)   no answer, in time or at all
+"""
+
+from __future__ import annotations
+
+from retrieval_draft.errors import RetrievalDraftError
+
+__all__ = [
+    "DraftServiceError",
+    "NotAllowedError",
+    "OutOfStepError",
+    "ServiceFullError",
+    "ServiceUnavailableError",
+    "UnknownSessionError",
+    "error_of",
+]
+
+
+class DraftServiceError(RetrievalDraftError):
+    """The service said no."""
+
+    status = 400
+    kind = "invalid_request_error"
+
+
+class UnknownSessionError(DraftServiceError, LookupError):
+    """No such session: closed, expired, of another tenant, or never there."""
+
+    status = 404
+    kind = "not_found_error"
+
+
+class OutOfStepError(DraftServiceError):
+    """The engine's text is not the one that the service has, or its tokenizer is another."""
+
+    status = 409
+    kind = "conflict_error"
+
+
+class TooLargeError(DraftServiceError):
+    """The body or the session's text is too long."""
+
+    status = 413
+
+
+class ServiceFullError(DraftServiceError):
+    """Too many sessions or tokens are open."""
+
+    status = 429
+    kind = "rate_limit_error"
+
+
+class NotAllowedError(DraftServiceError, PermissionError):
+    """No API key, or a wrong one."""
+
+    status = 401
+    kind = "authentication_error"
+
+
+class ServiceUnavailableError(RetrievalDraftError, ConnectionError):
+    """No answer, in time or at all."""
+
+
+_BY_STATUS: dict[int, type[DraftServiceError]] = {
+    each.status: each
+    for each in (
+        DraftServiceError,
+        UnknownSessionError,
+        OutOfStepError,
+        TooLargeError,
+        ServiceFullError,
+        NotAllowedError,
+    )
+}
+
+
+def error_of(status: int, message: str, hint: str = "") -> DraftServiceError:
+    """The error that a status stands for."""
+    error = _BY_STATUS.get(status, DraftServiceError)(message, hint)
+    error.status = status
+    return error

@@ -1,0 +1,221 @@
+"""What engines and the drafting service say to each other, as MessagePack or JSON.
+
+Every message carries the version of this format, and is checked when it is read: types, ranges, lengths,
+and that there is nothing in it that is not known. Token ids travel as plain numbers, so that an engine in any
+language needs nothing but a MessagePack library.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+__all__ = [
+    "JSON",
+    "MESSAGE_PACK",
+    "VERSION",
+    "Draft",
+    "Failure",
+    "Info",
+    "OpenReply",
+    "OpenRequest",
+    "Said",
+    "Step",
+    "StepReply",
+    "StepRequest",
+    "decode",
+    "encode",
+]
+
+VERSION = 1
+MESSAGE_PACK, JSON = "application/msgpack", "application/json"
+MAX_STEPS = 1024
+MAX_DRAFT_NODES = 1024
+MAX_LENGTH = (1 << 31) - 1
+
+Token = Annotated[int, Meta(ge=0, le=MAX_LENGTH)]
+Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
+Version = Literal[1]
+
+
+class Said(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """The target's most probable next tokens at some positions.
+
+    Attributes:
+        tokens: One row for each position, best first; all rows of one length.
+        probs: Their probabilities under the target's softmax.
+        nodes: Which nodes of the last tree the rows are about, 0 being its root; None where row i is the law
+            that the i-th token of the step was drawn from.
+    """
+
+    tokens: list[list[Token]]
+    probs: list[list[Probability]]
+    nodes: list[Annotated[int, Meta(ge=0, le=MAX_DRAFT_NODES)]] | None = None
+
+
+class Want(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """What drafts an engine wants.
+
+    Attributes:
+        nodes: Draft nodes at most, the root not counted; 0 for none. Of a chain: its length at most.
+        deepest: Longest path that is of use; None for any.
+        chain: One path instead of a tree: the one of which most is accepted on average.
+        floor: A chain ends before a token whose path probability is lower.
+    """
+
+    nodes: Annotated[int, Meta(ge=0, le=MAX_DRAFT_NODES)] = 60
+    deepest: Annotated[int, Meta(ge=0, le=MAX_LENGTH)] | None = None
+    chain: bool = False
+    floor: Probability = 0.0
+
+
+class OpenRequest(Want, kw_only=True):
+    """Starts a session.
+
+    Attributes:
+        prompt: All of the text so far, one token at least.
+        references: Texts that the reply may quote.
+        share: What other servers may learn: "none", "reply" or "all"; None for what the service does.
+        fingerprint: Of the engine's tokenizer; another one than the service's is refused. Empty: not checked.
+        version: Of this format.
+    """
+
+    prompt: Annotated[list[Token], Meta(min_length=1)]
+    nodes: Annotated[int, Meta(ge=0, le=MAX_DRAFT_NODES)] = 0
+    references: list[list[Token]] = []
+    share: Literal["none", "reply", "all"] | None = None
+    fingerprint: Annotated[str, Meta(max_length=64)] = ""
+    version: Version = 1
+
+
+class Step(Want, kw_only=True):
+    """What a session's engine emitted, and what it wants next.
+
+    Attributes:
+        session: As the service called it.
+        tokens: Emitted since the last step, in order, the bonus token included.
+        at: Length of the text before `tokens`, as the engine has it. Tokens that the service has already are
+            not taken in twice, so a step whose answer was lost can be sent again; a gap is an error. None:
+            not checked.
+        said: What the target said, if the engine has it.
+        close: Ends the session after `tokens`: "finished" lets others learn from it, "dropped" does not.
+    """
+
+    session: Annotated[str, Meta(max_length=64)]
+    tokens: list[Token] = []
+    at: Annotated[int, Meta(ge=0)] | None = None
+    said: Said | None = None
+    close: Literal["finished", "dropped"] | None = None
+
+
+class StepRequest(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """Steps of many sessions at once, each session once."""
+
+    steps: Annotated[list[Step], Meta(min_length=1, max_length=MAX_STEPS)]
+    version: Version = 1
+
+
+class Failure(Struct, omit_defaults=True):
+    """Why something did not work, in the shape of OpenAI's errors."""
+
+    message: str
+    type: str = "invalid_request_error"
+    code: int = 400
+    param: str | None = None
+    hint: str = ""
+
+
+class Draft(Struct, omit_defaults=True):
+    """What to verify next. Node 0 is the last token of the text; parents come before their children.
+
+    Attributes:
+        tokens: The root's, then those of the draft nodes, the most probable paths first.
+        parents: Of each node; -1 for the root.
+        path_probs: P(the node and all above it are accepted); 1 for the root.
+        accepted: How many of the step's tokens had been drafted, from the first on.
+        length: Tokens of the text.
+        error: Why there is no draft; None where all went well.
+    """
+
+    tokens: list[int] = []
+    parents: list[int] = []
+    path_probs: list[float] = []
+    accepted: int = 0
+    length: int = 0
+    error: Failure | None = None
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Nodes, the root not included."""
+        return max(0, len(self.tokens) - 1)
+
+
+class OpenReply(Struct):
+    """The session's name, and its first draft if one was asked for."""
+
+    session: str
+    draft: Draft
+    version: int = VERSION
+
+
+class StepReply(Struct):
+    """One draft for each step, in their order."""
+
+    drafts: list[Draft]
+    version: int = VERSION
+
+
+class Info(Struct):
+    """What the service is.
+
+    Attributes:
+        vocabulary: Ids are below it.
+        fingerprint: Of the tokenizer; empty where it has none.
+        sessions: Open ones of the tenant.
+        max_sessions: Open at once, of all tenants.
+        max_session_tokens: Prompt, references and reply of one session.
+        idle_seconds: A session that is not used for so long is closed.
+        store: State of the store; empty without one.
+    """
+
+    vocabulary: int
+    fingerprint: str
+    sessions: int
+    max_sessions: int
+    max_session_tokens: int
+    idle_seconds: float
+    store: str = ""
+    version: int = VERSION
+
+
+class ErrorReply(Struct):
+    """A whole request that did not work."""
+
+    error: Failure
+
+
+Message = TypeVar("Message")
+_packer, _writer = msgspec.msgpack.Encoder(), msgspec.json.Encoder()
+_readers: dict[tuple[type, bool], Any] = {
+    (kind, json): (msgspec.json.Decoder(kind) if json else msgspec.msgpack.Decoder(kind))
+    for kind in (OpenRequest, StepRequest, OpenReply, StepReply, Info, ErrorReply)
+    for json in (False, True)
+}
+
+
+def encode(message: Struct, json: bool = False) -> bytes:
+    """A message as bytes."""
+    return (_writer if json else _packer).encode(message)
+
+
+def decode(body: bytes, kind: type[Message], json: bool = False) -> Message:
+    """Reads and checks a message.
+
+    Raises:
+        msgspec.DecodeError: It is no MessagePack or JSON, or not such a message.
+        RecursionError: It is nested too deeply.
+    """
+    message: Message = _readers[kind, json].decode(body)
+    return message
