@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.cache_utils import DynamicCache
 
 from retrieval_draft.config import DraftConfig
+from retrieval_draft.continuous import ContinuousDrafter
 from retrieval_draft.datastores import open_datastores
 from retrieval_draft.engine.cache_rows import write_back
 from retrieval_draft.engine.cpu_kernels import CpuKernels
@@ -29,24 +30,23 @@ from retrieval_draft.engine.supply import DraftSupply
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.threads import in_live_pool
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.generation import streaming, take_stop_strings
+from retrieval_draft.generation import streaming
 from retrieval_draft.index.registry import Datastores
 from retrieval_draft.index.store.config import check_share
 from retrieval_draft.index.store.store import SharedStore
 from retrieval_draft.inputs import (
     best_of_options,
     check_generation,
-    check_new_tokens,
-    check_options,
     check_prompt,
     check_tokenizer,
     reference_tokens,
 )
 from retrieval_draft.methods.method import Parts
-from retrieval_draft.methods.registry import get_method
 from retrieval_draft.outputs import best_rows, make_output
 from retrieval_draft.requests import Extras, Seeds, make_requests
 from retrieval_draft.sharing import share_when_finished
+from retrieval_draft.supplies import make_supply
+from retrieval_draft.through_model import through_model
 
 __all__ = ["RetrievalDrafter"]
 
@@ -86,6 +86,7 @@ class RetrievalDrafter:
         self._target = target
         self._tokenizer = tokenizer
         self._supply = supply
+        self._parts = Parts(config, Datastores(target.embedding_rows))
         self.kernels = CpuKernels(target.model, config.cpu_kernels)
         self._lock = threading.RLock()
         _drafters.add(self)
@@ -133,23 +134,12 @@ class RetrievalDrafter:
             check_tokenizer(tokenizer, model, target.embedding_rows)
         stores = open_datastores(tokenizer, target.embedding_rows, config, corpora, phrases, store)
         in_live_pool(lambda: probe(target))
-        chosen = get_method(config.method)
-        models = make_draft_sources(draft_model, target, tokenizer)
-        if chosen.needs_model and not models:
-            raise InvalidInputError(
-                f"The method {chosen.name!r} drafts with a model, and there is none.", "Pass draft_model=."
-            )
-        # Kernels are compiled with a history in memory, lest the user's be written.
-        spare = Parts(replace(config, history_folder=None), Datastores(vocabulary=16))
-        supply = DraftSupply(
-            target,
-            config,
-            chosen.sources(Parts(config, stores, models)),
-            chosen.tree,
-            chosen.nodes,
-            lambda: [] if chosen.needs_model else chosen.sources(spare),
+        parts = Parts(config, stores, make_draft_sources(draft_model, target, tokenizer))
+        drafter = cls(
+            target, tokenizer, config, make_supply(target, parts), stores.shared, stores.owns_shared
         )
-        return cls(target, tokenizer, config, supply, stores.shared, stores.owns_shared)
+        drafter._parts = parts
+        return drafter
 
     def generate(
         self,
@@ -196,41 +186,27 @@ class RetrievalDrafter:
             int64, shape (batch, length + new), or a GenerateDecoderOnlyOutput with
             ``return_dict_in_generate=True``; its ``past_key_values`` can be handed back.
         """
-        self._check_share(share)
-        target = self._target
-        model: Any = target.model
-        check_prompt(input_ids, attention_mask, target.embedding_rows, target.max_positions)
-        check_new_tokens(generation_config, generate_kwargs)
-        check_options(generate_kwargs)
         keep_best = best_of_options(best_of, generation_config, generate_kwargs)
+        rows = self._target.embedding_rows
         references = [
-            *reference_tokens(documents, self._tokenizer, target.embedding_rows),
-            *reference_tokens(prediction, self._tokenizer, target.embedding_rows),
+            *reference_tokens(documents, self._tokenizer, rows),
+            *reference_tokens(prediction, self._tokenizer, rows),
         ]
-        generation_config = take_stop_strings(generation_config, generate_kwargs, self._tokenizer)
         extras = Extras(streamer, seed, sample, references, output_prompt_logits, keep_best, share)
+        self._check_share(share)
 
-        def loop(
-            model: PreTrainedModel,
+        def run(
             input_ids: Tensor,
-            logits_processor: LogitsProcessorList,
-            stopping_criteria: StoppingCriteriaList,
-            generation_config: GenerationConfig,
-            **model_inputs: Any,
+            processors: LogitsProcessorList,
+            criteria: StoppingCriteriaList,
+            config: GenerationConfig,
+            model_inputs: dict[str, Any],
         ) -> Any:
             model_inputs["past_key_values"] = past_key_values
-            return self._run(
-                input_ids, logits_processor, stopping_criteria, generation_config, model_inputs, extras
-            )
+            return self._run(input_ids, processors, criteria, config, model_inputs, extras)
 
-        return in_live_pool(
-            lambda: model.generate(
-                input_ids,
-                attention_mask=attention_mask,
-                generation_config=generation_config,
-                custom_generate=loop,
-                **generate_kwargs,
-            )
+        return through_model(
+            self._target, self._tokenizer, run, input_ids, attention_mask, generation_config, generate_kwargs
         )
 
     def custom_generate(
@@ -260,6 +236,11 @@ class RetrievalDrafter:
                 input_ids, logits_processor, stopping_criteria, generation_config, model_inputs, extras
             )
         )
+
+    @property
+    def continuous(self) -> ContinuousDrafter:
+        """The same for requests that come and go, as a server's do."""
+        return ContinuousDrafter(self)
 
     def warm_up(self) -> None:
         """Compiles, measures and reads now what the first request would otherwise wait for, or do without."""

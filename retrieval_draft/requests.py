@@ -28,7 +28,7 @@ from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.generation import StreamRows
 from retrieval_draft.index.source import TokenArray
 
-__all__ = ["Extras", "Seeds", "make_requests", "set_limits"]
+__all__ = ["Extras", "Prepared", "Seeds", "make_requests", "set_limits"]
 
 Seeds = int | Sequence[int] | None
 
@@ -46,6 +46,7 @@ class Extras:
         best_of: Sequences of each prompt to return, the most probable first, of those that are sampled; None
             for all.
         share: What other servers may learn: "none", "reply" or "all"; None for what the store says.
+        top_logprobs: How many alternatives of each token to keep with log probabilities; None for nothing.
     """
 
     streamer: Any = None
@@ -55,6 +56,20 @@ class Extras:
     keep_prompt_logits: bool = False
     best_of: int | None = None
     share: str | None = None
+    top_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is ready to join a batch.
+
+    Attributes:
+        requests: Those of one prompt; the first leads the others.
+        references: Texts that the replies may quote.
+    """
+
+    requests: Sequence[DecodeRequest]
+    references: Sequence[TokenArray] = ()
 
 
 def make_requests(
@@ -111,9 +126,10 @@ def make_requests(
             noise = GumbelNoise(seeds[row], _logit_width(target), target.device, sample=sample)
             samples[key] += 1
         sampler = None
-        if noise is not None or len(processors) or any(keeps):
+        top = extras.top_logprobs
+        if noise is not None or len(processors) or any(keeps) or top is not None:
             own = processors_of_row(processors, row, len(prompts))
-            sampler = Sampler(own, noise, *keeps, keep_logprob=extras.best_of is not None)
+            sampler = Sampler(own, noise, *keeps, keep_logprob=extras.best_of is not None, keep_top=top)
         request = DecodeRequest(
             prompt, 0, sampler=sampler, noise=noise, padded=input_ids[row : row + 1].long()
         )

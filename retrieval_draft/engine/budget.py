@@ -32,6 +32,10 @@ class Costs(Protocol):
         """The costs of passes over so many rows, which start from these."""
         ...
 
+    def seconds(self, tokens: int) -> float:
+        """What a pass over so many tokens takes."""
+        ...
+
 
 class Budget:
     """How many nodes of each row's tree a step verifies.
@@ -80,6 +84,10 @@ class Budget:
         """Takes note of what a whole step yielded and took."""
         if self._costs:
             self._cost(rows).note_step(emitted, seconds, forward_seconds)
+
+    def plain_seconds(self, rows: int) -> float:
+        """What a pass over one token of each of `rows` rows takes; 0 where nothing is measured."""
+        return self._cost(rows).seconds(rows) if self._costs and rows else 0.0
 
     def _cost(self, rows: int) -> Costs:
         bucket = 1 << (rows - 1).bit_length()

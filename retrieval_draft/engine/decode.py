@@ -2,21 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter
+from typing import Any
 
 from torch import Tensor
 
+from retrieval_draft.engine.attention import TreeInputs
 from retrieval_draft.engine.budget import Budget
-from retrieval_draft.engine.drafting import Drafting
+from retrieval_draft.engine.drafting import Drafting, Plan
 from retrieval_draft.engine.logits import LogitReader, Predictions
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.row import Row
 from retrieval_draft.engine.stats import DraftStats
 from retrieval_draft.engine.target import Target
 
-__all__ = ["Batch", "decode"]
+__all__ = ["Batch", "Step", "decode"]
+
+_log = logging.getLogger("retrieval_draft")
+
+OnError = Callable[[Row, Exception], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step did.
+
+    Attributes:
+        rows: Those that stepped; ones that failed are left out.
+        plans: What was verified, one for each row.
+        emitted: Tokens of each row.
+        draft_seconds: Proposals and choice of the budget.
+        commit_seconds: Packing and moving accepted paths.
+        forward_seconds: The pass.
+        learn_seconds: What sources and calibration took note of.
+        seconds: All of it.
+    """
+
+    rows: Sequence[Row]
+    plans: Sequence[Plan]
+    emitted: Sequence[Sequence[int]]
+    draft_seconds: float
+    commit_seconds: float
+    forward_seconds: float
+    learn_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """A row's part of a pass: logits and hidden states at its nodes, padded ones included, and a summary."""
+
+    logits: Tensor
+    summary: Predictions
+    hidden: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Verified:
+    """A pass over some rows."""
+
+    rows: Sequence[Row]
+    plans: Sequence[Plan]
+    parts: Sequence[_Said]
+    nodes: int
+    seconds: float
+
+
+def _accept(row: Row, plan: Plan, said: _Said) -> list[int]:
+    return row.accept(plan, said.logits, said.summary)
+
+
+def _learn(row: Row, plan: Plan, emitted: list[int], said: _Said) -> None:
+    row.learn(plan, emitted, said.summary, said.hidden)
 
 
 class Batch:
@@ -27,14 +88,24 @@ class Batch:
         reader: Reads logits; its `k` is what the sources learn from.
         stats: Counts of what the rows share; their own are theirs.
         budget: Shares draft nodes between the rows.
+        failed: Told of a row whose own part of a step raised, which leaves the batch; a pass that raises is
+            made again row by row, without drafts, to find out whose fault it is. None lets errors out.
 
     Attributes:
         rows: In the order in which they joined.
     """
 
-    def __init__(self, target: Target, reader: LogitReader, stats: DraftStats, budget: Budget) -> None:
+    def __init__(
+        self,
+        target: Target,
+        reader: LogitReader,
+        stats: DraftStats,
+        budget: Budget,
+        failed: OnError | None = None,
+    ) -> None:
         self.rows: list[Row] = []
         self._target, self._reader, self._stats, self._budget = target, reader, stats, budget
+        self._failed = failed
 
     def join(
         self, request: DecodeRequest, drafting: Drafting | None, stats: DraftStats, leader: Row | None = None
@@ -50,38 +121,123 @@ class Batch:
         Returns:
             Its row; it may be done already.
         """
+        row = self.row(request, drafting, stats)
+        for _ in self.joining(row, leader):
+            pass
+        return row
+
+    def row(self, request: DecodeRequest, drafting: Drafting | None, stats: DraftStats) -> Row:
+        """A row that has not joined yet; at most one such row at a time."""
         target = self._target
         attention = target.attention if not self.rows else target.attention_of_row()
-        row = Row(target, request, drafting, attention, stats)
-        with target.watching_hidden(drafting is not None and drafting.wants_hidden):
-            if leader is None:
-                row.prefill(self._reader)
-            else:
+        return Row(target, request, drafting, attention, stats)
+
+    def joining(self, row: Row, leader: Row | None = None) -> Iterator[None]:
+        """Passes a row's prompt, and adds the row. Yields between passes, when other rows may step."""
+        hidden = row.drafting is not None and row.drafting.wants_hidden
+        if leader is not None:
+            with self._target.watching_hidden(hidden):
                 row.fork(leader)
+        else:
+            passes, more = row.prefill(self._reader), True
+            while more:
+                with self._target.watching_hidden(hidden):
+                    more = next(passes, self) is not self
+                if more:
+                    yield
         self.rows.append(row)
-        return row
 
     def leave(self) -> list[Row]:
         """Takes out the rows that are done, each ready to be returned."""
         done = [row for row in self.rows if row.done]
         if done:
             self.rows = [row for row in self.rows if not row.done]
+            done = list(self._of_each(Row.finish, done))
             for row in done:
-                row.finish()
                 row.forget()
         return done
 
-    def step(self) -> None:
+    def remove(self, row: Row) -> None:
+        """Takes out a row that is given up, between two steps."""
+        self.rows = [other for other in self.rows if other is not row]
+        row.forget()
+
+    def step(self) -> Step:
         """Drafts, verifies and accepts in every row."""
-        rows, stats = self.rows, self._stats
+        stats = self._stats
         started = perf_counter()
-        plans = [row.propose() for row in rows]
+        planned = self._of_each(Row.propose, self.rows)
+        rows, plans = list(planned), list(planned.values())
         sizes = self._budget.share([plan.tree for plan in plans], [row.length for row in rows])
         plans = [plan.cut(size) for plan, size in zip(plans, sizes, strict=True)]
         drafted = perf_counter()
-        inputs = [row.prepare(plan) for row, plan in zip(rows, plans, strict=True)]
+        prepared = self._of_each(Row.prepare, rows, plans)
+        plans = [plan for row, plan in zip(rows, plans, strict=True) if row in prepared]
+        rows, inputs = list(prepared), list(prepared.values())
         packed = perf_counter()
-        caches, hidden = [row.cache for row in rows], None
+        verified: list[_Verified] = []
+        if rows:
+            try:
+                verified = [self._verify(rows, plans, inputs)]
+            except Exception as error:
+                if self._failed is None:
+                    raise
+                verified = self._verify_alone(rows, plans, error)
+        forward = sum(each.seconds for each in verified)
+        rows = [row for each in verified for row in each.rows]
+        plans = [plan for each in verified for plan in each.plans]
+        said = [part for each in verified for part in each.parts]
+        accepted = self._of_each(_accept, rows, plans, said)
+        walked = perf_counter()
+        kept = [place for place, row in enumerate(rows) if row in accepted]
+        rows, plans, said = [rows[p] for p in kept], [plans[p] for p in kept], [said[p] for p in kept]
+        emitted = list(accepted.values())
+        learnt = self._of_each(_learn, rows, plans, emitted, said)
+        if len(verified) == 1 and rows:
+            nodes = verified[0].nodes
+            self._budget.timed(len(verified[0].rows), nodes, max(row.length for row in rows), forward)
+            total = perf_counter() - started
+            self._budget.note_step(len(rows), sum(map(len, emitted)), total, forward)
+        ended = perf_counter()
+        stats.passes += len(verified)
+        stats.draft_seconds += drafted - started
+        stats.commit_seconds += packed - drafted
+        stats.forward_seconds += forward
+        stats.accept_seconds += walked - packed - forward
+        stats.learn_seconds += ended - walked
+        kept = [place for place, row in enumerate(rows) if row in learnt]
+        return Step(
+            [rows[place] for place in kept],
+            [plans[place] for place in kept],
+            [emitted[place] for place in kept],
+            drafted - started,
+            packed - drafted,
+            forward,
+            ended - walked,
+            ended - started,
+        )
+
+    def _of_each(
+        self, call: Callable[..., Any], rows: Sequence[Row], *given: Sequence[Any]
+    ) -> dict[Row, Any]:
+        """What `call` returns for each row; a row in which it raises fails alone."""
+        out: dict[Row, Any] = {}
+        for row, *arguments in zip(rows, *given, strict=True):
+            try:
+                out[row] = call(row, *arguments)
+            except Exception as error:
+                self._fail(row, error)
+        return out
+
+    def _fail(self, row: Row, error: Exception) -> None:
+        if self._failed is None:
+            raise error
+        self.remove(row)
+        self._failed(row, error)
+
+    def _verify(self, rows: Sequence[Row], plans: Sequence[Plan], inputs: Sequence[TreeInputs]) -> _Verified:
+        """One pass over the trees of all rows, and what it says."""
+        began, caches, hidden = perf_counter(), [row.cache for row in rows], None
         if any(row.drafting is not None and row.drafting.wants_hidden for row in rows):
             with self._target.watching_hidden():
                 logits = self._target.verify_rows(caches, inputs)
@@ -93,27 +249,25 @@ class Batch:
         for given in inputs:
             begins.append(begins[-1] + given.input_ids.shape[1])
         said = self._read(logits, begins, [len(plan.tree) for plan in plans])
-        read = perf_counter()
-        parts = list(pairwise(begins))
-        emitted = [
-            row.accept(plan, logits[begin:end], each)
-            for row, plan, each, (begin, end) in zip(rows, plans, said, parts, strict=True)
-        ]
-        accepted = perf_counter()
         # On CUDA the pass is over when its logits have been read; nothing else waits for it.
-        forward = (read if self._target.device.type == "cuda" else launched) - packed
-        for row, plan, tokens, each, (begin, end) in zip(rows, plans, emitted, said, parts, strict=True):
-            row.learn(plan, tokens, each, None if hidden is None else hidden[begin:end])
-        longest = max(row.length for row in rows)
-        self._budget.timed(len(rows), begins[-1], longest, forward)
-        learned = perf_counter()
-        self._budget.note_step(len(rows), sum(map(len, emitted)), learned - started, forward)
-        stats.passes += 1
-        stats.draft_seconds += drafted - started
-        stats.commit_seconds += packed - drafted
-        stats.forward_seconds += forward
-        stats.accept_seconds += accepted - packed - forward
-        stats.learn_seconds += perf_counter() - accepted
+        ended = perf_counter() if self._target.device.type == "cuda" else launched
+        parts = [
+            _Said(logits[begin:end], each, None if hidden is None else hidden[begin:end])
+            for each, (begin, end) in zip(said, pairwise(begins), strict=True)
+        ]
+        return _Verified(rows, plans, parts, begins[-1], ended - began)
+
+    def _verify_alone(self, rows: Sequence[Row], plans: Sequence[Plan], error: Exception) -> list[_Verified]:
+        """A pass for each row, after one over all of them raised; the rows that raise again fail."""
+        _log.warning("A pass over %d rows raised and is made again row by row: %r", len(rows), error)
+        out = []
+        for row, plan in zip(rows, plans, strict=True):
+            plain = plan.cut(0)
+            try:
+                out.append(self._verify([row], [plain], [row.prepare_again(plain)]))
+            except Exception as again:
+                self._fail(row, again)
+        return out
 
     def close(self) -> None:
         """Ends what the rows hold, as after an error."""

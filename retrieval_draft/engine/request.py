@@ -36,6 +36,7 @@ class DecodeRequest:
         cache: Holds the beginning of the prompt already, all but one token at most; None to begin anew.
         leader: A request with the same prompt, earlier in the batch, whose prompt pass serves this one too.
         keep_prompt_logits: Whether the logits at the prompt's positions are kept.
+        read_prompt: Called with those logits instead, run by run: (m, vocabulary) each; they are not kept.
     """
 
     prompt: TokenArray
@@ -53,3 +54,4 @@ class DecodeRequest:
     cache: SpeculativeCache | None = None
     leader: DecodeRequest | None = None
     keep_prompt_logits: bool = False
+    read_prompt: Callable[[Tensor], None] | None = None

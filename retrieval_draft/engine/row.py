@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 
 import numpy as np
@@ -75,21 +75,34 @@ class Row:
         stats.requests += 1
         stats.prompt_tokens += len(request.prompt)
 
-    def prefill(self, reader: LogitReader) -> None:
-        """Passes the prompt through the model, emits the first token, and tells the sources of both."""
+    def prefill(self, reader: LogitReader) -> Iterator[None]:
+        """Passes the prompt through the model, emits the first token, and tells the sources of both.
+
+        Yields after each pass but the last, when other rows may step.
+        """
         request, begin = self.request, perf_counter()
         fed = request.prompt[self.cache.get_seq_length() :]
         prompt = torch.from_numpy(fed.astype(np.int64)).to(self.target.device)
-        wanted = len(fed) if request.keep_prompt_logits else min(request.prompt_rows, len(fed))
+        reads_all = request.keep_prompt_logits or request.read_prompt is not None
+        wanted = len(fed) if reads_all else min(request.prompt_rows, len(fed))
         parts, kept = [], []
-        for logits in self.target.prefill(self.cache, prompt, wanted, request.prefill_chunk):
-            parts.append(reader.read(logits))
-            if request.keep_prompt_logits:
-                kept.append(logits.to(torch.float32, copy=True))
+        passed = self.cache.get_seq_length()
+        for logits in self.target.prefill_passes(self.cache, prompt, wanted, request.prefill_chunk):
+            if logits is not None:
+                parts.append(reader.read(logits))
+                if request.keep_prompt_logits:
+                    kept.append(logits.to(torch.float32, copy=True))
+                if request.read_prompt is not None:
+                    request.read_prompt(logits)
+                end = logits[-1:]
+            if self.cache.get_seq_length() - passed < len(fed):
+                self.stats.prefill_seconds += perf_counter() - begin
+                yield
+                begin = perf_counter()
         if kept:
             self.prompt_logits = torch.cat(kept)
         said = Predictions(*(np.concatenate([getattr(p, name) for p in parts]) for name in _FIELDS))
-        self._prompt_end = logits[-1:]
+        self._prompt_end = end
         self._said = _last(said)
         self._begin(self._prompt_end)
         self.stats.prefill_seconds += perf_counter() - begin
@@ -132,6 +145,12 @@ class Row:
         inputs = self.attention.prepare(plan.tree, len(self.text) - 1, self._moved)
         self._commit(inputs.moved)
         return inputs
+
+    def prepare_again(self, plan: Plan) -> TreeInputs:
+        """`prepare` after a pass that failed: what it staged goes, the committed text stays."""
+        self.cache.stage(False)
+        self.cache.drop()
+        return self.attention.prepare(plan.tree, len(self.text) - 1, None)
 
     def accept(self, plan: Plan, logits: Tensor, said: Predictions) -> list[int]:
         """Emits what the target says along the tree, and notes which nodes to keep.
@@ -237,6 +256,11 @@ class Row:
         if self._path:
             self.cache.commit(moved, self._kept, len(self._path))
         self._path, self._moved = (), None
+
+    @property
+    def path(self) -> Sequence[int]:
+        """Nodes of the last step's tree that were accepted, the root first."""
+        return self._path
 
     @property
     def length(self) -> int:

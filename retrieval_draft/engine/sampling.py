@@ -10,6 +10,7 @@ from transformers import LogitsProcessorList
 
 from retrieval_draft.engine.logits import non_finite
 from retrieval_draft.engine.noise import GumbelNoise
+from retrieval_draft.engine.token_logprobs import TokenLogprobs, token_logprobs
 from retrieval_draft.engine.warpers import Choice, Warpers, split
 
 __all__ = ["Sampler", "non_finite"]
@@ -27,11 +28,14 @@ class Sampler:
         keep_scores: Whether to keep processed scores in `scores`.
         keep_logits: Whether to keep raw logits in `logits`.
         keep_logprob: Whether to keep log probabilities of the chosen tokens, under the processed scores.
+        keep_top: How many alternatives to keep of each token, with log probabilities under the raw logits;
+            None for nothing.
 
     Attributes:
         scores: Processed scores, each float32, shape (1, vocabulary), or None.
         logits: Raw logits, each float32, shape (1, vocabulary), or None.
         logprobs: Natural logarithms of the chosen tokens' probabilities, in order; empty unless kept.
+        top: What `keep_top` asks for, in order; empty unless kept.
 
     Example:
         With a temperature of 0.5 and logits ``[1.0, 0.0]``, token 0 is drawn with probability 0.88; where it
@@ -46,6 +50,7 @@ class Sampler:
         keep_logits: bool = False,
         *,
         keep_logprob: bool = False,
+        keep_top: int | None = None,
     ) -> None:
         own = list(processors)
         # Division can make scores equal, and then argmax looks at ids: greedy takes them as they are.
@@ -58,6 +63,8 @@ class Sampler:
         self.scores: list[Tensor] | None = [] if keep_scores else None
         self.logits: list[Tensor] | None = [] if keep_logits else None
         self.logprobs: list[float] = []
+        self._keep_top = keep_top
+        self.top: list[TokenLogprobs] = []
 
     @property
     def logprob(self) -> float:
@@ -90,6 +97,8 @@ class Sampler:
             choice = self._choose_in_torch(self._tail(ids.to(row.device), scores), position)
         if self._keep_logprob:
             self.logprobs.append(choice.logprob)
+        if self._keep_top is not None:
+            self.top.append(token_logprobs(row, choice.token, self._keep_top))
         return choice.token
 
     def _choose_in_torch(self, scores: Tensor, position: int) -> Choice:

@@ -80,6 +80,15 @@ class DraftSupply:
             self.budget = Budget(self._measure())
         self._calibration = load_calibration(calibration_file(self._config))
 
+    def prepare_like(self, other: DraftSupply) -> None:
+        """As `prepare`, with what a supply of the same model and configuration has measured."""
+        if not self._drafts or self._calibration is not None:
+            return
+        for source in self._sources:
+            source.prepare()
+        self._head, self.budget = other._head, other.budget
+        self._calibration = load_calibration(calibration_file(self._config))
+
     def open(
         self,
         requests: Sequence[DecodeRequest],

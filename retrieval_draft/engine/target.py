@@ -19,6 +19,7 @@ from retrieval_draft.engine.kv_cache import SpeculativeCache, layer_windows
 from retrieval_draft.engine.packed_attention import can_pack, packed_attention
 from retrieval_draft.engine.packed_cache import PackedCache
 from retrieval_draft.engine.tree import DraftTree
+from retrieval_draft.engine.wrapped_models import check_layers, device_of, is_compiled, uncompiled, unwrap
 from retrieval_draft.errors import UnsupportedModelError
 
 __all__ = ["Target"]
@@ -34,15 +35,18 @@ class Target:
     """Forward passes over prompts and trees, through one reusable set of masks.
 
     Args:
-        model: Any causal language model of transformers that takes a 4-D mask and positions.
+        model: Any causal language model of transformers that takes a 4-D mask and positions. What torch.compile
+            or PEFT put around it is taken off.
 
     Raises:
         UnsupportedModelError: The model cannot verify trees.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        model = unwrap(model)
         _check(model)
         self.model = model
+        self._compiled = is_compiled(model)
         embedding: Any = model.get_input_embeddings()
         text = model.config.get_text_config(decoder=True)
         layers = layer_windows(model.config)
@@ -51,7 +55,7 @@ class Target:
         self.vocabulary = min(self.embedding_rows, int(text.vocab_size))
         limit = getattr(text, "max_position_embeddings", None)
         self.max_positions: int | None = limit if isinstance(limit, int) and limit > 0 else None
-        self.device: torch.device = embedding.weight.device
+        self.device: torch.device = device_of(embedding)
         self.attention = TreeAttention(self.windows, model.dtype, self.device)
         self._kinds = [kind for kind, _ in layers]
         self._joins = False
@@ -94,6 +98,14 @@ class Target:
         Yields:
             (m, vocabulary), float, logits of runs of positions in order, `rows` in all.
         """
+        for logits in self.prefill_passes(cache, prompt, rows, chunk):
+            if logits is not None:
+                yield logits
+
+    def prefill_passes(
+        self, cache: SpeculativeCache, prompt: Tensor, rows: int, chunk: int | None = None
+    ) -> Iterator[Tensor | None]:
+        """`prefill`, whose every pass yields: None where none of its positions is wanted."""
         length, offset = len(prompt), cache.get_seq_length()
         together = max(16, _LOGIT_BYTES // (4 * self.vocabulary))
         done = 0
@@ -106,8 +118,7 @@ class Target:
                 wanted = min(size, done + size - (length - rows))
             logits = self._forward(cache, prompt[None, done : done + size], offset + done, max(wanted, 1))
             done += size
-            if wanted > 0:
-                yield logits
+            yield logits if wanted > 0 else None
 
     def append(self, cache: SpeculativeCache, text: Tensor, offset: int) -> Iterator[Tensor]:
         """Appends `text` behind `offset` cached tokens, in runs of `_APPENDED`.
@@ -125,15 +136,16 @@ class Target:
 
     def _call(self, cache: Any, ids: Tensor, positions: Tensor, mask: Any, keep: int) -> Tensor:
         options = {"logits_to_keep": keep} if self._keeps_logits else {}
-        out = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-            **options,
-        )
+        with uncompiled(self._compiled):
+            out = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+                **options,
+            )
         logits: Tensor = out.logits[0]
         return logits if self._keeps_logits else logits[-keep:]
 
@@ -203,6 +215,7 @@ def _check(model: PreTrainedModel) -> None:
             f"{name} has recurrent state, which cannot be rolled back after a rejected draft token.",
             "Use model.generate for this model.",
         )
+    check_layers(model)
     text = model.config.get_text_config(decoder=True)
     for implementation in {model.config._attn_implementation, text._attn_implementation}:
         if implementation not in ("sdpa", "eager", WIDE_ATTENTION, None):
