@@ -6,6 +6,7 @@ RetrievalDraftError
   TokenizerMismatchError(ValueError)     tokenizer and model (or datastore) do not belong together
   UnsupportedModelError(ValueError)      its cache cannot be rolled back, or masks are ignored
   UnsupportedGenerationError(ValueError) a generation mode this package does not do (beams, ...)
+  UnsupportedEngineError(RuntimeError)   an engine's version whose interface differs from the one known here
   NonFiniteLogitsError(ArithmeticError)  the model returned NaN
   ModelFileError(OSError)                a model file is missing, torn or foreign
   DatastoreError(OSError)                a datastore's file is missing, torn, foreign or in use
@@ -23,6 +24,7 @@ __all__ = [
     "RetrievalDraftError",
     "TokenizerMismatchError",
     "UnknownMethodError",
+    "UnsupportedEngineError",
     "UnsupportedGenerationError",
     "UnsupportedModelError",
 ]
@@ -60,6 +62,10 @@ class UnsupportedModelError(RetrievalDraftError, ValueError):
 
 class UnsupportedGenerationError(RetrievalDraftError, ValueError):
     """A generation mode that drafted decoding does not do."""
+
+
+class UnsupportedEngineError(RetrievalDraftError, RuntimeError):
+    """An engine hands work to drafts in a way that is not known here."""
 
 
 class NonFiniteLogitsError(RetrievalDraftError, ArithmeticError):
