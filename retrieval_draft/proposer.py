@@ -168,6 +168,11 @@ class Proposer:
         """Bytes held by all sources, sessions excluded."""
         return self._locality.nbytes
 
+    @property
+    def nbytes_by_source(self) -> dict[str, int]:
+        """The same, each source's by its name."""
+        return {source.name: source.nbytes for source in self._sources}
+
     def __enter__(self) -> Proposer:
         return self
 

@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from retrieval_draft import __version__
-from retrieval_draft.cli import bench, demo, generate, index, store
+from retrieval_draft.cli import bench, demo, drafts, generate, index, store
 from retrieval_draft.errors import RetrievalDraftError
 
 __all__ = ["app", "main"]
@@ -33,6 +33,7 @@ app.command("generate")(generate.generate)
 app.command("demo")(demo.demo)
 app.add_typer(index.app, name="index")
 app.add_typer(store.app, name="store")
+app.add_typer(drafts.app, name="drafts")
 app.add_typer(bench.app, name="bench")
 
 

@@ -20,8 +20,8 @@ __all__ = ["PREFIX", "Authenticate", "DraftApp"]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Authenticate = Callable[[str], "str | None"]
-"""The tenant that a key belongs to, None for no such key; the key is empty where none was sent."""
+Authenticate = Callable[["str | None"], "str | None"]
+"""The tenant of a request by its Authorization header; None if it has to be refused."""
 
 Reply = wire.Info | wire.OpenReply | wire.StepReply
 Result = TypeVar("Result")
@@ -84,9 +84,8 @@ class DraftApp:
     def _tenant(self, headers: dict[bytes, bytes]) -> str:
         if self._authenticate is None:
             return "default"
-        words = headers.get(b"authorization", b"").decode("latin-1").split(None, 1)
-        key = words[1].strip() if len(words) == 2 and words[0].lower() == "bearer" else ""
-        tenant = self._authenticate(key)
+        given = headers.get(b"authorization")
+        tenant = self._authenticate(None if given is None else given.decode("latin-1"))
         if tenant is None:
             raise NotAllowedError("The API key is missing or wrong.", "Send it as Authorization: Bearer KEY.")
         return tenant

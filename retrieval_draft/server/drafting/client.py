@@ -28,8 +28,8 @@ _KEPT_CONNECTIONS = 16
 class DraftClient:
     """Asks a drafting service. Several threads may share one; each session belongs to one at a time.
 
-    Connections are kept open and reused. Nothing waits longer than `timeout`. With ``on_error="empty"`` nothing
-    that the service or the network does reaches the engine: it gets empty drafts and decodes plainly, the
+    Connections are kept open and reused. Nothing waits longer than `timeout`. With ``on_error="empty"`` the
+    engine never learns what the service or the network does: it gets empty drafts and decodes plainly, the
     service is left alone for `retry_seconds`, and sessions go on where they were once it answers again.
 
     Args:

@@ -46,6 +46,7 @@ class Proposers:
         store: str | StoreConfig | None = None,
         config: DraftConfig | None = None,
         most: int = 1024,
+        default: str = "default",
     ) -> Proposers:
         """Proposers that share corpora, and nothing else.
 
@@ -55,15 +56,16 @@ class Proposers:
             corpora: Opened once, for all.
             phrases: Fixed texts that the model often repeats.
             store: Each tenant has a namespace of its own in it.
-            config: A history folder gets a folder for each tenant but "default".
+            config: A history folder gets a folder for each tenant but `default`.
             most: Tenants at most.
+            default: The tenant that `store` and the history folder are for as they are.
         """
         opened = [Corpus.open(corpus) for corpus in corpora]
         settings = config if config is not None else DraftConfig()
 
         def make(tenant: str) -> Proposer:
             own, log = settings, store
-            if tenant != "default":
+            if tenant != default:
                 if settings.history_folder is not None:
                     own = replace(settings, history_folder=str(Path(settings.history_folder) / tenant))
                 if isinstance(store, str):
