@@ -1,0 +1,99 @@
+"""Models with something around them: torch.compile, PEFT, accelerate, quantisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from retrieval_draft.errors import UnsupportedModelError
+
+__all__ = ["check_layers", "device_of", "is_compiled", "uncompiled", "unwrap"]
+
+
+def unwrap(model: Any) -> Any:
+    """The model of transformers inside the wrappers of torch.compile and PEFT; their ``generate`` is its own.
+
+    Adapters that live in the model's layers, such as LoRA, stay.
+
+    Raises:
+        UnsupportedModelError: An adapter that puts tokens of its own before the prompt.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            if getattr(model.active_peft_config, "is_prompt_learning", False):
+                kind = type(model.active_peft_config).__name__
+                raise UnsupportedModelError(
+                    f"The adapter ({kind}) puts virtual tokens before the prompt, which drafts cannot follow.",
+                    "Adapters in the layers, such as LoRA, work; use model.generate for this one.",
+                )
+            inner = model.get_base_model()
+        if inner is None:
+            return model
+        model = inner
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has been applied to a model or a part of it."""
+    return any(_compiled_itself(module) for module in model.modules())
+
+
+def _compiled_itself(module: nn.Module) -> bool:
+    return (
+        getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        or "_orig_mod" in module._modules
+    )
+
+
+@contextmanager
+def uncompiled(compiled: bool) -> Iterator[None]:
+    """Inside, compiled models run as they were written.
+
+    Each step's tree has another size, and the cache state of its own: compiled code would be compiled again
+    for seconds, until torch gives up. Other threads are affected in speed only.
+
+    Args:
+        compiled: False does nothing.
+    """
+    if compiled:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a layer computes: where its weights are, or where accelerate brings them when they are needed."""
+    weight: Any = module.weight
+    device: torch.device = weight.device
+    if device.type != "meta":
+        return device
+    hook = getattr(module, "_hf_hook", None)
+    for each in (hook, *getattr(hook, "hooks", ())):
+        wanted = getattr(each, "execution_device", None)
+        if wanted is not None:
+            return torch.device(f"cuda:{wanted}" if isinstance(wanted, int) else wanted)
+    raise UnsupportedModelError(
+        f"The weights of {type(module).__name__} are on the meta device: the model holds no numbers.",
+        "Load the checkpoint before making a drafter.",
+    )
+
+
+def check_layers(model: nn.Module) -> None:
+    """Refuses layers that give a token another result beside other tokens.
+
+    Raises:
+        UnsupportedModelError: Names the layer.
+    """
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.ao.nn.quantized.dynamic"):
+            raise UnsupportedModelError(
+                f"The layer {name} is of torch's dynamic quantisation: it rounds by the largest number of a whole "
+                "pass, so that a token's result depends on the tokens beside it.",
+                "Quantise the weights alone, with torchao, optimum-quanto or bitsandbytes.",
+            )
