@@ -1,0 +1,230 @@
+"""The target model as the decoding loop sees it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from retrieval_draft.engine.attention import TreeAttention, TreeInputs
+from retrieval_draft.engine.cpu_attention import WIDE_ATTENTION
+from retrieval_draft.engine.kv_cache import SpeculativeCache, layer_windows
+from retrieval_draft.engine.packed_attention import can_pack, packed_attention
+from retrieval_draft.engine.packed_cache import PackedCache
+from retrieval_draft.engine.tree import DraftTree
+from retrieval_draft.engine.wrapped_models import check_layers, device_of, is_compiled, uncompiled, unwrap
+from retrieval_draft.errors import UnsupportedModelError
+
+__all__ = ["Target"]
+
+_APPENDED = 2048
+"""Tokens of text in one pass of `append`."""
+
+_LOGIT_BYTES = 256 << 20
+"""The most memory that prompt logits take at a time."""
+
+
+class Target:
+    """Forward passes over prompts and trees, through one reusable set of masks.
+
+    Args:
+        model: Any causal language model of transformers that takes a 4-D mask and positions. What
+            torch.compile or PEFT put around it is taken off.
+
+    Raises:
+        UnsupportedModelError: The model cannot verify trees.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        model = unwrap(model)
+        _check(model)
+        self.model = model
+        self._compiled = is_compiled(model)
+        embedding: Any = model.get_input_embeddings()
+        text = model.config.get_text_config(decoder=True)
+        layers = layer_windows(model.config)
+        self.windows = {kind: window for kind, window in layers if kind != "dummy"}
+        self.embedding_rows = int(embedding.weight.shape[0])
+        self.vocabulary = min(self.embedding_rows, int(text.vocab_size))
+        limit = getattr(text, "max_position_embeddings", None)
+        self.max_positions: int | None = limit if isinstance(limit, int) and limit > 0 else None
+        self.device: torch.device = device_of(embedding)
+        self.attention = TreeAttention(self.windows, model.dtype, self.device)
+        self._kinds = [kind for kind, _ in layers]
+        self._joins = False
+        self.hidden: Tensor | None = None
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @contextmanager
+    def watching_hidden(self, wanted: bool = True) -> Iterator[None]:
+        """Inside, `hidden` is what the output head read in the last pass: (n, d), a row for each logit."""
+        head: Any = self.model.get_output_embeddings() if wanted else None
+        if head is None:
+            yield
+            return
+
+        def keep(module: Any, args: tuple[Tensor, ...]) -> None:
+            self.hidden = args[0][0]
+
+        handle = head.register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self.hidden = None
+
+    def cache(self, capacity: int) -> SpeculativeCache:
+        """An empty cache with room for `capacity` tokens."""
+        return SpeculativeCache(self.model.config, capacity)
+
+    def prefill(
+        self, cache: SpeculativeCache, prompt: Tensor, rows: int, chunk: int | None = None
+    ) -> Iterator[Tensor]:
+        """Appends `prompt` to the cache.
+
+        Args:
+            cache: Where the keys go; the text that it holds comes before the prompt.
+            prompt: int64, shape (length,), on the model's device.
+            rows: Last positions whose logits are wanted, at least 1.
+            chunk: Tokens in one pass at most.
+
+        Yields:
+            (m, vocabulary), float, logits of runs of positions in order, `rows` in all.
+        """
+        for logits in self.prefill_passes(cache, prompt, rows, chunk):
+            if logits is not None:
+                yield logits
+
+    def prefill_passes(
+        self, cache: SpeculativeCache, prompt: Tensor, rows: int, chunk: int | None = None
+    ) -> Iterator[Tensor | None]:
+        """`prefill`, whose every pass yields: None where none of its positions is wanted."""
+        length, offset = len(prompt), cache.get_seq_length()
+        together = max(16, _LOGIT_BYTES // (4 * self.vocabulary))
+        done = 0
+        while done < length:
+            size = length - done if chunk is None else min(chunk, length - done)
+            wanted = min(size, done + size - (length - rows))
+            if wanted > together:
+                # Stop where at most `together` of the positions so far are wanted.
+                size = min(size, max(length - rows - done, 0) + together)
+                wanted = min(size, done + size - (length - rows))
+            logits = self._forward(cache, prompt[None, done : done + size], offset + done, max(wanted, 1))
+            done += size
+            yield logits if wanted > 0 else None
+
+    def append(self, cache: SpeculativeCache, text: Tensor, offset: int) -> Iterator[Tensor]:
+        """Appends `text` behind `offset` cached tokens, in runs of `_APPENDED`.
+
+        Yields:
+            (1, vocabulary), float, logits after each run.
+        """
+        for part in text.split(_APPENDED):
+            yield self._forward(cache, part[None], offset, 1)
+            offset += len(part)
+
+    def _forward(self, cache: SpeculativeCache, ids: Tensor, offset: int, keep: int) -> Tensor:
+        positions = torch.arange(offset, offset + ids.shape[1], device=ids.device)[None]
+        return self._call(cache, ids, positions, None, keep)
+
+    def _call(self, cache: Any, ids: Tensor, positions: Tensor, mask: Any, keep: int) -> Tensor:
+        options = {"logits_to_keep": keep} if self._keeps_logits else {}
+        with uncompiled(self._compiled):
+            out = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+                **options,
+            )
+        logits: Tensor = out.logits[0]
+        return logits if self._keeps_logits else logits[-keep:]
+
+    def verify(self, cache: SpeculativeCache, inputs: TreeInputs) -> Tensor:
+        """One pass over a tree, whose nodes stay staged in the cache.
+
+        Returns:
+            (n, vocabulary), float, logits after each node, padded nodes included.
+        """
+        cache.stage(True)
+        try:
+            return self._call(
+                cache, inputs.input_ids, inputs.position_ids, inputs.attention_mask, inputs.input_ids.shape[1]
+            )
+        finally:
+            cache.stage(False)
+
+    def verify_rows(self, caches: Sequence[SpeculativeCache], inputs: Sequence[TreeInputs]) -> Tensor:
+        """One pass over the trees of several requests, whose nodes stay staged in their caches.
+
+        Args:
+            caches: One for each request.
+            inputs: Their trees, from a `TreeAttention` each.
+
+        Returns:
+            (nodes of all, vocabulary), float, logits after each node, one request after the other, padded
+            nodes included.
+        """
+        if len(caches) == 1:
+            return self.verify(caches[0], inputs[0])
+        ids = torch.cat([given.input_ids for given in inputs], 1)
+        positions = torch.cat([given.position_ids for given in inputs], 1)
+        if not self._joins and can_pack(self.model):
+            packed = PackedCache(caches, inputs, self._kinds)
+            # Any mask of four dimensions keeps the model from making its own; ours are the requests' own.
+            unused = ids.new_zeros((1, 1, 1, 1), dtype=self.model.dtype)
+            with packed_attention(self.model, packed):
+                logits = self._call(packed, ids, positions, unused, ids.shape[1])
+            if packed.is_read:
+                return logits
+            # Some layer did not attend through transformers' registry.
+            packed.drop()
+            self._joins = True
+        joined = PackedCache(caches, inputs, self._kinds, joined=True)
+        return self._call(joined, ids, positions, joined.joined_mask(), ids.shape[1])
+
+    def attention_of_row(self) -> TreeAttention:
+        """Masks for one more request beside others; `attention` serves one that is alone."""
+        return TreeAttention(self.windows, self.model.dtype, self.device)
+
+    def verify_tree(
+        self, cache: SpeculativeCache, tree: DraftTree, length: int, moved: NDArray[np.int64] | None = None
+    ) -> Tensor:
+        """`verify` of a tree without a pending commit, for probes and measurements."""
+        return self.verify(cache, self.attention.prepare(tree, length, moved))
+
+
+def _check(model: PreTrainedModel) -> None:
+    """Refuses what is known not to work, before anything runs."""
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder model.", "Only decoder-only models are supported."
+        )
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedModelError(
+            f"{name} has recurrent state, which cannot be rolled back after a rejected draft token.",
+            "Use model.generate for this model.",
+        )
+    check_layers(model)
+    text = model.config.get_text_config(decoder=True)
+    for implementation in {model.config._attn_implementation, text._attn_implementation}:
+        if implementation not in ("sdpa", "eager", WIDE_ATTENTION, None):
+            raise UnsupportedModelError(
+                f"{name} uses attention implementation {implementation!r}, which ignores tree masks.",
+                'Load it with attn_implementation="sdpa".',
+            )
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(
+            f"{name}.forward takes no position_ids, so the nodes of a tree cannot be placed.",
+            "Use model.generate for this model.",
+        )

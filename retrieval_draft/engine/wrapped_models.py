@@ -28,7 +28,7 @@ def unwrap(model: Any) -> Any:
             if getattr(model.active_peft_config, "is_prompt_learning", False):
                 kind = type(model.active_peft_config).__name__
                 raise UnsupportedModelError(
-                    f"The adapter ({kind}) puts virtual tokens before the prompt, which drafts cannot follow.",
+                    f"The adapter ({kind}) puts virtual tokens before the prompt, which is not supported.",
                     "Adapters in the layers, such as LoRA, work; use model.generate for this one.",
                 )
             inner = model.get_base_model()
@@ -93,7 +93,7 @@ def check_layers(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if type(module).__module__.startswith("torch.ao.nn.quantized.dynamic"):
             raise UnsupportedModelError(
-                f"The layer {name} is of torch's dynamic quantisation: it rounds by the largest number of a whole "
-                "pass, so that a token's result depends on the tokens beside it.",
+                f"The layer {name} is of torch's dynamic quantisation: it rounds by the largest number of a "
+                "whole pass, so that a token's result depends on the tokens beside it.",
                 "Quantise the weights alone, with torchao, optimum-quanto or bitsandbytes.",
             )
