@@ -16,6 +16,7 @@ from retrieval_draft.engine.decode import Batch, OnError
 from retrieval_draft.engine.drafting import Drafting
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.stats import DraftStats
+from retrieval_draft.engine.target import Target
 from retrieval_draft.index.store.store import SharedStore
 from retrieval_draft.inputs import best_of_options, check_generation, check_prompt, reference_tokens
 from retrieval_draft.requests import Extras, Prepared, make_requests
@@ -41,6 +42,11 @@ class ContinuousDrafter:
 
     def __init__(self, drafter: RetrievalDrafter) -> None:
         self._drafter = drafter
+
+    @property
+    def target(self) -> Target:
+        """The model as it is decoded with."""
+        return self._drafter._target
 
     def prepare(
         self,

@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from retrieval_draft import __version__
-from retrieval_draft.cli import bench, demo, drafts, generate, index, store
+from retrieval_draft.cli import bench, demo, drafts, generate, index, serve, store
 from retrieval_draft.errors import RetrievalDraftError
 
 __all__ = ["app", "main"]
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("demo")(demo.demo)
+app.command("serve")(serve.serve)
 app.add_typer(index.app, name="index")
 app.add_typer(store.app, name="store")
 app.add_typer(drafts.app, name="drafts")

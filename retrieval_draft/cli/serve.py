@@ -1,0 +1,211 @@
+"""``retrieval-draft serve``: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from retrieval_draft.cli._common import CpuKernels, Device, Dtype, Index, Model, Nodes
+from retrieval_draft.cli._store_options import Share, Snapshots, Store, Tenant
+from retrieval_draft.cli._store_options import config as store_config
+from retrieval_draft.errors import InvalidInputError, RetrievalDraftError
+
+if TYPE_CHECKING:
+    from retrieval_draft.server.settings import ServerSettings
+
+__all__ = ["serve"]
+
+
+def serve(
+    context: typer.Context,
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any that is free.")] = 8000,
+    unix_socket: Annotated[
+        Path | None, typer.Option(help="A unix socket to listen on, in place of host and port.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="How to draft: calibrated, a published method, or none.")] = (
+        "calibrated"
+    ),
+    nodes: Nodes = None,
+    index: Index = None,
+    phrases: Annotated[Path | None, typer.Option(help="A file of fixed texts to draft from.")] = None,
+    history: Annotated[
+        Path | None, typer.Option(help="A folder in which prompts and replies are kept to draft from.")
+    ] = None,
+    store: Store = None,
+    tenant: Tenant = "default",
+    share: Share = "reply",
+    snapshots: Snapshots = None,
+    draft_model: Annotated[
+        str | None,
+        typer.Option(help='A smaller model to draft with too; "self": this one with layers skipped.'),
+    ] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="A Jinja chat template in place of the tokenizer's own.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY or KEY=TENANT; repeatable. Also in RETRIEVAL_DRAFT_API_KEYS.", metavar="KEY"),
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="The same, one a line.")] = None,
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Let everybody in who can reach the address.")
+    ] = False,
+    max_batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 8,
+    max_queue: Annotated[int, typer.Option(min=1, help="Choices that may wait; 429 beyond.")] = 256,
+    max_body_bytes: Annotated[int, typer.Option(min=1024, help="Of a request; 413 beyond.")] = 4 << 20,
+    max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Of one prompt.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of one reply, whatever is asked for.")] = 4096,
+    request_seconds: Annotated[float, typer.Option(help="From arrival to the end of a reply.")] = 600.0,
+    stuck_seconds: Annotated[float, typer.Option(help="A longer step makes /health say stuck.")] = 120.0,
+    grace: Annotated[float, typer.Option(min=0.0, help="Seconds for what runs, when told to stop.")] = 30.0,
+    prefill_chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens in one pass.")] = 512,
+    log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
+    dtype: Dtype = "float32",
+    device: Device = None,
+    cpu_kernels: CpuKernels = True,
+    engine: Annotated[str, typer.Option(help="transformers, or vllm.")] = "transformers",
+) -> None:
+    """Serve a model to OpenAI's clients, its drafts made from text seen before."""
+    from retrieval_draft.server.settings import ServerSettings
+
+    settings = ServerSettings(
+        model_name=served_model_name or Path(model).name or model,
+        max_batch=max_batch,
+        max_queue=max_queue,
+        max_choices=min(64, max_queue),
+        max_body_bytes=max_body_bytes,
+        max_prompt_tokens=max_prompt_tokens,
+        max_tokens=max_tokens,
+        prefill_chunk=prefill_chunk,
+        request_seconds=request_seconds,
+        stuck_seconds=stuck_seconds,
+        grace_seconds=grace,
+    )
+    if log_format not in ("text", "json"):
+        raise InvalidInputError(f"log_format is {log_format!r}.", "Choose text or json.")
+    keys = _keys(api_key or [], api_key_file, tenant, host if unix_socket is None else None, no_auth)
+    shared = store_config(store, tenant, share, snapshots)
+    if engine == "vllm":
+        _launch_vllm(context, model, host, port, settings, index, shared)
+        return
+    if engine != "transformers":
+        raise InvalidInputError(f"There is no engine {engine!r}.", "Choose transformers or vllm.")
+
+    def load() -> tuple[Any, Any]:
+        from retrieval_draft.config import DraftConfig
+        from retrieval_draft.drafter import RetrievalDrafter
+        from retrieval_draft.model_files import load_model
+
+        config = DraftConfig(
+            method=method,
+            nodes=nodes,
+            cpu_kernels=cpu_kernels,
+            history_folder=None if history is None else str(history),
+        )
+        loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+        drafts: Any = draft_model
+        if draft_model not in (None, "self"):
+            drafts = load_model(str(draft_model), dtype=dtype, device=device)
+        drafter = RetrievalDrafter.for_model(
+            loaded, tokenizer, method=method, config=config, corpora=index or (), phrases=phrases,
+            store=shared, draft_model=drafts,
+        )  # fmt: skip
+        drafter.warm_up()
+        return drafter, tokenizer
+
+    _serve(settings, load, keys, chat_template, log_format, host, port, unix_socket)
+
+
+def _serve(
+    settings: ServerSettings,
+    load: Any,
+    keys: Any,
+    chat_template: Path | None,
+    log_format: str,
+    host: str,
+    port: int,
+    unix_socket: Path | None,
+) -> None:
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise RetrievalDraftError(
+            f"The server needs {error.name}, which is not installed.",
+            'Run: pip install "retrieval_draft[server]"',
+        ) from error
+    from retrieval_draft.server.request_log import start_logging
+    from retrieval_draft.server.run import run
+    from retrieval_draft.server.service import Service
+    from retrieval_draft.server.whole_app import whole_app
+
+    template = None if chat_template is None else _read(chat_template)
+    service = Service(settings, load, keys=keys, chat_template=template)
+    app = whole_app(service)
+    logs = start_logging(log_format, logging.getLogger("retrieval_draft").level or logging.INFO)
+    try:
+        run(app, service, host=host, port=port, socket=unix_socket)
+    finally:
+        logs.stop()
+
+
+def _keys(given: list[str], file: Path | None, tenant: str, host: str | None, no_auth: bool) -> Any:
+    """The keys; none only where they are not needed or not wanted.
+
+    Raises:
+        InvalidInputError: Others could reach the server without a key.
+    """
+    from retrieval_draft.server.keys import KEYS_VARIABLE, KeyRing, is_loopback, read_keys
+
+    keys = read_keys(given, file, tenant)
+    if no_auth and keys:
+        raise InvalidInputError("There are API keys, and --no-auth.", "Leave one of them out.")
+    if not keys and not no_auth and host is not None and not is_loopback(host):
+        raise InvalidInputError(
+            f"Everybody who can reach {host} could use the server.",
+            f"Set --api-key or {KEYS_VARIABLE}, or say --no-auth.",
+        )
+    ring = KeyRing(keys, tenant)
+    if len(ring.tenants) > _MOST_TENANTS:
+        raise InvalidInputError(
+            f"The API keys have {len(ring.tenants)} tenants.", f"One server has {_MOST_TENANTS} at most."
+        )
+    return ring
+
+
+_MOST_TENANTS = 64
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"The chat template {path} cannot be read: {error}.") from error
+
+
+def _launch_vllm(
+    context: typer.Context,
+    model: str,
+    host: str,
+    port: int,
+    settings: ServerSettings,
+    index: list[Path] | None,
+    store: Any,
+) -> None:
+    """Hands over to vLLM, with our drafts."""
+    launcher: Any = importlib.import_module("retrieval_draft.integrations.vllm.launcher")
+    launcher.launch(
+        model,
+        host=host,
+        port=port,
+        served_model_name=settings.model_name,
+        corpora=index or (),
+        store=store,
+    )

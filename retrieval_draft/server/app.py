@@ -1,0 +1,103 @@
+"""The ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from retrieval_draft import __version__
+from retrieval_draft.server.body_limit import BodyLimit
+from retrieval_draft.server.errors import ApiError
+from retrieval_draft.server.events import EngineListener
+from retrieval_draft.server.gate import Gate
+from retrieval_draft.server.json_response import Json
+from retrieval_draft.server.routes import make_router
+from retrieval_draft.server.service import Service
+
+__all__ = ["PUBLIC", "create_app"]
+
+PUBLIC = frozenset({"/health"})
+"""Paths that need no API key."""
+
+_log = logging.getLogger("retrieval_draft.server")
+
+
+def create_app(
+    service: Service,
+    *,
+    listeners: Sequence[EngineListener] = (),
+    extra_routers: Sequence[APIRouter] = (),
+    public: frozenset[str] = PUBLIC,
+) -> FastAPI:
+    """Makes the application of a service, which starts with it and ends with it.
+
+    Args:
+        service: What stands behind it.
+        listeners: Told what the engine does.
+        extra_routers: More routes: metrics, the drafting service, a dashboard.
+        public: Paths that need no API key.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await asyncio.to_thread(service.close)
+
+    service.extend(listeners)
+    app = FastAPI(
+        title="retrieval-draft", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
+    app.include_router(make_router(service))
+    for router in extra_routers:
+        app.include_router(router)
+    _handle_errors(app)
+    app.add_middleware(BodyLimit, limit=service.settings.max_body_bytes)
+    app.add_middleware(Gate, service=service, public=public)
+    return app
+
+
+def _handle_errors(app: FastAPI) -> None:
+    async def api(request: Request, error: Any) -> Response:
+        return _response(error)
+
+    async def http(request: Request, error: Any) -> Response:
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = f"There is nothing at {request.url.path}."
+        if error.status_code == 405:
+            message = f"{request.method} is not allowed at {request.url.path}."
+        response = _response(ApiError(error.status_code, message))
+        response.headers.update(error.headers or {})
+        if error.status_code in (408, 413):
+            response.headers["Connection"] = "close"
+        return response
+
+    async def invalid(request: Request, error: Any) -> Response:
+        first = error.errors()[0]
+        where = [str(part) for part in first["loc"] if part != "body"]
+        # Names of union members are ours, not the client's.
+        param = where[0] if where and first["type"] != "json_invalid" else None
+        said = first["msg"] if first["type"] != "json_invalid" else "The body is not valid JSON."
+        return _response(ApiError(400, said if param is None else f"{param}: {said}", param))
+
+    async def failed(request: Request, error: Any) -> Response:
+        _log.error("%s %s failed.", request.method, request.url.path, exc_info=error)
+        return _response(ApiError(500, "The server failed; its log says why."))
+
+    app.add_exception_handler(ApiError, api)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(Exception, failed)
+
+
+def _response(error: ApiError) -> Json:
+    return Json(error.body(), error.status, error.headers())

@@ -1,0 +1,61 @@
+"""Errors as OpenAI's clients expect them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from retrieval_draft.errors import RetrievalDraftError
+
+__all__ = ["ApiError", "from_library"]
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "method_not_allowed_error",
+    413: "request_too_large_error",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "internal_server_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+
+
+class ApiError(Exception):
+    """What a client is told.
+
+    Args:
+        status: Of HTTP; also the `code` in the body.
+        message: For the client: what was found, what is allowed.
+        param: The field it is about.
+        retry_after: Seconds, where trying again may help.
+    """
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, retry_after: int | None = None
+    ) -> None:
+        message = message.encode("utf-8", "replace").decode()  # it may quote half a surrogate pair
+        super().__init__(message)
+        self.status, self.message, self.param, self.retry_after = status, message, param, retry_after
+
+    def body(self) -> dict[str, Any]:
+        """``{"error": {"message", "type", "param", "code"}}``."""
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
+
+    def headers(self) -> dict[str, str]:
+        """Headers that go with it."""
+        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+
+def from_library(error: Exception) -> ApiError:
+    """What a client is told of an exception: its words if it was raised on purpose, else none of them."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RetrievalDraftError) and isinstance(error, ValueError):
+        return ApiError(400, error.message)
+    if isinstance(error, RetrievalDraftError):
+        return ApiError(500, error.message)
+    return ApiError(500, "The server failed while it worked on this request; its log says why.")

@@ -1,0 +1,93 @@
+"""What every request passes first: an id, the key, and whether there is room for it."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from typing import Any
+
+import msgspec
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from retrieval_draft.server.errors import ApiError
+from retrieval_draft.server.service import Service
+
+__all__ = ["Gate", "send_error"]
+
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_log = logging.getLogger("retrieval_draft.server")
+
+
+class Gate:
+    """Middleware: request ids, API keys, and refusal of what the server has no room for.
+
+    ``scope["state"]`` gets ``request_id`` and ``tenant``.
+
+    Args:
+        app: What comes behind it.
+        service: Knows the keys, and whether the server stops.
+        public: Paths that need no key.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, public: frozenset[str]) -> None:
+        self._app, self._service, self._public = app, service, public
+        self._open = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if _ID.fullmatch(given) else secrets.token_hex(12)
+        state: dict[str, Any] = scope.setdefault("state", {})
+        state["request_id"], state["tenant"] = request_id, self._service.keys.default
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        error = self._refusal(scope, headers, state)
+        if error is not None:
+            await send_error(error, named)
+            return
+        counted = scope["method"] == "POST"
+        self._open += counted
+        try:
+            await self._app(scope, receive, named)
+        finally:
+            self._open -= counted
+
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes], state: dict[str, Any]) -> ApiError | None:
+        service, path = self._service, scope["path"]
+        if path not in self._public:
+            tenant = service.keys.tenant(headers.get(b"authorization", b"").decode("latin-1") or None)
+            if tenant is None:
+                return ApiError(401, "The API key is missing or wrong; send Authorization: Bearer KEY.")
+            state["tenant"] = tenant
+        if scope["method"] != "POST":
+            return None
+        if service.is_draining:
+            return ApiError(503, "The server is about to stop.", retry_after=5)
+        if self._open >= service.choices_limit:
+            return ApiError(429, f"{self._open} requests are open already.", retry_after=1)
+        return None
+
+
+async def send_error(error: ApiError, send: Send) -> None:
+    """Sends an error as a whole response. The connection closes, as a body may not have been read."""
+    body = msgspec.json.encode(error.body())
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",
+        **error.headers(),
+    }
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})

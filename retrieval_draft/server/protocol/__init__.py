@@ -1,0 +1,1 @@
+"""What clients send: OpenAI's requests, checked."""

@@ -1,0 +1,167 @@
+"""OpenAI's endpoints, and /health."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import BaseModel
+
+from retrieval_draft.drafter import RetrievalDrafter
+from retrieval_draft.server.answer import Answer
+from retrieval_draft.server.asked import Asked, Asks, ask, tokenize
+from retrieval_draft.server.chat_template import render_chat
+from retrieval_draft.server.errors import ApiError
+from retrieval_draft.server.event_stream import EventStream
+from retrieval_draft.server.json_response import Json
+from retrieval_draft.server.protocol.chat import ChatRequest
+from retrieval_draft.server.protocol.completions import CompletionRequest
+from retrieval_draft.server.protocol.generation import GenerationFields
+from retrieval_draft.server.service import Loaded, Service
+from retrieval_draft.server.shapes import ChatShape, CompletionShape, Shape
+
+__all__ = ["make_router"]
+
+_DEFAULT_COMPLETION = 16
+"""OpenAI's default of max_tokens for completions."""
+
+
+class _ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorBody(BaseModel):
+    """What every error looks like."""
+
+    error: _ErrorDetail
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody} for status in (400, 401, 404, 408, 413, 429, 500, 503, 504)
+}
+_GENERATED: dict[int | str, dict[str, Any]] = {
+    **_ERRORS,
+    200: {"content": {"application/json": {}, "text/event-stream": {}}},
+}
+
+
+def make_router(service: Service) -> APIRouter:
+    """The routes of one service."""
+    router = APIRouter()
+
+    @router.get("/health", responses={503: {"description": "Loading, stuck or about to stop."}})
+    async def health() -> Response:
+        """200 while requests are served, 503 while not; the body says why."""
+        status, body = service.health()
+        return Json(body, status)
+
+    @router.get("/v1/models", responses={401: {"model": ErrorBody}})
+    async def models() -> Response:
+        """The one model."""
+        return Json({"object": "list", "data": [_model(service)]})
+
+    @router.get("/v1/models/{name:path}", responses={401: {"model": ErrorBody}, 404: {"model": ErrorBody}})
+    async def model(name: str) -> Response:
+        """The one model, by its name."""
+        _check_model(service, name)
+        return Json(_model(service))
+
+    @router.post("/v1/completions", responses=_GENERATED)
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        """Continues texts."""
+        body.check()
+        n, prompts = body.n or 1, body.prompts
+        samples = body.best_of or n
+        _check_choices(service, samples * len(prompts))
+
+        def prepare(loaded: Loaded, drafter: RetrievalDrafter) -> Asked:
+            ids = [_tokens(prompt, loaded.tokenizer) for prompt in prompts]
+            texts = [loaded.decode(each) if isinstance(given, list) else given
+                     for given, each in zip(prompts, ids, strict=True)]  # fmt: skip
+            asks = Asks(
+                ids,
+                _DEFAULT_COMPLETION if body.max_tokens is None else body.max_tokens,
+                samples,
+                samples > n,
+                body.logprobs,
+                texts if body.echo else (),
+            )
+            return ask(asks, body, drafter, loaded.tokenizer, loaded.decode, service.settings)
+
+        def shape(loaded: Loaded, request_id: str) -> Shape:
+            return CompletionShape(
+                f"cmpl-{request_id}", service.settings.model_name, loaded.texts,
+                bool(body.return_token_ids), body.logprobs is not None,
+            )  # fmt: skip
+
+        return await _respond(service, request, body, prepare, shape, n if samples > n else None)
+
+    @router.post("/v1/chat/completions", responses=_GENERATED)
+    async def chat(request: Request, body: ChatRequest) -> Response:
+        """Continues a conversation."""
+        body.check()
+        _check_choices(service, body.n or 1)
+        conversation = body.conversation
+
+        def prepare(loaded: Loaded, drafter: RetrievalDrafter) -> Asked:
+            text = render_chat(loaded.tokenizer, conversation, service.chat_template)
+            ids = tokenize(loaded.tokenizer, text, "messages", special=False)
+            top = (body.top_logprobs or 0) if body.logprobs else None
+            asks = Asks([ids], body.wanted_tokens, body.n or 1, False, top)
+            return ask(asks, body, drafter, loaded.tokenizer, loaded.decode, service.settings)
+
+        def shape(loaded: Loaded, request_id: str) -> Shape:
+            return ChatShape(
+                f"chatcmpl-{request_id}", service.settings.model_name, loaded.texts,
+                bool(body.return_token_ids), bool(body.logprobs),
+            )  # fmt: skip
+
+        return await _respond(service, request, body, prepare, shape, None)
+
+    return router
+
+
+async def _respond(
+    service: Service,
+    request: Request,
+    fields: GenerationFields,
+    prepare: Callable[[Loaded, RetrievalDrafter], Asked],
+    shape: Callable[[Loaded, str], Shape],
+    kept: int | None,
+) -> Response:
+    """Hands a request to the engine, and its answer to the client."""
+    _check_model(service, fields.model)
+    request_id, tenant = request.state.request_id, request.state.tenant
+    job, asked = await service.submit(request_id, tenant, prepare)
+    with_metrics = bool(fields.metrics) or "x-draft-metrics" in request.headers
+    answer = Answer(job, asked, shape(service.loaded, request_id), kept, fields.includes_usage, with_metrics)
+    if fields.stream:
+        seconds = service.settings.send_seconds
+        return EventStream(answer.events(), lambda: service.leave(job), seconds)
+    return await answer.unless_gone(request.receive, lambda: service.leave(job))
+
+
+def _tokens(prompt: str | list[int], tokenizer: Any) -> list[int]:
+    return prompt if isinstance(prompt, list) else tokenize(tokenizer, prompt, "prompt")
+
+
+def _model(service: Service) -> dict[str, Any]:
+    name = service.settings.model_name
+    return {"id": name, "object": "model", "created": service.created, "owned_by": "retrieval-draft"}
+
+
+def _check_model(service: Service, name: str | None) -> None:
+    served = service.settings.model_name
+    if name is not None and name != served:
+        raise ApiError(404, f"There is no model {name!r} here; this server has {served!r}.", "model")
+
+
+def _check_choices(service: Service, choices: int) -> None:
+    most = service.settings.max_choices
+    if choices > most:
+        raise ApiError(400, f"The request asks for {choices} choices; this server makes {most} at most.", "n")

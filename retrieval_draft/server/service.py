@@ -1,0 +1,241 @@
+"""What stands behind the HTTP server: model, tokenizer, engine and tenants, and the state they are in."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from retrieval_draft.drafter import RetrievalDrafter
+from retrieval_draft.server.asked import Asked
+from retrieval_draft.server.channel import Channel
+from retrieval_draft.server.engine import ServingEngine
+from retrieval_draft.server.errors import ApiError
+from retrieval_draft.server.events import EngineListener
+from retrieval_draft.server.job import Job
+from retrieval_draft.server.keys import KeyRing
+from retrieval_draft.server.reply_text import Decode, decoder
+from retrieval_draft.server.settings import ServerSettings
+from retrieval_draft.server.tenants import Tenants
+from retrieval_draft.server.token_text import TokenTexts
+
+__all__ = ["Loaded", "Service"]
+
+_log = logging.getLogger("retrieval_draft.server")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What there is once the model is loaded.
+
+    Attributes:
+        drafter: Of the default tenant.
+        tokenizer: The model's.
+        decode: Token ids to text.
+        texts: Single tokens as text.
+        tenants: Drafters by tenant.
+        engine: Decodes.
+    """
+
+    drafter: RetrievalDrafter
+    tokenizer: Any
+    decode: Decode
+    texts: TokenTexts
+    tenants: Tenants
+    engine: ServingEngine
+
+
+class Service:
+    """Loads the model in the background, prepares requests and hands them to the engine.
+
+    Args:
+        settings: Limits.
+        load: Makes drafter and tokenizer, warmed up; called once, on a thread.
+        keys: Who may ask.
+        chat_template: In place of the tokenizer's own.
+
+    Attributes:
+        settings: As given.
+        keys: As given.
+        chat_template: As given.
+        listeners: Told what the engine does; may grow until `start`.
+        when_loaded: Called with what was loaded, on the loading thread; may grow until `start`.
+        created: When the service was made, in seconds since 1970.
+        error: Why the model could not be loaded.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        load: Callable[[], tuple[RetrievalDrafter, Any]],
+        *,
+        keys: KeyRing | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        self.settings = settings
+        self.keys = keys if keys is not None else KeyRing({})
+        self.chat_template = chat_template
+        self.listeners: list[EngineListener] = []
+        self.when_loaded: list[Callable[[Loaded], object]] = []
+        self.created = int(time.time())
+        self.error: Exception | None = None
+        self._load = load
+        self._loaded: Loaded | None = None
+        self._is_draining = False
+        self._thread = threading.Thread(target=self._start, name="retrieval-draft-load", daemon=True)
+        self._preparing = ThreadPoolExecutor(2, thread_name_prefix="retrieval-draft-prepare")
+
+    def start(self) -> None:
+        """Begins to load. Once is enough, twice does no harm."""
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def wait(self, timeout: float | None = None) -> Loaded:
+        """Waits until the model is loaded.
+
+        Raises:
+            Exception: What loading raised.
+        """
+        self._thread.join(timeout)
+        if self.error is not None:
+            raise self.error
+        return self.loaded
+
+    def _start(self) -> None:
+        try:
+            drafter, tokenizer = self._load()
+            tenants = Tenants(drafter, self.keys.default, self.settings.history_bytes)
+            engine = ServingEngine(drafter, self.settings, self.listeners)
+            loaded = Loaded(drafter, tokenizer, decoder(tokenizer), TokenTexts(tokenizer), tenants, engine)
+            for call in self.when_loaded:
+                call(loaded)
+            engine.start()
+            self._loaded = loaded
+        except Exception as error:
+            self.error = error
+            _log.exception("The model could not be loaded.")
+
+    @property
+    def loaded(self) -> Loaded:
+        """What there is.
+
+        Raises:
+            ApiError: There is no model yet, or never will be (503).
+        """
+        if self._loaded is not None:
+            return self._loaded
+        if self.error is not None:
+            raise ApiError(503, "The model could not be loaded; the server's log says why.")
+        raise ApiError(503, "The model is still being loaded.", retry_after=5)
+
+    async def submit(
+        self,
+        request_id: str,
+        tenant: str,
+        prepare: Callable[[Loaded, RetrievalDrafter], Asked],
+    ) -> tuple[Job, Asked]:
+        """Prepares a request on a thread, and lets it wait for its place in the batch.
+
+        Args:
+            request_id: Of the HTTP request.
+            tenant: Whose.
+            prepare: Makes what is asked for; may take its time.
+
+        Raises:
+            ApiError: It cannot be done, or not now.
+        """
+        loaded, loop = self.loaded, asyncio.get_running_loop()
+        if self._is_draining:
+            raise ApiError(503, "The server is about to stop.", retry_after=5)
+        arrived = time.monotonic()
+        asked = await loop.run_in_executor(self._preparing, lambda: prepare(loaded, loaded.tenants[tenant]))
+        job: Job
+
+        def slow() -> None:
+            loaded.engine.give_up(job, ApiError(503, "The stream was not read for too long."))
+
+        channel = Channel(loop, self.settings.unread_tokens, slow)
+        drafter = loaded.tenants[tenant]
+        job = Job(request_id, tenant, drafter, channel, self.settings.request_seconds, arrived)
+        choices = [choice for prepared in asked.prepared for choice in job.add(prepared)]
+        for choice, text in zip(choices, asked.texts, strict=True):
+            choice.text = text
+        loaded.engine.submit(job)
+        return job, asked
+
+    def leave(self, job: Job) -> None:
+        """Says that nobody waits for a job any more. Ends nothing that is over."""
+        job.channel.close()
+        if self._loaded is not None:
+            self._loaded.engine.give_up(job, ApiError(499, "The client has left."))
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        """Status of HTTP, and what to say."""
+        body: dict[str, Any] = {"status": "ok", "model": self.settings.model_name}
+        loaded = self._loaded
+        if loaded is None:
+            body["status"] = "loading" if self.error is None else "failed"
+            return 503, body
+        engine = loaded.engine
+        body |= {"running": engine.running, "waiting": engine.waiting}
+        stores = [drafter.store for drafter in loaded.tenants.made.values() if drafter.store is not None]
+        if stores:
+            body["store"] = loaded.drafter.store.health.state if loaded.drafter.store else "none"
+            if any(store.health.state != "connected" for store in stores):
+                # What is not shared costs speed, and nothing else.
+                body["status"] = "degraded"
+        if engine.is_stuck:
+            body["status"] = "stuck"
+            return 503, body
+        if self._is_draining:
+            body["status"] = "draining"
+            return 503, body
+        return 200, body
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the server is about to stop."""
+        return self._is_draining
+
+    def drain(self) -> None:
+        """Takes no more requests; what runs goes on."""
+        self._is_draining = True
+        if self._loaded is not None:
+            self._loaded.engine.refuse()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs or waits."""
+        engine = None if self._loaded is None else self._loaded.engine
+        return engine is None or not (engine.running or engine.waiting)
+
+    def abort(self) -> None:
+        """Gives up whatever runs or waits."""
+        if self._loaded is not None:
+            self._loaded.engine.give_up_all(ApiError(503, "The server stops.", retry_after=5))
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Ends the engine, and keeps what was learned."""
+        self.drain()
+        self._preparing.shutdown(wait=False, cancel_futures=True)
+        loaded = self._loaded
+        if loaded is None:
+            return
+        self.abort()
+        if not loaded.engine.stop(timeout):
+            _log.warning("The engine did not end within %g s.", timeout)
+        loaded.tenants.close()
+
+    @property
+    def choices_limit(self) -> int:
+        """Requests that may be open at once."""
+        return self.settings.max_queue + self.settings.max_batch + 32
+
+    def extend(self, listeners: Sequence[EngineListener]) -> None:
+        """Adds listeners, before `start`."""
+        self.listeners += listeners

@@ -1,0 +1,69 @@
+"""Limits of the server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from retrieval_draft.errors import InvalidInputError
+
+__all__ = ["ServerSettings"]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """What a server allows its clients.
+
+    Attributes:
+        model_name: What clients call the model.
+        max_batch: Rows decoded together.
+        max_queue: Choices that may wait for a place; more are refused with 429.
+        max_choices: Choices of one request at most; never more than `max_queue`.
+        max_body_bytes: Of a request.
+        max_prompt_tokens: Of one prompt; None for what the model allows.
+        max_tokens: Of one reply, whatever the request says.
+        max_tenants: Namespaces at most.
+        history_bytes: Memory for the history of each tenant but the default one.
+        prefill_chunk: Prompt tokens in one pass; other rows step between two of them.
+        request_seconds: From arrival to the end of the reply.
+        stuck_seconds: A step that takes longer makes /health say so.
+        unread_tokens: Tokens that may wait for a client that does not read its stream.
+        send_seconds: How long one piece of a stream may take to be sent.
+        grace_seconds: For what runs when the server is told to stop.
+    """
+
+    model_name: str
+    max_batch: int = 8
+    max_queue: int = 256
+    max_choices: int = 64
+    max_body_bytes: int = 4 << 20
+    max_prompt_tokens: int | None = None
+    max_tokens: int = 4096
+    max_tenants: int = 64
+    history_bytes: int = 1 << 26
+    prefill_chunk: int = 512
+    request_seconds: float = 600.0
+    stuck_seconds: float = 120.0
+    unread_tokens: int = 65536
+    send_seconds: float = 30.0
+    grace_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        limits: tuple[tuple[str, float, float, float], ...] = (
+            ("max_batch", self.max_batch, 1, 1024),
+            ("max_queue", self.max_queue, 1, 1 << 20),
+            ("max_choices", self.max_choices, 1, self.max_queue),
+            ("max_body_bytes", self.max_body_bytes, 1024, 1 << 32),
+            ("max_prompt_tokens", self.max_prompt_tokens or 1, 1, 1 << 30),
+            ("max_tokens", self.max_tokens, 1, 1 << 30),
+            ("max_tenants", self.max_tenants, 1, 4096),
+            ("history_bytes", self.history_bytes, 1 << 20, 1 << 40),
+            ("prefill_chunk", self.prefill_chunk, 1, 1 << 20),
+            ("request_seconds", self.request_seconds, 0.01, 1 << 20),
+            ("stuck_seconds", self.stuck_seconds, 0.01, 1 << 20),
+            ("unread_tokens", self.unread_tokens, 1, 1 << 30),
+            ("send_seconds", self.send_seconds, 0.01, 1 << 20),
+            ("grace_seconds", self.grace_seconds, 0.0, 1 << 20),
+        )
+        for name, value, low, high in limits:
+            if not low <= value <= high:
+                raise InvalidInputError(f"{name} is {value}; it must lie in {low}..{high}.")
