@@ -35,7 +35,7 @@ def open_datastores(
         vocabulary: Rows of the model's embedding.
         config: Says whether a history is kept on disk.
         corpora: Folders or opened `Corpus` objects; one or several.
-        phrases: A file, or texts; None for none.
+        phrases: A file, or texts, or a table of their tokens; None for none.
         store: A URL, a `StoreConfig` or an opened `SharedStore`; None for none. It is not waited for.
 
     Raises:
@@ -86,6 +86,8 @@ def _shared(store: Any, fingerprint: str, vocabulary: int) -> SharedStore:
 
 
 def _phrases(phrases: Any, tokenizer: Any) -> PhraseTable:
+    if isinstance(phrases, PhraseTable):
+        return phrases
     texts = read_phrases(Path(phrases)) if isinstance(phrases, (str, Path)) else list(phrases)
     if not all(isinstance(text, str) for text in texts):
         raise InvalidInputError("phrases is a list of something else than texts.", "Pass a file, or texts.")

@@ -89,6 +89,11 @@ class Budget:
         """What a pass over one token of each of `rows` rows takes; 0 where nothing is measured."""
         return self._cost(rows).seconds(rows) if self._costs and rows else 0.0
 
+    @property
+    def cost_of_one(self) -> Costs | None:
+        """Costs of passes over one row's tree; None without."""
+        return self._costs.get(1)
+
     def _cost(self, rows: int) -> Costs:
         bucket = 1 << (rows - 1).bit_length()
         if bucket not in self._costs:

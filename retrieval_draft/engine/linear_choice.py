@@ -21,7 +21,7 @@ from retrieval_draft._cache_home import cache_home
 from retrieval_draft.engine.linear_kernels import KERNELS, OURS, Linear, is_tiled_available
 from retrieval_draft.index._kernels.jit import source_stamp
 
-__all__ = ["SIZES", "LinearChoices", "shape_key"]
+__all__ = ["SIZES", "LinearChoices", "machine", "shape_key"]
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 256)
 """Numbers of tokens measured; one in between goes by the next larger, one beyond by the last."""
@@ -66,7 +66,7 @@ class LinearChoices:
 
     def __init__(self, threads: int, folder: Path | None = None) -> None:
         self.threads = threads
-        self._machine = _machine(threads)
+        self._machine = machine(threads)
         digest = hashlib.sha256(json.dumps(self._machine, sort_keys=True).encode()).hexdigest()[:16]
         self.path = (cache_home() / "linear" if folder is None else folder) / f"{digest}.json"
         self._names = self._read()
@@ -195,8 +195,8 @@ def _fastest(weights: Sequence[Tensor], tokens: int, skipped: set[str]) -> tuple
     return winner, {name for name, seconds in least.items() if seconds > SKIPPED * best}
 
 
-def _machine(threads: int) -> dict[str, object]:
-    """What a measurement depends on."""
+def machine(threads: int) -> dict[str, object]:
+    """What a measurement on the CPU depends on."""
     features = llvmlite.binding.get_host_cpu_features()
     return {
         "processor": llvmlite.binding.get_host_cpu_name(),

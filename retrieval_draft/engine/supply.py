@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.engine.budget import Budget
+from retrieval_draft.engine.calibration import Calibration
+from retrieval_draft.engine.cost import CostModel
 from retrieval_draft.engine.drafting import Drafting, Fuse
 from retrieval_draft.engine.fusion import fuse
 from retrieval_draft.engine.guard import GuardedSource
@@ -20,9 +23,22 @@ from retrieval_draft.engine.target import Target
 from retrieval_draft.index.locality import Locality, RequestDrafts
 from retrieval_draft.index.source import DraftSource, TokenArray
 
-__all__ = ["DraftSupply"]
+__all__ = ["DraftSupply", "Known"]
 
 _MEASURE_CONTEXT = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What a supply learns and measures before and while it drafts.
+
+    Attributes:
+        calibration: None for the shipped priors.
+        seconds: Of a pass by number of tokens; empty to measure.
+    """
+
+    calibration: Calibration | None = None
+    seconds: dict[int, float] = field(default_factory=dict)
 
 
 class DraftSupply:
@@ -63,6 +79,7 @@ class DraftSupply:
         self._calibration: Any = None  # made by prepare
         self.budget = Budget()
         self._head: HeadCost | None = None
+        self._known = Known()
         self.reader = LogitReader(config.top_k if self._drafts else 0)
 
     def prepare(self) -> None:
@@ -78,7 +95,21 @@ class DraftSupply:
             self._head = HeadCost.measure(self._target)
         if self._by_cost:
             self.budget = Budget(self._measure())
-        self._calibration = load_calibration(calibration_file(self._config))
+        kept = calibration_file(self._config)
+        saved = self._known.calibration
+        self._calibration = load_calibration(kept) if saved is None or (kept and kept.exists()) else saved
+
+    def start_from(self, known: Known) -> None:
+        """Has `prepare` take what another process learned and measured. A history's own calibration is newer."""
+        self._known = known
+
+    def known(self) -> Known:
+        """What this one learned and measured so far."""
+        if self._calibration is None:
+            return self._known
+        cost = self.budget.cost_of_one
+        seconds = cost.seconds_by_size() if isinstance(cost, CostModel) else self._known.seconds
+        return Known(self._calibration, seconds)
 
     def prepare_like(self, other: DraftSupply) -> None:
         """As `prepare`, with what a supply of the same model and configuration has measured."""
@@ -146,10 +177,15 @@ class DraftSupply:
     def _save_calibration(self) -> None:
         keep_calibration(self._calibration, calibration_file(self._config))
 
-    def _measure(self) -> Any:
+    def _measure(self) -> CostModel:
         from retrieval_draft._progress import progress
-        from retrieval_draft.engine.cost import ROUNDS, SIZES, CostModel
+        from retrieval_draft.engine.cost import ROUNDS, SIZES
 
+        if self._known.seconds:
+            cost = CostModel()
+            cost.device = self._target.device
+            cost.load(self._known.seconds)
+            return cost
         with progress("Measuring forward passes", ROUNDS * len(SIZES)) as advance:
             return CostModel.measure(self._forward(), self._target.device, advance)
 

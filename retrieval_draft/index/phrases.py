@@ -53,6 +53,8 @@ class PhraseTable:
 
     Attributes:
         ignored: How many phrases were too short.
+        flat: The others, one after the other, as the bytes of int32.
+        ends: Where each of them ends, in tokens.
 
     Raises:
         InvalidInputError: A phrase is no row of token ids, or `trigger` is out of range.
@@ -68,8 +70,8 @@ class PhraseTable:
         checked = [_checked(phrase, number) for number, phrase in enumerate(phrases)]
         kept = [phrase for phrase in checked if len(phrase) >= SHORTEST]
         self.ignored = len(checked) - len(kept)
-        self._flat = b"".join(phrase.tobytes() for phrase in kept)
-        self._ends = array("i", accumulate(len(phrase) for phrase in kept))
+        self.flat = b"".join(phrase.tobytes() for phrase in kept)
+        self.ends = array("i", accumulate(len(phrase) for phrase in kept))
         # Trigger g occurs before the tokens positions[groups[g]:groups[g + 1]], counted over all phrases.
         self._groups = array("i", [0])
         self._positions = array("i")
@@ -79,13 +81,13 @@ class PhraseTable:
 
     def __len__(self) -> int:
         """Phrases, the ignored ones not counted."""
-        return len(self._ends)
+        return len(self.ends)
 
     @property
     def nbytes(self) -> int:
         """Bytes held; constant."""
-        arrays = (self._ends, self._groups, self._positions)
-        return self._automaton_bytes + len(self._flat) + sum(len(each) * each.itemsize for each in arrays)
+        arrays = (self.ends, self._groups, self._positions)
+        return self._automaton_bytes + len(self.flat) + sum(len(each) * each.itemsize for each in arrays)
 
     def propose(self, tail: bytes, budget: int) -> Proposal:
         """The `budget` most probable nodes after a text.
@@ -97,7 +99,7 @@ class PhraseTable:
         found = self._occurrences(tail) if budget > 0 else []
         if not found:
             return _proposal([], [], [], [])
-        flat = self._flat
+        flat = self.flat
         return _Continuations(
             (flat[at * _TOKEN : min(end, at + budget) * _TOKEN], length) for at, end, length in found
         ).tree(budget)
@@ -115,14 +117,14 @@ class PhraseTable:
         for at in list(positions)[:KEPT]:
             begin, end = self._phrase(at)
             known = min(len(tail) // _TOKEN, at - begin, LONGEST)
-            before = self._flat[(at - known) * _TOKEN : at * _TOKEN]
+            before = self.flat[(at - known) * _TOKEN : at * _TOKEN]
             found.append((at, end, _common_end(before, tail[-known * _TOKEN :])))
         return found
 
     def _phrase(self, position: int) -> tuple[int, int]:
         """Where the phrase begins and ends that `position` lies in or ends; no phrase begins there."""
-        number = bisect_left(self._ends, position)
-        return (self._ends[number - 1] if number else 0), self._ends[number]
+        number = bisect_left(self.ends, position)
+        return (self.ends[number - 1] if number else 0), self.ends[number]
 
     def _build(self, trigger: int) -> Any:
         import ahocorasick
@@ -131,7 +133,7 @@ class PhraseTable:
         starts: list[tuple[int, int]] = []
         inner: list[tuple[int, int]] = []
         begin = 0
-        for end in self._ends:
+        for end in self.ends:
             starts.extend((at - begin, at) for at in range(begin + 2, min(begin + trigger, end + 1)))
             inner.extend((trigger, at) for at in range(begin + trigger, end + 1))
             begin = end
@@ -150,7 +152,7 @@ class PhraseTable:
         """Adds the tokens before each position as triggers; returns the positions of those kept in part."""
         grams: dict[bytes, list[int]] = {}
         for length, at in places:
-            grams.setdefault(self._flat[(at - length) * _TOKEN : at * _TOKEN], []).append(at)
+            grams.setdefault(self.flat[(at - length) * _TOKEN : at * _TOKEN], []).append(at)
         crowded: list[int] = []
         for gram, positions in grams.items():
             if len(positions) > KEPT:
