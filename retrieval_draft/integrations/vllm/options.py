@@ -38,6 +38,7 @@ class VllmOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         min_prob: A draft ends before the probability that all of it is accepted falls below this.
         costs: "learned" to draft only what pays by the measured time of steps, "ignored" to draft all that
             `min_prob` allows.
+        threads: That propose at once, in batches of 16 rows or more.
         idle_seconds: After so long without a step, what was running counts as finished.
     """
 
@@ -52,6 +53,7 @@ class VllmOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     sources: tuple[str, ...] = SOURCES
     min_prob: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.05
     costs: Literal["learned", "ignored"] = "learned"
+    threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     idle_seconds: Annotated[float, msgspec.Meta(gt=0.0, le=86400.0)] = 5.0
 
     @classmethod

@@ -14,13 +14,13 @@ from weakref import ref
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft.chains.batch import MOST_CHAIN
+from retrieval_draft.integrations.vllm.draft_stores import DraftStores
 from retrieval_draft.integrations.vllm.drafting_rank import DraftingRank
 from retrieval_draft.integrations.vllm.interface import check_interface
 from retrieval_draft.integrations.vllm.options import VllmOptions
-from retrieval_draft.integrations.vllm.proposer_chains import ProposerChains
 from retrieval_draft.integrations.vllm.row_drafter import RowDrafter
 from retrieval_draft.integrations.vllm.step_costs import StepCosts
-from retrieval_draft.proposer import Proposer
 
 __all__ = ["RetrievalProposer"]
 
@@ -42,6 +42,7 @@ class RetrievalProposer:
 
     Attributes:
         options: As read.
+        rows: What drafts; None on ranks that do not.
         failures: Steps in which something went wrong.
 
     Raises:
@@ -64,23 +65,17 @@ class RetrievalProposer:
         self._rank = DraftingRank(vllm_config.parallel_config, group)
         self._lock = threading.RLock()
         self._called = time.monotonic()
-        self.proposer: Proposer | None = None
+        self._stores: DraftStores | None = None
         self.rows: RowDrafter | None = None
         if not self._rank.drafts:
             return
         model = vllm_config.model_config
-        most = int(vllm_config.speculative_config.num_speculative_tokens)
+        most = min(int(vllm_config.speculative_config.num_speculative_tokens), MOST_CHAIN)
         vocabulary = int(model.get_vocab_size())
-        self.proposer = Proposer.for_tokenizer(
-            _tokenizer(model) if self.options.needs_tokenizer else None,
-            vocabulary=vocabulary,
-            corpora=self.options.index,
-            phrases=self.options.phrases,
-            store=self.options.store_config(),
-            config=self.options.draft_config(),
-        )
+        tokenizer = _tokenizer(model) if self.options.needs_tokenizer else None
+        self._stores = DraftStores(self.options, tokenizer, vocabulary, most)
         self.rows = RowDrafter(
-            ProposerChains(self.proposer, most),
+            self._stores.chains,
             most=most,
             max_rows=int(vllm_config.scheduler_config.max_num_seqs),
             max_length=int(model.max_model_len),
@@ -89,7 +84,7 @@ class RetrievalProposer:
             costs=StepCosts() if self.options.costs == "learned" else None,
             floor=self.options.min_prob,
         )
-        self.proposer.warm_up()
+        self._stores.chains.warm_up()
         atexit.register(_close, ref(self))
         self._stop = threading.Event()
         threading.Thread(
@@ -131,18 +126,18 @@ class RetrievalProposer:
     def flush(self) -> None:
         """Takes what was running for finished, and waits until it can be drafted from."""
         with self._lock:
-            if self.rows is not None and self.proposer is not None:
+            if self.rows is not None and self._stores is not None:
                 self.rows.finish()
-                self.proposer.flush()
+                self._stores.flush()
 
     def close(self) -> None:
         """Keeps and sends what waits, and stops background threads; nothing is drafted any more."""
         with self._lock:
-            if self.rows is not None and self.proposer is not None:
+            if self.rows is not None and self._stores is not None:
                 self._stop.set()
                 self.rows.finish()
-                self.proposer.close()
-            self.rows = self.proposer = None
+                self._stores.close()
+            self.rows = self._stores = None
 
     def _propose(
         self,
