@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -30,8 +31,9 @@ from retrieval_draft.engine.supply import DraftSupply
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.threads import in_live_pool
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.generation import streaming
+from retrieval_draft.generation import ShownPrompt, dropped_streamer, streaming
 from retrieval_draft.index.registry import Datastores
+from retrieval_draft.index.source import TokenArray
 from retrieval_draft.index.store.config import check_share
 from retrieval_draft.index.store.store import SharedStore
 from retrieval_draft.inputs import (
@@ -43,6 +45,7 @@ from retrieval_draft.inputs import (
 )
 from retrieval_draft.methods.method import Parts
 from retrieval_draft.outputs import best_rows, make_output
+from retrieval_draft.pretrained import load_drafter, save_drafter
 from retrieval_draft.requests import Extras, Seeds, make_requests
 from retrieval_draft.sharing import share_when_finished
 from retrieval_draft.supplies import make_supply
@@ -187,11 +190,7 @@ class RetrievalDrafter:
             ``return_dict_in_generate=True``; its ``past_key_values`` can be handed back.
         """
         keep_best = best_of_options(best_of, generation_config, generate_kwargs)
-        rows = self._target.embedding_rows
-        references = [
-            *reference_tokens(documents, self._tokenizer, rows),
-            *reference_tokens(prediction, self._tokenizer, rows),
-        ]
+        references = self._references(documents, prediction)
         extras = Extras(streamer, seed, sample, references, output_prompt_logits, keep_best, share)
         self._check_share(share)
 
@@ -216,26 +215,65 @@ class RetrievalDrafter:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
+        streamer: Any = None,
         draft_streamer: Any = None,
         draft_seed: Seeds = None,
         draft_share: str | None = None,
+        draft_prediction: Any = None,
+        draft_documents: Any = None,
         **model_inputs: Any,
     ) -> Any:
-        """A decoding loop for ``model.generate(..., custom_generate=drafter.custom_generate)``.
+        """A decoding loop: ``model.generate(..., custom_generate=drafter)``, as method or drafter itself.
 
-        transformers does not hand `streamer` to such a loop: pass it as ``draft_streamer``.
+        What begins with ``draft_`` can be given to ``model.generate`` and means what it means to `generate`.
+        Its `streamer` is found although transformers hands it to no such loop.
         """
         if model is not self._target.model:
             raise InvalidInputError(
                 "This drafter was made for another model.", "Make one with RetrievalDrafter.for_model(model)."
             )
         self._check_share(draft_share)
-        extras = Extras(draft_streamer, draft_seed, share=draft_share)
+        shown = streamer if streamer is not None else dropped_streamer()
+        if draft_streamer is None and shown is not None:
+            draft_streamer = ShownPrompt(shown)
+        references = self._references(draft_documents, draft_prediction)
+        extras = Extras(draft_streamer, draft_seed, references=references, share=draft_share)
         return in_live_pool(
             lambda: self._run(
                 input_ids, logits_processor, stopping_criteria, generation_config, model_inputs, extras
             )
         )
+
+    __call__ = custom_generate
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes configuration, phrases, calibration, measured costs, and where corpora and store are.
+
+        What is not written: passwords and keys, draft models, and the history, which has a folder of its own.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        save_drafter(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, model: PreTrainedModel, tokenizer: Any = None, **options: Any
+    ) -> RetrievalDrafter:
+        """Makes a drafter from what `save_pretrained` wrote.
+
+        Args:
+            folder: Where that is.
+            model: The model, or another one with the same tokenizer.
+            tokenizer: The same one; needed wherever the drafter had one that it drafts with.
+            **options: `corpora`, `phrases`, `store`, `draft_model`, `config`: instead of what was saved.
+
+        Raises:
+            DatastoreError: A file is missing, torn, foreign or of a newer format.
+            TokenizerMismatchError: The drafter was saved with another tokenizer.
+            InvalidInputError: An unknown option.
+        """
+        return load_drafter(cls, folder, model, tokenizer, options)
 
     @property
     def continuous(self) -> ContinuousDrafter:
@@ -278,6 +316,13 @@ class RetrievalDrafter:
         self.stats = DraftStats()
         self.last_stats = None
 
+    def _references(self, documents: Any, prediction: Any) -> list[TokenArray]:
+        rows = self._target.embedding_rows
+        return [
+            *reference_tokens(documents, self._tokenizer, rows),
+            *reference_tokens(prediction, self._tokenizer, rows),
+        ]
+
     def _check_share(self, share: str | None) -> None:
         if share is not None and check_share(share) != "none" and self.store is None:
             raise InvalidInputError(f"share={share!r} needs a store.", "Pass store= to for_model.")
@@ -301,7 +346,7 @@ class RetrievalDrafter:
         with ExitStack() as stack:
             stack.enter_context(self._lock)
             stack.enter_context(torch.no_grad())
-            stream = stack.enter_context(streaming(extras.streamer, input_ids, _pad_token(config)))
+            stream = stack.enter_context(streaming(extras.streamer, input_ids, config))
             self.kernels.prepare()
             stack.enter_context(self.kernels.applied())
             self._supply.prepare()
@@ -337,11 +382,6 @@ class RetrievalDrafter:
             for stats in (shared, *each):
                 total.add(stats)
             self.stats.add(total)
-
-
-def _pad_token(config: GenerationConfig) -> int:
-    pad = getattr(config, "_pad_token_tensor", None)
-    return 0 if pad is None else int(pad)
 
 
 _drafters: WeakSet[RetrievalDrafter] = WeakSet()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
+from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
 from retrieval_draft.errors import InvalidInputError
 
-__all__ = ["StreamRows", "streaming", "take_stop_strings"]
+__all__ = ["ShownPrompt", "StreamRows", "dropped_streamer", "streaming", "take_stop_strings"]
 
 
 def take_stop_strings(
@@ -90,14 +91,50 @@ class StreamRows:
             self._streamer.put(torch.tensor(column))
 
 
+class ShownPrompt:
+    """A streamer to which model.generate has shown the prompt already: the first `put` does nothing.
+
+    Args:
+        streamer: Anything with `put` and `end`.
+    """
+
+    def __init__(self, streamer: Any) -> None:
+        self._streamer = streamer
+        self._begun = False
+
+    def put(self, tokens: Tensor) -> None:
+        """Passes on all but the prompt."""
+        if self._begun:
+            self._streamer.put(tokens)
+        self._begun = True
+
+    def end(self) -> None:
+        """Passes the end on."""
+        self._streamer.end()
+
+
+def dropped_streamer() -> Any:
+    """The streamer that the calling ``model.generate`` was given; None without.
+
+    transformers shows a streamer the prompt and then withholds it from custom decoding loops: it is in no
+    argument of theirs. So it is read from the frame of ``model.generate`` itself, which is the caller.
+    """
+    code = inspect.unwrap(GenerationMixin.generate).__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("streamer")
+
+
 @contextlib.contextmanager
-def streaming(streamer: Any, input_ids: Tensor, pad: int) -> Iterator[StreamRows | None]:
+def streaming(streamer: Any, input_ids: Tensor, config: GenerationConfig) -> Iterator[StreamRows | None]:
     """Hands the prompt to the streamer, yields what takes the tokens of its rows, and ends it in any case."""
     if streamer is None:
         yield None
         return
     try:
         streamer.put(input_ids.cpu())
-        yield StreamRows(streamer, len(input_ids), pad)
+        pad = getattr(config, "_pad_token_tensor", None)
+        yield StreamRows(streamer, len(input_ids), 0 if pad is None else int(pad))
     finally:
         streamer.end()

@@ -54,9 +54,12 @@ def through_model(
     ) -> Any:
         return decode(input_ids, logits_processor, stopping_criteria, generation_config, model_inputs)
 
-    model: Any = target.model
+    # Of the class: model.generate may have been replaced by a drafter's own.
+    kind: Any = type(target.model)
+    generate = kind.generate
     return in_live_pool(
-        lambda: model.generate(
+        lambda: generate(
+            target.model,
             input_ids,
             attention_mask=attention_mask,
             generation_config=config,

@@ -100,7 +100,7 @@ class DraftSupply:
         self._calibration = load_calibration(kept) if saved is None or (kept and kept.exists()) else saved
 
     def start_from(self, known: Known) -> None:
-        """Has `prepare` take what another process learned and measured. A history's own calibration is newer."""
+        """Has `prepare` take what another process learned and measured; a history's calibration is newer."""
         self._known = known
 
     def known(self) -> Known:

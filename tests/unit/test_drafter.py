@@ -19,6 +19,7 @@ from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.errors import (
     NonFiniteLogitsError,
 )
+from retrieval_draft.generation import dropped_streamer
 from tests.drafters import drafter_with, near_ties, prompt_ids, reply_of
 from tests.models import make
 from tests.sources import BrokenSource, OracleSource
@@ -77,10 +78,48 @@ def test_iterator_streamer_in_a_thread_does_not_hang() -> None:
 
 
 def test_transformers_still_drops_the_streamer_of_custom_loops() -> None:
-    streamer = Recorder()
-    MODEL.generate(PROMPT, max_new_tokens=5, streamer=streamer, custom_generate=oracle().custom_generate)
-    assert streamer.put_values == [PROMPT[0].tolist()], "transformers passes it on now: use it"
-    assert streamer.ended == 0
+    streamer, given = Recorder(), {}
+
+    def loop(model: Any, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        given.update(options)
+        return input_ids
+
+    MODEL.generate(PROMPT, max_new_tokens=5, streamer=streamer, custom_generate=loop)
+    assert "streamer" not in given, "transformers passes it on now: custom_generate need not look for it"
+    assert streamer.put_values == [PROMPT[0].tolist()]
+
+
+@pytest.mark.parametrize("way", ["method", "drafter", "wrapped"])
+def test_custom_generate_streams_what_transformers_drops(way: str) -> None:
+    streamer, drafter = Recorder(), oracle()
+    loop: Any = {
+        "method": drafter.custom_generate,
+        "drafter": drafter,
+        "wrapped": lambda *given, **options: drafter(*given, **options),
+    }[way]
+    out = MODEL.generate(PROMPT, max_new_tokens=60, do_sample=False, streamer=streamer, custom_generate=loop)
+    assert torch.equal(out, STOCK)
+    assert streamer.put_values == [PROMPT[0].tolist(), *([token] for token in REPLY)]
+    assert streamer.ended == 1
+
+
+def test_without_a_streamer_none_is_found() -> None:
+    assert dropped_streamer() is None
+    out = MODEL.generate(PROMPT, max_new_tokens=60, do_sample=False, custom_generate=oracle())
+    assert torch.equal(out, STOCK)
+
+
+def test_a_drafter_may_take_the_place_of_generate() -> None:
+    model, streamer = make("llama"), Recorder()
+    stock = model.generate(PROMPT, max_new_tokens=30, do_sample=False)
+    with RetrievalDrafter.for_model(model, config=DraftConfig(nodes=8)) as drafter:
+        model.generate = drafter.generate
+        out = model.generate(PROMPT, max_new_tokens=30, do_sample=False, streamer=streamer)
+        assert drafter.last_stats is not None
+        del model.generate
+    assert torch.equal(out, stock)
+    assert len(streamer.put_values) == 31
+    assert streamer.ended == 1
 
 
 def test_custom_generate_with_draft_streamer() -> None:
