@@ -22,7 +22,7 @@ from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.fingerprint import vocabulary_size
 from retrieval_draft.index.locality import Locality
 from retrieval_draft.index.registry import Datastores
-from retrieval_draft.index.source import CONTEXT, NodeLogits, TokenArray
+from retrieval_draft.index.source import CONTEXT, DraftSource, NodeLogits, TokenArray
 from retrieval_draft.index.store.config import check_share
 from retrieval_draft.index.store.store import SharedStore
 from retrieval_draft.methods.method import Method, Parts
@@ -162,6 +162,11 @@ class Proposer:
         keep_calibration(self.calibration, calibration_file(self.config))
         if self.store is not None and self.stores.owns_shared:
             self.store.close()
+
+    @property
+    def sources(self) -> list[DraftSource]:
+        """The draft sources themselves, nearest first."""
+        return [source.source for source in self._sources]
 
     @property
     def nbytes(self) -> int:

@@ -12,6 +12,7 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from retrieval_draft.index._workspace import Workspace
 from retrieval_draft.index.frequent import KEPT, FrequentTokens
@@ -68,6 +69,16 @@ class AdjacencyMatrix:
     def filled(self) -> int:
         """Rows in use."""
         return int(np.count_nonzero(self._keys))
+
+    @property
+    def lock(self) -> Lock:
+        """Hold it while a kernel reads `arrays`."""
+        return self._lock
+
+    @property
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """Keys, visits, tokens, probabilities and doubt, for kernels."""
+        return self._keys, self._visits, self._tokens, self._probs, self._doubt
 
     def learn(self, logits: NodeLogits) -> None:
         """Averages the target's predictions into the rows of orders 1 to 4 of each context; counts them."""

@@ -53,6 +53,11 @@ class CorpusSource:
         self.corpora = tuple(corpora)
         self._segments: Segments = tuple(segment for corpus in corpora for segment in corpus.segments)
 
+    @property
+    def segments(self) -> Segments:
+        """Of all corpora."""
+        return self._segments
+
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> SegmentSession:
         """Starts a request; references are the request's own and are not looked up here."""
         return SegmentSession(lambda: self._segments, prompt, self.name, self.level)

@@ -261,6 +261,11 @@ class HistorySource:
         self._prompts = prompts
         self._replies = replies
 
+    def keep(self, prompt: TokenArray, reply: TokenArray) -> None:
+        """Takes a request in that was not opened here: of its text what the source was told to keep."""
+        nothing = np.empty(0, np.int32)
+        self.history.add(prompt if self._prompts else nothing, reply if self._replies else nothing)
+
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> HistorySession:
         """Starts a request; references are the request's own and stay out of the history."""
         return HistorySession(self.history, prompt, self._prompts, self._replies)

@@ -84,6 +84,12 @@ class PhraseTable:
         return len(self.ends)
 
     @property
+    def phrases(self) -> list[TokenArray]:
+        """The phrases, int32 each, the ignored ones left out."""
+        flat = np.frombuffer(self.flat, np.int32)
+        return [flat[begin:end] for begin, end in zip([0, *self.ends], self.ends, strict=False)]
+
+    @property
     def nbytes(self) -> int:
         """Bytes held; constant."""
         arrays = (self.ends, self._groups, self._positions)

@@ -73,6 +73,11 @@ class SuffixAutomaton:
         return self._states.nbytes + self._edges.nbytes + self._table.nbytes + self._meta.nbytes
 
     @property
+    def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
+        """States, edges, table and meta, for kernels. Insertion replaces those that were too small."""
+        return self._states, self._edges, self._table, self._meta
+
+    @property
     def match_length(self) -> int:
         """Tokens of the longest suffix that was followed by something earlier; the text's own end was not."""
         state = self._kernels.matched_state(self._states, self._meta)

@@ -24,6 +24,11 @@ def kernel(function: Function) -> Function:
     return _compiled(function, fastmath=False)
 
 
+def inner_kernel(function: Function) -> Function:
+    """As `kernel`, for what only kernels call: it compiles faster, and Python cannot call it."""
+    return _compiled(function, fastmath=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
 def sum_kernel(function: Function) -> Function:
     """As `kernel`, for sums that may be reordered so that they run in vector registers.
 
@@ -45,8 +50,9 @@ def c_function(function: Callable[..., object], signature: Any) -> Any:
     return compiled
 
 
-def _compiled(function: Function, fastmath: bool | set[str]) -> Function:
-    compiled: Any = njit(cache=True, nogil=True, error_model="numpy", fastmath=fastmath)(function)
+def _compiled(function: Function, fastmath: bool | set[str], **options: bool) -> Function:
+    jit: Any = njit
+    compiled = jit(cache=True, nogil=True, error_model="numpy", fastmath=fastmath, **options)(function)
     _restamp(compiled)
     return cast(Function, compiled)
 

@@ -91,9 +91,9 @@ def propose(
     if budget <= 0 or len(segments) == 0:
         return 0
     root = len(work_range) - 1
-    ranges, contexts = _gather(
+    ranges, contexts = gather(
         segments, chain, longest, tail, pool_place, work_range[root], range_segment, range_scale,
-        range_context, context_length,
+        range_context, context_length, SAMPLE,
     )  # fmt: skip
     if contexts == 0:
         return 0
@@ -177,7 +177,7 @@ def propose(
                 for other in range(ranges - 1, item - 1, -1):
                     if work_range[row, other, 1] > work_range[row, other, 0]:
                         below = context_length[range_context[other]] + depth
-            orders = _worth(context_length[context] + depth, cap, gain) - _worth(below, cap, gain)
+            orders = worth(context_length[context] + depth, cap, gain) - worth(below, cap, gain)
             leave = once ** max(orders, 1.0)
             claim = mass * (1.0 - leave) / total
             mass *= leave
@@ -218,7 +218,7 @@ def propose(
 
 
 @kernel
-def _worth(length: int, cap: float, gain: float) -> float:
+def worth(length: int, cap: float, gain: float) -> float:
     """Context lengths that a match of `length` tokens counts for: each up to the cap, fewer beyond."""
     if length <= cap:
         return float(length)
@@ -226,7 +226,7 @@ def _worth(length: int, cap: float, gain: float) -> float:
 
 
 @kernel
-def _gather(
+def gather(
     segments: NDArray[np.int64],
     chain: NDArray[np.int32],
     longest: NDArray[np.int32],
@@ -237,8 +237,9 @@ def _gather(
     range_scale: NDArray[np.float64],
     range_context: NDArray[np.int64],
     context_length: NDArray[np.int64],
+    sample: int,
 ) -> tuple[int, int]:
-    """Reads where the contexts' occurrences continue.
+    """Reads where the contexts' occurrences continue, `sample` of each context at most.
 
     Returns:
         Ranges, and contexts. ``context_length[c]`` is the length of context c, and one entry more that of the
@@ -259,7 +260,7 @@ def _gather(
             context_length[contexts] = length
             if contexts == CONTEXTS or before >= ENOUGH:
                 return ranges, contexts
-            rate = min(1.0, SAMPLE / total)
+            rate = min(1.0, sample / total)
             for segment in range(len(segments) - 1, -1, -1):
                 size = occurrences(segments, segment, chain, longest, tail, length)
                 if size == 0 or ranges == RANGES:

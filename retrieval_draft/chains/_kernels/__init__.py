@@ -1,0 +1,1 @@
+"""numba functions that draft for a whole batch. Import only where a kernel is about to run."""
