@@ -11,6 +11,7 @@ from typing import Any
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.fingerprint import tokenizer_fingerprint
 from retrieval_draft.index.corpus import Corpus
 from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.proposer import Proposer
@@ -24,14 +25,19 @@ class Proposers:
     Args:
         make: Makes the proposer of a tenant.
         most: Tenants at most; there are as many as API keys.
+        fingerprint: Of the tokenizer; empty where there is none.
+
+    Attributes:
+        fingerprint: As given.
 
     Example:
         proposers = Proposers.for_tokenizer(tokenizer, corpora=["index"])
         session = proposers.get("team-a").open(prompt)
     """
 
-    def __init__(self, make: Callable[[str], Proposer], most: int = 1024) -> None:
+    def __init__(self, make: Callable[[str], Proposer], most: int = 1024, fingerprint: str = "") -> None:
         self._make, self._most = make, most
+        self.fingerprint = fingerprint
         self._made: dict[str, Proposer] = {}
         self._lock = threading.Lock()
 
@@ -76,7 +82,7 @@ class Proposers:
                 tokenizer, vocabulary=vocabulary, corpora=opened, phrases=phrases, store=log, config=own
             )
 
-        return cls(make, most)
+        return cls(make, most, "" if tokenizer is None else tokenizer_fingerprint(tokenizer))
 
     def get(self, tenant: str = "default") -> Proposer:
         """The tenant's proposer; made now if it is the first time.

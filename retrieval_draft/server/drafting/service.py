@@ -12,7 +12,7 @@ import numpy as np
 from retrieval_draft.engine.tree import DraftTree
 from retrieval_draft.errors import RetrievalDraftError
 from retrieval_draft.index.source import CONTEXT, TokenArray
-from retrieval_draft.proposer import Proposer, ProposerSession
+from retrieval_draft.proposer import ProposerSession
 from retrieval_draft.server.drafting import wire
 from retrieval_draft.server.drafting.errors import DraftServiceError, OutOfStepError
 from retrieval_draft.server.drafting.proposers import Proposers
@@ -88,7 +88,7 @@ class DraftService:
         proposer, limits = self.proposers.get(tenant), self.table.limits
         return wire.Info(
             vocabulary=proposer.stores.vocabulary,
-            fingerprint=proposer.stores.fingerprint,
+            fingerprint=self.proposers.fingerprint,
             sessions=self.table.count(tenant),
             max_sessions=limits.max_sessions,
             max_session_tokens=limits.max_session_tokens,
@@ -108,12 +108,12 @@ class DraftService:
         begin = time.perf_counter()
         if self._stopped.is_set():
             raise DraftServiceError("The service is shutting down.")
+        _check_fingerprint(request.fingerprint, self.proposers.fingerprint)
         size = len(request.prompt) + sum(map(len, request.references))
         self.table.reserve(size)
         proposing: ProposerSession | None = None
         try:
             proposer = self.proposers.get(tenant)
-            _check_fingerprint(request.fingerprint, proposer)
             prompt = _ids(request.prompt)
             proposing = proposer.open(
                 prompt, [_ids(each) for each in request.references], share=request.share
@@ -281,8 +281,7 @@ def _draft(tree: DraftTree | None, accepted: int, length: int) -> wire.Draft:
     return wire.Draft(tree.tokens.tolist(), tree.parents.tolist(), tree.path_probs.tolist(), accepted, length)
 
 
-def _check_fingerprint(theirs: str, proposer: Proposer) -> None:
-    ours = proposer.stores.fingerprint
+def _check_fingerprint(theirs: str, ours: str) -> None:
     if theirs and ours and theirs != ours:
         raise OutOfStepError(
             f"The engine's tokenizer has the fingerprint {theirs}; the service's has {ours}.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import signal
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["StandaloneApp", "serve"]
 
-_log = logging.getLogger("retrieval_draft")
 _KEEP_ALIVE_SECONDS = 75
 _GRACE_SECONDS = 10
 
@@ -101,6 +100,8 @@ def serve(app: StandaloneApp, *, host: str | None, port: int, unix_socket: Path 
     where = f"unix://{name}" if unix_socket is not None else f"http://{name[0]}:{name[1]}"
     try:
         print(f"Drafts at {where}", flush=True)
+        # uvicorn raises the signal that ended it once more, which must not keep us from cleaning up.
+        signal.signal(signal.SIGTERM, lambda *_: None)
         uvicorn.Server(config).run(sockets=[listener])
     finally:
         listener.close()
