@@ -1,0 +1,110 @@
+"""One client of a server: sends a request, and checks that the answer is whole and its own."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Ask", "Told", "ask_server"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request whose answer is known beforehand.
+
+    Attributes:
+        prompt: Text.
+        seed: Of the sampling.
+        max_tokens: Of the reply.
+        temperature: 0 is greedy.
+    """
+
+    prompt: str
+    seed: int
+    max_tokens: int
+    temperature: float
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """An answer.
+
+    Attributes:
+        tokens: Ids of the reply.
+        text: Of the reply.
+        wrong: What is wrong with its form; empty for nothing.
+    """
+
+    tokens: tuple[int, ...] = ()
+    text: str = ""
+    wrong: str = ""
+
+
+def ask_server(port: int, ask: Ask, *, stream: bool, name: str, timeout: float = 300.0) -> Told:
+    """Sends one request on a connection of its own.
+
+    Args:
+        port: On loopback.
+        ask: What to ask.
+        stream: Whether tokens come one by one.
+        name: Of the request, which the answer must bear.
+        timeout: Seconds without a sign of life.
+    """
+    body = {
+        "prompt": ask.prompt, "seed": ask.seed, "max_tokens": ask.max_tokens,
+        "temperature": ask.temperature, "stream": stream, "return_token_ids": True,
+    }  # fmt: skip
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    try:
+        headers = {"Content-Type": "application/json", "X-Request-Id": name}
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        response = connection.getresponse()
+        if response.status != 200:
+            return Told(wrong=f"status {response.status}: {response.read(300)!r}")
+        if not stream:
+            return _whole(json.loads(response.read()), name)
+        return _pieces(response, name)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return Told(wrong=f"{type(error).__name__}: {error}")
+    finally:
+        connection.close()
+
+
+def _whole(body: dict[str, Any], name: str) -> Told:
+    (choice,) = body["choices"]
+    wrong = "" if body["id"] == f"cmpl-{name}" else f"it is the answer of {body['id']}"
+    if choice["finish_reason"] not in ("stop", "length"):
+        wrong = "it has no end"
+    return Told(tuple(choice["token_ids"]), choice["text"], wrong)
+
+
+def _pieces(response: http.client.HTTPResponse, name: str) -> Told:
+    tokens: list[int] = []
+    text, ended, done = "", 0, False
+    for data in _events(response):
+        if done:
+            return Told(wrong="something comes behind [DONE]")
+        if data == "[DONE]":
+            done = True
+            continue
+        piece = json.loads(data)
+        if "error" in piece:
+            return Told(wrong=f"error {piece['error']}")
+        if piece["id"] != f"cmpl-{name}":
+            return Told(wrong=f"a piece of {piece['id']} is among those of {name}")
+        for choice in piece["choices"]:
+            text += choice["text"]
+            tokens += choice["token_ids"]
+            ended += choice["finish_reason"] is not None
+    wrong = "" if done and ended == 1 else f"the stream was cut: {ended} ends, [DONE] {done}"
+    return Told(tuple(tokens), text, wrong)
+
+
+def _events(response: http.client.HTTPResponse) -> Iterator[str]:
+    for line in response:
+        text = line.decode().rstrip("\n")
+        if text.startswith("data: "):
+            yield text.removeprefix("data: ")
