@@ -41,6 +41,7 @@ class Answer:
         kept: Choices of each prompt to return, of samples that compete; None for all.
         with_usage: Whether a stream ends with the usage.
         with_metrics: Whether the response says what drafting did.
+        with_marks: Whether a stream says which pieces of its text were drafted.
     """
 
     job: Job
@@ -49,6 +50,7 @@ class Answer:
     kept: int | None
     with_usage: bool
     with_metrics: bool
+    with_marks: bool = False
 
     async def unless_gone(self, receive: Receive, gone: Callable[[], object]) -> Response:
         """The whole answer; if the client hangs up before, one that nobody will read.
@@ -88,7 +90,11 @@ class Answer:
                 if place not in begun:
                     begun.add(place)
                     pieces += self.shape.begin(reply)
-                pieces += self.shape.piece(reply, text, begin, end)
+                new = self.shape.piece(reply, text, begin, end)
+                if self.with_marks:
+                    marks = [{"text": piece, "drafted": drafted} for piece, drafted in reply.marks]
+                    new = [each | {"draft_marks": marks} for each in new]
+                pieces += new
                 for piece in pieces:
                     yield event(piece)
             if self.with_usage or self.with_metrics:

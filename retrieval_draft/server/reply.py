@@ -32,6 +32,7 @@ class Reply:
         tokens: So far.
         logprobs: One for each token, where they are wanted.
         drafted: Places of the tokens that were drafted.
+        marks: The pieces of the text that became final last, and whether each one's token was drafted.
         reason: "stop" or "length"; None while it goes on.
         stats: Counts, once it has ended.
         logprob: Natural logarithm of its probability, where samples compete.
@@ -52,6 +53,7 @@ class Reply:
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.drafted: list[int] = []
+        self.marks: list[tuple[str, bool]] = []
         self.reason: str | None = None
         self.stats = DraftStats()
         self.logprob = 0.0
@@ -65,7 +67,9 @@ class Reply:
         self.drafted += range(begin, begin + event.accepted)
         self.tokens += event.tokens
         self.logprobs += event.logprobs
-        return self.text.push(event.tokens)
+        pieces = [self.text.push((token,)) for token in event.tokens]
+        self.marks = [(piece, place < event.accepted) for place, piece in enumerate(pieces) if piece]
+        return "".join(pieces)
 
     def end(self, event: Ended) -> str:
         """Notes the end, and returns the rest of the text."""
@@ -74,7 +78,9 @@ class Reply:
         if self._silent:
             self.reason = "length"
             return ""
-        return self.text.finish()
+        rest = self.text.finish()
+        self.marks = [(rest, False)] if rest else []
+        return rest
 
     @property
     def mean_logprob(self) -> float:

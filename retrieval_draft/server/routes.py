@@ -139,7 +139,10 @@ async def _respond(
     request_id, tenant = request.state.request_id, request.state.tenant
     job, asked = await service.submit(request_id, tenant, prepare)
     with_metrics = bool(fields.metrics) or "x-draft-metrics" in request.headers
-    answer = Answer(job, asked, shape(service.loaded, request_id), kept, fields.includes_usage, with_metrics)
+    answer = Answer(
+        job, asked, shape(service.loaded, request_id), kept, fields.includes_usage, with_metrics,
+        bool(fields.draft_marks),
+    )  # fmt: skip
     if fields.stream:
         seconds = service.settings.send_seconds
         return EventStream(answer.events(), lambda: service.leave(job), seconds)

@@ -40,7 +40,8 @@ class DraftApp:
 
     Args:
         service: Does the work. It is not closed here.
-        authenticate: Whose key it is; None where all are the tenant "default".
+        authenticate: Whose key it is; None where whoever stands before it says so in ``state["tenant"]``, and
+            all are the tenant "default" if nobody does.
         max_body: Bytes of a request at most.
     """
 
@@ -61,7 +62,7 @@ class DraftApp:
         try:
             headers = dict(scope["headers"])
             json = _is_json(headers.get(b"content-type", b""))
-            tenant = self._tenant(headers)
+            tenant = self._tenant(scope, headers)
             reply: Reply | wire.ErrorReply = await self._answer(scope, headers, receive, tenant, json)
             status = 200
         except RetrievalDraftError as error:
@@ -81,9 +82,10 @@ class DraftApp:
         """Ends the threads; what they do is finished first."""
         self._pool.shutdown()
 
-    def _tenant(self, headers: dict[bytes, bytes]) -> str:
+    def _tenant(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
         if self._authenticate is None:
-            return "default"
+            state: dict[str, Any] = scope.get("state") or {}
+            return str(state.get("tenant", "default"))
         given = headers.get(b"authorization")
         tenant = self._authenticate(None if given is None else given.decode("latin-1"))
         if tenant is None:

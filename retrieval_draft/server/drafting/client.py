@@ -243,7 +243,8 @@ class DraftClient:
         try:
             if status == 200:
                 return wire.decode(answer, kind)
-            failure = wire.decode(answer, wire.ErrorReply).error
+            # What stands before the service, such as a check of keys, may speak JSON.
+            failure = wire.decode(answer, wire.ErrorReply, json=answer[:1] == b"{").error
         except (msgspec.DecodeError, RecursionError) as error:
             raise ServiceUnavailableError(
                 f"What answers at {self._address.url} with status {status} is no drafting service."

@@ -64,6 +64,7 @@ class GenerationFields(_Open):
         documents: Extension: texts that the reply may quote; draft sources of this request.
         share: Extension: what other servers may learn of this request.
         metrics: Extension: whether the response says what drafting did.
+        draft_marks: Extension: whether each piece of a stream says which of its text was drafted.
         return_token_ids: Extension: whether the response has the token ids.
         ignore_eos: Extension: whether the reply goes on to its longest.
     """
@@ -93,6 +94,7 @@ class GenerationFields(_Open):
     documents: str | Annotated[list[str], Field(max_length=64)] | None = None
     share: Literal["none", "reply", "all"] | None = None
     metrics: bool | None = None
+    draft_marks: bool | None = None
     return_token_ids: bool | None = None
     ignore_eos: bool | None = None
 
