@@ -7,7 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_draft.cli import bench_datastores, bench_drafts, bench_sampling, bench_serve, bench_store
+from retrieval_draft.cli import (
+    bench_chains,
+    bench_datastores,
+    bench_drafts,
+    bench_sampling,
+    bench_serve,
+    bench_store,
+)
 from retrieval_draft.cli._bench_common import Out, finish, ratio_range, split
 from retrieval_draft.cli._common import DIFFERENT, CpuKernels, Device, Dtype, Index, Json, Model, Nodes
 from retrieval_draft.cli._output import print_json, print_table
@@ -20,6 +27,7 @@ app.command("corpus")(bench_datastores.corpus)
 app.command("store")(bench_store.store)
 app.command("serve")(bench_serve.serve)
 app.command("drafts")(bench_drafts.drafts)
+app.command("chains")(bench_chains.chains)
 app.command("batch")(bench_sampling.batch)
 app.command("samples")(bench_sampling.samples)
 app.command("draw")(bench_sampling.draw)
