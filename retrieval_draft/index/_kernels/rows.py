@@ -10,7 +10,7 @@ from retrieval_draft.index._kernels.jit import kernel
 __all__ = ["follow_rows"]
 
 
-_BLOCK = 64
+_BLOCK = 512
 """Tokens compared at a time, without a branch, so that they go through vector registers."""
 
 
@@ -19,9 +19,10 @@ def _same(left: NDArray[np.int32], right: NDArray[np.int32], length: int) -> boo
     end = length
     while end > 0:  # from the end, where different texts differ most often
         begin = max(end - _BLOCK, 0)
-        different = 0
-        for token in range(begin, end):
-            different |= left[token] ^ right[token]
+        one, other = left[begin:end], right[begin:end]
+        different = np.int32(0)
+        for token in range(len(one)):
+            different |= one[token] ^ other[token]
         if different != 0:
             return False
         end = begin

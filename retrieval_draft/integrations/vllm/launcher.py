@@ -1,0 +1,111 @@
+"""Starts vLLM's own OpenAI server with this project's drafts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.integrations.vllm.options import PREFIX, VllmOptions
+from retrieval_draft.packaged_model import PACKAGED_NAME, packaged_folder
+
+__all__ = ["PROPOSER", "launch", "server_command"]
+
+PROPOSER = "retrieval_draft.integrations.vllm.RetrievalProposer"
+"""What vLLM loads."""
+
+
+def server_command(
+    model: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    dtype: str | None = None,
+    num_speculative_tokens: int = 16,
+    indexes: Sequence[Path | str] = (),
+    phrases: Path | str | None = None,
+    store: str | None = None,
+    tenant: str | None = None,
+    share: str | None = None,
+    history_folder: Path | str | None = None,
+    config_file: Path | str | None = None,
+    arguments: Sequence[str] = (),
+) -> tuple[list[str], dict[str, str]]:
+    """The command that serves a model with drafts, and its environment.
+
+    Args:
+        model: A folder, a hub name, or gemma3-270m.
+        host: Address to listen on.
+        port: Port to listen on.
+        dtype: As vLLM takes it; None to leave it to vLLM.
+        num_speculative_tokens: Tokens of a draft at most.
+        indexes: As `VllmOptions.index`, and so are the next five. What is None or empty is left to the
+            environment.
+        phrases: Fixed texts.
+        store: Its URL.
+        tenant: Of the store.
+        share: What others may learn.
+        history_folder: Where earlier requests are kept.
+        config_file: TOML or JSON with all options of `VllmOptions`.
+        arguments: Handed to vLLM as they are, after those above.
+
+    Raises:
+        InvalidInputError: vLLM is not installed, or an option cannot be used.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise InvalidInputError(
+            "vLLM is not installed in this environment.",
+            "Install it beside retrieval_draft, see docs/vllm.md, or serve without --engine vllm.",
+        )
+    if not 1 <= num_speculative_tokens <= 64:
+        raise InvalidInputError(f"num_speculative_tokens is {num_speculative_tokens}; it must lie in 1..64.")
+    speculative = {
+        "method": "custom_class",
+        "model": PROPOSER,
+        "num_speculative_tokens": num_speculative_tokens,
+    }
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    command += [str(packaged_folder()) if model == PACKAGED_NAME else model]
+    if model == PACKAGED_NAME:
+        command += ["--served-model-name", model]
+    command += ["--host", host, "--port", str(port), "--speculative-config", json.dumps(speculative)]
+    if dtype is not None:
+        command += ["--dtype", dtype]
+    environment = dict(os.environ)
+    values: dict[str, Any] = {
+        "INDEX": os.pathsep.join(str(index) for index in indexes),
+        "PHRASES": phrases,
+        "STORE": store,
+        "TENANT": tenant,
+        "SHARE": share,
+        "HISTORY_FOLDER": history_folder,
+        "CONFIG": config_file,
+    }
+    environment.update({PREFIX + name: str(value) for name, value in values.items() if value})
+    VllmOptions.read(environment)
+    return [*command, *arguments], environment
+
+
+def launch(
+    model: str,
+    *,
+    execute: Callable[[str, list[str], dict[str, str]], NoReturn] = os.execve,
+    **options: Any,
+) -> NoReturn:
+    """Replaces this process with vLLM's server.
+
+    Args:
+        model: As for `server_command`.
+        execute: Replaces the process.
+        **options: As for `server_command`.
+
+    Raises:
+        InvalidInputError: vLLM is not installed, or an option cannot be used.
+    """
+    command, environment = server_command(model, **options)
+    execute(command[0], command, environment)

@@ -1,0 +1,73 @@
+"""The command that starts vLLM's server."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import sys
+from typing import Any
+
+import pytest
+
+from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.integrations.vllm.launcher import PROPOSER, launch, server_command
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM can be found."""
+    find = importlib.util.find_spec
+
+    def found(name: str, *rest: Any) -> Any:
+        return importlib.machinery.ModuleSpec("vllm", None) if name == "vllm" else find(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+
+
+def test_without_vllm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    with pytest.raises(InvalidInputError, match="vLLM is not installed"):
+        launch("folder")
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_command_and_its_environment() -> None:
+    seen: list[Any] = []
+
+    def execute(path: str, command: list[str], environment: dict[str, str]) -> Any:
+        seen.extend((path, command, environment))
+
+    launch(
+        "some/model",
+        port=9000,
+        dtype="float32",
+        num_speculative_tokens=12,
+        indexes=["/a", "/b"],
+        store="redis://localhost:1",
+        share="all",
+        arguments=["--max-model-len", "512"],
+        execute=execute,
+    )
+    path, command, environment = seen
+    assert path == command[0] == sys.executable
+    assert command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", "some/model"]
+    assert command[-2:] == ["--max-model-len", "512"]
+    speculative = json.loads(command[command.index("--speculative-config") + 1])
+    assert speculative == {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": 12}
+    assert environment["RETRIEVAL_DRAFT_SHARE"] == "all"
+    assert environment["RETRIEVAL_DRAFT_INDEX"].endswith("/b")
+    assert "RETRIEVAL_DRAFT_PHRASES" not in environment
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_cannot_be_used_is_said_before_anything_starts() -> None:
+    with pytest.raises(InvalidInputError, match="num_speculative_tokens is 65"):
+        server_command("m", num_speculative_tokens=65)
+    with pytest.raises(InvalidInputError, match="SHARE is 'some'"):
+        server_command("m", share="some")
+
+
+def test_the_name_that_vllm_loads_is_there() -> None:
+    module, name = PROPOSER.rsplit(".", 1)
+    assert hasattr(importlib.import_module(module), name)
