@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.integrations.vllm.options import PREFIX, VllmOptions
 from retrieval_draft.packaged_model import PACKAGED_NAME, packaged_folder
 
@@ -27,11 +28,11 @@ def server_command(
     port: int = 8000,
     dtype: str | None = None,
     num_speculative_tokens: int = 16,
-    indexes: Sequence[Path | str] = (),
+    served_model_name: str | None = None,
+    api_key: str | None = None,
+    corpora: Sequence[Path | str] = (),
     phrases: Path | str | None = None,
-    store: str | None = None,
-    tenant: str | None = None,
-    share: str | None = None,
+    store: StoreConfig | str | None = None,
     history_folder: Path | str | None = None,
     config_file: Path | str | None = None,
     arguments: Sequence[str] = (),
@@ -44,12 +45,12 @@ def server_command(
         port: Port to listen on.
         dtype: As vLLM takes it; None to leave it to vLLM.
         num_speculative_tokens: Tokens of a draft at most.
-        indexes: As `VllmOptions.index`, and so are the next five. What is None or empty is left to the
+        served_model_name: The model's name in requests; None for `model`.
+        api_key: What clients must show. It goes into the environment, not the command line.
+        corpora: Indexes, as `VllmOptions.index`. What is None or empty, here and below, is left to the
             environment.
-        phrases: Fixed texts.
-        store: Its URL.
-        tenant: Of the store.
-        share: What others may learn.
+        phrases: A file of fixed texts.
+        store: What servers share. Of a `StoreConfig` the limits are not handed on.
         history_folder: Where earlier requests are kept.
         config_file: TOML or JSON with all options of `VllmOptions`.
         arguments: Handed to vLLM as they are, after those above.
@@ -71,21 +72,23 @@ def server_command(
     }
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
     command += [str(packaged_folder()) if model == PACKAGED_NAME else model]
-    if model == PACKAGED_NAME:
-        command += ["--served-model-name", model]
+    command += ["--served-model-name", served_model_name or model]
     command += ["--host", host, "--port", str(port), "--speculative-config", json.dumps(speculative)]
     if dtype is not None:
         command += ["--dtype", dtype]
     environment = dict(os.environ)
     values: dict[str, Any] = {
-        "INDEX": os.pathsep.join(str(index) for index in indexes),
+        "INDEX": os.pathsep.join(str(corpus) for corpus in corpora),
         "PHRASES": phrases,
-        "STORE": store,
-        "TENANT": tenant,
-        "SHARE": share,
+        "STORE": store if isinstance(store, str) else None,
         "HISTORY_FOLDER": history_folder,
         "CONFIG": config_file,
     }
+    if isinstance(store, StoreConfig):
+        values.update(STORE=store.url, TENANT=store.tenant, SHARE=store.share, SNAPSHOTS=store.snapshots)
+        values["STORE_KEY"] = store.key.decode() if isinstance(store.key, bytes) else store.key
+    if api_key:
+        environment["VLLM_API_KEY"] = api_key
     environment.update({PREFIX + name: str(value) for name, value in values.items() if value})
     VllmOptions.read(environment)
     return [*command, *arguments], environment

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.integrations.vllm.launcher import PROPOSER, launch, server_command
 
 
@@ -43,9 +44,10 @@ def test_the_command_and_its_environment() -> None:
         port=9000,
         dtype="float32",
         num_speculative_tokens=12,
-        indexes=["/a", "/b"],
-        store="redis://localhost:1",
-        share="all",
+        served_model_name="mine",
+        api_key="secret",
+        corpora=["/a", "/b"],
+        store=StoreConfig("redis://localhost:1", tenant="team", share="all", key=b"signed"),
         arguments=["--max-model-len", "512"],
         execute=execute,
     )
@@ -55,7 +57,16 @@ def test_the_command_and_its_environment() -> None:
     assert command[-2:] == ["--max-model-len", "512"]
     speculative = json.loads(command[command.index("--speculative-config") + 1])
     assert speculative == {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": 12}
-    assert environment["RETRIEVAL_DRAFT_SHARE"] == "all"
+    assert command[command.index("--served-model-name") + 1] == "mine"
+    names = ("STORE", "TENANT", "SHARE", "STORE_KEY")
+    assert [environment["RETRIEVAL_DRAFT_" + name] for name in names] == [
+        "redis://localhost:1",
+        "team",
+        "all",
+        "signed",
+    ]
+    assert environment["VLLM_API_KEY"] == "secret"
+    assert "secret" not in " ".join(command)
     assert environment["RETRIEVAL_DRAFT_INDEX"].endswith("/b")
     assert "RETRIEVAL_DRAFT_PHRASES" not in environment
 
@@ -64,8 +75,8 @@ def test_the_command_and_its_environment() -> None:
 def test_what_cannot_be_used_is_said_before_anything_starts() -> None:
     with pytest.raises(InvalidInputError, match="num_speculative_tokens is 65"):
         server_command("m", num_speculative_tokens=65)
-    with pytest.raises(InvalidInputError, match="SHARE is 'some'"):
-        server_command("m", share="some")
+    with pytest.raises(InvalidInputError, match="cannot be read"):
+        server_command("m", config_file="/nowhere.json")
 
 
 def test_the_name_that_vllm_loads_is_there() -> None:
