@@ -1,11 +1,15 @@
-"""The application with all that belongs to it: OpenAI's endpoints, metrics, the request log."""
+"""The application with all that belongs to it: OpenAI's endpoints, drafts for others, metrics, dashboard."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, FastAPI, Response
 
 from retrieval_draft.server.app import PUBLIC, create_app
+from retrieval_draft.server.dashboard.routes import PUBLIC as DASHBOARD_PUBLIC
+from retrieval_draft.server.dashboard.routes import Dashboard
+from retrieval_draft.server.drafting.mounted import mounted_drafts
 from retrieval_draft.server.metrics import ServerMetrics
+from retrieval_draft.server.metrics_drafting import DraftingMetrics
 from retrieval_draft.server.request_log import RequestLog
 from retrieval_draft.server.service import Loaded, Service
 
@@ -24,11 +28,15 @@ def whole_app(service: Service) -> FastAPI:
         loaded.tenants.when_made(metrics.watch)
 
     service.when_loaded.append(watch)
+    observer = DraftingMetrics(metrics.registry)
+    drafts, drafts_router = mounted_drafts(service, observer)
+    observer.watch(drafts)
+    dashboard = Dashboard(service)
     return create_app(
         service,
-        listeners=(metrics, RequestLog()),
-        extra_routers=(_metrics_router(metrics),),
-        public=PUBLIC,
+        listeners=(metrics, RequestLog(), dashboard.watcher),
+        extra_routers=(_metrics_router(metrics), drafts_router, dashboard.router),
+        public=PUBLIC | DASHBOARD_PUBLIC,
     )
 
 

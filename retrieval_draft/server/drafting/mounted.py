@@ -11,8 +11,6 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from starlette.routing import Route
 
-from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.methods.registry import get_method
 from retrieval_draft.proposer import Proposer
 from retrieval_draft.server.drafting.app import PREFIX, DraftApp
 from retrieval_draft.server.drafting.errors import error_of
@@ -58,9 +56,5 @@ def _proposer(service: Service, tenant: str) -> Proposer:
         drafter = service.loaded.tenants[tenant]
     except ApiError as error:
         raise error_of(error.status, error.message) from error
-    config, stores = drafter.config, drafter._parts.stores
-    if get_method(config.method).needs_model:
-        raise InvalidInputError(
-            f"The method {config.method!r} needs the model to draft, and cannot do so for others."
-        )
-    return Proposer(replace(stores, owns_shared=False), replace(config, history_folder=None))
+    parts = drafter._parts
+    return Proposer(replace(parts.stores, owns_shared=False), replace(parts.config, history_folder=None))

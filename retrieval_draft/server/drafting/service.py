@@ -250,7 +250,8 @@ class DraftService:
 def failure_of(error: RetrievalDraftError) -> wire.Failure:
     """What the engine is told of an error."""
     if isinstance(error, DraftServiceError):
-        return wire.Failure(error.message, error.kind, error.status, hint=error.hint)
+        kind = error.kind if error.status < 500 else "server_error"
+        return wire.Failure(error.message, kind, error.status, hint=error.hint)
     if isinstance(error, ValueError):
         return wire.Failure(error.message, code=400, hint=error.hint)
     return wire.Failure(error.message, "server_error", 500, hint=error.hint)

@@ -1,0 +1,1 @@
+"""One page that shows what the engine does while it does it."""
