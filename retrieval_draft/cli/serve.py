@@ -67,9 +67,19 @@ def serve(
     grace: Annotated[float, typer.Option(min=0.0, help="Seconds for what runs, when told to stop.")] = 30.0,
     prefill_chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens in one pass.")] = 512,
     log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="An OpenTelemetry collector for traces: http://localhost:4318.",
+            envvar="OTEL_EXPORTER_OTLP_ENDPOINT",
+        ),
+    ] = None,
     dtype: Dtype = "float32",
     device: Device = None,
     cpu_kernels: CpuKernels = True,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of torch; by default as many as cores.", show_default=False)
+    ] = None,
     engine: Annotated[str, typer.Option(help="transformers, or vllm.")] = "transformers",
 ) -> None:
     """Serve a model to OpenAI's clients, its drafts made from text seen before."""
@@ -99,6 +109,8 @@ def serve(
         raise InvalidInputError(f"There is no engine {engine!r}.", "Choose transformers or vllm.")
 
     def load() -> tuple[Any, Any]:
+        import torch
+
         from retrieval_draft.config import DraftConfig
         from retrieval_draft.drafter import RetrievalDrafter
         from retrieval_draft.model_files import load_model
@@ -109,6 +121,8 @@ def serve(
             cpu_kernels=cpu_kernels,
             history_folder=None if history is None else str(history),
         )
+        if threads is not None:
+            torch.set_num_threads(threads)
         loaded, tokenizer = load_model(model, dtype=dtype, device=device)
         drafts: Any = draft_model
         if draft_model not in (None, "self"):
@@ -117,10 +131,9 @@ def serve(
             loaded, tokenizer, method=method, config=config, corpora=index or (), phrases=phrases,
             store=shared, draft_model=drafts,
         )  # fmt: skip
-        drafter.warm_up()
         return drafter, tokenizer
 
-    _serve(settings, load, keys, chat_template, log_format, host, port, unix_socket)
+    _serve(settings, load, keys, chat_template, log_format, otlp_endpoint, host, port, unix_socket)
 
 
 def _serve(
@@ -129,6 +142,7 @@ def _serve(
     keys: Any,
     chat_template: Path | None,
     log_format: str,
+    otlp_endpoint: str | None,
     host: str,
     port: int,
     unix_socket: Path | None,
@@ -148,11 +162,18 @@ def _serve(
 
     template = None if chat_template is None else _read(chat_template)
     service = Service(settings, load, keys=keys, chat_template=template)
-    app = whole_app(service)
+    tracing = None
+    if otlp_endpoint:
+        from retrieval_draft.server.tracing import Tracing
+
+        tracing = Tracing.to_otlp(otlp_endpoint, model_name=settings.model_name)
+    app = whole_app(service, () if tracing is None else (tracing,))
     logs = start_logging(log_format, logging.getLogger("retrieval_draft").level or logging.INFO)
     try:
         run(app, service, host=host, port=port, socket=unix_socket)
     finally:
+        if tracing is not None:
+            tracing.close()
         logs.stop()
 
 

@@ -23,6 +23,7 @@ class RequestStart:
         prompt_tokens: Length of the prompt.
         queued_seconds: How long it waited for a place in the batch.
         prefill_seconds: How long the prompt's pass took, to the first token.
+        traceparent: W3C's header of the HTTP request, for traces; None without.
     """
 
     request_id: str
@@ -31,6 +32,7 @@ class RequestStart:
     prompt_tokens: int
     queued_seconds: float
     prefill_seconds: float
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

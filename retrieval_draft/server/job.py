@@ -74,6 +74,7 @@ class Job:
         channel: Where its tokens go.
         seconds: Until it is given up.
         arrived: When it came, on the monotonic clock.
+        traceparent: W3C's header of the HTTP request, for traces; None without.
         groups: One for each prompt.
         given_up: Why it is to end before its time; None while it is not.
         ended: Choices that are over.
@@ -85,6 +86,7 @@ class Job:
     channel: Channel
     seconds: float
     arrived: float = field(default_factory=monotonic)
+    traceparent: str | None = None
     groups: list[Group] = field(default_factory=list)
     given_up: ApiError | None = None
     ended: int = 0

@@ -48,6 +48,7 @@ class Reports:
             len(choice.request.prompt),
             max(joined - job.arrived, 0.0),
             choice.stats.prefill_seconds,
+            job.traceparent,
         )
         self._tell(lambda listener: listener.request_started(start))
 

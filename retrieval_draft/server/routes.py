@@ -137,7 +137,8 @@ async def _respond(
     """Hands a request to the engine, and its answer to the client."""
     _check_model(service, fields.model)
     request_id, tenant = request.state.request_id, request.state.tenant
-    job, asked = await service.submit(request_id, tenant, prepare)
+    traceparent = request.headers.get("traceparent")
+    job, asked = await service.submit(request_id, tenant, prepare, traceparent)
     with_metrics = bool(fields.metrics) or "x-draft-metrics" in request.headers
     answer = Answer(
         job, asked, shape(service.loaded, request_id), kept, fields.includes_usage, with_metrics,

@@ -55,7 +55,7 @@ class Service:
 
     Args:
         settings: Limits.
-        load: Makes drafter and tokenizer, warmed up; called once, on a thread.
+        load: Makes drafter and tokenizer; called once, on a thread.
         keys: Who may ask.
         chat_template: In place of the tokenizer's own.
 
@@ -109,6 +109,7 @@ class Service:
     def _start(self) -> None:
         try:
             drafter, tokenizer = self._load()
+            drafter.warm_up()
             tenants = Tenants(drafter, self.keys.default, self.settings.history_bytes)
             engine = ServingEngine(drafter, self.settings, self.listeners)
             loaded = Loaded(drafter, tokenizer, decoder(tokenizer), TokenTexts(tokenizer), tenants, engine)
@@ -138,6 +139,7 @@ class Service:
         request_id: str,
         tenant: str,
         prepare: Callable[[Loaded, RetrievalDrafter], Asked],
+        traceparent: str | None = None,
     ) -> tuple[Job, Asked]:
         """Prepares a request on a thread, and lets it wait for its place in the batch.
 
@@ -145,6 +147,7 @@ class Service:
             request_id: Of the HTTP request.
             tenant: Whose.
             prepare: Makes what is asked for; may take its time.
+            traceparent: W3C's header of the request, for traces.
 
         Raises:
             ApiError: It cannot be done, or not now.
@@ -161,7 +164,7 @@ class Service:
 
         channel = Channel(loop, self.settings.unread_tokens, slow)
         drafter = loaded.tenants[tenant]
-        job = Job(request_id, tenant, drafter, channel, self.settings.request_seconds, arrived)
+        job = Job(request_id, tenant, drafter, channel, self.settings.request_seconds, arrived, traceparent)
         choices = [choice for prepared in asked.prepared for choice in job.add(prepared)]
         for choice, text in zip(choices, asked.texts, strict=True):
             choice.text = text

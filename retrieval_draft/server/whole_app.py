@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import APIRouter, FastAPI, Response
 
 from retrieval_draft.server.app import PUBLIC, create_app
 from retrieval_draft.server.dashboard.routes import PUBLIC as DASHBOARD_PUBLIC
 from retrieval_draft.server.dashboard.routes import Dashboard
 from retrieval_draft.server.drafting.mounted import mounted_drafts
+from retrieval_draft.server.events import EngineListener
 from retrieval_draft.server.metrics import ServerMetrics
 from retrieval_draft.server.metrics_drafting import DraftingMetrics
 from retrieval_draft.server.request_log import RequestLog
@@ -16,11 +19,12 @@ from retrieval_draft.server.service import Loaded, Service
 __all__ = ["whole_app"]
 
 
-def whole_app(service: Service) -> FastAPI:
+def whole_app(service: Service, listeners: Sequence[EngineListener] = ()) -> FastAPI:
     """Makes the application that ``retrieval-draft serve`` runs.
 
     Args:
         service: What stands behind it.
+        listeners: Who else is told what the engine does, such as `Tracing`.
     """
     metrics = ServerMetrics(model_name=service.settings.model_name)
 
@@ -34,7 +38,7 @@ def whole_app(service: Service) -> FastAPI:
     dashboard = Dashboard(service)
     return create_app(
         service,
-        listeners=(metrics, RequestLog(), dashboard.watcher),
+        listeners=(metrics, RequestLog(), dashboard.watcher, *listeners),
         extra_routers=(_metrics_router(metrics), drafts_router, dashboard.router),
         public=PUBLIC | DASHBOARD_PUBLIC,
     )
