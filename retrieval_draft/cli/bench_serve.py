@@ -34,6 +34,10 @@ def serve(
     limit: Annotated[int, typer.Option(min=1, help="Prompts of --compare-none.")] = 20,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a reply of --compare-none.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of --compare-none.")] = 2,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of the server's torch; 1 for the tiny model.", show_default=False),
+    ] = None,
     out: Out = None,
     json: Json = False,
 ) -> None:
@@ -43,11 +47,14 @@ def serve(
             from retrieval_draft.bench.serve_model import save_tiny_model
 
             save_tiny_model(Path(place))
-        name = model or place
+            # What a tiny model's passes take is less than what threads take to meet.
+            threads = threads or 1
+        options = ["--model", model or place, "--max-batch", str(max_batch)]
+        options += [] if threads is None else ["--threads", str(threads)]
         if compare_none:
-            result = _compare(name, method, max_batch, clients, prompts, limit, max_new_tokens, rounds)
+            result = _compare(options, method, clients, prompts, limit, max_new_tokens, rounds)
         else:
-            result = _load(name, method, max_batch, clients, seconds, distinct)
+            result = _load(options, method, model or place, clients, seconds, distinct)
     from retrieval_draft.bench.provenance import provenance
 
     result |= {"model": model or "tiny", "method": method, "clients": clients, "max_batch": max_batch}
@@ -61,18 +68,14 @@ def serve(
         raise typer.Exit(DIFFERENT)
 
 
-def _options(model: str, method: str, max_batch: int) -> list[str]:
-    return ["--model", model, "--method", method, "--max-batch", str(max_batch)]
-
-
 def _load(
-    model: str, method: str, max_batch: int, clients: int, seconds: float, distinct: int
+    options: list[str], method: str, model: str, clients: int, seconds: float, distinct: int
 ) -> dict[str, Any]:
     from retrieval_draft.bench.serve_load import check_answers, make_asks, run_load
     from retrieval_draft.bench.serve_process import ServeProcess
     from retrieval_draft.model_files import load_model
 
-    server = ServeProcess(_options(model, method, max_batch))
+    server = ServeProcess([*options, "--method", method])
     try:
         loaded = run_load(server, make_asks(distinct), clients, seconds)
         status = server.health()
@@ -101,9 +104,8 @@ def _load(
 
 
 def _compare(
-    model: str,
+    options: list[str],
     method: str,
-    max_batch: int,
     clients: int,
     prompts: list[Path] | None,
     limit: int,
@@ -126,7 +128,7 @@ def _compare(
     servers: dict[str, ServeProcess] = {}
     try:
         for each in (method, "none"):
-            servers[each] = ServeProcess(_options(model, each, max_batch))
+            servers[each] = ServeProcess([*options, "--method", each])
         return compare_servers(servers, asks, clients, rounds)
     finally:
         for server in servers.values():
