@@ -11,9 +11,11 @@ from retrieval_draft.cli import (
     bench_chains,
     bench_datastores,
     bench_drafts,
+    bench_llama_cpp,
     bench_sampling,
     bench_serve,
     bench_store,
+    bench_vllm,
 )
 from retrieval_draft.cli._bench_common import Out, finish, ratio_range, split
 from retrieval_draft.cli._common import DIFFERENT, CpuKernels, Device, Dtype, Index, Json, Model, Nodes
@@ -25,12 +27,14 @@ app = typer.Typer(help="Measure.", pretty_exceptions_enable=False, rich_markup_m
 app.command("index")(bench_datastores.index)
 app.command("corpus")(bench_datastores.corpus)
 app.command("store")(bench_store.store)
+app.command("vllm")(bench_vllm.vllm)
 app.command("serve")(bench_serve.serve)
 app.command("drafts")(bench_drafts.drafts)
 app.command("chains")(bench_chains.chains)
 app.command("batch")(bench_sampling.batch)
 app.command("samples")(bench_sampling.samples)
 app.command("draw")(bench_sampling.draw)
+app.command("llama-cpp")(bench_llama_cpp.llama_cpp)
 
 
 @app.callback(invoke_without_command=True)
