@@ -6,15 +6,18 @@ from collections.abc import Collection, Sequence
 from copy import copy
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft._files import replace_file
-from retrieval_draft.engine.noise import GumbelNoise
 from retrieval_draft.engine.tree import DraftTree
 from retrieval_draft.errors import DatastoreError, InvalidInputError
 from retrieval_draft.index.source import Proposal, TokenArray
+
+if TYPE_CHECKING:  # it needs torch, and calibrating does not
+    from retrieval_draft.engine.noise import GumbelNoise
 
 __all__ = ["FEATURES", "Calibration", "places_of"]
 
