@@ -276,6 +276,11 @@ class RetrievalDrafter:
         return load_drafter(cls, folder, model, tokenizer, options)
 
     @property
+    def nbytes_by_source(self) -> dict[str, int]:
+        """Bytes that each source holds, by its name; requests that run not included."""
+        return {source.name: source.nbytes for source in self._supply._sources}
+
+    @property
     def continuous(self) -> ContinuousDrafter:
         """The same for requests that come and go, as a server's do."""
         return ContinuousDrafter(self)

@@ -113,7 +113,7 @@ class Feed:
                 self._tick()
             except Exception:
                 _log.exception("The dashboard's snapshot failed; the next may not.")
-                self._stopped.wait(5.0)
+                self._stopped.wait(20 * self._seconds)
 
     def _tick(self) -> None:
         with self._lock:
