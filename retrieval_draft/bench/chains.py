@@ -59,7 +59,7 @@ def measure_chains(
         vocabulary: Ids are below it.
 
     Returns:
-        ``{"requests": {rows: {"step_us": {"p50", "p99", "mean"}, "us_per_request", "cpu_us_per_request",
+        ``{"requests": {rows: {"step_us": {"p50", "p99", "mean", "least"}, "us_per_request", "cpu_us_per_request",
         "tokens_per_step", "drafted_per_step", "history": the same with one}}, "config"}``. `us_per_request`
         is the p50 of a step over its rows; that of the processor counts the calling thread alone.
     """
@@ -124,6 +124,7 @@ def _stepped(
             "p50": float(np.percentile(wall, 50)),
             "p99": float(np.percentile(wall, 99)),
             "mean": float(wall.mean()),
+            "least": float(wall.min()),
         },
         "us_per_request": float(np.percentile(wall, 50)) / rows,
         "cpu_us_per_request": float(np.percentile(cpu, 50)) / rows,

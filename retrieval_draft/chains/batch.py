@@ -17,7 +17,7 @@ from retrieval_draft.chains.segment_table import SegmentTable
 from retrieval_draft.chains.slots import Slots
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.engine.calibration import MEMORY, PRIOR, REQUEST_RATE, Calibration
-from retrieval_draft.engine.kept_calibration import calibration_file, load_calibration
+from retrieval_draft.engine.kept_calibration import calibration_file, keep_calibration, load_calibration
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index import segment_session, suffix_automaton
 from retrieval_draft.index.registry import Datastores, make_sources
@@ -269,9 +269,10 @@ class ChainBatch:
             self._lookups.store.wait_ready()
 
     def flush(self) -> None:
-        """Waits until what finished sessions said can be drafted from."""
+        """Waits until what finished sessions said can be drafted from, and keeps what was learned."""
         for source in self._lookups.sources:
             source.flush()
+        self._keep()
 
     def shut_down(self) -> None:
         """Gives open sessions up, keeps what waits, and stops background threads."""
@@ -283,6 +284,12 @@ class ChainBatch:
         if self._owned:
             for source in self._lookups.sources:
                 source.close()
+        self._keep()
+
+    def _keep(self) -> None:
+        """Keeps what was learned beside the history, unless that is another one's to do."""
+        if self._owned:
+            keep_calibration(self.calibration, calibration_file(self.config))
 
     def _take_in(
         self, rows: NDArray[np.int64], sizes: NDArray[np.int32], tokens: TokenArray, starts: NDArray[np.int64]

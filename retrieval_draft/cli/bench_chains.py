@@ -64,11 +64,12 @@ def chains(
                 times = found["step_us"]
                 rows.append(
                     (
-                        size, name, f"{times['p50']:.0f}", f"{times['p99']:.0f}",
-                        f"{found['us_per_request']:.1f}", f"{found['tokens_per_step']:.2f}",
+                        size, name, f"{times['least']:.0f}", f"{times['p50']:.0f}",
+                        f"{times['p99']:.0f}", f"{found['cpu_us_per_request']:.1f}",
+                        f"{found['tokens_per_step']:.2f}",
                     )
                 )  # fmt: skip
-    columns = ("requests", "history tokens", "us p50", "us p99", "us a request", "tokens per step")
+    columns = ("requests", "history", "us least", "p50", "p99", "cpu us a request", "tokens per step")
     print_table(f"A step at {context:,} tokens of context", columns, rows)
     if traces:
         replayed = result["replay"]

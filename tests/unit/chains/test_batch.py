@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -259,3 +260,18 @@ def test_an_empty_step_is_allowed(batch: ChainBatch) -> None:
     tokens, lengths, probs = batch.step([], [], [])
     assert tokens.shape == probs.shape == (0, 8)
     assert lengths.shape == (0,)
+
+
+def test_what_was_learned_is_kept_beside_the_history(tmp_path: Path) -> None:
+    config = DraftConfig(sources=("automaton", "history"), history_folder=str(tmp_path))
+    batch = ChainBatch(Datastores(VOCABULARY), config)
+    session = batch.open(np.tile(_ids(11, 12, 13), 6))
+    batch.step([session], [11], [1])
+    batch.step([session], [99], [1])
+    batch.shut_down()
+    again = ChainBatch(Datastores(VOCABULARY), config)
+    fresh = _batch("automaton")
+    np.testing.assert_allclose(again.calibration.accepted, batch.calibration.accepted, rtol=1e-6)
+    assert (again.calibration.expected != fresh.calibration.expected).any()
+    again.shut_down()
+    fresh.shut_down()
