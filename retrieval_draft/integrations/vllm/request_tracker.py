@@ -3,38 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["RequestTracker", "TrackedRequest"]
+__all__ = ["ABSENT_STEPS", "RequestTracker"]
 
 ABSENT_STEPS = 16
 """A request that is missing for more steps is over; one that was preempted for longer is opened again."""
-
-
-@dataclass(slots=True, eq=False)
-class TrackedRequest:
-    """A request as far as its rows have shown it.
-
-    Attributes:
-        slot: Its place in the tracker; nobody else has it while the request is tracked.
-        length: Tokens of its text, those of this step included.
-        start: Tokens before those of this step.
-        fresh: Whether this step is its first.
-        absent: Steps since its row was last seen; 0 in this one.
-        session: Whatever its user keeps with it.
-        ended: Whether its user takes it for complete; it is let go as soon as its row is missing.
-    """
-
-    slot: int
-    length: int
-    start: int = 0
-    fresh: bool = True
-    absent: int = 0
-    session: int = -1
-    ended: bool = False
 
 
 class RequestTracker:
@@ -46,16 +22,31 @@ class RequestTracker:
     if it had ended or if a new request has come, for those come after preempted ones; else after
     `ABSENT_STEPS` steps; and the longest absent when there is no room.
 
+    A request is known by its slot, which nobody else has while it is tracked.
+
     Args:
         slots: Requests to track at a time, absent ones included.
-        over: Called with each request that is over.
+        over: Called with the slot of each request that is over, before the slot is free.
+
+    Attributes:
+        lengths: int64, shape (slots,). Tokens of each text; -1 for free slots.
+        sessions: int64, shape (slots,). Whatever the user keeps with a request; -1 for a new one.
+        drafted: int64, shape (slots,). Likewise.
+        ended: bool, shape (slots,). Set by the user for a request that is complete: it is let go as soon as
+            its row is missing.
+
+    Example:
+        rows [5 6 | 7] and [5 6 | 8] are new: slots 0 and 1; then [5 6 8 | 9], its row moved: slot 1
     """
 
-    def __init__(self, slots: int, over: Callable[[TrackedRequest], None]) -> None:
-        self._slots = slots
+    def __init__(self, slots: int, over: Callable[[int], None]) -> None:
         self._over = over
-        self._requests: dict[int, TrackedRequest] = {}
-        self._lengths = np.full(slots, -1, np.int64)
+        self.lengths = np.full(slots, -1, np.int64)
+        self.sessions = np.full(slots, -1, np.int64)
+        self.drafted = np.full(slots, -1, np.int64)
+        self.ended = np.zeros(slots, np.bool_)
+        self._seen = np.zeros(slots, np.int64)
+        self._step = 0
         self._claimed = np.empty(slots, np.bool_)
         self._known: NDArray[np.int32] | None = None
         self._free = list(range(slots - 1, -1, -1))
@@ -63,12 +54,7 @@ class RequestTracker:
 
     def __len__(self) -> int:
         """Requests tracked, absent ones included."""
-        return len(self._requests)
-
-    @property
-    def requests(self) -> list[TrackedRequest]:
-        """All requests tracked."""
-        return list(self._requests.values())
+        return len(self.lengths) - len(self._free)
 
     def follow(
         self,
@@ -76,7 +62,7 @@ class RequestTracker:
         rows: NDArray[np.int64],
         starts: NDArray[np.int64],
         ends: NDArray[np.int64],
-    ) -> list[TrackedRequest]:
+    ) -> tuple[NDArray[np.int64], list[int]]:
         """Says which request each row is.
 
         Args:
@@ -86,18 +72,17 @@ class RequestTracker:
             ends: int64, shape (n,). Tokens of their texts.
 
         Returns:
-            The request of each row.
+            int64, shape (n,): the slot of each row. And which of them are new requests, as places in `rows`.
         """
         from retrieval_draft.index._kernels.rows import follow_rows
 
         if self._known is None or self._known.shape[1] != token_ids.shape[1]:
             self.clear()
             # Pages are only there once they are written: as much memory as texts, not as the room for them.
-            self._known = np.zeros((self._slots, token_ids.shape[1]), np.int32)
+            self._known = np.zeros((len(self.lengths), token_ids.shape[1]), np.int32)
         if len(self._owners) < len(token_ids):
-            self._owners = np.concatenate(
-                (self._owners, np.full(len(token_ids) - len(self._owners), -1, np.int64))
-            )
+            more = np.full(len(token_ids) - len(self._owners), -1, np.int64)
+            self._owners = np.concatenate((self._owners, more))
         found = np.empty(len(rows), np.int64)
         follow_rows(
             token_ids,
@@ -106,49 +91,48 @@ class RequestTracker:
             ends,
             self._owners[rows],
             self._known,
-            self._lengths,
+            self.lengths,
             self._claimed,
             found,
         )
-        for request in self._requests.values():
-            request.absent += 1
-        slots = found.tolist()
-        for slot, start, end in zip(slots, starts.tolist(), ends.tolist(), strict=True):
-            if slot >= 0:
-                request = self._requests[slot]
-                request.start, request.length, request.fresh, request.absent = start, end, False, 0
-        new = [place for place, slot in enumerate(slots) if slot < 0]
-        self._let_go(bool(new), len(new))
+        self._step += 1
+        new = np.flatnonzero(found < 0).tolist()
+        self._seen[found[found >= 0] if new else found] = self._step
+        if len(self) > len(rows) - len(new):
+            self._let_go(len(new))
         for place in new:
-            row, end = rows[place], int(ends[place])
-            slot = found[place] = slots[place] = self._free.pop()
-            self._known[slot, :end] = token_ids[row, :end]
-            self._lengths[slot] = end
-            self._requests[slot] = TrackedRequest(slot, end, int(starts[place]))
-        self._owners[:] = -1
+            end = int(ends[place])
+            slot = found[place] = self._free.pop()
+            self._known[slot, :end] = token_ids[rows[place], :end]
+            self.lengths[slot], self._seen[slot] = end, self._step
+            self.sessions[slot] = self.drafted[slot] = -1
+            self.ended[slot] = False
+        self._owners.fill(-1)
         self._owners[rows] = found
-        return [self._requests[slot] for slot in slots]
+        return found, new
 
-    def text(self, request: TrackedRequest) -> NDArray[np.int32]:
+    def text(self, slot: int) -> NDArray[np.int32]:
         """All tokens of a tracked request: int32, a copy."""
         assert self._known is not None
-        return np.array(self._known[request.slot, : request.length], np.int32)
+        return np.array(self._known[slot, : self.lengths[slot]], np.int32)
 
     def clear(self) -> None:
         """Lets all requests go."""
-        for request in self.requests:
-            self._drop(request)
+        for slot in np.flatnonzero(self.lengths >= 0).tolist():
+            self._drop(slot)
 
-    def _let_go(self, new_ones: bool, needed: int) -> None:
-        absent = [request for request in self._requests.values() if request.absent]
-        for request in sorted(absent, key=lambda each: -each.absent):
-            late = request.absent > ABSENT_STEPS or len(self._free) < needed
-            if late or request.ended or new_ones:
-                self._drop(request)
+    def _let_go(self, new: int) -> None:
+        """Lets go what is over, before `new` requests come in."""
+        absent = np.flatnonzero((self.lengths >= 0) & (self._seen < self._step))
+        for slot in absent[np.argsort(self._seen[absent], kind="stable")].tolist():
+            late = self._step - self._seen[slot] > ABSENT_STEPS or len(self._free) < new
+            if new or late or self.ended[slot]:
+                self._drop(slot)
 
-    def _drop(self, request: TrackedRequest) -> None:
-        del self._requests[request.slot]
-        self._lengths[request.slot] = -1
-        self._owners[self._owners == request.slot] = -1
-        self._free.append(request.slot)
-        self._over(request)
+    def _drop(self, slot: int) -> None:
+        self._owners[self._owners == slot] = -1
+        self._free.append(slot)
+        try:
+            self._over(slot)
+        finally:
+            self.lengths[slot] = -1

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft.index.source import TokenArray
-from retrieval_draft.integrations.vllm.request_tracker import RequestTracker, TrackedRequest
+from retrieval_draft.integrations.vllm.request_tracker import RequestTracker
 from retrieval_draft.integrations.vllm.step_costs import StepCosts
 
 __all__ = ["Chains", "RowDrafter"]
@@ -88,7 +88,6 @@ class RowDrafter:
         self.tracker = RequestTracker(2 * max_rows + 2, self._over)
         self._held: dict[int, list[int]] = {}
         self._endless: set[int] = set()
-        self._drafted: dict[int, int] = {}
         self._left: float | None = None
         self.drafted = 0
         self.steps = 0
@@ -110,25 +109,29 @@ class RowDrafter:
             For each row what may follow; empty where drafting does not pay.
         """
         begin = self._clock()
-        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        rows = [row for row, sampled in enumerate(sampled_token_ids) if len(sampled)]
-        places = np.array(rows, np.int64)
-        counts = np.array([len(sampled_token_ids[row]) for row in rows], np.int64)
-        ends = num_tokens_no_spec[places].astype(np.int64)
-        requests = self.tracker.follow(token_ids_cpu[: len(drafts)], places, ends - counts, ends)
-        self._time(begin, requests, int(counts.sum()), len(rows) == len(drafts))
-        for place, request in enumerate(requests):
-            if request.fresh:
-                request.session = self._open(token_ids_cpu[rows[place], : request.start])
-        kept = [place for place, request in enumerate(requests) if request.session != _NOBODY]
-        self._drafted = dict.fromkeys((request.slot for request in requests), 0)
-        if kept:
-            known = [requests[place] for place in kept]
-            emitted = [self._until_end(requests[place], sampled_token_ids[rows[place]]) for place in kept]
-            for place, chain in zip(kept, self._chains_of(known, emitted), strict=True):
-                drafts[rows[place]] = chain
-                self._drafted[requests[place].slot] = len(chain)
-                self.drafted += len(chain)
+        batch = len(sampled_token_ids)
+        sizes = np.fromiter(map(len, sampled_token_ids), np.int64, batch)
+        rows = np.flatnonzero(sizes)
+        counts, ends = sizes[rows], num_tokens_no_spec[rows].astype(np.int64)
+        tracker = self.tracker
+        slots, new = tracker.follow(token_ids_cpu[:batch], rows, ends - counts, ends)
+        if self.costs is not None and self._left is not None and len(rows) == batch and not new:
+            self._time(slots, int(counts.sum()), int(ends.max(initial=0)), begin - self._left)
+        for place in new:
+            start = int(ends[place] - counts[place])
+            tracker.sessions[slots[place]] = self._open(token_ids_cpu[rows[place], :start])
+        drafts: list[list[int]] = [[] for _ in range(batch)]
+        tracker.drafted[slots] = 0
+        drafting = tracker.sessions[slots] != _NOBODY
+        if drafting.any():
+            if not drafting.all():
+                rows, slots, ends = rows[drafting], slots[drafting], ends[drafting]
+            tokens, lengths = self._chains_of(slots, ends, [sampled_token_ids[row] for row in rows.tolist()])
+            tracker.drafted[slots] = lengths
+            for row, chain, length in zip(rows.tolist(), tokens.tolist(), lengths.tolist(), strict=True):
+                if length:
+                    drafts[row] = chain[:length]
+            self.drafted += int(lengths.sum())
         self.steps += 1
         self._left = self._clock()
         return drafts
@@ -139,27 +142,26 @@ class RowDrafter:
         self._left = None
 
     def _chains_of(
-        self, requests: Sequence[TrackedRequest], emitted: Sequence[Sequence[int]]
-    ) -> list[list[int]]:
-        limits = [
-            0 if request.ended else max(0, min(self._most, self._max_length - request.length - 1))
-            for request in requests
-        ]
+        self, slots: NDArray[np.int64], ends: NDArray[np.int64], sampled: Sequence[Sequence[int]]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Chains of rows that have sessions, and how much of each pays."""
+        emitted = self._until_ends(slots, sampled)
+        limits = np.clip(self._max_length - ends - 1, 0, self._most)
+        limits[self.tracker.ended[slots]] = 0
         tokens, lengths, probs = self._chains.step(
-            np.array([request.session for request in requests], np.int64),
+            self.tracker.sessions[slots],
             np.fromiter(itertools.chain.from_iterable(emitted), np.int32),
-            np.array([len(each) for each in emitted], np.int32),
-            np.array(limits, np.int32),
+            np.fromiter(map(len, emitted), np.int32, len(emitted)),
+            limits.astype(np.int32),
             self._floor,
         )
-        foreign = (tokens >= self._vocabulary) & (np.arange(tokens.shape[1]) < lengths[:, None])
-        if foreign.any():
+        if int(tokens.max(initial=0)) >= self._vocabulary:
+            foreign = (tokens >= self._vocabulary) & (np.arange(tokens.shape[1]) < lengths[:, None])
             lengths = np.where(foreign.any(1), foreign.argmax(1), lengths).astype(np.int32)
-        if self.costs is None:
-            worth = lengths.tolist()
-        else:
-            worth = self.costs.choose(probs, lengths, [request.length for request in requests])
-        return [chain[:length] for chain, length in zip(tokens.tolist(), worth, strict=True)]
+            probs[np.arange(tokens.shape[1]) >= lengths[:, None]] = 0.0
+        if self.costs is not None:
+            lengths = self.costs.choose(probs, lengths, int(ends.max()))
+        return tokens, lengths
 
     def _open(self, prompt: TokenArray) -> int:
         """A session; nobody's where the text has ids that stand for something else, or is empty."""
@@ -167,43 +169,41 @@ class RowDrafter:
             return _NOBODY
         return self._chains.open(np.array(prompt, np.int32))
 
-    def _until_end(self, request: TrackedRequest, sampled: Sequence[int]) -> Sequence[int]:
-        """What to take in of a row's new tokens."""
-        if not self._eos or request.slot in self._endless:
+    def _until_ends(
+        self, slots: NDArray[np.int64], sampled: Sequence[Sequence[int]]
+    ) -> Sequence[Sequence[int]]:
+        """What to take in of the rows' new tokens."""
+        if not self._eos:
             return sampled
-        if request.ended:  # and it goes on all the same
-            request.ended = False
-            self._endless.add(request.slot)
-            return [*self._held.pop(request.slot, ()), *sampled]
+        if not self.tracker.ended[slots].any() and self._eos.isdisjoint(
+            itertools.chain.from_iterable(sampled)
+        ):
+            return sampled
+        return [self._until_end(slot, each) for slot, each in zip(slots.tolist(), sampled, strict=True)]
+
+    def _until_end(self, slot: int, sampled: Sequence[int]) -> Sequence[int]:
+        if slot in self._endless:
+            return sampled
+        if self.tracker.ended[slot]:  # and it goes on all the same
+            self.tracker.ended[slot] = False
+            self._endless.add(slot)
+            return [*self._held.pop(slot, ()), *sampled]
         for place, token in enumerate(sampled):
             if token in self._eos:
-                request.ended = True
-                self._held[request.slot] = list(sampled[place + 1 :])
+                self.tracker.ended[slot] = True
+                self._held[slot] = list(sampled[place + 1 :])
                 return sampled[: place + 1]
         return sampled
 
-    def _time(
-        self, begin: float, requests: Sequence[TrackedRequest], emitted: int, decoded_only: bool
-    ) -> None:
-        """Notes the step that ends here, if it verified drafts and did nothing else."""
-        drafted = [self._drafted.get(request.slot) for request in requests]
-        known = [each for each in drafted if each is not None]
-        if (
-            self.costs is None
-            or self._left is None
-            or not requests
-            or not decoded_only
-            or len(known) < len(drafted)
-            or any(request.fresh for request in requests)
-        ):
-            return
-        tokens = len(known) + sum(known)
-        longest = max(request.length for request in requests)
-        self.costs.observe(len(known), tokens, emitted, longest, begin - self._left)
+    def _time(self, slots: NDArray[np.int64], emitted: int, longest: int, seconds: float) -> None:
+        """Notes the step that ends here, if all that it did was to verify what was drafted."""
+        drafted = self.tracker.drafted[slots]
+        if self.costs is not None and len(slots) and drafted.min() >= 0:
+            self.costs.observe(len(slots), len(slots) + int(drafted.sum()), emitted, longest, seconds)
 
-    def _over(self, request: TrackedRequest) -> None:
-        self._held.pop(request.slot, None)
-        self._endless.discard(request.slot)
-        self._drafted.pop(request.slot, None)
-        if request.session != _NOBODY:
-            self._chains.close(request.session)
+    def _over(self, slot: int) -> None:
+        self._held.pop(slot, None)
+        self._endless.discard(slot)
+        session = int(self.tracker.sessions[slot])
+        if session != _NOBODY:
+            self._chains.close(session)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from statistics import median
 
 import numpy as np
@@ -44,29 +43,28 @@ class StepCosts:
         return self._curves[bucket].seconds_by_size() if bucket in self._curves else {}
 
     def choose(
-        self, path_probs: NDArray[np.float32], lengths: NDArray[np.int32], contexts: Sequence[int]
-    ) -> list[int]:
+        self, path_probs: NDArray[np.float32], lengths: NDArray[np.int32], context: int
+    ) -> NDArray[np.int32]:
         """How many drafts of each row to verify. Rows compete for what a longer pass costs.
 
         Args:
-            path_probs: float32, shape (rows, most). P(accepted up to here), falling along each row.
+            path_probs: float32, shape (rows, most). P(accepted up to here), falling along each row, 0 behind
+                its drafts.
             lengths: int32, shape (rows,). Drafts of each row.
-            contexts: Tokens of each row's text.
+            context: Tokens of the longest text.
 
         Returns:
-            For each row 0..lengths.
+            int32, shape (rows,), each in 0..lengths.
         """
-        rows = len(lengths)
-        places = np.arange(path_probs.shape[1]) < lengths[:, None]
-        probs = path_probs[places]
-        if not len(probs):
-            return [0] * rows
+        rows, most = path_probs.shape
+        count = int(lengths.sum())
+        if not count:
+            return lengths
         # Equal ones in the order of their rows and depths, so that what is chosen of a row is its beginning.
-        order = np.argsort(-probs, kind="stable")
-        worth = self._curve(rows).choose(probs[order], max(contexts), rows)
-        owner = np.repeat(np.arange(rows), lengths)
-        chosen: list[int] = np.bincount(owner[order[:worth]], minlength=rows).tolist()
-        return chosen
+        probs = path_probs.ravel()
+        order = np.argsort(-probs, kind="stable")[:count]
+        worth = self._curve(rows).choose(probs[order], context, rows)
+        return np.bincount(order[:worth] // most, minlength=rows).astype(np.int32)
 
     def observe(self, rows: int, tokens: int, emitted: int, context: int, seconds: float) -> None:
         """Takes note of a step in which nothing but drafts was verified.

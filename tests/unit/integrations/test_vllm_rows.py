@@ -13,7 +13,8 @@ from tests.unit.integrations.vllm_batch import FakeBatch
 
 def tracker_of(batch: FakeBatch, slots: int = 16) -> tuple[RequestTracker, list[int]]:
     over: list[int] = []
-    return RequestTracker(slots, lambda request: over.append(request.session)), over
+    tracker = RequestTracker(slots, lambda slot: over.append(int(tracker.sessions[slot])))
+    return tracker, over
 
 
 def follow(tracker: RequestTracker, batch: FakeBatch, tokens: dict[str, list[int]]) -> dict[str, int]:
@@ -22,10 +23,11 @@ def follow(tracker: RequestTracker, batch: FakeBatch, tokens: dict[str, list[int
     rows = np.array([row for row, each in enumerate(sampled) if each], np.int64)
     counts = np.array([len(sampled[row]) for row in rows], np.int64)
     ends = lengths[rows].astype(np.int64)
-    requests = tracker.follow(texts, rows, ends - counts, ends)
-    for row, request in zip(rows, requests, strict=True):
-        assert tracker.text(request).tolist() == batch.texts[batch.names[row]]
-    return {batch.names[row]: request.slot for row, request in zip(rows, requests, strict=True)}
+    slots, _ = tracker.follow(texts, rows, ends - counts, ends)
+    found = {batch.names[row]: slot for row, slot in zip(rows.tolist(), slots.tolist(), strict=True)}
+    for name, slot in found.items():
+        assert tracker.text(slot).tolist() == batch.texts[name]
+    return found
 
 
 def test_rows_that_move_stay_the_same_requests() -> None:
@@ -77,9 +79,8 @@ def test_requests_that_stay_away_are_over() -> None:
     tracker, over = tracker_of(batch)
     batch.add("a", [1, 2, 3])
     batch.add("b", [4, 5])
-    follow(tracker, batch, {"a": [6], "b": [6]})
-    for number, request in enumerate(tracker.requests):
-        request.session = number
+    slots = follow(tracker, batch, {"a": [6], "b": [6]})
+    tracker.sessions[[slots["a"], slots["b"]]] = [0, 1]
     batch.remove("a")
     for _ in range(ABSENT_STEPS):
         follow(tracker, batch, {"b": [6]})
@@ -94,15 +95,15 @@ def test_a_new_request_or_an_end_tells_that_one_is_over(ended: bool) -> None:
     tracker, over = tracker_of(batch)
     batch.add("a", [1, 2, 3])
     batch.add("b", [4, 5])
-    follow(tracker, batch, {"a": [6], "b": [6]})
-    for number, request in enumerate(tracker.requests):
-        request.session, request.ended = number, ended
+    slots = follow(tracker, batch, {"a": [6], "b": [6]})
+    tracker.sessions[[slots["a"], slots["b"]]] = [0, 1]
+    tracker.ended[slots["a"]] = ended
     if not ended:
         batch.replace(
             "a", "c", [1, 2, 3, 6, 9]
         )  # the next turn of a, in its row: another request all the same
-        assert follow(tracker, batch, {"b": [7], "c": [1]})["b"] is not None
-        assert [request.start for request in tracker.requests] == [3, 5]
+        assert follow(tracker, batch, {"b": [7], "c": [1]})["b"] == slots["b"]
+        assert len(tracker) == 2
     else:
         batch.remove("a")
         follow(tracker, batch, {"b": [7]})
