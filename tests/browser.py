@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,6 +20,15 @@ _OPTIONS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
     "--no-first-run", "--disable-background-networking", "--remote-debugging-pipe", "--mute-audio",
 )  # fmt: skip
+
+# The browser reads from descriptor 3 and writes to 4, which Python itself may be using for something else.
+_BECOME = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+os.dup2(ends[0], 3)
+os.dup2(ends[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Page:
@@ -113,9 +123,8 @@ def browser() -> Iterator[Page]:
     theirs_in, ours_out = os.pipe()
     ours_in, theirs_out = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        # The browser reads from descriptor 3 and writes to 4.
         words = [
-            "sh", "-c", f'exec 3<&{theirs_in} 4>&{theirs_out}; exec "$@"', "sh",
+            sys.executable, "-c", _BECOME, str(theirs_in), str(theirs_out),
             CHROMIUM, *_OPTIONS, f"--user-data-dir={profile}",
         ]  # fmt: skip
         process = subprocess.Popen(
