@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ class _Run:
     drafts: int
     drafted: int
     accepted: int
+    sizes: Counter[int]
     verdict: str = "equal"
 
 
@@ -47,6 +49,7 @@ class _Engines:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for the result
         os.environ.setdefault("VLLM_PLUGINS", "")
         vllm = importlib.import_module("vllm")
         options: dict[str, Any] = {
@@ -80,7 +83,7 @@ class _Engines:
         switch = self.switch
         tokens = list(output[0].outputs[0].token_ids)
         steps = len(tokens) if contestant.name == PLAIN else switch.steps
-        return _Run(tokens, seconds, steps, switch.drafts, switch.drafted, switch.accepted)
+        return _Run(tokens, seconds, steps, switch.drafts, switch.drafted, switch.accepted, switch.sizes)
 
     def judge(self, ids: Sequence[int], reference: list[int], other: list[int]) -> str:
         """Says "equal", "tie" where two texts part at tokens of almost one probability, or "different"."""
@@ -200,6 +203,7 @@ def _summary(name: str, runs: dict[str, list[_Run]], base: str) -> dict[str, Any
     low, middle, high = np.percentile(ratios, [10, 50, 90]).tolist()
     tokens, steps = sum(len(run.tokens) for run in mine), sum(run.steps for run in mine)
     drafts = sum(run.drafts for run in mine)
+    sizes: Counter[int] = sum((run.sizes for run in mine), Counter())
     verdicts = [run.verdict for run in mine]
     return {
         "tokens_per_second": tokens / sum(run.seconds for run in mine),
@@ -210,6 +214,7 @@ def _summary(name: str, runs: dict[str, list[_Run]], base: str) -> dict[str, Any
         "drafts": drafts,
         "accepted_per_draft": sum(run.accepted for run in mine) / drafts if drafts else 0.0,
         "drafted_per_draft": sum(run.drafted for run in mine) / drafts if drafts else 0.0,
+        "passes_by_drafts": {str(size): count for size, count in sorted(sizes.items())},
         "equal": verdicts.count("equal"),
         "ties": verdicts.count("tie"),
         "different": verdicts.count("different"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ class Switchboard:
         steps: Calls since `reset`.
         drafted: Draft tokens of all calls but the last, whose drafts nobody verified.
         accepted: Of these, how many were sampled.
+        sizes: How often so many draft tokens were verified.
         drafts: Calls that drafted anything for a row, and a later call showed what became of it.
     """
 
@@ -41,6 +43,7 @@ class Switchboard:
     def reset(self) -> None:
         """Sets all counts to zero."""
         self.steps = self.drafted = self.accepted = self.drafts = 0
+        self.sizes: Counter[int] = Counter()
         self._pending = 0
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -54,6 +57,8 @@ class Switchboard:
         slot_mappings: Any = None,
     ) -> list[list[int]]:
         """Drafts of the method whose turn it is."""
+        if self.steps:
+            self.sizes[self._pending] += 1
         if self._pending:
             self.drafts += 1
             self.drafted += self._pending
