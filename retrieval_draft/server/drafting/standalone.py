@@ -97,7 +97,7 @@ def serve(app: StandaloneApp, *, host: str | None, port: int, unix_socket: Path 
         timeout_graceful_shutdown=_GRACE_SECONDS,
     )
     name = listener.getsockname()
-    where = f"unix://{name}" if unix_socket is not None else f"http://{name[0]}:{name[1]}"
+    where = f"unix://{name}" if unix_socket is not None else _url(name[0], name[1])
     try:
         print(f"Drafts at {where}", flush=True)
         # uvicorn raises the signal that ended it once more, which must not keep us from cleaning up.
@@ -129,6 +129,10 @@ def _listen(host: str | None, port: int, path: Path | None) -> socket.socket:
         raise InvalidInputError(f"Cannot listen on {path or f'{host}:{port}'}: {error}.") from error
     made.setblocking(False)
     return made
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _clear(path: Path) -> None:
