@@ -50,7 +50,11 @@ def serve(
             # What a tiny model's passes take is less than what threads take to meet.
             threads = threads or 1
         options = ["--model", model or place, "--max-batch", str(max_batch)]
-        options += [] if threads is None else ["--threads", str(threads)]
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)  # the answers are made offline with as many
+            options += ["--threads", str(threads)]
         if compare_none:
             result = _compare(options, method, clients, prompts, limit, max_new_tokens, rounds)
         else:

@@ -53,7 +53,12 @@ class ServerSettings:
             ("max_queue", self.max_queue, 1, 1 << 20),
             ("max_choices", self.max_choices, 1, self.max_queue),
             ("max_body_bytes", self.max_body_bytes, 1024, 1 << 32),
-            ("max_prompt_tokens", self.max_prompt_tokens or 1, 1, 1 << 30),
+            (
+                "max_prompt_tokens",
+                1 if self.max_prompt_tokens is None else self.max_prompt_tokens,
+                1,
+                1 << 30,
+            ),
             ("max_tokens", self.max_tokens, 1, 1 << 30),
             ("max_tenants", self.max_tenants, 1, 4096),
             ("history_bytes", self.history_bytes, 1 << 20, 1 << 40),
