@@ -21,7 +21,6 @@ __all__ = ["serve"]
 
 
 def serve(
-    context: typer.Context,
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any that is free.")] = 8000,
@@ -103,7 +102,21 @@ def serve(
     keys = _keys(api_key or [], api_key_file, tenant, host if unix_socket is None else None, no_auth)
     shared = store_config(store, tenant, share, snapshots)
     if engine == "vllm":
-        _launch_vllm(context, model, host, port, settings, index, shared)
+        if unix_socket is not None:
+            raise InvalidInputError("vLLM is started on a host and port here.", "Leave --unix-socket out.")
+        launcher: Any = importlib.import_module("retrieval_draft.integrations.vllm.launcher")
+        launcher.launch(
+            model,
+            host=host,
+            port=port,
+            dtype=dtype,
+            served_model_name=settings.model_name,
+            api_key=_only_key(api_key or [], api_key_file, tenant),
+            corpora=index or (),
+            phrases=phrases,
+            store=shared,
+            history_folder=history,
+        )
         return
     if engine != "transformers":
         raise InvalidInputError(f"There is no engine {engine!r}.", "Choose transformers or vllm.")
@@ -211,22 +224,15 @@ def _read(path: Path) -> str:
         raise InvalidInputError(f"The chat template {path} cannot be read: {error}.") from error
 
 
-def _launch_vllm(
-    context: typer.Context,
-    model: str,
-    host: str,
-    port: int,
-    settings: ServerSettings,
-    index: list[Path] | None,
-    store: Any,
-) -> None:
-    """Hands over to vLLM, with our drafts."""
-    launcher: Any = importlib.import_module("retrieval_draft.integrations.vllm.launcher")
-    launcher.launch(
-        model,
-        host=host,
-        port=port,
-        served_model_name=settings.model_name,
-        corpora=index or (),
-        store=store,
-    )
+def _only_key(given: list[str], file: Path | None, tenant: str) -> str | None:
+    """The key for vLLM, which knows one and no tenants.
+
+    Raises:
+        InvalidInputError: There are several.
+    """
+    from retrieval_draft.server.keys import read_keys
+
+    keys = list(read_keys(given, file, tenant))
+    if len(keys) > 1:
+        raise InvalidInputError(f"vLLM takes one API key; there are {len(keys)}.", "Leave all but one out.")
+    return keys[0] if keys else None

@@ -167,10 +167,10 @@ class ServingEngine:
 
     def _weed(self, batch: Batch) -> None:
         """Takes out what was given up, or is out of time."""
-        now, limit = monotonic(), self._settings.request_seconds
+        now = monotonic()
         for job in dict.fromkeys([*self._queue.jobs(), *self._jobs()]):
             if job.given_up is None and now - job.arrived > job.seconds:
-                job.given_up = ApiError(504, f"The request took longer than {min(limit, job.seconds):g} s.")
+                job.given_up = ApiError(504, f"The request took longer than {job.seconds:g} s.")
             if job.given_up is not None:
                 self._drop(batch, job, job.given_up, "abort")
 

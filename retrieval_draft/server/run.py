@@ -80,10 +80,9 @@ class DrainingServer(uvicorn.Server):
         return self._service.is_idle and not self.server_state.tasks
 
     async def _end_if_not_loaded(self) -> None:
-        while not self.should_exit:
+        while not self._service.is_ready and not self.should_exit:
+            self.should_exit = self._service.error is not None
             await asyncio.sleep(_POLL_SECONDS)
-            if self._service.error is not None:
-                self.should_exit = True
 
 
 def run(

@@ -201,6 +201,11 @@ class Service:
         return 200, body
 
     @property
+    def is_ready(self) -> bool:
+        """Whether the model is loaded."""
+        return self._loaded is not None
+
+    @property
     def is_draining(self) -> bool:
         """Whether the server is about to stop."""
         return self._is_draining

@@ -112,6 +112,7 @@ def test_what_takes_longer_than_the_grace_is_told(folder: Path) -> None:
         (["--no-auth", "--api-key", "long-enough-key"], "Leave one"),
         (["--engine", "other"], "transformers or vllm"),
         (["--log-format", "xml"], "text or json"),
+        (["--engine", "vllm", "--api-key", "key-number-1", "--api-key", "key-number-2"], "one API key"),
     ],
 )
 def test_bad_options_end_it_at_once(options: list[str], said: str, capfd: Any) -> None:
