@@ -80,8 +80,9 @@ def picture(url: str, file: Path) -> None:
     """Asks as a few clients would, and the page too; then takes the picture."""
     lines = [json.loads(line) for line in PROMPTS.read_text("utf-8").splitlines()]
     prompts = [line.get("prompt") or line["turns"][0] for line in lines]
+    sampled = {"max_tokens": 90, "temperature": 0.8, "seed": 1}
     threads = [
-        threading.Thread(target=post, args=(url, {"prompt": prompt, "max_tokens": 120, "temperature": 0}))
+        threading.Thread(target=post, args=(url, {"prompt": prompt, **sampled}))
         for prompt in (*prompts, CODE)
     ]
     with browser() as page:
@@ -96,10 +97,15 @@ def picture(url: str, file: Path) -> None:
         page.run(f"document.getElementById('prompt').value = {json.dumps(CODE)}")
         page.run("document.getElementById('prompt').rows = 9")
         page.run("document.getElementById('max-tokens').value = 110")
+        page.run("document.getElementById('temperature').value = 0.8")
         page.run("document.getElementById('run').click()")
-        # In the middle, where the tree is one of the page's own.
-        page.wait("document.getElementById('reply').textContent.length > 220 "
-                  "&& document.querySelectorAll('#tree g.accepted').length > 3", 300)  # fmt: skip
+        # In the middle, where the tree is one of the page's own, with more than one branch.
+        wanted = (
+            "document.getElementById('reply').textContent.length > 200",
+            "document.querySelectorAll('#tree g.accepted').length > 2",
+            "document.querySelectorAll('#tree g:not(.accepted):not(.bonus)').length > 3",
+        )
+        page.wait(" && ".join(wanted), 300)
         height = page.run("document.documentElement.scrollHeight")
         page.resize(1280, int(height))
         page.screenshot(file)
