@@ -59,9 +59,10 @@ def measure_chains(
         vocabulary: Ids are below it.
 
     Returns:
-        ``{"requests": {rows: {"step_us": {"p50", "p99", "mean", "least"}, "us_per_request", "cpu_us_per_request",
-        "tokens_per_step", "drafted_per_step", "history": the same with one}}, "config"}``. `us_per_request`
-        is the p50 of a step over its rows; that of the processor counts the calling thread alone.
+        ``{"requests": {rows: {"step_us": {"p50", "p99", "mean", "least"}, "us_per_request",
+        "cpu_us_per_request", "tokens_per_step", "drafted_per_step", "history": the same with one}},
+        "config"}``. `us_per_request` is the p50 of a step over its rows; that of the processor counts the
+        calling thread alone.
     """
     text = SyntheticText(vocabulary)
     config = DraftConfig(sources=SOURCES)
