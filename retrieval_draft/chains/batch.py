@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from retrieval_draft.chains.counts import ChainCounts
 from retrieval_draft.chains.lookups import Lookups
 from retrieval_draft.chains.segment_table import SegmentTable
 from retrieval_draft.chains.slots import Slots
@@ -23,7 +23,7 @@ from retrieval_draft.index import segment_session, suffix_automaton
 from retrieval_draft.index.registry import Datastores, make_sources
 from retrieval_draft.index.source import CONTEXT, DraftSource, NodeLogits, TokenArray
 
-__all__ = ["ChainBatch", "ChainCounts"]
+__all__ = ["ChainBatch"]
 
 NEEDED = 0.05
 """A source's guess of less is not looked at."""
@@ -35,27 +35,6 @@ MOST_CHAIN = 64
 
 THREADED = 16
 """Rows from which on a second thread pays."""
-
-
-@dataclass(slots=True)
-class ChainCounts:
-    """What a batch did so far.
-
-    Attributes:
-        requests: Sessions opened.
-        steps: Calls of `step`.
-        rows: Rows of all steps.
-        tokens: Emitted tokens taken in.
-        drafted: Tokens of chains whose outcome was seen.
-        accepted: Of these, how many were emitted.
-    """
-
-    requests: int = 0
-    steps: int = 0
-    rows: int = 0
-    tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
 
 
 class ChainBatch:
