@@ -98,14 +98,18 @@ def picture(url: str, file: Path) -> None:
         page.run("document.getElementById('prompt').rows = 9")
         page.run("document.getElementById('max-tokens').value = 110")
         page.run("document.getElementById('temperature').value = 0.8")
-        page.run("document.getElementById('run').click()")
         # In the middle, where the tree is one of the page's own, with more than one branch.
         wanted = (
             "document.getElementById('reply').textContent.length > 200",
             "document.querySelectorAll('#tree g.accepted').length > 2",
             "document.querySelectorAll('#tree g:not(.accepted):not(.bonus)').length > 3",
         )
-        page.wait(" && ".join(wanted), 300)
+        good, over = " && ".join(wanted), "!document.getElementById('run').disabled"
+        for _ in range(8):
+            page.run("document.getElementById('run').click()")
+            page.wait(f"({good}) || ({over})", 300)
+            if page.run(good):
+                break
         height = page.run("document.documentElement.scrollHeight")
         page.resize(1280, int(height))
         page.screenshot(file)
