@@ -21,10 +21,19 @@ from retrieval_draft.proposer import Proposer
 
 __all__ = ["CONTENDERS", "measure_llama_cpp"]
 
-CONTENDERS = ("none", "lookup", "lookup-3x4", "lookup-2x3", "ours", "ours-10", "ours-history")
+CONTENDERS = (
+    "none",
+    "lookup",
+    "lookup-3x4",
+    "lookup-2x3",
+    "ours",
+    "ours-10",
+    "ours-history",
+    "ours-history-10",
+)
 """No drafts; `LlamaPromptLookupDecoding` with its defaults (n-grams up to 2, 10 tokens), and as
-``lookup-NxM`` with n-grams up to N and M tokens; ours with the length that pays and no history, the same with
-ten tokens each time, and with a history of the run's earlier prompts."""
+``lookup-NxM`` with n-grams up to N and M tokens; ours with the length that pays, and as ``-10`` with ten
+each time; both without a history, and with one of the run's earlier prompts."""
 
 
 class _Counting:
@@ -143,13 +152,13 @@ def _make(name: str, llama: Any) -> _Contender:
 
 def _ours(name: str, llama: Any) -> _Contender:
     """Ours. Without a history each prompt has a proposer of its own; only what passes cost is kept."""
-    remembers = name == "ours-history"
+    remembers = "history" in name
     sources = SOURCES if remembers else tuple(source for source in SOURCES if source != "history")
     config, rows = DraftConfig(sources=sources), llama.n_vocab()
 
     def made() -> RetrievalDraftModel:
         proposer = Proposer.for_tokenizer(None, vocabulary=rows, config=config)
-        return RetrievalDraftModel(proposer, num_pred_tokens=10 if name == "ours-10" else None)
+        return RetrievalDraftModel(proposer, num_pred_tokens=10 if name.endswith("-10") else None)
 
     counting = _Counting(made())
     counting.inner.warm_up(llama)

@@ -24,8 +24,11 @@ def llama_cpp(
         int | None, typer.Option(min=1, help="So many prompts, taken in turn from every task.")
     ] = None,
     contenders: Annotated[
-        str, typer.Option(help="none, lookup, lookup-NxM, ours, ours-10, ours-history, by commas.")
-    ] = "none,lookup,lookup-3x4,lookup-2x3,ours,ours-10,ours-history",
+        str,
+        typer.Option(
+            help="none, lookup, lookup-NxM, ours, ours-10, ours-history, ours-history-10, by commas."
+        ),
+    ] = "none,lookup,lookup-3x4,lookup-2x3,ours,ours-10,ours-history,ours-history-10",
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each reply at most.")] = 96,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the engine.", show_default=False)] = None,
     context: Annotated[int, typer.Option(min=64, help="Tokens of text at most.")] = 1024,
