@@ -31,7 +31,7 @@ from retrieval_draft.engine.supply import DraftSupply
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.threads import in_live_pool
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.generation import ShownPrompt, dropped_streamer, streaming
+from retrieval_draft.generation import shown_streamer, streaming
 from retrieval_draft.index.registry import Datastores
 from retrieval_draft.index.source import TokenArray
 from retrieval_draft.index.store.config import check_share
@@ -233,9 +233,8 @@ class RetrievalDrafter:
                 "This drafter was made for another model.", "Make one with RetrievalDrafter.for_model(model)."
             )
         self._check_share(draft_share)
-        shown = streamer if streamer is not None else dropped_streamer()
-        if draft_streamer is None and shown is not None:
-            draft_streamer = ShownPrompt(shown)
+        if draft_streamer is None:
+            draft_streamer = shown_streamer(streamer)
         references = self._references(draft_documents, draft_prediction)
         extras = Extras(draft_streamer, draft_seed, references=references, share=draft_share)
         return in_live_pool(
@@ -249,10 +248,7 @@ class RetrievalDrafter:
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes configuration, phrases, calibration, measured costs, and where corpora and store are.
 
-        What is not written: passwords and keys, draft models, and the history, which has a folder of its own.
-
-        Raises:
-            OSError: It cannot be written.
+        Not written: passwords, keys, draft models, and the history, which has a folder of its own.
         """
         save_drafter(self, folder)
 

@@ -13,7 +13,14 @@ from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
 
 from retrieval_draft.errors import InvalidInputError
 
-__all__ = ["ShownPrompt", "StreamRows", "dropped_streamer", "streaming", "take_stop_strings"]
+__all__ = [
+    "ShownPrompt",
+    "StreamRows",
+    "dropped_streamer",
+    "shown_streamer",
+    "streaming",
+    "take_stop_strings",
+]
 
 
 def take_stop_strings(
@@ -124,6 +131,16 @@ def dropped_streamer() -> Any:
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return None if frame is None else frame.f_locals.get("streamer")
+
+
+def shown_streamer(streamer: Any = None) -> ShownPrompt | None:
+    """The streamer of the calling ``model.generate``, which has seen the prompt; None without.
+
+    Args:
+        streamer: It, should transformers hand it on.
+    """
+    found = streamer if streamer is not None else dropped_streamer()
+    return None if found is None else ShownPrompt(found)
 
 
 @contextlib.contextmanager
