@@ -12,7 +12,8 @@ from retrieval_draft.config import DraftConfig
 from retrieval_draft.errors import InvalidInputError, TokenizerMismatchError
 from retrieval_draft.fingerprint import tokenizer_fingerprint, vocabulary_size
 from retrieval_draft.index.corpus import Corpus
-from retrieval_draft.index.phrases import PhraseTable, read_phrases
+from retrieval_draft.index.phrase_files import read_phrases
+from retrieval_draft.index.phrases import PhraseTable
 from retrieval_draft.index.registry import Datastores
 from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.index.store.store import SharedStore

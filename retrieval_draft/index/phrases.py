@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import re
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +14,7 @@ import numpy as np
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 
-__all__ = ["PhraseSession", "PhraseSource", "PhraseTable", "read_phrases"]
+__all__ = ["PhraseSession", "PhraseSource", "PhraseTable"]
 
 SHORTEST = 3
 """Phrases of fewer tokens are ignored: two start a phrase, and there must be one to propose."""
@@ -86,8 +83,7 @@ class PhraseTable:
     @property
     def phrases(self) -> list[TokenArray]:
         """The phrases, int32 each, the ignored ones left out."""
-        flat = np.frombuffer(self.flat, np.int32)
-        return [flat[begin:end] for begin, end in zip([0, *self.ends], self.ends, strict=False)]
+        return np.split(np.frombuffer(self.flat, np.int32), self.ends[:-1]) if self.ends else []
 
     @property
     def nbytes(self) -> int:
@@ -287,75 +283,6 @@ class PhraseSource:
     def nbytes(self) -> int:
         """Bytes of the table."""
         return self.table.nbytes
-
-
-def read_phrases(path: Path) -> list[str]:
-    """Reads phrases from a file.
-
-    Args:
-        path: ``.json``, a list of strings, or ``.jsonl``, one on each line, where an object with ``text``
-            will do for a string. Any other file is text: lines of nothing but three or more dashes separate
-            the phrases, whose line breaks at both ends are left out; without such a line every line is one.
-            Blank phrases are skipped.
-
-    Raises:
-        InvalidInputError: The file cannot be read, is not UTF-8, not of that form, or holds no phrase.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InvalidInputError(
-            f"The phrases file {path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}.",
-            "Save it as UTF-8.",
-        ) from error
-    except OSError as error:
-        raise InvalidInputError(f"Cannot read the phrases file {path}: {error.strerror}.") from error
-    form = {".json": _json_phrases, ".jsonl": _jsonl_phrases}.get(path.suffix.lower(), _text_phrases)
-    phrases = [phrase for phrase in form(text, path) if phrase.strip()]
-    if not phrases:
-        raise InvalidInputError(
-            f"The phrases file {path} holds no phrase; it must hold at least one.",
-            "In a text file every line is a phrase, or lines of --- separate longer ones.",
-        )
-    return phrases
-
-
-def _text_phrases(text: str, path: Path) -> list[str]:
-    parts = re.split(r"^-{3,}[ \t]*$", text, flags=re.MULTILINE)
-    return text.split("\n") if len(parts) == 1 else [part.strip("\n") for part in parts]
-
-
-def _json_phrases(text: str, path: Path) -> list[str]:
-    records = _parsed(text, f"The phrases file {path}")
-    if not isinstance(records, list):
-        raise InvalidInputError(f"The phrases file {path} is {_kind(records)}; it must be a list of strings.")
-    return [_text(record, f"Entry {n} of the phrases file {path}") for n, record in enumerate(records, 1)]
-
-
-def _jsonl_phrases(text: str, path: Path) -> list[str]:
-    lines = [(line, f"{path}:{number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return [_text(_parsed(line, where), where) for line, where in lines]
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidInputError(f"{where} must hold strings as JSON: {error}.") from error
-
-
-def _text(record: Any, where: str) -> str:
-    phrase = record.get("text") if isinstance(record, dict) else record
-    if not isinstance(phrase, str):
-        raise InvalidInputError(f'{where} is {_kind(record)}; it must be a string, or an object with "text".')
-    return phrase
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, in words."""
-    if isinstance(value, dict):
-        return f"an object with {', '.join(map(repr, list(value)[:5])) or 'no keys'}"
-    return f"a list of {len(value)}" if isinstance(value, list) else f"the value {json.dumps(value)[:40]}"
 
 
 def _checked(phrase: TokenArray, number: int) -> TokenArray:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.index.phrases import KEPT, PhraseSource, PhraseTable, read_phrases
+from retrieval_draft.index.phrase_files import read_phrases
+from retrieval_draft.index.phrases import KEPT, PhraseSource, PhraseTable
 from retrieval_draft.index.source import Proposal
 
 
