@@ -113,7 +113,7 @@ def compare_in_vllm(
     *,
     methods: Sequence[str],
     max_new_tokens: int,
-    most: int = 16,
+    most: int = 24,
     dtype: str = "float32",
     max_model_len: int = 1024,
     passes: int = 1,

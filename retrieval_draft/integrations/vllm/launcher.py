@@ -27,7 +27,7 @@ def server_command(
     host: str = "127.0.0.1",
     port: int = 8000,
     dtype: str | None = None,
-    num_speculative_tokens: int = 16,
+    num_speculative_tokens: int = 24,
     served_model_name: str | None = None,
     api_key: str | None = None,
     corpora: Sequence[Path | str] = (),

@@ -52,7 +52,7 @@ class RetrievalProposer:
         TokenizerMismatchError: A corpus belongs to another tokenizer.
 
     Example:
-        LLM(model, speculative_config={"method": "custom_class", "num_speculative_tokens": 16,
+        LLM(model, speculative_config={"method": "custom_class", "num_speculative_tokens": 24,
                                        "model": "retrieval_draft.integrations.vllm.RetrievalProposer"})
     """
 

@@ -115,8 +115,8 @@ class RowDrafter:
         counts, ends = sizes[rows], num_tokens_no_spec[rows].astype(np.int64)
         tracker = self.tracker
         slots, new = tracker.follow(token_ids_cpu[:batch], rows, ends - counts, ends)
-        if self.costs is not None and self._left is not None and len(rows) == batch and not new:
-            self._time(slots, int(counts.sum()), int(ends.max(initial=0)), begin - self._left)
+        if self.costs is not None and len(rows) == batch and not new:
+            self._time(slots, int(ends.max(initial=0)), begin)
         for place in new:
             start = int(ends[place] - counts[place])
             tracker.sessions[slots[place]] = self._open(token_ids_cpu[rows[place], :start])
@@ -195,11 +195,11 @@ class RowDrafter:
                 return sampled[: place + 1]
         return sampled
 
-    def _time(self, slots: NDArray[np.int64], emitted: int, longest: int, seconds: float) -> None:
-        """Notes the step that ends here, if all that it did was to verify what was drafted."""
+    def _time(self, slots: NDArray[np.int64], longest: int, begin: float) -> None:
+        """Notes what the step that ends here took, if all it did was to verify drafts."""
         drafted = self.tracker.drafted[slots]
-        if self.costs is not None and len(slots) and drafted.min() >= 0:
-            self.costs.observe(len(slots), len(slots) + int(drafted.sum()), emitted, longest, seconds)
+        if self.costs is not None and self._left is not None and len(slots) and drafted.min() >= 0:
+            self.costs.observe(len(slots), len(slots) + int(drafted.sum()), longest, begin - self._left)
 
     def _over(self, slot: int) -> None:
         self._held.pop(slot, None)

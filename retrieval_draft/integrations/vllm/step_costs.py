@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from statistics import median
 
 import numpy as np
@@ -15,8 +16,13 @@ ASSUMED = (1.0, 1.15, 1.2, 1.35, 2.0, 3.6, 7.0)
 """t(n) over t(1) before anything was timed, for n of `SIZES`: float32 on two CPU cores. A GPU's curve is
 flatter, and is learned from the first requests."""
 
-SETTLING = 8
-"""Steps whose median sets the scale of the assumed curve."""
+PLAIN_FIRST = 5
+PLAIN_MOST = 20
+"""So many timed steps verify nothing, or so many of any kind; their median sets the assumed curve's scale."""
+
+PLAIN_AGAIN = (16, 256)
+"""After so many steps with drafts and none without, one verifies nothing, lest the price of drafts be
+forgotten; the wait is doubled each time, up to the last."""
 
 LONGEST = 3.0
 """A step counts as this many times what the curve says at most: a stalled machine is not a slow model."""
@@ -26,8 +32,10 @@ class StepCosts:
     """t(n), the time a step over n tokens takes, and how many drafts of each row are worth it.
 
     A step's time lies between the end of one call and the beginning of the next: forward pass, sampling,
-    scheduling and output together, which is what a draft has to pay for. Curves are kept by number of rows,
-    rounded up to a power of two.
+    scheduling and output together, which is what a draft has to pay for. A draft pays if it makes this step's
+    own tokens a second more; weighing it against the rate of late, as `CostModel` can, brought 6% less in
+    replayed requests, whose stretches of repetition make everything before them look worthless. Curves are
+    kept by number of rows, rounded up to a power of two.
 
     Example:
         one row, path probabilities [.9, .8, .1], t(4) = 1.2 t(1): two or three drafts; [.1] alone: none
@@ -36,6 +44,9 @@ class StepCosts:
     def __init__(self) -> None:
         self._curves: dict[int, CostModel] = {}
         self._first: list[float] = []
+        self._drafted: Counter[int] = Counter()
+        self._wait = PLAIN_AGAIN[0]
+        self._asked = 0
 
     def seconds_by_size(self, rows: int = 1) -> dict[int, float]:
         """The curve for so many rows as it stands: seconds by number of tokens; empty before any step."""
@@ -60,34 +71,46 @@ class StepCosts:
         count = int(lengths.sum())
         if not count:
             return lengths
+        if self._is_plain(_bucket(rows)):
+            return np.zeros_like(lengths)
         # Equal ones in the order of their rows and depths, so that what is chosen of a row is its beginning.
         probs = path_probs.ravel()
         order = np.argsort(-probs, kind="stable")[:count]
         worth = self._curve(rows).choose(probs[order], context, rows)
         return np.bincount(order[:worth] // most, minlength=rows).astype(np.int32)
 
-    def observe(self, rows: int, tokens: int, emitted: int, context: int, seconds: float) -> None:
+    def observe(self, rows: int, tokens: int, context: int, seconds: float) -> None:
         """Takes note of a step in which nothing but drafts was verified.
 
         Args:
             rows: In the batch.
             tokens: In the pass: one for each row, and its drafts.
-            emitted: It yielded.
             context: Tokens of the longest text.
             seconds: It took.
         """
         if seconds <= 0:
             return
         curve = self._curve(rows)
-        if len(self._first) < SETTLING:
+        bucket = _bucket(rows)
+        self._drafted[bucket] = 0 if tokens == rows else self._drafted[bucket] + 1
+        if len(self._first) < PLAIN_FIRST:
             self._first.append(seconds / float(np.interp(tokens, SIZES, ASSUMED)))
             scale = median(self._first)
             self._curves = {1: CostModel()}
             self._curves[1].load({n: scale * share for n, share in zip(SIZES, ASSUMED, strict=True)})
             return
-        seconds = min(seconds, LONGEST * curve.seconds(tokens))
-        curve.observe(tokens, context, seconds)
-        curve.note_step(emitted, seconds, seconds)
+        curve.observe(tokens, context, min(seconds, LONGEST * curve.seconds(tokens)))
+
+    def _is_plain(self, bucket: int) -> bool:
+        """Whether the next step is to verify nothing. Each reason holds for a few calls, timed or not."""
+        if len(self._first) < PLAIN_FIRST and self._asked < PLAIN_MOST:
+            self._asked += 1
+            return True
+        if self._drafted[bucket] < self._wait:
+            return False
+        self._drafted[bucket] = 0
+        self._wait = min(2 * self._wait, PLAIN_AGAIN[1])
+        return True
 
     def _curve(self, rows: int) -> CostModel:
         bucket = _bucket(rows)

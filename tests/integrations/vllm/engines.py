@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 SPECULATIVE = {
@@ -24,15 +27,31 @@ for name, value in (
 
 def engine(model: str, speculative: dict[str, Any] | None = None, **options: Any) -> Any:
     """vLLM in this process."""
-    from vllm import LLM
+    with several_engines():
+        from vllm import LLM
 
-    return LLM(
-        model=model,
-        dtype="float32",
-        enforce_eager=True,
-        speculative_config=speculative,
-        **{"max_model_len": 512, "max_num_seqs": 4, "enable_prefix_caching": False, **options},
-    )
+        return LLM(
+            model=model,
+            dtype="float32",
+            enforce_eager=True,
+            speculative_config=speculative,
+            **{"max_model_len": 512, "max_num_seqs": 4, "enable_prefix_caching": False, **options},
+        )
+
+
+@contextmanager
+def several_engines() -> Iterator[None]:
+    """Lets vLLM make an engine where numba is loaded already.
+
+    Without Triton it looks through the attributes of all modules, and trips over one of llvmlite's, numba's
+    compiler: its ``vars()`` is no dict.
+    """
+    hidden = sys.modules.pop("llvmlite.binding.ffi", None)
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            sys.modules["llvmlite.binding.ffi"] = hidden
 
 
 def core_of(llm: Any) -> Any:
