@@ -126,25 +126,17 @@ def _compare(
 
 
 def _print(title: str, found: dict[str, Any]) -> None:
+    columns = ("method", "tokens/s", "request (p10..p90)", "least", "decoding (p10..p90)", "tokens/step")
     print_table(
         title,
-        (
-            "method",
-            "tokens/s",
-            "ratio (p10..p90)",
-            "least",
-            "tokens/step",
-            "accepted/draft",
-            "equal",
-            "ties",
-            "other",
-        ),
+        (*columns, "accepted/draft", "equal", "ties", "other"),
         [
             (
                 name,
                 f"{each['tokens_per_second']:.1f}",
                 ratio_range(each["ratio"]),
                 f"{each['ratio']['min']:.2f}",
+                ratio_range(each["decode_ratio"]),
                 f"{each['tokens_per_step']:.2f}",
                 f"{each['accepted_per_draft']:.2f} of {each['drafted_per_draft']:.2f}",
                 str(each["equal"]),

@@ -30,8 +30,8 @@ pytestmark = pytest.mark.timeout(3600)
 ROOT = Path(__file__).resolve().parents[3]
 NEW = 24
 BLOCKS = 50
-"""Of 16 tokens. Gemma's layers take four for each 16 of text: four prompts of 30 tokens fit, their replies do
-not."""
+"""Of 16 tokens. Gemma's layers take four for each 16 of text: four prompts of 30 tokens fit, replies of 64 to
+them do not."""
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +177,8 @@ def test_preemption(model: str, plain: Any, prompts: list[list[int]], references
 
     scheduler._preempt_request = watched
     short = [ids[:30] for ids in prompts]
-    references = run(plain, short)
-    replies = run(small, short)
+    references = run(plain, short, max_tokens=64)
+    replies = run(small, short, max_tokens=64)
     assert preempted
     assert proposer.failures == 0
     assert proposer.rows.drafted
