@@ -12,7 +12,7 @@ from retrieval_draft.engine.cost import SIZES, CostModel
 
 __all__ = ["StepCosts"]
 
-ASSUMED = (1.0, 1.15, 1.2, 1.35, 2.0, 3.6, 7.0)
+ASSUMED = (1.0, 1.25, 1.3, 1.45, 1.9, 3.5, 6.8)
 """t(n) over t(1) before anything was timed, for n of `SIZES`: float32 on two CPU cores. A GPU's curve is
 flatter, and is learned from the first requests."""
 

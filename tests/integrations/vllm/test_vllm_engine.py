@@ -192,4 +192,4 @@ def test_the_example_of_the_documentation_runs(model: str, capsys: pytest.Captur
     assert example is not None
     with several_engines():
         exec(textwrap.dedent(example[1]), {"MODEL": model})  # noqa: S102
-    assert "blue" in capsys.readouterr().out
+    assert "red" in capsys.readouterr().out
