@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +67,10 @@ class Proposer:
         self.config, self.stores = config, stores
         self.stats = DraftStats()
         self.store: SharedStore | None = stores.shared
-        self._sources = [GuardedSource(source) for source in self._method.sources(Parts(config, stores))]
+        # Sessions are opened one by one, so none has siblings.
+        names = tuple(name for name in config.sources if name != "siblings")
+        parts = Parts(replace(config, sources=names), stores)
+        self._sources = [GuardedSource(source) for source in self._method.sources(parts)]
         self._locality = Locality(self._sources)
         self.calibration: Calibration = load_calibration(calibration_file(config))
         self.lock = threading.RLock()
@@ -216,6 +219,7 @@ class ProposerSession:
         self._tail = prompt[-CONTEXT:]
         self._length = len(prompt)
         self._plan: Plan | None = None
+        self._unlearned: _Lesson | None = None
         self._closed = False
 
     @property
@@ -287,13 +291,15 @@ class ProposerSession:
         if self._plan is not None:
             self._plan = self._plan.cut(max(nodes, 0))
 
-    def observe(self, tokens: TokenArray, logits: NodeLogits | None = None) -> int:
+    def observe(self, tokens: TokenArray, logits: NodeLogits | None = None, *, later: bool = False) -> int:
         """Takes in what the model emitted since the last call, in order, the bonus token included.
 
         Args:
             tokens: int32, shape (m,).
             logits: What the model said at positions of the text or of the tree, if the caller has it; else
                 the sources learn that each token followed what stands before it.
+            later: Whether what the step taught, besides its tokens, waits for `settle`, so that the next
+                proposal comes sooner; it is made up for at the next call of this or `close` at the latest.
 
         Returns:
             How many of the tokens had been drafted, from the first on.
@@ -305,23 +311,34 @@ class ProposerSession:
         self._check_open()
         if not len(emitted):
             return 0
+        self.settle()
         plan, self._plan = self._plan, None
         text = np.concatenate((self._tail, emitted))
-        if logits is None:
-            logits = _said(text, len(emitted))
         if plan is None:
             root = DraftTree.root(int(self._tail[-1]))
             plan = Plan(root, root, ())
         path = plan.tree.walk(emitted)
         with self._proposer.lock:
-            self._drafting.count(plan, path)
-            self._drafting.learn_from(plan, emitted, logits)
+            self._drafting.take_in(emitted)
+        self._unlearned = _Lesson(plan, path, text, emitted, logits)
+        if not later:
+            self.settle()
         self._reply.append(emitted)
         self._tail = text[-CONTEXT:]
         self._length += len(emitted)
         self.stats.tokens += len(emitted)
         self.stats.steps += 1
         return len(path) - 1
+
+    def settle(self) -> None:
+        """Learns what waits since `observe`. Once is enough, twice does no harm."""
+        lesson, self._unlearned = self._unlearned, None
+        if lesson is None:
+            return
+        logits = lesson.logits if lesson.logits is not None else _said(lesson.text, len(lesson.emitted))
+        with self._proposer.lock:
+            self._drafting.count(lesson.plan, lesson.path)
+            self._drafting.learn_from(lesson.plan, lesson.emitted, logits)
 
     def close(self, *, finished: bool = True) -> None:
         """Ends the request: its text joins the history, and, if finished, the store. Twice does no harm.
@@ -331,6 +348,7 @@ class ProposerSession:
         """
         if self._closed:
             return
+        self.settle()
         self._closed = True
         proposer = self._proposer
         with proposer.lock:
@@ -343,6 +361,16 @@ class ProposerSession:
     def _check_open(self) -> None:
         if self._closed:
             raise InvalidInputError("The session is closed.", "Open another one.")
+
+
+class _Lesson(NamedTuple):
+    """What a step showed, until it is learned."""
+
+    plan: Plan
+    path: Sequence[int]
+    text: TokenArray
+    emitted: TokenArray
+    logits: NodeLogits | None
 
 
 def _said(text: TokenArray, count: int) -> NodeLogits:

@@ -129,18 +129,21 @@ class Drafting:
             tail: int32. Committed text before the root.
             said: The target's predictions at every node of ``plan.tree``.
         """
-        logits = NodeLogits(plan.tree.contexts(tail), said.top_tokens, said.top_probs)
-        self.learn_from(plan, emitted, logits)
+        self.take_in(emitted)
+        self.learn_from(plan, emitted, NodeLogits(plan.tree.contexts(tail), said.top_tokens, said.top_probs))
+
+    def take_in(self, emitted: TokenArray) -> None:
+        """Appends a step's tokens to the text of every source."""
+        self._drafts.observe(emitted)
 
     def learn_from(self, plan: Plan, emitted: TokenArray, logits: NodeLogits) -> None:
-        """Tells sources and calibration what a step showed, in terms of contexts.
+        """Tells sources and calibration what a step showed besides its tokens, now or a step later.
 
         Args:
             plan: The step's drafts.
             emitted: int32, shape (m,). Tokens accepted in this step.
             logits: What the target said, at nodes of the tree or anywhere.
         """
-        self._drafts.observe(emitted)
         self._drafts.learn(logits)
         if plan.proposals:
             self._calibration.observe(plan.fused, plan.proposals, emitted)
@@ -218,10 +221,14 @@ def prompt_contexts(prompt: TokenArray, count: int) -> NDArray[np.int32]:
 
 def _usable(tree: DraftTree, deepest: int, vocabulary: int) -> DraftTree:
     """Leaves out nodes that are too deep to be emitted or that the model cannot embed."""
+    if (
+        int(tree.tokens.max()) < vocabulary
+        and int(tree.tokens.min()) >= 0
+        and (len(tree) <= deepest or int(tree.depths.max()) <= deepest)
+    ):
+        return tree
     bad = (tree.depths > deepest) | (tree.tokens >= vocabulary) | (tree.tokens < 0)
     bad[0] = False
-    if not bad.any():
-        return tree
     for node in range(1, len(tree)):
         bad[node] |= bad[tree.parents[node]]
     kept = np.flatnonzero(~bad)

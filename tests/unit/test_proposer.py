@@ -111,6 +111,27 @@ def test_logits_teach_more_than_the_tokens() -> None:
         assert {5, 6} <= set(session.propose(8).tokens.tolist())
 
 
+def test_what_a_step_taught_may_wait() -> None:
+    """The same tokens come in at once, and the same is learned, at the next step at the latest."""
+    with (
+        Proposer.for_tokenizer(None, vocabulary=20) as soon,
+        Proposer.for_tokenizer(None, vocabulary=20) as late,
+    ):
+        one, other = soon.open(ids(7, 8, 9, 4, 7, 8)), late.open(ids(7, 8, 9, 4, 7, 8))
+        for step in (ids(9, 4), ids(7, 8), ids(9, 1), ids(2)):
+            one.propose(4)
+            other.propose(4)
+            assert one.observe(step) == other.observe(step, later=True)
+            assert one.length == other.length
+        assert one.stats.drafted > other.stats.drafted
+        other.settle()
+        other.settle()
+        assert one.stats == other.stats
+        one.close()
+        other.close()
+        assert soon.stats == late.stats
+
+
 def brute_chain(parents: list[int], probs: list[float], deepest: int) -> float:
     best = 0.0
     for node in range(1, len(parents)):

@@ -77,6 +77,11 @@ class DraftApp:
         if isinstance(reply, wire.ErrorReply):
             self.service.observer.failed(status)
         await _respond(send, status, wire.encode(reply, json), json)
+        if isinstance(reply, wire.StepReply):  # while the engine verifies
+            if len(reply.drafts) > 1:
+                await self._in_thread(self.service.settle)
+            else:
+                self.service.settle()
 
     def close(self) -> None:
         """Ends the threads; what they do is finished first."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -79,6 +81,7 @@ class DraftService:
         self.proposers = proposers
         self.table = SessionTable(limits if limits is not None else SessionLimits())
         self.observer: DraftObserver = observer if observer is not None else _Nobody()
+        self._unsettled: deque[OpenSession] = deque()
         self._stopped = threading.Event()
         self._sweeper = threading.Thread(target=self._sweep, name="retrieval_draft sessions", daemon=True)
         self._sweeper.start()
@@ -161,6 +164,17 @@ class DraftService:
         """Steps of several sessions; one that fails says so in its draft, the others go on."""
         return [self._try_step(tenant, step) for step in steps]
 
+    def settle(self) -> None:
+        """Learns what the steps so far showed besides their tokens; no reply has to wait for that."""
+        while self._unsettled:
+            with suppress(IndexError):  # another thread was faster
+                session = self._unsettled.popleft()
+                if session.lock.acquire(blocking=False):  # else its next step has begun, and learns it first
+                    try:
+                        session.proposing.settle()
+                    finally:
+                        session.lock.release()
+
     def is_free(self, tenant: str, key: str) -> bool:
         """Whether a step of the session would wait for nobody, as far as can be seen.
 
@@ -216,13 +230,14 @@ class DraftService:
         said = node_logits(step.said, tokens, session, self.proposers.get(session.tenant).stores.vocabulary)
         self.table.grow(session, len(tokens))
         try:
-            accepted = session.proposing.observe(tokens, said)
+            accepted = session.proposing.observe(tokens, said, later=said is None)
         except BaseException:
             self.table.shrink(session, len(tokens))
             raise
         if len(tokens):
             session.tail = np.concatenate((session.tail, tokens))[-CONTEXT:]
             session.last_at, session.last_tokens, session.last_accepted = at, tokens, accepted
+            self._unsettled.append(session)
         return len(tokens), accepted
 
     def _end(self, session: OpenSession, reason: str) -> None:

@@ -54,11 +54,24 @@ def test_trees_are_those_of_a_proposer() -> None:
         key, session = opened(service, *prompt), alone.open(np.array(prompt, np.int32))
         for tokens in emitted:
             draft = stepped(service, key, *tokens, nodes=12)
-            assert draft.accepted == session.observe(np.array(tokens, np.int32))
+            assert draft.accepted == session.observe(np.array(tokens, np.int32), later=True)
             tree = session.propose(12)
             assert draft.tokens == tree.tokens.tolist()
             assert draft.parents == tree.parents.tolist()
             assert draft.path_probs == tree.path_probs.tolist()
+
+
+def test_what_steps_taught_is_learned_behind_the_reply() -> None:
+    with draft_service() as service:
+        key = opened(service, 7, 8, 9, 4)
+        stepped(service, key, 7, 8, nodes=8)
+        stepped(service, key, 9, nodes=8)
+        stats = service.table.get("default", key).proposing.stats
+        before = stats.drafted
+        service.settle()
+        service.settle()
+        assert stats.drafted > before
+        assert (stats.tokens, stats.steps) == (3, 2)
 
 
 def test_a_chain_is_a_tree_of_one_path() -> None:
