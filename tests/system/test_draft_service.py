@@ -49,7 +49,7 @@ def test_replayed_trees_are_those_of_a_proposer_of_ones_own(url: str) -> None:
             emitted, done = output[:1], 1
             while done < len(output):
                 draft = session.step(emitted, nodes=24)
-                own.observe(np.array(emitted, np.int32))
+                own.observe(np.array(emitted, np.int32), later=True)  # as the service learns
                 tree = own.propose(24)
                 assert draft.tokens == tree.tokens.tolist()
                 assert draft.parents == tree.parents.tolist()
