@@ -52,14 +52,15 @@ def runs(*numbers: int) -> Counter[tuple[int, ...]]:
 def share(store: SharedStore, *numbers: int) -> None:
     """Hands runs over; nobody waits for Redis.
 
-    One call may lose the processor to others. One that waited would take the timeout, 0.4 s, each time.
+    One call may lose the processor, or the interpreter, to others; the more threads, the longer. One that
+    waited would take the store's timeout each time.
     """
     seconds = []
     for number in numbers:
         begin = time.perf_counter()
         store.share(NONE, run(number))
         seconds.append(time.perf_counter() - begin)
-    assert min(seconds) < 0.3
+    assert min(seconds) < 0.75 * store.config.timeout
 
 
 def drafts(store: SharedStore, prompt: TokenArray, nodes: int = 8) -> list[int]:
