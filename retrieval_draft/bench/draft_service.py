@@ -56,16 +56,23 @@ def serving(*options: str) -> Iterator[str]:
 
 
 def measure_draft_service(
-    traces: Sequence[Path], *, nodes: int = 60, limit: int | None = None, together: int = 64
+    traces: Sequence[Path],
+    *,
+    nodes: int = 60,
+    pause: float = 2.0,
+    limit: int | None = None,
+    together: int = 64,
 ) -> dict[str, Any]:
     """Replays recorded replies through the service, over TCP and a unix socket in turn.
 
     The client accepts what continues the recorded reply, as an engine would, and asks for the next tree in
-    the same round trip.
+    the same round trip. Between round trips it does nothing for a while, as an engine's model would run then:
+    what the service puts off until its reply is sent is done meanwhile.
 
     Args:
         traces: Files of recorded requests.
         nodes: Draft nodes of each step.
+        pause: Milliseconds that the engine's model takes; 0 for the next step at once.
         limit: Only so many requests.
         together: Sessions in one call, for the last part.
 
@@ -90,7 +97,7 @@ def measure_draft_service(
             counts = [0, 0, 0]
             for request in requests:
                 for name, client in (("tcp", far), ("unix", near)):
-                    _replay(client, request, nodes, seconds[name], opening[name], counts)
+                    _replay(client, request, nodes, pause / 1000, seconds[name], opening[name], counts)
             batch = {
                 name: _together(client, requests, nodes, together)
                 for name, client in (("tcp", far), ("unix", near))
@@ -101,12 +108,13 @@ def measure_draft_service(
         "open_us": {name: _spread(found) for name, found in opening.items()},
         "batch_us": {name: _spread(found) for name, found in batch.items()},
         "batch_sessions": together,
-        "service_us": _alone(requests, nodes, vocabulary),
+        "service_us": _alone(requests, nodes, pause / 1000, vocabulary),
         "tokens_per_step": tokens / steps,
         "nodes_per_step": drafted / steps,
         "steps": steps,
         "requests": len(requests),
         "nodes": nodes,
+        "pause_ms": pause,
         **provenance(),
     }
 
@@ -115,6 +123,7 @@ def _replay(
     client: DraftClient,
     request: Trace,
     nodes: int,
+    pause: float,
     seconds: list[float],
     opening: list[float],
     counts: list[int],
@@ -128,6 +137,8 @@ def _replay(
         begin = time.perf_counter()
         draft = session.step(emitted, nodes=nodes)
         seconds.append(time.perf_counter() - begin)
+        if pause > 0:
+            time.sleep(pause)
         emitted = accepted(draft, output[done:])
         done += len(emitted)
         counts[0] += len(emitted)
@@ -172,7 +183,7 @@ def _together(client: DraftClient, requests: Sequence[Trace], nodes: int, count:
     return seconds
 
 
-def _alone(requests: Sequence[Trace], nodes: int, vocabulary: int) -> dict[str, float]:
+def _alone(requests: Sequence[Trace], nodes: int, pause: float, vocabulary: int) -> dict[str, float]:
     """The same work without a network: what a round trip cannot be faster than."""
     from retrieval_draft.proposer import Proposer
 
@@ -184,9 +195,12 @@ def _alone(requests: Sequence[Trace], nodes: int, vocabulary: int) -> dict[str, 
             emitted, done = request.output[:1], 1
             while done < len(request.output):
                 begin = time.perf_counter()
-                session.observe(emitted)
+                session.observe(emitted, later=True)
                 tree = session.propose(nodes)
                 seconds.append(time.perf_counter() - begin)
+                session.settle()
+                if pause > 0:
+                    time.sleep(pause)
                 rest = request.output[done:]
                 emitted = rest[: len(tree.walk(rest))]
                 done += len(emitted)

@@ -16,8 +16,9 @@ from retrieval_draft.bench.valkey_process import ValkeyProcess
 
 __all__ = ["STATES", "measure_outages"]
 
-STATES = ("connected", "dead", "paused", "slow")
-"""``slow``: every answer comes 200 ms late."""
+STATES = ("none", "connected", "dead", "paused", "slow")
+"""``none``: no store on either side, which shows what this bench cannot tell apart. ``slow``: every answer
+comes 200 ms late."""
 
 _DELAY = 0.1
 
@@ -30,10 +31,13 @@ def measure_outages(
     max_new_tokens: int = 64,
     states: Sequence[str] = STATES,
 ) -> dict[str, Any]:
-    """Decodes prompts in two processes in turn, one with a store and one without.
+    """Decodes each prompt twice in one process, with a store and without.
 
-    While one decodes the other is stopped, background threads and all; who begins changes from prompt to
-    prompt. A state begins with the change to it, so what a server does when the store goes away counts too.
+    Two processes on the same machine differ by more than what is looked for, from their start to their
+    end: so one process has the model, and opens a drafter with a store or without, neither of which has seen
+    anything, for each reply. Without a store its threads are gone. Which way begins changes from prompt to
+    prompt. The state begins after the drafter has connected and right before the reply, so what a server
+    does when the store goes away counts too.
 
     Args:
         model: As ``--model``.
@@ -44,34 +48,45 @@ def measure_outages(
 
     Returns:
         For each state the median over prompts of tokens a second with the store over those without, tenths,
-        whether all replies were the same, and the store's state as the server saw it.
+        the ratio of all tokens a second, whether all replies were the same, how many there were, and the
+        store's state as the server saw it at their ends.
     """
     found: dict[str, Any] = {}
-    with ValkeyProcess(folder / "outage") as server, SlowProxy(server.port) as proxy:
+    with (
+        ValkeyProcess(folder / "outage") as server,
+        SlowProxy(server.port) as proxy,
+        DecoderProcess(model) as decoder,
+        progress("Decoding with and without a store", len(prompts), delay=0.0) as advance,
+    ):
         url = f"redis://127.0.0.1:{proxy.port}"
-        with DecoderProcess(model, None) as without, DecoderProcess(model, url) as with_store:
-            for each in (without, with_store):
-                each.generate(prompts[0][:8], 8)  # loads; the first token waits for that
-            with progress("Decoding with and without a store", len(prompts), delay=0.0) as advance:
-                for place, state in enumerate(states):
-                    _enter(state, server, proxy)
-                    ratios, same = [], True
-                    # No prompt comes twice: what was said in one state would be drafted from in the next.
-                    for number, ids in enumerate(prompts[place :: len(states)]):
-                        runs = {}
-                        order = (without, with_store) if number % 2 else (with_store, without)
-                        for each in order:
-                            runs[each] = each.generate(ids, max_new_tokens)
-                        same = same and runs[without][0] == runs[with_store][0]
-                        ratios.append(runs[without][1] / runs[with_store][1])
-                        advance()
-                    with with_store.awake():
-                        seen = with_store.call(do="status")["state"]
-                    low, middle, high = np.percentile(ratios, [10, 50, 90]).tolist()
-                    found[state] = {
-                        "ratio": middle, "p10": low, "p90": high, "same_text": same, "state": seen
-                    }  # fmt: skip
-                    _leave(state, server, proxy)
+        for place, state in enumerate(states):
+            seconds: dict[bool, list[float]] = {True: [], False: []}
+            same, seen = True, set()
+            for number, ids in enumerate(prompts[place :: len(states)]):
+                texts = []
+                for with_store in (bool(number % 2), not number % 2):
+                    decoder.open(url if with_store and state != "none" else None)
+                    if with_store:
+                        _enter(state, server, proxy)
+                    tokens, took = decoder.generate(ids, max_new_tokens)
+                    if with_store:
+                        seen.add(decoder.call(do="status").get("state", "none"))
+                        _leave(state, server, proxy)
+                    decoder.call(do="close")
+                    texts.append(tokens)
+                    seconds[with_store].append(took)
+                same = same and texts[0] == texts[1]
+                advance()
+            low, middle, high = np.percentile(np.divide(seconds[False], seconds[True]), [10, 50, 90]).tolist()
+            found[state] = {
+                "ratio": middle,
+                "p10": low,
+                "p90": high,
+                "of_all": sum(seconds[False]) / sum(seconds[True]),
+                "replies": len(seconds[True]),
+                "same_text": same,
+                "state": "/".join(sorted(seen)),
+            }
     return found
 
 
@@ -85,9 +100,10 @@ def _enter(state: str, server: ValkeyProcess, proxy: SlowProxy) -> None:
 
 
 def _leave(state: str, server: ValkeyProcess, proxy: SlowProxy) -> None:
+    proxy.delay = 0.0
     if state == "dead":
         server.start()
     elif state == "paused":
         server.resume()
-    proxy.delay = 0.0
-    time.sleep(0.5)
+    if state in ("dead", "paused", "slow"):
+        time.sleep(0.5)

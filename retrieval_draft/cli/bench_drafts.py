@@ -17,6 +17,9 @@ __all__ = ["drafts"]
 def drafts(
     traces: Annotated[list[Path], typer.Argument(help="Trace files.", show_default=False)],
     nodes: Annotated[int, typer.Option(min=1, max=1024, help="Draft nodes of every step.")] = 60,
+    pause: Annotated[
+        float, typer.Option(min=0.0, help="Milliseconds between steps, in which an engine's model would run.")
+    ] = 2.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests.")] = None,
     together: Annotated[int, typer.Option(min=1, max=1024, help="Sessions in one call.")] = 64,
     out: Out = None,
@@ -25,7 +28,7 @@ def drafts(
     """Measure the drafting service: steps over TCP and a unix socket, and of many sessions in one call."""
     from retrieval_draft.bench.draft_service import measure_draft_service
 
-    result = measure_draft_service(traces, nodes=nodes, limit=limit, together=together)
+    result = measure_draft_service(traces, nodes=nodes, pause=pause, limit=limit, together=together)
     finish(result, out)
     if json:
         print_json(result)

@@ -151,7 +151,10 @@ def _rows(found: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
             rows.append(("from one server to the others, ms: p50, p99", _numbers(value, "p50", "p99")))
         elif part == "outages":
             rows += [
-                (f"tokens a second with the store {state} / without a store", f"{each['ratio']:.3f}")
+                (
+                    f"tokens a second with the store {state} / without a store",
+                    _numbers(each, "ratio", "of_all"),
+                )
                 for state, each in value.items()
             ]
         elif part == "soak":

@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 from retrieval_draft.chains._kernels.adjacency_step import ask_keys, ask_rows, expand_adjacency
 from retrieval_draft.chains._kernels.automaton_step import expand_automaton, follow_automaton
 from retrieval_draft.chains._kernels.candidates import add_children, choose
+from retrieval_draft.chains._kernels.segment_rows import advance_rows
 from retrieval_draft.chains._kernels.segment_step import MOST_RUNS, expand_segments, follow_segments
 from retrieval_draft.chains._kernels.slots import (
     CHAIN,
     EDGES_AT,
     INSERTED,
     LENGTH,
-    LOCATED,
     META_AT,
     NUM_EDGES,
     NUM_STATES,
@@ -30,7 +30,7 @@ from retrieval_draft.engine._kernels.fusion import SOURCES
 from retrieval_draft.index._kernels import automaton
 from retrieval_draft.index._kernels.adjacency import ORDERS
 from retrieval_draft.index._kernels.jit import kernel
-from retrieval_draft.index._kernels.segment_match import TOKENS, WIDTH, advance, locate
+from retrieval_draft.index._kernels.segment_match import TOKENS, WIDTH, locate
 from retrieval_draft.index._kernels.segment_tree import CONTEXTS, DEEPEST, POOL, RANGES, gather
 
 CHILDREN = 24
@@ -155,6 +155,7 @@ def propose_rows(
     num_ranges = np.zeros(GROUPS, np.int64)
     num_contexts = np.zeros(GROUPS, np.int64)
     misfits = 0
+    advance_rows(ids, first_row, last_row, slots, segments, chain, longest, tail)
     for row in range(first_row, last_row):
         slot = ids[row] & SLOT_MASK
         full[row] = 0
@@ -177,9 +178,6 @@ def propose_rows(
                 full[row] = 1
                 misfits += 1
                 continue
-        if slots[slot, LOCATED] < length:
-            advance(segments, chain[slot], longest[slot], tail[slot], text[slots[slot, LOCATED] :])
-            slots[slot, LOCATED] = length
 
         state = automaton.matched_state(states, meta)
         matched = np.int64(states[state, automaton.LENGTH])
