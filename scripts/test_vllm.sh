@@ -13,7 +13,7 @@ base=${PYTHON:-python3}
 [ -x "$venv/bin/python" ] || "$base" -m venv "$venv" >&2
 python=$(cd "$venv/bin" && pwd)/python
 stamp=$venv/.retrieval_draft-installed
-wanted="$(pwd) $(cat scripts/vllm_requirements.txt pyproject.toml "${BASH_SOURCE[0]##*/}" 2>/dev/null | cksum)"
+wanted="$(pwd) $(cat scripts/vllm_requirements.txt pyproject.toml scripts/test_vllm.sh | cksum)"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing vLLM and what it needs into $venv (ten minutes the first time)" >&2
     install=("$python" -m pip install --quiet --disable-pip-version-check)
