@@ -21,6 +21,8 @@ STATES = ("none", "connected", "dead", "paused", "slow")
 comes 200 ms late."""
 
 _DELAY = 0.1
+_TOGETHER = 3
+"""Prompts that a drafter decodes before it is closed: opening one takes longer than decoding one."""
 
 
 def measure_outages(
@@ -35,9 +37,9 @@ def measure_outages(
 
     Two processes on the same machine differ by more than what is looked for, from their start to their
     end: so one process has the model, and opens a drafter with a store or without, neither of which has seen
-    anything, for each reply. Without a store its threads are gone. Which way begins changes from prompt to
-    prompt. The state begins after the drafter has connected and right before the reply, so what a server
-    does when the store goes away counts too.
+    anything, for every three replies. Without a store its threads are gone. Which way begins changes from
+    three to three. The state begins after the drafter has connected and right before the first of its
+    replies, so what a server does when the store goes away counts too.
 
     Args:
         model: As ``--model``.
@@ -62,21 +64,22 @@ def measure_outages(
         for place, state in enumerate(states):
             seconds: dict[bool, list[float]] = {True: [], False: []}
             same, seen = True, set()
-            for number, ids in enumerate(prompts[place :: len(states)]):
+            mine = prompts[place :: len(states)]
+            for number, first in enumerate(range(0, len(mine), _TOGETHER)):
                 texts = []
                 for with_store in (bool(number % 2), not number % 2):
                     decoder.open(url if with_store and state != "none" else None)
                     if with_store:
                         _enter(state, server, proxy)
-                    tokens, took = decoder.generate(ids, max_new_tokens)
+                    runs = [decoder.generate(ids, max_new_tokens) for ids in mine[first : first + _TOGETHER]]
                     if with_store:
                         seen.add(decoder.call(do="status").get("state", "none"))
                         _leave(state, server, proxy)
                     decoder.call(do="close")
-                    texts.append(tokens)
-                    seconds[with_store].append(took)
+                    texts.append([tokens for tokens, _ in runs])
+                    seconds[with_store] += [took for _, took in runs]
                 same = same and texts[0] == texts[1]
-                advance()
+                advance(len(runs))
             low, middle, high = np.percentile(np.divide(seconds[False], seconds[True]), [10, 50, 90]).tolist()
             found[state] = {
                 "ratio": middle,
