@@ -80,6 +80,10 @@ def serve(
         int | None, typer.Option(min=1, help="Of torch; by default as many as cores.", show_default=False)
     ] = None,
     engine: Annotated[str, typer.Option(help="transformers, or vllm.")] = "transformers",
+    vllm_arguments: Annotated[
+        list[str] | None,
+        typer.Argument(help="With --engine vllm, behind --: options of vllm serve.", show_default=False),
+    ] = None,
 ) -> None:
     """Serve a model to OpenAI's clients, its drafts made from text seen before."""
     from retrieval_draft.server.settings import ServerSettings
@@ -116,8 +120,14 @@ def serve(
             phrases=phrases,
             store=shared,
             history_folder=history,
+            arguments=vllm_arguments or (),
         )
         return
+    if vllm_arguments:
+        raise InvalidInputError(
+            f"{' '.join(vllm_arguments)} would be for vLLM, but the engine is {engine}.",
+            "Name options with --; see retrieval-draft serve --help.",
+        )
     if engine != "transformers":
         raise InvalidInputError(f"There is no engine {engine!r}.", "Choose transformers or vllm.")
 

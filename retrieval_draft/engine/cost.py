@@ -189,6 +189,10 @@ class CostModel:
         self._log_seconds = self._log_seconds + error * rate
         self._table = np.empty(0, np.float64)
 
+    def seconds_up_to(self, tokens: int) -> NDArray[np.float64]:
+        """t(1), t(2), ..., t(tokens): float64, shape (tokens,). Not to be written to."""
+        return self._curve(tokens)[:tokens]
+
     def _curve(self, tokens: int) -> NDArray[np.float64]:
         if self._log_seconds is None:
             raise RuntimeError("the cost model was asked before it was measured")

@@ -148,12 +148,15 @@ class RowDrafter:
         emitted = self._until_ends(slots, sampled)
         limits = np.clip(self._max_length - ends - 1, 0, self._most)
         limits[self.tracker.ended[slots]] = 0
+        floor = self._floor
+        if self.costs is not None:
+            floor = max(floor, self.costs.floor(len(slots), self._most))
         tokens, lengths, probs = self._chains.step(
             self.tracker.sessions[slots],
             np.fromiter(itertools.chain.from_iterable(emitted), np.int32),
             np.fromiter(map(len, emitted), np.int32, len(emitted)),
             limits.astype(np.int32),
-            self._floor,
+            floor,
         )
         if int(tokens.max(initial=0)) >= self._vocabulary:
             foreign = (tokens >= self._vocabulary) & (np.arange(tokens.shape[1]) < lengths[:, None])

@@ -24,6 +24,13 @@ PLAIN_AGAIN = (16, 256)
 """After so many steps with drafts and none without, one verifies nothing, lest the price of drafts be
 forgotten; the wait is doubled each time, up to the last."""
 
+DRAFTS_AGAIN = (64, 1024)
+"""After so many timed steps without drafts, those that are rather likely are verified once, lest a guess at
+their price never be put to the test; the wait is doubled each time, up to the last."""
+
+LIKELY = 0.5
+"""Path probability of drafts that are verified for that."""
+
 LONGEST = 3.0
 """A step counts as this many times what the curve says at most: a stalled machine is not a slow model."""
 
@@ -47,11 +54,29 @@ class StepCosts:
         self._drafted: Counter[int] = Counter()
         self._wait = PLAIN_AGAIN[0]
         self._asked = 0
+        self._without: Counter[int] = Counter()
+        self._wait_to_draft = DRAFTS_AGAIN[0]
 
     def seconds_by_size(self, rows: int = 1) -> dict[int, float]:
         """The curve for so many rows as it stands: seconds by number of tokens; empty before any step."""
         bucket = _bucket(rows)
         return self._curves[bucket].seconds_by_size() if bucket in self._curves else {}
+
+    def floor(self, rows: int, most: int) -> float:
+        """Path probability that a draft must have to pay in any case: shorter chains are found sooner.
+
+        The last draft of the best choice brings its path probability, and costs one more token at the rate
+        of that step, which is at least the rate without drafts.
+
+        Args:
+            rows: In the batch.
+            most: Draft tokens of a row at most.
+        """
+        if self._is_due(_bucket(rows)):
+            return 0.0
+        curve = self._curve(rows)
+        seconds = curve.seconds_up_to(rows * (most + 1))[rows - 1 :]
+        return float(rows / seconds[0] * np.diff(seconds).min())
 
     def choose(
         self, path_probs: NDArray[np.float32], lengths: NDArray[np.int32], context: int
@@ -77,6 +102,11 @@ class StepCosts:
         probs = path_probs.ravel()
         order = np.argsort(-probs, kind="stable")[:count]
         worth = self._curve(rows).choose(probs[order], context, rows)
+        if not worth and self._is_due(_bucket(rows)):
+            worth = int(np.count_nonzero(probs[order] >= LIKELY))
+            if worth:
+                self._without[_bucket(rows)] = 0
+                self._wait_to_draft = min(2 * self._wait_to_draft, DRAFTS_AGAIN[1])
         return np.bincount(order[:worth] // most, minlength=rows).astype(np.int32)
 
     def observe(self, rows: int, tokens: int, context: int, seconds: float) -> None:
@@ -93,6 +123,7 @@ class StepCosts:
         curve = self._curve(rows)
         bucket = _bucket(rows)
         self._drafted[bucket] = 0 if tokens == rows else self._drafted[bucket] + 1
+        self._without[bucket] = self._without[bucket] + 1 if tokens == rows else 0
         if len(self._first) < PLAIN_FIRST:
             self._first.append(seconds / float(np.interp(tokens, SIZES, ASSUMED)))
             scale = median(self._first)
@@ -100,6 +131,10 @@ class StepCosts:
             self._curves[1].load({n: scale * share for n, share in zip(SIZES, ASSUMED, strict=True)})
             return
         curve.observe(tokens, context, min(seconds, LONGEST * curve.seconds(tokens)))
+
+    def _is_due(self, bucket: int) -> bool:
+        """Whether there were no drafts for so long that they are to be tried."""
+        return self._without[bucket] >= self._wait_to_draft
 
     def _is_plain(self, bucket: int) -> bool:
         """Whether the next step is to verify nothing. Each reason holds for a few calls, timed or not."""

@@ -44,6 +44,47 @@ def test_plain_steps_come_first_and_now_and_then() -> None:
     assert costs.choose(FALLING, EIGHT, 100).tolist()[0] >= 3
 
 
+def test_no_draft_below_the_floor_is_chosen() -> None:
+    assert StepCosts().floor(64, 8) > 0.3
+    for rows, seconds in ((1, {1: 1.0, 4: 1.3, 9: 2.0}), (2, {2: 1.0, 4: 1.3, 8: 2.0, 16: 4.5})):
+        costs = learned(seconds, rows)
+        floor = costs.floor(rows, 8)
+        assert 0.0 <= floor < 1.0
+        draw = np.random.default_rng(rows)
+        for _ in range(200):
+            probs = np.sort(draw.random((rows, 8), np.float32), 1)[:, ::-1].copy()
+            lengths = costs.choose(probs, np.full(rows, 8, np.int32), 100)
+            for row, length in enumerate(lengths.tolist()):
+                assert not length or probs[row, length - 1] >= floor
+
+
+def test_a_price_that_was_only_guessed_is_put_to_the_test() -> None:
+    """64 rows, where the assumed curve lets hardly a draft pay; on this machine they cost nothing."""
+    costs = StepCosts()
+    likely = np.full((64, 2), 0.6, np.float32)
+    lengths = np.full(64, 2, np.int32)
+    verified = []
+    for _ in range(600):
+        floor = costs.floor(64, 2)
+        chosen = int(costs.choose(likely, lengths, 100).sum()) if floor <= 0.6 else 0
+        verified.append(chosen)
+        costs.observe(64, 64 + chosen, 100, 1.0)
+    assert sum(map(bool, verified[:70])) <= 1
+    assert sum(map(bool, verified[-50:])) >= 45
+
+
+def test_where_drafts_do_not_pay_they_are_seldom_tried() -> None:
+    costs = StepCosts()
+    likely = np.full((64, 2), 0.6, np.float32)
+    tried = 0
+    for _ in range(4000):
+        due = costs.floor(64, 2) <= 0.6
+        chosen = int(costs.choose(likely, np.full(64, 2, np.int32), 100).sum()) if due else 0
+        tried += chosen > 0
+        costs.observe(64, 64 + chosen, 100, 1.0 + chosen / 40)
+    assert 1 <= tried <= 12
+
+
 def test_rows_compete() -> None:
     probs = np.array([[0.9, 0.85, 0.8], [0.1, 0.05, 0.0]], np.float32)
     costs = learned({2: 1.0, 4: 1.3, 8: 2.0}, rows=2)
