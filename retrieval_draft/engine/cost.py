@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -197,7 +198,8 @@ class CostModel:
         if self._log_seconds is None:
             raise RuntimeError("the cost model was asked before it was measured")
         if len(self._table) < tokens:
-            reach = np.log2(np.arange(1, max(tokens, self._sizes[-1]) + 1))
+            # It lasts until the next pass is timed: no longer than it must be.
+            reach = _log2_up_to(max(64, 1 << (tokens - 1).bit_length()))
             # Made monotone only here: a size that looked dear for a moment must not teach the larger ones.
             known = np.maximum.accumulate(self._log_seconds)
             logs = np.interp(reach, self._log_sizes, known)
@@ -206,3 +208,8 @@ class CostModel:
             logs[beyond] = known[-1] + slope * (reach[beyond] - self._log_sizes[-1])
             self._table = np.exp(logs)
         return self._table
+
+
+@cache
+def _log2_up_to(count: int) -> NDArray[np.float64]:
+    return np.log2(np.arange(1, count + 1))

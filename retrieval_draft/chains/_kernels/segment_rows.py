@@ -28,7 +28,7 @@ from retrieval_draft.index._kernels.segment_match import (
     UNKNOWN,
     WIDTH,
     advance,
-    key_at,
+    token_at,
 )
 
 SHORT = 3
@@ -37,8 +37,21 @@ SHORT = 3
 TOGETHER = 512
 """Lookups that go in step, about."""
 
-SEGMENT, SHIFT, FIRST, LAST, PLACE = range(5)
-QUERY_FIELDS = 5
+SEGMENT, TOKENS_ASKED, SHIFT, FIRST, LAST, PLACE = range(6)
+QUERY_FIELDS = 6
+
+
+@kernel
+def _prefix_at(segments: NDArray[np.int64], segment: int, place: int, size: int) -> np.uint64:
+    """The next `size` tokens packed as the upper bits of `segment_match.key_at` are."""
+    bits, separator = segments[segment, BITS], segments[segment, SEPARATOR]
+    prefix = np.uint64(0)
+    for ahead in range(size):
+        token = token_at(segments, segment, place + ahead)
+        prefix = (prefix << np.uint64(bits)) | np.uint64(token)
+        if token == separator:
+            return prefix << np.uint64(bits * (size - 1 - ahead))
+    return prefix
 
 
 @kernel
@@ -90,8 +103,9 @@ def _search_suffixes(
             first, last = queries[query, FIRST], queries[query, LAST]
             if first < last:
                 middle = (first + last) >> 1
-                key = key_at(segments, queries[query, SEGMENT], queries[query, PLACE])
-                key >>= np.uint64(queries[query, SHIFT])
+                key = _prefix_at(
+                    segments, queries[query, SEGMENT], queries[query, PLACE], queries[query, TOKENS_ASKED]
+                )
                 right = key < prefixes[query] or (above and key == prefixes[query])
                 first = middle + 1 if right else first
                 last = last if right else middle
@@ -113,8 +127,8 @@ def find_together(
 
     Args:
         segments: int64, shape (segments, SEGMENT_FIELDS).
-        queries: int64, shape (queries, QUERY_FIELDS). SEGMENT and SHIFT are given: bits of a key behind
-            the prefix. The rest is scratch, and so is `low`.
+        queries: int64, shape (queries, QUERY_FIELDS). SEGMENT, TOKENS_ASKED and SHIFT are given: tokens of
+            the prefix, and bits of a key behind it. The rest is scratch, and so is `low`.
         prefixes: uint64, shape (queries,). Tokens packed as the upper bits of a key are.
         entries: int32, shape (queries, 2). Written: entries of a chain, see `segment_match`.
         count: Queries.
@@ -139,8 +153,7 @@ def find_together(
         found = False
         if begin < segments[segment, SIZE]:
             place = load_int32(segments[segment, SUFFIXES], begin)
-            found = key_at(segments, segment, place) >> shift == prefixes[query]
-            queries[query, PLACE] = place
+            found = _prefix_at(segments, segment, place, queries[query, TOKENS_ASKED]) == prefixes[query]
         if not found:
             low[query] = -1
         elif (
@@ -292,6 +305,7 @@ def _ask(
         prefix |= np.uint64(text[len(text) - size]) << np.uint64(bits * (size - 1))
         if size <= short or size == count:
             queries[asked, SEGMENT] = segment
+            queries[asked, TOKENS_ASKED] = size
             queries[asked, SHIFT] = bits * (count - size)
             prefixes[asked] = prefix
             asked += 1

@@ -28,6 +28,9 @@ DRAFTS_AGAIN = (64, 1024)
 """After so many timed steps without drafts, those that are rather likely are verified once, lest a guess at
 their price never be put to the test; the wait is doubled each time, up to the last."""
 
+FLOOR_STEPS = 16
+"""Steps for which a floor is kept: finding it takes as long as a tenth of the other work."""
+
 LIKELY = 0.5
 """Path probability of drafts that are verified for that."""
 
@@ -56,6 +59,7 @@ class StepCosts:
         self._asked = 0
         self._without: Counter[int] = Counter()
         self._wait_to_draft = DRAFTS_AGAIN[0]
+        self._floors: dict[tuple[int, int], tuple[int, float]] = {}
 
     def seconds_by_size(self, rows: int = 1) -> dict[int, float]:
         """The curve for so many rows as it stands: seconds by number of tokens; empty before any step."""
@@ -66,7 +70,7 @@ class StepCosts:
         """Path probability that a draft must have to pay in any case: shorter chains are found sooner.
 
         The last draft of the best choice brings its path probability, and costs one more token at the rate
-        of that step, which is at least the rate without drafts.
+        of that step, which is at least the rate without drafts. The curve is looked at every few steps.
 
         Args:
             rows: In the batch.
@@ -74,9 +78,12 @@ class StepCosts:
         """
         if self._is_due(_bucket(rows)):
             return 0.0
-        curve = self._curve(rows)
-        seconds = curve.seconds_up_to(rows * (most + 1))[rows - 1 :]
-        return float(rows / seconds[0] * np.diff(seconds).min())
+        asked, floor = self._floors.get((rows, most), (FLOOR_STEPS, 0.0))
+        if asked >= FLOOR_STEPS:
+            seconds = self._curve(rows).seconds_up_to(rows * (most + 1))[rows - 1 :]
+            asked, floor = 0, float(rows / seconds[0] * np.diff(seconds).min())
+        self._floors[rows, most] = asked + 1, floor
+        return floor
 
     def choose(
         self, path_probs: NDArray[np.float32], lengths: NDArray[np.int32], context: int
