@@ -7,6 +7,8 @@ round makes one step of each of them, so that their waits overlap. What they fin
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,8 +44,8 @@ QUERY_FIELDS = 6
 
 
 @kernel
-def _prefix_at(segments: NDArray[np.int64], segment: int, place: int, size: int) -> np.uint64:
-    """The next `size` tokens packed as the upper bits of `segment_match.key_at` are."""
+def _prefix_at(segments: NDArray[np.int64], segment: int, place: int, size: int) -> Any:
+    """uint64: the next `size` tokens, packed as the upper bits of `segment_match.key_at` are."""
     bits, separator = segments[segment, BITS], segments[segment, SEPARATOR]
     prefix = np.uint64(0)
     for ahead in range(size):
