@@ -59,15 +59,15 @@ def measure_draft_service(
     traces: Sequence[Path],
     *,
     nodes: int = 60,
-    pause: float = 2.0,
+    pause: float = 0.0,
     limit: int | None = None,
     together: int = 64,
 ) -> dict[str, Any]:
     """Replays recorded replies through the service, over TCP and a unix socket in turn.
 
     The client accepts what continues the recorded reply, as an engine would, and asks for the next tree in
-    the same round trip. Between round trips it does nothing for a while, as an engine's model would run then:
-    what the service puts off until its reply is sent is done meanwhile.
+    the same round trip. With a pause it does nothing for a while before that, as an engine's model would run
+    then: what the service puts off until its reply is sent is done meanwhile, and caches have cooled down.
 
     Args:
         traces: Files of recorded requests.

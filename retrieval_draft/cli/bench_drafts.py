@@ -19,7 +19,7 @@ def drafts(
     nodes: Annotated[int, typer.Option(min=1, max=1024, help="Draft nodes of every step.")] = 60,
     pause: Annotated[
         float, typer.Option(min=0.0, help="Milliseconds between steps, in which an engine's model would run.")
-    ] = 2.0,
+    ] = 0.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests.")] = None,
     together: Annotated[int, typer.Option(min=1, max=1024, help="Sessions in one call.")] = 64,
     out: Out = None,
