@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -43,14 +44,20 @@ class DraftApp:
         authenticate: Whose key it is; None where whoever stands before it says so in ``state["tenant"]``, and
             all are the tenant "default" if nobody does.
         max_body: Bytes of a request at most.
+        body_seconds: That a request's body may take to come.
     """
 
     def __init__(
-        self, service: DraftService, authenticate: Authenticate | None = None, max_body: int = 16 << 20
+        self,
+        service: DraftService,
+        authenticate: Authenticate | None = None,
+        max_body: int = 16 << 20,
+        body_seconds: float = 60.0,
     ) -> None:
         self.service = service
         self._authenticate = authenticate
         self._max_body = max_body
+        self._body_seconds = body_seconds
         # Proposals take turns anyway; the second thread opens sessions meanwhile.
         self._pool = ThreadPoolExecutor(2, "retrieval_draft drafts")
 
@@ -128,16 +135,17 @@ class DraftApp:
             raise too_large
         parts: list[bytes] = []
         size = 0
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                raise _LeftError
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > self._max_body:
-                raise too_large
-            if not message.get("more_body", False):
-                return parts[0] if len(parts) == 1 else b"".join(parts)
+        with _Alarm(self._body_seconds):
+            while True:
+                message = await receive()
+                if message["type"] != "http.request":
+                    raise _LeftError
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > self._max_body:
+                    raise too_large
+                if not message.get("more_body", False):
+                    return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def _in_thread(self, call: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
@@ -145,6 +153,29 @@ class DraftApp:
 
 class _LeftError(Exception):
     """The client hung up before it had said everything."""
+
+
+class _Alarm:
+    """Ends a wait of this task that takes too long; `asyncio.wait_for` takes as long as a tenth of a step."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._late = seconds, False
+
+    def __enter__(self) -> None:
+        self._task = asyncio.current_task()
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._ring)
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        self._timer.cancel()
+        if self._late and kind is asyncio.CancelledError:
+            if sys.version_info >= (3, 11) and self._task is not None:
+                self._task.uncancel()
+            raise error_of(408, "The body did not come in time.", "Send it in one go.")
+
+    def _ring(self) -> None:
+        if self._task is not None:
+            self._late = True
+            self._task.cancel()
 
 
 def _read(body: bytes, kind: type[wire.Message], json: bool) -> wire.Message:

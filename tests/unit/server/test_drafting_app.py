@@ -129,6 +129,25 @@ def test_a_client_that_leaves_in_the_middle_is_no_failure(app: DraftApp) -> None
     assert sent == []
 
 
+def test_a_body_that_does_not_come_is_given_up(service: DraftService) -> None:
+    app = DraftApp(service, body_seconds=0.05)
+    incoming = [{"type": "http.request", "body": b"\x81", "more_body": True}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        if not incoming:
+            await asyncio.sleep(60)
+        return incoming.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/draft/open", "headers": []}
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 10))
+    assert sent[0]["status"] == 408
+    app.close()
+
+
 def test_a_bug_is_a_500_without_its_words(app: DraftApp, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: Any) -> Any:
         raise KeyError("a secret")
