@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -70,8 +71,7 @@ def server_command(
         "model": PROPOSER,
         "num_speculative_tokens": num_speculative_tokens,
     }
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
-    command += [str(packaged_folder()) if model == PACKAGED_NAME else model]
+    command = [sys.executable, "-m", *_server(str(packaged_folder()) if model == PACKAGED_NAME else model)]
     command += ["--served-model-name", served_model_name or model]
     command += ["--host", host, "--port", str(port), "--speculative-config", json.dumps(speculative)]
     if dtype is not None:
@@ -112,3 +112,16 @@ def launch(
     """
     command, environment = server_command(model, **options)
     execute(command[0], command, environment)
+
+
+def _server(model: str) -> list[str]:
+    """VLLM's server as a module, and how it is told the model.
+
+    ``vllm serve`` asks for the version of the package ``vllm``, and so fails where vLLM was installed under
+    another name, as its CPU build is (0.32.0). The module for that is older, and goes some day.
+    """
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return ["vllm.entrypoints.openai.api_server", "--model", model]
+    return ["vllm.entrypoints.cli.main", "serve", model]

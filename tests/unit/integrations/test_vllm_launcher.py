@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import json
 import sys
@@ -24,6 +25,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
         return importlib.machinery.ModuleSpec("vllm", None) if name == "vllm" else find(name, *rest)
 
     monkeypatch.setattr(importlib.util, "find_spec", found)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.32.0")
 
 
 def test_without_vllm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +71,18 @@ def test_the_command_and_its_environment() -> None:
     assert "secret" not in " ".join(command)
     assert environment["RETRIEVAL_DRAFT_INDEX"].endswith("/b")
     assert "RETRIEVAL_DRAFT_PHRASES" not in environment
+
+
+@pytest.mark.usefixtures("installed")
+def test_under_another_package_name_the_server_is_started_without_its_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    command, _ = server_command("some/model")
+    assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", "some/model"]
 
 
 @pytest.mark.usefixtures("installed")
