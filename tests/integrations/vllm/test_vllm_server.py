@@ -100,6 +100,7 @@ def test_two_tensor_parallel_ranks_verify_the_first_ones_drafts(server: str, tmp
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
     environment = {**os.environ, "RETRIEVAL_DRAFT_COSTS": "ignored", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"  # else each rank wants a NUMA node of its own
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     done = subprocess.run(
         [sys.executable, str(script), str(packaged_folder()), LIST],
