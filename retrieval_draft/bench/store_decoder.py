@@ -1,11 +1,14 @@
-"""A server that decodes: a process with a model, and now with a store and now without, told line by line."""
+"""A server that decodes: one model, a drafter with a store and one without, told what to do line by line."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from retrieval_draft.bench.store_worker import WorkerProcess
@@ -13,6 +16,8 @@ from retrieval_draft.bench.store_worker import WorkerProcess
 __all__ = ["DecoderProcess"]
 
 _NODES = 8
+THREADS = tuple(f"retrieval_draft {name}" for name in ("sender", "receiver", "merger", "snapshots"))
+"""Names of a store's threads."""
 
 
 class DecoderProcess(WorkerProcess):
@@ -32,13 +37,17 @@ class DecoderProcess(WorkerProcess):
         return self
 
     def open(self, url: str | None) -> None:
-        """A new drafter that knows nothing yet, with a store or without; the one before is closed first."""
+        """Two new drafters that know nothing yet: one with a store, unless `url` is None, and one without."""
         self.call(do="open", url=url)
 
-    def generate(self, ids: Sequence[int], max_new_tokens: int) -> tuple[list[int], float]:
-        """Greedy tokens, and the seconds they took."""
-        answer = self.call(do="generate", ids=list(ids), max_new_tokens=max_new_tokens)
+    def generate(self, ids: Sequence[int], max_new_tokens: int, with_store: bool) -> tuple[list[int], float]:
+        """Greedy tokens of one of both, and the seconds they took."""
+        answer = self.call(do="generate", ids=list(ids), max_new_tokens=max_new_tokens, with_store=with_store)
         return answer["tokens"], answer["seconds"]
+
+    def store_seconds(self) -> float:
+        """Processor time that the store's threads have taken so far."""
+        return float(self.call(do="store_seconds")["seconds"])
 
 
 class _Decoder:
@@ -51,31 +60,36 @@ class _Decoder:
         self._timeout = timeout
         # A budget by cost would be measured by each drafter, and differ by more than what is looked for.
         self._config = DraftConfig(nodes=_NODES)
-        self._drafter: RetrievalDrafter | None = None
+        self._drafters: dict[bool, RetrievalDrafter] = {}
 
     def open(self, url: str | None) -> dict[str, Any]:
-        """Closes the drafter there is, and opens one; waits until it has read what the store holds."""
+        """Closes the drafters there are, opens new ones, and waits until they have read the store."""
         from retrieval_draft.drafter import RetrievalDrafter
         from retrieval_draft.index.store.config import StoreConfig
 
         self.close()
-        store = None if url is None else StoreConfig(url, share="all", timeout=self._timeout)
-        self._drafter = RetrievalDrafter.for_model(
-            self._model, self._tokenizer, store=store, config=self._config
-        )
-        self._drafter.warm_up()
-        # What only the first request pays, without a word that later ones could draft from.
-        self.generate([2, 2], 2, share=None if url is None else "none")
+        for with_store in (False, True):
+            store = None
+            if with_store and url is not None:
+                store = StoreConfig(url, share="all", timeout=self._timeout)
+            drafter = RetrievalDrafter.for_model(
+                self._model, self._tokenizer, store=store, config=self._config
+            )
+            self._drafters[with_store] = drafter
+            drafter.warm_up()
+            # What only the first request pays, without a word that later ones could draft from.
+            self.generate([2, 2], 2, with_store, share=None if store is None else "none")
         return {}
 
-    def generate(self, ids: list[int], max_new_tokens: int, share: str | None = None) -> dict[str, Any]:
+    def generate(
+        self, ids: list[int], max_new_tokens: int, with_store: bool, share: str | None = None
+    ) -> dict[str, Any]:
         """Decodes one prompt."""
         import torch
 
-        assert self._drafter is not None
         input_ids = torch.tensor([ids])
         begin = time.perf_counter()
-        out = self._drafter.generate(
+        out = self._drafters[with_store].generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=max_new_tokens,
@@ -86,15 +100,30 @@ class _Decoder:
 
     def status(self) -> dict[str, Any]:
         """Of the store."""
-        store = None if self._drafter is None else self._drafter.store
+        store = self._drafters[True].store
         return {} if store is None else store.status()
 
+    def store_seconds(self) -> dict[str, Any]:
+        """What the store's threads have taken of the processor."""
+        ids = [each.native_id for each in threading.enumerate() if each.name in THREADS]
+        return {"seconds": sum(_thread_seconds(number) for number in ids if number is not None)}
+
     def close(self) -> dict[str, Any]:
-        """Ends the drafter and its store's threads."""
-        if self._drafter is not None:
-            self._drafter.close()
-            self._drafter = None
+        """Ends the drafters and their store's threads."""
+        for drafter in self._drafters.values():
+            drafter.close()
+        self._drafters.clear()
         return {}
+
+
+def _thread_seconds(native_id: int) -> float:
+    """Processor time of a thread, from the kernel; 0 where it has ended, or the kernel does not say."""
+    try:
+        text = Path(f"/proc/self/task/{native_id}/stat").read_text()
+    except OSError:
+        return 0.0
+    user, system = text.rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:

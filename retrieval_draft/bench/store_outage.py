@@ -21,8 +21,6 @@ STATES = ("none", "connected", "dead", "paused", "slow")
 comes 200 ms late."""
 
 _DELAY = 0.1
-_TOGETHER = 3
-"""Prompts that a drafter decodes before it is closed: opening one takes longer than decoding one."""
 
 
 def measure_outages(
@@ -30,16 +28,17 @@ def measure_outages(
     prompts: Sequence[Sequence[int]],
     folder: Path,
     *,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = 32,
     states: Sequence[str] = STATES,
 ) -> dict[str, Any]:
-    """Decodes each prompt twice in one process, with a store and without.
+    """Decodes each prompt twice in one process, with a drafter that has a store and with one that has none.
 
-    Two processes on the same machine differ by more than what is looked for, from their start to their
-    end: so one process has the model, and opens a drafter with a store or without, neither of which has seen
-    anything, for every three replies. Without a store its threads are gone. Which way begins changes from
-    three to three. The state begins after the drafter has connected and right before the first of its
-    replies, so what a server does when the store goes away counts too.
+    Two processes on the same machine differ by more than what is looked for, from their start to their end,
+    and the machine itself does within some seconds. So both drafters share one process and one model, both
+    begin with nothing, they take turns prompt by prompt, and who begins changes each time. What this cannot
+    show is the processor time that the store's threads take from either of them: it is counted apart. A state
+    begins when both are open and connected, right before the first prompt, so what a server does when the
+    store goes away counts too.
 
     Args:
         model: As ``--model``.
@@ -50,8 +49,8 @@ def measure_outages(
 
     Returns:
         For each state the median over prompts of tokens a second with the store over those without, tenths,
-        the ratio of all tokens a second, whether all replies were the same, how many there were, and the
-        store's state as the server saw it at their ends.
+        that of all tokens together, whether all replies were the same, how many there were, what the store's
+        threads took of one core, and the store's state as the server saw it at the end.
     """
     found: dict[str, Any] = {}
     with (
@@ -62,33 +61,33 @@ def measure_outages(
     ):
         url = f"redis://127.0.0.1:{proxy.port}"
         for place, state in enumerate(states):
+            decoder.open(None if state == "none" else url)
+            taken, begin = decoder.store_seconds(), time.perf_counter()
+            _enter(state, server, proxy)
             seconds: dict[bool, list[float]] = {True: [], False: []}
-            same, seen = True, set()
-            mine = prompts[place :: len(states)]
-            for number, first in enumerate(range(0, len(mine), _TOGETHER)):
+            same = True
+            for number, ids in enumerate(prompts[place :: len(states)]):
                 texts = []
                 for with_store in (bool(number % 2), not number % 2):
-                    decoder.open(url if with_store and state != "none" else None)
-                    if with_store:
-                        _enter(state, server, proxy)
-                    runs = [decoder.generate(ids, max_new_tokens) for ids in mine[first : first + _TOGETHER]]
-                    if with_store:
-                        seen.add(decoder.call(do="status").get("state", "none"))
-                        _leave(state, server, proxy)
-                    decoder.call(do="close")
-                    texts.append([tokens for tokens, _ in runs])
-                    seconds[with_store] += [took for _, took in runs]
+                    tokens, took = decoder.generate(ids, max_new_tokens, with_store)
+                    texts.append(tokens)
+                    seconds[with_store].append(took)
                 same = same and texts[0] == texts[1]
-                advance(len(runs))
+                advance()
+            share = (decoder.store_seconds() - taken) / (time.perf_counter() - begin)
+            seen = decoder.call(do="status").get("state", "none")
+            _leave(state, server, proxy)
+            decoder.call(do="close")
             low, middle, high = np.percentile(np.divide(seconds[False], seconds[True]), [10, 50, 90]).tolist()
             found[state] = {
                 "ratio": middle,
                 "p10": low,
                 "p90": high,
                 "of_all": sum(seconds[False]) / sum(seconds[True]),
+                "core_share": share,
                 "replies": len(seconds[True]),
                 "same_text": same,
-                "state": "/".join(sorted(seen)),
+                "state": seen,
             }
     return found
 

@@ -152,7 +152,7 @@ def _rows(found: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
         elif part == "outages":
             rows += [
                 (
-                    f"tokens a second with the store {state} / without a store",
+                    f"tokens a second, store {state} / no store; of a core its threads took",
                     _numbers(each, "ratio", "of_all"),
                 )
                 for state, each in value.items()
