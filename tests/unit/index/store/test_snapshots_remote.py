@@ -1,0 +1,105 @@
+"""Tests of snapshots at a place that they are copied from."""
+
+import logging
+import uuid
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from retrieval_draft.errors import DatastoreError
+from tests.snapshots import NOW, WARNED, count, opened, segment, state, tear_segment
+
+
+class Remote:
+    """A place in memory, and ways to damage what is there."""
+
+    def __init__(self, tmp_path) -> None:
+        self.url = f"memory://remote-{uuid.uuid4().hex}"
+        self.files = fsspec.filesystem("memory")
+        self.place = opened(self.url, tmp_path)
+
+    def path(self, name: str, ending: str) -> str:
+        return next(each for each in self.files.find(self.url) if name in each and each.endswith(ending))
+
+    def copies(self, tmp_path) -> list[Path]:
+        return sorted((tmp_path / "cache").rglob("snapshot-*"))
+
+
+@pytest.fixture
+def remote(tmp_path):
+    made = Remote(tmp_path)
+    made.place.write([segment([7, 8])], state(NOW, 1))
+    return made
+
+
+def test_an_upload_in_progress_is_used_once_it_is_whole(remote, tmp_path) -> None:
+    name = remote.place.write([segment([5, 6])], state(NOW + 1, 2)).name
+    log = remote.path(name, "log.json")
+    content = remote.files.cat_file(log)
+    remote.files.rm_file(log)
+    assert remote.place.newest().state.entries == 1
+    remote.files.pipe_file(log, content)
+    assert remote.place.newest().state.entries == 2
+
+
+def test_a_copy_that_differs_from_its_checksums_is_passed_over(remote, tmp_path, caplog) -> None:
+    name = remote.place.write([segment([5, 6])], state(NOW + 1, 2)).name
+    path = remote.path(name, "tokens.npy")
+    content = remote.files.cat_file(path)
+    remote.files.pipe_file(path, content[:-1] + bytes([content[-1] ^ 1]))
+    with caplog.at_level(logging.WARNING, WARNED):
+        assert remote.place.newest().state.entries == 1
+    assert len(caplog.records) == 1
+    remote.files.pipe_file(path, content)
+    assert remote.place.newest().state.entries == 2
+
+
+def test_a_damaged_copy_is_fetched_again(remote, tmp_path) -> None:
+    remote.place.newest()
+    tear_segment(remote.copies(tmp_path)[0])
+    assert count(remote.place.newest(), 7, 8) == 1
+
+
+def test_a_snapshot_is_copied_once_and_old_copies_go(remote, tmp_path, monkeypatch) -> None:
+    remote.place.newest()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(remote.files), "get_file", None)
+        assert remote.place.newest().state.entries == 1
+    remote.place.write([segment([5])], state(NOW + 1, 2))
+    remote.place.prune(1)
+    assert remote.place.newest().state.entries == 2
+    assert len(remote.copies(tmp_path)) == 1
+
+
+def test_prune_keeps_the_whole_one_beside_crashed_uploads(remote, tmp_path) -> None:
+    for number in (1, 2):
+        name = remote.place.write([segment([5])], state(NOW + number, number)).name
+        remote.files.rm_file(remote.path(name, "log.json"))
+    remote.place.prune(2)
+    assert remote.place.newest().state.entries == 1
+
+
+def test_an_upload_that_fails_leaves_nothing(remote, monkeypatch) -> None:
+    before = remote.files.find(remote.url)
+    put, calls = type(remote.files).put_file, []
+
+    def fails(self, *rest, **named):
+        calls.append(rest)
+        if len(calls) == 3:
+            raise ConnectionError("down")
+        return put(self, *rest, **named)
+
+    monkeypatch.setattr(type(remote.files), "put_file", fails)
+    with pytest.raises(DatastoreError, match="down"):
+        remote.place.write([segment([5])], state(NOW + 1, 2))
+    assert remote.files.find(remote.url) == before
+
+
+def test_a_place_that_goes_down_while_it_is_read(remote, monkeypatch) -> None:
+    def down(*_, **__):
+        raise ConnectionError("down")
+
+    monkeypatch.setattr(type(remote.files), "get_file", down)
+    with pytest.raises(DatastoreError, match="down"):
+        remote.place.newest()
