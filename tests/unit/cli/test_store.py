@@ -145,7 +145,7 @@ def test_the_bench_measures_every_part(command: Command, tiny: str, tmp_path: Pa
     assert parts["start"]["found_tokens"] == 200_000
     assert parts["ingest"]["tokens"] == 400_000
     assert {name: each["same_text"] for name, each in parts["outages"].items()} == dict.fromkeys(
-        ("connected", "dead", "paused", "slow"), True
+        ("none", "connected", "dead", "paused", "slow"), True
     )
     assert parts["split"]["all_shared"] > parts["split"]["not_shared"] > 1
     fuzz = parts["fuzz"]
