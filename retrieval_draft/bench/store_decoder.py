@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,6 @@ from retrieval_draft.bench.store_worker import WorkerProcess
 __all__ = ["DecoderProcess"]
 
 _NODES = 8
-THREADS = tuple(f"retrieval_draft {name}" for name in ("sender", "receiver", "merger", "snapshots"))
-"""Names of a store's threads."""
 
 
 class DecoderProcess(WorkerProcess):
@@ -105,8 +102,9 @@ class _Decoder:
 
     def store_seconds(self) -> dict[str, Any]:
         """What the store's threads have taken of the processor."""
-        ids = [each.native_id for each in threading.enumerate() if each.name in THREADS]
-        return {"seconds": sum(_thread_seconds(number) for number in ids if number is not None)}
+        store = self._drafters[True].store
+        threads = () if store is None else store._threads
+        return {"seconds": sum(_thread_seconds(each.native_id) for each in threads)}
 
     def close(self) -> dict[str, Any]:
         """Ends the drafters and their store's threads."""
@@ -116,7 +114,7 @@ class _Decoder:
         return {}
 
 
-def _thread_seconds(native_id: int) -> float:
+def _thread_seconds(native_id: int | None) -> float:
     """Processor time of a thread, from the kernel; 0 where it has ended, or the kernel does not say."""
     try:
         text = Path(f"/proc/self/task/{native_id}/stat").read_text()

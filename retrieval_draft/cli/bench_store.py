@@ -153,7 +153,7 @@ def _rows(found: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
             rows += [
                 (
                     f"tokens a second, store {state} / no store; of a core its threads took",
-                    _numbers(each, "ratio", "of_all"),
+                    _numbers(each, "ratio", "core_share"),
                 )
                 for state, each in value.items()
             ]

@@ -125,8 +125,8 @@ def serve(
         return
     if vllm_arguments:
         raise InvalidInputError(
-            f"{' '.join(vllm_arguments)} would be for vLLM, but the engine is {engine}.",
-            "Name options with --; see retrieval-draft serve --help.",
+            f"{' '.join(vllm_arguments)} has no option before it; such words are for --engine vllm only.",
+            "Name the model with --model; see retrieval-draft serve --help.",
         )
     if engine != "transformers":
         raise InvalidInputError(f"There is no engine {engine!r}.", "Choose transformers or vllm.")

@@ -198,7 +198,7 @@ class CostModel:
         if self._log_seconds is None:
             raise RuntimeError("the cost model was asked before it was measured")
         if len(self._table) < tokens:
-            # It lasts until the next pass is timed: no longer than it must be.
+            # The next pass that is timed makes it stale, so it reaches no further than was asked for.
             reach = _log2_up_to(max(64, 1 << (tokens - 1).bit_length()))
             # Made monotone only here: a size that looked dear for a moment must not teach the larger ones.
             known = np.maximum.accumulate(self._log_seconds)

@@ -111,6 +111,7 @@ def test_what_takes_longer_than_the_grace_is_told(folder: Path) -> None:
         (["--api-key", "long-enough-key=bad tenant"], "no name"),
         (["--no-auth", "--api-key", "long-enough-key"], "Leave one"),
         (["--engine", "other"], "transformers or vllm"),
+        (["--", "--max-model-len", "512"], "Name the model with --model"),
         (["--log-format", "xml"], "text or json"),
         (["--engine", "vllm", "--api-key", "key-number-1", "--api-key", "key-number-2"], "one API key"),
     ],

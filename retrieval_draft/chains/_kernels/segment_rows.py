@@ -7,14 +7,12 @@ round makes one step of each of them, so that their waits overlap. What they fin
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft.chains._kernels.slots import LENGTH, LOCATED, SLOT_MASK, TEXT
 from retrieval_draft.chains._kernels.views import int32_row, prefetch
-from retrieval_draft.index._kernels.jit import kernel
+from retrieval_draft.index._kernels.jit import inner_kernel, kernel
 from retrieval_draft.index._kernels.memory import load_int32, load_uint64
 from retrieval_draft.index._kernels.segment_match import (
     BITS,
@@ -22,7 +20,6 @@ from retrieval_draft.index._kernels.segment_match import (
     NUM_SAMPLES,
     SAMPLES,
     SEPARATOR,
-    SINGLE,
     SIZE,
     STRIDE,
     SUFFIXES,
@@ -30,7 +27,8 @@ from retrieval_draft.index._kernels.segment_match import (
     UNKNOWN,
     WIDTH,
     advance,
-    token_at,
+    enter,
+    prefix_at,
 )
 
 SHORT = 3
@@ -43,17 +41,19 @@ SEGMENT, TOKENS_ASKED, SHIFT, FIRST, LAST, PLACE = range(6)
 QUERY_FIELDS = 6
 
 
-@kernel
-def _prefix_at(segments: NDArray[np.int64], segment: int, place: int, size: int) -> Any:
-    """uint64: the next `size` tokens, packed as the upper bits of `segment_match.key_at` are."""
-    bits, separator = segments[segment, BITS], segments[segment, SEPARATOR]
-    prefix = np.uint64(0)
-    for ahead in range(size):
-        token = token_at(segments, segment, place + ahead)
-        prefix = (prefix << np.uint64(bits)) | np.uint64(token)
-        if token == separator:
-            return prefix << np.uint64(bits * (size - 1 - ahead))
-    return prefix
+@inner_kernel
+def _halve(
+    queries: NDArray[np.int64], prefixes: NDArray[np.uint64], query: int, key: int, above: bool
+) -> bool:
+    """One step of a query's binary search, by the key in the middle. Returns whether there is another."""
+    first, last = queries[query, FIRST], queries[query, LAST]
+    middle = (first + last) >> 1
+    right = key < prefixes[query] or (above and key == prefixes[query])
+    first = middle + 1 if right else first
+    last = last if right else middle
+    queries[query, FIRST] = first
+    queries[query, LAST] = last
+    return bool(first < last)
 
 
 @kernel
@@ -71,15 +71,9 @@ def _search_samples(
         for query in range(count):
             first, last = queries[query, FIRST], queries[query, LAST]
             if first < last:
-                middle = (first + last) >> 1
                 samples = segments[queries[query, SEGMENT], SAMPLES]
-                key = load_uint64(samples, middle) >> np.uint64(queries[query, SHIFT])
-                right = key < prefixes[query] or (above and key == prefixes[query])
-                first = middle + 1 if right else first
-                last = last if right else middle
-                queries[query, FIRST] = first
-                queries[query, LAST] = last
-                again |= first < last
+                key = load_uint64(samples, (first + last) >> 1) >> np.uint64(queries[query, SHIFT])
+                again |= _halve(queries, prefixes, query, key, above)
 
 
 @kernel
@@ -102,18 +96,11 @@ def _search_suffixes(
                 queries[query, PLACE] = place
                 prefetch(segments[segment, TOKENS] + segments[segment, WIDTH] * place)
         for query in range(count):
-            first, last = queries[query, FIRST], queries[query, LAST]
-            if first < last:
-                middle = (first + last) >> 1
-                key = _prefix_at(
+            if queries[query, FIRST] < queries[query, LAST]:
+                key = prefix_at(
                     segments, queries[query, SEGMENT], queries[query, PLACE], queries[query, TOKENS_ASKED]
                 )
-                right = key < prefixes[query] or (above and key == prefixes[query])
-                first = middle + 1 if right else first
-                last = last if right else middle
-                queries[query, FIRST] = first
-                queries[query, LAST] = last
-                again |= first < last
+                again |= _halve(queries, prefixes, query, key, above)
 
 
 @kernel
@@ -155,7 +142,7 @@ def find_together(
         found = False
         if begin < segments[segment, SIZE]:
             place = load_int32(segments[segment, SUFFIXES], begin)
-            found = _prefix_at(segments, segment, place, queries[query, TOKENS_ASKED]) == prefixes[query]
+            found = prefix_at(segments, segment, place, queries[query, TOKENS_ASKED]) == prefixes[query]
         if not found:
             low[query] = -1
         elif (
@@ -178,12 +165,8 @@ def find_together(
         if begin < 0:
             entries[query, 0] = 0
             entries[query, 1] = 0
-        elif end - begin == 1:
-            entries[query, 0] = load_int32(segments[queries[query, SEGMENT], SUFFIXES], begin)
-            entries[query, 1] = SINGLE
         else:
-            entries[query, 0] = begin
-            entries[query, 1] = end
+            enter(segments, queries[query, SEGMENT], entries[query], begin, end)
 
 
 @kernel

@@ -16,6 +16,8 @@ the packed key itself, first among the keys of every STRIDE-th suffix, which sta
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -49,20 +51,22 @@ def token_at(segments: NDArray[np.int64], segment: int, place: int) -> int:
 
 
 @kernel
-def key_at(segments: NDArray[np.int64], segment: int, place: int) -> int:
-    """The next tokens packed into 64 bits, zeros behind the end of the text."""
-    bits = segments[segment, BITS]
-    left = 64 // bits
-    separator = segments[segment, SEPARATOR]
-    key = np.uint64(0)
-    while left > 0:
-        token = token_at(segments, segment, place)
-        key = (key << np.uint64(bits)) | np.uint64(token)
-        left -= 1
-        place += 1
+def prefix_at(segments: NDArray[np.int64], segment: int, place: int, size: int) -> Any:
+    """uint64: the next `size` tokens packed, at most those of a key; zeros behind the end of the text."""
+    bits, separator = segments[segment, BITS], segments[segment, SEPARATOR]
+    prefix = np.uint64(0)
+    for ahead in range(size):
+        token = token_at(segments, segment, place + ahead)
+        prefix = (prefix << np.uint64(bits)) | np.uint64(token)
         if token == separator:
-            break
-    return key << np.uint64(bits * left)
+            return prefix << np.uint64(bits * (size - 1 - ahead))
+    return prefix
+
+
+@kernel
+def key_at(segments: NDArray[np.int64], segment: int, place: int) -> Any:
+    """uint64: the next tokens packed, as many as fit into 64 bits."""
+    return prefix_at(segments, segment, place, 64 // segments[segment, BITS])
 
 
 @kernel
@@ -154,7 +158,7 @@ def find_short(
         high = min(high, end)
         if high < end or sample == segments[segment, NUM_SAMPLES]:
             high = _suffix_below(segments, segment, prefix, shift, 1, low_known + 1, high)
-            _enter(segments, segment, entry, low, high)
+            enter(segments, segment, entry, low, high)
             return
     if sample < segments[segment, NUM_SAMPLES]:
         above = _sample_below(segments, segment, prefix, shift, 1, sample)
@@ -162,11 +166,12 @@ def find_short(
         high = _suffix_below(segments, segment, prefix, shift, 1, first, min(above * STRIDE, size))
     else:
         high = low
-    _enter(segments, segment, entry, low, high)
+    enter(segments, segment, entry, low, high)
 
 
 @kernel
-def _enter(segments: NDArray[np.int64], segment: int, entry: NDArray[np.int32], low: int, high: int) -> None:
+def enter(segments: NDArray[np.int64], segment: int, entry: NDArray[np.int32], low: int, high: int) -> None:
+    """Writes the entry of a chain for suffixes low..high-1."""
     if high - low == 1:
         entry[0] = load_int32(segments[segment, SUFFIXES], low)
         entry[1] = SINGLE
@@ -221,7 +226,7 @@ def _narrow(
             low = middle + 1
         else:
             high = middle
-    _enter(segments, segment, target, first, low)
+    enter(segments, segment, target, first, low)
     return True
 
 

@@ -144,6 +144,8 @@ def test_the_bench_measures_every_part(command: Command, tiny: str, tmp_path: Pa
     assert parts["soak"]["doubled"] == 0
     assert parts["start"]["found_tokens"] == 200_000
     assert parts["ingest"]["tokens"] == 400_000
+    assert parts["outages"]["none"]["core_share"] == 0
+    assert parts["outages"]["dead"]["state"] != "none"
     assert {name: each["same_text"] for name, each in parts["outages"].items()} == dict.fromkeys(
         ("none", "connected", "dead", "paused", "slow"), True
     )
