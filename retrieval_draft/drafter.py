@@ -20,6 +20,7 @@ from retrieval_draft.config import DraftConfig
 from retrieval_draft.continuous import ContinuousDrafter
 from retrieval_draft.datastores import open_datastores
 from retrieval_draft.engine.cache_rows import write_back
+from retrieval_draft.engine.compat import given_cache, is_callers_own
 from retrieval_draft.engine.cpu_kernels import CpuKernels
 from retrieval_draft.engine.decode import decode
 from retrieval_draft.engine.draft_models import make_draft_sources
@@ -158,6 +159,7 @@ class RetrievalDrafter:
         share: str | None = None,
         best_of: int | None = None,
         output_prompt_logits: bool = False,
+        cache: Any = None,
         past_key_values: Any = None,
         **generate_kwargs: Any,
     ) -> Any:
@@ -180,19 +182,21 @@ class RetrievalDrafter:
             best_of: Samples to draw for each prompt, of which the ``num_return_sequences`` with the highest
                 mean log probability are returned, the best first.
             output_prompt_logits: Whether ``prompt_logits`` is returned, with ``return_dict_in_generate``.
-            past_key_values: A cache that holds the beginning of `input_ids`: what an earlier call returned,
-                or a ``DynamicCache``. One of ours is continued in place; what the text does not share with it
-                is taken off.
+            cache: Holds the beginning of `input_ids`: what an earlier call returned, or a ``DynamicCache``. One of
+                ours is continued in place; what the text does not share with it is taken off.
+            past_key_values: The name of `cache` before transformers 5.24; either works with any version.
             **generate_kwargs: As for ``model.generate``.
 
         Returns:
             int64, shape (batch, length + new), or a GenerateDecoderOnlyOutput with
-            ``return_dict_in_generate=True``; its ``past_key_values`` can be handed back.
+            ``return_dict_in_generate=True``; its ``cache`` (before transformers 5.24 ``past_key_values``) can be
+            handed back.
         """
         keep_best = best_of_options(best_of, generation_config, generate_kwargs)
         references = self._references(documents, prediction)
         extras = Extras(streamer, seed, sample, references, output_prompt_logits, keep_best, share)
         self._check_share(share)
+        given = cache if cache is not None else past_key_values
 
         def run(
             input_ids: Tensor,
@@ -201,8 +205,8 @@ class RetrievalDrafter:
             config: GenerationConfig,
             model_inputs: dict[str, Any],
         ) -> Any:
-            model_inputs["past_key_values"] = past_key_values
-            return self._run(input_ids, processors, criteria, config, model_inputs, extras)
+            check_generation(config, processors, len(input_ids), model_inputs)
+            return self._run(input_ids, processors, criteria, config, model_inputs, given, extras)
 
         return through_model(
             self._target, self._tokenizer, run, input_ids, attention_mask, generation_config, generate_kwargs
@@ -232,14 +236,18 @@ class RetrievalDrafter:
             raise InvalidInputError(
                 "This drafter was made for another model.", "Make one with RetrievalDrafter.for_model(model)."
             )
+        check_generation(generation_config, logits_processor, len(input_ids), model_inputs)
         self._check_share(draft_share)
         if draft_streamer is None:
             draft_streamer = shown_streamer(streamer)
         references = self._references(draft_documents, draft_prediction)
         extras = Extras(draft_streamer, draft_seed, references=references, share=draft_share)
+        cache = given_cache(model_inputs)
+        if isinstance(cache, DynamicCache) and not is_callers_own(cache):
+            cache = None
         return in_live_pool(
             lambda: self._run(
-                input_ids, logits_processor, stopping_criteria, generation_config, model_inputs, extras
+                input_ids, logits_processor, stopping_criteria, generation_config, model_inputs, cache, extras
             )
         )
 
@@ -335,13 +343,11 @@ class RetrievalDrafter:
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
         model_inputs: dict[str, Any],
+        cache: Any,
         extras: Extras,
     ) -> Any:
         target = self._target
-        check_generation(config, processors, len(input_ids), model_inputs)
-        mask, cache = model_inputs.get("attention_mask"), model_inputs.get("past_key_values")
-        if isinstance(cache, DynamicCache) and not getattr(cache, "_is_user_defined", True):
-            cache = None
+        mask = model_inputs.get("attention_mask")
         prompts = check_prompt(input_ids, mask, target.embedding_rows, target.max_positions)
         total = DraftStats()
         with ExitStack() as stack:

@@ -6,7 +6,7 @@ RetrievalDraftError
   TokenizerMismatchError(ValueError)     tokenizer and model (or datastore) do not belong together
   UnsupportedModelError(ValueError)      its cache cannot be rolled back, or masks are ignored
   UnsupportedGenerationError(ValueError) a generation mode this package does not do (beams, ...)
-  UnsupportedEngineError(RuntimeError)   an engine's version whose interface differs from the one known here
+  UnsupportedEngineError(RuntimeError)   transformers or an engine in a version whose interface is not known here
   NonFiniteLogitsError(ArithmeticError)  the model returned NaN
   ModelFileError(OSError)                a model file is missing, torn or foreign
   DatastoreError(OSError)                a datastore's file is missing, torn, foreign or in use
@@ -65,7 +65,7 @@ class UnsupportedGenerationError(RetrievalDraftError, ValueError):
 
 
 class UnsupportedEngineError(RetrievalDraftError, RuntimeError):
-    """An engine hands work to drafts in a way that is not known here."""
+    """transformers is too old, or an engine hands work to drafts in a way that is not known here."""
 
 
 class NonFiniteLogitsError(RetrievalDraftError, ArithmeticError):

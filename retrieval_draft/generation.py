@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList, StopStringCriteria
+from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
+from retrieval_draft.engine.compat import hidden_arguments
 from retrieval_draft.errors import InvalidInputError
 
 __all__ = [
     "ShownPrompt",
     "StreamRows",
-    "dropped_streamer",
     "shown_streamer",
     "streaming",
     "take_stop_strings",
@@ -120,26 +119,13 @@ class ShownPrompt:
         self._streamer.end()
 
 
-def dropped_streamer() -> Any:
-    """The streamer that the calling ``model.generate`` was given; None without.
-
-    transformers shows a streamer the prompt and then withholds it from custom decoding loops: it is in no
-    argument of theirs. So it is read from the frame of ``model.generate`` itself, which is the caller.
-    """
-    code = inspect.unwrap(GenerationMixin.generate).__code__
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals.get("streamer")
-
-
 def shown_streamer(streamer: Any = None) -> ShownPrompt | None:
     """The streamer of the calling ``model.generate``, which has seen the prompt; None without.
 
     Args:
         streamer: It, should transformers hand it on.
     """
-    found = streamer if streamer is not None else dropped_streamer()
+    found = streamer if streamer is not None else (hidden_arguments() or {}).get("streamer")
     return None if found is None else ShownPrompt(found)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
+from retrieval_draft.engine.compat import CACHE_NAMES, callers_model_inputs
 from retrieval_draft.errors import InvalidInputError, TokenizerMismatchError, UnsupportedGenerationError
 from retrieval_draft.index.source import TokenArray
 
@@ -174,7 +175,8 @@ def check_generation(
         config: As prepared by model.generate.
         processors: As prepared by model.generate.
         rows: Of the batch.
-        model_inputs: What model.generate would hand to the model.
+        model_inputs: What model.generate would hand to the model. What transformers itself adds passes; what the caller
+            gave and would change the output is refused by name.
 
     Raises:
         UnsupportedGenerationError: Names the option and the alternative.
@@ -208,13 +210,34 @@ def check_generation(
                 f"{name}={getattr(config, name, None)!r} is not supported by drafted decoding.",
                 hints.get(name, stock),
             )
-    known = {"attention_mask", "position_ids", "logits_to_keep", "past_key_values", "use_cache"}
-    extra = [name for name, value in model_inputs.items() if name not in known and value is not None]
+    given = callers_model_inputs(model_inputs)
+    known = {"attention_mask", "position_ids", "logits_to_keep", "use_cache", *CACHE_NAMES}
+    extra = [name for name, value in given.items() if name not in known and not _is_empty(value)]
+    if "position_ids" in given and not _are_usual(model_inputs):
+        extra.append("position_ids")
     if extra:
         raise UnsupportedGenerationError(
             f"Drafted decoding takes token ids only; it cannot pass on {', '.join(sorted(extra))}.",
             stock,
         )
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 0
+    return value is None or (isinstance(value, Sized) and len(value) == 0)
+
+
+def _are_usual(model_inputs: dict[str, Any]) -> bool:
+    """Whether positions count the tokens that are not padding, as they would if they were left out."""
+    positions, mask = model_inputs.get("position_ids"), model_inputs.get("attention_mask")
+    if positions is None:
+        return True
+    if mask is None:
+        mask = torch.ones_like(positions)
+    if positions.shape != mask.shape:
+        return False
+    return bool(((positions == mask.cumsum(-1) - 1) | (mask == 0)).all())
 
 
 def check_tokenizer(tokenizer: Any, model: Any, vocabulary: int) -> None:

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from retrieval_draft.engine.cache_rows import CacheRows
+from retrieval_draft.engine.compat import output_cache_name
 from retrieval_draft.engine.row import Row
 
 __all__ = ["GenerateOutput", "best_rows", "make_output", "pad_replies"]
@@ -61,7 +62,7 @@ def make_output(rows: Sequence[Row], input_ids: Tensor, config: GenerationConfig
     if logprobs or prompts:
         output.logprobs = tuple(torch.tensor(each) for each in logprobs) if logprobs else None
         output.prompt_logits = tuple(prompts) if prompts else None
-    output.past_key_values = caches[0] if len(caches) == 1 else CacheRows(caches)
+    setattr(output, output_cache_name(), caches[0] if len(caches) == 1 else CacheRows(caches))
     return output
 
 

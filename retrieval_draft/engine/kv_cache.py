@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, CacheLayerMixin
 
+from retrieval_draft.engine.compat import empty_layer, layer_kinds, query_length
 from retrieval_draft.errors import UnsupportedModelError
 from retrieval_draft.index.source import TokenArray
 
@@ -31,15 +32,14 @@ def layer_windows(config: PreTrainedConfig) -> list[tuple[str, int | None]]:
         UnsupportedModelError: A layer keeps state that a rejected draft token would spoil.
     """
     text = config.get_text_config(decoder=True)
-    kinds: list[tuple[str, int | None]] = []
-    for index, (kind, options) in enumerate(zip(*get_layer_types_and_kwargs(text), strict=True)):
+    kinds = layer_kinds(text)
+    for index, (kind, _) in enumerate(kinds):
         if kind not in ("full_attention", "sliding_attention", "dummy"):
             raise UnsupportedModelError(
                 f"Layer {index} of {text.model_type!r} is of type {kind!r}, whose state "
                 "cannot be rolled back after a rejected draft token.",
                 "Only full and sliding-window attention are supported; use model.generate for this model.",
             )
-        kinds.append((kind, options.get("sliding_window")))
     windows: dict[str, set[int | None]] = {}
     for kind, window in kinds:
         windows.setdefault(kind, set()).add(window)
@@ -165,14 +165,17 @@ class SpeculativeLayer(CacheLayerMixin):
         """Committed tokens."""
         return self.length
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Number of keys that `update` will return, and the position of the first."""
+    def get_mask_sizes(self, query: Any) -> tuple[int, int]:
+        """Number of keys that `update` will return for so many new tokens, and the position of the first."""
         first = self.first_visible
-        return self.length - first + query_length, first
+        return self.length - first + query_length(query), first
 
     def get_max_length(self) -> int:
         """The window, or -1."""
         return -1 if self.window is None else self.window
+
+    get_max_cache_shape = get_max_length
+    """Its name before transformers 5.17."""
 
     def clone(self, capacity: int = 0) -> SpeculativeLayer:
         """A copy of the committed text's keys and values, with room for `capacity` tokens in all."""
@@ -289,10 +292,9 @@ class SpeculativeCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, capacity: int = 0) -> None:
-        dummy: Any = DummyLayer
         super().__init__(
             layers=[
-                dummy() if kind == "dummy" else SpeculativeLayer(window, capacity)
+                empty_layer() if kind == "dummy" else SpeculativeLayer(window, capacity)
                 for kind, window in layer_windows(config)
             ]
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from retrieval_draft.engine.attention import TreeAttention, TreeInputs
+from retrieval_draft.engine.compat import cache_parameter
 from retrieval_draft.engine.cpu_attention import WIDE_ATTENTION
 from retrieval_draft.engine.kv_cache import SpeculativeCache, layer_windows
 from retrieval_draft.engine.packed_attention import can_pack, packed_attention
@@ -60,6 +61,7 @@ class Target:
         self._kinds = [kind for kind, _ in layers]
         self._joins = False
         self.hidden: Tensor | None = None
+        self._cache_parameter = cache_parameter(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @contextmanager
@@ -135,13 +137,14 @@ class Target:
         return self._call(cache, ids, positions, None, keep)
 
     def _call(self, cache: Any, ids: Tensor, positions: Tensor, mask: Any, keep: int) -> Tensor:
-        options = {"logits_to_keep": keep} if self._keeps_logits else {}
+        options = {self._cache_parameter: cache}
+        if self._keeps_logits:
+            options["logits_to_keep"] = keep
         with uncompiled(self._compiled):
             out = self.model(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
                 return_dict=True,
                 **options,

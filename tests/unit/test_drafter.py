@@ -19,7 +19,7 @@ from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.errors import (
     NonFiniteLogitsError,
 )
-from retrieval_draft.generation import dropped_streamer
+from retrieval_draft.generation import shown_streamer
 from tests.drafters import drafter_with, near_ties, prompt_ids, reply_of
 from tests.models import make
 from tests.sources import BrokenSource, OracleSource
@@ -104,7 +104,7 @@ def test_custom_generate_streams_what_transformers_drops(way: str) -> None:
 
 
 def test_without_a_streamer_none_is_found() -> None:
-    assert dropped_streamer() is None
+    assert shown_streamer() is None
     out = MODEL.generate(PROMPT, max_new_tokens=60, do_sample=False, custom_generate=oracle())
     assert torch.equal(out, STOCK)
 

@@ -1,0 +1,159 @@
+"""Differences between versions of transformers, 5.0 to the newest: the only module that knows them.
+
+Features are asked for, not version numbers, so that a release in between, or one of tomorrow that keeps a feature,
+works without a change here. In words of this package a "cache" is what `model.generate` calls ``cache`` from 5.24 on and
+``past_key_values`` before.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import transformers
+from transformers import GenerationConfig, GenerationMixin, cache_utils
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from retrieval_draft.errors import UnsupportedEngineError
+
+__all__ = [
+    "CACHE_NAMES",
+    "cache_parameter",
+    "callers_model_inputs",
+    "empty_layer",
+    "given_cache",
+    "hidden_arguments",
+    "is_callers_own",
+    "layer_kinds",
+    "output_cache_name",
+    "query_length",
+]
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""Names of the cache among the arguments of `generate` and of a model's forward pass, the newest first."""
+
+_NEEDED = ("AttentionInterface", "AttentionMaskInterface", "PreTrainedConfig")
+"""Parts of transformers 5 without which trees cannot be verified; 4.57 lacks the last."""
+
+if not all(hasattr(transformers, name) for name in _NEEDED):
+    raise UnsupportedEngineError(
+        f"transformers {transformers.__version__} is installed; retrieval_draft needs 5.0 or newer.",
+        "Run: pip install --upgrade 'transformers>=5.0'",
+    )
+
+
+def cache_parameter(model: Any) -> str:
+    """Name of the cache among the arguments of a model's forward pass; code from a hub may keep an older one."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), output_cache_name())
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among keyword arguments of `generate` or model inputs, under whichever name; None without one."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def output_cache_name() -> str:
+    """Name of the cache in what `generate` returns, and among its arguments."""
+    names = {field.name for field in fields(GenerateDecoderOnlyOutput)}
+    return next(name for name in CACHE_NAMES if name in names)
+
+
+def is_callers_own(cache: Any) -> bool:
+    """Whether a cache that a custom decoding loop was handed is its caller's, not one that `generate` made.
+
+    Newer versions mark the caller's. In older ones the arguments of the calling `generate` say it; a cache that reached
+    the loop without any `generate` is the caller's.
+    """
+    if getattr(cache, "_is_user_defined", False):
+        return True
+    found = hidden_arguments()
+    return found is None or given_cache(found) is cache
+
+
+def hidden_arguments() -> dict[str, Any] | None:
+    """Arguments of the `model.generate` that called the decoding loop that runs; None outside of any.
+
+    transformers shows a streamer the prompt and then withholds it from custom decoding loops, and it does not tell them
+    which model inputs came from the caller. So they are read from the frame of `generate` itself.
+    """
+    generate = inspect.unwrap(GenerationMixin.generate)
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not generate.__code__:
+        frame = frame.f_back
+    if frame is None:
+        return None
+    names = inspect.signature(generate).parameters
+    variables = {name: frame.f_locals.get(name) for name in names if name != "self"}
+    return {**(variables.pop("kwargs") or {}), **variables}
+
+
+def callers_model_inputs(model_inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Model inputs that the caller of `generate` gave, under the caller's names; not what transformers made or added.
+
+    Args:
+        model_inputs: As handed to the custom decoding loop; they are returned as they are where no `generate` called it.
+
+    Example:
+        generate(ids, max_new_tokens=8, pixel_values=image)  ->  {"pixel_values": image}
+    """
+    found = hidden_arguments()
+    if found is None:
+        return dict(model_inputs)
+    config = GenerationConfig()
+    named = inspect.signature(inspect.unwrap(GenerationMixin.generate)).parameters
+    return {name: value for name, value in found.items() if name not in named and not hasattr(config, name)}
+
+
+def layer_kinds(text: Any) -> list[tuple[str, int | None]]:
+    """Type and sliding window of each layer, in order.
+
+    Args:
+        text: Configuration of the text model.
+
+    Returns:
+        For each layer its type as in ``config.layer_types``, "dummy" for one without keys of its own, and its window in
+        tokens or None. Before 5.20 layers that share the keys of others are left out at the end, where they stand.
+
+    Example:
+        Gemma 3 with a window of 512  ->  [("sliding_attention", 512), ..., ("full_attention", None), ...]
+    """
+    ask: Any = getattr(cache_utils, "get_layer_types_and_kwargs", None)
+    if ask is None:  # before 5.17
+        kinds = _inferred_kinds(text)
+        windows = [getattr(text, "sliding_window", None)] * len(kinds)
+    else:
+        kinds, options = ask(text)
+        each = [options] * len(kinds) if isinstance(options, dict) else options  # one for all layers before 5.19
+        windows = [of_layer.get("sliding_window") for of_layer in each]
+    return [
+        (kind, window if kind == "sliding_attention" else None)
+        for kind, window in zip(kinds, windows, strict=True)
+    ]
+
+
+def _inferred_kinds(text: Any) -> list[str]:
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        if getattr(text, "sliding_window", None) is not None:
+            kind = "sliding_attention"
+        elif getattr(text, "attention_chunk_size", None) is not None:
+            kind = "chunked_attention"
+        else:
+            kind = "full_attention"
+        kinds = [kind] * int(text.num_hidden_layers)
+    shared = getattr(text, "num_kv_shared_layers", None) or 0
+    return list(kinds[: len(kinds) - shared])
+
+
+def empty_layer() -> Any:
+    """A cache layer for a "dummy" of `layer_kinds`, which holds nothing."""
+    kind: Any = cache_utils.DummyLayer
+    return kind()
+
+
+def query_length(given: Any) -> int:
+    """Tokens of a pass, from what a cache layer's `get_mask_sizes` gets: their number, or before 5.2 their positions."""
+    return given if isinstance(given, int) else int(given.shape[0])
