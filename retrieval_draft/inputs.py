@@ -211,7 +211,7 @@ def check_generation(
                 hints.get(name, stock),
             )
     given = callers_model_inputs(model_inputs)
-    known = {"attention_mask", "position_ids", "logits_to_keep", "use_cache", *CACHE_NAMES}
+    known = {"input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache", *CACHE_NAMES}
     extra = [name for name, value in given.items() if name not in known and not _is_empty(value)]
     if "position_ids" in given and not _are_usual(model_inputs):
         extra.append("position_ids")

@@ -1,10 +1,12 @@
 """Settings for all tests."""
 
+import logging
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from transformers.utils import logging as transformers_logging
 
 from retrieval_draft.engine import linear_choice
 
@@ -20,6 +22,28 @@ def kernel_choices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear_choice, "cache_home", lambda: folder)
         yield
+
+
+class _Deprecations(logging.Handler):
+    """Keeps what transformers logs of names that will be gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecat" in record.getMessage():
+            self.found.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def no_deprecations() -> Iterator[None]:
+    """Fails a test in which a call, ours above all, uses what transformers is about to remove."""
+    handler, logger = _Deprecations(), transformers_logging.get_logger()
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    assert not handler.found
 
 
 @pytest.fixture

@@ -7,6 +7,11 @@ from typing import Any
 import torch
 import transformers
 
+from retrieval_draft.engine.compat import output_cache_name
+
+CACHE = output_cache_name()
+"""Name of the cache among the arguments of `model.generate` and in what it returns."""
+
 VOCABULARY = 97
 WINDOW = 16
 

@@ -15,6 +15,7 @@ from retrieval_draft.engine.cpu_kernels import CpuKernels
 from retrieval_draft.engine.expansion import Expansion, ExpansionLimits
 from retrieval_draft.engine.substitution import lend_forwards
 from retrieval_draft.engine.target import Target
+from retrieval_draft.engine.wrapped_models import device_of
 from retrieval_draft.errors import InvalidInputError, TokenizerMismatchError
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 
@@ -190,11 +191,13 @@ class SelfDraft(ModelDraft):
                 "Name some of 1 and above.",
             )
         self._skipped = [layers[layer] for layer in self.skip]
+        self._in_tuple = _returns_tuple(model, self._skipped[0])
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The layers are left out inside, in this thread; others go on using the whole model."""
-        with super().applied(), lend_forwards((layer, _skipped(layer)) for layer in self._skipped):
+        skipped = ((layer, _skipped(layer, self._in_tuple)) for layer in self._skipped)
+        with super().applied(), lend_forwards(skipped):
             _drafting.active = True
             try:
                 yield
@@ -205,13 +208,36 @@ class SelfDraft(ModelDraft):
 _drafting = threading.local()
 
 
-def _skipped(layer: Any) -> Callable[..., Any]:
+def _skipped(layer: Any, in_tuple: bool) -> Callable[..., Any]:
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if getattr(_drafting, "active", False):
-            return hidden_states
+            return (hidden_states,) if in_tuple else hidden_states
         return type(layer).forward(layer, hidden_states, *args, **kwargs)
 
     return forward
+
+
+class _Seen(Exception):
+    """Ends a pass whose rest is not needed."""
+
+
+@torch.no_grad()
+def _returns_tuple(model: Any, layer: torch.nn.Module) -> bool:
+    """Whether a decoder layer returns its hidden states in a tuple, as some do in older versions of transformers."""
+    found: list[bool] = []
+
+    def look(module: torch.nn.Module, args: Any, output: Any) -> None:
+        found.append(isinstance(output, tuple))
+        raise _Seen
+
+    handle = layer.register_forward_hook(look)
+    try:
+        model(torch.zeros(1, 1, dtype=torch.int64, device=device_of(model.get_input_embeddings())))
+    except _Seen:
+        pass
+    finally:
+        handle.remove()
+    return bool(found and found[0])
 
 
 def decoder_layers(model: Any) -> list[Any]:

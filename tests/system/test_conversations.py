@@ -12,7 +12,7 @@ from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.errors import InvalidInputError, UnsupportedGenerationError
 from tests.batches import padded, ragged
 from tests.drafters import near_ties, prompt_ids
-from tests.models import CONFIGS, make
+from tests.models import CACHE, CONFIGS, make
 
 
 def drafter_of(model: Any, **options: Any) -> RetrievalDrafter:
@@ -38,11 +38,11 @@ def test_three_turns_with_the_returned_cache(name: str) -> None:
     options = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
     for turn in range(3):
         del sizes[:]
-        out = drafter.generate(text, past_key_values=cache, **options)
+        out = drafter.generate(text, cache=cache, **options)
         assert sizes[0] <= (30 if turn == 0 else 8), "only what is new is passed through"
-        assert cache is None or out.past_key_values is cache, "continued in place"
+        assert cache is None or out[CACHE] is cache, "continued in place"
         assert near_ties(model, out.sequences, model.generate(text, max_new_tokens=20, do_sample=False)) == 0
-        cache = out.past_key_values
+        cache = out[CACHE]
         text = torch.cat([out.sequences, prompt_ids(7, seed=turn + 9)], 1)
 
 
@@ -55,8 +55,8 @@ def test_an_edited_conversation_is_right_too(name: str) -> None:
     edited = first.sequences.clone()
     edited[0, 12] = (edited[0, 12] + 1) % 97
     for text in (edited, edited[:, :20], prompt_ids(5, seed=8)):
-        cache = drafter.generate(prompt_ids(30), **options).past_key_values
-        again = drafter.generate(text, past_key_values=cache, **options)
+        cache = drafter.generate(prompt_ids(30), **options)[CACHE]
+        again = drafter.generate(text, cache=cache, **options)
         stock = model.generate(text, max_new_tokens=20, do_sample=False)
         assert near_ties(model, again.sequences, stock) == 0
 
@@ -65,19 +65,19 @@ def test_an_edited_conversation_is_right_too(name: str) -> None:
 def test_a_cache_of_transformers_goes_in_and_comes_back(name: str) -> None:
     model, prompt = make(name), prompt_ids(40)
     cache = DynamicCache(config=model.config)
-    begun = model.generate(prompt, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    begun = model.generate(prompt, **{CACHE: cache}, max_new_tokens=5, do_sample=False)
     text = torch.cat([begun, prompt_ids(6, seed=4)], 1)
     stock = model.generate(text, max_new_tokens=20, do_sample=False)
     drafter = drafter_of(model)
     sizes = fed(model)
-    ours = drafter.generate(text, past_key_values=cache, max_new_tokens=20, do_sample=False)
+    ours = drafter.generate(text, cache=cache, max_new_tokens=20, do_sample=False)
     assert sizes[0] == 7
     assert near_ties(model, ours, stock) == 0
     assert cache.get_seq_length() == ours.shape[1] - 1, "the caller's own cache is continued, as by stock"
     longer = torch.cat([ours, prompt_ids(4, seed=6)], 1)
     assert near_ties(
         model,
-        model.generate(longer, past_key_values=cache, max_new_tokens=9, do_sample=False),
+        model.generate(longer, **{CACHE: cache}, max_new_tokens=9, do_sample=False),
         model.generate(longer, max_new_tokens=9, do_sample=False),
     ) == 0  # fmt: skip
 
@@ -86,7 +86,7 @@ def test_an_empty_cache_of_transformers_is_filled() -> None:
     model, prompt = make("llama"), prompt_ids(12)
     cache = DynamicCache(config=model.config)
     out = model.generate(
-        prompt, past_key_values=cache, max_new_tokens=8, do_sample=False,
+        prompt, **{CACHE: cache}, max_new_tokens=8, do_sample=False,
         custom_generate=drafter_of(model).custom_generate,
     )  # fmt: skip
     assert torch.equal(out, model.generate(prompt, max_new_tokens=8, do_sample=False))
@@ -100,19 +100,19 @@ def test_caches_of_a_batch(name: str) -> None:
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
     drafter = drafter_of(model)
     first = drafter.generate(ids, mask, **options)
-    assert len(first.past_key_values.rows) == 3
+    assert len(first[CACHE].rows) == 3
     more = torch.cat([first.sequences, prompt_ids(4, seed=2).repeat(3, 1)], 1)
     mask = torch.cat([mask, torch.ones(3, 16, dtype=torch.long)], 1)
     sizes = fed(model)
-    again = drafter.generate(more, mask, past_key_values=first.past_key_values, **options)
+    again = drafter.generate(more, mask, cache=first[CACHE], **options)
     assert max(sizes[:3]) <= 8
     fresh = drafter_of(model).generate(more, mask, **options)
     assert torch.equal(again.sequences, fresh.sequences)
     stock = DynamicCache(config=model.config)
-    begun = model.generate(ids, attention_mask=padded(prompts)[1], past_key_values=stock, max_new_tokens=12,
+    begun = model.generate(ids, attention_mask=padded(prompts)[1], **{CACHE: stock}, max_new_tokens=12,
                            do_sample=False, pad_token_id=0)  # fmt: skip
     assert torch.equal(begun, first.sequences)
-    taken = drafter.generate(more, mask, past_key_values=stock, **options)
+    taken = drafter.generate(more, mask, cache=stock, **options)
     assert torch.equal(taken.sequences, fresh.sequences)
 
 
@@ -122,7 +122,7 @@ def test_samples_go_on_from_one_cache() -> None:
     begun = drafter.generate(prompt, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     text = torch.cat([begun.sequences, prompt_ids(3, seed=3)], 1)
     options = {"max_new_tokens": 15, "do_sample": True, "num_return_sequences": 3, "seed": 9}
-    out = drafter.generate(text, past_key_values=begun.past_key_values, **options)
+    out = drafter.generate(text, cache=begun[CACHE], **options)
     assert torch.equal(out, drafter_of(model).generate(text, **options))
 
 
@@ -134,14 +134,14 @@ def test_what_cannot_be_continued_says_so() -> None:
         ids, mask, max_new_tokens=3, do_sample=False, pad_token_id=0, return_dict_in_generate=True
     )
     with pytest.raises(InvalidInputError, match="holds 2 rows; there are 1 prompts"):
-        drafter.generate(prompt_ids(9), past_key_values=begun.past_key_values, max_new_tokens=3)
+        drafter.generate(prompt_ids(9), cache=begun[CACHE], max_new_tokens=3)
     static = StaticCache(config=model.config, max_cache_len=64)
     with pytest.raises(UnsupportedGenerationError, match="StaticCache"):
-        drafter.generate(prompt_ids(9), past_key_values=static, max_new_tokens=3)
+        drafter.generate(prompt_ids(9), cache=static, max_new_tokens=3)
     cache = DynamicCache(config=model.config)
-    model.generate(prompt_ids(30), past_key_values=cache, max_new_tokens=3, do_sample=False)
+    model.generate(prompt_ids(30), **{CACHE: cache}, max_new_tokens=3, do_sample=False)
     with pytest.raises(InvalidInputError, match="whole text"):
-        drafter.generate(prompt_ids(9), past_key_values=cache, max_new_tokens=3)
+        drafter.generate(prompt_ids(9), cache=cache, max_new_tokens=3)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

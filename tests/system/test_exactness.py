@@ -10,7 +10,7 @@ import torch
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
 from tests.drafters import drafter_with, near_ties, prompt_ids, reply_of
-from tests.models import CONFIGS, make
+from tests.models import CACHE, CONFIGS, make
 from tests.sources import OracleSource
 
 NEW = 60
@@ -74,7 +74,7 @@ def test_long_text_beyond_many_windows_stays_equal_and_memory_bounded(name: str)
     drafter = drafter_with(model, OracleSource(reply_of(stock, prompt)), nodes=16)
     out = drafter.generate(prompt, max_new_tokens=440, do_sample=False, return_dict_in_generate=True)
     assert near_ties(model, out.sequences, stock) == 0
-    sliding = [layer for layer in out.past_key_values.layers if layer.is_sliding]
+    sliding = [layer for layer in out[CACHE].layers if layer.is_sliding]
     assert sliding
     assert all(layer.capacity < 400 for layer in sliding)
 
@@ -91,9 +91,12 @@ def test_chunked_prefill(name: str, chunk: int) -> None:
 
 @pytest.mark.parametrize("name", ["qwen2", "mistral", "gpt2"])
 def test_token_zero_is_a_token_like_any_other(name: str) -> None:
-    seed = {"qwen2": 0, "mistral": 1, "gpt2": 0}[name]
-    model, prompt = make(name, seed=seed), prompt_ids()
-    stock = model.generate(prompt, max_new_tokens=100, do_sample=False)
+    prompt = prompt_ids()
+    for seed in range(20):  # the weights of a seed differ between versions of transformers
+        model = make(name, seed=seed)
+        stock = model.generate(prompt, max_new_tokens=100, do_sample=False)
+        if 0 in reply_of(stock, prompt):
+            break
     assert 0 in reply_of(stock, prompt)
     for nodes in (1, 8):
         drafter = drafter_with(model, OracleSource(reply_of(stock, prompt), wrong=0.0), nodes=nodes)

@@ -21,7 +21,7 @@ from retrieval_draft.errors import (
 )
 from retrieval_draft.generation import shown_streamer
 from tests.drafters import drafter_with, near_ties, prompt_ids, reply_of
-from tests.models import make
+from tests.models import CACHE, make
 from tests.sources import BrokenSource, OracleSource
 
 MODEL = make("llama")
@@ -190,9 +190,9 @@ def test_returned_dictionary_and_cache_can_be_used_further() -> None:
         assert len(mine) == len(theirs) == 20
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    assert ours.past_key_values.get_seq_length() == ours.sequences.shape[1] - 1
+    assert ours[CACHE].get_seq_length() == ours.sequences.shape[1] - 1
     more = MODEL.generate(
-        ours.sequences, past_key_values=ours.past_key_values, max_new_tokens=40, do_sample=False
+        ours.sequences, **{CACHE: ours[CACHE]}, max_new_tokens=40, do_sample=False
     )
     assert torch.equal(more, STOCK)
 
