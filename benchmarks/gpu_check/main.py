@@ -28,6 +28,15 @@ PARTS = {
 }
 """The parts in order, and each one's share of the time; what one leaves over goes to those after it."""
 
+_TINY_SHARES = {"tests": 200.0, "races": 120.0, "speed": 90.0}
+"""In a rehearsal starting processes takes longest."""
+
+_GRACE = 12.0
+"""Seconds over its time in which a part may finish what it has begun; then it is killed."""
+
+_TINY_GRACE = 120.0
+"""The same in a rehearsal, on a machine that may be busy with anything."""
+
 _WARM_UP = "warm_up"
 
 FAULTS = ("wrong_mask", "late_copy")
@@ -45,7 +54,7 @@ def main(arguments: list[str]) -> int:
 
         return serve(options)
     out: Path = options.out
-    parts_folder = out / "parts"
+    parts_folder: Path = options.parts_folder
     for stale in (out / "results.json", out / "table.txt", *parts_folder.glob("*.json")):
         stale.unlink(missing_ok=True)
     parts_folder.mkdir(parents=True, exist_ok=True)
@@ -63,12 +72,15 @@ def _parse(arguments: list[str]) -> Any:
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu_check", description=__doc__)
     parser.add_argument("--seconds", type=float, default=520.0, help="time for all parts together")
     parser.add_argument("--out", type=Path, required=True, help="folder for results.json, table.txt, parts/")
+    parser.add_argument("--parts-folder", type=Path, help="where each part writes; DIR/parts without")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny models: a rehearsal")
     parser.add_argument("--parts", type=_names, default=list(PARTS), help=f"by commas, of {', '.join(PARTS)}")
     parser.add_argument("--fault", choices=FAULTS, help="break something on purpose, to see it noticed")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.parts_folder is None:
+        options.parts_folder = options.out / "parts"
     if options.seconds <= 0:
         parser.error(f"--seconds is {options.seconds:g}; it must be positive")
     return options
@@ -90,22 +102,32 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def _run(options: Any, names: list[str], folder: Path, began: float) -> None:
     command = [sys.executable, "-m", "benchmarks", "gpu_check", "--worker", "--out", str(options.out)]
+    command += ["--parts-folder", str(folder)]
     command += ["--device", options.device]
     command += ["--tiny"] if options.tiny else []
     command += ["--fault", options.fault] if options.fault else []
-    with Worker(command, folder) as worker:
-        worker.run(_WARM_UP, min(60.0, options.seconds / 2), most=options.seconds)
+
+    def keep() -> None:
+        _results(options, names, None, time.monotonic() - began)
+
+    shares = {**PARTS, **(_TINY_SHARES if options.tiny else {})}
+    with Worker(command, folder, keep) as worker:
+        worker.run(_WARM_UP, options.seconds / 4, options.seconds / 4 + _grace(options))
         for place, name in enumerate(names):
             left = options.seconds - (time.monotonic() - began)
-            shares = sum(PARTS[other] for other in names[place:])
-            seconds = max(left, 0.0) * PARTS[name] / shares
+            seconds = max(left, 0.0) * shares[name] / sum(shares[other] for other in names[place:])
             _say(f"{name}: {seconds:.0f} s of {left:.0f} s left")
-            worker.run(name, seconds, most=max(left, 1.0))
-            _results(options, names, None, time.monotonic() - began)
+            limit = seconds + _grace(options)
+            worker.run(name, seconds, limit if options.tiny else min(limit, max(left, 1.0)))
+            keep()
+
+
+def _grace(options: Any) -> float:
+    return _TINY_GRACE if options.tiny else _GRACE
 
 
 def _results(options: Any, names: list[str], stopped: str | None, seconds: float) -> dict[str, Any]:
-    parts = read_parts(options.out / "parts", [_WARM_UP, *names])
+    parts = read_parts(options.parts_folder, [_WARM_UP, *names])
     why = reasons(parts, [_WARM_UP, *names]) + ([stopped] if stopped else [])
     result = {
         "ok": not why,

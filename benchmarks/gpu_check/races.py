@@ -128,7 +128,8 @@ def _blocking(setting: Setting, box: Box, report: Report) -> dict[str, Any]:
     answer.unlink(missing_ok=True)
     arguments = ["-m", "benchmarks.gpu_check.races", "--device", setting.device.type, "--out", str(answer)]
     environment = {"CUDA_LAUNCH_BLOCKING": "1"}
-    code, output = run_child(arguments, max(box.left - 1, 15.0), environment)
+    limit = 60.0 if setting.tiny else max(box.left - 1, 15.0)
+    code, output = run_child(arguments, limit, environment)
     if code != 0 or not answer.exists():
         report.put(blocking_output=output.splitlines()[-15:])
         report.fail(f"the process whose launches block ended with {code}")

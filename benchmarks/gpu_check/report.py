@@ -42,8 +42,10 @@ def read_parts(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     found = {}
     for name in names:
         path = folder / f"{name}.json"
-        if path.exists():
+        try:
             found[name] = json.loads(path.read_text())
+        except FileNotFoundError:
+            continue
     return found
 
 

@@ -61,14 +61,12 @@ class Setting:
         device: Where models run.
         tiny: Whether this is a rehearsal: tiny models, short contexts, few repeats.
         fault: What is broken on purpose, or None.
-        out: The folder of the whole check.
         contestants: Decoders made so far, by model and name.
     """
 
     device: torch.device
     tiny: bool
     fault: str | None
-    out: Path
     contestants: dict[tuple[str, str], Any] = field(default_factory=dict)
     _models: dict[tuple[str, torch.dtype], Any] = field(default_factory=dict)
 
@@ -84,7 +82,7 @@ class Setting:
         device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call, unused-ignore]
         transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
-        return cls(device, options.tiny, options.fault, options.out)
+        return cls(device, options.tiny, options.fault)
 
     @property
     def cuda(self) -> bool:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,9 +19,6 @@ from benchmarks.gpu_check.report import write_json
 
 __all__ = ["Worker"]
 
-_GRACE = 12.0
-"""Seconds over its box in which a part may finish what it has begun."""
-
 
 class Worker:
     """Runs parts by name in a child process.
@@ -29,9 +26,11 @@ class Worker:
     Args:
         command: Starts the child. It reads lines ``NAME SECONDS`` and answers each with a line when done.
         folder: Where the parts' reports are.
+        tick: Called every other second while a part runs.
     """
 
-    def __init__(self, command: Sequence[str], folder: Path) -> None:
+    def __init__(self, command: Sequence[str], folder: Path, tick: Callable[[], None]) -> None:
+        self._tick = tick
         self._command = list(command)
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
@@ -44,22 +43,26 @@ class Worker:
     ) -> None:
         self._kill()
 
-    def run(self, name: str, seconds: float, most: float) -> None:
+    def run(self, name: str, seconds: float, limit: float) -> None:
         """Runs a part, and kills the child if it goes far over its time.
 
         Args:
             name: Of the part.
             seconds: Its box.
-            most: Seconds after which it is killed at the latest.
+            limit: Seconds after which it is killed.
         """
-        limit = min(seconds + _GRACE, most)
         process = self._start()
         assert process.stdin is not None
         assert process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(f"{name} {seconds:.2f}\n".encode())
             process.stdin.flush()
-        ready, _, _ = select.select([process.stdout], [], [], limit)
+        end = time.monotonic() + limit
+        ready: list[Any] = []
+        while not ready and time.monotonic() < end:
+            ready, _, _ = select.select([process.stdout], [], [], min(2.0, max(0.0, end - time.monotonic())))
+            if not ready:
+                self._tick()
         if ready and os.read(process.stdout.fileno(), 4096):
             return
         if ready:

@@ -21,18 +21,19 @@ def run(setting: Setting, box: Box, report: Report) -> None:
     """Runs pytest in a process of its own, within the box."""
     if importlib.util.find_spec("pytest") is None:
         raise NotThere("pytest is not installed")
-    results = setting.out / "parts" / "junit.xml"
+    results = report.path.with_name("junit.xml")
     results.unlink(missing_ok=True)
     chosen = ["-m", "cuda"] if setting.cuda else ["-m", "not cuda"]
     chosen += ["-k", "rehearsal"] if setting.tiny else []
     arguments = ["-m", "pytest", _TESTS, "-q", "-x" if setting.fault else "--maxfail=30", "--tb=short"]
     arguments += ["-p", "no:cacheprovider", *chosen, f"--junitxml={results}"]
+    arguments += ["-o", "junit_family=xunit1"]  # the one that keeps properties
     if importlib.util.find_spec("pytest_timeout") is None:
         arguments += [
             "-o",
             "addopts=--import-mode=importlib",
         ]  # strict settings would name the plugin missing
-    code, output = run_child(arguments, box.left - 5.0)
+    code, output = run_child(arguments, 100.0 if setting.tiny else box.left - 5.0)
     report.put(exit_code=code, output=output.splitlines()[-60:])
     if results.exists():
         found = read_junit(results)

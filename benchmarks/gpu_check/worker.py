@@ -32,7 +32,7 @@ def serve(options: Any) -> int:
     setting = None
     for line in sys.stdin:
         name, seconds = line.split()
-        report, box = Report(options.out / "parts", name, float(seconds)), Box(float(seconds))
+        report, box = Report(options.parts_folder, name, float(seconds)), Box(float(seconds))
         sound = True
         try:
             if setting is None:

@@ -70,9 +70,7 @@ def prompts(rows: int = 1, length: int = 23, vocabulary: int = VOCABULARY) -> to
 
 
 def stock_replies(model: Any, prompt: torch.Tensor, new: int = NEW) -> list[list[int]]:
-    out = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False
-    )
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False)
     return [row[prompt.shape[1] :].tolist() for row in out]
 
 
@@ -170,9 +168,7 @@ def stop_string_ends_as_stock(dtype: torch.dtype) -> None:
     reply = stock_replies(model, prompt)[0]
     letter = next(text for token in reply[4:] if (text := tokenizer.decode([token])).isascii())
     options = {"max_new_tokens": NEW, "do_sample": False, "stop_strings": [letter]}
-    stock = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), tokenizer=tokenizer, **options
-    )
+    stock = model.generate(prompt, attention_mask=torch.ones_like(prompt), tokenizer=tokenizer, **options)
     drafter = RetrievalDrafter.for_model(model, tokenizer, config=DraftConfig(nodes=8))
     out = drafter.generate(prompt, prediction=reply, **options)
     assert stock.shape[1] < prompt.shape[1] + NEW
@@ -200,8 +196,14 @@ GRID = [
     *(pytest.param(shape, id=f"rehearsal-{shape}") for shape in REHEARSED),
 ]
 SOME = [
-    *(pytest.param(Shape("llama", dtype), marks=cuda, id=str(dtype)[6:]) for dtype in (torch.float32, *HALVES)),
-    *(pytest.param(Shape("gemma3", dtype), marks=cuda, id=f"gemma3-{str(dtype)[6:]}") for dtype in HALVES[:1]),
+    *(
+        pytest.param(Shape("llama", dtype), marks=cuda, id=str(dtype)[6:])
+        for dtype in (torch.float32, *HALVES)
+    ),
+    *(
+        pytest.param(Shape("gemma3", dtype), marks=cuda, id=f"gemma3-{str(dtype)[6:]}")
+        for dtype in HALVES[:1]
+    ),
     *(pytest.param(shape, id=f"rehearsal-{shape}") for shape in REHEARSED),
 ]
 
