@@ -186,6 +186,7 @@ def _verdict(report: Report, model_name: str) -> None:
     for name in ("none", "drafted"):
         if too_many(sums[name], control):
             report.fail(
-                f"bfloat16 {model_name}, {name}: {sums[name].worse} of {sums[name].positions} tokens are more than "
-                f"two units off the best, {sums[name].worst:.0f} at worst; stock itself {control.worse}"
+                f"bfloat16 {model_name}, {name}: {sums[name].worse} of {sums[name].positions} tokens are "
+                f"more than two units off the best, {sums[name].worst:.0f} at worst; "
+                f"of stock itself {control.worse}"
             )

@@ -99,7 +99,7 @@ def counted(work: Callable[[], object], device: torch.device) -> Counts:
     synchronize(device)
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         with _sync_warnings() as caught:
             work()
         synchronize(device)
@@ -149,7 +149,7 @@ def _sync_warnings() -> Iterator[list[warnings.WarningMessage]]:
             yield found
         finally:
             torch.cuda.set_sync_debug_mode("default")
-            found += [each for each in caught if "synchroniz" in str(each.message).lower()]
+            found += [each for each in caught if "synchronizing CUDA operation" in str(each.message)]
 
 
 class _Dispatched(TorchDispatchMode):

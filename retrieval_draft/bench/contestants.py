@@ -90,8 +90,8 @@ def make_contestant(
 ) -> Contestant:
     """``stock`` is `model.generate`, ``stock-pld`` its prompt lookup, all else a drafting method.
 
-    ``stock-compiled`` is `model.generate` with a static cache and ``torch.compile`` ("reduce-overhead"; on a CPU
-    without code generation, for there it is only tried out). Any name may end in ``-no-cudnn``.
+    ``stock-compiled`` is `model.generate` with a static cache and ``torch.compile`` ("reduce-overhead"; on
+    a CPU without code generation, for there it is only tried out). Any name may end in ``-no-cudnn``.
 
     Args:
         name: Which.

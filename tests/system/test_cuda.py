@@ -1,10 +1,11 @@
 """Generation on a CUDA device: dtypes, head sizes, grouped heads, batches, sampling, stop strings, streamers.
 
-Greedy text in float32 is that of `model.generate`, near ties aside. In half precision a token is right when it
-lies within two units in the last place of the best one in a teacher-forced pass, and how often replies part is set
-beside a control: `model.generate` against itself with one more row in its batch.
+Greedy text in float32 is that of `model.generate`, near ties aside. In half precision a token is right when
+it lies within two units in the last place of the best one in a teacher-forced pass, and how often replies
+part is set beside a control: `model.generate` against itself with one more row in its batch.
 
-Without a device a part of the same runs on the CPU, so that nothing here can fail for another reason than the card.
+Without a device a part of the same runs on the CPU, so that nothing here can fail for another reason than
+the card.
 """
 
 from __future__ import annotations
