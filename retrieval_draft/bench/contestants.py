@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from transformers import CompileConfig
 
 from retrieval_draft.bench.forward_passes import ForwardPasses
 from retrieval_draft.config import METHODS, SOURCES, DraftConfig
@@ -17,10 +19,25 @@ from retrieval_draft.engine.draft_models import SELF
 from retrieval_draft.errors import UnknownMethodError
 from retrieval_draft.methods.registry import get_method
 
-__all__ = ["LOOKUP_TOKENS", "PLAIN", "STOCK", "STOCK_LOOKUP", "Contestant", "Run", "make_contestant"]
+__all__ = [
+    "LOOKUP_TOKENS",
+    "NO_CUDNN",
+    "PLAIN",
+    "STOCK",
+    "STOCK_COMPILED",
+    "STOCK_LOOKUP",
+    "Contestant",
+    "Run",
+    "cudnn_attention",
+    "make_contestant",
+]
 
 STOCK = "stock"
 STOCK_LOOKUP = "stock-pld"
+STOCK_COMPILED = "stock-compiled"
+NO_CUDNN = "-no-cudnn"
+"""Behind any other name: without cuDNN's attention, which recent torch prefers and which plans anew for every
+length."""
 PLAIN = "none"
 LOOKUP_TOKENS = 10
 """``prompt_lookup_num_tokens`` of the prompt lookup that we compare with."""
@@ -48,12 +65,16 @@ class Run:
 
 
 class Contestant(Protocol):
-    """A way to decode greedily."""
+    """A way to decode."""
 
     name: str
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> Run:
-        """Decodes one prompt."""
+        """Decodes one prompt greedily."""
+        ...
+
+    def call(self, inputs: dict[str, Any]) -> Any:
+        """What `model.generate` would return for these arguments; any number of rows, greedy or sampled."""
         ...
 
 
@@ -69,6 +90,9 @@ def make_contestant(
 ) -> Contestant:
     """``stock`` is `model.generate`, ``stock-pld`` its prompt lookup, all else a drafting method.
 
+    ``stock-compiled`` is `model.generate` with a static cache and ``torch.compile`` ("reduce-overhead"; on
+    a CPU without code generation, for there it is only tried out). Any name may end in ``-no-cudnn``.
+
     Args:
         name: Which.
         model: Decodes.
@@ -83,13 +107,24 @@ def make_contestant(
     Raises:
         UnknownMethodError: None of these.
     """
+    if name.endswith(NO_CUDNN):
+        inner = name.removesuffix(NO_CUDNN)
+        with cudnn_attention(False):  # a drafter measures passes when it is made
+            return _NoCudnn(
+                name,
+                make_contestant(inner, model, tokenizer, nodes, cpu_kernels, history, corpora, draft_model),
+            )
     if name == STOCK:
         return _Stock(name, model, {})
     if name == STOCK_LOOKUP:
         return _Stock(name, model, {"prompt_lookup_num_tokens": LOOKUP_TOKENS})
+    if name == STOCK_COMPILED:
+        return _Stock(name, model, _compiled(model))
     if name not in METHODS:
-        known = ", ".join((STOCK, STOCK_LOOKUP, *METHODS))
-        raise UnknownMethodError(f"Unknown method {name!r}.", f"Choose from: {known}.")
+        known = ", ".join((STOCK, STOCK_LOOKUP, STOCK_COMPILED, *METHODS))
+        raise UnknownMethodError(
+            f"Unknown method {name!r}.", f"Choose from: {known}; or one with {NO_CUDNN}."
+        )
     sources = SOURCES if history else tuple(source for source in SOURCES if source != "history")
     config = DraftConfig(method=name, nodes=nodes, cpu_kernels=cpu_kernels, sources=sources)
     if draft_model is None and get_method(name).needs_model:
@@ -110,13 +145,18 @@ class _Stock:
         self._model = model
         self._options = options
 
-    def generate(self, ids: Sequence[int], max_new_tokens: int) -> Run:
-        def call(inputs: dict[str, Any]) -> Any:
-            return self._model.generate(**inputs, **self._options)
+    def call(self, inputs: dict[str, Any]) -> Any:
+        """As `Contestant.call`."""
+        return self._model.generate(**inputs, **self._options)
 
+    def generate(self, ids: Sequence[int], max_new_tokens: int) -> Run:
+        """As `Contestant.generate`."""
+        if "compile_config" in self._options:  # a hook would be compiled too, and count one pass for all
+            tokens, seconds = _timed(self._model, self.call, ids, max_new_tokens)
+            return Run(tokens, seconds, len(tokens) - 1, 0)
         # One hook of a few microseconds a pass: nothing beside a forward pass of any model.
         with ForwardPasses(self._model) as count:
-            tokens, seconds = _timed(self._model, call, ids, max_new_tokens)
+            tokens, seconds = _timed(self._model, self.call, ids, max_new_tokens)
         steps = count.passes - 1
         return Run(tokens, seconds, steps, count.fed - steps)
 
@@ -133,20 +173,67 @@ class _Drafted:
     ) -> None:
         self.name = name
         self._model = model
-        self._drafter = RetrievalDrafter.for_model(
+        self.drafter = RetrievalDrafter.for_model(
             model, tokenizer, config=config, corpora=corpora, draft_model=draft_model
         )
-        self._drafter.warm_up()
+        self.drafter.warm_up()
+
+    def call(self, inputs: dict[str, Any]) -> Any:
+        """As `Contestant.call`."""
+        return self.drafter.generate(**inputs)
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> Run:
-        def call(inputs: dict[str, Any]) -> Any:
-            return self._drafter.generate(**inputs)
-
-        tokens, seconds = _timed(self._model, call, ids, max_new_tokens)
-        stats = self._drafter.last_stats
+        """As `Contestant.generate`."""
+        tokens, seconds = _timed(self._model, self.call, ids, max_new_tokens)
+        stats = self.drafter.last_stats
         assert stats is not None
         loop = stats.draft_seconds + stats.commit_seconds + stats.accept_seconds + stats.learn_seconds
         return Run(tokens, seconds, stats.steps, stats.drafted, stats.forward_seconds, loop)
+
+
+class _NoCudnn:
+    """Another contestant, without cuDNN's attention."""
+
+    def __init__(self, name: str, inner: Any) -> None:
+        self.name = name
+        self._inner = inner
+
+    def call(self, inputs: dict[str, Any]) -> Any:
+        """As `Contestant.call`."""
+        with cudnn_attention(False):
+            return self._inner.call(inputs)
+
+    def generate(self, ids: Sequence[int], max_new_tokens: int) -> Run:
+        """As `Contestant.generate`."""
+        with cudnn_attention(False):
+            run: Run = self._inner.generate(ids, max_new_tokens)
+        return run
+
+    @property
+    def drafter(self) -> Any:
+        """That of the other contestant, where it has one."""
+        return self._inner.drafter
+
+
+def _compiled(model: Any) -> dict[str, Any]:
+    """Options of `model.generate` for a static cache and a compiled decoding pass."""
+    if model.device.type == "cuda":
+        return {"cache_implementation": "static", "compile_config": CompileConfig(mode="reduce-overhead")}
+    config: Any = CompileConfig(backend="eager")
+    config.mode = None
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+@contextmanager
+def cudnn_attention(wanted: bool) -> Iterator[None]:
+    """Inside, torch may or may not choose cuDNN for attention, in this whole process."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(wanted)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _timed(model: Any, call: Any, ids: Sequence[int], max_new_tokens: int) -> tuple[list[int], float]:

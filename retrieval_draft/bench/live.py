@@ -51,7 +51,7 @@ def live(
         tokenizer: Its tokenizer.
         prompts: In the order to run.
         max_new_tokens: For each reply.
-        methods: ``stock``, ``stock-pld`` and names of drafting methods.
+        methods: ``stock``, ``stock-pld``, ``stock-compiled`` and names of drafting methods.
         nodes: Draft nodes of every step, or None for the budget that the cost model chooses.
         record: Where to write the replies of ``stock`` as a trace.
         cpu_kernels: Whether drafting methods use our kernels; ``stock`` and ``stock-pld`` never do.

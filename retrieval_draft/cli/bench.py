@@ -54,7 +54,11 @@ def live(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of each reply at most.")] = 96,
     methods: Annotated[
-        str, typer.Option(help="stock, stock-pld (prompt lookup) and drafting methods, by commas.")
+        str,
+        typer.Option(
+            help="stock, stock-pld (prompt lookup), stock-compiled and drafting methods, by commas; "
+            "-no-cudnn behind a name leaves cuDNN's attention out."
+        ),
     ] = "stock,stock-pld,none,calibrated",
     nodes: Nodes = None,
     index: Index = None,

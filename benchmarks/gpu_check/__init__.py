@@ -1,0 +1,1 @@
+"""One command that says in ten minutes how the project fares on a GPU: docs/gpu.md."""

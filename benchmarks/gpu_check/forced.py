@@ -1,0 +1,102 @@
+"""Recorded replies put into a model's mouth: real drafts and acceptance meet real kernel times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval_draft.bench.replay import read_traces
+from retrieval_draft.engine import row as row_module
+from retrieval_draft.engine.drafting import Drafting
+from retrieval_draft.engine.row import Row
+from retrieval_draft.engine.tree import DraftTree
+from retrieval_draft.engine.verify import walk
+from retrieval_draft.index.source import NodeLogits
+
+__all__ = ["Recorded", "forced", "recorded"]
+
+TokenArray = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A prompt and what a 7B model replied.
+
+    Attributes:
+        task: Of Spec-Bench.
+        prompt: Token ids.
+        reply: Token ids.
+    """
+
+    task: str
+    prompt: list[int]
+    reply: list[int]
+
+
+def recorded(path: Path, vocabulary: int, number: int, shortest: int) -> list[Recorded]:
+    """The first `number` recorded replies of at least `shortest` tokens that a vocabulary has all ids for."""
+    found = (
+        Recorded(trace.task, trace.prompt.tolist(), trace.output.tolist())
+        for trace in read_traces([path])
+        if len(trace.output) >= shortest
+        and max(int(trace.prompt.max()), int(trace.output.max())) < vocabulary
+    )
+    return list(islice(found, number))
+
+
+@contextmanager
+def forced(replies: Mapping[tuple[int, ...], Sequence[int]]) -> Iterator[None]:
+    """Inside, drafters accept what was recorded: the token after a node at depth d is the recorded one.
+
+    Passes, reading, sampling and drafting run as ever; only what the target chose is replaced, and so is what
+    sources learn of it: the recorded token at each accepted node, for as many nodes as were verified.
+
+    Args:
+        replies: Recorded replies by prompt, as long as what is generated.
+    """
+    by_prompt = {np.array(prompt, np.int32).tobytes(): list(reply) for prompt, reply in replies.items()}
+    current: list[Row] = []
+    accept, start, learn_from = Row._accept, Drafting.start, Drafting.learn_from
+
+    def accept_recorded(row: Row, *rest: Any) -> list[int]:
+        current[:] = [row]
+        return accept(row, *rest)
+
+    def walk_recorded(tree: DraftTree, choose: Callable[[int], int]) -> Iterator[tuple[int, int]]:
+        row = current[0]
+        reply = by_prompt[row.request.prompt.tobytes()]
+        said = len(row.text) - len(row.request.prompt)
+        depths = tree.depths.tolist()
+
+        def choose_recorded(node: int) -> int:
+            choose(node)  # it costs what it costs
+            return int(reply[said + depths[node]])
+
+        return walk(tree, choose_recorded)
+
+    def start_recorded(drafting: Drafting, first: TokenArray, prompt: TokenArray, said: Any) -> None:
+        start(drafting, first, prompt, None)
+
+    def learn_recorded(drafting: Drafting, plan: Any, emitted: TokenArray, logits: NodeLogits) -> None:
+        path = plan.tree.walk(emitted)[: len(emitted)]
+        places = np.resize(np.arange(len(path)), len(logits.contexts))
+        contexts = logits.contexts[np.array(path)][places]
+        tokens = np.asarray(emitted, np.int32)[: len(path)][places][:, None]
+        probs = np.ones((len(places), 1), np.float32)
+        learn_from(drafting, plan, emitted, NodeLogits(np.ascontiguousarray(contexts), tokens, probs))
+
+    with (
+        mock.patch.object(Row, "_accept", accept_recorded),
+        mock.patch.object(row_module, "walk", walk_recorded),
+        mock.patch.object(Drafting, "start", start_recorded),
+        mock.patch.object(Drafting, "learn_from", learn_recorded),
+    ):
+        yield

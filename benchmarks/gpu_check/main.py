@@ -1,0 +1,157 @@
+"""Runs the parts one after the other in a worker process, and prints the table that sums them up."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from benchmarks.gpu_check.report import read_parts, write_json, write_text
+from benchmarks.gpu_check.supervisor import Worker
+from benchmarks.gpu_check.table import make_table, reasons
+
+__all__ = ["PARTS", "main"]
+
+PARTS = {
+    "facts": 10.0,
+    "tests": 80.0,
+    "races": 25.0,
+    "attention": 50.0,
+    "passes": 95.0,
+    "anatomy": 45.0,
+    "speed": 140.0,
+    "half_precision": 60.0,
+}
+"""The parts in order, and each one's share of the time; what one leaves over goes to those after it."""
+
+_TINY_SHARES = {"tests": 200.0, "races": 120.0, "speed": 90.0}
+"""In a rehearsal starting processes takes longest."""
+
+_GRACE = 12.0
+"""Seconds over its time in which a part may finish what it has begun; then it is killed."""
+
+_TINY_GRACE = 120.0
+"""The same in a rehearsal, on a machine that may be busy with anything."""
+
+_WARM_UP = "warm_up"
+
+FAULTS = ("wrong_mask", "late_copy")
+
+
+class _Stopped(BaseException):
+    """The process was asked to end."""
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the check: 0 where all parts ran and found nothing wrong, 1 otherwise."""
+    options = _parse(arguments)
+    if options.worker:
+        from benchmarks.gpu_check.worker import serve
+
+        return serve(options)
+    out: Path = options.out
+    parts_folder: Path = options.parts_folder
+    for stale in (out / "results.json", out / "table.txt", *parts_folder.glob("*.json")):
+        stale.unlink(missing_ok=True)
+    parts_folder.mkdir(parents=True, exist_ok=True)
+    names = [name for name in PARTS if name in options.parts]
+    signal.signal(signal.SIGTERM, _stop)
+    stopped, began = None, time.monotonic()
+    try:
+        _run(options, names, parts_folder, began)
+    except (_Stopped, KeyboardInterrupt) as error:
+        stopped = f"stopped by {error}" if str(error) else "interrupted"
+    return _finish(options, names, stopped, time.monotonic() - began)
+
+
+def _parse(arguments: list[str]) -> Any:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu_check", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=520.0, help="time for all parts together")
+    parser.add_argument("--out", type=Path, required=True, help="folder for results.json, table.txt, parts/")
+    parser.add_argument("--parts-folder", type=Path, help="where each part writes; DIR/parts without")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny models: a rehearsal")
+    parser.add_argument("--parts", type=_names, default=list(PARTS), help=f"by commas, of {', '.join(PARTS)}")
+    parser.add_argument("--fault", choices=FAULTS, help="break something on purpose, to see it noticed")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.parts_folder is None:
+        options.parts_folder = options.out / "parts"
+    if options.seconds <= 0:
+        parser.error(f"--seconds is {options.seconds:g}; it must be positive")
+    return options
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in PARTS]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(
+            f"unknown part {', '.join(unknown) or 'none'}; parts: {', '.join(PARTS)}"
+        )
+    return names
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise _Stopped(signal.Signals(number).name)
+
+
+def _run(options: Any, names: list[str], folder: Path, began: float) -> None:
+    command = [sys.executable, "-m", "benchmarks", "gpu_check", "--worker", "--out", str(options.out)]
+    command += ["--parts-folder", str(folder)]
+    command += ["--device", options.device]
+    command += ["--tiny"] if options.tiny else []
+    command += ["--fault", options.fault] if options.fault else []
+
+    def keep() -> None:
+        _results(options, names, None, time.monotonic() - began)
+
+    shares = {**PARTS, **(_TINY_SHARES if options.tiny else {})}
+    with Worker(command, folder, keep) as worker:
+        worker.run(_WARM_UP, options.seconds / 4, options.seconds / 4 + _grace(options))
+        for place, name in enumerate(names):
+            left = options.seconds - (time.monotonic() - began)
+            seconds = max(left, 0.0) * shares[name] / sum(shares[other] for other in names[place:])
+            _say(f"{name}: {seconds:.0f} s of {left:.0f} s left")
+            limit = seconds + _grace(options)
+            worker.run(name, seconds, limit if options.tiny else min(limit, max(left, 1.0)))
+            keep()
+
+
+def _grace(options: Any) -> float:
+    return _TINY_GRACE if options.tiny else _GRACE
+
+
+def _results(options: Any, names: list[str], stopped: str | None, seconds: float) -> dict[str, Any]:
+    parts = read_parts(options.parts_folder, [_WARM_UP, *names])
+    why = reasons(parts, [_WARM_UP, *names]) + ([stopped] if stopped else [])
+    result = {
+        "ok": not why,
+        "failures": why,
+        "device": options.device,
+        "tiny": options.tiny,
+        "fault": options.fault,
+        "seconds": round(seconds, 1),
+        "parts": parts,
+    }
+    write_json(options.out / "results.json", result)
+    return result
+
+
+def _finish(options: Any, names: list[str], stopped: str | None, seconds: float) -> int:
+    result = _results(options, names, stopped, seconds)
+    why = result["failures"]
+    table = make_table(result["parts"])
+    last = f"FAILED: {'; '.join(why)}" if why else "OK"
+    write_text(options.out / "table.txt", f"{table}\n{last}\n")
+    print(table)
+    print(last, flush=True)
+    return 1 if why else 0
+
+
+def _say(text: str) -> None:
+    print(f"[gpu_check] {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,167 @@
+"""Clocks and counters: host and device time, launched kernels, copies, waits."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.gpu_check.setting import synchronize
+
+__all__ = ["Counts", "counted", "device_us", "milliseconds", "read_trace"]
+
+_VIEWS = (
+    "view", "slice", "select", "narrow", "unsqueeze", "squeeze", "expand", "transpose", "permute", "t.",
+    "as_strided", "_unsafe_view", "alias", "detach", "unflatten", "flatten", "split", "unbind", "reshape",
+    "_reshape_alias", "sym_", "lift_fresh", "empty", "_local_scalar", "unsafe_split", "view_as", "chunk",
+    "is_", "size", "stride", "resolve",
+)  # fmt: skip
+"""What launches no kernel."""
+
+
+@dataclass
+class Counts:
+    """What a piece of work did.
+
+    Attributes:
+        kernels: Launched; on a CPU, dispatched operators that compute something.
+        up: Copies from the host.
+        down: Copies to the host.
+        syncs: Waits of the host for the device.
+        mallocs: cudaMalloc calls.
+        busy_ms: Time in which the device ran anything.
+        warned: Waits that torch's own sync debug mode saw.
+    """
+
+    kernels: int = 0
+    up: int = 0
+    down: int = 0
+    syncs: int = 0
+    mallocs: int = 0
+    busy_ms: float = 0.0
+    warned: int = 0
+    names: Counter[str] = field(default_factory=Counter)
+
+    def minus(self, other: Counts, over: int) -> dict[str, float]:
+        """The difference to a shorter run, by step."""
+        fields = ("kernels", "up", "down", "syncs", "mallocs", "busy_ms", "warned")
+        return {
+            name: round((getattr(self, name) - getattr(other, name)) / max(over, 1), 3) for name in fields
+        }
+
+
+def milliseconds(work: Callable[[], object], device: torch.device, rounds: int) -> list[float]:
+    """Wall time of `work` with the wait for the device, once for each round."""
+    times = []
+    for _ in range(rounds):
+        synchronize(device)
+        begin = time.perf_counter()
+        work()
+        synchronize(device)
+        times.append(1e3 * (time.perf_counter() - begin))
+    return times
+
+
+def device_us(work: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """Microseconds of `work` on the device, launches queued ahead; the median of three series."""
+    if device.type != "cuda":
+        return 1e3 * float(statistics.median(milliseconds(work, device, max(2, rounds // 4))))
+    series = []
+    for _ in range(3):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(rounds):
+            work()
+        end.record()
+        end.synchronize()
+        series.append(1e3 * begin.elapsed_time(end) / rounds)
+    return float(statistics.median(series))
+
+
+def counted(work: Callable[[], object], device: torch.device) -> Counts:
+    """Runs `work` once and counts what it did: with torch's profiler on CUDA, by dispatch on a CPU."""
+    if device.type != "cuda":
+        counter = _Dispatched()
+        with counter:
+            work()
+        return counter.counts
+    synchronize(device)
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        with _sync_warnings() as caught:
+            work()
+        synchronize(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        counts = read_trace(json.loads(path.read_text()).get("traceEvents", []))
+    counts.warned = len(caught)
+    counts.syncs = max(counts.syncs - 1, 0)  # the wait after the work
+    return counts
+
+
+def read_trace(events: list[dict[str, Any]]) -> Counts:
+    """Counts the events of a chrome trace that torch's profiler wrote."""
+    counts, spans = Counts(), []
+    for event in events:
+        kind, name = str(event.get("cat", "")), str(event.get("name", ""))
+        if kind in ("kernel", "gpu_memcpy", "gpu_memset"):
+            spans.append((float(event["ts"]), float(event["ts"]) + float(event.get("dur", 0))))
+            if kind == "kernel":
+                counts.kernels += 1
+                counts.names[name[:80]] += 1
+            elif "HtoD" in name:
+                counts.up += 1
+            elif "DtoH" in name:
+                counts.down += 1
+        elif kind in ("cuda_runtime", "cuda_driver"):
+            if "Synchronize" in name:
+                counts.syncs += 1
+            elif name.startswith(("cudaMalloc", "cuMemAlloc", "cuMemCreate")) and "Host" not in name:
+                counts.mallocs += 1
+    end = float("-inf")
+    for first, last in sorted(spans):
+        counts.busy_ms += max(0.0, last - max(first, end)) / 1e3
+        end = max(end, last)
+    return counts
+
+
+@contextlib.contextmanager
+def _sync_warnings() -> Iterator[list[warnings.WarningMessage]]:
+    """Collects what torch warns of waits that it makes by itself."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        found: list[warnings.WarningMessage] = []
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            found += [each for each in caught if "synchronizing CUDA operation" in str(each.message)]
+
+
+class _Dispatched(TorchDispatchMode):
+    """Counts operators where there is no device to ask."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts = Counts()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("aten.")
+        if not name.startswith(_VIEWS):
+            self.counts.kernels += 1
+            self.counts.names[name] += 1
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,235 @@
+"""The GPU check, rehearsed: every part through the same code, killed, and with faults put in on purpose."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu_check.main import PARTS
+from benchmarks.gpu_check.measure import read_trace
+from benchmarks.gpu_check.report import Report, read_parts
+from benchmarks.gpu_check.supervisor import Worker
+from benchmarks.gpu_check.table import make_table, reasons
+from benchmarks.gpu_check.tests import read_junit
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(out: Path, *options: str) -> list[str]:
+    rehearsal = ["--device", "cpu", "--tiny", "--seconds", "60", "--out", str(out)]
+    return [sys.executable, "-m", "benchmarks", "gpu_check", *rehearsal, *options]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def run(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(out, *options), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280
+    )
+
+
+def start(out: Path, *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(out, *options), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    out = tmp_path_factory.mktemp("check")
+    return run(out), out
+
+
+@pytest.mark.slow
+def test_rehearsal_ends_well(rehearsal: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    done, out = rehearsal
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "OK"
+    assert [name.strip() for name in lines[0].split("|")] == [
+        "model", "context", "decoder", "tokens/s", "tokens per step", "ms a step", "host us", "kernels",
+        "syncs", "equal",
+    ]  # fmt: skip
+    assert 8 <= len(lines) - 2 <= 40
+    assert (out / "table.txt").read_text() == done.stdout
+    assert json.loads((out / "results.json").read_text())["ok"] is True
+
+
+@pytest.mark.slow
+def test_rehearsal_goes_through_every_part(rehearsal: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    _, out = rehearsal
+    parts = read_parts(out / "parts", list(PARTS))
+    assert list(parts) == list(PARTS)
+    for name, part in parts.items():
+        assert part["status"] in ("done", "cut"), (name, part)
+        assert part["failures"] == []
+    assert {"torch", "sdp_priority_order", "launch_us", "h2d_us", "copy_tb_per_second"} <= parts[
+        "facts"
+    ].keys()
+    assert parts["tests"]["counts"]["passed"] >= 5
+    assert parts["tests"]["positions"]["worse"] == 0
+    assert {row["side"] for row in parts["races"]["rows"]} == {
+        "as ever",
+        "copies delayed",
+        "launches waited for",
+    }
+    assert any(row["accepted"] for row in parts["races"]["rows"])
+    assert any(row.get("max_error") is not None for row in parts["attention"]["rows"])
+    assert {row["kind"] for row in parts["passes"]["rows"]} == {"static cache", "eager"}
+    assert all(row["kernels"] > 0 for row in parts["anatomy"]["rows"])
+    drafted = [row for row in parts["speed"]["rows"] if row["decoder"].startswith("calibrated")]
+    assert all(row["equal"] == "recorded" for row in drafted)
+    assert any(row["tokens_per_step"] > 1.2 for row in drafted)
+    assert {"stock", "stock-no-cudnn", "stock-compiled", "none"} <= {
+        row["decoder"] for row in parts["speed"]["rows"]
+    }
+    assert {row["kind"] for row in parts["half_precision"]["rows"]} == {"product", "attention", "replies"}
+    assert "not there yet" in json.dumps(parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["wrong_mask", "late_copy"])
+def test_fault_is_noticed(tmp_path: Path, fault: str) -> None:
+    done = run(tmp_path, "--parts", "races", "--fault", fault)
+    assert done.returncode == 1
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("FAILED: races: ")
+    assert "different" in last
+    assert json.loads((tmp_path / "results.json").read_text())["failures"]
+
+
+def wait_for(path: Path, status: str, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if path.exists() and json.loads(path.read_text())["status"] == status:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{path.name} was not {status} in time")
+
+
+def children(process: int) -> list[int]:
+    listed = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [int(child) for child in listed]
+
+
+@pytest.mark.slow
+def test_killed_check_leaves_what_was_finished(tmp_path: Path) -> None:
+    process = start(tmp_path, "--parts", "facts,attention,races")
+    wait_for(tmp_path / "parts" / "attention.json", "done")
+    workers = children(process.pid)
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+    for name in ("facts", "attention"):
+        part = json.loads((tmp_path / "parts" / f"{name}.json").read_text())
+        assert part["status"] == "done"
+    end = time.monotonic() + 10
+    while any(Path(f"/proc/{worker}/exe").exists() for worker in workers) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{worker}/exe").exists() for worker in workers)
+
+
+@pytest.mark.slow
+def test_stopped_check_prints_what_it_has(tmp_path: Path) -> None:
+    process = start(tmp_path, "--parts", "facts,races")
+    wait_for(tmp_path / "parts" / "facts.json", "done")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert output.splitlines()[-1].startswith("FAILED: ")
+    assert "SIGTERM" in output
+    assert json.loads((tmp_path / "results.json").read_text())["parts"]["facts"]["status"] == "done"
+
+
+CHILD = """
+import os, sys, time
+for line in sys.stdin:
+    name, seconds = line.split()
+    if name == "dies": os._exit(9)
+    if name == "hangs": time.sleep(60)
+    os.write(1, f"done {name}\\n".encode())
+"""
+
+
+def test_worker_that_dies_or_hangs_costs_its_part_alone(tmp_path: Path) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    Report(tmp_path, "hangs", 1.0).row(kept=True)
+    with Worker([sys.executable, str(script)], tmp_path, lambda: None) as worker:
+        for name in ("well", "dies", "well", "hangs", "well"):
+            worker.run(name, 1.0, 2.0 if name == "hangs" else 30.0)
+    parts = read_parts(tmp_path, ["well", "dies", "hangs"])
+    assert set(parts) == {"dies", "hangs"}
+    assert "exit code 9" in parts["dies"]["failures"][0]
+    assert "killed after 2 s" in parts["hangs"]["failures"][0]
+    assert parts["hangs"]["rows"] == [{"kept": True}]
+
+
+def test_reasons_name_what_did_not_run_or_did_not_end() -> None:
+    parts: dict[str, dict[str, Any]] = {
+        "facts": {"status": "done", "failures": []},
+        "races": {"status": "running", "failures": ["x"]},
+    }
+    assert reasons(parts, ["facts", "races", "speed"]) == [
+        "races: x",
+        "races: was not through",
+        "speed: did not run",
+    ]
+
+
+def test_table_has_forty_rows_at_most_and_joins_what_anatomy_counted() -> None:
+    key = {"model": "8b", "context": "recorded"}
+    row = {**key, "decoder": "none-no-cudnn", "tokens_per_second": 40.0, "equal": "recorded"}
+    parts: dict[str, dict[str, Any]] = {
+        "speed": {"rows": [row] * 60},
+        "anatomy": {"rows": [{**key, "decoder": "none", "kernels": 1364.0, "syncs": 1.0}]},
+    }
+    lines = make_table(parts).splitlines()
+    assert len(lines) == 41
+    assert [cell.strip() for cell in lines[1].split("|")] == [
+        "8b", "recorded", "none-no-cudnn", "40", "-", "-", "-", "1364", "1", "recorded",
+    ]  # fmt: skip
+
+
+def test_trace_of_the_profiler_is_counted() -> None:
+    events: list[dict[str, Any]] = [
+        {"cat": "kernel", "name": "gemm", "ts": 0, "dur": 10},
+        {"cat": "kernel", "name": "gemm", "ts": 5, "dur": 10},
+        {"cat": "gpu_memcpy", "name": "Memcpy HtoD (Pinned -> Device)", "ts": 20, "dur": 2},
+        {"cat": "gpu_memcpy", "name": "Memcpy DtoH (Device -> Pinned)", "ts": 30, "dur": 3},
+        {"cat": "gpu_memset", "name": "Memset (Device)", "ts": 40, "dur": 1},
+        {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 0, "dur": 1},
+        {"cat": "cuda_runtime", "name": "cudaStreamSynchronize", "ts": 0, "dur": 1},
+        {"cat": "cuda_runtime", "name": "cudaMalloc", "ts": 0, "dur": 1},
+        {"cat": "cuda_runtime", "name": "cudaMallocHost", "ts": 0, "dur": 1},
+        {"ph": "M", "name": "process_name"},
+    ]
+    counts = read_trace(events)
+    assert (counts.kernels, counts.up, counts.down, counts.syncs, counts.mallocs) == (2, 1, 1, 1, 1)
+    assert counts.busy_ms == pytest.approx(0.021)
+    assert counts.names == {"gemm": 2}
+
+
+def test_results_of_pytest_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "junit.xml"
+    path.write_text(
+        '<testsuites><testsuite><testcase name="a"><properties><property name="worse" value="2"/>'
+        '</properties></testcase><testcase name="b"><failure message="line one&#10;two"/></testcase>'
+        '<testcase name="c"><skipped/></testcase></testsuite></testsuites>'
+    )
+    assert read_junit(path) == {
+        "counts": {"passed": 1, "failed": 1, "skipped": 1},
+        "positions": {"worse": 2},
+        "failed": {"b": "line one"},
+    }
