@@ -28,6 +28,8 @@ def run(setting: Setting, box: Box, report: Report) -> None:
     arguments = ["-m", "pytest", _TESTS, "-q", "-x" if setting.fault else "--maxfail=30", "--tb=short"]
     arguments += ["-p", "no:cacheprovider", *chosen, f"--junitxml={results}"]
     arguments += ["-o", "junit_family=xunit1"]  # the one that keeps properties
+    # Other people's versions may deprecate other things; that is not what is checked here.
+    arguments += ["-W", "default::FutureWarning", "-W", "default::DeprecationWarning"]
     if importlib.util.find_spec("pytest_timeout") is None:
         arguments += [
             "-o",
