@@ -182,15 +182,15 @@ class RetrievalDrafter:
             best_of: Samples to draw for each prompt, of which the ``num_return_sequences`` with the highest
                 mean log probability are returned, the best first.
             output_prompt_logits: Whether ``prompt_logits`` is returned, with ``return_dict_in_generate``.
-            cache: Holds the beginning of `input_ids`: what an earlier call returned, or a ``DynamicCache``. One of
-                ours is continued in place; what the text does not share with it is taken off.
+            cache: Holds the beginning of `input_ids`: what an earlier call returned, or a ``DynamicCache``.
+                One of ours is continued in place; what the text does not share with it is taken off.
             past_key_values: The name of `cache` before transformers 5.24; either works with any version.
             **generate_kwargs: As for ``model.generate``.
 
         Returns:
             int64, shape (batch, length + new), or a GenerateDecoderOnlyOutput with
-            ``return_dict_in_generate=True``; its ``cache`` (before transformers 5.24 ``past_key_values``) can be
-            handed back.
+            ``return_dict_in_generate=True``; its ``cache`` (before transformers 5.24 ``past_key_values``) can
+            be handed back.
         """
         keep_best = best_of_options(best_of, generation_config, generate_kwargs)
         references = self._references(documents, prediction)

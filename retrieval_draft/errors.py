@@ -6,10 +6,10 @@ RetrievalDraftError
   TokenizerMismatchError(ValueError)     tokenizer and model (or datastore) do not belong together
   UnsupportedModelError(ValueError)      its cache cannot be rolled back, or masks are ignored
   UnsupportedGenerationError(ValueError) a generation mode this package does not do (beams, ...)
-  UnsupportedEngineError(RuntimeError)   transformers or an engine in a version whose interface is not known here
-  NonFiniteLogitsError(ArithmeticError)  the model returned NaN
-  ModelFileError(OSError)                a model file is missing, torn or foreign
-  DatastoreError(OSError)                a datastore's file is missing, torn, foreign or in use
+  UnsupportedEngineError(RuntimeError)   transformers or an engine in a version whose interface is not known
+  here NonFiniteLogitsError(ArithmeticError)  the model returned NaN ModelFileError(OSError)                a
+  model file is missing, torn or foreign DatastoreError(OSError)                a datastore's file is missing,
+  torn, foreign or in use
 
 Messages say what failed, what was found, what is allowed and what to do next.
 """

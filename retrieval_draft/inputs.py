@@ -175,8 +175,8 @@ def check_generation(
         config: As prepared by model.generate.
         processors: As prepared by model.generate.
         rows: Of the batch.
-        model_inputs: What model.generate would hand to the model. What transformers itself adds passes; what the caller
-            gave and would change the output is refused by name.
+        model_inputs: What model.generate would hand to the model. What transformers itself adds passes; what
+            the caller gave and would change the output is refused by name.
 
     Raises:
         UnsupportedGenerationError: Names the option and the alternative.

@@ -146,6 +146,7 @@ class TreeAttention:
         self._masks = {kind: _Mask(window, dtype, device) for kind, window in windows.items()}
         self._host = torch.empty(0, dtype=torch.int64)
         self._up = torch.empty(0, dtype=torch.int64, device=device)
+        self._sent: torch.cuda.Event | None = None
 
     def size(self, nodes: int) -> int:
         """Nodes that a tree of `nodes` has when it is forwarded, the root included."""
@@ -162,6 +163,9 @@ class TreeAttention:
         nodes = self.size(len(tree))
         extra = 0 if moved is None else len(moved)
         words = 3 * nodes + extra + (0 if nodes == 1 else -(-nodes * nodes // 8))
+        if self._sent is not None:
+            # A pass that nobody read from, as a probe's, may still wait for its copy.
+            self._sent.synchronize()
         self._reserve(words)
         _pack(self._host.numpy()[:words], tree, nodes, length, moved)
         return self.unpack(self._send(words), nodes, extra, int(tree.depths.max()), length)
@@ -192,6 +196,8 @@ class TreeAttention:
         """One copy to the device; none where host memory is the device's."""
         up = self._up[:words]
         if self._up is not self._host:
-            # The host buffer is free again: every step ends with a copy down on the same stream.
             up.copy_(self._host[:words], non_blocking=True)
+            if self._sent is None:
+                self._sent = torch.cuda.Event()
+            self._sent.record(torch.cuda.current_stream(self.device))
         return up

@@ -1,8 +1,8 @@
 """Differences between versions of transformers, 5.0 to the newest: the only module that knows them.
 
-Features are asked for, not version numbers, so that a release in between, or one of tomorrow that keeps a feature,
-works without a change here. In words of this package a "cache" is what `model.generate` calls ``cache`` from 5.24 on and
-``past_key_values`` before.
+Features are asked for, not version numbers, so that a release in between, or one of tomorrow that keeps a
+feature, works without a change here. In words of this package a "cache" is what `model.generate` calls
+``cache`` from 5.24 on and ``past_key_values`` before.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ if not all(hasattr(transformers, name) for name in _NEEDED):
 
 
 def cache_parameter(model: Any) -> str:
-    """Name of the cache among the arguments of a model's forward pass; code from a hub may keep an older one."""
+    """Name of the cache among the arguments of a model's forward pass, which may be older code from a hub."""
     parameters = inspect.signature(model.forward).parameters
     return next((name for name in CACHE_NAMES if name in parameters), output_cache_name())
 
 
 def given_cache(arguments: Mapping[str, Any]) -> Any:
-    """The cache among keyword arguments of `generate` or model inputs, under whichever name; None without one."""
+    """The cache among keyword arguments of `generate` or model inputs, under either name, or None."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
@@ -64,8 +64,8 @@ def output_cache_name() -> str:
 def is_callers_own(cache: Any) -> bool:
     """Whether a cache that a custom decoding loop was handed is its caller's, not one that `generate` made.
 
-    Newer versions mark the caller's. In older ones the arguments of the calling `generate` say it; a cache that reached
-    the loop without any `generate` is the caller's.
+    Newer versions mark the caller's. In older ones the arguments of the calling `generate` say it; a cache
+    that reached the loop without any `generate` is the caller's.
     """
     if getattr(cache, "_is_user_defined", False):
         return True
@@ -76,8 +76,8 @@ def is_callers_own(cache: Any) -> bool:
 def hidden_arguments() -> dict[str, Any] | None:
     """Arguments of the `model.generate` that called the decoding loop that runs; None outside of any.
 
-    transformers shows a streamer the prompt and then withholds it from custom decoding loops, and it does not tell them
-    which model inputs came from the caller. So they are read from the frame of `generate` itself.
+    transformers shows a streamer the prompt and then withholds it from custom decoding loops, and it does not
+    tell them which model inputs came from the caller. So they are read from the frame of `generate` itself.
     """
     generate = inspect.unwrap(GenerationMixin.generate)
     frame = inspect.currentframe()
@@ -91,10 +91,11 @@ def hidden_arguments() -> dict[str, Any] | None:
 
 
 def callers_model_inputs(model_inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Model inputs that the caller of `generate` gave, under the caller's names; not what transformers made or added.
+    """Model inputs that the caller of `generate` gave; not those that transformers made or added.
 
     Args:
-        model_inputs: As handed to the custom decoding loop; they are returned as they are where no `generate` called it.
+        model_inputs: As handed to the custom decoding loop; they are returned as they are where no `generate`
+            called it.
 
     Example:
         generate(ids, max_new_tokens=8, pixel_values=image)  ->  {"pixel_values": image}
@@ -114,8 +115,9 @@ def layer_kinds(text: Any) -> list[tuple[str, int | None]]:
         text: Configuration of the text model.
 
     Returns:
-        For each layer its type as in ``config.layer_types``, "dummy" for one without keys of its own, and its window in
-        tokens or None. Before 5.20 layers that share the keys of others are left out at the end, where they stand.
+        For each layer its type as in ``config.layer_types``, "dummy" for one without keys of its own, and its
+        window in tokens or None. Before 5.20 layers that share the keys of others are left out at the end,
+        where they stand.
 
     Example:
         Gemma 3 with a window of 512  ->  [("sliding_attention", 512), ..., ("full_attention", None), ...]
@@ -126,7 +128,8 @@ def layer_kinds(text: Any) -> list[tuple[str, int | None]]:
         windows = [getattr(text, "sliding_window", None)] * len(kinds)
     else:
         kinds, options = ask(text)
-        each = [options] * len(kinds) if isinstance(options, dict) else options  # one for all layers before 5.19
+        # Before 5.19 one dictionary serves all layers.
+        each = [options] * len(kinds) if isinstance(options, dict) else options
         windows = [of_layer.get("sliding_window") for of_layer in each]
     return [
         (kind, window if kind == "sliding_attention" else None)
@@ -155,5 +158,5 @@ def empty_layer() -> Any:
 
 
 def query_length(given: Any) -> int:
-    """Tokens of a pass, from what a cache layer's `get_mask_sizes` gets: their number, or before 5.2 their positions."""
+    """Tokens of a pass, from what a cache layer is told: their number, or before 5.2 their positions."""
     return given if isinstance(given, int) else int(given.shape[0])

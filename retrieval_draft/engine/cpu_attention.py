@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from retrieval_draft.engine.substitution import is_ordinary_call
+from retrieval_draft.engine.substitution import is_ordinary_call, lend_attention
 
 __all__ = ["WIDE_ATTENTION", "is_worthwhile", "wide_attention"]
 
@@ -21,9 +19,6 @@ WIDE_ATTENTION = "retrieval_draft_cpu"
 """The name of our attention in transformers' registry."""
 
 _MOST_TOKENS = 64
-
-_users: dict[int, int] = {}
-_lock = threading.Lock()
 
 
 def _attend(
@@ -53,22 +48,6 @@ def is_worthwhile(model: Any) -> bool:
     )
 
 
-@contextmanager
-def wide_attention(model: Any) -> Iterator[None]:
+def wide_attention(model: Any) -> AbstractContextManager[str | None]:
     """A model that uses torch's attention uses this one inside, and its own again afterwards."""
-    config = model.config
-    text = config.get_text_config(decoder=True)
-    with _lock:
-        taken = text._attn_implementation in ("sdpa", WIDE_ATTENTION)
-        if taken:
-            _users[id(text)] = _users.get(id(text), 0) + 1
-            text._attn_implementation = WIDE_ATTENTION
-    try:
-        yield
-    finally:
-        with _lock:
-            if taken:
-                _users[id(text)] -= 1
-                if not _users[id(text)]:
-                    del _users[id(text)]
-                    text._attn_implementation = "sdpa"
+    return lend_attention(model, WIDE_ATTENTION, ("sdpa",))

@@ -223,7 +223,7 @@ class _Seen(Exception):
 
 @torch.no_grad()
 def _returns_tuple(model: Any, layer: torch.nn.Module) -> bool:
-    """Whether a decoder layer returns its hidden states in a tuple, as some do in older versions of transformers."""
+    """Whether a decoder layer returns its hidden states in a tuple, as some of older transformers do."""
     found: list[bool] = []
 
     def look(module: torch.nn.Module, args: Any, output: Any) -> None:

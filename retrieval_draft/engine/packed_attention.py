@@ -15,14 +15,16 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from retrieval_draft.engine.cpu_attention import WIDE_ATTENTION
+from retrieval_draft.engine.cuda_attention import CUDA_ATTENTION
 from retrieval_draft.engine.packed_cache import PackedCache
+from retrieval_draft.engine.substitution import lend_attention
 
 __all__ = ["PACKED_ATTENTION", "can_pack", "packed_attention"]
 
 PACKED_ATTENTION = "retrieval_draft_packed"
 """The name of this attention in transformers' registry."""
 
-_BASES = ("sdpa", WIDE_ATTENTION)
+_BASES = ("sdpa", WIDE_ATTENTION, CUDA_ATTENTION)
 """Attentions that can be called request by request."""
 
 
@@ -34,8 +36,6 @@ class _Here(threading.local):
 
 
 _here = _Here()
-_users: dict[int, tuple[int, str]] = {}
-_lock = threading.Lock()
 
 
 def _attend(
@@ -68,20 +68,10 @@ def can_pack(model: Any) -> bool:
 @contextmanager
 def packed_attention(model: Any, cache: PackedCache) -> Iterator[None]:
     """Inside, this thread's passes of the model attend as `cache` says."""
-    text = model.config.get_text_config(decoder=True)
-    with _lock:
-        count, before = _users.get(id(text), (0, text._attn_implementation))
-        _users[id(text)] = count + 1, before
-        text._attn_implementation = PACKED_ATTENTION
-    _here.cache, _here.base = cache, ALL_ATTENTION_FUNCTIONS[before]
-    try:
-        yield
-    finally:
-        _here.cache = None
-        with _lock:
-            count, before = _users[id(text)]
-            if count > 1:
-                _users[id(text)] = count - 1, before
-            else:
-                del _users[id(text)]
-                text._attn_implementation = before
+    with lend_attention(model, PACKED_ATTENTION, _BASES) as before:
+        assert before is not None, "can_pack says whether it can stand in"
+        _here.cache, _here.base = cache, ALL_ATTENTION_FUNCTIONS[before]
+        try:
+            yield
+        finally:
+            _here.cache = None

@@ -1,9 +1,9 @@
-"""Lends modules another ``forward`` for a while."""
+"""Lends modules another ``forward``, and models another attention, for a while."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,9 +11,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_free", "is_ordinary_call", "lend_forwards"]
+__all__ = ["is_free", "is_ordinary_call", "lend_attention", "lend_forwards"]
 
 _users: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_attention_users: dict[tuple[int, str], tuple[int, str]] = {}
 _lock = threading.Lock()
 
 
@@ -54,3 +55,35 @@ def lend_forwards(forwards: Iterable[tuple[nn.Module, Callable[[Tensor], Tensor]
                 if not _users[module]:
                     del _users[module]
                     module.__dict__.pop("forward", None)
+
+
+@contextmanager
+def lend_attention(model: Any, name: str, over: Collection[str]) -> Iterator[str | None]:
+    """A model attends by `name` inside, and as before afterwards; the last of several users restores it.
+
+    Args:
+        model: Any model of transformers.
+        name: An attention in transformers' registry.
+        over: Attentions that it can stand in for; a model with another one keeps it.
+
+    Yields:
+        The attention it stands in for; None where the model keeps its own.
+    """
+    text = model.config.get_text_config(decoder=True)
+    key = id(text), name
+    with _lock:
+        count, before = _attention_users.get(key, (0, text._attn_implementation))
+        taken = text._attn_implementation in (*over, name)
+        if taken:
+            _attention_users[key] = count + 1, before
+            text._attn_implementation = name
+    try:
+        yield before if taken else None
+    finally:
+        if taken:
+            with _lock:
+                count, before = _attention_users.pop(key)
+                if count > 1:
+                    _attention_users[key] = count - 1, before
+                else:
+                    text._attn_implementation = before

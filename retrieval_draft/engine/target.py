@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from retrieval_draft.engine.attention import TreeAttention, TreeInputs
 from retrieval_draft.engine.compat import cache_parameter
 from retrieval_draft.engine.cpu_attention import WIDE_ATTENTION
+from retrieval_draft.engine.cuda_attention import CUDA_ATTENTION, cuda_attention
 from retrieval_draft.engine.kv_cache import SpeculativeCache, layer_windows
 from retrieval_draft.engine.packed_attention import can_pack, packed_attention
 from retrieval_draft.engine.packed_cache import PackedCache
@@ -140,7 +141,7 @@ class Target:
         options = {self._cache_parameter: cache}
         if self._keeps_logits:
             options["logits_to_keep"] = keep
-        with uncompiled(self._compiled):
+        with uncompiled(self._compiled), cuda_attention(self.model, self.device):
             out = self.model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -185,7 +186,7 @@ class Target:
             packed = PackedCache(caches, inputs, self._kinds)
             # Any mask of four dimensions keeps the model from making its own; ours are the requests' own.
             unused = ids.new_zeros((1, 1, 1, 1), dtype=self.model.dtype)
-            with packed_attention(self.model, packed):
+            with cuda_attention(self.model, self.device), packed_attention(self.model, packed):
                 logits = self._call(packed, ids, positions, unused, ids.shape[1])
             if packed.is_read:
                 return logits
@@ -221,7 +222,7 @@ def _check(model: PreTrainedModel) -> None:
     check_layers(model)
     text = model.config.get_text_config(decoder=True)
     for implementation in {model.config._attn_implementation, text._attn_implementation}:
-        if implementation not in ("sdpa", "eager", WIDE_ATTENTION, None):
+        if implementation not in ("sdpa", "eager", WIDE_ATTENTION, CUDA_ATTENTION, None):
             raise UnsupportedModelError(
                 f"{name} uses attention implementation {implementation!r}, which ignores tree masks.",
                 'Load it with attn_implementation="sdpa".',

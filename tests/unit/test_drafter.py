@@ -191,9 +191,7 @@ def test_returned_dictionary_and_cache_can_be_used_further() -> None:
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert ours[CACHE].get_seq_length() == ours.sequences.shape[1] - 1
-    more = MODEL.generate(
-        ours.sequences, **{CACHE: ours[CACHE]}, max_new_tokens=40, do_sample=False
-    )
+    more = MODEL.generate(ours.sequences, **{CACHE: ours[CACHE]}, max_new_tokens=40, do_sample=False)
     assert torch.equal(more, STOCK)
 
 
