@@ -364,7 +364,7 @@ class RetrievalDrafter:
             share_when_finished(self.store, requests, extras.share)
             rows = self._decode(requests, extras, total)
         if isinstance(cache, DynamicCache) and len(rows) == 1:
-            write_back(rows[0].cache, cache)
+            write_back(rows[0].cache, cache, input_ids.shape[1] - len(prompts[0]))
         if extras.best_of is not None:
             kept = best_rows(rows, config.num_return_sequences or 1, extras.best_of)
             rows, input_ids = [rows[row] for row in kept], input_ids[kept]

@@ -56,14 +56,16 @@ def make_output(rows: Sequence[Row], input_ids: Tensor, config: GenerationConfig
     prompts = [row.prompt_logits for row in rows if row.prompt_logits is not None]
     caches = [row.cache for row in rows]
     kind: Any = GenerateOutput if prompts or logprobs else GenerateDecoderOnlyOutput
-    output: Any = kind(sequences=sequences)
-    output.scores = _by_position(scores) if scores else None
-    output.logits = _by_position(logits) if logits else None
+    fields: dict[str, Any] = {
+        "sequences": sequences,
+        "scores": _by_position(scores) if scores else None,
+        "logits": _by_position(logits) if logits else None,
+        output_cache_name(): caches[0] if len(caches) == 1 else CacheRows(caches),
+    }
     if logprobs or prompts:
-        output.logprobs = tuple(torch.tensor(each) for each in logprobs) if logprobs else None
-        output.prompt_logits = tuple(prompts) if prompts else None
-    setattr(output, output_cache_name(), caches[0] if len(caches) == 1 else CacheRows(caches))
-    return output
+        fields["logprobs"] = tuple(torch.tensor(each) for each in logprobs) if logprobs else None
+        fields["prompt_logits"] = tuple(prompts) if prompts else None
+    return kind(**fields)
 
 
 def _by_position(kept: Sequence[list[Tensor]]) -> tuple[Tensor, ...]:

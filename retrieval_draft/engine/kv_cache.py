@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -61,19 +62,21 @@ class SpeculativeLayer(CacheLayerMixin):
     Args:
         window: Tokens that a position sees, itself included, or None for all.
         capacity: Tokens to make room for at first.
+        keeps_all: Whether keys that have left the window stay.
     """
 
     is_compileable = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, window: int | None = None, capacity: int = 0) -> None:
+    def __init__(self, window: int | None = None, capacity: int = 0, keeps_all: bool = False) -> None:
         self.is_initialized = False
         self.is_sliding = window is not None
         self.window = window
         self.length = 0
         self.start = 0
         self.staged = 0
+        self._keeps = window is None or keeps_all
         self._hint = capacity
         self._buffers: tuple[Tensor, ...] = ()
 
@@ -128,7 +131,7 @@ class SpeculativeLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[-2]
         first = self.first_visible
-        if self.window is not None and not staged and new > self._slack(0):
+        if not self._keeps and not staged and new > self._slack(0):
             return self._prefill(key_states, value_states)
         self._reserve(new)
         base = self.length - self.start
@@ -179,7 +182,7 @@ class SpeculativeLayer(CacheLayerMixin):
 
     def clone(self, capacity: int = 0) -> SpeculativeLayer:
         """A copy of the committed text's keys and values, with room for `capacity` tokens in all."""
-        copy = SpeculativeLayer(self.window, capacity)
+        copy = SpeculativeLayer(self.window, capacity, self._keeps)
         if self.is_initialized:
             copy.load(*self._view(self.start, self.length), self.start)
         return copy
@@ -204,11 +207,19 @@ class SpeculativeLayer(CacheLayerMixin):
         """Forgets the text and keeps the buffers."""
         self.length = self.start = self.staged = 0
 
+    def can_crop(self, length: int) -> bool:
+        """Whether `length` tokens can be all that is left: what they see is still here."""
+        first = 0 if self.window is None else max(0, length - self.window + 1)
+        return length >= 0 and first >= self.start
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Committed keys and values that are still here: (batch, heads, tokens, dim) each."""
+        return self._view(self.start, self.length)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Removes `-tokens_to_remove` tokens from the end."""
         length = self.length - abs(tokens_to_remove)
-        first = 0 if self.window is None else max(0, length - self.window + 1)
-        if length < 0 or first < self.start:
+        if not self.can_crop(length):
             raise ValueError(
                 f"Cannot remove {abs(tokens_to_remove)} of {self.length} tokens: "
                 f"positions before {self.start} have left the window."
@@ -235,7 +246,8 @@ class SpeculativeLayer(CacheLayerMixin):
             return
         wanted = max(used + new, self._hint, self.capacity + max(_GROWTH, self.capacity // 2))
         first = self.start
-        if self.window is not None:
+        if not self._keeps:
+            assert self.window is not None
             limit = self.window - 1 + self._slack(new)
             if used + new > limit:
                 first = self.first_visible
@@ -283,24 +295,26 @@ class SpeculativeCache(Cache):
     Args:
         config: The model's configuration.
         capacity: Tokens to make room for at first.
+        keeps_all: Whether layers with a window keep what has left it.
 
     Attributes:
-        text: int32, the committed tokens, where a request left the cache to be used further; else None.
+        text: int32. The first committed tokens, as far as they are known: all where a request has finished,
+            none of what other passes or a request that failed have added.
 
     Raises:
         UnsupportedModelError: A layer keeps state that a rejected draft token would spoil.
     """
 
-    def __init__(self, config: PreTrainedConfig, capacity: int = 0) -> None:
+    def __init__(self, config: PreTrainedConfig, capacity: int = 0, keeps_all: bool = False) -> None:
         super().__init__(
             layers=[
-                empty_layer() if kind == "dummy" else SpeculativeLayer(window, capacity)
+                empty_layer() if kind == "dummy" else SpeculativeLayer(window, capacity, keeps_all)
                 for kind, window in layer_windows(config)
             ]
         )
         self._attention = [layer for layer in self.layers if isinstance(layer, SpeculativeLayer)]
         self._staging = False
-        self.text: TokenArray | None = None
+        self.text: TokenArray = np.zeros(0, np.int32)
 
     def stage(self, staging: bool) -> None:
         """Says whether the tokens of the next forward passes are tree nodes."""
@@ -341,6 +355,20 @@ class SpeculativeCache(Cache):
         copy._staging = False
         copy.text = self.text
         return copy
+
+    def keep(self, length: int) -> bool:
+        """Takes everything behind the first `length` tokens off.
+
+        Returns:
+            False, with nothing changed, where a window has left what the last of them see.
+        """
+        if not all(layer.can_crop(length) for layer in self._attention if layer.is_initialized):
+            return False
+        for layer in self._attention:
+            if layer.is_initialized:
+                layer.crop(length - layer.length)
+        self.text = self.text[:length]
+        return True
 
     def drop(self) -> None:
         """Drops all staged nodes."""

@@ -83,9 +83,9 @@ class Target:
             handle.remove()
             self.hidden = None
 
-    def cache(self, capacity: int) -> SpeculativeCache:
+    def cache(self, capacity: int, keeps_all: bool = False) -> SpeculativeCache:
         """An empty cache with room for `capacity` tokens."""
-        return SpeculativeCache(self.model.config, capacity)
+        return SpeculativeCache(self.model.config, capacity, keeps_all)
 
     def prefill(
         self, cache: SpeculativeCache, prompt: Tensor, rows: int, chunk: int | None = None
@@ -193,6 +193,10 @@ class Target:
             # Some layer did not attend through transformers' registry.
             packed.drop()
             self._joins = True
+        keys = sum(cache.get_seq_length() for cache in caches) + ids.shape[1]
+        if self.max_positions is not None and keys > self.max_positions:
+            # Attention of some models holds a mask of its own for so many keys and no more.
+            return torch.cat([self.verify(*row) for row in zip(caches, inputs, strict=True)])
         joined = PackedCache(caches, inputs, self._kinds, joined=True)
         return self._call(joined, ids, positions, joined.joined_mask(), ids.shape[1])
 

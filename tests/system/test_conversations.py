@@ -155,3 +155,69 @@ def test_prompt_logits_are_those_of_the_model(name: str) -> None:
     for prompt, logits in zip(prompts, out.prompt_logits, strict=True):
         with torch.no_grad():
             torch.testing.assert_close(logits, model(prompt).logits[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "full-first"])
+@pytest.mark.parametrize("more", [60, 3])
+def test_a_conversation_edited_where_a_window_has_left_it(name: str, more: int) -> None:
+    kinds = {"layer_types": ["full_attention", *["sliding_attention"] * 2]} if name == "full-first" else {}
+    model = make("gemma3" if kinds else name, **kinds)
+    drafter = drafter_of(model)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    begun = drafter.generate(prompt_ids(300), return_dict_in_generate=True, **options)
+    text = torch.cat([begun.sequences[:, :-60], prompt_ids(4, seed=3)], 1)
+    for _ in range(2):  # the cache stays right whether or not it could be continued
+        ours = drafter.generate(text, cache=begun[CACHE], **options)
+        assert near_ties(model, ours, model.generate(text, **options)) == 0
+        text = torch.cat([ours, prompt_ids(more, seed=4)], 1)
+
+
+def test_a_cache_that_a_failed_call_left_is_right() -> None:
+    model, prompt = make("llama"), prompt_ids(30)
+    drafter = drafter_of(model)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    cache = drafter.generate(prompt, return_dict_in_generate=True, **options)[CACHE]
+
+    def stop(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] > 50:
+            raise RuntimeError("enough")
+        return scores
+
+    with pytest.raises(RuntimeError, match="enough"):
+        drafter.generate(prompt_ids(45, seed=5), cache=cache, logits_processor=[stop], **options)
+    for text in (prompt, prompt_ids(60, seed=6), prompt_ids(45, seed=5)):
+        ours = drafter.generate(text, cache=cache, **options)
+        assert near_ties(model, ours, model.generate(text, **options)) == 0
+
+
+@pytest.mark.parametrize("order", ["dd", "ds", "sd", "sds", "ssd"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+def test_a_cache_of_transformers_without_a_configuration(name: str, order: str) -> None:
+    model, text, cache = make(name), prompt_ids(19), DynamicCache()
+    drafter = drafter_of(model)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    for turn, who in enumerate(order):
+        stock = model.generate(text, **options)
+        found = (drafter if who == "d" else model).generate(text, **{CACHE: cache}, **options)
+        assert near_ties(model, found, stock) == 0
+        assert cache.get_seq_length() == stock.shape[1] - 1
+        text = torch.cat([stock, prompt_ids(3, seed=turn)], 1)
+
+
+@pytest.mark.parametrize("order", ["dd", "ds", "sd"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_cache_of_transformers_and_a_padded_prompt(name: str, order: str) -> None:
+    model = make(name)
+    how = {"d": drafter_of(model).generate, "s": model.generate}
+    text = torch.cat([torch.zeros(1, 4, dtype=torch.long), prompt_ids(11)], 1)
+    mask = (torch.arange(15) >= 4).long()[None]
+    cache, options = (
+        DynamicCache(config=model.config),
+        {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0},
+    )
+    for who in order:
+        stock = model.generate(text, attention_mask=mask, **options)
+        found = how[who](text, attention_mask=mask, **{CACHE: cache}, **options)
+        assert torch.equal(found, stock)
+        text = torch.cat([stock, prompt_ids(3, seed=7)], 1)
+        mask = torch.cat([mask, torch.ones(1, text.shape[1] - mask.shape[1], dtype=torch.long)], 1)
