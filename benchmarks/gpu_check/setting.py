@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ class Setting:
         device: Where models run.
         tiny: Whether this is a rehearsal: tiny models, short contexts, few repeats.
         fault: What is broken on purpose, or None.
-        contestants: Decoders made so far, by model and name.
+        contestants: Decoders made so far, by model and name, each with what it began with.
     """
 
     device: torch.device
@@ -69,6 +68,7 @@ class Setting:
     fault: str | None
     contestants: dict[tuple[str, str], Any] = field(default_factory=dict)
     _models: dict[tuple[str, torch.dtype], Any] = field(default_factory=dict)
+    _compiled: Any = None
 
     @classmethod
     def of(cls, options: Any) -> Setting:
@@ -112,13 +112,14 @@ class Setting:
             self._models[key] = _make(shape, dtype, self.device)
         return self._models[key]
 
-    def forget_models(self) -> None:
-        """Frees the models' memory."""
-        self.contestants.clear()
-        self._models.clear()
-        gc.collect()
-        if self.cuda:
-            torch.cuda.empty_cache()
+    def compiled(self) -> Any:
+        """The smaller geometry with a compiler; the first call has it begin to compile."""
+        from benchmarks.gpu_check.compiled import CompiledStock
+
+        if self._compiled is None:
+            small = next(iter(self.geometries))
+            self._compiled = CompiledStock({"model": small, "decoder": "stock-compiled"})
+        return self._compiled
 
     def is_sound(self) -> bool:
         """Whether the device still works, which after a CUDA error it does not."""
