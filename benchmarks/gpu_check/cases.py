@@ -25,7 +25,7 @@ __all__ = ["Beginning", "Case", "Decoded", "Decoder", "launching"]
 
 _RECORDED = "recorded"
 _MEASURED = (0, 2, 8)
-"""Places of a conversation, a summary and an answer by calculation among the recorded replies."""
+"""Places of a conversation, a summary and an answer from documents among the recorded replies."""
 _OTHERS = (9, 1)
 """Places of what is decoded before, for kernels, costs and calibration to be warm."""
 _WARM_TOKENS = 24

@@ -109,7 +109,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def _run(options: Any, names: list[str], folder: Path, began: float) -> None:
     command = [sys.executable, "-m", "benchmarks", "gpu_check", "--worker", "--out", str(options.out)]
     command += ["--parts-folder", str(folder)]
-    command += ["--device", options.device]
+    command += ["--device", options.device, "--parts", ",".join(names)]
     command += ["--tiny"] if options.tiny else []
     command += ["--fault", options.fault] if options.fault else []
 

@@ -60,12 +60,14 @@ class Setting:
         device: Where models run.
         tiny: Whether this is a rehearsal: tiny models, short contexts, few repeats.
         fault: What is broken on purpose, or None.
+        parts: Names of what is to run.
         contestants: Decoders made so far, by model and name, each with what it began with.
     """
 
     device: torch.device
     tiny: bool
     fault: str | None
+    parts: tuple[str, ...] = ()
     contestants: dict[tuple[str, str], Any] = field(default_factory=dict)
     _models: dict[tuple[str, torch.dtype], Any] = field(default_factory=dict)
     _compiled: Any = None
@@ -82,7 +84,7 @@ class Setting:
         device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call, unused-ignore]
         transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
-        return cls(device, options.tiny, options.fault)
+        return cls(device, options.tiny, options.fault, tuple(getattr(options, "parts", ())))
 
     @property
     def cuda(self) -> bool:

@@ -18,8 +18,6 @@ def run(setting: Setting, box: Box, report: Report) -> None:
     """Runs pytest in a process of its own, within the box."""
     if importlib.util.find_spec("pytest") is None:
         raise NotThere("pytest is not installed")
-    if setting.cuda:
-        setting.compiled()  # its compiler may work while nothing is timed
     results = report.path.with_name("outcomes.jsonl")
     results.unlink(missing_ok=True)
     chosen = ["-m", "cuda"] if setting.cuda else ["-m", "not cuda"]
