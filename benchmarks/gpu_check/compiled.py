@@ -23,12 +23,15 @@ class CompiledStock:
 
     Args:
         case: As `cases.Case`, as plain types.
+        device: Where it runs.
+        tiny: Whether this is a rehearsal.
     """
 
-    def __init__(self, case: dict[str, Any]) -> None:
+    def __init__(self, case: dict[str, Any], device: str, tiny: bool) -> None:
+        given = {"case": case, "device": device, "tiny": tiny}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
         self._process: subprocess.Popen[str] = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu_check.compiled", json.dumps(case)],
+            [sys.executable, "-m", "benchmarks.gpu_check.compiled", json.dumps(given)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -66,7 +69,7 @@ class CompiledStock:
         self._process.wait()
 
 
-def _child(case: dict[str, Any]) -> None:
+def _child(case: dict[str, Any], device: str, tiny: bool) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     from benchmarks.gpu_check.cases import Case
@@ -80,10 +83,10 @@ def _child(case: dict[str, Any]) -> None:
         if not sys.stdin.readline():
             raise SystemExit(3)  # nobody asks any more
 
-    setting = Setting.of(SimpleNamespace(device="cuda", tiny=False, fault=None))
+    setting = Setting.of(SimpleNamespace(device=device, tiny=tiny, fault=None))
     row = measure(setting, Case(**case), wait)
     print(json.dumps(row), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    _child(json.loads(sys.argv[1]))
+    _child(**json.loads(sys.argv[1]))

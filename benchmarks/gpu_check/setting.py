@@ -115,12 +115,13 @@ class Setting:
         return self._models[key]
 
     def compiled(self) -> Any:
-        """The smaller geometry with a compiler; the first call has it begin to compile."""
+        """A geometry with a compiler; the first call has it begin to compile."""
         from benchmarks.gpu_check.compiled import CompiledStock
 
         if self._compiled is None:
-            small = next(iter(self.geometries))
-            self._compiled = CompiledStock({"model": small, "decoder": "stock-compiled"})
+            small, large = self.geometries
+            case = {"model": large if self.tiny else small, "decoder": "stock-compiled"}
+            self._compiled = CompiledStock(case, self.device.type, self.tiny)
         return self._compiled
 
     def is_sound(self) -> bool:

@@ -48,13 +48,17 @@ def run(setting: Setting, box: Box, report: Report) -> None:
     stock: dict[str, list[int]] = {}
     took = 1.0
     for case in cases(setting):
-        apart = case.decoder == STOCK_COMPILED and not setting.tiny
+        apart = case.decoder == STOCK_COMPILED
         if not box.has(min(took, 5.0)):
             report.note(f"out of time before {case.model}, {case.label}")
             continue
         before = box.left
         try:
-            row = setting.compiled().measure(min(box.left / 2, 30.0)) if apart else measure(setting, case)
+            row = (
+                setting.compiled().measure(max(min(box.left / 2, 30.0), 1.0))
+                if apart
+                else measure(setting, case)
+            )
         except Exception as error:
             if not setting.is_sound():
                 raise
