@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
-from benchmarks.gpu_check.cases import Case, Decoded, Decoder, launching
-from benchmarks.gpu_check.measure import Counts, counted
+from benchmarks.gpu_check.cases import Case, Decoder, launching
+from benchmarks.gpu_check.measure import Counter, counter
 from benchmarks.gpu_check.report import Box, Report
-from benchmarks.gpu_check.setting import Setting
+from benchmarks.gpu_check.setting import Setting, synchronize
+from retrieval_draft.bench.contestants import NO_CUDNN
+from retrieval_draft.engine.decode import Batch
 
 __all__ = ["run"]
 
-_SHORT, _LONG = 4, 16
-"""Tokens of two runs, whose difference is what steps did, without prompt and preparation."""
+_STEPS = 6
+"""Steps of a reply that are looked at, from the second on."""
 
 
 def run(setting: Setting, box: Box, report: Report) -> None:
     """One case after the other, the most telling first."""
     small, large = setting.geometries
+    names = [f"{name}{NO_CUDNN}" for name in ("stock", "none", "calibrated")]
     cases = [
-        *(Case(model, name) for model in (large, small) for name in ("stock", "none", "calibrated")),
-        *(Case(small, name, sampled=True) for name in ("stock", "none", "calibrated")),
-        *(Case(small, name, rows=8) for name in ("stock", "none", "calibrated")),
-        *(Case(large, name, rows=8) for name in ("none", "calibrated")),
+        *(Case(model, name) for model in (large, small) for name in names),
+        *(Case(small, name, sampled=True) for name in names),
+        *(Case(small, name, rows=8) for name in names),
+        *(Case(large, name, rows=8) for name in names[1:]),
+        *(Case(large, name, context="8192") for name in names),
     ]
     if setting.tiny:
-        cases = [Case(large, name) for name in ("stock", "none", "calibrated")]
-        cases += [Case(large, "calibrated", sampled=True), Case(large, "calibrated", rows=2)]
+        cases = [Case(large, name) for name in names]
+        cases += [Case(large, names[2], sampled=True), Case(large, names[2], rows=2)]
     for case in cases:
         if not box.has(2.0):
             report.note(f"out of time before {case.model}, {case.label}")
@@ -34,34 +42,98 @@ def run(setting: Setting, box: Box, report: Report) -> None:
         report.row(**case.key, **_anatomy(setting, case))
 
 
+class _Steps:
+    """Looks at some steps of a reply: from the beginning of one to the beginning of another.
+
+    Args:
+        begin: Called when the first one to look at begins.
+        end: Called when they are over.
+        skip: Steps before.
+
+    Attributes:
+        seen: Steps between the two.
+    """
+
+    def __init__(self, begin: Callable[[], object], end: Callable[[], object], skip: int = 1) -> None:
+        self._begin, self._end, self._skip = begin, end, skip
+        self._begun = 0
+        self.seen = 0
+
+    def next(self) -> None:
+        """A step begins."""
+        place, self._begun = self._begun - self._skip, self._begun + 1
+        if place == 0:
+            self._begin()
+        elif place == _STEPS:
+            self._end()
+        self.seen = min(max(place, 0), _STEPS)
+
+    def over(self) -> None:
+        """The reply is over, perhaps before as many steps as wanted."""
+        if self._skip < self._begun <= self._skip + _STEPS:
+            self._end()
+            self.seen += 1
+
+
+@contextmanager
+def _watching(setting: Setting, case: Case, steps: _Steps) -> Iterator[None]:
+    """Tells `steps` of every step of the decoder: a batch's, or a forward pass of `model.generate`."""
+    if case.decoder.startswith("stock"):
+        hook = setting.model(case.model).register_forward_pre_hook(lambda *_: steps.next())
+        try:
+            yield
+        finally:
+            hook.remove()
+            steps.over()
+        return
+    step = Batch.step
+
+    def told(batch: Batch) -> Any:
+        steps.next()
+        return step(batch)
+
+    with mock.patch.object(Batch, "step", told):
+        try:
+            yield
+        finally:
+            steps.over()
+
+
 def _anatomy(setting: Setting, case: Case) -> dict[str, Any]:
-    decoder = Decoder(setting, case, 32)
-    chosen = decoder.recorded[: case.rows]
-    runs: dict[int, Decoded] = {}
+    stock = case.decoder.startswith("stock")
+    new = 24 if case.decoder.startswith("calibrated") and setting.tiny else 64
+    if not case.decoder.startswith("calibrated"):
+        new = _STEPS + 3
+    decoder = Decoder(setting, case, new)
+    chosen = decoder.groups[0]
+    times: list[float] = []
+
+    def tick() -> None:
+        synchronize(setting.device)
+        times.append(time.perf_counter())
+
+    def decode(begin: Callable[[], object], end: Callable[[], object]) -> tuple[int, Any]:
+        # The first pass of `model.generate` is the prompt's, which is no step.
+        steps = _Steps(begin, end, 2 if stock else 1)
+        with _watching(setting, case, steps):
+            done = decoder.decode(chosen, new)
+        return steps.seen, done.stats
+
+    decode(lambda: None, lambda: None)
     with launching() as launches:
-        for new in (_LONG, _SHORT, _LONG):  # the first one warms up
-            launches.clear()
-            runs[new] = decoder.decode(chosen, new)
-    launched = sum(launches[1:]) / max(len(launches) - 1, 1)
-    found: dict[int, Counts] = {}
-    for new in (_SHORT, _LONG):
-
-        def work(new: int = new) -> None:
-            decoder.decode(chosen, new)
-
-        found[new] = counted(work, setting.device)
-    steps = runs[_LONG].steps - runs[_SHORT].steps
-    by_step: dict[str, Any] = dict(found[_LONG].minus(found[_SHORT], steps))
-    step_ms = 1e3 * (runs[_LONG].seconds - runs[_SHORT].seconds) / max(steps, 1)
-    by_step |= {"steps": steps, "step_ms": round(step_ms, 3)}
-    if setting.cuda and step_ms > 0:
-        by_step["idle_percent"] = round(100 * (1 - by_step["busy_ms"] / step_ms), 1)
-    stats = runs[_LONG].stats
-    if stats is not None and stats.passes:
+        steps, stats = decode(tick, tick)
+    step_ms = 1e3 * (times[1] - times[0]) / steps
+    row: dict[str, Any] = {"step_ms": round(step_ms, 3)}
+    watched: Counter = counter(setting.device)
+    counted, _ = decode(watched.start, watched.stop)
+    row |= {"steps": counted, **watched.counts.by_step(counted)}
+    if setting.cuda:
+        row["idle_percent"] = round(100 * (1 - row["busy_ms"] / step_ms), 1)
+    if stats is not None:
         phases = ("draft", "commit", "forward", "accept", "learn")
-        by_step["phases_us"] = {
+        row["phases_us"] = {
             name: round(1e6 * getattr(stats, f"{name}_seconds") / stats.passes, 1) for name in phases
         }
-        by_step["launch_us"] = round(1e6 * launched, 1)
-    by_step["most_frequent"] = dict((found[_LONG].names - found[_SHORT].names).most_common(12))
-    return by_step
+        row["launch_us"] = round(1e6 * sum(launches[1:]) / max(len(launches) - 1, 1), 1)
+    row["most_frequent"] = dict(watched.counts.names.most_common(12))
+    return row

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -14,13 +15,21 @@ from torch import Tensor
 
 from benchmarks.gpu_check.forced import Recorded, forced, recorded
 from benchmarks.gpu_check.setting import Setting, synchronize
+from retrieval_draft import RetrievalDrafter
 from retrieval_draft.bench.contestants import make_contestant
 from retrieval_draft.engine.stats import DraftStats
 from retrieval_draft.engine.target import Target
+from retrieval_draft.supplies import make_supply
 
-__all__ = ["Case", "Decoded", "Decoder", "launching"]
+__all__ = ["Beginning", "Case", "Decoded", "Decoder", "launching"]
 
 _RECORDED = "recorded"
+_MEASURED = (0, 2, 8)
+"""Places of a conversation, a summary and an answer from documents among the recorded replies."""
+_OTHERS = (9, 1)
+"""Places of what is decoded before, for kernels, costs and calibration to be warm."""
+_WARM_TOKENS = 24
+_TINY_NODES = 16
 _SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 50}
 
 
@@ -71,13 +80,38 @@ class Decoded:
     stats: DraftStats | None
 
 
+class Beginning:
+    """What a drafter has measured and calibrated, to begin with again, all texts forgotten.
+
+    Args:
+        drafter: As it is now.
+    """
+
+    def __init__(self, drafter: RetrievalDrafter) -> None:
+        supply = drafter._supply
+        self._drafter = drafter
+        self._learned = deepcopy((supply._calibration, supply.budget))
+
+    def restore(self) -> None:
+        """Gives the drafter sources that have seen no text, as those of a process that was just started."""
+        drafter = self._drafter
+        supply = make_supply(drafter._target, drafter._parts)
+        supply.prepare_like(drafter._supply)
+        supply._calibration, supply.budget = deepcopy(self._learned)
+        drafter._supply.close()
+        drafter._supply = supply
+
+
 class Decoder:
-    """A case made ready: model, method and prompts.
+    """A case made ready: model, method and prompts, warmed up on other texts than those to be measured.
 
     Args:
         setting: Where it runs; keeps what is made from one case to the next.
         case: Which.
         new: The most tokens of a reply.
+
+    Attributes:
+        groups: The prompts to measure, those of one call together.
     """
 
     def __init__(self, setting: Setting, case: Case, new: int) -> None:
@@ -86,19 +120,34 @@ class Decoder:
         self._model = setting.model(case.model)
         made = setting.contestants
         if (case.model, case.decoder) not in made:
-            made[case.model, case.decoder] = make_contestant(case.decoder, self._model, None, None)
-        self._contestant = made[case.model, case.decoder]
+            # A rehearsal's passes cost what a busy machine makes of them, which says nothing of drafts.
+            nodes = _TINY_NODES if setting.tiny else None
+            contestant: Any = make_contestant(case.decoder, self._model, None, nodes)
+            made[case.model, case.decoder] = (
+                contestant,
+                None if self.is_stock else Beginning(contestant.drafter),
+            )
+        self._contestant, self._beginning = made[case.model, case.decoder]
         vocabulary = int(self._model.config.vocab_size)
-        found = recorded(setting.trace, vocabulary, 10, new)
+        found = recorded(setting.trace, vocabulary, 10, max(new, _WARM_TOKENS))
         if setting.tiny:
             found = [Recorded(each.task, each.prompt[-40:], each.reply) for each in found]
         if case.context != _RECORDED:
             found = [_lengthened(each, int(case.context)) for each in found]
-        self.recorded: list[Recorded] = found
         self._by_prompt = {tuple(each.prompt): each.reply for each in found}
+        self.groups = [found[: case.rows]] if case.rows > 1 else [[found[place]] for place in _MEASURED]
+        others = [[found[place]] for place in _OTHERS]
+        if case.rows > 1:
+            others = [(found[case.rows :] * case.rows)[: case.rows]]
+        for group in others[:1] if self.is_stock else others:
+            self.decode(group, 12 if self.is_stock else _WARM_TOKENS)
+            if not self.is_stock:
+                self._beginning = Beginning(self._contestant.drafter)
 
     def decode(self, chosen: Sequence[Recorded], new: int) -> Decoded:
-        """Decodes the chosen prompts together, drafters saying what was recorded."""
+        """Decodes the chosen prompts together, drafters saying what was recorded, no text known before."""
+        if self._beginning is not None:
+            self._beginning.restore()
         ids, mask = self._padded(chosen)
         sampling: dict[str, Any] = {"do_sample": False} if not self.case.sampled else dict(_SAMPLING)
         if self.case.sampled and not self.is_stock:

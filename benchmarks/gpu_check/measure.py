@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import statistics
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu_check.setting import synchronize
 
-__all__ = ["Counts", "counted", "device_us", "milliseconds", "read_trace"]
+__all__ = ["Counter", "Counts", "counted", "counter", "device_us", "milliseconds", "read_trace"]
 
 _VIEWS = (
     "view", "slice", "select", "narrow", "unsqueeze", "squeeze", "expand", "transpose", "permute", "t.",
@@ -51,14 +51,12 @@ class Counts:
     mallocs: int = 0
     busy_ms: float = 0.0
     warned: int = 0
-    names: Counter[str] = field(default_factory=Counter)
+    names: collections.Counter[str] = field(default_factory=collections.Counter)
 
-    def minus(self, other: Counts, over: int) -> dict[str, float]:
-        """The difference to a shorter run, by step."""
+    def by_step(self, steps: int) -> dict[str, float]:
+        """The counts over a number of steps."""
         fields = ("kernels", "up", "down", "syncs", "mallocs", "busy_ms", "warned")
-        return {
-            name: round((getattr(self, name) - getattr(other, name)) / max(over, 1), 3) for name in fields
-        }
+        return {name: round(getattr(self, name) / steps, 3) for name in fields}
 
 
 def milliseconds(work: Callable[[], object], device: torch.device, rounds: int) -> list[float]:
@@ -89,27 +87,65 @@ def device_us(work: Callable[[], object], device: torch.device, rounds: int) -> 
     return float(statistics.median(series))
 
 
-def counted(work: Callable[[], object], device: torch.device) -> Counts:
-    """Runs `work` once and counts what it did: with torch's profiler on CUDA, by dispatch on a CPU."""
-    if device.type != "cuda":
-        counter = _Dispatched()
-        with counter:
-            work()
-        return counter.counts
-    synchronize(device)
-    from torch.profiler import ProfilerActivity, profile
+class Counter(Protocol):
+    """Counts what is done between two moments.
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        with _sync_warnings() as caught:
-            work()
-        synchronize(device)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(path))
-        counts = read_trace(json.loads(path.read_text()).get("traceEvents", []))
-    counts.warned = len(caught)
-    counts.syncs = max(counts.syncs - 1, 0)  # the wait after the work
-    return counts
+    Attributes:
+        counts: Complete after `stop`.
+    """
+
+    counts: Counts
+
+    def start(self) -> None:
+        """Counts from here on."""
+        ...
+
+    def stop(self) -> None:
+        """Counts no more."""
+        ...
+
+
+def counter(device: torch.device) -> Counter:
+    """Counts with torch's profiler on CUDA, by dispatch on a CPU."""
+    return _Profiled(device) if device.type == "cuda" else _Dispatched()
+
+
+def counted(work: Callable[[], object], device: torch.device) -> Counts:
+    """Runs `work` once and counts what it did."""
+    found = counter(device)
+    found.start()
+    try:
+        work()
+    finally:
+        found.stop()
+    return found.counts
+
+
+class _Profiled:
+    def __init__(self, device: torch.device) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        self.counts = Counts()
+        self._device = device
+        self._profiler = profile(activities=[ProfilerActivity.CUDA], acc_events=True)
+        self._warnings = contextlib.ExitStack()
+        self._caught: list[warnings.WarningMessage] = []
+
+    def start(self) -> None:
+        synchronize(self._device)
+        self._profiler.start()
+        self._caught = self._warnings.enter_context(_sync_warnings())
+
+    def stop(self) -> None:
+        self._warnings.close()
+        synchronize(self._device)
+        self._profiler.stop()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "trace.json")
+            self._profiler.export_chrome_trace(str(path))
+            self.counts = read_trace(json.loads(path.read_text()).get("traceEvents", []))
+        self.counts.warned = len(self._caught)
+        self.counts.syncs = max(self.counts.syncs - 1, 0)  # the wait after the work
 
 
 def read_trace(events: list[dict[str, Any]]) -> Counts:
@@ -158,6 +194,12 @@ class _Dispatched(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts = Counts()
+
+    def start(self) -> None:
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def stop(self) -> None:
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).removeprefix("aten.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,14 +60,17 @@ class Setting:
         device: Where models run.
         tiny: Whether this is a rehearsal: tiny models, short contexts, few repeats.
         fault: What is broken on purpose, or None.
-        contestants: Decoders made so far, by model and name.
+        parts: Names of what is to run.
+        contestants: Decoders made so far, by model and name, each with what it began with.
     """
 
     device: torch.device
     tiny: bool
     fault: str | None
+    parts: tuple[str, ...] = ()
     contestants: dict[tuple[str, str], Any] = field(default_factory=dict)
     _models: dict[tuple[str, torch.dtype], Any] = field(default_factory=dict)
+    _compiled: Any = None
 
     @classmethod
     def of(cls, options: Any) -> Setting:
@@ -82,7 +84,7 @@ class Setting:
         device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call, unused-ignore]
         transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
-        return cls(device, options.tiny, options.fault)
+        return cls(device, options.tiny, options.fault, tuple(getattr(options, "parts", ())))
 
     @property
     def cuda(self) -> bool:
@@ -112,13 +114,15 @@ class Setting:
             self._models[key] = _make(shape, dtype, self.device)
         return self._models[key]
 
-    def forget_models(self) -> None:
-        """Frees the models' memory."""
-        self.contestants.clear()
-        self._models.clear()
-        gc.collect()
-        if self.cuda:
-            torch.cuda.empty_cache()
+    def compiled(self) -> Any:
+        """A geometry with a compiler; the first call has it begin to compile."""
+        from benchmarks.gpu_check.compiled import CompiledStock
+
+        if self._compiled is None:
+            small, large = self.geometries
+            case = {"model": large if self.tiny else small, "decoder": "stock-compiled"}
+            self._compiled = CompiledStock(case, self.device.type, self.tiny)
+        return self._compiled
 
     def is_sound(self) -> bool:
         """Whether the device still works, which after a CUDA error it does not."""

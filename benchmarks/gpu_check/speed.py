@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import time
-from dataclasses import asdict
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
-from benchmarks.gpu_check.cases import Case, Decoded, Decoder
-from benchmarks.gpu_check.proc import run_child
-from benchmarks.gpu_check.report import Box, Report, write_json
+from benchmarks.gpu_check.cases import Case, Decoder
+from benchmarks.gpu_check.report import Box, Report
 from benchmarks.gpu_check.setting import Setting
 from retrieval_draft.bench.agreement import judge
-from retrieval_draft.bench.contestants import NO_CUDNN, STOCK, STOCK_COMPILED
+from retrieval_draft.bench.contestants import NO_CUDNN, STOCK, STOCK_COMPILED, cudnn_attention
 
-__all__ = ["cases", "run"]
-
-_PROMPTS = (0, 2, 8)
-"""Places of a conversation, a summary and an answer from documents among the recorded replies."""
+__all__ = ["cases", "measure", "run"]
 
 
 def cases(setting: Setting) -> list[Case]:
-    """The most telling first, the one that compiles last."""
+    """The most telling first. What is known to be slow with cuDNN's attention runs with it only once."""
     small, large = setting.geometries
     off = NO_CUDNN
     if setting.tiny:
@@ -38,78 +29,73 @@ def cases(setting: Setting) -> list[Case]:
             Case(large, "calibrated", context="96"),
             Case(large, STOCK_COMPILED),
         ]
-    both = (STOCK, f"{STOCK}{off}", "none", f"none{off}", "calibrated", f"calibrated{off}")
-    quick = (f"{STOCK}{off}", f"none{off}", f"calibrated{off}")
+    quick = tuple(f"{name}{off}" for name in (STOCK, "none", "calibrated"))
     return [
-        *(Case(model, name) for model in (large, small) for name in both),
+        Case(large, STOCK),
+        Case(large, "calibrated"),
+        *(Case(model, name) for model in (large, small) for name in quick),
         *(Case(small, name, sampled=True) for name in quick),
+        Case(small, STOCK_COMPILED),
         *(Case(small, name, rows=8) for name in quick),
         *(Case(large, name, context="8192") for name in quick),
         *(Case(large, name, rows=8) for name in quick),
         *(Case(large, name, sampled=True) for name in quick),
-        Case(small, STOCK_COMPILED),
     ]
 
 
 def run(setting: Setting, box: Box, report: Report) -> None:
     """One case after the other."""
     stock: dict[str, list[int]] = {}
+    took = 1.0
     for case in cases(setting):
-        compiles = case.decoder == STOCK_COMPILED and not setting.tiny
-        if not box.has(25.0 if compiles else 1.0):
+        apart = case.decoder == STOCK_COMPILED
+        if not box.has(min(took, 5.0)):
             report.note(f"out of time before {case.model}, {case.label}")
             continue
+        before = box.left
         try:
-            row = _apart(setting, case, stock, box, report) if compiles else _measure(setting, case, stock)
+            row = (
+                setting.compiled().measure(max(min(box.left / 2, 30.0), 1.0))
+                if apart
+                else measure(setting, case)
+            )
         except Exception as error:
             if not setting.is_sound():
                 raise
             report.row(**case.key, equal="failed", error=f"{type(error).__name__}: {error}"[:300])
             report.fail(f"{case.model}, {case.label}: {type(error).__name__}: {error}"[:160])
             continue
-        report.row(**case.key, **row)
+        took = before - box.left
+        if "reply" in row:
+            row["equal"] = _as_stock(setting, case, row.pop("prompt"), row.pop("reply"), stock)
+        report.row(**case.key, **row, took=round(took, 1))
         if row["equal"] == "different":
             report.fail(f"{case.model}, {case.label}: the reply is not the recorded one")
     report.note("calibrated in captured graphs: not there yet")
 
 
-def _apart(
-    setting: Setting, case: Case, stock: dict[str, list[int]], box: Box, report: Report
-) -> dict[str, Any]:
-    """`_measure` in a process of its own: a compiler may take longer than there is time."""
-    folder = report.path.parent
-    given, answer = folder / "compiled_stock.json", folder / "compiled.json"
-    answer.unlink(missing_ok=True)
-    write_json(given, {"case": asdict(case), "stock": stock, "device": setting.device.type})
-    arguments = ["-m", "benchmarks.gpu_check.speed", str(given), str(answer)]
-    begin = time.monotonic()
-    code, output = run_child(arguments, box.left)
-    given.unlink()
-    if code == 0 and answer.exists():
-        row: dict[str, Any] = json.loads(answer.read_text())
-        answer.unlink()
-        return row
-    seconds = time.monotonic() - begin
-    ended = f"not through after {seconds:.0f} s" if code is None else f"ended with {code}"
-    return {"equal": ended, "output": output.splitlines()[-8:]}
+def measure(setting: Setting, case: Case, wait: Callable[[], object] | None = None) -> dict[str, Any]:
+    """Decodes a case's prompts, each twice: to its first token, and as far as is measured.
 
+    Args:
+        setting: Where it runs.
+        case: What to decode.
+        wait: Called when all is warm, before what is measured.
 
-def _child(given: Path, answer: Path) -> None:
-    what = json.loads(given.read_text())
-    options = SimpleNamespace(device=what["device"], tiny=False, fault=None)
-    write_json(answer, _measure(Setting.of(options), Case(**what["case"]), what["stock"]))
-
-
-def _measure(setting: Setting, case: Case, stock: dict[str, list[int]]) -> dict[str, Any]:
-    decoder = Decoder(setting, case, 24 if setting.tiny else 96)
-    new = (12 if decoder.is_stock else 24) if setting.tiny else (40 if decoder.is_stock else 96)
-    if case.rows > 1:
-        groups = [decoder.recorded[: case.rows]]
-    elif decoder.is_stock or setting.tiny:  # stock takes one step a token, whatever the text
-        groups = [[decoder.recorded[_PROMPTS[0]]]]
-    else:
-        groups = [[decoder.recorded[place]] for place in _PROMPTS]
-    decoder.decode(groups[0], 12)
+    Returns:
+        The row; for `model.generate` with `prompt` and `reply`, to compare.
+    """
+    one_by_one = not case.decoder.startswith("calibrated")  # one step a token, whatever the text
+    new = 12 if one_by_one else 24
+    if not setting.tiny:
+        new = 40 if one_by_one else 96
+    decoder = Decoder(setting, case, new)
+    groups = decoder.groups[:1] if one_by_one or setting.tiny else decoder.groups
+    if case.decoder == STOCK_COMPILED:  # it compiles for every length of its cache
+        for tokens in (1, new, 1, new):
+            decoder.decode(groups[0], tokens)
+    if wait is not None:
+        wait()
     tokens = steps = 0
     seconds = whole = host = forward = drafted = 0.0
     equal = "reference"
@@ -127,8 +113,7 @@ def _measure(setting: Setting, case: Case, stock: dict[str, list[int]]) -> dict[
             drafted += stats.drafted
             same = all(one == other.reply[:new] for one, other in zip(done.tokens, group, strict=True))
             equal = "different" if not same or equal == "different" else "recorded"
-    if decoder.is_stock:
-        equal = _as_stock(setting, case, done, groups[0][0].prompt, stock)
+    told = {"prompt": groups[0][0].prompt, "reply": done.tokens[0]} if decoder.is_stock else {}
     return {
         "tokens_per_second": round(tokens / seconds, 1) if seconds > 0 else None,
         "tokens_per_second_with_prompt": round((tokens + sum(map(len, groups))) / whole, 1),
@@ -139,23 +124,19 @@ def _measure(setting: Setting, case: Case, stock: dict[str, list[int]]) -> dict[
         "nodes_per_step": round(drafted / steps, 1),
         "prompt_ms": round(1e3 * (whole - seconds) / len(groups), 2),
         "equal": equal,
+        **told,
     }
 
 
 def _as_stock(
-    setting: Setting, case: Case, done: Decoded, prompt: list[int], stock: dict[str, list[int]]
+    setting: Setting, case: Case, prompt: list[int], reply: list[int], stock: dict[str, list[int]]
 ) -> str:
     """`model.generate` in its other forms against its first one; none of them is this project's."""
     if case.sampled or case.rows > 1 or case.context != "recorded":
         return "reference"
-    if case.decoder == STOCK:
-        stock[case.model] = done.tokens[0]
-        return "reference"
     if case.model not in stock:
-        return "not compared"
-    verdict = judge(setting.model(case.model), prompt, stock[case.model], done.tokens[0])
+        stock[case.model] = reply
+        return "reference"
+    with cudnn_attention(False):
+        verdict = judge(setting.model(case.model), prompt, stock[case.model], reply)
     return {"equal": "equal", "tie": "ties", "different": "stock differs"}[verdict]
-
-
-if __name__ == "__main__":
-    _child(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import xml.etree.ElementTree as ElementTree
-from collections import Counter
-from pathlib import Path
-from typing import Any
 
+from benchmarks.gpu_check.outcomes import FILE, read_outcomes
 from benchmarks.gpu_check.proc import run_child
 from benchmarks.gpu_check.report import Box, NotThere, Report
 from benchmarks.gpu_check.setting import Setting
 
-__all__ = ["read_junit", "run"]
+__all__ = ["run", "verdict"]
 
 _TESTS = "tests/system/test_cuda.py"
 
@@ -21,50 +18,49 @@ def run(setting: Setting, box: Box, report: Report) -> None:
     """Runs pytest in a process of its own, within the box."""
     if importlib.util.find_spec("pytest") is None:
         raise NotThere("pytest is not installed")
-    results = report.path.with_name("junit.xml")
+    results = report.path.with_name("outcomes.jsonl")
     results.unlink(missing_ok=True)
     chosen = ["-m", "cuda"] if setting.cuda else ["-m", "not cuda"]
     chosen += ["-k", "rehearsal"] if setting.tiny else []
     arguments = ["-m", "pytest", _TESTS, "-q", "-x" if setting.fault else "--maxfail=30", "--tb=short"]
-    arguments += ["-p", "no:cacheprovider", *chosen, f"--junitxml={results}"]
-    arguments += ["-o", "junit_family=xunit1"]  # the one that keeps properties
+    arguments += ["-p", "no:cacheprovider", "-p", "benchmarks.gpu_check.outcomes", *chosen]
     # Other people's versions may deprecate other things; that is not what is checked here.
     arguments += ["-W", "default::FutureWarning", "-W", "default::DeprecationWarning"]
     if importlib.util.find_spec("pytest_timeout") is None:
-        arguments += [
-            "-o",
-            "addopts=--import-mode=importlib",
-        ]  # strict settings would name the plugin missing
-    code, output = run_child(arguments, 100.0 if setting.tiny else box.left - 5.0)
-    report.put(exit_code=code, output=output.splitlines()[-60:])
-    if results.exists():
-        found = read_junit(results)
-        report.put(**found)
-        print(f"[gpu_check] tests: {found['counts']}, {found['positions']}")
-        for name, message in found["failed"].items():
-            print(f"[gpu_check] failed: {name}: {message}")
+        # Strict settings would name the plugin missing.
+        arguments += ["-o", "addopts=--import-mode=importlib"]
+    limit = 100.0 if setting.tiny else box.left - 5.0
+    code, output = run_child(arguments, limit, {FILE: str(results.absolute())})
+    found = read_outcomes(results)
+    report.put(exit_code=code, output=output.splitlines()[-60:], **found)
+    print(f"[gpu_check] tests: {found['counts']} of {found['tests']}, {found['positions']}")
+    for name, message in found["failed"].items():
+        print(f"[gpu_check] failed: {name}: {message}")
+    wrong, note = verdict(code, found["tests"], found["counts"], list(found["failed"]), box.seconds)
+    if note:
+        report.note(note)
+    if wrong:
+        report.fail(wrong)
+
+
+def verdict(
+    code: int | None, tests: int, counts: dict[str, int], failed: list[str], seconds: float
+) -> tuple[str | None, str | None]:
+    """What is wrong, and a remark. Out of time is no fault where half passed and none failed.
+
+    Args:
+        code: Of pytest; None where the time was over.
+        tests: To run.
+        counts: Those that ran, by outcome.
+        failed: Names.
+        seconds: That there were.
+    """
+    ran = sum(counts.values())
+    late = f"{ran} of {tests} tests ran in {seconds:.0f} s" if code is None else None
+    if failed:
+        return f"{len(failed)} tests failed: {', '.join(failed[:3])}" + ", ..." * (len(failed) > 3), late
+    if code == 5 or (code == 0 and not counts.get("passed")):
+        return "no test was found to run", None
     if code is None:
-        report.fail(f"tests were not through after {box.seconds:.0f} s")
-    elif code == 5:
-        report.fail("no test was found to run")
-    elif code:
-        failed = report.data.get("failed", {})
-        names = ", ".join(list(failed)[:3]) + (", ..." if len(failed) > 3 else "")
-        report.fail(f"{len(failed)} tests failed: {names}" if failed else f"pytest exited with {code}")
-
-
-def read_junit(path: Path) -> dict[str, Any]:
-    """Counts of tests by outcome, of judged tokens by verdict, and the first line of each failure."""
-    counts: Counter[str] = Counter()
-    positions: Counter[str] = Counter()
-    failed: dict[str, str] = {}
-    for case in ElementTree.parse(path).getroot().iter("testcase"):  # noqa: S314 - pytest wrote it just now
-        bad = [child for child in case if child.tag in ("failure", "error")]
-        skipped = any(child.tag == "skipped" for child in case)
-        counts["failed" if bad else "skipped" if skipped else "passed"] += 1
-        if bad:
-            failed[str(case.get("name"))] = str(bad[0].get("message", "")).splitlines()[0][:200]
-        for each in case.iter("property"):
-            if (value := str(each.get("value"))).isdigit():
-                positions[str(each.get("name"))] += int(value)
-    return {"counts": dict(counts), "positions": dict(positions), "failed": failed}
+        return (late, None) if not tests or 2 * counts.get("passed", 0) < tests else (None, late)
+    return (f"pytest exited with {code}" if code else None), None

@@ -14,15 +14,20 @@ from typing import Any
 
 from benchmarks.gpu_check.report import Box, NotThere, Report
 
-__all__ = ["serve"]
+__all__ = ["end_with_parent", "serve"]
 
 _PR_SET_PDEATHSIG = 1
 
 
+def end_with_parent() -> None:
+    """Has this process killed when its parent ends: no orphan holds the card."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def serve(options: Any) -> int:
     """Reads ``NAME SECONDS`` lines from stdin, and answers each on what was stdout when the part is over."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no orphan holds the card
+    end_with_parent()
     answers = os.dup(1)
     os.dup2(2, 1)  # libraries print where they like
     faulthandler.enable()

@@ -15,10 +15,11 @@ import pytest
 
 from benchmarks.gpu_check.main import PARTS
 from benchmarks.gpu_check.measure import read_trace
+from benchmarks.gpu_check.outcomes import FILE, read_outcomes
 from benchmarks.gpu_check.report import Report, read_parts
 from benchmarks.gpu_check.supervisor import Worker
 from benchmarks.gpu_check.table import make_table, reasons
-from benchmarks.gpu_check.tests import read_junit
+from benchmarks.gpu_check.tests import verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,7 +90,7 @@ def test_rehearsal_goes_through_every_part(rehearsal: tuple[subprocess.Completed
     assert all(row["kernels"] > 0 for row in parts["anatomy"]["rows"])
     drafted = [row for row in parts["speed"]["rows"] if row["decoder"].startswith("calibrated")]
     assert all(row["equal"] == "recorded" for row in drafted)
-    assert any(row["tokens_per_step"] > 1.2 for row in drafted)
+    assert any(row["tokens_per_step"] > 1.1 for row in drafted)
     assert {"stock", "stock-no-cudnn", "stock-compiled", "none"} <= {
         row["decoder"] for row in parts["speed"]["rows"]
     }
@@ -221,15 +222,60 @@ def test_trace_of_the_profiler_is_counted() -> None:
     assert counts.names == {"gemm": 2}
 
 
-def test_results_of_pytest_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "junit.xml"
-    path.write_text(
-        '<testsuites><testsuite><testcase name="a"><properties><property name="worse" value="2"/>'
-        '</properties></testcase><testcase name="b"><failure message="line one&#10;two"/></testcase>'
-        '<testcase name="c"><skipped/></testcase></testsuite></testsuites>'
+SUITE = """
+import os
+import pytest
+
+
+def test_well(record_property):
+    record_property("worse", 2)
+
+
+def test_wrong():
+    assert not "line one\\nline two"
+
+
+@pytest.mark.skip
+def test_left_out():
+    pass
+
+
+def test_ends_the_process():
+    os._exit(9)
+
+
+def test_never_runs():
+    pass
+"""
+
+
+def test_outcomes_are_known_even_when_pytest_does_not_end(tmp_path: Path) -> None:
+    (tmp_path / "test_suite.py").write_text(SUITE)
+    results = tmp_path / "outcomes.jsonl"
+    plugin = ["-p", "no:cacheprovider", "-p", "benchmarks.gpu_check.outcomes", "-c", os.devnull]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *plugin, str(tmp_path)],
+        cwd=tmp_path,
+        env={**environment(), FILE: str(results)},
+        capture_output=True,
+        timeout=100,
     )
-    assert read_junit(path) == {
-        "counts": {"passed": 1, "failed": 1, "skipped": 1},
-        "positions": {"worse": 2},
-        "failed": {"b": "line one"},
-    }
+    assert done.returncode == 9
+    results.write_text(results.read_text() + '{"torn')
+    found = read_outcomes(results)
+    assert found["tests"] == 5
+    assert found["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
+    assert found["positions"] == {"worse": 2}
+    assert list(found["failed"]) == ["test_wrong"]
+    assert "line one" in found["failed"]["test_wrong"]
+
+
+def test_out_of_time_is_a_fault_of_tests_only_where_few_ran_or_some_failed() -> None:
+    assert verdict(0, 9, {"passed": 9}, [], 50) == (None, None)
+    assert verdict(None, 10, {"passed": 5}, [], 50) == (None, "5 of 10 tests ran in 50 s")
+    assert verdict(None, 10, {"passed": 4}, [], 50)[0] == "4 of 10 tests ran in 50 s"
+    assert verdict(None, 0, {}, [], 50)[0] is not None
+    assert verdict(None, 10, {"passed": 8, "failed": 1}, ["test_x"], 50)[0] == "1 tests failed: test_x"
+    assert verdict(5, 0, {}, [], 50)[0] == "no test was found to run"
+    assert verdict(0, 3, {"skipped": 3}, [], 50)[0] == "no test was found to run"
+    assert verdict(3, 9, {"passed": 2}, [], 50)[0] == "pytest exited with 3"
