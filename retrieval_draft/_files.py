@@ -7,7 +7,7 @@ from pathlib import Path
 
 import xxhash
 
-__all__ = ["file_checksum", "replace_file", "sync_file", "sync_folder"]
+__all__ = ["file_checksum", "read_bounded", "replace_file", "sync_file", "sync_folder"]
 
 _BLOCK = 1 << 22
 
@@ -19,6 +19,22 @@ def file_checksum(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """Reads a file that is small if it is what its name says.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no file, or has more than `most` bytes.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it has more than {most} bytes")
+    return content
 
 
 def sync_file(path: Path) -> None:

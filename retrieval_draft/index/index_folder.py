@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 import uuid
@@ -17,9 +18,9 @@ import xxhash
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from retrieval_draft._files import file_checksum, replace_file, sync_folder
+from retrieval_draft._files import file_checksum, read_bounded, replace_file, sync_folder
 from retrieval_draft.errors import DatastoreError, TokenizerMismatchError
-from retrieval_draft.index.segment import Segment, save_array
+from retrieval_draft.index.segment import MOST_TOKENS, Segment, map_array, save_array, text_dtype
 
 __all__ = ["FORMAT_VERSION", "KIND", "IndexFolder", "Manifest", "RunEntry", "SegmentEntry"]
 
@@ -29,6 +30,14 @@ MANIFEST = "manifest.json"
 _LOCK = ".lock"
 _PREFIX = "segment-"
 _RUN = "run-"
+
+MOST_MANIFEST_BYTES = 1 << 26
+"""Of a manifest or journal: a hundred thousand segments."""
+
+_AGAIN = "Restore it from a copy, or build the index again."
+
+_FILES = frozenset(f"{name}.npy" for name in ("tokens", "suffixes", "documents", "samples"))
+_HEX = r"[0-9a-f]{16}"
 
 
 class SegmentEntry(msgspec.Struct, frozen=True):
@@ -50,6 +59,28 @@ class SegmentEntry(msgspec.Struct, frozen=True):
     bits: int
     files: dict[str, dict[str, Any]]
 
+    def check(self, where: object) -> None:
+        """Holds every name and number to what `IndexFolder.write` can have written.
+
+        Args:
+            where: The file that it stands in, for the message.
+
+        Raises:
+            DatastoreError: Says what was found and what is allowed.
+        """
+        _check_name(where, self.name, _PREFIX)
+        _check_number(where, f"{self.name}: tokens", self.tokens, 0, MOST_TOKENS)
+        _check_number(where, f"{self.name}: documents", self.documents, 0, MOST_TOKENS)
+        _check_number(where, f"{self.name}: separator", self.separator, 0, 2**31)
+        _check_number(where, f"{self.name}: bits", self.bits, 16, 32)
+        if self.files.keys() != _FILES:
+            raise _foreign(where, f"{self.name}: files", sorted(self.files), ", ".join(sorted(_FILES)))
+        for name, file in self.files.items():
+            _check_number(where, f"{self.name}/{name}: bytes", file.get("bytes"), 0, 2**40)
+            checksum = file.get("xxh3")
+            if not isinstance(checksum, str) or not re.fullmatch(r"[0-9a-f]{32}", checksum):
+                raise _foreign(where, f"{self.name}/{name}: xxh3", checksum, "32 hexadecimal digits")
+
 
 class RunEntry(msgspec.Struct, frozen=True):
     """Texts of an unfinished build, not sorted yet.
@@ -63,6 +94,12 @@ class RunEntry(msgspec.Struct, frozen=True):
     name: str
     tokens: int
     documents: int
+
+    def check(self, where: object) -> None:
+        """As `SegmentEntry.check`, for what `IndexFolder.write_run` writes."""
+        _check_name(where, self.name, _RUN)
+        _check_number(where, f"{self.name}: tokens", self.tokens, 0, MOST_TOKENS)
+        _check_number(where, f"{self.name}: documents", self.documents, 0, MOST_TOKENS)
 
 
 class Manifest(msgspec.Struct, kw_only=True):
@@ -192,9 +229,29 @@ class IndexFolder:
         return tuple(self.open_segment(entry) for entry in self.manifest.segments)
 
     def open_segment(self, entry: SegmentEntry) -> Segment:
-        """Maps one segment."""
+        """Maps one segment.
+
+        Raises:
+            DatastoreError: A file is missing or torn, or the manifest says something else than the files.
+        """
+        entry.check(self.path / MANIFEST)
+        folder = self.path / entry.name
+        vocabulary = self.manifest.vocabulary_size
+        if entry.separator != vocabulary and not (vocabulary == 2**16 and entry.separator < vocabulary):
+            raise DatastoreError(
+                f"The manifest says that {folder} has the separator {entry.separator}; for {vocabulary} ids "
+                f"it is {vocabulary}.",
+                _AGAIN,
+            )
         sizes = {name: int(file["bytes"]) for name, file in entry.files.items()}
-        return Segment.open(self.path / entry.name, entry.separator, entry.bits, sizes)
+        segment = Segment.open(folder, entry.separator, entry.bits, sizes)
+        if (segment.num_tokens, segment.num_documents) != (entry.tokens, entry.documents):
+            raise DatastoreError(
+                f"The manifest says that {folder} has {entry.tokens} tokens in {entry.documents} texts; its "
+                f"files hold {segment.num_tokens} in {segment.num_documents}.",
+                _AGAIN,
+            )
+        return segment
 
     def write(self, segment: Segment) -> SegmentEntry:
         """Writes a segment's files. It counts only once it is published.
@@ -232,11 +289,23 @@ class IndexFolder:
         return RunEntry(name=name, tokens=len(texts) - len(documents), documents=len(documents))
 
     def read_run(self, entry: RunEntry) -> tuple[NDArray[Any], NDArray[np.int32]]:
-        """Maps what `write_run` wrote."""
-        tokens, documents = (
-            np.load(self.path / entry.name / f"{part}.npy", mmap_mode="r", allow_pickle=False)
-            for part in ("tokens", "documents")
-        )
+        """Maps what `write_run` wrote.
+
+        Raises:
+            DatastoreError: A file is missing, torn, or holds something else than was written.
+        """
+        entry.check(self.path)
+        folder = self.path / entry.name
+        tokens, documents = (map_array(folder / f"{part}.npy") for part in ("tokens", "documents"))
+        found = (tokens.dtype, documents.dtype, len(tokens), len(documents))
+        kind = np.dtype(text_dtype(self.manifest.vocabulary_size))
+        expected = (kind, np.dtype(np.int32), entry.tokens + entry.documents, entry.documents)
+        if found != expected:
+            raise DatastoreError(
+                f"{folder} holds texts of {found[0]} and {found[1]}, lengths {found[2]} and {found[3]}; "
+                f"expected {expected[0]}, {expected[1]}, {expected[2]} and {expected[3]}.",
+                "Remove the folder, and run the same command again.",
+            )
         return tokens, documents
 
     @contextmanager
@@ -324,19 +393,31 @@ class IndexFolder:
 
 def _read_manifest(path: Path) -> Manifest:
     try:
-        content = path.read_bytes()
+        content = read_bounded(path, MOST_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DatastoreError(
             f"There is no index in {path.parent}: {path.name} is missing.",
             "Build one: retrieval-draft index build PATH... --tokenizer T --out DIR.",
         ) from error
+    except (OSError, ValueError) as error:
+        raise DatastoreError(f"{path} cannot be read: {error}.", "Permit reading, or name another.") from error
+    return parse_manifest(content, path)
+
+
+def parse_manifest(content: bytes, path: object) -> Manifest:
+    """Reads a manifest.
+
+    Args:
+        content: The file's.
+        path: Its name, for messages.
+
+    Raises:
+        DatastoreError: It is torn, altered, or of a format this version does not know.
+    """
     try:
         header = msgspec.json.decode(content)
-    except msgspec.DecodeError as error:
-        raise DatastoreError(
-            f"{path} is torn: found {error}, expected JSON.",
-            "Restore it from a copy, or build the index again.",
-        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DatastoreError(f"{path} is torn: found {error}, expected JSON.", _AGAIN) from error
     if not isinstance(header, dict) or header.get("kind") != KIND:
         found = header.get("kind") if isinstance(header, dict) else type(header).__name__
         raise DatastoreError(
@@ -352,16 +433,30 @@ def _read_manifest(path: Path) -> Manifest:
     try:
         manifest = msgspec.convert(header, Manifest)
     except msgspec.ValidationError as error:
-        raise DatastoreError(
-            f"{path} was altered: {error}.", "Restore it from a copy, or build the index again."
-        ) from error
+        raise DatastoreError(f"{path} was altered: {error}.", _AGAIN) from error
     expected = _own_checksum(manifest)
     if manifest.xxh3 != expected:
         raise DatastoreError(
-            f"{path} was altered: found checksum {manifest.xxh3}, expected {expected}.",
-            "Restore it from a copy, or build the index again.",
+            f"{path} was altered: found checksum {manifest.xxh3}, expected {expected}.", _AGAIN
         )
+    _check_number(path, "vocabulary_size", manifest.vocabulary_size, 1, 2**31 - 1)
+    for entry in manifest.segments:
+        entry.check(path)
     return manifest
+
+
+def _foreign(where: object, what: str, found: object, allowed: str) -> DatastoreError:
+    return DatastoreError(f"{where}: {what} is {repr(found)[:80]}; it must be {allowed}.", _AGAIN)
+
+
+def _check_name(where: object, name: str, prefix: str) -> None:
+    if not re.fullmatch(prefix + _HEX, name):
+        raise _foreign(where, "a folder's name", name, f"{prefix} and 16 hexadecimal digits")
+
+
+def _check_number(where: object, what: str, number: object, least: int, most: int) -> None:
+    if type(number) is not int or not least <= number <= most:
+        raise _foreign(where, what, number, f"a number in {least}..{most}")
 
 
 def _own_checksum(manifest: Manifest) -> str:

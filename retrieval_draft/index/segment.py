@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from retrieval_draft._files import file_checksum
 from retrieval_draft.errors import DatastoreError, InvalidInputError
+from retrieval_draft.index._kernels.sizes import STRIDE
 from retrieval_draft.index.source import TokenArray
 from retrieval_draft.index.suffix_sort import key_bits, sort_suffixes
 
@@ -20,6 +21,7 @@ __all__ = ["MOST_TOKENS", "Segment", "text_dtype"]
 MOST_TOKENS = 2**31 - 2**20
 """Positions are int32."""
 
+_BROKEN = "Build the index again, or restore the file from a copy."
 _FILES = ("tokens", "suffixes", "documents", "samples")
 
 
@@ -97,6 +99,11 @@ class Segment:
             threads: Workers that sort.
         """
         _check_ids(0, int(joined.max(initial=0)), vocabulary + 1)
+        if len(joined) and joined[-1] != vocabulary:
+            raise InvalidInputError(
+                f"The texts of a segment end in {joined[-1]}; expected the separator {vocabulary}.",
+                "Build the index that they come from again.",
+            )
         separator, tokens = vocabulary, joined
         if vocabulary == 2**16:  # no value of 16 bits is left over, but hardly a segment has all of them
             free = np.flatnonzero(np.bincount(joined, minlength=2**16)[: 2**16] == 0)
@@ -113,6 +120,9 @@ class Segment:
     def open(cls, folder: Path, separator: int, bits: int, sizes: dict[str, int]) -> Segment:
         """Maps a segment that `write` made. Reads nothing but the headers.
 
+        All that kernels take for granted is compared: kinds, shapes, lengths, and the numbers of the manifest.
+        Values within the arrays may be anything; kernels bound what they read by them.
+
         Args:
             folder: The segment's folder.
             separator: From the manifest, as are `bits`.
@@ -120,37 +130,32 @@ class Segment:
             sizes: Bytes each file must have, by its name.
 
         Raises:
-            DatastoreError: A file is missing, torn, or not an array of the kind expected.
+            DatastoreError: A file is missing, torn, or not an array of the kind expected, or a number is not
+                one that goes with the arrays.
         """
-        arrays = {}
-        for name in _FILES:
-            path = folder / f"{name}.npy"
-            try:
-                found = path.stat().st_size
-                if found != sizes[path.name]:
-                    raise DatastoreError(
-                        f"{path} is torn: found {found} bytes, expected {sizes[path.name]}.",
-                        "Build the index again, or restore the file from a copy.",
-                    )
-                arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (FileNotFoundError, ValueError, EOFError, KeyError) as error:
-                raise DatastoreError(
-                    f"{path} cannot be read: {error}.",
-                    "Build the index again, or restore the file from a copy.",
-                ) from error
-        tokens, suffixes, documents, samples = (arrays[name] for name in _FILES)
-        expected = (
-            tokens.dtype in (np.uint16, np.uint32),
-            suffixes.dtype == np.int32,
-            documents.dtype == np.int32,
-            samples.dtype == np.uint64,
-            len(suffixes) + len(documents) == len(tokens),
+        tokens, suffixes, documents, samples = (
+            map_array(folder / f"{name}.npy", sizes[f"{name}.npy"]) for name in _FILES
         )
-        if not all(expected):
+        kinds = {
+            "tokens": (tokens, (np.uint16, np.uint32), len(tokens)),
+            "suffixes": (suffixes, (np.int32,), len(tokens) - len(documents)),
+            "documents": (documents, (np.int32,), len(documents)),
+            "samples": (samples, (np.uint64,), -(-len(suffixes) // STRIDE)),
+        }
+        for name, (array, dtypes, length) in kinds.items():
+            if array.dtype not in dtypes or array.shape != (length,) or len(array) > MOST_TOKENS:
+                raise DatastoreError(
+                    f"{folder / name}.npy holds {array.dtype} of shape {array.shape}; expected "
+                    f"{' or '.join(np.dtype(kind).name for kind in dtypes)} of shape ({length},).",
+                    _BROKEN,
+                )
+        largest = int(np.iinfo(tokens.dtype).max)
+        fitting = key_bits(separator, separator if tokens.dtype == np.uint32 else 0)
+        if not 0 <= separator <= largest or bits != fitting:
             raise DatastoreError(
-                f"{folder} holds arrays of {tokens.dtype}, {suffixes.dtype}, {documents.dtype}, "
-                f"{samples.dtype}, lengths {len(tokens)}, {len(suffixes)}, {len(documents)}: no segment.",
-                "Build the index again.",
+                f"The manifest says that {folder} has the separator {separator} and {bits} bits for a token; "
+                f"tokens of {tokens.dtype} have a separator of 0..{largest}, and this one takes {fitting} bits.",
+                _BROKEN,
             )
         return cls(tokens, suffixes, documents, samples, separator, bits)
 
@@ -214,7 +219,9 @@ class Segment:
         else:
             ranks = first + np.linspace(0, count, min(count, most), endpoint=False).astype(np.int64)
             places = self.suffixes[ranks].astype(np.int64)
-        following = self.tokens[places + len(context)]
+        places += len(context)
+        inside = (places >= 0) & (places < len(self.tokens))  # a suffix array may have been altered on disk
+        following = self.tokens[places[inside]]
         values, counts = np.unique(following[following != self.separator], return_counts=True)
         return {int(value): int(number) for value, number in zip(values, counts, strict=True)}
 
@@ -232,7 +239,7 @@ class Segment:
     def _sample(self) -> None:
         from retrieval_draft.index._kernels import segment_match as kernels
 
-        self.samples = np.empty(-(-len(self.suffixes) // kernels.STRIDE), np.uint64)
+        self.samples = np.empty(-(-len(self.suffixes) // STRIDE), np.uint64)
         self.row = self._row()
         kernels.sample_keys(self.row[None], 0, self.samples)
 
@@ -249,6 +256,30 @@ class Segment:
             self.bits,
         )
         return np.array(row, np.int64)
+
+
+def map_array(path: Path, nbytes: int | None = None) -> NDArray[Any]:
+    """Maps a .npy file of one axis. Reads the header.
+
+    Args:
+        path: The file.
+        nbytes: The size it must have; None for any.
+
+    Raises:
+        DatastoreError: It is missing, torn, or no such array; objects are refused.
+    """
+    try:
+        found = path.stat().st_size
+        array: NDArray[Any] | None = None
+        if nbytes is None or found == nbytes:
+            array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # numpy reads the header as Python's text, and raises what it likes
+        raise DatastoreError(f"{path} cannot be read: {error or type(error).__name__}.", _BROKEN) from error
+    if array is None:
+        raise DatastoreError(f"{path} is torn: found {found} bytes, expected {nbytes}.", _BROKEN)
+    if array.ndim != 1:
+        raise DatastoreError(f"{path} holds an array of shape {array.shape}; expected one axis.", _BROKEN)
+    return array
 
 
 def match_state(segments: int) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:

@@ -17,6 +17,9 @@ TokenArray = NDArray[np.int32]
 CONTEXT = 4
 """How many tokens of context `NodeLogits` carries for each node."""
 
+_MOST_PROB = 1.01
+"""Sums over a vocabulary are rounded."""
+
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
@@ -53,6 +56,9 @@ class Proposal:
 class NodeLogits:
     """What the target model said at some positions, accepted or not.
 
+    A position where a probability is none (no number, negative, more than 1) says nothing, and is left out:
+    whatever learns from these keeps what it learned.
+
     Attributes:
         contexts: int32, shape (m, 4). The last tokens up to and including the position itself,
             oldest first; -1 where the text is shorter.
@@ -63,6 +69,13 @@ class NodeLogits:
     contexts: NDArray[np.int32]
     top_tokens: NDArray[np.int32]
     top_probs: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        probs = self.top_probs
+        said = ((probs >= 0.0) & (probs <= _MOST_PROB)).all(-1)  # NaN is neither
+        if not said.all():
+            for name in ("contexts", "top_tokens", "top_probs"):
+                object.__setattr__(self, name, getattr(self, name)[said])
 
 
 class DraftSession(Protocol):

@@ -7,22 +7,23 @@ from numpy.typing import NDArray
 
 from retrieval_draft.engine._kernels.fusion import (
     CELL,
-    CERTAIN,
     DEPTH,
     LEAST_LEFT,
     LEFT,
     LENGTH,
     MASK,
+    MASKS,
     ODDS,
     RANK,
     RANKS,
     RAW,
     SOURCES,
-    UNLIKELY,
     cell_of,
+    guess,
     length_bucket,
     log_odds,
     mixed_odds,
+    place_in,
 )
 from retrieval_draft.index._kernels.jit import inner_kernel
 
@@ -64,7 +65,7 @@ def add_children(
     """
     covered = 0.0
     for child in range(found):
-        child_prob[child] = min(child_prob[child], CERTAIN)
+        child_prob[child] = guess(child_prob[child])
         covered += child_prob[child]
     for rank in range(min(found, TOP)):
         best = rank
@@ -121,17 +122,17 @@ def choose(
     best = first
     best_prob = -1.0
     for node in range(first, size):
-        mask = int(evidence[node, MASK])
+        mask = place_in(evidence[node, MASK], MASKS)
         evidence[node, DEPTH] = depth
         for place in range(SOURCES):
             if left[place] < 0.0 and not mask >> place & 1:
                 evidence[node, LEFT + place] = left[place]
         odds = mixed_odds(evidence[node], weights, parameters, request)
-        raw = min(max(1.0 / (1.0 + np.exp(-odds)), UNLIKELY), CERTAIN)
+        raw = guess(1.0 / (1.0 + np.exp(-odds)))
         cell = cell_of(mask, odds)
         evidence[node, RAW] = raw
         evidence[node, CELL] = cell
-        prob = min(raw * (accepted[cell] + prior) / (expected[cell] + prior), CERTAIN)
+        prob = guess(raw * (accepted[cell] + prior) / (expected[cell] + prior))
         if prob > best_prob:
             best, best_prob = node, prob
     return best, best_prob

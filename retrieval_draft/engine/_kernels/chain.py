@@ -44,7 +44,7 @@ def best_chain(
     size = len(parents)
     gains[:size] = 0.0
     for node in range(size - 1, 0, -1):
-        if depths[node] <= deepest and path_probs[node] >= floor:
+        if depths[node] <= deepest and path_probs[node] >= floor and 0 <= parents[node] < node:
             gain = path_probs[node] + gains[node]
             if gain > gains[parents[node]]:
                 gains[parents[node]] = gain

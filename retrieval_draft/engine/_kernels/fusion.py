@@ -48,6 +48,9 @@ LEARNS_LENGTH, LEARNS_DEPTH, LEARNS_RANK, LEARNS_ABSENT, LEARNS_REQUEST, LEARNS_
 SWITCHES = 6
 """What is learned, 1 or 0 each; all of them unless one measures what each is worth."""
 
+DEEPEST = 1 << 20
+"""Nothing is deeper."""
+
 CERTAIN = 0.999
 UNLIKELY = 1e-6
 LEAST_LEFT = 0.001
@@ -55,16 +58,32 @@ MOST_WEIGHT = 2.0
 
 
 @kernel
+def guess(prob: float) -> float:
+    """A probability within UNLIKELY and CERTAIN; the former for what is no number."""
+    if not prob > UNLIKELY:
+        return UNLIKELY
+    return min(prob, CERTAIN)
+
+
+@kernel
 def log_odds(prob: float) -> float:
     """Log odds of a probability, kept finite."""
-    kept = min(max(prob, UNLIKELY), CERTAIN)
+    kept = guess(prob)
     return np.log(kept / (1.0 - kept))
+
+
+@kernel
+def place_in(value: float, size: int) -> int:
+    """A number as a place among `size`: the nearest there is, the first for what is no number."""
+    if not value > 0.0:
+        return 0
+    return int(min(value, size - 1.0))
 
 
 @kernel
 def cell_of(mask: int, odds: float) -> int:
     """The calibration cell of a node that the sources in `mask` give these log odds together."""
-    return mask * BINS + int(min(max(odds * 1.5 + BINS / 2, 0.0), BINS - 1.0))
+    return mask * BINS + place_in(odds * 1.5 + BINS / 2, BINS)
 
 
 @kernel
@@ -85,7 +104,7 @@ def length_bucket(length: int) -> int:
 def depth_bucket(depth: int) -> int:
     """1 to 4, then 5-6, 7-10, 11-20 and deeper."""
     if depth < 5:
-        return depth - 1
+        return max(depth - 1, 0)
     if depth < 7:
         return 4
     if depth < 11:
@@ -116,16 +135,16 @@ def mixed_odds(
     the naming sources' biases by match length, depth, rank and request, each as far as its weight goes; and
     of what the sources that named siblings only left over for it.
     """
-    mask = int(evidence[MASK])
-    depth = depth_bucket(int(evidence[DEPTH]))
-    rank = int(evidence[RANK])
+    mask = place_in(evidence[MASK], MASKS)
+    depth = depth_bucket(place_in(evidence[DEPTH], DEEPEST))
+    rank = place_in(evidence[RANK], RANKS)
     absent = ABSENT + SOURCES * (mask >> MODEL & 1)
     odds = weights[mask, SOURCES]
     biases = 0.0
     for place in range(SOURCES):
         if mask >> place & 1:
             weight = weights[mask, place]
-            bucket = place * LENGTHS + int(evidence[LENGTH + place])
+            bucket = place * LENGTHS + place_in(evidence[LENGTH + place], LENGTHS)
             odds += weight * (1.0 + parameters[LENGTH_SCALE + bucket]) * evidence[ODDS + place]
             bias = parameters[LENGTH_BIAS + bucket]
             bias += parameters[DEPTH_BIAS + place * DEPTHS + depth]
@@ -155,9 +174,9 @@ def teach(
     Args:
         error: Outcome, 0 or 1, minus probability.
     """
-    mask = int(evidence[MASK])
-    depth = depth_bucket(int(evidence[DEPTH]))
-    rank = int(evidence[RANK])
+    mask = place_in(evidence[MASK], MASKS)
+    depth = depth_bucket(place_in(evidence[DEPTH], DEEPEST))
+    rank = place_in(evidence[RANK], RANKS)
     total = total_weight(mask, weights)
     absent = ABSENT + SOURCES * (mask >> MODEL & 1)
     step = rate * error
@@ -167,7 +186,7 @@ def teach(
             weight = weights[mask, place]
             share = weight / total
             said = step * evidence[ODDS + place]
-            bucket = place * LENGTHS + int(evidence[LENGTH + place])
+            bucket = place * LENGTHS + place_in(evidence[LENGTH + place], LENGTHS)
             scale = 1.0 + parameters[LENGTH_SCALE + bucket]
             weights[mask, place] = min(max(weight + scale * said, 0.0), MOST_WEIGHT)
             parameters[LENGTH_SCALE + bucket] += switches[LEARNS_LENGTH] * weight * said
@@ -253,9 +272,16 @@ def fuse(
     size = 1
     for source in range(len(starts) - 1):
         start = starts[source]
-        place = places[source]
+        place = min(max(places[source], 0), SOURCES - 1)
         for item in range(start, starts[source + 1]):
-            parent = 0 if parents[item] < 0 else place_of[start + parents[item]]
+            above = parents[item]
+            parent = 0
+            if above >= 0:  # parents come before their children: what names another one is no node
+                parent = place_of[start + above] if above < item - start else -1
+            place_of[item] = -1
+            if parent < 0:
+                continue
+            prob = guess(probs[item])
             node = trie_child[parent]
             while node >= 0 and trie_token[node] != tokens[item]:
                 node = trie_sibling[node]
@@ -268,11 +294,11 @@ def fuse(
                 trie_sibling[node] = trie_child[parent]
                 trie_child[parent] = node
                 evidence[node, RANK] = RANKS - 1
-            evidence[node, ODDS + place] = log_odds(probs[item])
+            evidence[node, ODDS + place] = log_odds(prob)
             evidence[node, LENGTH + place] = length_bucket(lengths[item])
             evidence[node, RANK] = min(evidence[node, RANK], children[parent, place])
             children[parent, place] += 1
-            covered[parent, place] += probs[item]
+            covered[parent, place] += prob
             trie_mask[node] |= 1 << place
             trie_named[node] |= 1 << source
             place_of[item] = node
@@ -292,12 +318,12 @@ def fuse(
                     left[parent, place] = np.log(max(1.0 - covered[parent, place], LEAST_LEFT))
                 evidence[node, LEFT + place] = left[parent, place]
         odds = mixed_odds(evidence[node], weights, parameters, request)
-        raw = min(max(1.0 / (1.0 + np.exp(-odds)), UNLIKELY), CERTAIN)
+        raw = guess(1.0 / (1.0 + np.exp(-odds)))
         cell = cell_of(mask, odds)
         evidence[node, RAW] = raw
         evidence[node, CELL] = cell
         ratio = (accepted[cell] + prior) / (expected[cell] + prior)
-        calibrated[node] = min(raw * ratio, CERTAIN)
+        calibrated[node] = guess(raw * ratio)
     if position >= 0:
         for node in range(size):
             if trie_child[node] >= 0:
@@ -366,18 +392,19 @@ def score(
     outcomes[0] = -1
     for node in range(1, len(tokens)):
         outcomes[node] = -1
-        above = depth[parents[node]]
+        above = depth[parents[node]] if 0 <= parents[node] < node else -1
         if above < 0 or above >= len(emitted):
             continue
         taken = tokens[node] == emitted[above]
         outcomes[node] = taken
         if taken:
             depth[node] = above + 1
-        raw = np.float64(evidence[node, RAW])
-        cell = int(evidence[node, CELL])
+        raw = guess(evidence[node, RAW])
+        cell = place_in(evidence[node, CELL], CELLS)
         teach(evidence[node], taken - raw, rate, request_rate, weights, parameters, request, switches)
         if sharpness_rate > 0.0:
-            odds, shift, mask = evidence[node, NOISE], evidence[node, NOISE + 1], int(evidence[node, MASK])
+            odds, shift = evidence[node, NOISE], evidence[node, NOISE + 1]
+            mask = place_in(evidence[node, MASK], MASKS)
             teach_sharpness(odds, shift, taken, sharpness_rate, mask, sharpness)
         expected[cell] += switches[LEARNS_CELLS] * raw
         accepted[cell] += switches[LEARNS_CELLS] * taken

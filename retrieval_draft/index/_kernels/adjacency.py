@@ -113,17 +113,17 @@ def learn(
                     size += 1
             old = size
             for place in range(seen):
-                token = top_tokens[item, place]
-                if token < 0:
+                token, prob = top_tokens[item, place], top_probs[item, place]
+                if token < 0 or not prob >= 0.0 or prob == np.inf:
                     continue
                 match = 0
                 while match < old and merged_tokens[match] != token:
                     match += 1
                 if match < old:
-                    merged_probs[match] += fresh * top_probs[item, place]
+                    merged_probs[match] += fresh * prob
                 else:
                     merged_tokens[size] = token
-                    merged_probs[size] = fresh * top_probs[item, place]
+                    merged_probs[size] = fresh * prob
                     size += 1
             for place in range(width):  # selection sort: both lists are short
                 best = place
@@ -224,7 +224,7 @@ def propose(
         in_context = found
         for place in range(len(frequent) if mass * path > needed else 0):
             token = frequent[place]
-            if token < 0:
+            if token < 0 or token >= len(counts):
                 break
             share = claim * counts[token]
             if share * path <= needed:

@@ -36,11 +36,11 @@ def count(
     """
     for row in range(tokens.shape[0]):
         for place in range(tokens.shape[1]):
-            token = tokens[row, place]
-            if token < 0:
+            token, prob = tokens[row, place], probs[row, place]
+            if token < 0 or token >= len(counts) or not prob >= 0.0 or prob == np.inf:
                 continue
-            counts[token] += probs[row, place]
-            total[0] += probs[row, place]
+            counts[token] += prob
+            total[0] += prob
             if slots[token] >= 0:
                 continue
             least = 0

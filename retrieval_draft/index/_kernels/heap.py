@@ -73,6 +73,8 @@ def admit(
 ) -> bool:
     """Puts a candidate on the heap unless `budget` better ones are known, and raises the cut where it can.
 
+    One whose path probability is no positive number is no candidate.
+
     Args:
         item: The candidate; its path probability is in place.
         path_probs: float64, shape (candidates,).
@@ -86,12 +88,14 @@ def admit(
     Returns:
         Whether it is on the heap now.
     """
-    bucket = (path_bits[item] >> 50) - LOWEST
+    if not path_probs[item] > 0.0:  # nor is NaN, whose bits are those of no bucket
+        return False
+    bucket = min((path_bits[item] >> 50) - LOWEST, BUCKETS - 1)
     if bucket < cut[CUT]:
         return False
     histogram[bucket] += 1
     cut[ABOVE] += 1
-    while cut[ABOVE] - histogram[cut[CUT]] >= budget:
+    while cut[CUT] < BUCKETS - 1 and cut[ABOVE] - histogram[cut[CUT]] >= budget:
         cut[ABOVE] -= histogram[cut[CUT]]
         cut[CUT] += 1
     push(heap, waiting, path_probs, item)

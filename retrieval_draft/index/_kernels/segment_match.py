@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from retrieval_draft.index._kernels.jit import kernel
 from retrieval_draft.index._kernels.memory import load_int32, load_token, load_uint64
+from retrieval_draft.index._kernels.sizes import STRIDE
 
 TOKENS, LENGTH, WIDTH, SEPARATOR, SUFFIXES, SIZE, SAMPLES, NUM_SAMPLES, BITS = range(9)
 """Address and number of the tokens, bytes of each, the separator; address and length of the suffix array;
@@ -31,9 +32,6 @@ SEGMENT_FIELDS = 9
 
 LONGEST = 32
 """Tokens of context that are told apart."""
-
-STRIDE = 128
-"""Suffixes for one sampled key."""
 
 SINGLE = -1
 UNKNOWN = -2

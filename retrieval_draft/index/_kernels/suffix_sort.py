@@ -36,7 +36,7 @@ def count_tokens(address: int, width: int, length: int, separator: int, starts: 
     """
     for place in range(length):
         token = load_token(address, width, place)
-        if token != separator:
+        if token != separator and token + 1 < len(starts):
             starts[token + 1] += 1
     for token in range(1, len(starts)):
         starts[token] += starts[token - 1]
@@ -61,7 +61,8 @@ def sort_buckets(
     """Sorts the suffixes that begin with the tokens first..last-1 into their places.
 
     Args:
-        address: Where the tokens are, `length` of them, `width` bytes each. The last is a separator.
+        address: Where the tokens are, `length` of them, `width` bytes each. The last should be a separator;
+            behind it another one is taken to stand.
         bits: Bits of a token in a key; the separator fits too.
         starts: From `count_tokens`.
         suffixes: int32, shape (starts[-1],). Written between starts[first] and starts[last].
@@ -78,14 +79,17 @@ def sort_buckets(
         begin, end = starts[token], starts[token + 1]
         if end - begin > 1:
             bucket = suffixes[begin:end]
-            _sort_run(address, width, separator, bits, bucket, 1, keys, spare_keys, spare, heads, histogram)
-            _finish_runs(address, width, separator, bits, bucket, keys, spare_keys, spare, heads, histogram)
+            _sort_run(address, width, length, separator, bits, bucket, 1, keys, spare_keys, spare, heads, histogram)
+            _finish_runs(
+                address, width, length, separator, bits, bucket, keys, spare_keys, spare, heads, histogram
+            )  # fmt: skip
 
 
 @kernel
 def _finish_runs(
     address: int,
     width: int,
+    length: int,
     separator: int,
     bits: int,
     bucket: NDArray[np.int32],
@@ -116,7 +120,7 @@ def _finish_runs(
                         high += 1
                     if high - low > 1 and run_heads[low] == 1:
                         active |= _sort_run(
-                            address, width, separator, bits, run[low:high], depth, keys, spare_keys, spare,
+                            address, width, length, separator, bits, run[low:high], depth, keys, spare_keys, spare,
                             run_heads[low:high], histogram,
                         )  # fmt: skip
                     low = high
@@ -128,6 +132,7 @@ def _finish_runs(
 def _sort_run(
     address: int,
     width: int,
+    length: int,
     separator: int,
     bits: int,
     run: NDArray[np.int32],
@@ -153,7 +158,7 @@ def _sort_run(
         place = run[item] + depth
         left = count
         while left > 0:
-            token = load_token(address, width, place)
+            token = load_token(address, width, place) if place < length else separator
             key = (key << np.uint64(bits)) | np.uint64(token)
             left -= 1
             place += 1
