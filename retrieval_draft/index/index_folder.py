@@ -400,7 +400,9 @@ def _read_manifest(path: Path) -> Manifest:
             "Build one: retrieval-draft index build PATH... --tokenizer T --out DIR.",
         ) from error
     except (OSError, ValueError) as error:
-        raise DatastoreError(f"{path} cannot be read: {error}.", "Permit reading, or name another.") from error
+        raise DatastoreError(
+            f"{path} cannot be read: {error}.", "Permit reading, or name another."
+        ) from error
     return parse_manifest(content, path)
 
 

@@ -21,7 +21,6 @@ from retrieval_draft.index._kernels.segment_match import (
     SAMPLES,
     SEPARATOR,
     SIZE,
-    STRIDE,
     SUFFIXES,
     TOKENS,
     UNKNOWN,
@@ -30,6 +29,7 @@ from retrieval_draft.index._kernels.segment_match import (
     enter,
     prefix_at,
 )
+from retrieval_draft.index._kernels.sizes import STRIDE
 
 SHORT = 3
 """Lengths below that of a key which are looked up with it: `segment_tree.gather` asks for these first."""

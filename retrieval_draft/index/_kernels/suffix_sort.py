@@ -79,7 +79,9 @@ def sort_buckets(
         begin, end = starts[token], starts[token + 1]
         if end - begin > 1:
             bucket = suffixes[begin:end]
-            _sort_run(address, width, length, separator, bits, bucket, 1, keys, spare_keys, spare, heads, histogram)
+            _sort_run(
+                address, width, length, separator, bits, bucket, 1, keys, spare_keys, spare, heads, histogram
+            )
             _finish_runs(
                 address, width, length, separator, bits, bucket, keys, spare_keys, spare, heads, histogram
             )  # fmt: skip

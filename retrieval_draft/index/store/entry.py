@@ -60,6 +60,9 @@ class EntryCodec:
         key: With one, entries are signed, and those that are not are rejected.
         max_tokens: Of a run.
 
+    Attributes:
+        most_bytes: Of an entry; a longer one is none.
+
     Example:
         encode(server, 0, [7, 8]) is the array [1, "fingerprint:tenant", server, 0, 1763972285000,
         07 00 00 00 08 00 00 00, ""]
@@ -69,7 +72,7 @@ class EntryCodec:
         self._namespace = namespace
         self._key = key.encode() if isinstance(key, str) else key
         self._max_bytes = 4 * max_tokens
-        self._most = self._max_bytes + len(namespace.encode()) + 256
+        self.most_bytes = self._max_bytes + len(namespace.encode()) + 256
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Entry)
 
@@ -100,7 +103,7 @@ class EntryCodec:
         """
         if not isinstance(payload, bytes):
             raise RejectedEntryError("malformed")
-        if len(payload) > self._most:
+        if len(payload) > self.most_bytes:
             raise RejectedEntryError("length")
         try:
             entry = self._decoder.decode(payload)

@@ -23,6 +23,7 @@ from retrieval_draft.index.store.rate_limit import RateLimit
 from retrieval_draft.index.store.recent import Recent
 from retrieval_draft.index.store.sequence_set import SequenceSet
 from retrieval_draft.index.store.snapshots import LogState
+from retrieval_draft.index.store.stream_clock import StreamClock
 
 __all__ = ["FIELD", "KEPT_SECONDS", "Item", "Mirror", "stream_id"]
 
@@ -35,7 +36,7 @@ FIELD = b"e"
 
 Item = Sequence[Any]
 """What Redis returns of a stream entry: its id, and field and value in turn, or a dict of them (redis-py's
-client of a cluster), or None where it was deleted."""
+client of a cluster), or None where it was deleted; or of one that is too long its bytes, which were not read."""
 
 MOST_SERVERS = 1 << 16
 _BATCH_TOKENS = 1 << 19
@@ -44,12 +45,13 @@ _BATCH_TOKENS = 1 << 19
 class _Writer:
     """What is known of a server that writes to the log."""
 
-    __slots__ = ("known", "last", "rate")
+    __slots__ = ("known", "last", "rate", "shard")
 
     def __init__(self, known: SequenceSet, rate: RateLimit, last: float) -> None:
         self.known = known
         self.rate = rate
         self.last = last
+        self.shard = ""
 
 
 class Mirror:
@@ -87,6 +89,7 @@ class Mirror:
         self._counts = counts
         self._writers: dict[bytes, _Writer] = {}
         self._highest: dict[str, tuple[int, int]] = {}
+        self._clocks: dict[str, StreamClock] = {}
         self._separator = np.array([vocabulary], "<u4").tobytes()
         self._texts: list[NDArray[Any]] = []
         self._lengths: list[int] = []
@@ -140,11 +143,14 @@ class Mirror:
             known = first <= highest  # read again: what is dropped again is not counted again
             read: list[tuple[Entry, float, bytes]] = []
             suspicious = self.recent.is_suspicious
+            clock = self._clocks.setdefault(shard, StreamClock())
+            now = time.monotonic()
             for number, item in enumerate(items):
                 if not number % 4:
                     self._breather.breathe()
                 at = stream_id(item[0])
                 again = known and at <= highest
+                seconds = clock.at(at[0] / 1000, now)
                 if not again:
                     self._counts.received += 1
                 try:
@@ -154,10 +160,10 @@ class Mirror:
                     if not again:
                         self._counts.dropped[rejected.reason] += 1
                     continue
-                read.append((entry, at[0] / 1000, payload))
+                read.append((entry, seconds, payload))
                 if suspicious:
                     self.recent.seen(entry.server, entry.sequence)
-            self._ingest(self._in_vocabulary(read, not known))
+            self._ingest(shard, self._in_vocabulary(read, not known))
             self.positions[shard] = items[-1][0]
             self._highest[shard] = max(highest, last)
 
@@ -176,6 +182,7 @@ class Mirror:
         self._counts.rereads += 1
         if from_start:
             self._highest.pop(shard, None)
+            self._clocks.setdefault(shard, StreamClock()).restart()
 
     def publish(self) -> None:
         """Makes what came in since the last time a segment, so that it can be looked up.
@@ -240,7 +247,7 @@ class Mirror:
             self._counts.dropped["vocabulary"] += len(read) - len(kept)
         return kept
 
-    def _ingest(self, read: Sequence[tuple[Entry, float, bytes]]) -> None:
+    def _ingest(self, shard: str, read: Sequence[tuple[Entry, float, bytes]]) -> None:
         """Keeps the entries that are new, unless their server adds too many."""
         runs: list[bytes] = []
         now = time.monotonic()
@@ -257,6 +264,9 @@ class Mirror:
                 self._counts.duplicates += 1
                 continue
             writer.last = seconds
+            if writer.shard != shard:  # each stream has a time of its own
+                writer.shard = shard
+                writer.rate.restart(seconds)
             if not writer.rate.allows(len(entry.tokens) // 4, seconds):
                 self._counts.dropped["rate"] += 1
                 continue
@@ -319,8 +329,14 @@ def stream_id(name: bytes) -> tuple[int, int]:
 
 
 def _payload(item: Item) -> Any:
-    """The value of our field, or None where the entry holds anything else."""
+    """The value of our field, or None where the entry holds anything else.
+
+    Raises:
+        RejectedEntryError: It was too long to be read.
+    """
     fields = item[1]
+    if isinstance(fields, int):
+        raise RejectedEntryError("length")
     if isinstance(fields, list):
         return fields[1] if len(fields) == 2 and fields[0] == FIELD else None
     return fields.get(FIELD) if isinstance(fields, dict) and len(fields) == 1 else None

@@ -41,6 +41,10 @@ class RateLimit:
         self.room -= tokens
         return True
 
+    def restart(self, seconds: float) -> None:
+        """Goes on by another clock, which says `seconds` now."""
+        self._at = seconds
+
     def wait(self, tokens: int, seconds: float) -> float:
         """Takes `tokens` out, and returns the seconds after which they may be sent; more than fit will do."""
         self._fill(seconds)

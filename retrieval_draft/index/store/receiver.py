@@ -7,18 +7,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from redis.exceptions import NoPermissionError, ResponseError
-
 from retrieval_draft.index.store.link import Link, server_run
-from retrieval_draft.index.store.mirror import Item, Mirror, stream_id
+from retrieval_draft.index.store.log_reader import LogReader
+from retrieval_draft.index.store.mirror import Mirror, stream_id
 
 __all__ = ["BLOCK", "Receiver"]
 
 BLOCK = 0.5
 """Seconds that a read waits in Redis. An idle server asks so often whether the streams are still the same."""
-
-COUNT = 48
-"""Entries of a read: parsing the answer holds the interpreter."""
 
 _SECONDS = 0.02
 """While there is more to read, a segment is made of what came in that time, or of enough tokens."""
@@ -42,6 +38,7 @@ class Receiver:
     Args:
         keys: For each shard its stream.
         mirror: Where entries go.
+        most: Bytes that an entry may have.
         link: To Redis.
         is_cluster: Whether it is a cluster.
         stopped: Ends everything.
@@ -54,6 +51,7 @@ class Receiver:
         self,
         keys: Mapping[str, bytes],
         mirror: Mirror,
+        most: int,
         link: Link,
         is_cluster: bool,
         stopped: threading.Event,
@@ -63,6 +61,7 @@ class Receiver:
     ) -> None:
         self._shards = {key: shard for shard, key in keys.items()}
         self._mirror = mirror
+        self._most = most
         self._link = link
         self._is_cluster = is_cluster
         self._stopped = stopped
@@ -72,6 +71,7 @@ class Receiver:
         self._lost_at: float | None = None
         self._run: str | None = None
         self._client: Any = None
+        self._reader: LogReader | None = None
         self._starts: dict[bytes, bytes] = {}
         self._since = 0.0
         self.caught_up = threading.Event()
@@ -89,40 +89,41 @@ class Receiver:
 
     def _work(self, client: Any) -> None:
         """Reads once, after finding out where to start if the connection is new."""
-        if client is not self._client:
-            client.set_response_callback("XREAD", _as_it_comes)
-            self._find_starts(client)
+        if client is not self._client or self._reader is None:
+            self._reader = LogReader(client, self._most)
+            self._find_starts(client, self._reader)
             self._client = client
             self._since = time.monotonic()
         # Only who has read all there is, and made it a segment, waits for more.
         waiting = bool(self._mirror.waiting_tokens)
         at_end = self.caught_up.is_set() and not waiting
-        reply = client.xread(self._starts, count=COUNT, block=int(1000 * BLOCK) if at_end else None)
+        found, more = self._reader.read(self._starts)
+        if at_end and not found:
+            found = self._reader.wait(self._starts, BLOCK)
+            more = bool(found)
         self._link.worked()
         missing = self._mirror.recent.missing()
         if missing:
             self._put_back(missing)
-        if not reply:
+        if not found:
             if waiting:
                 self._publish()
             elif at_end:
-                self._check_reset(client)
+                self._check_reset(self._reader)
             self._note_end()
             return
         if not waiting:
             self._since = time.monotonic()
-        full = False
-        for key, items in _streams(reply):
+        for key, items in found:
             self._mirror.take(self._shards[key], items)
             self._starts[key] = items[-1][0]
-            full = full or len(items) == COUNT
         enough = (
             self._mirror.waiting_tokens >= self._mirror.batch_tokens
             or time.monotonic() - self._since > _SECONDS
         )
-        if enough or not full:
+        if enough or not more:
             self._publish()
-        if not full:
+        if not more:
             self._note_end()
 
     def _note_end(self) -> None:
@@ -137,14 +138,14 @@ class Receiver:
             self._wake_merger()
         self._since = time.monotonic()
 
-    def _find_starts(self, client: Any) -> None:
+    def _find_starts(self, client: Any, reader: LogReader) -> None:
         """Behind what is in; further back where the streams may not be those that we read from."""
         run = server_run(client, self._is_cluster)
         moved = run is None or run != self._run
         for key, shard in self._shards.items():
             position = self._mirror.positions.get(shard, b"0-0")
-            last = _last_id(client, key)
-            if last is not None and last < stream_id(position):
+            last = reader.last_id(key)
+            if last is not None and stream_id(last) < stream_id(position):
                 self._mirror.reread(shard, from_start=True)
                 position = b"0-0"
             elif moved and position != b"0-0":
@@ -156,33 +157,10 @@ class Receiver:
         self._lost_at = None
         self._run = run
 
-    def _check_reset(self, client: Any) -> None:
+    def _check_reset(self, reader: LogReader) -> None:
         """Notices that streams were deleted, and that new ones have started below our position."""
         for key, shard in self._shards.items():
-            last = _last_id(client, key)
-            if last is not None and last < stream_id(self._starts[key]):
+            last = reader.last_id(key)
+            if last is not None and stream_id(last) < stream_id(self._starts[key]):
                 self._mirror.reread(shard, from_start=True)
                 self._starts[key] = b"0-0"
-
-
-def _last_id(client: Any, key: bytes) -> tuple[int, int] | None:
-    """The last id that a stream gave out; None where it is not known."""
-    try:
-        return stream_id(client.xinfo_stream(key)["last-generated-id"])
-    except NoPermissionError:
-        return None
-    except ResponseError as error:
-        if "no such key" in str(error).lower():
-            return (0, 0)
-        raise
-
-
-def _as_it_comes(reply: Any, **options: Any) -> Any:
-    """Instead of redis-py's parsing, which holds the interpreter for long."""
-    return reply
-
-
-def _streams(reply: Any) -> list[tuple[bytes, list[Item]]]:
-    """Streams and their entries, of what RESP2 or RESP3 returns."""
-    pairs = reply.items() if isinstance(reply, dict) else reply
-    return [(key, items) for key, items in pairs if items]

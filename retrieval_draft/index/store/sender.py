@@ -16,7 +16,7 @@ from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.index.store.counts import StoreCounts
 from retrieval_draft.index.store.entry import EntryCodec
 from retrieval_draft.index.store.link import Link, server_run
-from retrieval_draft.index.store.mirror import FIELD, KEPT_SECONDS, Mirror
+from retrieval_draft.index.store.mirror import FIELD, KEPT_SECONDS, Mirror, stream_id
 from retrieval_draft.index.store.outbox import Outbox
 from retrieval_draft.index.store.rate_limit import BURST, RateLimit
 
@@ -98,6 +98,8 @@ class Sender:
         self._lost: float | None = None  # since when another Redis may be there
         self._keep_seconds = KEPT_SECONDS + config.timeout
         self._trimmed = 0.0
+        self._measures = True  # until that is denied
+        self._last_seconds = 0.0  # of the last entry's id
         self.sequence = 0
 
     @property
@@ -171,15 +173,15 @@ class Sender:
             tokens = sum(map(len, batch)) // 4
             self._stopped.wait(self._rate.wait(tokens, time.monotonic()))
             pipe = client.pipeline(transaction=False)
-            oldest = int(time.time() * 1000) - self._keep_ms
-            for number, payload in enumerate(batch):
-                pipe.xadd(self._key, {FIELD: payload}, minid=None if number else oldest, approximate=True)
+            for payload in batch:
+                pipe.xadd(self._key, {FIELD: payload})
             replies = pipe.execute(raise_on_error=False)
             now = time.monotonic()
             for reply in replies:
                 if isinstance(reply, Exception):
                     raise reply
                 self._accept(now)
+                self._last_seconds = stream_id(reply)[0] / 1000
             self._link.worked()
             self._trim(client)
 
@@ -212,16 +214,36 @@ class Sender:
         self._kept_bytes = 0
 
     def _trim(self, client: Any) -> None:
-        """Keeps the stream below its cap, now and then."""
+        """Keeps the stream below its cap, and nothing that is too old, now and then.
+
+        What is too old by one clock only stays: ids are of Redis' clock, and either may be wrong by days.
+        """
         if time.monotonic() - self._trimmed < _TRIM_SECONDS:
             return
         self._trimmed = time.monotonic()
+        seconds = min(float(time.time()), self._redis_seconds(client))
+        oldest = max(0, int(1000 * seconds) - self._keep_ms)
         try:
+            client.xtrim(self._key, minid=oldest, approximate=True)
+            if not self._measures:
+                return
             used = client.memory_usage(self._key)
             if used is not None and used > self._stream_bytes:
                 length = int(client.xlen(self._key) * 0.9 * self._stream_bytes / used)
                 client.xtrim(self._key, maxlen=length, approximate=True)
         except NoPermissionError:
-            self._trimmed = float("inf")
+            self._measures = False
         except ResponseError:
             pass
+
+    def _redis_seconds(self, client: Any) -> float:
+        """The clock of Redis, in seconds; of a cluster that of the node which is furthest behind.
+
+        Where it may not be asked for, the id of the last entry, which is no earlier.
+        """
+        try:
+            found = client.time()
+        except NoPermissionError:
+            return self._last_seconds
+        clocks = found.values() if isinstance(found, dict) else (found,)
+        return min(float(seconds) for seconds, _ in clocks)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import msgspec
 import xxhash
 
 from retrieval_draft.errors import DatastoreError
+from retrieval_draft.index.store.entry import ID_BYTES
+from retrieval_draft.index.store.keys import SHARDS
+from retrieval_draft.index.store.sequence_set import MOST_GAPS
 
 __all__ = [
     "FORMAT_VERSION",
@@ -24,6 +28,16 @@ __all__ = [
 KIND = "retrieval_draft snapshot"
 FORMAT_VERSION = 1
 STATE = "log.json"
+
+MOST_STATE_BYTES = 1 << 28
+"""As many servers as are remembered, with some gaps each, take a tenth."""
+
+MOST_MILLISECONDS = 10**13 - 1
+"""Of a snapshot's time, which has 13 digits in its name: the year 2286."""
+
+_POSITION = re.compile(r"\d{1,20}-\d{1,20}")
+_SERVER = re.compile(rf"(?:[0-9a-f]{{2}}){{1,{ID_BYTES}}}")
+_DIGEST = re.compile(r"[0-9a-f]{1,16}")
 
 
 class LogState(msgspec.Struct, frozen=True):
@@ -44,6 +58,28 @@ class LogState(msgspec.Struct, frozen=True):
     entries: int
     digest: str
     created: int
+
+    def check(self, where: str) -> None:
+        """Holds every name and number to what a mirror can have said.
+
+        Raises:
+            DatastoreError: Says what was found and what is allowed.
+        """
+        _hold(0 <= self.entries < 2**63, where, "entries", self.entries, "0 to 2^63 - 1")
+        _hold(0 <= self.created <= MOST_MILLISECONDS, where, "created", self.created, "of 13 digits at most")
+        _hold(_DIGEST.fullmatch(self.digest), where, "digest", self.digest, "1 to 16 hexadecimal digits")
+        for shard, position in self.positions.items():
+            known = shard in {str(each) for each in range(SHARDS)}
+            _hold(known, where, "a shard", shard, f"0 to {SHARDS - 1}")
+            sound = _POSITION.fullmatch(position) and all(int(part) < 2**64 for part in position.split("-"))
+            _hold(sound, where, f"the position in {shard}", position, "two numbers below 2^64 with - between")
+        for server, bounds in self.writers.items():
+            _hold(_SERVER.fullmatch(server), where, "a server", server, f"{ID_BYTES} bytes in hex")
+            ascending = all(low <= high for low, high in zip(bounds[::2], bounds[1::2], strict=False))
+            ascending &= all(high + 1 < low for high, low in zip(bounds[1::2], bounds[2::2], strict=False))
+            inside = not bounds or (bounds[0] >= 0 and bounds[-1] < 2**63)
+            few = len(bounds) % 2 == 0 and len(bounds) <= 2 * (MOST_GAPS + 1)
+            _hold(ascending and inside and few, where, f"what came of {server}", bounds, "ascending ranges")
 
 
 class StateFile(msgspec.Struct, frozen=True):
@@ -103,11 +139,21 @@ def read_state(content: bytes, name: str) -> StateFile:
                 f"reads {FORMAT_VERSION}."
             )
         file = msgspec.convert(header, StateFile)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DatastoreError(f"{name}/{STATE} is torn: {error}.") from error
     if file.xxh3 != _checksum(file):
-        raise DatastoreError(f"{name}/{STATE} was altered: its checksum is {file.xxh3}.")
+        raise DatastoreError(f"{name}/{STATE} was altered: its checksum is {file.xxh3[:40]!r}.")
+    file.state.check(f"{name}/{STATE}")
+    _hold(0 <= file.tokens < 2**63, name, "tokens", file.tokens, "0 to 2^63 - 1")
+    _hold(0 <= file.nbytes < 2**63, name, "nbytes", file.nbytes, "0 to 2^63 - 1")
     return file
+
+
+def _hold(sound: object, where: str, what: str, found: object, allowed: str) -> None:
+    if not sound:
+        raise DatastoreError(
+            f"{where}: {what} is {repr(found)[:80]}; allowed is {allowed}.", "Remove the snapshot."
+        )
 
 
 def sealed(file: StateFile) -> StateFile:

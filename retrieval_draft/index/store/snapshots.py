@@ -18,13 +18,14 @@ import msgspec
 import xxhash
 
 from retrieval_draft._cache_home import cache_home
-from retrieval_draft._files import replace_file, sync_folder
+from retrieval_draft._files import read_bounded, replace_file, sync_folder
 from retrieval_draft.errors import DatastoreError, InvalidInputError, RetrievalDraftError
-from retrieval_draft.index.index_folder import MANIFEST, IndexFolder
+from retrieval_draft.index.index_folder import MANIFEST, MOST_MANIFEST_BYTES, IndexFolder, parse_manifest
 from retrieval_draft.index.segment import Segment
 from retrieval_draft.index.store.snapshot_state import (
     FORMAT_VERSION,
     KIND,
+    MOST_STATE_BYTES,
     STATE,
     LogState,
     SnapshotInfo,
@@ -42,6 +43,9 @@ _UNFINISHED = ".unfinished-"
 _STALE_SECONDS = 3600
 _STALE_UPLOAD_SECONDS = 86400
 """An upload shows its parts while it goes on, and may take long."""
+
+_AHEAD_SECONDS = 3600
+"""Clocks of servers may differ by that; a snapshot from further ahead counts as older than all others."""
 
 _log = logging.getLogger("retrieval_draft")
 
@@ -154,9 +158,10 @@ class SnapshotPlace:
         for name in self._names():
             try:
                 if self._remote is not None:
-                    if not self._state_of(name):
+                    state = self._state_of(name)
+                    if not state:
                         continue  # it is still being uploaded, or is being removed
-                    self._download(name)
+                    self._download(name, state)
                 found = self._open(self._local / name)
             except _UnreachableError:
                 raise
@@ -233,13 +238,28 @@ class SnapshotPlace:
         """The state file, empty where it is missing."""
         if self._remote is None:
             path = self._local / name / STATE
-            return path.read_bytes() if path.exists() else b""
+            return _read(path, MOST_STATE_BYTES) if path.exists() else b""
         try:
-            return bytes(self._remote.cat_file(f"{self._root}/{name}/{STATE}"))
+            return self._fetched(name, STATE, MOST_STATE_BYTES)
         except FileNotFoundError:
             return b""
+
+    def _fetched(self, name: str, part: str, most: int) -> bytes:
+        """A small file of a snapshot at a URL; of one that is larger than `most` no more than that is read.
+
+        Raises:
+            FileNotFoundError: It is missing.
+            DatastoreError: It is too large, or the place cannot be read.
+        """
+        try:
+            content = bytes(self._remote.cat_file(f"{self._root}/{name}/{part}", start=0, end=most + 1))
+        except FileNotFoundError:
+            raise
         except Exception as error:  # of whatever file system the URL names
             raise _UnreachableError(f"Snapshots cannot be read: {error}.", "Check the place.") from error
+        if len(content) > most:
+            raise DatastoreError(f"{name}/{part} has more than {most} bytes.", "Remove the snapshot.")
+        return content
 
     def _names(self) -> list[str]:
         try:
@@ -253,7 +273,10 @@ class SnapshotPlace:
             raise DatastoreError(
                 f"Snapshots cannot be listed: {error}.", "Check the place and its rights."
             ) from error
-        return sorted((name for name in names if _NAME.fullmatch(name)), reverse=True)
+        # One from the future says when somebody's clock was wrong, not what is newest.
+        latest = f"snapshot-{int((time.time() + _AHEAD_SECONDS) * 1000):013d}-~"
+        names = [name for name in names if _NAME.fullmatch(name)]
+        return sorted(names, key=lambda name: (name < latest, name), reverse=True)
 
     def _fill(self, folder: Path, segments: Sequence[Segment], state: LogState) -> SnapshotInfo:
         index = IndexFolder.create(folder, self._fingerprint, self._vocabulary)
@@ -271,14 +294,16 @@ class SnapshotPlace:
         return describe(folder.name, file)
 
     def _open(self, folder: Path) -> Snapshot:
-        file = read_state((folder / STATE).read_bytes(), folder.name)
+        for path in (folder, *folder.rglob("*")):
+            if path.is_symlink():
+                raise DatastoreError(
+                    f"{path} is a link; a snapshot holds files and folders.", "Remove the snapshot."
+                )
+        file = read_state(_read(folder / STATE, MOST_STATE_BYTES), folder.name)
         if file.state.namespace != self._namespace:
-            raise DatastoreError(f"It belongs to {file.state.namespace}, not to {self._namespace}.")
-        found = xxhash.xxh3_128_hexdigest((folder / MANIFEST).read_bytes())
-        if found != file.manifest:
-            raise DatastoreError(
-                f"{folder / MANIFEST} was altered: found xxh3 {found}, expected {file.manifest}."
-            )
+            raise DatastoreError(f"It belongs to {file.state.namespace[:200]!r}, not to {self._namespace}.")
+        content = _read(folder / MANIFEST, MOST_MANIFEST_BYTES)
+        _check_manifest(content, folder / MANIFEST, file)
         index = IndexFolder.open(folder)
         index.check(self._fingerprint, self._vocabulary)
         return Snapshot(describe(folder.name, file), file.state, index.segments())
@@ -296,8 +321,12 @@ class SnapshotPlace:
                 self._remote.rm(target, recursive=True)
             raise
 
-    def _download(self, name: str) -> None:
-        """Copies a snapshot here, once, and compares its checksums."""
+    def _download(self, name: str, state: bytes) -> None:
+        """Copies a snapshot here, once, and compares its checksums.
+
+        Only what the manifest names is asked for, and only if it has the size that the manifest says: what
+        else stands at the place, under whatever name, is not looked at.
+        """
         if (self._local / name).exists():
             with suppress(OSError, RetrievalDraftError):
                 self._open(self._local / name)
@@ -306,17 +335,37 @@ class SnapshotPlace:
         self._local.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self._local))
         try:
-            root = f"{self._root}/{name}"
-            for path in self._remote.find(root):
-                target = unfinished / name / path[path.index(name) + len(name) + 1 :]
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self._remote.get_file(path, str(target))
-            wrong = IndexFolder.open(unfinished / name).verify()
+            folder = unfinished / name
+            folder.mkdir()
+            content = self._fetched(name, MANIFEST, MOST_MANIFEST_BYTES)
+            _check_manifest(content, f"{name}/{MANIFEST}", read_state(state, name))
+            manifest = parse_manifest(content, f"{name}/{MANIFEST}")
+            free = shutil.disk_usage(self._local).free
+            if manifest.nbytes > free:
+                raise DatastoreError(
+                    f"{name} takes {manifest.nbytes} bytes, and {free} are free in {self._local}.",
+                    "Free space.",
+                )
+            (folder / STATE).write_bytes(state)
+            (folder / MANIFEST).write_bytes(content)
+            for entry in manifest.segments:
+                (folder / entry.name).mkdir()
+                for part, expected in entry.files.items():
+                    remote = f"{self._root}/{name}/{entry.name}/{part}"
+                    found = self._remote.size(remote)
+                    if found != expected["bytes"]:
+                        raise DatastoreError(
+                            f"{name}/{entry.name}/{part} is torn: found {found} bytes, expected "
+                            f"{expected['bytes']}.",
+                            "Remove the snapshot.",
+                        )
+                    self._remote.get_file(remote, str(folder / entry.name / part))
+            wrong = IndexFolder.open(folder).verify()
             if wrong:
                 raise DatastoreError(f"{wrong[0]}.")
-            self._open(unfinished / name)
+            self._open(folder)
             try:
-                (unfinished / name).rename(self._local / name)
+                folder.rename(self._local / name)
             except OSError:
                 if not (self._local / name).exists():  # else another process has just put it there
                     raise
@@ -333,6 +382,19 @@ class SnapshotPlace:
         for path in self._local.glob("snapshot-*"):
             if path.name != name and path.name not in there:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _read(path: Path, most: int) -> bytes:
+    try:
+        return read_bounded(path, most)
+    except ValueError as error:
+        raise DatastoreError(f"{path} cannot be read: {error}.", "Remove the snapshot.") from error
+
+
+def _check_manifest(content: bytes, path: object, file: StateFile) -> None:
+    found = xxhash.xxh3_128_hexdigest(content)
+    if found != file.manifest:
+        raise DatastoreError(f"{path} was altered: found xxh3 {found}, expected {file.manifest[:40]!r}.")
 
 
 def _file_system(url: str) -> tuple[Any, str]:

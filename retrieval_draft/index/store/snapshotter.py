@@ -58,6 +58,7 @@ class Snapshotter:
         self._counts = counts
         self._stopped = stopped
         self._failing = False
+        self._wrote = float("-inf")
         self._place: SnapshotPlace | None = None
         if config.snapshots is not None:
             fingerprint = namespace.partition(":")[0]
@@ -88,6 +89,7 @@ class Snapshotter:
         segments, state = self._mirror.snapshot(self._namespace)
         info = self._place.write(segments, state)
         self._counts.snapshots += 1
+        self._wrote = time.monotonic()
         with suppress(DatastoreError):  # the next one will try again
             self._place.prune()
         return info
@@ -123,8 +125,11 @@ class Snapshotter:
         if not listed:
             return self._mirror.entries > 0
         newest = listed[0]
-        is_old = time.time() - newest.created / 1000 >= self._seconds
-        return bool(is_old and self._mirror.entries > newest.entries)
+        age = time.time() - newest.created / 1000
+        # One from the future does not tell its age: then as often as our own clock says.
+        is_old = age >= self._seconds or age < -self._seconds
+        rested = time.monotonic() - self._wrote >= self._seconds
+        return bool(is_old and rested and self._mirror.entries > newest.entries)
 
     def _write_if_elected(self) -> None:
         client = self._connector.client()

@@ -119,6 +119,7 @@ class SharedStore:
             Receiver(
                 group,
                 self.mirror,
+                self._codec.most_bytes,
                 self._link("receiving", BLOCK),
                 self._connector.is_cluster,
                 self._stopped,

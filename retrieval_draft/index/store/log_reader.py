@@ -1,0 +1,124 @@
+"""Reads streams without fetching what is too long to be an entry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from redis.exceptions import NoPermissionError, ResponseError
+
+from retrieval_draft.index.store.mirror import Item
+
+__all__ = ["COUNT", "LogReader"]
+
+COUNT = 48
+"""Entries of a read: parsing the answer holds the interpreter."""
+
+FEW = 4
+"""Entries of a read where Redis is not asked for sizes first."""
+
+_ROOM = 1 << 23
+"""Bytes of a read, from which on no more is read into it."""
+
+_READ = """
+local out, room = {}, tonumber(ARGV[3])
+for place, key in ipairs(KEYS) do
+  local items, from, more = {}, '(' .. ARGV[3 + place], 0
+  while #items < tonumber(ARGV[1]) do
+    if room <= 0 then more = 1 break end
+    local found = redis.pcall('XRANGE', key, from, '+', 'COUNT', 1)
+    if found.err or not found[1] then break end
+    local id, fields, size = found[1][1], found[1][2], 0
+    for _, part in ipairs(fields) do size = size + #part end
+    if size > tonumber(ARGV[2]) then fields = size room = 0 end
+    items[#items + 1] = {id, fields}
+    room = room - size
+    from = '(' .. id
+  end
+  if #items == tonumber(ARGV[1]) then more = 1 end
+  out[place] = {items, more}
+end
+return out
+"""
+"""For each stream what stands behind a position: at most ARGV[1] entries, of each its id and fields, or in their
+place its size where that is more than ARGV[2]; and whether there may be more. One entry at a time is held, and
+after one that is too long no other is read in the same call."""
+
+_LAST = """
+local found = redis.call('XINFO', 'STREAM', KEYS[1])
+for place = 1, #found, 2 do
+  if found[place] == 'last-generated-id' then return found[place + 1] end
+end
+"""
+
+
+class LogReader:
+    """Streams as one client reads them.
+
+    Redis sends whole entries, of any size, and whoever may write to it decides how long they are. So a script
+    looks at the size of each and sends only those that may be one of ours. Where scripts are not permitted a few
+    entries are read at a time.
+
+    Args:
+        client: Of redis-py.
+        most: Bytes that an entry of ours may have.
+    """
+
+    def __init__(self, client: Any, most: int) -> None:
+        self._client = client
+        self._most = most
+        self._scripts = True
+        for command in ("XREAD", "XINFO STREAM"):
+            client.set_response_callback(command, _as_it_comes)
+
+    def read(self, starts: Mapping[bytes, bytes]) -> tuple[list[tuple[bytes, list[Item]]], bool]:
+        """What stands behind positions, at once.
+
+        Args:
+            starts: For each stream the id behind which to read.
+
+        Returns:
+            Streams that have something, with their entries, and whether any may have more.
+        """
+        if self._scripts:
+            room = max(_ROOM, self._most)
+            try:
+                reply = self._client.eval(
+                    _READ, len(starts), *starts, COUNT, self._most, room, *starts.values()
+                )
+            except NoPermissionError:
+                self._scripts = False
+            else:
+                found = zip(starts, reply, strict=True)
+                return [(key, items) for key, (items, _) in found if items], any(more for _, more in reply)
+        found = _streams(self._client.xread(starts, count=FEW))
+        return found, any(len(items) == FEW for _, items in found)
+
+    def wait(self, starts: Mapping[bytes, bytes], seconds: float) -> list[tuple[bytes, list[Item]]]:
+        """The first entry that comes, or nothing after a while. Everything before must have been read."""
+        return _streams(self._client.xread(starts, count=1, block=int(1000 * seconds)))
+
+    def last_id(self, key: bytes) -> bytes | None:
+        """The last id that a stream gave out; 0-0 of one that is not there, None where it is not known."""
+        try:
+            if self._scripts:
+                return bytes(self._client.eval(_LAST, 1, key))
+            found = self._client.xinfo_stream(key)
+            return bytes(found[found.index(b"last-generated-id") + 1])
+        except NoPermissionError:
+            return None
+        except ResponseError as error:
+            if "no such key" in str(error).lower():
+                return b"0-0"
+            raise
+
+
+def _as_it_comes(reply: Any, **options: Any) -> Any:
+    """Instead of redis-py's parsing, which holds the interpreter for long."""
+    return reply
+
+
+def _streams(reply: Any) -> list[tuple[bytes, list[Item]]]:
+    """Streams and their entries, of what RESP2 or RESP3 returns."""
+    pairs: Sequence[Any] = list(reply.items()) if isinstance(reply, dict) else reply or ()
+    return [(key, items) for key, items in pairs if items]
