@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from retrieval_draft import __version__
-from retrieval_draft._files import file_checksum, replace_file
+from retrieval_draft._files import file_checksum, read_bounded, replace_file
 from retrieval_draft._saved_drafter import FORMAT, FORMAT_VERSION, SavedCosts, SavedDrafter, SavedStore
 from retrieval_draft.engine.calibration import Calibration
 from retrieval_draft.engine.cost import SIZES
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 __all__ = ["load_drafter", "save_drafter"]
 
 DRAFTER = "drafter.json"
+_MOST_BYTES = 1 << 30
+"""Of a description with phrases of a hundred million tokens."""
+
 _AGAIN = "Save the drafter again, or copy the whole folder."
 _log = logging.getLogger("retrieval_draft")
 
@@ -131,12 +134,14 @@ def load_drafter(
 
 def _read(path: Path) -> SavedDrafter:
     try:
-        content = path.read_bytes()
+        content = read_bounded(path, _MOST_BYTES)
     except FileNotFoundError as error:
         raise DatastoreError(f"{path} is missing.", "Name a folder that save_pretrained wrote.") from error
+    except (OSError, ValueError) as error:
+        raise DatastoreError(f"{path} cannot be read: {error}.", _AGAIN) from error
     try:
         head = msgspec.json.decode(content)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DatastoreError(f"{path} is torn: found {error}, expected JSON.", _AGAIN) from error
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise DatastoreError(
@@ -149,9 +154,39 @@ def _read(path: Path) -> SavedDrafter:
             "Use the release of retrieval_draft that wrote it, or save the drafter again.",
         )
     try:
-        return msgspec.convert(head, SavedDrafter, strict=True, str_keys=True)
+        saved = msgspec.convert(head, SavedDrafter, strict=True, str_keys=True)
     except msgspec.ValidationError as error:
         raise DatastoreError(f"{path} cannot be used: {error}.", _AGAIN) from error
+    _check(saved, path)
+    return saved
+
+
+def _check(saved: SavedDrafter, path: Path) -> None:
+    """Holds what types do not say to what `save_drafter` can have written."""
+    ids = [token for phrase in saved.phrases or () for token in phrase]
+    seconds = [] if saved.costs is None else list(saved.costs.seconds.values())
+    wrong = (
+        (
+            "an id in phrases",
+            next((token for token in ids if not 0 <= token < 2**31), None),
+            "in 0..2^31 - 1",
+        ),
+        (
+            "a time in costs",
+            next((each for each in seconds if not 0.0 < each < 1e6), None),
+            "a time in seconds",
+        ),
+        ("vocabulary", None if 0 < saved.vocabulary < 2**31 else saved.vocabulary, "in 1..2^31 - 1"),
+        ("tokens", None if 0 <= saved.tokens < 2**31 else saved.tokens, "in 0..2^31 - 1"),
+    )
+    for what, found, allowed in wrong:
+        if found is not None:
+            raise DatastoreError(f"{path}: {what} is {found}; it must be {allowed}.", _AGAIN)
+    if saved.store is not None:
+        try:
+            _store_config(saved.store)
+        except (TypeError, ValueError) as error:
+            raise DatastoreError(f"{path}: its store cannot be used: {error}", _AGAIN) from error
 
 
 def _check_tokenizer(saved: SavedDrafter, tokenizer: Any, home: Path) -> None:

@@ -59,6 +59,9 @@ REQUEST_RATE = 0.03
 MEMORY = 128.0
 """Expected acceptances after which a cell forgets half of what it saw."""
 
+MOST_LEARNED = 1e6
+"""No number that is kept is larger."""
+
 VERSION = "1"
 PRIORS = Path(__file__).with_name("priors.safetensors")
 
@@ -193,7 +196,7 @@ class Calibration:
         Raises:
             DatastoreError: The file is torn, of another format, or has other shapes; nothing is changed.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         arrays: dict[str, NDArray[np.float64]] = {}
         try:
@@ -207,15 +210,22 @@ class Calibration:
                 known = [*_KEPT, *(name for name in _KEPT_LATER if name in set(file.keys()))]
                 for name in known:
                     arrays[name] = file.get_tensor(name).astype(np.float64)
-        except (OSError, SafetensorError) as error:
+        except DatastoreError:
+            raise
+        except (
+            Exception
+        ) as error:  # a header may say anything, and safetensors and numpy raise what they like
             raise DatastoreError(
                 f"{path} is no calibration: {error}.", "Delete it: what it knows is learned again."
             ) from error
         for name, array in arrays.items():
             own: NDArray[np.float64] = getattr(self, name)
-            if array.shape != own.shape or not np.isfinite(array).all():
+            # What is learned stays far below; beyond it, sums of a few terms would not be numbers any more.
+            low = 0.0 if name in ("expected", "accepted") else -MOST_LEARNED
+            if array.shape != own.shape or not ((array >= low) & (array <= MOST_LEARNED)).all():
                 raise DatastoreError(
-                    f"{path}: {name} has shape {array.shape} or holds no numbers; it should be {own.shape}.",
+                    f"{path}: {name} has shape {array.shape} or holds what is never learned; it should be "
+                    f"{own.shape} of numbers in {low:g}..{MOST_LEARNED:g}.",
                     "Delete it: what it knows is learned again.",
                 )
         for name, array in arrays.items():

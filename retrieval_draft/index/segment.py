@@ -120,8 +120,8 @@ class Segment:
     def open(cls, folder: Path, separator: int, bits: int, sizes: dict[str, int]) -> Segment:
         """Maps a segment that `write` made. Reads nothing but the headers.
 
-        All that kernels take for granted is compared: kinds, shapes, lengths, and the numbers of the manifest.
-        Values within the arrays may be anything; kernels bound what they read by them.
+        All that kernels take for granted is compared: kinds, shapes, lengths, the manifest's numbers. Values
+        within the arrays may be anything; kernels bound what they read by them.
 
         Args:
             folder: The segment's folder.
@@ -153,8 +153,8 @@ class Segment:
         fitting = key_bits(separator, separator if tokens.dtype == np.uint32 else 0)
         if not 0 <= separator <= largest or bits != fitting:
             raise DatastoreError(
-                f"The manifest says that {folder} has the separator {separator} and {bits} bits for a token; "
-                f"tokens of {tokens.dtype} have a separator of 0..{largest}, and this one takes {fitting} bits.",
+                f"The manifest says that {folder} has the separator {separator} and {bits} bits for a "
+                f"token; {tokens.dtype} has separators of 0..{largest}, and this one takes {fitting} bits.",
                 _BROKEN,
             )
         return cls(tokens, suffixes, documents, samples, separator, bits)

@@ -122,8 +122,8 @@ def _finish_runs(
                         high += 1
                     if high - low > 1 and run_heads[low] == 1:
                         active |= _sort_run(
-                            address, width, length, separator, bits, run[low:high], depth, keys, spare_keys, spare,
-                            run_heads[low:high], histogram,
+                            address, width, length, separator, bits, run[low:high], depth, keys, spare_keys,
+                            spare, run_heads[low:high], histogram,
                         )  # fmt: skip
                     low = high
                 depth += count

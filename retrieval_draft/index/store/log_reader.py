@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,11 @@ FEW = 4
 
 _ROOM = 1 << 23
 """Bytes of a read, from which on no more is read into it."""
+
+_WARY_SECONDS = 600.0
+_POLL_SECONDS = 0.02
+"""For how long after an entry that was too long Redis is asked again and again, and how often, rather than left
+to send what comes."""
 
 _READ = """
 local out, room = {}, tonumber(ARGV[3])
@@ -40,9 +46,9 @@ for place, key in ipairs(KEYS) do
 end
 return out
 """
-"""For each stream what stands behind a position: at most ARGV[1] entries, of each its id and fields, or in their
-place its size where that is more than ARGV[2]; and whether there may be more. One entry at a time is held, and
-after one that is too long no other is read in the same call."""
+"""For each stream what stands behind a position: at most ARGV[1] entries, of each its id and fields, or in the
+place of these its size where that is more than ARGV[2]; and whether there may be more. One entry at a time is
+held, and after one that is too long no other is read in the same call."""
 
 _LAST = """
 local found = redis.call('XINFO', 'STREAM', KEYS[1])
@@ -56,8 +62,8 @@ class LogReader:
     """Streams as one client reads them.
 
     Redis sends whole entries, of any size, and whoever may write to it decides how long they are. So a script
-    looks at the size of each and sends only those that may be one of ours. Where scripts are not permitted a few
-    entries are read at a time.
+    looks at the size of each and sends only those that may be one of ours. Where scripts are not permitted a
+    few entries are read at a time.
 
     Args:
         client: Of redis-py.
@@ -68,6 +74,7 @@ class LogReader:
         self._client = client
         self._most = most
         self._scripts = True
+        self._wary_until = 0.0
         for command in ("XREAD", "XINFO STREAM"):
             client.set_response_callback(command, _as_it_comes)
 
@@ -89,14 +96,29 @@ class LogReader:
             except NoPermissionError:
                 self._scripts = False
             else:
-                found = zip(starts, reply, strict=True)
-                return [(key, items) for key, (items, _) in found if items], any(more for _, more in reply)
+                pairs = zip(starts, reply, strict=True)
+                found = [(key, items) for key, (items, _) in pairs if items]
+                if any(isinstance(item[1], int) for _, items in found for item in items):
+                    self._wary_until = time.monotonic() + _WARY_SECONDS
+                return found, any(more for _, more in reply)
         found = _streams(self._client.xread(starts, count=FEW))
         return found, any(len(items) == FEW for _, items in found)
 
     def wait(self, starts: Mapping[bytes, bytes], seconds: float) -> list[tuple[bytes, list[Item]]]:
-        """The first entry that comes, or nothing after a while. Everything before must have been read."""
-        return _streams(self._client.xread(starts, count=1, block=int(1000 * seconds)))
+        """The first entry that comes, or nothing after a while. Everything before must have been read.
+
+        What is waited for comes whole: one entry at a time, and after one that was too long, none for a while.
+        """
+        end = time.monotonic() + seconds
+        while self._scripts and time.monotonic() < self._wary_until:
+            found, _ = self.read(starts)
+            if found or time.monotonic() > end:
+                return found
+            time.sleep(_POLL_SECONDS)
+        found = _streams(self._client.xread(starts, count=1, block=int(1000 * seconds)))
+        if any(_size(item) > self._most for _, items in found for item in items):
+            self._wary_until = time.monotonic() + _WARY_SECONDS
+        return found
 
     def last_id(self, key: bytes) -> bytes | None:
         """The last id that a stream gave out; 0-0 of one that is not there, None where it is not known."""
@@ -111,6 +133,13 @@ class LogReader:
             if "no such key" in str(error).lower():
                 return b"0-0"
             raise
+
+
+def _size(item: Item) -> int:
+    """Bytes of an entry."""
+    fields = item[1]
+    parts = fields.values() if isinstance(fields, dict) else fields or ()
+    return sum(len(part) for part in parts)
 
 
 def _as_it_comes(reply: Any, **options: Any) -> Any:

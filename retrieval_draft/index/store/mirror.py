@@ -36,7 +36,7 @@ FIELD = b"e"
 
 Item = Sequence[Any]
 """What Redis returns of a stream entry: its id, and field and value in turn, or a dict of them (redis-py's
-client of a cluster), or None where it was deleted; or of one that is too long its bytes, which were not read."""
+client of a cluster), or None where it was deleted; of one that is too long and was not read, its size."""
 
 MOST_SERVERS = 1 << 16
 _BATCH_TOKENS = 1 << 19

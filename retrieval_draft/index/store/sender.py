@@ -35,6 +35,30 @@ _PACE = 0.8
 
 _TRIM_SECONDS = 2.0
 
+_REVIVE = """
+local last = '18446744073709551615'
+local found = redis.call('XINFO', 'STREAM', KEYS[1])
+for place = 1, #found, 2 do
+  if found[place] == 'last-generated-id' and found[place + 1] ~= last .. '-' .. last then return 0 end
+end
+local entries = redis.call('XRANGE', KEYS[1], '-', '+')
+redis.call('DEL', KEYS[1])
+for round = 1, 2 do
+  for _, entry in ipairs(entries) do
+    local id, fields = entry[1], entry[2]
+    local is_last = id == last .. '-' .. last
+    local is_late = string.sub(id, 1, #last + 1) == last .. '-'
+    if #fields == 2 and not is_last and is_late == (round == 2) then
+      redis.pcall('XADD', KEYS[1], is_late and '*' or id, fields[1], fields[2])
+    end
+  end
+end
+return 1
+"""
+"""Gives a stream ids again. One entry with the largest id that there is, and nobody could add to it any more:
+all others go into a new stream of that name, in their order, with their ids or, where those are among the
+last that there are, with new ones. Readers notice that ids have gone back, and take nothing in twice."""
+
 
 class Sender:
     """Appends entries to one stream, in the order of their sequence numbers.
@@ -179,7 +203,9 @@ class Sender:
             now = time.monotonic()
             for reply in replies:
                 if isinstance(reply, Exception):
-                    raise reply
+                    if "exhausted" in str(reply):
+                        client.eval(_REVIVE, 1, self._key)
+                    raise reply  # and it is sent again
                 self._accept(now)
                 self._last_seconds = stream_id(reply)[0] / 1000
             self._link.worked()

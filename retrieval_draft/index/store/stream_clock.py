@@ -5,20 +5,20 @@ from __future__ import annotations
 __all__ = ["SLACK", "StreamClock"]
 
 SLACK = 2.0
-"""Seconds by which ids may fall behind our own clock: no entry takes so long to be read from a log that has been
-read to its end, and a burst of `rate_limit.BURST` bridges it."""
+"""Seconds by which ids may fall behind our own clock: no entry takes so long to be read once the log has been
+read to its end, and the burst of a `RateLimit` bridges it."""
 
 
 class StreamClock:
     """Time that passes in one stream: as its ids say, and where these stand still, as our own clock says.
 
-    Ids are of Redis' clock, so readers of one log decide alike. But they stand still for as long as that clock
-    was ahead once, or anybody wrote one entry with an id in the future. Neither clock can stop time alone, and a
+    Ids are of Redis' clock, so readers of one log decide alike. But they stand still for as long as that was
+    ahead once, or anybody wrote one entry with an id in the future. Neither clock can stop time alone, and a
     jump of either does no more than fill a bucket once.
 
     Example:
-        entries of the seconds 100 and 101, then a day ahead: 100, 101, 86501; entries with the same id, read 10
-        and 11 seconds later by our own clock, are of 86509 and 86510
+        entries of seconds 100 and 101, then one from a day ahead: 100, 101, 86501; with the same id, read 10
+        and 11 seconds later by our own clock: 86509, 86510
     """
 
     __slots__ = ("_id", "_own", "_read", "_time")

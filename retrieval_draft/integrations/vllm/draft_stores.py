@@ -6,7 +6,6 @@ from typing import Any
 
 from retrieval_draft.chains import ChainBatch
 from retrieval_draft.datastores import open_datastores
-from retrieval_draft.engine.kept_calibration import calibration_file, keep_calibration
 from retrieval_draft.integrations.vllm.options import VllmOptions
 
 __all__ = ["DraftStores"]
@@ -31,22 +30,20 @@ class DraftStores:
     """
 
     def __init__(self, options: VllmOptions, tokenizer: Any, vocabulary: int, most: int) -> None:
-        self._config = options.draft_config()
+        config = options.draft_config()
         self._stores = open_datastores(
-            tokenizer, vocabulary, self._config, options.index, options.phrases, options.store_config()
+            tokenizer, vocabulary, config, options.index, options.phrases, options.store_config()
         )
-        self.chains = ChainBatch(self._stores, self._config, max_chain=most, threads=options.threads)
+        self.chains = ChainBatch(self._stores, config, max_chain=most, threads=options.threads)
 
     def flush(self) -> None:
         """Waits until what finished requests said can be drafted from, and keeps what calibration learned."""
         self.chains.flush()
-        keep_calibration(self.chains.calibration, calibration_file(self._config))
         if self._stores.shared is not None:
             self._stores.shared.flush()
 
     def close(self) -> None:
         """Keeps and sends what waits, and stops background threads."""
         self.chains.shut_down()
-        keep_calibration(self.chains.calibration, calibration_file(self._config))
         if self._stores.shared is not None:
             self._stores.shared.close()
