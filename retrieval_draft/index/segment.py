@@ -134,7 +134,7 @@ class Segment:
                 one that goes with the arrays.
         """
         tokens, suffixes, documents, samples = (
-            map_array(folder / f"{name}.npy", sizes[f"{name}.npy"]) for name in _FILES
+            map_array(folder / f"{name}.npy", sizes.get(f"{name}.npy", -1)) for name in _FILES
         )
         kinds = {
             "tokens": (tokens, (np.uint16, np.uint32), len(tokens)),

@@ -9,6 +9,7 @@ import msgspec
 import xxhash
 
 from retrieval_draft._files import replace_file
+from retrieval_draft.errors import DatastoreError
 from retrieval_draft.index.building.documents import DocumentFile
 from retrieval_draft.index.index_folder import Manifest, RunEntry, SegmentEntry
 
@@ -70,15 +71,27 @@ class Journal(msgspec.Struct, kw_only=True):
         """
         try:
             found = msgspec.json.decode((folder / _NAME).read_bytes(), type=cls)
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             found = None
         published = [entry.name for entry in manifest.segments]
         if found is not None and found.key == key and found.result and found.result == published:
             return cls(key=key, base=list(base), is_published=True)
-        whole = found is not None and all((folder / name).is_dir() for name in found.names)
+        whole = found is not None and found._is_whole(folder)
         if found is not None and whole and found.key == key and found.base == list(base):
             return found
         return cls(key=key, base=list(base))
+
+    def _is_whole(self, folder: Path) -> bool:
+        """Whether it says what `save` can have written, and all that it names is there."""
+        try:
+            for entry in self._entries:
+                entry.check(folder / _NAME)
+        except DatastoreError:
+            return False
+        position = self.position
+        numbers = (position.file, position.record, position.offset, position.documents)
+        sound = all(0 <= number < 2**63 for number in numbers)
+        return sound and all((folder / name).is_dir() for name in self.names)
 
     @property
     def names(self) -> list[str]:

@@ -23,8 +23,8 @@ _ROOM = 1 << 23
 
 _WARY_SECONDS = 600.0
 _POLL_SECONDS = 0.02
-"""For how long after an entry that was too long Redis is asked again and again, and how often, rather than left
-to send what comes."""
+"""For how long after an entry that was too long Redis is asked again and again, and how often, rather than
+left to send what comes."""
 
 _READ = """
 local out, room = {}, tonumber(ARGV[3])
@@ -46,9 +46,9 @@ for place, key in ipairs(KEYS) do
 end
 return out
 """
-"""For each stream what stands behind a position: at most ARGV[1] entries, of each its id and fields, or in the
-place of these its size where that is more than ARGV[2]; and whether there may be more. One entry at a time is
-held, and after one that is too long no other is read in the same call."""
+"""For each stream what stands behind a position: at most ARGV[1] entries, of each its id and fields, or in
+the place of these its size where that is more than ARGV[2]; and whether there may be more. One entry at a time
+is held, and after one that is too long no other is read in the same call."""
 
 _LAST = """
 local found = redis.call('XINFO', 'STREAM', KEYS[1])
@@ -107,7 +107,7 @@ class LogReader:
     def wait(self, starts: Mapping[bytes, bytes], seconds: float) -> list[tuple[bytes, list[Item]]]:
         """The first entry that comes, or nothing after a while. Everything before must have been read.
 
-        What is waited for comes whole: one entry at a time, and after one that was too long, none for a while.
+        What is waited for comes whole: one entry at a time, and after one that was too long none for a while.
         """
         end = time.monotonic() + seconds
         while self._scripts and time.monotonic() < self._wary_until:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -116,3 +117,51 @@ def test_the_tree_is_the_best_prefix_closed_set(
     assert len(tree) == min(budget, len(expected)) + 1
     best = sorted(expected.values(), reverse=True)[: len(tree) - 1]
     np.testing.assert_allclose(sorted(tree.path_probs[1:].tolist(), reverse=True), best, rtol=1e-4)
+
+
+odd_numbers = st.one_of(
+    st.floats(0, 1, width=32), st.sampled_from([math.nan, math.inf, -math.inf, -1.0, 0.0, 7.0, 1e-40])
+)
+odd_nodes = st.lists(
+    st.tuples(
+        st.integers(-2, 50),
+        st.sampled_from([-1, -1, 0, 1, 2, 5, -7, 2**31 - 1, -(2**31)]),
+        odd_numbers,
+        st.sampled_from([0, 1, 40, -3, 2**31 - 1]),
+    ),
+    max_size=9,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(odd_nodes, min_size=1, max_size=10), st.integers(1, 12))
+def test_whatever_sources_propose_is_a_tree_and_teaches_no_nonsense(proposed: list, budget: int) -> None:
+    proposals = []
+    for number, nodes in enumerate(proposed):
+        tokens, parents, probs, lengths = (
+            (list(column) for column in zip(*nodes, strict=True)) if nodes else [[]] * 4
+        )
+        made = proposal(tokens, parents, probs, f"source {number}")
+        proposals.append(dataclasses.replace(made, match_lengths=np.array(lengths, np.int32)))
+    calibration = Calibration()
+    for _ in range(3):
+        tree = fuse(8, proposals, calibration, budget)
+        assert len(tree) <= budget + 1
+        assert all(0 <= parent < node for node, parent in enumerate(tree.parents.tolist()) if node)
+        assert ((tree.probs > 0) & (tree.probs <= 1)).all()
+        assert (np.diff(tree.path_probs) <= 0).all()
+        calibration.observe(tree, proposals, np.array([tree.tokens[-1], 3], np.int32))
+    for kept in (calibration.weights, calibration.parameters, calibration.expected, calibration.accepted,
+                 calibration.request, calibration.sharpness):  # fmt: skip
+        assert np.isfinite(kept).all()
+
+
+@pytest.mark.parametrize("name", ["weights", "parameters", "request", "expected", "accepted"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e308])
+def test_a_calibration_that_holds_no_numbers_still_gives_a_tree(name: str, bad: float) -> None:
+    calibration = Calibration()
+    getattr(calibration, name)[...] = bad
+    proposals = [proposal([9, 4], [-1, 0], [0.8, 0.5], "automaton")]
+    tree = fuse(8, proposals, calibration, 4)
+    assert sorted(tree.tokens.tolist()) == [4, 8, 9]
+    calibration.observe(tree, proposals, np.array([9, 4], np.int32))
