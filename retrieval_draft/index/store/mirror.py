@@ -223,7 +223,6 @@ class Mirror:
 
     def restore(self, segments: Segments, state: LogState) -> None:
         """Starts from a snapshot instead of from nothing."""
-        now = state.created / 1000
         with self.lock:
             for segment in segments:
                 self.pile.add(segment)
@@ -232,7 +231,7 @@ class Mirror:
             self.entries, self.digest = state.entries, int(state.digest, 16)
             for server, bounds in state.writers.items():
                 known = SequenceSet(bounds)
-                self._writers[bytes.fromhex(server)] = _Writer(known, RateLimit(self._rate), now)
+                self._writers[bytes.fromhex(server)] = _Writer(known, RateLimit(self._rate), 0.0)
 
     def _in_vocabulary(
         self, read: list[tuple[Entry, float, bytes]], count: bool

@@ -46,9 +46,8 @@ redis.call('DEL', KEYS[1])
 for round = 1, 2 do
   for _, entry in ipairs(entries) do
     local id, fields = entry[1], entry[2]
-    local is_last = id == last .. '-' .. last
     local is_late = string.sub(id, 1, #last + 1) == last .. '-'
-    if #fields == 2 and not is_last and is_late == (round == 2) then
+    if #fields == 2 and is_late == (round == 2) then
       redis.pcall('XADD', KEYS[1], is_late and '*' or id, fields[1], fields[2])
     end
   end
@@ -56,7 +55,7 @@ end
 return 1
 """
 """Gives a stream ids again. One entry with the largest id that there is, and nobody could add to it any more:
-all others go into a new stream of that name, in their order, with their ids or, where those are among the
+all entries go into a new stream of that name, in their order, with their ids or, where those are among the
 last that there are, with new ones. Readers notice that ids have gone back, and take nothing in twice."""
 
 

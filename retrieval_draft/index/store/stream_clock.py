@@ -9,6 +9,10 @@ SLACK = 2.0
 read to its end, and the burst of a `RateLimit` bridges it."""
 
 
+LEAP = 1e6
+"""Seconds that one entry may move time by: an id may be of any year, and numbers of seconds must stay exact."""
+
+
 class StreamClock:
     """Time that passes in one stream: as its ids say, and where these stand still, as our own clock says.
 
@@ -17,8 +21,8 @@ class StreamClock:
     jump of either does no more than fill a bucket once.
 
     Example:
-        entries of seconds 100 and 101, then one from a day ahead: 100, 101, 86501; with the same id, read 10
-        and 11 seconds later by our own clock: 86509, 86510
+        entries of seconds 100 and 101, then one from a day ahead: 0, 1, 86401; with the same id, read 10 and
+        11 seconds later by our own clock: 86409, 86410
     """
 
     __slots__ = ("_id", "_own", "_read", "_time")
@@ -34,20 +38,19 @@ class StreamClock:
         self._id = None
 
     def at(self, seconds: float, now: float) -> float:
-        """The time of an entry; never earlier than that of the one before.
+        """The time of an entry, in seconds since the first; never earlier than that of the one before.
 
         Args:
             seconds: Of its id. One below the newest so far was read before, and moves nothing.
             now: Our own clock.
         """
         if self._id is None:
-            self._id, self._read = seconds, now
-            self._time = self._own = max(self._time, seconds)
+            self._id, self._read, self._own = seconds, now, self._time
             return self._time
         if seconds >= self._id:
             self._own += max(now - self._read, 0.0)
             self._read = now
-            ids = self._time + seconds - self._id
+            ids = self._time + min(seconds - self._id, LEAP)
             self._id = seconds
             self._own = max(self._own, ids)
             self._time = max(ids, self._own - SLACK)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from retrieval_draft.engine.calibration import Calibration
 from retrieval_draft.errors import InvalidInputError, UnsupportedEngineError
 from retrieval_draft.integrations.vllm import RetrievalProposer, VllmOptions
+from retrieval_draft.integrations.vllm.draft_stores import DraftStores
+from tests.tiny import byte_tokenizer
 from tests.unit.integrations.vllm_batch import FakeBatch
 from tests.unit.integrations.vllm_configs import FakeRunner, vllm_config
 
@@ -116,6 +120,21 @@ def test_what_finished_requests_said_is_drafted_from_by_others() -> None:
     batch.add("b", [90, 31, 32])
     assert ask(with_history, batch, {"b": [33]})["b"][:1] == [34]
     with_history.close()
+
+
+def test_what_was_learned_is_written_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    written: list[Path] = []
+    save = Calibration.save
+    monkeypatch.setattr(Calibration, "save", lambda self, path: (written.append(path), save(self, path)))
+    tokenizer = byte_tokenizer()
+    folder = str(tmp_path / "history")
+    stores = DraftStores(VllmOptions(history_folder=folder), tokenizer, len(tokenizer), 8)
+    session = stores.chains.open(np.array([5, 6, 5, 6], np.int32))
+    stores.chains.step([session], [5], [1])
+    stores.flush()
+    assert written == [tmp_path / "history" / "calibration.safetensors"]
+    stores.close()
+    assert len(written) == 2
 
 
 def test_what_comes_behind_the_end_of_a_reply_is_not_kept() -> None:
