@@ -11,6 +11,8 @@ from retrieval_draft.bench.valkey_process import ValkeyProcess
 from retrieval_draft.index.store import sender as sender_module
 from retrieval_draft.index.store.keys import SHARDS, stream_key
 from retrieval_draft.index.store.log_reader import COUNT, LogReader
+from retrieval_draft.index.store.survey import survey
+from retrieval_draft.index.store.url import parse_store_url
 from tests.store_servers import ValkeyCluster
 from tests.stores import FINGERPRINT, NONE, opened, run, runs, share, wait_same, wait_until
 
@@ -188,3 +190,30 @@ def test_a_cluster_is_read_and_trimmed_too(tmp_path, monkeypatch) -> None:
         wait_same(stores, runs(*range(5)))
         assert stores[0].counts.failures == stores[1].counts.failures == 0
         assert np.array([len(store.segments) for store in stores]).all()
+
+
+def test_what_is_no_stream_keeps_nobody_from_the_others(server) -> None:
+    for shard in range(SHARDS - 1):
+        server.client().set(stream_key(NAMESPACE, str(shard)), b"x")
+    with opened(server.url, 4) as stores:  # of random ids, some of which have a shard of these
+        for number, store in enumerate(stores):
+            share(store, number)
+        wait_same(stores, runs(*range(4)))
+    found = [each for each in survey(parse_store_url(server.url, {}))[1] if each.tenant == "default"]
+    assert [each.streams for each in found] == [{str(SHARDS - 1): 4}]
+
+
+def test_a_survey_fetches_no_entries_and_shows_no_strange_names(server, monkeypatch) -> None:
+    client = server.client()
+    client.xadd(stream_key(NAMESPACE, "0"), {b"e": b"x" * (24 << 20)}, id="5-0")
+    client.xadd(stream_key(NAMESPACE, "0"), {b"e": b"x" * (24 << 20)}, id="9-0")
+    for name in (
+        b"rd:\x1b[2J:t:{0}:log",
+        b"rd:f:" + b"t" * 5000 + b":{0}:log",
+        b"rd:f:a b:{0}:log",
+        b"rd:::{0}:log",
+    ):
+        client.xadd(name, {b"e": b"x"})
+    monkeypatch.setattr("redis.Redis.xrange", None)
+    (found,) = survey(parse_store_url(server.url, {}))[1]
+    assert (found.fingerprint, found.oldest, found.newest, found.entries) == (FINGERPRINT, 5, 9, 2)

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from retrieval_draft import DraftConfig, RetrievalDrafter, StoreConfig
-from retrieval_draft.errors import DatastoreError, InvalidInputError, TokenizerMismatchError
+from retrieval_draft._saved_drafter import FORMAT, SavedCosts, SavedDrafter
+from retrieval_draft.errors import (
+    DatastoreError,
+    InvalidInputError,
+    RetrievalDraftError,
+    TokenizerMismatchError,
+)
 from retrieval_draft.fingerprint import tokenizer_fingerprint
 from retrieval_draft.index.index_folder import IndexFolder
 from retrieval_draft.index.segment import Segment
+from retrieval_draft.pretrained import _saved_store
 from retrieval_draft.store_url import without_credentials
 from tests.models import make
 from tests.tiny import TEXT, byte_tokenizer
@@ -263,3 +273,70 @@ def test_a_crash_before_the_description_leaves_the_old_drafter(
 )
 def test_urls_lose_their_secrets_only(url: str, shown: str) -> None:
     assert without_credentials(url) == shown
+
+
+def odd_values(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where every field of a description is."""
+    inside = document.items() if isinstance(document, dict) else enumerate(document)
+    for name, each in inside if isinstance(document, (dict, list)) else ():
+        yield (*path, name)
+        if isinstance(each, (dict, list)):
+            yield from odd_values(each, (*path, name))
+
+
+def test_a_description_may_say_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded, or refused with an error of this package; nothing else is raised."""
+    monkeypatch.setattr(RetrievalDrafter, "for_model", lambda *given, **named: made.append(named) or drafter)
+    made: list[dict[str, Any]] = []
+    store = StoreConfig("redis://127.0.0.1:1", tenant="acme")
+    drafter = SimpleNamespace(_supply=SimpleNamespace(start_from=lambda known: None), _target=None)
+    saved = SavedDrafter(
+        format=FORMAT, format_version=1, library_version="1", created="now", vocabulary=300, fingerprint="",
+        tokens=300, config=DraftConfig(), corpora=["index"], phrases=[[1, 2, 3]],
+        store=_saved_store(store), draft_models=0, calibration=("calibration-0.safetensors", "0" * 32),
+        costs=SavedCosts({"machine": "mine"}, {1: 0.5}),
+    )  # fmt: skip
+    monkeypatch.setattr("retrieval_draft.pretrained._situation", lambda _: {})
+    document = msgspec.json.decode(msgspec.json.encode(saved))
+    document["calibration"] = None
+    path = tmp_path / "drafter.json"
+    odd = [
+        None,
+        -1,
+        0,
+        2**31,
+        2**62,
+        10**30,
+        0.5,
+        1e300,
+        True,
+        "",
+        "x",
+        "../..",
+        "\0",
+        [],
+        [-1],
+        {},
+        {"x": {}},
+        [[10**12]],
+    ]
+    for where in odd_values(document):
+        place = document
+        for name in where[:-1]:
+            place = place[name]
+        kept = place[where[-1]]
+        for value in odd:
+            place[where[-1]] = value
+            path.write_text(json.dumps(document))
+            with contextlib.suppress(RetrievalDraftError):
+                loaded(tmp_path)
+        place[where[-1]] = kept
+    document["calibration"] = ["../../calibration", "0" * 32]
+    path.write_text(json.dumps(document))
+    with pytest.raises(DatastoreError, match="is missing"):
+        loaded(tmp_path)
+    for content in (b"", b"[" * 100_000, b"\xff", b'"\xff"', b"null", b"{}"):
+        path.write_bytes(content)
+        with pytest.raises(DatastoreError, match=r"drafter\.json"):
+            loaded(tmp_path)
+    assert made  # some descriptions could be used

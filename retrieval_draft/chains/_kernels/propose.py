@@ -132,7 +132,7 @@ def propose_rows(
     Returns:
         Rows that did not fit.
     """
-    groups = len(group_places)
+    groups = min(len(group_places), GROUPS)
     sample = np.int64(segment_params[3])
     width = out_tokens.shape[1]
     room = nodes.shape[2]

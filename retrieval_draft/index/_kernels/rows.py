@@ -30,6 +30,12 @@ def _same(left: NDArray[np.int32], right: NDArray[np.int32], length: int) -> boo
 
 
 @kernel
+def _is_inside(row: int, rows: int, start: int, end: int, width: int) -> bool:
+    """Whether an engine names a row that there is, and tokens within it."""
+    return 0 <= row < rows and 0 <= start <= end <= width
+
+
+@kernel
 def follow_rows(
     token_ids: NDArray[np.int32],
     rows: NDArray[np.int64],
@@ -55,17 +61,21 @@ def follow_rows(
         known: int32, shape (slots, width). Known texts; new tokens are appended.
         lengths: int64, shape (slots,). Their lengths, -1 for free slots; those that go on grow.
         claimed: bool, shape (slots,). Scratch.
-        found: int64, shape (n,). The slot of each row is written here, -1 where its text is not known.
+        found: int64, shape (n,). The slot of each row is written here, -1 where its text is not known, or its
+            numbers are none of a row.
 
     Example:
         known [5 6 7], [5 6 8]; a row 5 6 8 9 of which 9 is new, its guess 0  ->  found 1, now [5 6 8 9]
     """
     claimed[:] = False
     missing = 0
+    width = min(token_ids.shape[1], known.shape[1])
     for place in range(len(rows)):
         slot = guesses[place]
         found[place] = -1
-        fits = slot >= 0 and lengths[slot] == starts[place]
+        if not _is_inside(rows[place], len(token_ids), starts[place], ends[place], width):
+            continue
+        fits = 0 <= slot < len(lengths) and lengths[slot] == starts[place]
         if fits and _same(known[slot], token_ids[rows[place]], starts[place]):
             found[place] = slot
             claimed[slot] = True
@@ -73,7 +83,9 @@ def follow_rows(
             missing += 1
     if missing:
         for place in range(len(rows)):
-            if found[place] >= 0:
+            if found[place] >= 0 or not _is_inside(
+                rows[place], len(token_ids), starts[place], ends[place], width
+            ):
                 continue
             for slot in range(len(lengths)):
                 if claimed[slot] or lengths[slot] != starts[place]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 __all__ = ["SHARDS", "lock_key", "split_stream_key", "stream_key"]
 
 SHARDS = 4
 """Streams of a namespace. A server writes to one and reads all; the number belongs to the format."""
+
+
+_STREAM = re.compile(rb"rd:([A-Za-z0-9]{1,64}):([A-Za-z0-9._-]{1,64}):\{([0-9])\}:log")
+"""Nothing else comes to a terminal that shows what is in a store."""
 
 
 def stream_key(namespace: str, shard: str) -> bytes:
@@ -24,7 +30,5 @@ def lock_key(namespace: str) -> str:
 
 def split_stream_key(key: bytes) -> tuple[str, str, str] | None:
     """Fingerprint, tenant and shard of a stream's name; None where it is no such name."""
-    parts = key.decode("utf-8", "replace").split(":")
-    if len(parts) != 5 or parts[0] != "rd" or parts[4] != "log":
-        return None
-    return parts[1], parts[2], parts[3].strip("{}")
+    found = _STREAM.fullmatch(key)
+    return None if found is None else (found[1].decode(), found[2].decode(), found[3].decode())

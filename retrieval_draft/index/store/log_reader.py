@@ -10,7 +10,7 @@ from redis.exceptions import NoPermissionError, ResponseError
 
 from retrieval_draft.index.store.mirror import Item
 
-__all__ = ["COUNT", "LogReader"]
+__all__ = ["COUNT", "LogReader", "edge_ids"]
 
 COUNT = 48
 """Entries of a read: parsing the answer holds the interpreter."""
@@ -47,14 +47,20 @@ end
 return out
 """
 """For each stream what stands behind a position: at most ARGV[1] entries, of each its id and fields, or in
-the place of these its size where that is more than ARGV[2]; and whether there may be more. One entry at a time
-is held, and after one that is too long no other is read in the same call."""
+the place of these its size where that is more than ARGV[2]; and whether there may be more. One entry at a
+time is held, and after one that is too long no other is read in the same call."""
 
 _LAST = """
 local found = redis.call('XINFO', 'STREAM', KEYS[1])
 for place = 1, #found, 2 do
   if found[place] == 'last-generated-id' then return found[place + 1] end
 end
+"""
+
+_EDGES = """
+local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)
+local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)
+return first[1] and last[1] and {first[1][1], last[1][1]} or {}
 """
 
 
@@ -115,7 +121,13 @@ class LogReader:
             if found or time.monotonic() > end:
                 return found
             time.sleep(_POLL_SECONDS)
-        found = _streams(self._client.xread(starts, count=1, block=int(1000 * seconds)))
+        try:
+            found = _streams(self._client.xread(starts, count=1, block=int(1000 * seconds)))
+        except ResponseError as error:
+            if not _is_other(error):
+                raise
+            time.sleep(_POLL_SECONDS)  # what stands in the place of a stream does not keep the others from us
+            return []
         if any(_size(item) > self._most for _, items in found for item in items):
             self._wary_until = time.monotonic() + _WARY_SECONDS
         return found
@@ -132,6 +144,8 @@ class LogReader:
         except ResponseError as error:
             if "no such key" in str(error).lower():
                 return b"0-0"
+            if _is_other(error):
+                return None
             raise
 
 
@@ -140,6 +154,21 @@ def _size(item: Item) -> int:
     fields = item[1]
     parts = fields.values() if isinstance(fields, dict) else fields or ()
     return sum(len(part) for part in parts)
+
+
+def edge_ids(client: Any, key: bytes) -> tuple[bytes, bytes] | None:
+    """Ids of a stream's first and last entry; None where it has none."""
+    try:
+        found = client.eval(_EDGES, 1, key)
+    except NoPermissionError:
+        entries = [*client.xrange(key, count=1), *client.xrevrange(key, count=1)]
+        found = [name for name, _ in entries]
+    return (bytes(found[0]), bytes(found[1])) if len(found) == 2 else None
+
+
+def _is_other(error: ResponseError) -> bool:
+    """Whether a key holds no stream."""
+    return "wrongtype" in str(error).lower() or "wrong kind" in str(error).lower()
 
 
 def _as_it_comes(reply: Any, **options: Any) -> Any:

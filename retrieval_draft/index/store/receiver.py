@@ -100,7 +100,6 @@ class Receiver:
         found, more = self._reader.read(self._starts)
         if at_end and not found:
             found = self._reader.wait(self._starts, BLOCK)
-            more = bool(found)
         self._link.worked()
         missing = self._mirror.recent.missing()
         if missing:

@@ -68,7 +68,7 @@ class Sender:
 
     Args:
         server: This server's id.
-        key: The stream.
+        keys: The stream, and those to turn to where something else stands in its place.
         outbox: Runs to send.
         mirror: Tells which part of a prompt is known already.
         codec: Writes entries.
@@ -84,7 +84,7 @@ class Sender:
     def __init__(
         self,
         server: bytes,
-        key: bytes,
+        keys: Sequence[bytes],
         outbox: Outbox,
         mirror: Mirror,
         codec: EntryCodec,
@@ -97,7 +97,7 @@ class Sender:
         stream_bytes: int,
     ) -> None:
         self._server = server
-        self._key = key
+        self._keys = deque(keys)
         self._outbox = outbox
         self._mirror = mirror
         self._codec = codec
@@ -124,6 +124,10 @@ class Sender:
         self._measures = True  # until that is denied
         self._last_seconds = 0.0  # of the last entry's id
         self.sequence = 0
+
+    @property
+    def _key(self) -> bytes:
+        return self._keys[0]
 
     @property
     def idle(self) -> bool:
@@ -204,6 +208,8 @@ class Sender:
                 if isinstance(reply, Exception):
                     if "exhausted" in str(reply):
                         client.eval(_REVIVE, 1, self._key)
+                    elif str(reply).startswith(("WRONGTYPE", "Operation against a key")):
+                        self._keys.rotate(-1)
                     raise reply  # and it is sent again
                 self._accept(now)
                 self._last_seconds = stream_id(reply)[0] / 1000

@@ -97,10 +97,10 @@ class SharedStore:
         self._merge = threading.Event()
         self._connector = Connector(self._url, config.timeout)
         self._outbox = Outbox(config.queue_tokens)
-        shard = str(xxhash.xxh3_64_intdigest(self.server) % SHARDS)
+        shard = xxhash.xxh3_64_intdigest(self.server) % SHARDS
         self._sender = Sender(
             self.server,
-            stream_key(self.namespace, shard),
+            [stream_key(self.namespace, str((shard + other) % SHARDS)) for other in range(SHARDS)],
             self._outbox,
             self.mirror,
             self._codec,

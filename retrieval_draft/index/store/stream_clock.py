@@ -10,7 +10,7 @@ read to its end, and the burst of a `RateLimit` bridges it."""
 
 
 LEAP = 1e6
-"""Seconds that one entry may move time by: an id may be of any year, and numbers of seconds must stay exact."""
+"""Seconds that one entry may move time by: an id may be of any year, and sums of seconds must stay exact."""
 
 
 class StreamClock:

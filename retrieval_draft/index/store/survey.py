@@ -12,6 +12,7 @@ from retrieval_draft.errors import DatastoreError
 from retrieval_draft.index.store.connector import Connector
 from retrieval_draft.index.store.keys import SHARDS, lock_key, split_stream_key, stream_key
 from retrieval_draft.index.store.link import FAILURES
+from retrieval_draft.index.store.log_reader import edge_ids
 from retrieval_draft.index.store.url import StoreURL
 
 __all__ = ["NamespaceSurvey", "survey"]
@@ -95,15 +96,17 @@ def _namespace(client: Any, fingerprint: str, tenant: str) -> NamespaceSurvey:
     namespace = f"{fingerprint}:{tenant}"
     for shard in range(SHARDS):
         key = stream_key(namespace, str(shard))
-        entries = int(client.xlen(key))
+        try:
+            entries = int(client.xlen(key))
+            ids = edge_ids(client, key) if entries else None
+        except ResponseError:  # somebody keeps something else there
+            continue
         found.streams[str(shard)] = entries
         found.entries += entries
-        for place, read in (("oldest", client.xrange), ("newest", client.xrevrange)):
-            for name, _ in read(key, count=1):
-                at = int(name.split(b"-")[0])
-                known = getattr(found, place)
-                better = at if known is None else (min if place == "oldest" else max)(at, known)
-                setattr(found, place, better)
+        if ids is not None:
+            first, last = (int(name.split(b"-")[0]) for name in ids)
+            found.oldest = first if found.oldest is None else min(first, found.oldest)
+            found.newest = last if found.newest is None else max(last, found.newest)
         try:
             used = client.memory_usage(key) if entries else 0
             found.nbytes = None if found.nbytes is None else found.nbytes + int(used or 0)

@@ -175,3 +175,49 @@ def test_the_kernels_know_the_models_place() -> None:
 
 def test_the_shipped_priors_are_there() -> None:
     assert not np.array_equal(Calibration().weights, Calibration(priors=False).weights)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30, -1e30])
+@pytest.mark.parametrize("name", ["weights", "parameters", "expected", "accepted", "sharpness"])
+def test_numbers_that_are_never_learned_are_refused(tmp_path: Path, name: str, bad: float) -> None:
+    path = tmp_path / "c.safetensors"
+    calibration = Calibration()
+    getattr(calibration, name)[-1] = bad
+    calibration.save(path)
+    before = Calibration()
+    with pytest.raises(DatastoreError, match=name):
+        before.load(path)
+    np.testing.assert_array_equal(before.weights, Calibration().weights)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.float64, np.uint64, np.bool_])
+def test_arrays_of_another_kind_are_numbers_or_refused(tmp_path: Path, kind: type) -> None:
+    path = tmp_path / "c.safetensors"
+    calibration = Calibration()
+    names = ("weights", "parameters", "expected", "accepted", "sharpness")
+    path.write_bytes(
+        save({each: getattr(calibration, each).astype(kind) for each in names}, {"version": VERSION})
+    )
+    calibration.load(path)
+    assert np.isfinite(calibration.weights).all()
+
+
+def test_what_is_no_calibration_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    Calibration().save(path)
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    contents = [
+        b"", b"\xff" * 8, whole[:-1], whole[: size // 2], whole + b"x", b"\xff" * 7 + b"\x7f" + whole[8:],
+        whole.replace(b'"F32"', b'"F64"'), whole.replace(b'"F32"', b'"X32"'),
+        whole.replace(b"[256,9]", b"[9,256]"),
+        whole.replace(b"[256,9]", b"[-56,9]"), whole.replace(b'"weights"', b'"weighty"'),
+    ]  # fmt: skip
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(DatastoreError, match="Delete it"):
+            Calibration().load(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DatastoreError, match="Delete it"):
+        Calibration().load(path)

@@ -18,7 +18,18 @@ from retrieval_draft.errors import DatastoreError, InvalidInputError
 from retrieval_draft.index import segment as segment_module
 from retrieval_draft.index.index_folder import IndexFolder
 from retrieval_draft.index.store.snapshots import SnapshotPlace
-from tests.snapshots import FINGERPRINT, NAMESPACE, NOW, WARNED, count, opened, segment, state, tear_segment
+from tests.snapshots import (
+    FINGERPRINT,
+    NAMESPACE,
+    NOW,
+    WARNED,
+    count,
+    opened,
+    reseal,
+    segment,
+    state,
+    tear_segment,
+)
 
 
 @pytest.fixture(params=["local", "file", "memory"])
@@ -140,6 +151,69 @@ def test_a_damaged_snapshot_is_passed_over(damage, tmp_path, caplog) -> None:
     with caplog.at_level(logging.WARNING, WARNED):
         assert place.newest().state.entries == 1
     assert [folders[-1].name in each.getMessage() for each in caplog.records] == [True]
+
+
+LIES = [
+    ("entries", -1), ("entries", 2**63), ("created", -1), ("created", 10**13), ("digest", "g" * 16),
+    ("digest", ""),
+    ("positions", {"4": "1-0"}), ("positions", {"../x": "1-0"}), ("positions", {"0": "1-x"}),
+    ("positions", {"0": f"{2**64}-0"}), ("positions", {"0": "-5-0"}), ("positions", {"0": ""}),
+    ("writers", {"zz": [0, 1]}), ("writers", {"ab" * 17: [0, 1]}), ("writers", {"ab": [0]}),
+    ("writers", {"ab": [5, 1]}), ("writers", {"ab": [-1, 1]}), ("writers", {"ab": [0, 2**63]}),
+    ("writers", {"ab": [0, 5, 3, 9]}), ("writers", {"ab": list(range(0, 9000, 2))}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), LIES)
+def test_a_state_that_cannot_be_is_passed_over(name, value, tmp_path, caplog) -> None:
+    place, folders = three(tmp_path)
+    reseal(folders[-1], log=lambda file: file["state"].update({name: value}))
+    with caplog.at_level(logging.WARNING, WARNED):
+        assert place.newest().state.entries == 1
+    assert "allowed is" in caplog.text
+
+
+def test_no_field_of_a_state_costs_more_than_its_snapshot(tmp_path) -> None:
+    place, folders = three(tmp_path)
+    log = folders[-1] / "log.json"
+    document = json.loads(log.read_bytes())
+    odd = [None, -1, 2**62, 10**30, 0.5, True, "", "../..", "\0", [], {}, {"x": {}}]
+    for where in (document, document["state"]):
+        for name in list(where):
+            kept = where[name]
+            for value in odd:
+                where[name] = value
+                log.write_text(json.dumps(document))
+                assert place.newest() is not None
+                assert len(place.listing()) >= 2
+            where[name] = kept
+    for content in (b"", b"[" * 100_000, b"\xff", b'"\xff"', b"null"):
+        log.write_bytes(content)
+        assert place.newest().state.entries == 1
+
+
+def test_links_are_no_part_of_a_snapshot(tmp_path) -> None:
+    place, folders = three(tmp_path)
+    path = next(folders[-1].glob("segment-*/tokens.npy"))
+    path.rename(tmp_path / "elsewhere.npy")
+    path.symlink_to(tmp_path / "elsewhere.npy")
+    assert place.newest().state.entries == 1
+    folders[1].rename(tmp_path / "elsewhere")
+    folders[1].symlink_to(tmp_path / "elsewhere")
+    assert place.newest().state.entries == 0
+
+
+def test_a_snapshot_from_the_future_counts_as_the_oldest(where, tmp_path) -> None:
+    place = opened(where, tmp_path)
+    ahead = int(time.time() * 1000) + 86_400_000
+    place.write([segment([1])], state(ahead, 7))
+    assert place.newest().state.entries == 7  # better than none
+    place.write([segment([1])], state(NOW, 8))
+    place.write([segment([1])], state(NOW + 1, 9))
+    assert [each.entries for each in place.listing()] == [9, 8, 7]
+    assert place.newest().state.entries == 9
+    assert place.prune() == 1
+    assert [each.entries for each in place.listing()] == [9, 8]
 
 
 def test_a_foreign_snapshot_is_passed_over(tmp_path, caplog) -> None:

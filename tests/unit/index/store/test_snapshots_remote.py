@@ -3,12 +3,13 @@
 import logging
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
 
 from retrieval_draft.errors import DatastoreError
-from tests.snapshots import NOW, WARNED, count, opened, segment, state, tear_segment
+from tests.snapshots import NOW, WARNED, count, opened, reseal, segment, state, tear_segment
 
 
 class Remote:
@@ -103,3 +104,69 @@ def test_a_place_that_goes_down_while_it_is_read(remote, monkeypatch) -> None:
     monkeypatch.setattr(type(remote.files), "get_file", down)
     with pytest.raises(DatastoreError, match="down"):
         remote.place.newest()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../" * 8 + "PLANTED",
+        "segment-0123456789abcdef/../../../../../../PLANTED",
+        "/PLANTED",
+        "C:\\PLANTED",
+        "a\0b/PLANTED",
+        "sitecustomize.py/PLANTED",
+        "x/y/z/PLANTED",
+    ],
+)
+def test_what_the_manifest_does_not_name_is_not_fetched(remote, tmp_path, name) -> None:
+    log = remote.path("snapshot-", "log.json")
+    remote.files.store[f"{log.removesuffix('log.json')}{name}"] = remote.files.store[log]
+    assert remote.place.newest().state.entries == 1
+    assert not list(tmp_path.rglob("*PLANTED*"))
+    ours = {"manifest.json", "log.json", "tokens.npy", "suffixes.npy", "documents.npy", "samples.npy"}
+    assert {each.name for each in tmp_path.rglob("*") if each.is_file()} == ours
+
+
+@pytest.mark.parametrize(
+    "name", ["../../PLANTED", "/home/PLANTED", "segment-x", "segment-0123456789abcdef/..", ""]
+)
+def test_a_manifest_that_names_other_places_is_passed_over(remote, tmp_path, name, caplog) -> None:
+    folder = tmp_path / "made"
+    made = opened(folder, tmp_path)
+    info = made.write([segment([7, 8])], state(NOW + 5, 9))
+    local = next(folder.glob("*/*/snapshot-*"))
+    reseal(local, lambda manifest: manifest["segments"][0].update(name=name))
+    target = remote.path("snapshot-", "log.json").rsplit("/", 2)[0] + "/" + info.name
+    for path in local.rglob("*"):
+        if path.is_file():
+            remote.files.pipe_file(f"{target}/{path.relative_to(local).as_posix()}", path.read_bytes())
+    with caplog.at_level(logging.WARNING, WARNED):
+        assert remote.place.newest().state.entries == 1
+    assert "hexadecimal digits" in caplog.text
+    assert not list(tmp_path.rglob("PLANTED"))
+
+
+def test_sizes_are_asked_before_bytes_are_fetched(remote, tmp_path, monkeypatch) -> None:
+    remote.files.pipe_file(remote.path("snapshot-", "tokens.npy"), bytes(1 << 20))
+    fetched = []
+    get = type(remote.files).get_file
+    monkeypatch.setattr(
+        type(remote.files),
+        "get_file",
+        lambda self, path, *rest: (fetched.append(path), get(self, path, *rest)),
+    )
+    assert remote.place.newest() is None
+    assert not any(path.endswith("tokens.npy") for path in fetched)
+
+
+def test_a_state_without_end_is_not_read(remote, monkeypatch) -> None:
+    monkeypatch.setattr("retrieval_draft.index.store.snapshots.MOST_STATE_BYTES", 10)
+    assert remote.place.newest() is None
+    assert remote.place.listing() == []
+
+
+def test_a_snapshot_larger_than_the_disk_is_passed_over(remote, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    with caplog.at_level(logging.WARNING, WARNED):
+        assert remote.place.newest() is None
+    assert "are free" in caplog.text
