@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retrieval_draft.cli._common import CpuKernels, Device, Dtype, Index, Json, Model, Nodes
+from retrieval_draft.cli._common import (
+    CpuKernels,
+    Device,
+    Dtype,
+    Index,
+    Json,
+    Model,
+    Nodes,
+    text_of,
+    text_of_stdin,
+)
 from retrieval_draft.cli._output import paint, print_json, print_table, wants_color
 from retrieval_draft.cli._samples import print_samples
 from retrieval_draft.cli._store_options import Share, Snapshots, Store, Tenant
@@ -72,7 +82,7 @@ def generate(
     json: Json = False,
 ) -> None:
     """Generate text, streamed to stdout."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = text_of_stdin() if prompt == "-" else text_of(prompt)
     if not text:
         raise InvalidInputError("The prompt is empty.", "Give some text, or - and text on stdin.")
     from retrieval_draft.bench.forward_passes import ForwardPasses
