@@ -28,9 +28,9 @@ _HEAD = 1 << 16
 _MOST_MEMORY = 1 << 31
 """Bytes that unpacking one file may take: as many as the largest window of zstd."""
 
-_GZ_STEP = 1 << 13
+_GZ_STEP = 1 << 11
 _SIZED_STEP = 1 << 10
-_ZST_STEP = 1 << 9
+_ZST_STEP = 1 << 8
 
 
 class BadContentError(Exception):
@@ -63,7 +63,7 @@ class Content(io.BufferedReader):
 class _Blocks(io.RawIOBase):
     def __init__(self, blocks: Iterator[bytes]) -> None:
         self._blocks = blocks
-        self._waiting = b""
+        self._waiting = memoryview(b"")
         self.why = ""
 
     def look_ahead(self, size: int) -> bytes:
@@ -72,14 +72,15 @@ class _Blocks(io.RawIOBase):
         while length < size and (block := self._next()):
             blocks.append(block)
             length += len(block)
-        self._waiting = b"".join(blocks)
-        return self._waiting[:size]
+        head = b"".join(blocks)
+        self._waiting = memoryview(head)
+        return head[:size]
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        waiting = self._waiting or self._next()
+        waiting = self._waiting or memoryview(self._next())
         size = min(len(buffer), len(waiting))
         buffer[:size] = waiting[:size]
         self._waiting = waiting[size:]
