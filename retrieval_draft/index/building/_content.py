@@ -19,7 +19,7 @@ from typing import Any
 
 from retrieval_draft.errors import InvalidInputError
 
-__all__ = ["BLOCK", "BadContentError", "Content", "needed", "open_content"]
+__all__ = ["BLOCK", "BadContentError", "Content", "check_regular", "needed", "open_content"]
 
 BLOCK = 1 << 20
 """Bytes read at a time."""
@@ -118,11 +118,22 @@ def open_content(path: str, is_stream: bool = False) -> Iterator[Content]:
             raise BadContentError("closed")
         yield _content(sys.stdin.buffer)
         return
+    if not is_stream:
+        check_regular(path)
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if is_stream else os.O_NONBLOCK))
     with open(handle, "rb") as file:  # noqa: PTH123 (a handle)
-        if not is_stream and not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise BadContentError("no regular file")
         yield _content(file)
+
+
+def check_regular(path: str) -> None:
+    """Refuses what may never end, or never begin.
+
+    Raises:
+        BadContentError: It is a pipe, a device, a socket or a folder.
+        OSError: There is nothing, or it may not be seen.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 (a str on purpose)
+        raise BadContentError("no regular file")
 
 
 def _content(file: Any) -> Content:

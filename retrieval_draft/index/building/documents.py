@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.index.building._content import BadContentError, open_content
+from retrieval_draft.index.building._content import BadContentError, check_regular, open_content
 from retrieval_draft.index.building._formats import (
     NO_TEXT,
     NoTextColumnError,
@@ -228,6 +228,7 @@ def _texts(file: DocumentFile, report: ReadReport, text_column: str) -> Texts:
 
     try:
         if file.kind in ("parquet", "arrow"):
+            check_regular(file.path)
             yield from read_columns(file.path, file.kind, text_column, skip)
             return
         with open_content(file.path, file.is_stream) as content:
