@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.model_files import check_name
 
 __all__ = [
     "DIFFERENT",
@@ -27,11 +26,6 @@ __all__ = [
 
 DIFFERENT = 3
 """Exit code: verification found a difference."""
-
-
-def _checked(name: str) -> str:
-    check_name(name)
-    return name
 
 
 def text_of(argument: str) -> str:
@@ -83,10 +77,7 @@ def _is_text(text: str) -> bool:
 
 
 Model = Annotated[
-    str,
-    typer.Option(
-        "--model", help="A folder, a hub name, or gemma3-270m.", show_default=False, callback=_checked
-    ),
+    str, typer.Option("--model", help="A folder, a hub name, or gemma3-270m.", show_default=False)
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto.")]
 Device = Annotated[

@@ -85,11 +85,8 @@ def generate(
     text = text_of_stdin() if prompt == "-" else text_of(prompt)
     if not text:
         raise InvalidInputError("The prompt is empty.", "Give some text, or - and text on stdin.")
-    from retrieval_draft.bench.forward_passes import ForwardPasses
-    from retrieval_draft.cli._draft_streamer import DraftStreamer
     from retrieval_draft.config import DraftConfig
-    from retrieval_draft.drafter import RetrievalDrafter
-    from retrieval_draft.model_files import load_model
+    from retrieval_draft.model_files import check_name, load_model
 
     config = DraftConfig(
         method=method,
@@ -98,6 +95,12 @@ def generate(
         history_folder=None if history is None else str(history),
     )
     shared = store_config(store, tenant, share, snapshots)
+    check_name(model)
+    # These import torch, which takes seconds.
+    from retrieval_draft.bench.forward_passes import ForwardPasses
+    from retrieval_draft.cli._draft_streamer import DraftStreamer
+    from retrieval_draft.drafter import RetrievalDrafter
+
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     drafts: Any = draft_model
     if draft_model not in (None, "self"):

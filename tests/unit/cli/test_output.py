@@ -125,3 +125,20 @@ def test_text_of_stdin(monkeypatch, content: bytes, encoding: str, expected: str
             text_of_stdin()
     else:
         assert text_of_stdin() == expected
+
+
+@pytest.mark.parametrize("words", [["generate", "x"], ["serve"], ["bench", "forward"]])
+def test_an_unknown_model_is_told_before_anything_large_is_imported(words: list[str]) -> None:
+    program = (
+        "import sys\n"
+        "from retrieval_draft.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    print('torch' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words, "--model", "nobody/no-such-model"],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert "HF_HUB_OFFLINE is set" in done.stderr
+    assert (done.returncode, done.stdout) == (1, "False\n")
