@@ -30,7 +30,7 @@ _MOST_MEMORY = 1 << 31
 
 _GZ_STEP = 1 << 11
 _SIZED_STEP = 1 << 10
-_ZST_STEP = 1 << 8
+_ZST_STEP = 1 << 7
 
 
 class BadContentError(Exception):

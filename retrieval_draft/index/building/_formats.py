@@ -12,7 +12,15 @@ from typing import Any
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.building._content import BLOCK, BadContentError, Content, needed
 
-__all__ = ["NO_TEXT", "NoTextColumnError", "parse_json", "read_columns", "read_lines", "read_text"]
+__all__ = [
+    "NO_TEXT",
+    "NoTextColumnError",
+    "is_binary",
+    "parse_json",
+    "read_columns",
+    "read_lines",
+    "read_text",
+]
 
 DOCUMENT_CHARACTERS = 1 << 20
 """A longer text becomes several documents, cut behind a line."""
@@ -63,15 +71,15 @@ def parse_json(content: bytes) -> Any:
 def read_text(content: Content, skip: Skip) -> Texts:
     """Plain text, UTF-8 with or without a byte order mark.
 
-    A line that is not UTF-8 is left out. Where most lines are not, the text ends: it is something else.
+    A line that is not UTF-8, or holds NUL, is left out. Where most lines are, the text ends: it is something
+    else.
 
     Raises:
-        BadContentError: Most lines are not UTF-8; what came before has been yielded.
+        BadContentError: Most lines are no text; what came before has been yielded.
     """
-    text, rest = "", b""
+    text, rest, other = "", b"", ""
     lines = 0
-    is_other = False
-    while not is_other:
+    while not other:
         block = content.read(BLOCK)
         block += content.readline(BLOCK)
         if not block and content.why:
@@ -81,10 +89,11 @@ def read_text(content: Content, skip: Skip) -> Texts:
         joined = rest + block
         try:
             piece, used = codecs.utf_8_decode(joined, "strict", not block)
-            rest = joined[used:]
         except UnicodeDecodeError:
-            piece, is_other = _good_lines(joined, lines, skip)
-            rest = b""
+            piece, used = "", len(joined)
+        rest = joined[used:]
+        if used and (not piece or "\0" in piece):
+            piece, other = _good_lines(joined[:used], lines, skip)
         lines += joined.count(b"\n")
         text += piece
         while len(text) > DOCUMENT_CHARACTERS:
@@ -95,27 +104,39 @@ def read_text(content: Content, skip: Skip) -> Texts:
             break
     if text:
         yield "", text
-    if is_other:
-        raise BadContentError("not UTF-8")
+    if other:
+        raise BadContentError(other)
 
 
-def _good_lines(block: bytes, before: int, skip: Skip) -> tuple[str, bool]:
-    """The lines that are UTF-8; or, where most are not, what comes before the first bad byte, and True."""
-    good, bad = [], []
-    lines = block.splitlines(keepends=True) if b"\n" not in block else _split(block)
-    for number, line in enumerate(lines):
-        try:
-            good.append(line.decode())
-        except UnicodeDecodeError:
-            bad.append(number)
+def is_binary(head: bytes) -> bool:
+    """Whether most lines at the beginning of a file are no text, and some hold NUL."""
+    lines = _split(head)
+    return b"\0" in head and 2 * sum(bool(_why_bad(line)) for line in lines) > len(lines)
+
+
+def _good_lines(block: bytes, before: int, skip: Skip) -> tuple[str, str]:
+    """The lines that are text; or, where most are not, what comes before the first bad byte, and why."""
+    lines = _split(block)
+    bad = {number: why for number, line in enumerate(lines) if (why := _why_bad(line))}
     if 2 * len(bad) > len(lines):
+        first = min(bad)
+        begun = lines[first].split(b"\0", 1)[0]
         try:
-            return block.decode(), False
+            begun.decode()
         except UnicodeDecodeError as error:
-            return block[: error.start].decode(), True
-    for number in bad:
-        skip(f"line {before + number + 1}", "not UTF-8")
-    return "".join(good), False
+            begun = begun[: error.start]
+        return b"".join([*lines[:first], begun]).decode(), bad[first]
+    for number, why in bad.items():
+        skip(f"line {before + number + 1}", why)
+    return "".join(line.decode() for number, line in enumerate(lines) if number not in bad), ""
+
+
+def _why_bad(line: bytes) -> str:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    return "binary" if b"\0" in line else ""
 
 
 def _split(block: bytes) -> list[bytes]:
@@ -146,13 +167,16 @@ def read_lines(content: Content, path: str, is_json: bool, column: str, skip: Sk
     except BadContentError as error:
         # The first line of a value of many lines, or a broken one of many records.
         rest = content.read(LINE_BYTES)
-        whole = None if content.peek(1) else _whole(line + rest)
-        if whole is not None:
-            yield from _values(whole, path, column, skip)
+        if not content.peek(1) and _is_json(line + rest):
+            yield from _values(parse_json(line + rest), path, column, skip)
+            return
+        more = iter(partial(content.read, BLOCK), b"")
+        if is_json and not _is_json(rest.split(b"\n", 1)[0]):
+            # No value, and no lines of values: JSON with comments, or a torn value. It is text all the same.
+            yield from read_text(Content(chain((line, rest), more)), skip)
             return
         skip(f"line {number}", str(error))
-        again = Content(chain((rest,), iter(partial(content.read, BLOCK), b"")))
-        lines = _lines(again, number, skip)
+        lines = _lines(Content(chain((rest,), more)), number, skip)
     else:
         second = next(lines, None)
         lines = lines if second is None else chain((second,), lines)
@@ -188,11 +212,12 @@ def _records(lines: Iterator[tuple[int, bytes]], content: Content, skip: Skip) -
                 skip(f"line {number}", str(error))
 
 
-def _whole(content: bytes) -> Any:
+def _is_json(content: bytes) -> bool:
     try:
-        return parse_json(content)
+        parse_json(content)
     except BadContentError:
-        return None
+        return False
+    return True
 
 
 def _values(value: Any, path: str, column: str, skip: Skip) -> Texts:

@@ -19,6 +19,7 @@ from retrieval_draft.index.building._formats import (
     NO_TEXT,
     NoTextColumnError,
     Texts,
+    is_binary,
     parse_json,
     read_columns,
     read_lines,
@@ -234,7 +235,7 @@ def _texts(file: DocumentFile, report: ReadReport, text_column: str) -> Texts:
         with open_content(file.path, file.is_stream) as content:
             if file.kind in ("json", "jsonl") or (file.is_stream and _is_record(content.head)):
                 yield from read_lines(content, file.path, file.kind == "json", text_column, skip)
-            elif b"\0" in content.head[: 1 << 13]:
+            elif is_binary(content.head[: 1 << 13]):
                 skip("", "binary")
                 return
             else:

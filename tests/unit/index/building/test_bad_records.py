@@ -145,6 +145,28 @@ def test_text_ends_where_something_else_begins(tmp_path, monkeypatch) -> None:
     assert report.reasons == {"not UTF-8": 2}  # the line it begins with, and the rest
 
 
+def test_nul_costs_its_line_and_not_the_file(tmp_path, monkeypatch) -> None:
+    path = written(tmp_path / "a.txt", b"one\ntwo\0\n" + b"three\n" * 5)
+    found, report = read(path)
+    assert found == ["one\n" + "three\n" * 5]
+    assert report.named == [f"{path}, line 2: binary"]
+    monkeypatch.setattr(_formats, "BLOCK", 64)  # a log whose end a crash left as zeros
+    found, report = read(written(tmp_path / "b.txt", b"a good line\n" * 1000 + b"\0" * 5000))
+    assert found == ["a good line\n" * 1000]
+    assert report.reasons.keys() == {"binary"}
+    found, report = read(written(tmp_path / "c.txt", b"MZ\0\1\nx\0"))
+    assert (found, report.reasons) == ([], {"binary": 1})
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{\n  // a comment\n  "a": 1,\n}\n', '[{"text": "x"}, {"te', "{ a: 1 }", '[\n  {"a": 1},\n  {"b"'],
+)
+def test_json_that_is_none_is_text(tmp_path, content: str) -> None:
+    found, report = read(written(tmp_path / "tsconfig.json", content.encode()))
+    assert (found, report.skipped) == ([content], 0)
+
+
 def test_long_lines_and_letters_across_blocks(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(_formats, "BLOCK", 7)
     monkeypatch.setattr(_formats, "DOCUMENT_CHARACTERS", 50)
