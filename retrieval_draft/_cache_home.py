@@ -7,7 +7,15 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-__all__ = ["cache_home"]
+__all__ = ["cache_home", "expanded"]
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path with its ~ replaced by the home it stands for; as it is where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def cache_home() -> Path:
@@ -16,12 +24,10 @@ def cache_home() -> Path:
     A user without a home, as containers with any user id have, gets a temporary folder for the process.
     """
     named = os.environ.get("RETRIEVAL_DRAFT_HOME")
-    try:
-        if named:
-            return Path(named).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "retrieval_draft"
-    except RuntimeError:
+    home = expanded(named or os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if home.parts[:1] and home.parts[0].startswith("~"):
         return _temporary()
+    return home if named else home / "retrieval_draft"
 
 
 @cache

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrieval_draft._cache_home import expanded
 from retrieval_draft._quiet import quiet_transformers
 from retrieval_draft.errors import InvalidInputError, ModelFileError
 from retrieval_draft.packaged_model import PACKAGED_NAME, packaged_folder
@@ -104,10 +105,7 @@ def _resolve(name: str) -> str:
     """A folder where there is one, else the hub name itself."""
     if name == PACKAGED_NAME:
         return str(packaged_folder())
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError:  # ~ and the name of no user
-        path = Path(name)
+    path = expanded(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelFileError(

@@ -17,6 +17,7 @@ import xxhash
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from retrieval_draft._cache_home import expanded
 from retrieval_draft._files import file_checksum, replace_file, sync_folder
 from retrieval_draft.errors import DatastoreError, TokenizerMismatchError
 from retrieval_draft.index.segment import Segment, save_array
@@ -128,7 +129,7 @@ class IndexFolder:
             DatastoreError: The folder holds other things, or cannot be written.
             TokenizerMismatchError: The index there belongs to another tokenizer.
         """
-        path = path.expanduser()
+        path = expanded(path)
         if (path / MANIFEST).exists():
             index = cls.open(path)
             index.check(fingerprint, vocabulary_size)
@@ -167,7 +168,7 @@ class IndexFolder:
         Raises:
             DatastoreError: No index, a torn or altered manifest, or a format this version does not know.
         """
-        path = path.expanduser()
+        path = expanded(path)
         return cls(path, _read_manifest(path / MANIFEST))
 
     def reload(self) -> None:

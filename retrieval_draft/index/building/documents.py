@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from retrieval_draft._cache_home import expanded
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.building._content import BadContentError, check_regular, open_content
 from retrieval_draft.index.building._formats import (
@@ -126,7 +127,7 @@ def find_files(
         if path == "-":
             found["-"] = DocumentFile("-", "text", 0, is_stream=True)
             continue
-        place = _expanded(path)
+        place = expanded(path)
         named = _status(place)
         places = [place]
         if named is None:
@@ -158,13 +159,6 @@ def find_files(
             "Look at --include and --exclude.",
         )
     return list(found.values())
-
-
-def _expanded(path: str) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:  # a name that begins with ~ and is no user's
-        return Path(path)
 
 
 def _status(path: Path) -> os.stat_result | None:
