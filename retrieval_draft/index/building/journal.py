@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 import xxhash
@@ -17,7 +16,6 @@ from retrieval_draft.index.index_folder import Manifest, RunEntry, SegmentEntry
 __all__ = ["Journal", "Position", "work_key"]
 
 _NAME = "journal.json"
-_Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Position(msgspec.Struct, frozen=True):
@@ -31,10 +29,10 @@ class Position(msgspec.Struct, frozen=True):
         left_out: What was left out of the files before that one.
     """
 
-    file: _Count = 0
-    record: _Count = 0
-    offset: _Count = 0
-    documents: _Count = 0
+    file: int = 0
+    record: int = 0
+    offset: int = 0
+    documents: int = 0
     left_out: ReadReport = msgspec.field(default_factory=ReadReport)
 
 
@@ -75,7 +73,7 @@ class Journal(msgspec.Struct, kw_only=True):
         """
         try:
             found = msgspec.json.decode((folder / _NAME).read_bytes(), type=cls)
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             found = None
         published = [entry.name for entry in manifest.segments]
         if found is not None and found.key == key and found.result and found.result == published:

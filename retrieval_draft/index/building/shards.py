@@ -111,8 +111,11 @@ def build_on_ray(
     with index.locked():
         index.reload()
         base = [] if replace else list(index.manifest.segments)
-        key = work_key(files, "shards", options.text_column, options.segment_tokens)
+        key = work_key(files, "shards", len(shards), SHARD_BYTES, options.text_column, options.segment_tokens)
         journal = Journal.load(index.path, key, [entry.name for entry in base], index.manifest)
+        journal.shards = {
+            number: done for number, done in journal.shards.items() if 0 <= number < len(shards)
+        }
         index.sweep(journal.names)
         if journal.is_published:
             Journal.remove(index.path)

@@ -362,3 +362,13 @@ def test_a_folder_that_cannot_be_made_or_locked(tmp_path) -> None:
     (index.path / ".lock").mkdir()
     with pytest.raises(DatastoreError, match="Cannot lock"):
         build(index, lines(tmp_path, "a.jsonl", ["x"]))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[" * 100_000, b'{"x":' + b"[" * 100_000, b"\xff", b'{"key": 5}']
+)
+def test_a_journal_that_is_none_is_passed_over(tmp_path, content: bytes) -> None:
+    index = empty(tmp_path / "index")
+    (index.path / "journal.json").write_bytes(content)
+    build(index, lines(tmp_path, "a.jsonl", ["one"]))
+    assert texts(index) == ["one"]
