@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from functools import cache
 from pathlib import Path
 
-__all__ = ["cache_home"]
+__all__ = ["cache_home", "expanded"]
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path with its ~ replaced by the home it stands for; as it is where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def cache_home() -> Path:
-    """``RETRIEVAL_DRAFT_HOME``, else ``retrieval_draft`` in the user's cache folder."""
+    """``RETRIEVAL_DRAFT_HOME``, else ``retrieval_draft`` in the user's cache folder.
+
+    A user without a home, as containers with any user id have, gets a temporary folder for the process.
+    """
     named = os.environ.get("RETRIEVAL_DRAFT_HOME")
-    if named:
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "retrieval_draft"
+    home = expanded(named or os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if home.parts[:1] and home.parts[0].startswith("~"):
+        return _temporary()
+    return home if named else home / "retrieval_draft"
+
+
+@cache
+def _temporary() -> Path:
+    return Path(tempfile.mkdtemp(prefix="retrieval_draft-"))

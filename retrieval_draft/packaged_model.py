@@ -29,20 +29,28 @@ def packaged_folder() -> Path:
     """The folder of the converted model, its checksums verified; converts it on first use.
 
     Raises:
-        ModelFileError: A file is torn or altered, or the package is not installed.
+        ModelFileError: A file is torn or altered, the package is not installed, or there is no room.
     """
     folder = cache_home() / "models" / PACKAGED_NAME
     if folder.exists():
         verify_folder(folder, repair=f"Delete {folder} and run again: it is then converted anew.")
         return folder
     module = _package()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{PACKAGED_NAME}-", dir=folder.parent))
     try:
-        _convert(module, scratch)
-        _publish(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{PACKAGED_NAME}-", dir=folder.parent))
+        try:
+            _convert(module, scratch)
+            _publish(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except ModelFileError:
+        raise
+    except OSError as error:
+        raise ModelFileError(
+            f"The model cannot be written to {folder.parent}: {error.strerror or error}.",
+            "Permit writing or free space there, or name another folder in RETRIEVAL_DRAFT_HOME.",
+        ) from error
     return folder
 
 

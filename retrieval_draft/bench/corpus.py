@@ -5,6 +5,7 @@ from __future__ import annotations
 import sysconfig
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,13 @@ from retrieval_draft.bench.contestants import Run, make_contestant
 from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.building.builder import BuildOptions, build_index
-from retrieval_draft.index.building.documents import DocumentFile, ReadReport, find_files, read_documents
+from retrieval_draft.index.building.documents import (
+    DocumentFile,
+    NoTextColumnError,
+    ReadReport,
+    find_files,
+    read_documents,
+)
 from retrieval_draft.index.building.encoder import Encoder
 from retrieval_draft.index.index_folder import IndexFolder
 from retrieval_draft.index.source import TokenArray
@@ -127,7 +134,9 @@ def _cut_prompts(
 ) -> list[tuple[DocumentFile, list[int]]]:
     cut: list[tuple[DocumentFile, list[int]]] = []
     for place in random.permutation(len(files)):
-        text = next((text for _, text in read_documents(files[place], ReadReport())), "")
+        text = ""
+        with suppress(NoTextColumnError):  # no prompt is cut from it, as nothing of it is indexed
+            text = next((text for _, text in read_documents(files[place], ReadReport())), "")
         tokens: TokenArray = encoder.encode([text])[0]
         first, last = (int(part * len(tokens)) for part in STOP_AT)
         if first < length or last + reply > len(tokens) or last <= first:

@@ -6,6 +6,7 @@ found a difference, 130 interrupted. torch loads only when a command needs it.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -63,6 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     debug = "--debug" in words[:end]
     # It may stand anywhere, as people add it to the end of a line that failed.
     words = [word for number, word in enumerate(words) if word != "--debug" or number > end]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A letter that the terminal's encoding lacks costs that letter, not the rest of the output.
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )

@@ -2,15 +2,79 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-__all__ = ["DIFFERENT", "CpuKernels", "Device", "Dtype", "Index", "Json", "Model", "Nodes"]
+from retrieval_draft.errors import InvalidInputError
+
+__all__ = [
+    "DIFFERENT",
+    "CpuKernels",
+    "Device",
+    "Dtype",
+    "Index",
+    "Json",
+    "Model",
+    "Nodes",
+    "text_of",
+    "text_of_stdin",
+]
 
 DIFFERENT = 3
 """Exit code: verification found a difference."""
+
+
+def text_of(argument: str) -> str:
+    """A text from the command line.
+
+    Raises:
+        InvalidInputError: Its bytes are no text.
+    """
+    # Bytes that the terminal's encoding lacks come as halves of surrogate pairs.
+    try:
+        return os.fsencode(argument).decode() if not _is_text(argument) else argument
+    except UnicodeError as error:
+        raise InvalidInputError(
+            f"The text {argument[:40]!a} has bytes that are neither {sys.getfilesystemencoding()} nor UTF-8.",
+            "Write it in UTF-8, or set the locale (LC_ALL) to the terminal's encoding.",
+        ) from error
+
+
+def text_of_stdin() -> str:
+    """All of stdin, in the encoding it is said to have, else in UTF-8.
+
+    Raises:
+        InvalidInputError: It is in neither.
+    """
+    stdin = sys.stdin
+    if stdin is None:
+        return ""
+    buffer = getattr(stdin, "buffer", None)
+    if buffer is None:  # text already
+        return stdin.read()
+    content = buffer.read()
+    for encoding in (stdin.encoding, "utf-8"):
+        try:
+            return str(content.decode(encoding))
+        except (UnicodeDecodeError, LookupError):
+            pass
+    raise InvalidInputError(
+        f"What stands on stdin is neither {stdin.encoding} nor UTF-8.",
+        "Write it in UTF-8, or name its encoding in PYTHONIOENCODING.",
+    )
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
 
 Model = Annotated[
     str, typer.Option("--model", help="A folder, a hub name, or gemma3-270m.", show_default=False)

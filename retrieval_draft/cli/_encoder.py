@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from retrieval_draft._cache_home import expanded
 from retrieval_draft.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def load_encoder(name: str) -> Encoder:
     """The tokenizer that a user names: a tokenizer.json, a model's folder, or a hub name."""
     from retrieval_draft.index.building.encoder import Encoder
 
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         return Encoder.from_file(path)
     from retrieval_draft.model_files import load_tokenizer

@@ -89,9 +89,11 @@ def live(
     """Compare decoding methods on a model: speed, tokens per step, and whether the text is the same."""
     if not prompts and random_ids is None:
         raise typer.BadParameter("name a file, or use --random-ids", param_hint="--prompts")
+    from retrieval_draft.model_files import check_name, load_model
+
+    check_name(model)  # before torch, whose import takes seconds
     from retrieval_draft.bench.live import live as run
     from retrieval_draft.bench.prompts import random_prompts, read_prompts, spread
-    from retrieval_draft.model_files import load_model
 
     names = split(methods)
     chosen = [] if random_ids is not None else spread(read_prompts(prompts or []), limit, split(tasks), seed)
@@ -258,8 +260,10 @@ def forward(
     json: Json = False,
 ) -> None:
     """Measure t(n), a forward pass over n tokens: stock kernels, ours, and the machine's limit."""
+    from retrieval_draft.model_files import check_name, load_model
+
+    check_name(model)  # before torch, whose import takes seconds
     from retrieval_draft.bench.forward import SIZES, measure_forward
-    from retrieval_draft.model_files import load_model
 
     names = split(dtypes)
     if not names:

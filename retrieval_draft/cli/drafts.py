@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from retrieval_draft._cache_home import expanded
 from retrieval_draft.cli._common import Index
 from retrieval_draft.cli._store_options import Share, Snapshots, Store, Tenant, config
 from retrieval_draft.errors import InvalidInputError
@@ -111,7 +112,7 @@ def serve(
 
 
 def _tokenizer(name: str) -> Any:
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         from transformers import PreTrainedTokenizerFast
 

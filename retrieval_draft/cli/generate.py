@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retrieval_draft.cli._common import CpuKernels, Device, Dtype, Index, Json, Model, Nodes
+from retrieval_draft.cli._common import (
+    CpuKernels,
+    Device,
+    Dtype,
+    Index,
+    Json,
+    Model,
+    Nodes,
+    text_of,
+    text_of_stdin,
+)
 from retrieval_draft.cli._output import paint, print_json, print_table, wants_color
 from retrieval_draft.cli._samples import print_samples
 from retrieval_draft.cli._store_options import Share, Snapshots, Store, Tenant
@@ -72,14 +82,11 @@ def generate(
     json: Json = False,
 ) -> None:
     """Generate text, streamed to stdout."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = text_of_stdin() if prompt == "-" else text_of(prompt)
     if not text:
         raise InvalidInputError("The prompt is empty.", "Give some text, or - and text on stdin.")
-    from retrieval_draft.bench.forward_passes import ForwardPasses
-    from retrieval_draft.cli._draft_streamer import DraftStreamer
     from retrieval_draft.config import DraftConfig
-    from retrieval_draft.drafter import RetrievalDrafter
-    from retrieval_draft.model_files import load_model
+    from retrieval_draft.model_files import check_name, load_model
 
     config = DraftConfig(
         method=method,
@@ -88,6 +95,12 @@ def generate(
         history_folder=None if history is None else str(history),
     )
     shared = store_config(store, tenant, share, snapshots)
+    check_name(model)
+    # These import torch, which takes seconds.
+    from retrieval_draft.bench.forward_passes import ForwardPasses
+    from retrieval_draft.cli._draft_streamer import DraftStreamer
+    from retrieval_draft.drafter import RetrievalDrafter
+
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     drafts: Any = draft_model
     if draft_model not in (None, "self"):

@@ -18,6 +18,7 @@ from retrieval_draft.errors import DatastoreError, InvalidInputError
 
 if TYPE_CHECKING:
     from retrieval_draft.index.building.builder import BuildState
+    from retrieval_draft.index.building.documents import ReadReport
     from retrieval_draft.index.building.encoder import Encoder
     from retrieval_draft.index.index_folder import IndexFolder
 
@@ -31,8 +32,8 @@ app.command("query")(index_look.query)
 Paths = Annotated[
     list[str],
     typer.Argument(
-        help="Files, folders, globs, or - for stdin: text, source code, .jsonl, .parquet, .arrow, also "
-        ".gz and .zst, and folders of datasets.save_to_disk.",
+        help="Files, pipes, folders, globs, or - for stdin: text, source code, .json, .jsonl, .parquet, "
+        ".arrow, also .gz, .zst, .bz2 and .xz, and folders of datasets.save_to_disk.",
         show_default=False,
     ),
 ]
@@ -176,9 +177,10 @@ def _fill(
     """What build and add have in common."""
     from retrieval_draft.cli._build_progress import build_progress
     from retrieval_draft.index.building.builder import BuildOptions, build_index
-    from retrieval_draft.index.building.documents import find_files
+    from retrieval_draft.index.building.documents import ReadReport, find_files
 
-    files = find_files(paths, include=include or (), exclude=exclude or ())
+    report = ReadReport()
+    files = find_files(paths, include=include or (), exclude=exclude or (), report=report)
     threads = _workers(workers)
     # Read by the tokenizer's thread pool when it starts.
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
@@ -197,11 +199,11 @@ def _fill(
                 )
             address = None if executor == "ray" else executor
             state = build_on_ray(index, files, encoder, options, address, watch, replace)
-    _print_summary(index, _build_facts(state, len(files), time.perf_counter() - begin), json)
+    report.merge(state.report)
+    _print_summary(index, _build_facts(state, report, len(files), time.perf_counter() - begin), json)
 
 
-def _build_facts(state: BuildState, files: int, seconds: float) -> dict[str, Any]:
-    report = state.report
+def _build_facts(state: BuildState, report: ReadReport, files: int, seconds: float) -> dict[str, Any]:
     return {
         "files": files,
         "read_documents": report.documents,

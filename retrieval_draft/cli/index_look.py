@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retrieval_draft.cli._common import DIFFERENT, Json
+from retrieval_draft.cli._common import DIFFERENT, Json, text_of
 from retrieval_draft.cli._encoder import load_encoder, named_tokenizer
 from retrieval_draft.cli._output import print_json, print_table
 from retrieval_draft.errors import InvalidInputError
@@ -104,6 +104,7 @@ def query(
 
     from retrieval_draft.index.corpus import Corpus, CorpusSource
 
+    text = text_of(text)
     opened = [Corpus.open(path) for path in index]
     encoder = load_encoder(tokenizer or named_tokenizer(opened[0].folder))
     for corpus in opened:

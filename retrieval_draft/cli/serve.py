@@ -130,13 +130,15 @@ def serve(
         )
     if engine != "transformers":
         raise InvalidInputError(f"There is no engine {engine!r}.", "Choose transformers or vllm.")
+    from retrieval_draft.model_files import check_name, load_model
+
+    check_name(model)  # before torch, whose import takes seconds
 
     def load() -> tuple[Any, Any]:
         import torch
 
         from retrieval_draft.config import DraftConfig
         from retrieval_draft.drafter import RetrievalDrafter
-        from retrieval_draft.model_files import load_model
 
         config = DraftConfig(
             method=method,

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 import numpy as np
 
 from retrieval_draft.errors import DatastoreError, InvalidInputError, RetrievalDraftError
-from retrieval_draft.index.index_folder import IndexFolder, SegmentEntry
+from retrieval_draft.index.index_folder import MANIFEST, IndexFolder, SegmentEntry
 from retrieval_draft.index.new_texts import new_texts
 from retrieval_draft.index.segment import Segment
 from retrieval_draft.index.segment_pile import SegmentPile
@@ -68,7 +68,7 @@ class History:
         self.dropped = 0
         self.failures = 0
         if folder is not None:
-            self._attach(IndexFolder.create(folder, fingerprint, vocabulary))
+            self._attach(folder, fingerprint)
         _histories.add(self)
 
     @property
@@ -139,13 +139,25 @@ class History:
             self._changed.notify_all()
         self._stack.close()
 
-    def _attach(self, index: IndexFolder) -> None:
+    def _attach(self, folder: Path, fingerprint: str) -> None:
+        """Maps what a folder holds, and keeps it open for writing where that is possible.
+
+        Raises:
+            DatastoreError: It holds something else, or is torn.
+            TokenizerMismatchError: It belongs to another tokenizer.
+        """
+        try:
+            index = IndexFolder.create(folder, fingerprint, self._vocabulary)
+        except DatastoreError as error:
+            if not isinstance(error.__cause__, OSError) or (folder / MANIFEST).exists():
+                raise
+            # Nothing is there and nothing can be: requests are served all the same.
+            _log.warning("The history is kept in memory only: %s", error.message)
+            return
         try:
             self._stack.enter_context(index.locked())
-        except DatastoreError:
-            _log.warning(
-                "The history in %s is being written by another process; this one only reads it.", index.path
-            )
+        except DatastoreError as error:
+            _log.warning("%s The history there is only read; new text stays in memory.", error.message)
         else:
             self._index = index
             index.sweep()

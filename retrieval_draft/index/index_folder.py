@@ -7,7 +7,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ import xxhash
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from retrieval_draft._cache_home import expanded
 from retrieval_draft._files import file_checksum, read_bounded, replace_file, sync_folder
 from retrieval_draft.errors import DatastoreError, TokenizerMismatchError
 from retrieval_draft.index.segment import MOST_TOKENS, Segment, map_array, save_array, text_dtype
 
-__all__ = ["FORMAT_VERSION", "KIND", "IndexFolder", "Manifest", "RunEntry", "SegmentEntry"]
+__all__ = ["FORMAT_VERSION", "KIND", "MANIFEST", "IndexFolder", "Manifest", "RunEntry", "SegmentEntry"]
 
 KIND = "retrieval_draft index"
 FORMAT_VERSION = 1
@@ -165,7 +166,7 @@ class IndexFolder:
             DatastoreError: The folder holds other things, or cannot be written.
             TokenizerMismatchError: The index there belongs to another tokenizer.
         """
-        path = path.expanduser()
+        path = expanded(path)
         if (path / MANIFEST).exists():
             index = cls.open(path)
             index.check(fingerprint, vocabulary_size)
@@ -176,7 +177,13 @@ class IndexFolder:
             raise DatastoreError(
                 f"{path} holds other files and no {MANIFEST}.", "Name an empty folder, or a new one."
             )
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DatastoreError(
+                f"Cannot make the folder {path}: {error.strerror or error}.",
+                "Name a folder in a place that can be written.",
+            ) from error
         now = _now()
         manifest = Manifest(
             kind=KIND,
@@ -198,7 +205,7 @@ class IndexFolder:
         Raises:
             DatastoreError: No index, a torn or altered manifest, or a format this version does not know.
         """
-        path = path.expanduser()
+        path = expanded(path)
         return cls(path, _read_manifest(path / MANIFEST))
 
     def reload(self) -> None:
@@ -348,7 +355,11 @@ class IndexFolder:
         named = {entry.name for entry in self.manifest.segments} | set(keep)
         for path in (*self.path.glob(f"{_PREFIX}*"), *self.path.glob(f"{_RUN}*")):
             if path.name not in named:
-                shutil.rmtree(path, ignore_errors=True)
+                # One by one: a segment's folder holds files alone, and what else is there is not ours.
+                with suppress(OSError):
+                    for file in path.iterdir():
+                        file.unlink()
+                    path.rmdir()
 
     def verify(self) -> list[str]:
         """Compares every file with its checksum.
@@ -376,7 +387,7 @@ class IndexFolder:
         """Only one process at a time changes an index; readers need no lock.
 
         Raises:
-            DatastoreError: Another process has it.
+            DatastoreError: Another process has it, or the folder cannot be written.
         """
         lock = FileLock(str(self.path / _LOCK))
         try:
@@ -384,6 +395,11 @@ class IndexFolder:
         except Timeout as error:
             raise DatastoreError(
                 f"{self.path} is being changed by another process.", "Wait until it is done."
+            ) from error
+        except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
+            raise DatastoreError(
+                f"Cannot lock {self.path}: {getattr(error, 'strerror', None) or error}.",
+                "Permit writing there; reading needs no lock.",
             ) from error
         try:
             yield

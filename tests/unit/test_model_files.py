@@ -1,5 +1,8 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +61,39 @@ def test_absent_hub_name_says_that_the_hub_is_offline(monkeypatch: pytest.Monkey
     with pytest.raises(ModelFileError, match="HF_HUB_OFFLINE") as caught:
         load_model("nobody/no-such-model")
     assert "nobody/no-such-model" in caught.value.message
+
+
+def test_an_unknown_name_is_told_at_once_and_names_what_was_tried(tmp_path: Path) -> None:
+    program = (
+        "import sys, time\n"
+        "from retrieval_draft.model_files import load_model\n"
+        "begin = time.perf_counter()\n"
+        "try:\n"
+        "    load_model('nobody/no-such-model')\n"
+        "except OSError as error:\n"
+        "    print(time.perf_counter() - begin, 'torch' in sys.modules, error, sep='|')\n"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("HF_HUB_CACHE", None)
+    for offline in ("1", "0"):
+        # Nobody listens on this port: the hub is not reached.
+        more = {"HF_HUB_OFFLINE": offline, "HF_ENDPOINT": "http://127.0.0.1:9"}
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True, text=True, check=True, cwd=tmp_path, env={**environment, **more},
+        )  # fmt: skip
+        seconds, imported, message = done.stdout.split("|")
+        assert float(seconds) < 5  # of retries there would be 50; one second is what a free machine needs
+        assert imported == "False"
+        assert f"no folder of that name in {tmp_path}" in message
+        assert f"nothing in the hub's cache {tmp_path / 'hub'}" in message
+        assert ("HF_HUB_OFFLINE is set" if offline == "1" else "http://127.0.0.1:9 is not reached") in message
+
+
+@pytest.mark.parametrize("name", ["no body/none", "a//b", "-x", "~nobody-of-that-name/x", "a\0b", ""])
+def test_names_that_no_hub_has(name: str) -> None:
+    with pytest.raises(ModelFileError):
+        load_model(name)
 
 
 def test_torn_weights_are_reported(copy: Path) -> None:
@@ -125,6 +161,22 @@ def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.delenv("RETRIEVAL_DRAFT_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_home() == tmp_path / "retrieval_draft"
+
+
+def test_a_user_without_a_home_has_a_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RETRIEVAL_DRAFT_HOME", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 987_654)  # of whom the system knows nothing
+    assert cache_home().is_dir()
+    assert cache_home() == cache_home()
+
+
+def test_a_cache_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(packaged_model, "cache_home", lambda: tmp_path / "file")
+    monkeypatch.setattr(packaged_model, "_package", lambda: None)
+    with pytest.raises(ModelFileError, match="RETRIEVAL_DRAFT_HOME"):
+        packaged_folder()
 
 
 def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from numba import njit
+from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
+from numba.extending import is_jitted
 
 __all__ = ["c_function", "kernel", "source_stamp", "sum_kernel"]
+
+_log = logging.getLogger("retrieval_draft")
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -44,26 +50,48 @@ def c_function(function: Callable[..., object], signature: Any) -> Any:
     """
     arguments = (signature.args, signature.return_type)
     compiled: Any = CFunc(function, arguments, locals={}, options={"error_model": "numpy"})
-    compiled.enable_caching()
-    _restamp(compiled)
+    _keep_code(compiled, function)
     compiled.compile()
     return compiled
 
 
 def _compiled(function: Function, fastmath: bool | set[str], **options: bool) -> Function:
     jit: Any = njit
-    compiled = jit(cache=True, nogil=True, error_model="numpy", fastmath=fastmath, **options)(function)
-    _restamp(compiled)
+    compiled = jit(nogil=True, error_model="numpy", fastmath=fastmath, **options)(function)
+    if is_jitted(compiled):  # else compiling is switched off, and it is the function itself
+        _keep_code(compiled, function)
     return cast(Function, compiled)
 
 
-def _restamp(compiled: Any) -> None:
+class _KeptCode(FunctionCache):
+    """Machine code on disk as numba keeps it, where that works; else a function is compiled again."""
+
+    @contextmanager
+    def _guard_against_spurious_io_errors(self) -> Iterator[None]:
+        # numba calls this around each access. Beside OSError: what unpacking an altered file ends with.
+        try:
+            yield
+        except OSError as error:
+            _log.debug("Machine code of %s is not kept: %r", self._name, error)
+        except Exception as error:
+            _log.debug("Kept machine code of %s is thrown away: %r", self._name, error)
+            cache_file: Any = self._cache_file
+            with suppress(OSError):
+                cache_file.flush()
+
+
+def _keep_code(compiled: Any, function: Callable[..., object]) -> None:
+    """Keeps machine code beside the module, else in the user's cache folder, else not at all."""
+    try:
+        make: Any = _KeptCode
+        kept = make(function)
+    except (RuntimeError, OSError):  # no folder can be written: it is compiled in each process
+        return
     # numba takes kept machine code for fresh while the function's own file has its time and size. But kernels
     # are compiled into each other across files, and wheels are built with one time for all files: an upgrade
     # could run the last version's code. So the stamp is the text of all kernels.
-    file = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
-    if file is not None:
-        file._source_stamp = source_stamp()
+    kept._cache_file._source_stamp = source_stamp()
+    compiled._cache = kept
 
 
 @cache

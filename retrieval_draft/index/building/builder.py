@@ -8,11 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft.errors import DatastoreError, InvalidInputError
-from retrieval_draft.index.building.documents import DocumentFile, ReadReport, read_documents
+from retrieval_draft.index.building.documents import (
+    NO_TEXT,
+    DocumentFile,
+    NoTextColumnError,
+    ReadReport,
+    read_documents,
+)
 from retrieval_draft.index.building.encoder import Encoder
 from retrieval_draft.index.building.journal import Journal, Position, work_key
 from retrieval_draft.index.building.merge import compacted, joined_texts
@@ -24,6 +31,7 @@ __all__ = [
     "BuildOptions",
     "BuildState",
     "build_index",
+    "check_columns",
     "publish",
     "read_runs",
     "save_journal",
@@ -139,7 +147,7 @@ def build_index(
 
     Raises:
         DatastoreError: Another process changes the index, or the disk is full: it stays as it was.
-        InvalidInputError: A column is missing.
+        InvalidInputError: There is no text at all, and some file lacks the column.
     """
     index.check(encoder.fingerprint, encoder.vocabulary)
     state = BuildState()
@@ -148,14 +156,15 @@ def build_index(
         base = [] if replace else list(index.manifest.segments)
         names = [entry.name for entry in base]
         key = work_key(files, options.text_column, options.skip, options.limit, options.segment_tokens)
-        if any(file.path == "-" for file in files):
-            Journal.remove(index.path)  # what comes on stdin may be something else this time
+        if any(file.is_stream for file in files):
+            Journal.remove(index.path)  # what comes on a pipe may be something else this time
         journal = Journal.load(index.path, key, names, index.manifest)
         index.sweep(journal.names)
         if journal.is_published:
             Journal.remove(index.path)
             return state
         state.tokens = journal.tokens
+        state.report.merge(journal.position.left_out)
         state.resumed = journal.position.documents
         _read_all(index, files, encoder, options, journal, state, watch)
         _sort_all(index, options, journal)
@@ -191,8 +200,20 @@ def _read_all(
         journal.runs.append(index.write_run(texts, documents))
         journal.position = position
         save_journal(index, journal)
+    check_columns(state)
+    journal.position = msgspec.structs.replace(journal.position, left_out=state.report.left_out())
     journal.all_read = True
     save_journal(index, journal)
+
+
+def check_columns(state: BuildState) -> None:
+    """Refuses to end a build with nothing where all texts may stand in another column.
+
+    Raises:
+        InvalidInputError: Nothing was read, and some file lacks the column.
+    """
+    if not state.tokens and state.report.no_column:
+        raise InvalidInputError(state.report.no_column, "Name the field with --text-column.")
 
 
 def _sort_all(index: IndexFolder, options: BuildOptions, journal: Journal) -> None:
@@ -271,7 +292,9 @@ def _fill(
     buffer = _Buffer(size, encoder.vocabulary)
     last = start
     for texts, positions in _batches(files, options, start, state):
-        for tokens, position in zip(encoder.encode(texts), positions, strict=True):
+        for tokens, position in zip(
+            _encoded(encoder, texts, positions, files, state), positions, strict=True
+        ):
             begin = position.offset
             while begin < len(tokens):
                 taken = buffer.take(tokens[begin:])
@@ -283,6 +306,7 @@ def _fill(
                     position.record + done,
                     0 if done else begin,
                     position.documents + done,
+                    position.left_out,
                 )
                 if buffer.is_full:
                     yield (*buffer.empty(), last)
@@ -290,6 +314,30 @@ def _fill(
             watch(state)
     if buffer.places:
         yield (*buffer.empty(), last)
+
+
+def _encoded(
+    encoder: Encoder,
+    texts: Sequence[str],
+    positions: Sequence[Position],
+    files: Sequence[DocumentFile],
+    state: BuildState,
+) -> list[TokenArray]:
+    """Ids of each text; a text that the tokenizer cannot take is left out, and has none."""
+    try:
+        return encoder.encode(texts)
+    except Exception:
+        if len(texts) == 1:
+            place = positions[0]
+            state.report.documents -= 1
+            state.report.skip(f"{files[place.file].path}, document {place.record}", "not tokenised")
+            return [np.empty(0, np.int32)]
+    middle = len(texts) // 2
+    return [
+        tokens
+        for part in (slice(middle), slice(middle, None))
+        for tokens in _encoded(encoder, texts[part], positions[part], files, state)
+    ]
 
 
 def _batches(
@@ -308,12 +356,15 @@ def _batches(
         state.file_bytes, state.file_characters = file.nbytes, state.report.characters
         record = start.record if number == start.file else 0
         offset = start.offset if number == start.file else 0
-        for place, text in read_documents(file, state.report, text_column=options.text_column, start=record):
+        before = state.report.left_out()
+        found = read_documents(file, state.report, text_column=options.text_column, start=record)
+        while (document := _next(found, file, state.report)) is not None:
+            place, text = document
             if taken < options.skip:
                 taken += 1
                 continue
             texts.append(text)
-            positions.append(Position(number, place, offset if place == record else 0, taken))
+            positions.append(Position(number, place, offset if place == record else 0, taken, before))
             taken += 1
             characters += len(text)
             if characters >= _BATCH_CHARACTERS or len(texts) == _BATCH_TEXTS:
@@ -327,6 +378,18 @@ def _batches(
             break
     if texts:
         yield texts, positions
+
+
+def _next(
+    documents: Iterator[tuple[int, str]], file: DocumentFile, report: ReadReport
+) -> tuple[int, str] | None:
+    """The next document of a file; None at its end, and where it has no column with text."""
+    try:
+        return next(documents, None)
+    except NoTextColumnError as error:
+        report.skip(file.path, NO_TEXT)
+        report.no_column = report.no_column or error.message
+        return None
 
 
 class _Buffer:

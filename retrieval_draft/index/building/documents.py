@@ -4,29 +4,43 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import json
 import os
-from collections import Counter
+import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import msgspec
+
+from retrieval_draft._cache_home import expanded
 from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.index.building._content import BadContentError, check_regular, open_content
 from retrieval_draft.index.building._formats import (
-    BadContentError,
-    open_bytes,
+    NO_TEXT,
+    NoTextColumnError,
+    Texts,
+    is_binary,
+    parse_json,
     read_columns,
     read_lines,
     read_text,
 )
 from retrieval_draft.index.index_folder import KIND
 
-__all__ = ["DocumentFile", "ReadReport", "find_files", "read_documents"]
+__all__ = ["NO_TEXT", "DocumentFile", "NoTextColumnError", "ReadReport", "find_files", "read_documents"]
 
-_JSON_LINES = (".jsonl", ".ndjson", ".json")
-_PACKED = (".gz", ".zst")
+_KINDS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+_PACKED = (".gz", ".zst", ".bz2", ".xz")
 _LEFT_OUT = {"__pycache__", "node_modules"}
 _NAMED = 20
+_MOST_JSON = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +49,18 @@ class DocumentFile:
 
     Attributes:
         path: Absolute; "-" for stdin.
-        kind: text, jsonl, parquet or arrow.
-        nbytes: Its size; 0 for stdin.
+        kind: text, json, jsonl, parquet or arrow.
+        nbytes: Its size; 0 for a stream.
+        is_stream: Whether it is stdin, a pipe or a device: read once, and something else the next time.
     """
 
     path: str
     kind: str
     nbytes: int
+    is_stream: bool = False
 
 
-@dataclass(slots=True)
-class ReadReport:
+class ReadReport(msgspec.Struct):
     """What was read, and what was left out and why.
 
     Attributes:
@@ -53,70 +68,105 @@ class ReadReport:
         characters: Of those texts.
         skipped: Files and records left out.
         reasons: How many for which reason.
-        named: The first 20, as "path: reason".
+        named: The first 20, as "path, line 3: reason".
+        no_column: What is the matter with the first file that lacks the column; empty without one.
     """
 
     documents: int = 0
     characters: int = 0
     skipped: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    named: list[str] = field(default_factory=list)
+    reasons: dict[str, int] = {}
+    named: list[str] = []
+    no_column: str = ""
 
     def skip(self, where: str, reason: str) -> None:
         """Counts and names something that is left out."""
         self.skipped += 1
-        self.reasons[reason] += 1
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
         if len(self.named) < _NAMED:
-            self.named.append(f"{where}: {reason}")
+            # Names of files may be bytes that are no text; what is said of them is.
+            self.named.append(f"{where}: {reason}".encode("utf-8", "backslashreplace").decode())
 
     def merge(self, other: ReadReport) -> None:
         """Adds what another reader saw."""
         self.documents += other.documents
         self.characters += other.characters
         self.skipped += other.skipped
-        self.reasons.update(other.reasons)
+        for reason, count in other.reasons.items():
+            self.reasons[reason] = self.reasons.get(reason, 0) + count
         self.named = (self.named + other.named)[:_NAMED]
+        self.no_column = self.no_column or other.no_column
+
+    def left_out(self) -> ReadReport:
+        """A copy of what was left out, without what was read."""
+        return ReadReport(0, 0, self.skipped, dict(self.reasons), list(self.named), self.no_column)
 
 
 def find_files(
-    paths: Sequence[str], *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    paths: Sequence[str],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    report: ReadReport | None = None,
 ) -> list[DocumentFile]:
     """Files below some paths, in an order that is the same on every machine.
 
     Args:
-        paths: Files, folders, globs, or "-" for stdin. Folders are walked; hidden files, caches and indexes
-            of ours in them are left out.
+        paths: Files, pipes, folders, globs, or "-" for stdin. Folders are walked; hidden files, caches and
+            indexes of ours in them are left out, and links to folders are not followed.
         include: Globs for the path below a walked folder, or the file's name; one must match.
         exclude: The same; none may match.
+        report: What cannot be read is counted in it.
 
     Raises:
         InvalidInputError: A path does not exist, or there is no file at all.
     """
+    report = ReadReport() if report is None else report
     found: dict[str, DocumentFile] = {}
     for path in paths:
         if path == "-":
-            found["-"] = DocumentFile("-", "text", 0)
+            found["-"] = DocumentFile("-", "text", 0, is_stream=True)
             continue
-        place = Path(path).expanduser()
-        if place.exists():
-            places = [place]
-        else:
+        place = expanded(path)
+        named = _status(place)
+        places = [place]
+        if named is None:
             places = [Path(each) for each in sorted(glob.glob(str(place), recursive=True))]  # noqa: PTH207
             if not places:
                 raise InvalidInputError(
                     f"There is no {path}.", "Name a file, a folder, a glob, or - for stdin."
                 )
         for each in places:
-            for file in _walk(each, include, exclude) if each.is_dir() else [each]:
-                whole = str(file.resolve())
-                if whole not in found:
-                    found[whole] = DocumentFile(whole, _kind(file), file.stat().st_size)
+            at = _status(each)
+            is_folder = at is not None and stat.S_ISDIR(at.st_mode)
+            for file in _walk(each, include, exclude, report) if is_folder else [each]:
+                status = _status(file)
+                if status is None:
+                    report.skip(str(file), "unreadable")
+                elif stat.S_ISREG(status.st_mode):
+                    whole = str(file.resolve())
+                    found.setdefault(whole, DocumentFile(whole, _kind(file), status.st_size))
+                elif named is not None and file == place:
+                    # Not resolved: what a pipe's name in /dev/fd stands for has no path.
+                    whole = str(file.absolute())
+                    found[whole] = DocumentFile(whole, _kind(file), 0, is_stream=True)
+                else:
+                    report.skip(str(file), "no regular file")
     if not found:
+        left_out = f" Left out: {'; '.join(report.named[:3])}." if report.named else ""
         raise InvalidInputError(
-            f"There is no file to read in {', '.join(paths) or 'nothing'}.",
+            f"There is no file to read in {', '.join(paths) or 'nothing'}.{left_out}",
             "Look at --include and --exclude.",
         )
     return list(found.values())
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """None where there is nothing, or it may not be seen."""
+    try:
+        return path.stat()
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return None
 
 
 def read_documents(
@@ -124,7 +174,7 @@ def read_documents(
 ) -> Iterator[tuple[int, str]]:
     """Reads a file's documents, whatever its size in bounded memory.
 
-    What cannot be read is counted, named and left out; what came before it stays.
+    What cannot be read is counted, named and left out; what stands before and behind it is read.
 
     Args:
         file: From `find_files`.
@@ -134,85 +184,112 @@ def read_documents(
             behind the n-th document.
 
     Yields:
-        A document's number, from 0, and its text.
+        A document's number, from 0, and its text, which is valid Unicode.
 
     Raises:
-        InvalidInputError: The column is missing in a table, or in all of the first 1,000 records; or a
-            package that reads the format is missing.
+        NoTextColumnError: The column is missing in a table, or in all of the first 1,000 records.
+        InvalidInputError: A package that reads the format is missing.
     """
     number = 0
-    for text in _texts(file, report, text_column):
-        if not text.strip():
-            report.skip(file.path, "empty")
+    skipped = report.skipped
+    for where, text in _texts(file, report, text_column):
+        why = _why_not(text)
+        if why:
+            report.skip(f"{file.path}, {where}" if where else file.path, why)
             continue
         if number >= start:
             report.documents += 1
             report.characters += len(text)
             yield number, text
         number += 1
+    if not number and report.skipped == skipped:
+        report.skip(file.path, "empty")
 
 
-def _texts(file: DocumentFile, report: ReadReport, text_column: str) -> Iterator[str]:
+def _why_not(text: str) -> str:
+    """Why a text cannot be indexed; empty where it can."""
+    if not text.strip():
+        return "empty"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "half a surrogate pair"
+    return ""
+
+
+def _texts(file: DocumentFile, report: ReadReport, text_column: str) -> Texts:
+    def skip(where: str, why: str) -> None:
+        report.skip(f"{file.path}, {where}" if where else file.path, why)
+
     try:
         if file.kind in ("parquet", "arrow"):
-            yield from read_columns(file.path, file.kind, text_column)
+            check_regular(file.path)
+            yield from read_columns(file.path, file.kind, text_column, skip)
             return
-        with open_bytes(file.path) as stream:
-            head = stream.peek(1 << 13)
-            if b"\0" in head[: 1 << 13]:
-                report.skip(file.path, "binary")
+        with open_content(file.path, file.is_stream) as content:
+            if file.kind in ("json", "jsonl") or (file.is_stream and _is_record(content.head)):
+                yield from read_lines(content, file.path, file.kind == "json", text_column, skip)
+            elif is_binary(content.head[: 1 << 13]):
+                skip("", "binary")
                 return
-            if file.kind == "jsonl" or (file.path == "-" and _is_record(head)):
-                yield from read_lines(stream, file.path, text_column, report.skip)
             else:
-                yield from read_text(stream)
+                yield from read_text(content, skip)
+            if content.why:
+                skip("", content.why)
     except BadContentError as error:
-        report.skip(file.path, str(error))
-    except (PermissionError, FileNotFoundError, IsADirectoryError):
-        report.skip(file.path, "unreadable")
-    except OSError as error:
-        report.skip(file.path, "unreadable" if error.errno else "torn")
-    except EOFError:
-        report.skip(file.path, "torn")
+        skip("", str(error))
+    except OSError:
+        skip("", "unreadable")
 
 
 def _is_record(head: bytes) -> bool:
-    """Whether the first line is a JSON object."""
-    line = head.lstrip().split(b"\n", 1)[0]
+    """Whether the first line is a JSON object; of a line longer than `head`, whether it begins like one."""
+    line, end, _ = head.lstrip().partition(b"\n")
     if not line.startswith(b"{"):
         return False
     try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
+        return isinstance(parse_json(line), dict)
+    except BadContentError:
+        return not end and len(head) >= 1 << 16 and line.startswith(b'{"')
 
 
-def _walk(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> Iterator[Path]:
-    """Files below a folder, sorted; links to folders are not followed, so there are no cycles."""
-    for place, folders, names in os.walk(folder):
-        here = Path(place)
-        tables = _saved_dataset(here)
+def _walk(folder: Path, include: Sequence[str], exclude: Sequence[str], report: ReadReport) -> Iterator[Path]:
+    """What is in a folder and below, sorted; links to folders are not followed, so there are no cycles."""
+    waiting = [folder]
+    while waiting:
+        here = waiting.pop()
+        if _is_index(here):
+            continue
+        tables = _saved_dataset(here, report)
         if tables is not None:
-            folders.clear()
             yield from tables
             continue
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and name not in _LEFT_OUT and not _is_index(here / name)
-        )
-        if _is_index(here):
-            folders.clear()
+        try:
+            with os.scandir(here) as listed:
+                entries = sorted(listed, key=lambda entry: entry.name)
+        except OSError:
+            report.skip(str(here), "unreadable")
             continue
-        for name in sorted(names):
-            file = here / name
-            below = file.relative_to(folder).as_posix()
-            if name.startswith(".") or not file.is_file():
+        folders = []
+        for entry in entries:
+            if entry.name.startswith("."):
                 continue
-            if include and not _matches(below, include):
-                continue
-            if not _matches(below, exclude):
-                yield file
+            file = here / entry.name
+            if entry.is_dir(follow_symlinks=False):
+                if entry.name not in _LEFT_OUT:
+                    folders.append(file)
+            elif not _is_folder(entry):
+                below = file.relative_to(folder).as_posix()
+                if (not include or _matches(below, include)) and not _matches(below, exclude):
+                    yield file
+        waiting += reversed(folders)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _matches(below: str, globs: Sequence[str]) -> bool:
@@ -227,34 +304,51 @@ def _matches(below: str, globs: Sequence[str]) -> bool:
 
 
 def _is_index(folder: Path) -> bool:
-    try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-    except (OSError, ValueError):
-        return False
+    manifest = _small_json(folder / "manifest.json")
     return isinstance(manifest, dict) and manifest.get("kind") == KIND
 
 
-def _saved_dataset(folder: Path) -> list[Path] | None:
-    """The tables of a folder that ``datasets.save_to_disk`` wrote, in order; None for another folder."""
-    splits = folder / "dataset_dict.json"
-    state = folder / "state.json"
+def _small_json(path: Path) -> Any:
+    """The value in a JSON file that describes a folder; None where there is none or it is none."""
     try:
-        if splits.is_file():
-            names = json.loads(splits.read_bytes())["splits"]
-            parts = [_saved_dataset(folder / str(name)) for name in names]
-            return [file for part in parts if part for file in part]
-        if state.is_file() and (folder / "dataset_info.json").is_file():
-            files = json.loads(state.read_bytes())["_data_files"]
-            return [folder / str(each["filename"]) for each in files]
-    except (OSError, ValueError, KeyError, TypeError):
+        with open_content(str(path)) as content:
+            return parse_json(content.read(_MOST_JSON))
+    except (OSError, BadContentError):
         return None
-    return None
+
+
+def _saved_dataset(folder: Path, report: ReadReport) -> list[Path] | None:
+    """The tables of a folder that ``datasets.save_to_disk`` wrote, in order; None for another folder."""
+    splits = _small_json(folder / "dataset_dict.json")
+    names = splits.get("splits") if isinstance(splits, dict) else None
+    if not isinstance(names, list):
+        return _saved_split(folder, report)
+    parts = [_saved_split(folder / name, report) for name in _plain(names, folder, report)]
+    return [file for part in parts if part for file in part]
+
+
+def _saved_split(folder: Path, report: ReadReport) -> list[Path] | None:
+    state = _small_json(folder / "state.json")
+    files = state.get("_data_files") if isinstance(state, dict) else None
+    if not isinstance(files, list) or _status(folder / "dataset_info.json") is None:
+        return None
+    names = [each.get("filename") if isinstance(each, dict) else None for each in files]
+    return [folder / name for name in _plain(names, folder, report)]
+
+
+def _plain(names: Sequence[object], folder: Path, report: ReadReport) -> Iterator[str]:
+    """Those of some names in a file that name something right in its folder, and nothing elsewhere."""
+    for name in names:
+        if isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name:
+            yield name
+        else:
+            report.skip(f"{folder}, {str(name)[:100]!r}", "not in its folder")
 
 
 def _kind(file: Path) -> str:
     name = file.name.lower()
     for packed in _PACKED:
         name = name.removesuffix(packed)
-    if name.endswith(_JSON_LINES):
-        return "jsonl"
-    return {".parquet": "parquet", ".arrow": "arrow"}.get(file.suffix.lower(), "text")
+    kind = _KINDS.get(Path(name).suffix, "text")
+    is_table = kind in ("parquet", "arrow")
+    return "text" if is_table and file.suffix.lower() in _PACKED else kind

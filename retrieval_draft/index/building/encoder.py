@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from retrieval_draft.fingerprint import tokenizer_fingerprint, vocabulary_size
 from retrieval_draft.index.source import TokenArray
 
 __all__ = ["Encoder"]
+
+_PIECE = 1 << 21
+"""Characters."""
 
 
 class Encoder:
@@ -74,7 +77,12 @@ class Encoder:
         return str(self._fast.to_str())
 
     def encode(self, texts: Sequence[str]) -> list[TokenArray]:
-        """int32 ids of each text."""
+        """int32 ids of each text. Long ones are cut behind a line, for tokenizers take many times a text."""
+        if max(map(len, texts), default=0) > _PIECE:
+            return [np.concatenate([self._ids([piece])[0] for piece in _pieces(text)]) for text in texts]
+        return self._ids(texts)
+
+    def _ids(self, texts: Sequence[str]) -> list[TokenArray]:
         if self._fast is not None:
             encodings = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
             return [np.array(encoding.ids, np.int32) for encoding in encodings]
@@ -84,3 +92,13 @@ class Encoder:
     def decode(self, tokens: TokenArray) -> str:
         """The text of some ids."""
         return str(self._tokenizer.decode([int(token) for token in tokens]))
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text in pieces of about two million characters, one at least."""
+    begin = 0
+    while len(text) - begin > _PIECE:
+        end = text.rfind("\n", begin, begin + _PIECE) + 1 or begin + _PIECE
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]

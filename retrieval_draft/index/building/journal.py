@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -10,7 +11,7 @@ import xxhash
 
 from retrieval_draft._files import replace_file
 from retrieval_draft.errors import DatastoreError
-from retrieval_draft.index.building.documents import DocumentFile
+from retrieval_draft.index.building.documents import DocumentFile, ReadReport
 from retrieval_draft.index.index_folder import Manifest, RunEntry, SegmentEntry
 
 __all__ = ["Journal", "Position", "work_key"]
@@ -26,12 +27,14 @@ class Position(msgspec.Struct, frozen=True):
         record: Number of the document within it.
         offset: Tokens of it that are done already.
         documents: Documents taken before it.
+        left_out: What was left out of the files before that one.
     """
 
     file: int = 0
     record: int = 0
     offset: int = 0
     documents: int = 0
+    left_out: ReadReport = msgspec.field(default_factory=ReadReport)
 
 
 class Journal(msgspec.Struct, kw_only=True):
@@ -127,7 +130,10 @@ def work_key(files: Sequence[DocumentFile], *settings: object) -> str:
     """A digest of what is indexed and how; files count by path, size and time of change."""
     digest = xxhash.xxh3_128(repr(settings).encode())
     for file in files:
-        changed = 0 if file.path == "-" else Path(file.path).stat().st_mtime_ns
+        changed = 0
+        if not file.is_stream:
+            with suppress(OSError):  # gone since it was found: reading it will say so
+                changed = Path(file.path).stat().st_mtime_ns
         digest.update(
             f"{file.path}\0{file.kind}\0{file.nbytes}\0{changed}\n".encode("utf-8", "surrogateescape")
         )

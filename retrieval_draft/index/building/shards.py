@@ -10,6 +10,7 @@ from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.building.builder import (
     BuildOptions,
     BuildState,
+    check_columns,
     publish,
     read_runs,
     save_journal,
@@ -91,11 +92,11 @@ def build_on_ray(
         replace: Leave out what the index holds so far.
 
     Raises:
-        InvalidInputError: Ray is not installed, or skip, limit or stdin are asked for.
+        InvalidInputError: Ray is not installed, or skip, limit or a pipe are asked for.
     """
-    if options.skip or options.limit is not None or any(file.path == "-" for file in files):
+    if options.skip or options.limit is not None or any(file.is_stream for file in files):
         raise InvalidInputError(
-            "A build on Ray reads files in no fixed order, so skip, limit and stdin have no meaning there.",
+            "A build on Ray reads files in no fixed order, so skip, limit and pipes have no meaning there.",
             "Leave them out, or build without --executor.",
         )
     try:
@@ -110,22 +111,27 @@ def build_on_ray(
     with index.locked():
         index.reload()
         base = [] if replace else list(index.manifest.segments)
-        key = work_key(files, "shards", options.text_column, options.segment_tokens)
+        key = work_key(files, "shards", len(shards), SHARD_BYTES, options.text_column, options.segment_tokens)
         journal = Journal.load(index.path, key, [entry.name for entry in base], index.manifest)
+        journal.shards = {
+            number: done for number, done in journal.shards.items() if 0 <= number < len(shards)
+        }
         index.sweep(journal.names)
         if journal.is_published:
             Journal.remove(index.path)
             return state
         state.tokens = journal.tokens
+        state.report.merge(journal.position.left_out)
         state.done_bytes = sum(file.nbytes for shard in journal.shards for file in shards[shard])
         started = not ray.is_initialized()
         if started:
             ray.init(address=address, log_to_driver=False, include_dashboard=False)
         try:
             for number, (entries, report, tokens) in _run(ray, index, shards, journal, encoder, options):
-                journal.shards[number] = entries
-                save_journal(index, journal)
                 state.report.merge(report)
+                journal.shards[number] = entries
+                journal.position = Position(left_out=state.report.left_out())
+                save_journal(index, journal)
                 state.tokens += tokens
                 state.file += len(shards[number])
                 state.done_bytes += sum(file.nbytes for file in shards[number])
@@ -135,6 +141,7 @@ def build_on_ray(
         finally:
             if started:
                 ray.shutdown()
+        check_columns(state)
         made = [entry for number in sorted(journal.shards) for entry in journal.shards[number]]
         publish(index, journal, compacted(index, [*base, *made], options.most, options.workers))
     return state

@@ -22,6 +22,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, BusyLoadingError, RedisError, ResponseError, TimeoutError
 from redis.retry import Retry
 
+from retrieval_draft._cache_home import expanded
 from retrieval_draft.errors import DatastoreError, InvalidInputError
 
 __all__ = ["EmbeddedServer"]
@@ -61,7 +62,7 @@ class EmbeddedServer:
         host: str | None = None,
         port: int = 6379,
     ) -> None:
-        self._folder = folder.expanduser().absolute()
+        self._folder = expanded(folder).absolute()
         self._max_bytes = max_bytes
         self._password = password
         self._address = None if host is None else (_checked_host(host, password), port)

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import xxhash
 
-from retrieval_draft._cache_home import cache_home
+from retrieval_draft._cache_home import cache_home, expanded
 from retrieval_draft._files import read_bounded, replace_file, sync_folder
 from retrieval_draft.errors import DatastoreError, InvalidInputError, RetrievalDraftError
 from retrieval_draft.index.index_folder import MANIFEST, MOST_MANIFEST_BYTES, IndexFolder, parse_manifest
@@ -112,7 +112,7 @@ class SnapshotPlace:
             home = cache_home() / "snapshots" if cache is None else cache
             self._local = home / mark / fingerprint / tenant
         else:
-            self._local = Path(text).expanduser() / fingerprint / tenant
+            self._local = expanded(text) / fingerprint / tenant
 
     def write(self, segments: Sequence[Segment], state: LogState) -> SnapshotInfo:
         """Writes a snapshot; readers see all of it or nothing.

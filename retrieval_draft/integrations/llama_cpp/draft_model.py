@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import threading
 import time
@@ -29,6 +30,8 @@ Ids = NDArray[np.intc]
 _NOTHING: Ids = np.empty(0, np.intc)
 _ROUNDS = 3
 
+_log = logging.getLogger("retrieval_draft")
+
 
 class RetrievalDraftModel:
     """A `llama_cpp.llama_speculative.LlamaDraftModel` that drafts from text seen before.
@@ -47,6 +50,7 @@ class RetrievalDraftModel:
     Attributes:
         proposer: As given.
         costs: What passes take, as far as they were timed.
+        failures: Calls that drafted nothing because something failed; the first is logged.
 
     Raises:
         InvalidInputError: A length is out of range.
@@ -73,6 +77,7 @@ class RetrievalDraftModel:
             llama_cpp().llama_speculative.LlamaDraftModel.register(RetrievalDraftModel)
         self.proposer = proposer
         self.costs = PassCosts()
+        self.failures = 0
         self._fixed = num_pred_tokens
         self._most = max_tokens if num_pred_tokens is None else num_pred_tokens
         self._share = share
@@ -132,17 +137,18 @@ class RetrievalDraftModel:
             **kwargs: Nothing, so far.
 
         Returns:
-            intc, shape (n,); empty where drafting does not pay.
+            intc, shape (n,); empty where drafting does not pay, and where the text is empty or holds ids that
+            are no tokens, such as the placeholders of images. Nothing is raised: drafts never cost the reply.
         """
         with self._lock:
-            session = self._follow(np.asarray(input_ids))
-            tokens, probs = session.propose_chain(self._most)
-            if self._fixed is None:
-                tokens = tokens[: self.costs.choose(probs, session.length)]
-                session.cut(len(tokens))
-            self._drafted = len(tokens)
-            self._left = time.perf_counter()
-            return tokens.astype(np.intc)
+            try:
+                return self._draft(np.asarray(input_ids))
+            except Exception as error:
+                if not self.failures:
+                    _log.warning("Nothing is drafted where drafting fails: %r", error, exc_info=error)
+                self.failures += 1
+                self._session, self._text, self._drafted = None, _NOTHING, 0
+                return _NOTHING
 
     def warm_up(self, llama: Any = None) -> None:
         """Does now what the first request would otherwise wait for, or learn.
@@ -181,6 +187,19 @@ class RetrievalDraftModel:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _draft(self, text: Ids) -> Ids:
+        if not len(text) or text.min() < 0 or text.max() >= self.proposer.stores.vocabulary:
+            self._end()
+            return _NOTHING
+        session = self._follow(text)
+        tokens, probs = session.propose_chain(self._most)
+        if self._fixed is None:
+            tokens = tokens[: self.costs.choose(probs, session.length)]
+            session.cut(len(tokens))
+        self._drafted = len(tokens)
+        self._left = time.perf_counter()
+        return tokens.astype(np.intc)
+
     def _follow(self, text: Ids) -> ProposerSession:
         """The request that a text belongs to, told what is new in it."""
         length = len(self._text)
@@ -197,9 +216,10 @@ class RetrievalDraftModel:
         return session
 
     def _end(self) -> None:
-        if self._session is not None:
-            self._session.close()
-        self._session, self._text, self._drafted = None, _NOTHING, 0
+        session, self._session = self._session, None
+        self._text, self._drafted = _NOTHING, 0
+        if session is not None:
+            session.close()
 
 
 def _seconds_by_size(llama: Any) -> dict[int, float]:

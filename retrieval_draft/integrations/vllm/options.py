@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from retrieval_draft._cache_home import expanded
 from retrieval_draft.config import SOURCES, DraftConfig
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.store.config import SHARES, StoreConfig
@@ -70,7 +71,7 @@ class VllmOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         """
         found = os.environ if environment is None else environment
         named = found.get(f"{PREFIX}CONFIG")
-        values = {} if not named else _file(Path(named).expanduser())
+        values = {} if not named else _file(expanded(named))
         _convert(cls, values, f"{named}: ")
         for name in cls.__struct_fields__:
             text = found.get(PREFIX + name.upper())

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from retrieval_draft.errors import InvalidInputError, TokenizerMismatchError
+from retrieval_draft.errors import DatastoreError, InvalidInputError, TokenizerMismatchError
 from retrieval_draft.index.history import History, HistorySource
 from retrieval_draft.index.source import TokenArray
 
@@ -166,6 +166,41 @@ def test_two_processes_do_not_write_one_folder(tmp_path, caplog) -> None:
     third = History(100, 1 << 20, tmp_path)
     assert drafts(third, 7, 8) == []
     third.close()
+
+
+def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch, caplog) -> None:
+    first = History(100, 1 << 20, tmp_path / "kept", "f")
+    first.add(NONE, ids(1, 2, 3))
+    first.close()
+    real = os.open
+
+    def read_only(path, flags, *more, **named):
+        if str(path).startswith(str(tmp_path)) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(30, "Read-only file system", str(path))
+        return real(path, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", read_only)
+    second = History(100, 1 << 20, tmp_path / "kept", "f")
+    assert "Read-only file system" in caplog.text
+    assert len(caplog.records) == 1
+    assert drafts(second, 1, 2) == [3]
+    second.add(NONE, ids(7, 8, 9))
+    assert second.flush(10)
+    assert drafts(second, 7, 8) == [9]
+    second.close()
+    assert len(caplog.records) == 1
+
+
+def test_a_folder_that_cannot_be_made_is_done_without(tmp_path, caplog) -> None:
+    (tmp_path / "file").write_text("")
+    history = History(100, 1 << 20, tmp_path / "file" / "history", "f")
+    assert "kept in memory only" in caplog.text
+    history.add(NONE, ids(1, 2, 3))
+    assert history.flush(10)
+    assert drafts(history, 1, 2) == [3]
+    history.close()
+    with pytest.raises(DatastoreError, match="is a file"):  # a mistake, not a disk that fails
+        History(100, 1 << 20, tmp_path / "file", "f")
 
 
 def test_a_disk_that_fails_costs_no_drafts(tmp_path, monkeypatch, caplog) -> None:

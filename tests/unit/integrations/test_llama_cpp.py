@@ -131,11 +131,6 @@ def test_the_callers_buffer_may_change() -> None:
         assert drafts.stats.requests == 1
 
 
-def test_an_id_that_the_tokenizer_does_not_have_is_refused() -> None:
-    with made() as drafts, pytest.raises(InvalidInputError, match=r"token id 30.*0\.\.29"):
-        drafts(ids(1, 30))
-
-
 @pytest.mark.parametrize("options", [{"max_tokens": -1}, {"num_pred_tokens": 5000}])
 def test_lengths_are_checked(options: dict[str, int]) -> None:
     with pytest.raises(InvalidInputError, match="must lie in"):
@@ -187,3 +182,43 @@ def test_passes_are_timed_on_the_engine() -> None:
         assert drafts.costs.is_timed
         assert sorted(drafts.costs.seconds_by_size()) == [1, 2, 4, 8, 16, 32, 64]
     assert llama.resets == len(llama.evaluated) + 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        [1, -1, -1, 2, 3],  # placeholders of an image
+        [1, 2, VOCABULARY, 1, 2],
+        [2**31 - 1],
+        [-(2**31)],
+        [],
+    ],
+)
+def test_a_text_of_other_ids_is_not_drafted_for(text: list[int]) -> None:
+    with made(num_pred_tokens=4) as drafts:
+        request = [1, 2, 3, 4, 1, 2]
+        assert drafts(np.array(request, np.intc)).tolist() == [3, 4, 1, 2]
+        assert drafts(np.array(text, np.intc)).tolist() == []
+        assert drafts(np.array([*text, 1], np.intc)).tolist() == []
+        assert drafts(np.array(request, np.intc)).tolist()[:2] == [3, 4]
+        assert drafts.failures == 0
+
+
+def test_a_request_that_comes_to_hold_other_ids(caplog) -> None:
+    with made(num_pred_tokens=4) as drafts:
+        drafts(np.array([1, 2, 3, 1, 2], np.intc))
+        assert drafts(np.array([1, 2, 3, 1, 2, 99], np.intc)).tolist() == []
+        assert drafts(np.array([1, 2, 3, 1, 2, 99, 1, 2], np.intc)).tolist() == []
+    assert not caplog.records
+
+
+def test_drafts_that_fail_cost_no_reply(monkeypatch, caplog) -> None:
+    plain = Engine(circle)
+    drafts = made()
+    monkeypatch.setattr(drafts.proposer, "open", lambda *given, **named: 1 / 0)
+    assert Engine(circle, drafts).generate([1, 2, 3], 20) == plain.generate([1, 2, 3], 20)
+    assert drafts.failures == 19
+    assert len(caplog.records) == 1
+    monkeypatch.undo()
+    assert Engine(circle, drafts).generate([1, 2, 3], 60) == plain.generate([1, 2, 3], 60)
+    drafts.close()

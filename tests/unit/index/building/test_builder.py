@@ -1,5 +1,6 @@
 """Tests of building, extending and joining indexes."""
 
+import gzip
 import json
 import os
 from itertools import pairwise
@@ -10,11 +11,13 @@ import pytest
 
 from retrieval_draft.errors import DatastoreError, InvalidInputError, TokenizerMismatchError
 from retrieval_draft.index.building import builder
+from retrieval_draft.index.building import encoder as encoder_module
 from retrieval_draft.index.building.builder import BuildOptions, build_index
-from retrieval_draft.index.building.documents import find_files
+from retrieval_draft.index.building.documents import ReadReport, find_files
 from retrieval_draft.index.building.encoder import Encoder
 from retrieval_draft.index.building.journal import Journal
 from retrieval_draft.index.building.merge import merge_indexes
+from retrieval_draft.index.building.shards import build_shard
 from retrieval_draft.index.index_folder import IndexFolder
 from tests.tiny import byte_tokenizer
 
@@ -208,3 +211,164 @@ def test_a_full_disk_keeps_the_old_index_and_what_is_finished(tmp_path, monkeypa
 def test_bad_options(bad: dict[str, int]) -> None:
     with pytest.raises(InvalidInputError, match=next(iter(bad))):
         BuildOptions(**bad)
+
+
+def bad_and_good(folder: Path) -> list[str]:
+    """Files with something bad in each, and 31 good documents."""
+    folder.mkdir()
+    good = [json.dumps({"text": f"document {number} " * 3}) for number in range(30)]
+    (folder / "a.jsonl").write_text("\n".join([*good[:10], '{"text": "\\ud83d"}', "[" * 9999, *good[10:20]]))
+    (folder / "b.jsonl").write_text('{"body": "x"}\n' * 3)
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress("\n".join(good[20:]).encode()) + b"garbage")
+    (folder / "d.txt").write_bytes(b"one\ntwo\ncaf\xe9\nthree\n")
+    (folder / "e.bin").write_bytes(b"\0\1")
+    return [str(folder)]
+
+
+BAD = {
+    "half a surrogate pair": 1,
+    "nested too deeply": 1,
+    "no text column": 1,
+    "torn": 1,
+    "not UTF-8": 1,
+    "binary": 1,
+}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_bad_record_ends_no_build(tmp_path, workers: int) -> None:
+    index = empty(tmp_path / "index")
+    state = build(index, *bad_and_good(tmp_path / "data"), workers=workers)
+    assert index.manifest.documents == state.report.documents == 31
+    assert texts(index)[-1] == "one\ntwo\nthree\n"
+    assert state.report.reasons == BAD
+    assert state.report.skipped == 6
+    assert f"{tmp_path}/data/a.jsonl, line 11: half a surrogate pair" in state.report.named
+
+
+@pytest.mark.parametrize("after", range(1, 9))
+def test_what_was_left_out_is_known_after_an_interruption(tmp_path, monkeypatch, after: int) -> None:
+    paths = bad_and_good(tmp_path / "data")
+    index = empty(tmp_path / "index")
+    monkeypatch.setattr(builder, "RUN_TOKENS", 256)
+    monkeypatch.setattr(builder, "_BATCH_TEXTS", 3)
+    saved = builder.save_journal
+    count = 0
+
+    def stop(*arguments: object) -> None:
+        nonlocal count
+        saved(*arguments)
+        count += 1
+        if count == after:
+            raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "save_journal", stop)
+        with pytest.raises(StopError):
+            build(index, *paths)
+    state = build(index, *paths)
+    whole = empty(tmp_path / "whole")
+    expected = build(whole, *paths).report
+    assert (state.report.reasons, state.report.named) == (expected.reasons, expected.named)
+    assert "".join(texts(index)) == "".join(texts(whole))
+
+
+def test_shards_leave_out_the_same(tmp_path) -> None:
+    files = find_files(bad_and_good(tmp_path / "data"))
+    index = empty(tmp_path / "index")
+    tokenizer = ENCODER.to_json()
+    every = ReadReport()
+    documents = 0
+    for file in files:
+        entries, report, _ = build_shard(str(index.path), [file], tokenizer, "bytes", BuildOptions())
+        documents += sum(entry.documents for entry in entries)
+        every.merge(report)
+    assert documents == every.documents == 31
+    assert every.reasons == BAD
+    assert "b.jsonl has no field 'text'" in every.no_column
+
+
+def test_a_column_that_no_file_has_is_a_mistake_each_time(tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n{"body": "y"}\n')
+    (tmp_path / "b.bin").write_bytes(b"\0")
+    index = empty(tmp_path / "index")
+    for _ in range(2):
+        with pytest.raises(InvalidInputError, match=r"a\.jsonl has no field 'text' with text; it has 'body'"):
+            build(index, str(tmp_path / "a.jsonl"), str(tmp_path / "b.bin"))
+    build(index, str(tmp_path / "a.jsonl"), text_column="body")
+    assert texts(index) == ["x", "y"]
+
+
+def test_a_text_that_the_tokenizer_cannot_take_costs_that_text(tmp_path, monkeypatch) -> None:
+    encode = Encoder.encode
+
+    def picky(self: Encoder, batch: list[str]) -> list[np.ndarray]:
+        if any("bad" in text for text in batch):
+            raise TypeError("TextEncodeInput must be Union[...]")
+        return encode(self, batch)
+
+    monkeypatch.setattr(Encoder, "encode", picky)
+    documents = ["one", "bad", "two", "three", "bad too", "four", "five"]
+    index = empty(tmp_path / "index")
+    path = lines(tmp_path, "a.jsonl", documents)
+    state = build(index, path)
+    assert texts(index) == ["one", "two", "three", "four", "five"]
+    assert state.report.documents == 5
+    assert state.report.named == [f"{path}, document 1: not tokenised", f"{path}, document 4: not tokenised"]
+
+
+def test_a_long_text_is_tokenised_in_pieces(monkeypatch) -> None:
+    monkeypatch.setattr(encoder_module, "_PIECE", 10)
+    sizes: list[int] = []
+    ids = Encoder._ids
+
+    def noted(self: Encoder, batch: list[str]) -> list[np.ndarray]:
+        sizes.extend(map(len, batch))
+        return ids(self, batch)
+
+    monkeypatch.setattr(Encoder, "_ids", noted)
+    long = "short\n" * 5 + "x" * 25
+    found = ENCODER.encode(["a", long, ""])
+    assert [ENCODER.decode(each) for each in found] == ["a", long, ""]
+    assert max(sizes) <= 10
+
+
+def test_a_file_that_vanishes_before_the_build(tmp_path) -> None:
+    paths = [lines(tmp_path, "a.jsonl", ["one"]), lines(tmp_path, "b.jsonl", ["two"])]
+    files = find_files(paths)
+    Path(paths[0]).unlink()
+    index = empty(tmp_path / "index")
+    state = build_index(index, files, ENCODER, BuildOptions())
+    assert texts(index) == ["two"]
+    assert state.report.reasons == {"unreadable": 1}
+
+
+def test_a_pipe_is_something_else_each_time(tmp_path) -> None:
+    index = empty(tmp_path / "index")
+    for text in ("one", "two"):
+        reading, writing = os.pipe()
+        os.write(writing, text.encode())
+        os.close(writing)
+        build(index, f"/dev/fd/{reading}")
+        os.close(reading)
+    assert texts(index) == ["one", "two"]
+
+
+def test_a_folder_that_cannot_be_made_or_locked(tmp_path) -> None:
+    with pytest.raises(DatastoreError, match="Cannot make the folder"):
+        empty(Path("/dev/null/index"))
+    index = empty(tmp_path / "index")
+    (index.path / ".lock").unlink(missing_ok=True)
+    (index.path / ".lock").mkdir()
+    with pytest.raises(DatastoreError, match="Cannot lock"):
+        build(index, lines(tmp_path, "a.jsonl", ["x"]))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[" * 100_000, b'{"x":' + b"[" * 100_000, b"\xff", b'{"key": 5}']
+)
+def test_a_journal_that_is_none_is_passed_over(tmp_path, content: bytes) -> None:
+    index = empty(tmp_path / "index")
+    (index.path / "journal.json").write_bytes(content)
+    build(index, lines(tmp_path, "a.jsonl", ["one"]))
+    assert texts(index) == ["one"]
