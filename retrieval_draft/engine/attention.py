@@ -163,7 +163,7 @@ class TreeAttention:
         nodes = self.size(len(tree))
         extra = 0 if moved is None else len(moved)
         words = 3 * nodes + extra + (0 if nodes == 1 else -(-nodes * nodes // 8))
-        if self._sent is not None:
+        if self._sent is not None and not self._sent.query():
             # A pass that nobody read from, as a probe's, may still wait for its copy.
             self._sent.synchronize()
         self._reserve(words)

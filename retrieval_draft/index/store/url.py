@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-from retrieval_draft._cache_home import expanded
 from retrieval_draft.errors import InvalidInputError
 
 __all__ = ["PASSWORD_VARIABLE", "USERNAME_VARIABLE", "StoreURL", "parse_store_url"]
@@ -136,7 +135,7 @@ def _embedded(url: str, environ: Mapping[str, str]) -> StoreURL:
     if "@" in folder.partition(":")[2]:  # it would be shown
         _refuse("embedded:// takes no user and password.", f"Put the password in {PASSWORD_VARIABLE}.")
     try:
-        path = expanded(folder)
+        path = Path(folder).expanduser()
     except RuntimeError:
         _refuse("embedded:// names the home of a user who is not there.", "Write embedded://FOLDER.")
     if "\0" in folder:
