@@ -84,15 +84,13 @@ def serve(app: StandaloneApp, *, host: str | None, port: int, unix_socket: Path 
     """
     import uvicorn
 
+    from retrieval_draft.server.http_protocol import http_config
+
     listener = _listen(host, port, unix_socket)
-    config = uvicorn.Config(
+    config = http_config(
         app,
-        access_log=False,
         log_level="warning",
-        lifespan="on",
-        server_header=False,
         date_header=False,
-        ws="none",
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=_GRACE_SECONDS,
     )
