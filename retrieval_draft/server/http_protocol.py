@@ -180,10 +180,14 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self._is_answering and not self.transport.is_closing():
             error = {"message": message, "type": "invalid_request_error", "param": None, "code": status}
             body = msgspec.json.encode({"error": error})
+            head = (
+                b"HTTP/1.1 %d %s",
+                b"content-type: application/json",
+                b"content-length: %d",
+                b"connection: close",
+            )
             self.transport.write(
-                b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-                % (status, _REASONS[status], len(body))
-                + body
+                b"\r\n".join((*head, b"", b"")) % (status, _REASONS[status], len(body)) + body
             )
         self._end()
 

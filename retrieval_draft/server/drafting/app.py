@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,6 +15,7 @@ from retrieval_draft.errors import RetrievalDraftError
 from retrieval_draft.server.drafting import wire
 from retrieval_draft.server.drafting.errors import DraftServiceError, NotAllowedError, TooLargeError, error_of
 from retrieval_draft.server.drafting.service import DraftService, failure_of
+from retrieval_draft.server.fair_pool import FairPool
 
 __all__ = ["PREFIX", "Authenticate", "DraftApp"]
 
@@ -27,6 +28,7 @@ Authenticate = Callable[["str | None"], "str | None"]
 Reply = wire.Info | wire.OpenReply | wire.StepReply
 Result = TypeVar("Result")
 PREFIX = "/v1/draft"
+_THREADS = 16
 _QUICK_NODES, _QUICK_TOKENS = 256, 64
 _log = logging.getLogger("retrieval_draft")
 
@@ -58,8 +60,8 @@ class DraftApp:
         self._authenticate = authenticate
         self._max_body = max_body
         self._body_seconds = body_seconds
-        # Proposals take turns anyway; the second thread opens sessions meanwhile.
-        self._pool = ThreadPoolExecutor(2, "retrieval_draft drafts")
+        # Tenants do not wait for each other, nor steps for sessions that are being opened.
+        self._pool = FairPool(_THREADS, "retrieval-draft-drafts")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -86,13 +88,13 @@ class DraftApp:
         await _respond(send, status, wire.encode(reply, json), json)
         if isinstance(reply, wire.StepReply):  # while the engine verifies
             if len(reply.drafts) > 1:
-                await self._in_thread(self.service.settle)
+                await self._in_thread(("", "settle"), self.service.settle)
             else:
                 self.service.settle()
 
     def close(self) -> None:
         """Ends the threads; what they do is finished first."""
-        self._pool.shutdown()
+        self._pool.close()
 
     def _tenant(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
         if self._authenticate is None:
@@ -114,19 +116,19 @@ class DraftApp:
         if scope["method"] != method:
             raise error_of(405, f"{PREFIX}{name} takes {method}, not {scope['method']}.")
         if not name:
-            return await self._in_thread(self.service.info, tenant)
+            return await self._in_thread((tenant, "step"), self.service.info, tenant)
         body = await self._body(headers, receive)
         if name == "/open":
             request = _read(body, wire.OpenRequest, json)
-            return await self._in_thread(self.service.open, tenant, request)
+            return await self._in_thread((tenant, "open"), self.service.open, tenant, request)
         steps = _read(body, wire.StepRequest, json).steps
         if len(steps) > 1:
-            return wire.StepReply(await self._in_thread(self.service.steps, tenant, steps))
+            return wire.StepReply(await self._in_thread((tenant, "step"), self.service.steps, tenant, steps))
         step = steps[0]
         quick = step.nodes <= _QUICK_NODES and len(step.tokens) <= _QUICK_TOKENS and step.close is None
         if quick and self.service.is_free(tenant, step.session):
             return wire.StepReply([self.service.step(tenant, step)])
-        return wire.StepReply([await self._in_thread(self.service.step, tenant, step)])
+        return wire.StepReply([await self._in_thread((tenant, "step"), self.service.step, tenant, step)])
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         too_large = TooLargeError(f"The body is longer than {self._max_body} bytes.", "Send less at once.")
@@ -147,8 +149,8 @@ class DraftApp:
                 if not message.get("more_body", False):
                     return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def _in_thread(self, call: Callable[..., Result], *arguments: Any) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
+    async def _in_thread(self, lane: tuple[str, str], call: Callable[..., Result], *arguments: Any) -> Result:
+        return await asyncio.wrap_future(self._pool.submit(lane, partial(call, *arguments)))
 
 
 class _LeftError(Exception):
