@@ -225,6 +225,7 @@ def check_generation(
             )
     given = callers_model_inputs(model_inputs)
     known = {"input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache", *CACHE_NAMES}
+    known |= {"output_attentions", "output_hidden_states"}  # they are in the configuration too
     extra = [name for name, value in given.items() if name not in known and not _is_empty(value)]
     if "position_ids" in given and not _are_usual(model_inputs):
         extra.append("position_ids")
