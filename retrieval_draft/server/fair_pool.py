@@ -53,13 +53,17 @@ class FairPool:
         self._next()
         return future
 
-    def close(self) -> None:
-        """Runs nothing more."""
+    def close(self, wait: bool = False) -> None:
+        """Runs nothing more.
+
+        Args:
+            wait: Whether to wait for what runs.
+        """
         with self._lock:
             waiting = [future for lane in self._lanes.values() for future, _ in lane]
         for future in waiting:
             future.cancel()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=wait, cancel_futures=True)
 
     def _next(self) -> None:
         with self._lock:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from retrieval_draft.server.drafting.app import PREFIX, DraftApp, Receive, Scope, Send
+from retrieval_draft.server.head_requests import HeadAsGet
 
 if TYPE_CHECKING:
     from retrieval_draft.server.metrics import ServerMetrics
@@ -30,9 +31,13 @@ class StandaloneApp:
 
     def __init__(self, drafts: DraftApp, metrics: ServerMetrics | None = None) -> None:
         self._drafts, self._metrics = drafts, metrics
+        self._with_head = HeadAsGet(self._serve)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, or lives through the server's life."""
+        await self._with_head(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._live(receive, send)
         elif scope["type"] == "websocket":
