@@ -177,6 +177,19 @@ class BoundedProtocol(HttpToolsProtocol):
     def _refuse(self, status: int, message: str) -> None:
         """Answers what is no request, unless another answer is on its way: it would stand in its middle."""
         self._head_is_there()
+        if self._is_answering and self.cycle.more_body:
+            # It is the body of this request that is wrong: nobody should wait for its rest.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            if self.pipeline:
+                self.pipeline.popleft()
+                self._bad = True
+                return
+            if self.cycle.response_started:
+                self._bad = True
+                self.transport.close()
+                return
+            self.cycle.response_complete = True
         if not self._is_answering and not self.transport.is_closing():
             error = {"message": message, "type": "invalid_request_error", "param": None, "code": status}
             body = msgspec.json.encode({"error": error})

@@ -7,7 +7,7 @@ from typing import Any, NoReturn, TypeVar
 
 import msgspec
 from msgspec import Raw
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from retrieval_draft.server.body_headers import unreadable
 from retrieval_draft.server.errors import ApiError
@@ -35,7 +35,10 @@ async def read_body(request: Request, decoder: msgspec.json.Decoder[Body]) -> Bo
     error = unreadable(request.headers.raw, _KINDS)
     if error is not None:
         raise ApiError(415, error)
-    body = await request.body()
+    try:
+        body = await request.body()
+    except ClientDisconnect as error:
+        raise ApiError(499, "The client has left.") from error
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as wrong:

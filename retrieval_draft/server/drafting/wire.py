@@ -229,7 +229,8 @@ def decode(body: bytes, kind: type[Message], json: bool = False) -> Message:
         RecursionError: It is nested too deeply.
     """
     if len(body) > SMALL and kind in _SENT:
-        return _decode_large(body, kind, json)
+        large: Message = _decode_large(body, kind, json)
+        return large
     message: Message = _readers[kind, json].decode(body)
     return message
 
