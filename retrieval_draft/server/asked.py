@@ -194,8 +194,8 @@ def _references(fields: GenerationFields, means: Means) -> tuple[list[list[int]]
     """
     most = means.settings.max_reference_tokens
     left, documents, predicted = most, [], []
-    given = [fields.documents] if isinstance(fields.documents, str) else fields.documents or []
-    for name, text in (*(("documents", text) for text in given), ("prediction", fields.predicted or "")):
+    given = [("documents", text) for text in fields.references]
+    for name, text in (*given, ("prediction", fields.predicted or "")):
         ids = _tokenize(means, text, name, left, False) if text else []
         left -= len(ids)
         if left < 0:

@@ -12,13 +12,12 @@ from starlette.requests import ClientDisconnect, Request
 from retrieval_draft.server.body_headers import unreadable
 from retrieval_draft.server.errors import ApiError
 
-__all__ = ["decode_field", "is_neutral", "read_body"]
+__all__ = ["decode_body", "decode_field", "decode_texts", "is_absent", "read_body"]
 
 Body = TypeVar("Body")
 _PLACE = re.compile(r" - at `(?:key in )?\$(.*?)`$", re.DOTALL)
 _NAME = re.compile(r"^\.?([A-Za-z0-9_]+)")
 _FIELD = re.compile(r"field `(.*?)`", re.DOTALL)
-_NEUTRAL = (b"", b"null", b"false", b"[]", b"{}", b'""')
 _KINDS = ("application/json",)
 _MOST_SHOWN = 100
 
@@ -39,6 +38,15 @@ async def read_body(request: Request, decoder: msgspec.json.Decoder[Body]) -> Bo
         body = await request.body()
     except ClientDisconnect as error:
         raise ApiError(499, "The client has left.") from error
+    return decode_body(body, decoder)
+
+
+def decode_body(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
+    """A body that was read.
+
+    Raises:
+        ApiError: It is no JSON, or no such body.
+    """
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as wrong:
@@ -65,16 +73,39 @@ def decode_field(raw: Raw, decoder: msgspec.json.Decoder[Body], name: str) -> Bo
         raise ApiError(400, f"{name} is nested too deeply.", name) from wrong
 
 
-def is_neutral(raw: Raw, also: tuple[bytes, ...] = ()) -> bool:
+def decode_texts(raw: Raw, decoder: msgspec.json.Decoder[list[str]], name: str, most: int) -> list[str]:
+    """A list of texts that was left as it came, or a text that stands for a list of one.
+
+    Args:
+        raw: As it came.
+        decoder: Of a list.
+        name: Of the field.
+        most: Texts at most.
+
+    Raises:
+        ApiError: It is something else, or longer.
+    """
+    said = bytes(raw)
+    if said.startswith(b'"'):
+        return decode_field(Raw(b"[" + said + b"]"), decoder, name)
+    # Between two texts stands this, and within one hardly ever: a quote that is text has a backslash before it.
+    if said.count(b'","') > 2 * most:
+        raise ApiError(400, f"{name} has more than {most} entries.", name)
+    found = decode_field(raw, decoder, name)
+    if len(found) > most:
+        raise ApiError(400, f"{name} has {len(found)} entries; {most} are allowed.", name)
+    return found
+
+
+def is_absent(raw: Raw, *also: bytes) -> bool:
     """Whether a field is absent, or says what its absence says.
 
     Args:
         raw: As it came.
-        also: Further values that change nothing, as JSON.
+        *also: Values besides null that change nothing, as JSON.
     """
     view = memoryview(raw)
-    said = bytes(view[:_MOST_SHOWN]).strip()
-    return len(view) < _MOST_SHOWN and (said in _NEUTRAL or said in also)
+    return len(view) < _MOST_SHOWN and bytes(view).strip() in (b"", b"null", *also)
 
 
 def _refuse(message: str, name: str) -> NoReturn:

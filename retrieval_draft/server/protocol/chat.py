@@ -156,8 +156,10 @@ class ChatRequest(GenerationFields):
         Raises:
             ApiError: A message is none, or there are too many.
         """
-        if bytes(self.messages).count(b'"role"') > _MOST_MESSAGES:
-            raise ApiError(400, f"messages has more than {_MOST_MESSAGES} messages.", "messages")
+        said = bytes(self.messages)
+        for name, what in ((b'"role"', "messages"), (b'"function"', "calls of tools")):
+            if said.count(name) > _MOST_MESSAGES:
+                raise ApiError(400, f"messages has more than {_MOST_MESSAGES} {what}.", "messages")
         return [_plain(each) for each in decode_field(self.messages, _MESSAGES, "messages")]
 
 

@@ -8,7 +8,7 @@ from msgspec import Meta, Raw, field
 from msgspec.json import Decoder
 
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.json_body import decode_field
+from retrieval_draft.server.json_body import decode_field, decode_texts
 from retrieval_draft.server.protocol.generation import GenerationFields, Ids
 
 __all__ = ["COMPLETION", "CompletionRequest"]
@@ -89,7 +89,7 @@ class CompletionRequest(GenerationFields):
             return [decode_field(self.prompt, _TEXT, "prompt")]
         given: list[Any]
         if within.startswith(b'"'):
-            given = decode_field(self.prompt, _TEXTS, "prompt")
+            given = decode_texts(self.prompt, _TEXTS, "prompt", most)
         elif within.startswith(b"["):
             # As many lists as there may be prompts, before a million empty ones are made.
             if raw.count(b"[") - 1 > most:

@@ -8,7 +8,7 @@ from msgspec import Meta, Raw, Struct, field
 from msgspec.json import Decoder
 
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.json_body import decode_field, is_neutral
+from retrieval_draft.server.json_body import decode_field, decode_texts, is_neutral
 
 __all__ = ["ContentPart", "GenerationFields", "Ids", "Prediction", "StreamOptions", "text_of"]
 
@@ -20,7 +20,10 @@ Bias = dict[
     Annotated[float, Meta(ge=-100, le=100)],
 ]
 _BIAS = Decoder(Bias)
-_MOST_BIASED = 1024
+_STOPS = Decoder(list[Stop])
+_DOCUMENTS = Decoder(list[str])
+_TEXTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+_MOST_BIASED, _MOST_STOPS, _MOST_DOCUMENTS = 1024, 16, 64
 _UNSUPPORTED = "is not supported by this server"
 
 
@@ -88,7 +91,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     logit_bias: Annotated[Raw, Meta(extra_json_schema={"type": "object"})] = field(default_factory=Raw)
     seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
-    stop: Stop | Annotated[list[Stop], Meta(max_length=16)] | None = None
+    stop: Annotated[Raw, Meta(extra_json_schema=_TEXTS)] = field(default_factory=Raw)
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     min_tokens: Annotated[int, Meta(ge=0)] | None = None
     allowed_token_ids: Ids | None = None
@@ -96,7 +99,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     prediction: Prediction | None = None
-    documents: str | Annotated[list[str], Meta(max_length=64)] | None = None
+    documents: Annotated[Raw, Meta(extra_json_schema=_TEXTS)] = field(default_factory=Raw)
     share: Literal["none", "reply", "all"] | None = None
     metrics: bool | None = None
     draft_marks: bool | None = None
@@ -155,8 +158,23 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def stops(self) -> list[str]:
-        """Stop strings as a list."""
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+        """Stop strings as a list.
+
+        Raises:
+            ApiError: They are something else, or too many.
+        """
+        return [] if is_neutral(self.stop) else decode_texts(self.stop, _STOPS, "stop", _MOST_STOPS)
+
+    @property
+    def references(self) -> list[str]:
+        """The documents as a list.
+
+        Raises:
+            ApiError: They are something else, or too many.
+        """
+        if is_neutral(self.documents):
+            return []
+        return decode_texts(self.documents, _DOCUMENTS, "documents", _MOST_DOCUMENTS)
 
     @property
     def predicted(self) -> str | None:
