@@ -88,7 +88,7 @@ def decode_texts(raw: Raw, decoder: msgspec.json.Decoder[list[str]], name: str, 
     said = bytes(raw)
     if said.startswith(b'"'):
         return decode_field(Raw(b"[" + said + b"]"), decoder, name)
-    # Between two texts stands this, and within one hardly ever: a quote that is text has a backslash before it.
+    # This stands between two texts, and at most once within one: a quote that is text has a backslash.
     if said.count(b'","') > 2 * most:
         raise ApiError(400, f"{name} has more than {most} entries.", name)
     found = decode_field(raw, decoder, name)

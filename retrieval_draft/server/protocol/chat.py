@@ -10,7 +10,7 @@ from msgspec import Meta, Raw, Struct, field
 from msgspec.json import Decoder
 
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.json_body import decode_field, is_neutral
+from retrieval_draft.server.json_body import decode_field, is_absent
 from retrieval_draft.server.protocol.generation import ContentPart, GenerationFields, text_of
 
 __all__ = ["CHAT", "ChatRequest", "Message"]
@@ -143,7 +143,7 @@ class ChatRequest(GenerationFields):
             ApiError: They are something else, or too long.
         """
         raw, name = self.chat_template_kwargs, "chat_template_kwargs"
-        if is_neutral(raw):
+        if is_absent(raw, b"{}"):
             return {}
         if len(memoryview(raw)) > _MOST_VARIABLES:
             raise ApiError(400, f"{name} has more than {_MOST_VARIABLES} bytes.", name)
@@ -169,7 +169,7 @@ CHAT = Decoder(ChatRequest)
 
 def _plain(message: Message) -> dict[str, Any]:
     for name in ("function_call", "audio"):
-        if not is_neutral(getattr(message, name)):
+        if not is_absent(getattr(message, name)):
             raise ApiError(
                 400, f"messages: {name} is not supported by this server; leave it out.", "messages"
             )

@@ -8,7 +8,7 @@ from msgspec import Meta, Raw, Struct, field
 from msgspec.json import Decoder
 
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.json_body import decode_field, decode_texts, is_neutral
+from retrieval_draft.server.json_body import decode_field, decode_texts, is_absent
 
 __all__ = ["ContentPart", "GenerationFields", "Ids", "Prediction", "StreamOptions", "text_of"]
 
@@ -24,6 +24,7 @@ _STOPS = Decoder(list[Stop])
 _DOCUMENTS = Decoder(list[str])
 _TEXTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 _MOST_BIASED, _MOST_STOPS, _MOST_DOCUMENTS = 1024, 16, 64
+_OFF = (b"false", b"[]", b"{}", b'""')
 _UNSUPPORTED = "is not supported by this server"
 
 
@@ -148,7 +149,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         Raises:
             ApiError: It is something else, or too long.
         """
-        if is_neutral(self.logit_bias):
+        if is_absent(self.logit_bias, b"{}"):
             return {}
         if bytes(self.logit_bias).count(b":") > _MOST_BIASED:
             raise ApiError(400, f"logit_bias has more than {_MOST_BIASED} entries.", "logit_bias")
@@ -163,7 +164,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         Raises:
             ApiError: They are something else, or too many.
         """
-        return [] if is_neutral(self.stop) else decode_texts(self.stop, _STOPS, "stop", _MOST_STOPS)
+        return [] if is_absent(self.stop, b"[]") else decode_texts(self.stop, _STOPS, "stop", _MOST_STOPS)
 
     @property
     def references(self) -> list[str]:
@@ -172,7 +173,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         Raises:
             ApiError: They are something else, or too many.
         """
-        if is_neutral(self.documents):
+        if is_absent(self.documents, b"[]"):
             return []
         return decode_texts(self.documents, _DOCUMENTS, "documents", _MOST_DOCUMENTS)
 
@@ -243,10 +244,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
             ApiError: One of them is set.
         """
         for name in names:
-            value: Raw = getattr(self, name)
-            if not is_neutral(value, neutral) or not (
-                off or bytes(value).strip() in (b"", b"null", *neutral)
-            ):
+            if not is_absent(getattr(self, name), *neutral, *(_OFF if off else ())):
                 raise ApiError(400, f"{name} {_UNSUPPORTED}; leave it out.", name)
 
 
