@@ -34,6 +34,11 @@ a thread beside it, which the other rows do not wait for."""
 _OPENING_SECONDS = 0.02
 """How long the engine sleeps while there is nothing to do but to wait for such a thread."""
 
+_SLICE_SECONDS = 0.05
+"""What one pass over a part of a prompt may take while others wait for their next token."""
+
+_FIRST_CHUNK, _LEAST_CHUNK = 128, 16
+
 Draftings = list["Drafting | None"]
 
 
@@ -87,6 +92,7 @@ class ServingEngine:
         self._queue = JobQueue(settings.max_queue, most_waiting)
         self._opening = FairPool(max(settings.max_batch, 2), "retrieval-draft-index")
         self._turns: Counter[str] = Counter()
+        self._chunk = _FIRST_CHUNK
         self._choices: dict[Row, Choice] = {}
         self._joining: list[_Joining] = []
         self._outbox: dict[Channel, list[Event]] = defaultdict(list)
@@ -236,7 +242,19 @@ class ServingEngine:
         try:
             if joining.row is None:
                 self._begin(batch, joining)
-            if next(joining.passes, self) is not self:
+            has_company = len(batch.rows) + len(self._joining) > 1
+            chunk = min(self._chunk, self._settings.prefill_chunk)
+            leader = joining.group.choices[0].request
+            leader.prefill_chunk = chunk if has_company else self._settings.prefill_chunk
+            began = monotonic()
+            more = next(joining.passes, self) is not self
+            if has_company:
+                seconds = monotonic() - began
+                if seconds > _SLICE_SECONDS:
+                    self._chunk = max(int(chunk * _SLICE_SECONDS / seconds), _LEAST_CHUNK)
+                elif more and seconds < _SLICE_SECONDS / 3:
+                    self._chunk = 2 * chunk
+            if more:
                 return
             row = joining.row
             assert row is not None
@@ -286,8 +304,6 @@ class ServingEngine:
         """
         choices = joining.group.choices
         joining.draftings = joining.opening.result()
-        for choice in choices:
-            choice.request.prefill_chunk = self._settings.prefill_chunk
         beside = any(other.row is not None for other in self._joining)
         joining.row = batch.row(choices[0].request, joining.draftings[0], choices[0].stats, beside=beside)
         joining.passes = batch.joining(joining.row)

@@ -27,7 +27,8 @@ class ServerSettings:
         max_tokens: Of one reply, whatever the request says.
         max_tenants: Namespaces at most.
         history_bytes: Memory for the history of each tenant but the default one.
-        prefill_chunk: Prompt tokens in one pass; other rows step between two of them.
+        prefill_chunk: Prompt tokens in one pass at most; other rows step between two of them. Fewer where it
+            takes longer than others should wait.
         request_seconds: From arrival to the end of the reply.
         stuck_seconds: A step that takes longer makes /health say so.
         unread_tokens: Tokens that may wait for a client that does not read its stream.
