@@ -106,7 +106,11 @@ class Target:
                 yield logits
 
     def prefill_passes(
-        self, cache: SpeculativeCache, prompt: Tensor, rows: int, chunk: int | Callable[[], int | None] | None = None
+        self,
+        cache: SpeculativeCache,
+        prompt: Tensor,
+        rows: int,
+        chunk: int | Callable[[], int | None] | None = None,
     ) -> Iterator[Tensor | None]:
         """`prefill`, whose every pass yields: None where none of its positions is wanted.
 

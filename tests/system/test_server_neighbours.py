@@ -32,8 +32,8 @@ def running(watcher: Watcher) -> Iterator[Running]:
     drafter = tiny_drafter(tiny_model(tokenizer, max_position_embeddings=65536), tokenizer)
     drafter.warm_up()
     with serving(
-        drafter, tokenizer, keys=KEYS, listeners=[watcher], max_batch=4, max_queue=16, max_choices=8, max_tokens=60_000,
-        max_reference_tokens=1000,
+        drafter, tokenizer, keys=KEYS, listeners=[watcher], max_batch=4, max_queue=16, max_choices=8,
+        max_tokens=60_000, max_reference_tokens=1000,
     ) as made:  # fmt: skip
         yield made
 

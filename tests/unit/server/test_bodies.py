@@ -110,7 +110,8 @@ def test_a_body_within_the_limit_costs_little(name: str) -> None:
         {"share": "everything"}, {"stream_options": {"other": 1}}, {"prediction": {"content": 1}},
         {"prompt": [True, False]}, {"prompt": [[1], "a"]}, {"prompt": ["a", 1]}, {"prompt": [1, "a"]},
         {"prompt": []}, {"prompt": [[]]}, {"prompt": None}, {"prompt": [-1]}, {"prompt": [1 << 31]},
-        {"prompt": {"a": 1}}, {"prompt": [1.5]}, {"prompt": [[1]] * (MOST + 1)}, {"prompt": ["a"] * (MOST + 1)},
+        {"prompt": {"a": 1}}, {"prompt": [1.5]}, {"prompt": [[1]] * (MOST + 1)},
+        {"prompt": ["a"] * (MOST + 1)},
         {"max_tokens": 0}, {"never_heard_of": 1},
     ],
     ids=json.dumps,
@@ -124,7 +125,8 @@ def test_what_is_wrong_is_named(fields: dict[str, Any]) -> None:
     assert name in raised.value.message
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"1", b'"a"', b"null", b'{"prompt":NaN}', b'{"prompt":"\xff"}',
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"1", b'"a"', b"null", b'{"prompt":NaN}',
+                                  b'{"prompt":"\xff"}',
                                   b'{"prompt":"\\ud800"}', b'\xff\xfe{}', b'{"prompt":"a"}x'])  # fmt: skip
 def test_what_is_no_such_json_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError) as raised:
@@ -136,7 +138,8 @@ def test_what_is_no_such_json_is_refused(body: bytes) -> None:
     "value",
     [{"guided_json": {}}, {"guided_json": None}, {"use_beam_search": False}, {"length_penalty": 1.0},
      {"skip_special_tokens": True}, {"user": "a"}, {"metadata": {"a": "b"}}, {"store": True}, {"suffix": ""},
-     {"stop": None}, {"stop": []}, {"logit_bias": {}}, {"documents": None}, {"response_format": {"type": "text"}},
+     {"stop": None}, {"stop": []}, {"logit_bias": {}}, {"documents": None},
+     {"response_format": {"type": "text"}},
      {"stream_options": {"include_usage": True, "include_obfuscation": False}}, {"logprobs": False}],
     ids=json.dumps,
 )  # fmt: skip
@@ -148,7 +151,8 @@ def test_what_changes_nothing_is_let_through(value: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "value",
     [{"stop_token_ids": [1]}, {"bad_words": ["a"]}, {"skip_special_tokens": False}, {"guided_regex": "a"},
-     {"guided_choice": ["a"]}, {"guided_grammar": "a"}, {"structured_outputs": {"json": {}}}, {"grammar": "a"},
+     {"guided_choice": ["a"]}, {"guided_grammar": "a"}, {"structured_outputs": {"json": {}}},
+     {"grammar": "a"},
      {"use_beam_search": True}, {"length_penalty": 2}, {"prompt_logprobs": 1}, {"truncate_prompt_tokens": 1},
      {"response_format": {"type": "json_object"}}, {"suffix": "a"}, {"min_tokens": 5, "max_tokens": 4},
      {"min_tokens": 1, "stop": "a"}, {"include_stop_str_in_output": True}],
