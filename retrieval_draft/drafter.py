@@ -242,9 +242,7 @@ class RetrievalDrafter:
             raise InvalidInputError(
                 "This drafter was made for another model.", "Make one with RetrievalDrafter.for_model(model)."
             )
-        check_generation(
-            generation_config, logits_processor, len(input_ids), model_inputs, self._own_config
-        )
+        check_generation(generation_config, logits_processor, len(input_ids), model_inputs, self._own_config)
         self._check_share(draft_share)
         if draft_streamer is None:
             draft_streamer = shown_streamer(streamer)
