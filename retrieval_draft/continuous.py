@@ -92,7 +92,8 @@ class ContinuousDrafter:
             config: GenerationConfig,
             model_inputs: dict[str, Any],
         ) -> list[DecodeRequest]:
-            check_generation(config, processors, len(input_ids), model_inputs)
+            model: Any = target.model
+            check_generation(config, processors, len(input_ids), model_inputs, model.generation_config)
             mask = model_inputs.get("attention_mask")
             prompts = check_prompt(input_ids, mask, target.embedding_rows, target.max_positions)
             return make_requests(target, prompts, input_ids, processors, criteria, config, None, extras)
@@ -129,6 +130,11 @@ class ContinuousDrafter:
             stats: Counts to add to, one for each request.
         """
         return self._drafter._supply.open(prepared.requests, prepared.references, stats)
+
+    @property
+    def opens_beside(self) -> bool:
+        """Whether `open` may run beside the batch: no source passes anything through a model then."""
+        return not self._drafter._parts.models
 
     def plain_seconds(self, rows: int) -> float:
         """What a pass over one token of each row is measured to take; 0 where nothing is measured."""

@@ -205,12 +205,18 @@ class RetrievalDrafter:
             config: GenerationConfig,
             model_inputs: dict[str, Any],
         ) -> Any:
-            check_generation(config, processors, len(input_ids), model_inputs)
+            check_generation(config, processors, len(input_ids), model_inputs, self._own_config)
             return self._run(input_ids, processors, criteria, config, model_inputs, given, extras)
 
         return through_model(
             self._target, self._tokenizer, run, input_ids, attention_mask, generation_config, generate_kwargs
         )
+
+    @property
+    def _own_config(self) -> GenerationConfig:
+        model: Any = self._target.model
+        config: GenerationConfig = model.generation_config
+        return config
 
     def custom_generate(
         self,
@@ -236,7 +242,7 @@ class RetrievalDrafter:
             raise InvalidInputError(
                 "This drafter was made for another model.", "Make one with RetrievalDrafter.for_model(model)."
             )
-        check_generation(generation_config, logits_processor, len(input_ids), model_inputs)
+        check_generation(generation_config, logits_processor, len(input_ids), model_inputs, self._own_config)
         self._check_share(draft_share)
         if draft_streamer is None:
             draft_streamer = shown_streamer(streamer)

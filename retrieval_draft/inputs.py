@@ -167,9 +167,15 @@ def best_of_options(
 
 
 def check_generation(
-    config: GenerationConfig, processors: Sequence[Any], rows: int, model_inputs: dict[str, Any]
+    config: GenerationConfig,
+    processors: Sequence[Any],
+    rows: int,
+    model_inputs: dict[str, Any],
+    own: GenerationConfig | None = None,
 ) -> None:
     """Refuses generation modes that drafted decoding does not do.
+
+    What the model's own configuration says about caches and assistants, which changes no text, is left out.
 
     Args:
         config: As prepared by model.generate.
@@ -177,11 +183,18 @@ def check_generation(
         rows: Of the batch.
         model_inputs: What model.generate would hand to the model. What transformers itself adds passes; what
             the caller gave and would change the output is refused by name.
+        own: The model's own configuration.
 
     Raises:
         UnsupportedGenerationError: Names the option and the alternative.
     """
     stock = "Use model.generate without custom_generate for it."
+
+    def asked(name: str) -> Any:
+        value = getattr(config, name, None)
+        return None if own is not None and value == getattr(own, name, None) else value
+
+    dictionary = bool(config.return_dict_in_generate)
     refused = {
         "num_beams": (config.num_beams or 1) > 1,
         "num_beam_groups": (getattr(config, "num_beam_groups", None) or 1) > 1,
@@ -191,11 +204,11 @@ def check_generation(
         "dola_layers": getattr(config, "dola_layers", None) is not None,
         "force_words_ids": getattr(config, "force_words_ids", None) is not None,
         "constraints": getattr(config, "constraints", None) is not None,
-        "prompt_lookup_num_tokens": getattr(config, "prompt_lookup_num_tokens", None) is not None,
-        "assistant_early_exit": getattr(config, "assistant_early_exit", None) is not None,
-        "output_attentions": bool(config.output_attentions),
-        "output_hidden_states": bool(config.output_hidden_states),
-        "cache_implementation": config.cache_implementation not in _CACHES,
+        "prompt_lookup_num_tokens": asked("prompt_lookup_num_tokens") is not None,
+        "assistant_early_exit": asked("assistant_early_exit") is not None,
+        "output_attentions": dictionary and bool(config.output_attentions),
+        "output_hidden_states": dictionary and bool(config.output_hidden_states),
+        "cache_implementation": asked("cache_implementation") not in _CACHES,
     }
     hints = {
         "num_beams": "Sample with num_return_sequences or best_of, or use model.generate for beams.",
@@ -212,6 +225,7 @@ def check_generation(
             )
     given = callers_model_inputs(model_inputs)
     known = {"input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache", *CACHE_NAMES}
+    known |= {"output_attentions", "output_hidden_states"}  # they are in the configuration too
     extra = [name for name, value in given.items() if name not in known and not _is_empty(value)]
     if "position_ids" in given and not _are_usual(model_inputs):
         extra.append("position_ids")

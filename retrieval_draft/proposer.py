@@ -132,9 +132,10 @@ class Proposer:
             raise InvalidInputError(f"share={share!r} needs a store.", "Pass store= to for_tokenizer.")
         texts = [self._checked(text, "A reference") for text in references]
         stats = DraftStats(requests=1, prompt_tokens=len(ids))
+        opened = self._locality.open(ids, texts)  # a long text takes its time, and is nobody else's
         with self.lock:
             drafting = Drafting(
-                self._locality.open(ids, texts),
+                opened,
                 self._method.tree,
                 self.calibration.open(),
                 self.config.max_nodes,

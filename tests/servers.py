@@ -13,6 +13,7 @@ import uvicorn
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.server.app import create_app
+from retrieval_draft.server.http_protocol import http_config
 from retrieval_draft.server.keys import KeyRing
 from retrieval_draft.server.service import Service
 from retrieval_draft.server.settings import ServerSettings
@@ -74,9 +75,7 @@ def serving(
         ServerSettings(MODEL, **settings), lambda: (drafter, tokenizer), keys=KeyRing(keys or {})
     )
     app = create_app(service, listeners=listeners)
-    config = uvicorn.Config(
-        app, host="127.0.0.1", port=0, log_config=None, lifespan="on", timeout_graceful_shutdown=2
-    )
+    config = http_config(app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

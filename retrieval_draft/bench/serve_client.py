@@ -64,25 +64,24 @@ def ask_server(port: int, ask: Ask, *, stream: bool, name: str, timeout: float =
         response = connection.getresponse()
         if response.status != 200:
             return Told(wrong=f"status {response.status}: {response.read(300)!r}")
-        if not stream:
-            return _whole(json.loads(response.read()), name)
-        return _pieces(response, name)
+        if (echoed := response.getheader("X-Request-Id")) != name:
+            return Told(wrong=f"it is the answer of {echoed}")
+        return _pieces(response) if stream else _whole(json.loads(response.read()))
     except (OSError, ValueError, http.client.HTTPException) as error:
         return Told(wrong=f"{type(error).__name__}: {error}")
     finally:
         connection.close()
 
 
-def _whole(body: dict[str, Any], name: str) -> Told:
+def _whole(body: dict[str, Any]) -> Told:
     (choice,) = body["choices"]
-    wrong = "" if body["id"] == f"cmpl-{name}" else f"it is the answer of {body['id']}"
-    if choice["finish_reason"] not in ("stop", "length"):
-        wrong = "it has no end"
+    wrong = "" if choice["finish_reason"] in ("stop", "length") else "it has no end"
     return Told(tuple(choice["token_ids"]), choice["text"], wrong)
 
 
-def _pieces(response: http.client.HTTPResponse, name: str) -> Told:
+def _pieces(response: http.client.HTTPResponse) -> Told:
     tokens: list[int] = []
+    ids: set[str] = set()
     text, ended, done = "", 0, False
     for data in _events(response):
         if done:
@@ -93,8 +92,9 @@ def _pieces(response: http.client.HTTPResponse, name: str) -> Told:
         piece = json.loads(data)
         if "error" in piece:
             return Told(wrong=f"error {piece['error']}")
-        if piece["id"] != f"cmpl-{name}":
-            return Told(wrong=f"a piece of {piece['id']} is among those of {name}")
+        ids.add(piece["id"])
+        if len(ids) > 1:
+            return Told(wrong=f"pieces of two answers are mixed: {ids}")
         for choice in piece["choices"]:
             text += choice["text"]
             tokens += choice["token_ids"]

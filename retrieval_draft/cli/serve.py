@@ -60,11 +60,22 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=1, help="Choices that may wait; 429 beyond.")] = 256,
     max_body_bytes: Annotated[int, typer.Option(min=1024, help="Of a request; 413 beyond.")] = 4 << 20,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Of one prompt.")] = None,
+    max_reference_tokens: Annotated[
+        int, typer.Option(min=0, help="Of the documents and the prediction of one request.")
+    ] = 65536,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of one reply, whatever is asked for.")] = 4096,
     request_seconds: Annotated[float, typer.Option(help="From arrival to the end of a reply.")] = 600.0,
     stuck_seconds: Annotated[float, typer.Option(help="A longer step makes /health say stuck.")] = 120.0,
     grace: Annotated[float, typer.Option(min=0.0, help="Seconds for what runs, when told to stop.")] = 30.0,
     prefill_chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens in one pass.")] = 512,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Origin of web pages that may use the server: https://host; repeatable; "*" for any.',
+            metavar="ORIGIN",
+            show_default=False,
+        ),
+    ] = None,
     log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
     otlp_endpoint: Annotated[
         str | None,
@@ -95,11 +106,13 @@ def serve(
         max_choices=min(64, max_queue),
         max_body_bytes=max_body_bytes,
         max_prompt_tokens=max_prompt_tokens,
+        max_reference_tokens=max_reference_tokens,
         max_tokens=max_tokens,
         prefill_chunk=prefill_chunk,
         request_seconds=request_seconds,
         stuck_seconds=stuck_seconds,
         grace_seconds=grace,
+        cors_origins=tuple(cors_origin or ()),
     )
     if log_format not in ("text", "json"):
         raise InvalidInputError(f"log_format is {log_format!r}.", "Choose text or json.")

@@ -126,10 +126,19 @@ class Batch:
             pass
         return row
 
-    def row(self, request: DecodeRequest, drafting: Drafting | None, stats: DraftStats) -> Row:
-        """A row that has not joined yet; at most one such row at a time."""
+    def row(
+        self, request: DecodeRequest, drafting: Drafting | None, stats: DraftStats, beside: bool = False
+    ) -> Row:
+        """A row that has not joined yet.
+
+        Args:
+            request: What to decode.
+            drafting: Its drafts; None decodes one token a step.
+            stats: Its counts.
+            beside: Whether there is another row that has not joined yet.
+        """
         target = self._target
-        attention = target.attention if not self.rows else target.attention_of_row()
+        attention = target.attention_of_row() if self.rows or beside else target.attention
         return Row(target, request, drafting, attention, stats)
 
     def joining(self, row: Row, leader: Row | None = None) -> Iterator[None]:

@@ -87,7 +87,7 @@ class Row:
         wanted = len(fed) if reads_all else min(request.prompt_rows, len(fed))
         parts, kept = [], []
         passed = self.cache.get_seq_length()
-        for logits in self.target.prefill_passes(self.cache, prompt, wanted, request.prefill_chunk):
+        for logits in self.target.prefill_passes(self.cache, prompt, wanted, lambda: request.prefill_chunk):
             if logits is not None:
                 parts.append(reader.read(logits))
                 if request.keep_prompt_logits:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -106,14 +106,22 @@ class Target:
                 yield logits
 
     def prefill_passes(
-        self, cache: SpeculativeCache, prompt: Tensor, rows: int, chunk: int | None = None
+        self,
+        cache: SpeculativeCache,
+        prompt: Tensor,
+        rows: int,
+        chunk: int | Callable[[], int | None] | None = None,
     ) -> Iterator[Tensor | None]:
-        """`prefill`, whose every pass yields: None where none of its positions is wanted."""
+        """`prefill`, whose every pass yields: None where none of its positions is wanted.
+
+        `chunk` may be asked before each pass.
+        """
         length, offset = len(prompt), cache.get_seq_length()
         together = max(16, _LOGIT_BYTES // (4 * self.vocabulary))
         done = 0
         while done < length:
-            size = length - done if chunk is None else min(chunk, length - done)
+            most = chunk() if callable(chunk) else chunk
+            size = length - done if most is None else min(most, length - done)
             wanted = min(size, done + size - (length - rows))
             if wanted > together:
                 # Stop where at most `together` of the positions so far are wanted.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from starlette.types import Receive
 from retrieval_draft.server.asked import Asked
 from retrieval_draft.server.channel import Ended, Failed
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.event_stream import until_gone
+from retrieval_draft.server.event_stream import unless_gone
 from retrieval_draft.server.job import Job
 from retrieval_draft.server.json_response import Json
 from retrieval_draft.server.reply import Reply, drafting_metrics, predicted_tokens
@@ -59,15 +58,11 @@ class Answer:
             receive: Tells of the client.
             gone: Called when the answer is not waited for any more, or is complete.
         """
-        work = asyncio.ensure_future(self.whole())
-        watcher = asyncio.ensure_future(until_gone(receive))
         try:
-            await asyncio.wait({work, watcher}, return_when=asyncio.FIRST_COMPLETED)
-            return Json(await work) if work.done() else Response(status_code=499)
+            whole = await unless_gone(receive, self.whole())
+            return Response(status_code=499) if whole is None else Json(whole)
         finally:
             gone()
-            for task in (work, watcher):
-                task.cancel()
 
     async def whole(self) -> dict[str, Any]:
         """All of it at once.

@@ -8,17 +8,21 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from retrieval_draft import __version__
 from retrieval_draft.server.body_limit import BodyLimit
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.events import EngineListener
 from retrieval_draft.server.gate import Gate
+from retrieval_draft.server.head_requests import HeadAsGet
 from retrieval_draft.server.json_response import Json
+from retrieval_draft.server.protocol.chat import ChatRequest, Message
+from retrieval_draft.server.protocol.completions import CompletionRequest
 from retrieval_draft.server.routes import make_router
 from retrieval_draft.server.service import Service
 
@@ -61,8 +65,35 @@ def create_app(
         app.include_router(router)
     _handle_errors(app)
     app.add_middleware(BodyLimit, limit=service.settings.max_body_bytes)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(Gate, service=service, public=public)
+    if service.settings.cors_origins:
+        # Before the gate: browsers ask whether they may send a key without sending it.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(service.settings.cors_origins),
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    _describe_bodies(app)
     return app
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Adds the schemas of request bodies, which routes read themselves, to the description of the API."""
+    made = app.openapi
+    _, schemas = msgspec.json.schema_components(
+        [CompletionRequest, ChatRequest, Message], ref_template="#/components/schemas/{name}"
+    )
+
+    def described() -> dict[str, Any]:
+        said = made()
+        said.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+        return said
+
+    replaced: Any = described
+    app.openapi = replaced  # type: ignore[method-assign]  # as FastAPI's documentation has it
 
 
 def _handle_errors(app: FastAPI) -> None:
@@ -81,21 +112,12 @@ def _handle_errors(app: FastAPI) -> None:
             response.headers["Connection"] = "close"
         return response
 
-    async def invalid(request: Request, error: Any) -> Response:
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part != "body"]
-        # Names of union members are ours, not the client's.
-        param = where[0] if where and first["type"] != "json_invalid" else None
-        said = first["msg"] if first["type"] != "json_invalid" else "The body is not valid JSON."
-        return _response(ApiError(400, said if param is None else f"{param}: {said}", param))
-
     async def failed(request: Request, error: Any) -> Response:
         _log.error("%s %s failed.", request.method, request.url.path, exc_info=error)
         return _response(ApiError(500, "The server failed; its log says why."))
 
     app.add_exception_handler(ApiError, api)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Exception, failed)
 
 

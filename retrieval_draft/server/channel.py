@@ -22,12 +22,16 @@ class Tokens:
         tokens: In order.
         logprobs: One for each token, where they are wanted.
         accepted: How many of them were drafted.
+        pieces: What each made final of the text, where it was decoded for stop strings; else None.
+        offsets: Where each stands in the text, with `pieces`.
     """
 
     index: int
     tokens: Sequence[int]
     logprobs: Sequence[TokenLogprobs]
     accepted: int
+    pieces: Sequence[str] | None = None
+    offsets: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,7 @@ class Ended:
         stats: Its counts.
         logprob: Natural logarithm of its probability, where samples compete.
         accepted_steps: How many steps with drafts accepted so many of them.
+        rest: The end of the text, where it was decoded for stop strings; else None.
     """
 
     index: int
@@ -47,6 +52,7 @@ class Ended:
     stats: DraftStats
     logprob: float
     accepted_steps: Mapping[int, int]
+    rest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
 from time import monotonic
 
 from retrieval_draft.drafter import RetrievalDrafter
@@ -16,6 +17,7 @@ from retrieval_draft.engine.row import Row
 from retrieval_draft.server.channel import Channel, Ended, Event, Failed, Tokens
 from retrieval_draft.server.errors import ApiError, from_library
 from retrieval_draft.server.events import EngineListener
+from retrieval_draft.server.fair_pool import FairPool
 from retrieval_draft.server.job import Choice, Group, Job
 from retrieval_draft.server.queue import JobQueue
 from retrieval_draft.server.reports import Reports
@@ -25,19 +27,42 @@ __all__ = ["ServingEngine"]
 
 _log = logging.getLogger("retrieval_draft.server")
 
+_INDEXED_AT_ONCE = 4096
+"""Tokens of prompt and references that are indexed on the engine's thread, in a few milliseconds. More go to
+a thread beside it, which the other rows do not wait for."""
 
-@dataclass(slots=True)
+_OPENING_SECONDS = 0.02
+"""How long the engine sleeps while there is nothing to do but to wait for such a thread."""
+
+_SLICE_SECONDS = 0.05
+"""What one pass over a part of a prompt may take while others wait for their next token."""
+
+_FIRST_CHUNK, _LEAST_CHUNK = 128, 16
+
+Draftings = list["Drafting | None"]
+
+
+@dataclass(slots=True, eq=False)
 class _Joining:
-    """A group whose prompt is being passed."""
+    """A group whose text is being indexed, and then its prompt passed."""
 
     group: Group
-    row: Row
-    draftings: list[Drafting | None]
-    passes: Iterator[None]
+    opening: Future[Draftings]
     began: float
+    row: Row | None = None
+    draftings: Sequence[Drafting | None] = ()
+    passes: Iterator[None] = field(default_factory=lambda: iter(()))
+    turn: int = 0
 
     def give_up(self) -> None:
-        for drafting in self.draftings:
+        # A thread that still indexes cannot be stopped; what it made is closed once it is there.
+        if not self.opening.cancel():
+            self.opening.add_done_callback(_close_all)
+
+
+def _close_all(opening: Future[Draftings]) -> None:
+    if opening.exception() is None:
+        for drafting in opening.result():
             if drafting is not None:
                 drafting.close()
 
@@ -51,6 +76,7 @@ class ServingEngine:
         drafter: Owns the model; its lock is held while there is work.
         settings: Limits.
         listeners: Told what happens.
+        most_waiting: Choices of one tenant that may wait; None for as many as of all.
     """
 
     def __init__(
@@ -58,13 +84,17 @@ class ServingEngine:
         drafter: RetrievalDrafter,
         settings: ServerSettings,
         listeners: Sequence[EngineListener] = (),
+        most_waiting: int | None = None,
     ) -> None:
         self._drafter = drafter.continuous
         self._settings = settings
         self._reports = Reports(listeners)
-        self._queue = JobQueue(settings.max_queue)
+        self._queue = JobQueue(settings.max_queue, most_waiting)
+        self._opening = FairPool(max(settings.max_batch, 2), "retrieval-draft-index")
+        self._turns: Counter[str] = Counter()
+        self._chunk = _FIRST_CHUNK
         self._choices: dict[Row, Choice] = {}
-        self._joining: _Joining | None = None
+        self._joining: list[_Joining] = []
         self._outbox: dict[Channel, list[Event]] = defaultdict(list)
         self._beat = 0.0
         self._thread = threading.Thread(target=self._run, name="retrieval-draft-engine", daemon=True)
@@ -109,6 +139,7 @@ class ServingEngine:
         self._queue.end()
         if self._thread.ident is not None:
             self._thread.join(timeout)
+        self._opening.close()
         return not self._thread.is_alive()
 
     @property
@@ -119,8 +150,7 @@ class ServingEngine:
     @property
     def running(self) -> int:
         """Rows in the batch, those whose prompt is being passed among them."""
-        joining = self._joining
-        return len(self._choices) + (0 if joining is None else len(joining.group.choices))
+        return len(self._choices) + sum(len(joining.group.choices) for joining in list(self._joining))
 
     @property
     def is_stuck(self) -> bool:
@@ -131,15 +161,14 @@ class ServingEngine:
         return beat > 0 and monotonic() - beat > self._settings.stuck_seconds
 
     def _jobs(self) -> list[Job]:
-        joining = self._joining
         jobs = [choice.job for choice in list(self._choices.values())]
-        return jobs if joining is None else [*jobs, joining.group.job]
+        return [*jobs, *(joining.group.job for joining in list(self._joining))]
 
     def _run(self) -> None:
         while self._queue.wait():
             try:
                 with self._drafter.running(self._row_failed) as batch:
-                    while self._queue.waiting or self._choices or self._joining is not None:
+                    while self._queue.waiting or self._choices or self._joining:
                         self._turn(batch)
             except Exception as error:  # what one batch broke must not end the server
                 _log.exception("The batch failed, and all of its requests with it.")
@@ -178,9 +207,8 @@ class ServingEngine:
         """Takes a job out of the queue and the batch, and tells its client."""
         job.given_up = error
         self._queue.drop(job)
-        joining = self._joining
-        if joining is not None and joining.group.job is job:
-            self._joining = None
+        for joining in [each for each in self._joining if each.group.job is job]:
+            self._joining.remove(joining)
             joining.give_up()
         for row, choice in list(self._choices.items()):
             if choice.job is job:
@@ -196,45 +224,89 @@ class ServingEngine:
             self._outbox[job.channel].append(Failed(error))
 
     def _admit(self, batch: Batch) -> None:
-        """One pass over the prompt of the group that is to join next, and no more before the next step."""
-        if self._joining is None:
-            group = self._queue.next(self._settings.max_batch - len(batch.rows))
+        """One pass over the prompt of one group that joins, and no more before the next step."""
+        while True:
+            places = self._settings.max_batch - self.running
+            group = self._queue.next(places) if places > 0 else None
             if group is None:
-                return
-            self._joining = self._begin(batch, group)
-            if self._joining is None:
-                return
-        joining = self._joining
+                break
+            self._joining.append(_Joining(group, self._open(group), monotonic()))
+        if not self._joining:
+            return
+        ready = [joining for joining in self._joining if joining.opening.done()]
+        if not ready:
+            if not batch.rows:  # there is nothing else to do
+                wait([joining.opening for joining in self._joining], _OPENING_SECONDS, "FIRST_COMPLETED")
+            return
+        joining = self._next(ready)
         try:
-            if next(joining.passes, self) is not self:
+            if joining.row is None:
+                self._begin(batch, joining)
+            has_company = len(batch.rows) + len(self._joining) > 1
+            chunk = min(self._chunk, self._settings.prefill_chunk)
+            leader = joining.group.choices[0].request
+            leader.prefill_chunk = chunk if has_company else self._settings.prefill_chunk
+            began = monotonic()
+            more = next(joining.passes, self) is not self
+            if has_company:
+                seconds = monotonic() - began
+                if seconds > _SLICE_SECONDS:
+                    self._chunk = max(int(chunk * _SLICE_SECONDS / seconds), _LEAST_CHUNK)
+                elif more and seconds < _SLICE_SECONDS / 3:
+                    self._chunk = 2 * chunk
+            if more:
                 return
-            self._joined(joining.group.choices[0], joining.row, joining)
+            row = joining.row
+            assert row is not None
+            self._joined(joining.group.choices[0], row, joining)
             rest = zip(joining.group.choices[1:], joining.draftings[1:], strict=True)
             for choice, drafting in rest:
-                row = batch.row(choice.request, drafting, choice.stats)
-                for _ in batch.joining(row, joining.row):
+                other = batch.row(choice.request, drafting, choice.stats, beside=True)
+                for _ in batch.joining(other, row):
                     pass
-                self._joined(choice, row, joining)
-            self._joining = None
+                self._joined(choice, other, joining)
+            self._joining.remove(joining)
         except Exception as error:  # of the model, or of this request's own processors
             self._failed(joining.group.job, error, batch)
 
-    def _begin(self, batch: Batch, group: Group) -> _Joining | None:
-        draftings: list[Drafting | None] = []
+    def _next(self, ready: Sequence[_Joining]) -> _Joining:
+        """Whose pass it is: tenants take turns, and so do the prompts of one."""
+        tenants = {joining.group.job.tenant for joining in self._joining}
+        self._turns = Counter({tenant: self._turns[tenant] for tenant in tenants})
+        # One that has just come does not catch up with what the others had before.
+        least = min((turns for turns in self._turns.values() if turns), default=0)
+        for tenant in tenants:
+            self._turns[tenant] = max(self._turns[tenant], least)
+        joining = min(ready, key=lambda each: (self._turns[each.group.job.tenant], each.turn))
+        self._turns[joining.group.job.tenant] += 1
+        joining.turn = sum(self._turns.values())
+        return joining
+
+    def _open(self, group: Group) -> Future[Draftings]:
+        """Opens the sources for a group; beside the engine's thread where there is much to index."""
+        opener = group.job.drafter.continuous
+        stats = [choice.stats for choice in group.choices]
+        tokens = len(group.choices[0].request.prompt) + sum(map(len, group.prepared.references))
+        if tokens > _INDEXED_AT_ONCE and opener.opens_beside:
+            return self._opening.submit(group.job.tenant, lambda: opener.open(group.prepared, stats))
+        opened: Future[Draftings] = Future()
         try:
-            for choice in group.choices:
-                choice.request.prefill_chunk = self._settings.prefill_chunk
-            opener = group.job.drafter.continuous
-            draftings = opener.open(group.prepared, [choice.stats for choice in group.choices])
-            leader = group.choices[0]
-            row = batch.row(leader.request, draftings[0], leader.stats)
+            opened.set_result(opener.open(group.prepared, stats))
         except Exception as error:
-            for drafting in draftings:
-                if drafting is not None:
-                    drafting.close()
-            self._failed(group.job, error, batch)
-            return None
-        return _Joining(group, row, draftings, batch.joining(row), monotonic())
+            opened.set_exception(error)
+        return opened
+
+    def _begin(self, batch: Batch, joining: _Joining) -> None:
+        """Makes the row of a group whose sources are open.
+
+        Raises:
+            Exception: What opening them raised.
+        """
+        choices = joining.group.choices
+        joining.draftings = joining.opening.result()
+        beside = any(other.row is not None for other in self._joining)
+        joining.row = batch.row(choices[0].request, joining.draftings[0], choices[0].stats, beside=beside)
+        joining.passes = batch.joining(joining.row)
 
     def _joined(self, choice: Choice, row: Row, joining: _Joining) -> None:
         choice.row, choice.first = row, monotonic()
@@ -251,8 +323,9 @@ class ServingEngine:
                 reason = "stop"
             sampler = choice.request.sampler
             logprob = sampler.logprob if sampler is not None and sampler.logprobs else 0.0
+            rest = None if choice.text is None else choice.text.finish()
             self._outbox[choice.job.channel].append(
-                Ended(choice.index, reason, choice.stats, logprob, choice.accepted_steps)
+                Ended(choice.index, reason, choice.stats, logprob, choice.accepted_steps, rest)
             )
             self._end(choice, reason)
 
@@ -261,7 +334,14 @@ class ServingEngine:
         if len(reply) > choice.sent:
             kept = [] if sampler is None else sampler.top[choice.sent : len(reply)]
             tokens = reply[choice.sent :].tolist()
-            self._outbox[choice.job.channel].append(Tokens(choice.index, tokens, kept, accepted))
+            pieces, offsets = None, []
+            if choice.text is not None:
+                choice.text.push(reply[len(choice.text.pieces) :].tolist())  # an end token is not looked at
+                pieces = choice.text.pieces[choice.sent : len(reply)]
+                offsets = choice.text.offsets[choice.sent : len(reply)]
+            self._outbox[choice.job.channel].append(
+                Tokens(choice.index, tokens, kept, accepted, pieces, offsets)
+            )
             choice.sent = len(reply)
 
     def _end(self, choice: Choice, reason: str) -> None:
@@ -293,7 +373,7 @@ class ServingEngine:
         for job in dict.fromkeys(self._jobs() or self._queue.jobs()):
             self._drop(None, job, from_library(error), "error")
         self._choices.clear()
-        self._joining = None
+        self._joining.clear()
 
     def _deliver(self) -> None:
         """Hands over what is new, in one call for each event loop."""

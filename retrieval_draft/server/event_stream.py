@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-__all__ = ["EventStream", "until_gone"]
+__all__ = ["EventStream", "unless_gone", "until_gone"]
+
+Result = TypeVar("Result")
 
 _log = logging.getLogger("retrieval_draft.server")
 
@@ -19,6 +22,23 @@ async def until_gone(receive: Receive) -> None:
     """Returns when the client has hung up."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """What `work` returns; None if the client hangs up before, and `work` is cancelled then.
+
+    Args:
+        receive: Tells of the client, whose body has been read.
+        work: What it waits for.
+    """
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(until_gone(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        return await task if task.done() else None
+    finally:
+        for each in (task, watcher):
+            each.cancel()
 
 
 class EventStream(Response):

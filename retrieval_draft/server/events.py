@@ -91,6 +91,7 @@ class RequestEnd:
         first_token_seconds: From arrival to the first token; 0 where there was none.
         seconds: From arrival to the end.
         stats: Counts of this row.
+        client_id: What the client called the request, for logs; None without.
     """
 
     request_id: str
@@ -102,6 +103,7 @@ class RequestEnd:
     first_token_seconds: float
     seconds: float
     stats: DraftStats
+    client_id: str | None = None
 
 
 class EngineListener(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -22,7 +23,9 @@ _log = logging.getLogger("retrieval_draft.server")
 class Gate:
     """Middleware: request ids, API keys, and refusal of what the server has no room for.
 
-    ``scope["state"]`` gets ``request_id`` and ``tenant``.
+    ``scope["state"]`` gets ``request_id``, the server's own, ``client_id``, what the client sent as
+    ``X-Request-Id`` if that is a name, and ``tenant``. The client's id is echoed and logged, and decides
+    nothing.
 
     Args:
         app: What comes behind it.
@@ -32,7 +35,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, service: Service, public: frozenset[str]) -> None:
         self._app, self._service, self._public = app, service, public
-        self._open = 0
+        self._open: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves a request."""
@@ -41,13 +44,17 @@ class Gate:
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if _ID.fullmatch(given) else secrets.token_hex(12)
+        # What the server does is filed under an id of its own: a client's may be another client's too.
+        request_id = secrets.token_hex(12)
+        client_id = given if _ID.fullmatch(given) else None
         state: dict[str, Any] = scope.setdefault("state", {})
-        state["request_id"], state["tenant"] = request_id, self._service.keys.default
+        state["request_id"], state["client_id"] = request_id, client_id
+        state["tenant"] = self._service.keys.default
+        echoed = (client_id or request_id).encode()
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message["headers"], (b"x-request-id", echoed)]
             await send(message)
 
         error = self._refusal(scope, headers, state)
@@ -55,11 +62,12 @@ class Gate:
             await send_error(error, named)
             return
         counted = scope["method"] == "POST"
-        self._open += counted
+        tenant = state["tenant"]
+        self._open[tenant] += counted
         try:
             await self._app(scope, receive, named)
         finally:
-            self._open -= counted
+            self._open[tenant] -= counted
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes], state: dict[str, Any]) -> ApiError | None:
         service, path = self._service, scope["path"]
@@ -72,8 +80,9 @@ class Gate:
             return None
         if service.is_draining:
             return ApiError(503, "The server is about to stop.", retry_after=5)
-        if self._open >= service.choices_limit:
-            return ApiError(429, f"{self._open} requests are open already.", retry_after=1)
+        every, mine = self._open.total(), self._open[state["tenant"]]
+        if every >= service.choices_limit or mine >= service.tenant_limit:
+            return ApiError(429, f"{every} requests are open already, {mine} of this tenant.", retry_after=1)
         return None
 
 

@@ -32,7 +32,7 @@ class Choice:
         sent: Tokens that the client has been sent.
         first: When the first token was there; 0 before.
         over: Whether it has ended, however.
-        text: What its stop strings are looked for in; None without any.
+        text: Its text, in which stop strings are looked for; None without any.
         accepted_steps: How many steps with drafts accepted so many of them.
     """
 
@@ -68,13 +68,14 @@ class Job:
     """All choices of one HTTP request.
 
     Attributes:
-        id: Of the request.
+        id: Of the request, the server's own.
         tenant: Whose.
         drafter: The tenant's.
         channel: Where its tokens go.
         seconds: Until it is given up.
         arrived: When it came, on the monotonic clock.
         traceparent: W3C's header of the HTTP request, for traces; None without.
+        client_id: What the client calls the request, for logs; None without.
         groups: One for each prompt.
         given_up: Why it is to end before its time; None while it is not.
         ended: Choices that are over.
@@ -87,6 +88,7 @@ class Job:
     seconds: float
     arrived: float = field(default_factory=monotonic)
     traceparent: str | None = None
+    client_id: str | None = None
     groups: list[Group] = field(default_factory=list)
     given_up: ApiError | None = None
     ended: int = 0

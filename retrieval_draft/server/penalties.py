@@ -1,12 +1,14 @@
-"""OpenAI's presence and frequency penalties."""
+"""What clients ask of the logits: OpenAI's presence and frequency penalties, and allowed tokens."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-__all__ = ["CountPenalty"]
+__all__ = ["AllowedTokens", "CountPenalty"]
 
 
 class CountPenalty(LogitsProcessor):
@@ -32,3 +34,21 @@ class CountPenalty(LogitsProcessor):
         counts = torch.zeros_like(scores)
         counts.scatter_add_(1, reply, torch.ones_like(reply, dtype=scores.dtype))
         return scores - self._frequency * counts - self._presence * (counts > 0).to(scores.dtype)
+
+
+class AllowedTokens(LogitsProcessor):
+    """Leaves some tokens, and takes the others out.
+
+    Args:
+        tokens: Those that may be said.
+        vocabulary: Ids are below it.
+    """
+
+    def __init__(self, tokens: Sequence[int], vocabulary: int) -> None:
+        self._refused = torch.ones(vocabulary, dtype=torch.bool)
+        self._refused[list(tokens)] = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores of the next token, float, shape (rows, vocabulary)."""
+        refused = self._refused.to(scores.device)[: scores.shape[-1]]
+        return scores.masked_fill(refused, float("-inf"))

@@ -12,15 +12,17 @@ __all__ = ["JobQueue"]
 
 
 class JobQueue:
-    """First come, first served; bounded. Every method may be called from any thread.
+    """Tenants take turns; of one, first come, first served. Bounded. May be used from any thread.
 
     Args:
         limit: Choices that may wait.
+        most: Of one tenant; None for all of them.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, most: int | None = None) -> None:
         self._limit = limit
-        self._groups: deque[Group] = deque()
+        self._most = limit if most is None else most
+        self._groups: dict[str, deque[Group]] = {}
         self._waiting = 0
         self._changed = threading.Condition()
         self._refuses: ApiError | None = None
@@ -41,7 +43,14 @@ class JobQueue:
                     f"{self._waiting} choices wait already; no more than {self._limit} may.",
                     retry_after=1,
                 )
-            self._groups.extend(job.groups)
+            mine = sum(len(group.choices) for group in self._groups.get(job.tenant, ()))
+            if mine + job.size > self._most:
+                raise ApiError(
+                    429,
+                    f"{mine} choices of this tenant wait already; no more than {self._most} may.",
+                    retry_after=1,
+                )
+            self._groups.setdefault(job.tenant, deque()).extend(job.groups)
             self._waiting += job.size
             self._changed.notify_all()
 
@@ -64,25 +73,32 @@ class JobQueue:
             return bool(self._groups)
 
     def next(self, places: int) -> Group | None:
-        """The first group, if it fits into so many places."""
+        """The first group of the tenant whose turn it is, if it fits into so many places."""
         with self._changed:
-            if not self._groups or len(self._groups[0].choices) > places:
+            tenant = next(iter(self._groups), None)
+            if tenant is None or len(self._groups[tenant][0].choices) > places:
                 return None
-            group = self._groups.popleft()
+            waiting = self._groups.pop(tenant)
+            group = waiting.popleft()
+            if waiting:
+                self._groups[tenant] = waiting  # behind the others
             self._waiting -= len(group.choices)
             return group
 
     def jobs(self) -> list[Job]:
         """Jobs of which something waits."""
         with self._changed:
-            return list(dict.fromkeys(group.job for group in self._groups))
+            return list(dict.fromkeys(group.job for waiting in self._groups.values() for group in waiting))
 
     def drop(self, job: Job) -> None:
         """Takes out what waits of a job."""
         with self._changed:
-            kept = [group for group in self._groups if group.job is not job]
-            self._waiting = sum(len(group.choices) for group in kept)
-            self._groups = deque(kept)
+            kept = deque(group for group in self._groups.get(job.tenant, ()) if group.job is not job)
+            if kept:
+                self._groups[job.tenant] = kept
+            else:
+                self._groups.pop(job.tenant, None)
+            self._waiting = sum(len(group.choices) for each in self._groups.values() for group in each)
 
     @property
     def waiting(self) -> int:

@@ -22,17 +22,20 @@ class Reply:
 
     Args:
         indices: Which of the client's choices it is; several where greedy ones are equal.
-        text: Makes its text.
+        text: Makes its text; None where the engine does, for stop strings.
         prompt: Its prompt's token ids.
         prompt_text: The prompt as text, where it is echoed.
         prompt_logprobs: Its log probabilities, where they are echoed.
         silent: Whether only the prompt is wanted: the tokens that come are dropped.
+        prompt_offsets: Where each of its tokens stands in `prompt_text`, where they have log probabilities.
 
     Attributes:
         tokens: So far.
         logprobs: One for each token, where they are wanted.
         drafted: Places of the tokens that were drafted.
         marks: The pieces of the text that became final last, and whether each one's token was drafted.
+        said: The text so far.
+        offsets: Where each token stands in it.
         reason: "stop" or "length"; None while it goes on.
         stats: Counts, once it has ended.
         logprob: Natural logarithm of its probability, where samples compete.
@@ -42,18 +45,22 @@ class Reply:
     def __init__(
         self,
         indices: Sequence[int],
-        text: ReplyText,
+        text: ReplyText | None,
         prompt: Sequence[int],
         prompt_text: str | None = None,
         prompt_logprobs: PromptLogprobs | None = None,
         silent: bool = False,
+        prompt_offsets: Sequence[int] = (),
     ) -> None:
-        self.indices, self.text, self.prompt = indices, text, prompt
+        self.indices, self._text, self.prompt = indices, text, prompt
         self.prompt_text, self.prompt_logprobs, self._silent = prompt_text, prompt_logprobs, silent
+        self.prompt_offsets = prompt_offsets
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.drafted: list[int] = []
         self.marks: list[tuple[str, bool]] = []
+        self.said = ""
+        self.offsets: list[int] = []
         self.reason: str | None = None
         self.stats = DraftStats()
         self.logprob = 0.0
@@ -67,9 +74,16 @@ class Reply:
         self.drafted += range(begin, begin + event.accepted)
         self.tokens += event.tokens
         self.logprobs += event.logprobs
-        pieces = [self.text.push((token,)) for token in event.tokens]
+        pieces, offsets = event.pieces, event.offsets
+        if pieces is None:
+            assert self._text is not None
+            self._text.push(event.tokens)
+            pieces, offsets = self._text.pieces[begin:], self._text.offsets[begin:]
+        self.offsets += offsets
         self.marks = [(piece, place < event.accepted) for place, piece in enumerate(pieces) if piece]
-        return "".join(pieces)
+        text = "".join(pieces)
+        self.said += text
+        return text
 
     def end(self, event: Ended) -> str:
         """Notes the end, and returns the rest of the text."""
@@ -78,7 +92,11 @@ class Reply:
         if self._silent:
             self.reason = "length"
             return ""
-        rest = self.text.finish()
+        rest = event.rest
+        if rest is None:
+            assert self._text is not None
+            rest = self._text.finish()
+        self.said += rest
         self.marks = [(rest, False)] if rest else []
         return rest
 

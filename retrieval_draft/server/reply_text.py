@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-__all__ = ["Decode", "ReplyText", "StopTexts", "decoder"]
+__all__ = ["Decode", "ReplyText", "StopTexts", "decoder", "stopping_specials"]
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -18,6 +18,8 @@ _CONTEXT = 6
 
 _PENDING = 16
 """Tokens that one character can take at most; more that end in none are bytes that are no text."""
+
+_NO_SPECIALS: Mapping[int, str] = {}
 
 
 def decoder(tokenizer: Any) -> Decode:
@@ -32,6 +34,20 @@ def decoder(tokenizer: Any) -> Decode:
     return decode
 
 
+def stopping_specials(tokenizer: Any, stops: Sequence[str]) -> dict[int, str]:
+    """Special tokens that stand in stop strings: their texts by id.
+
+    Args:
+        tokenizer: Any of transformers.
+        stops: Stop strings.
+    """
+    found: dict[int, str] = {}
+    for token, added in getattr(tokenizer, "added_tokens_decoder", {}).items():
+        if getattr(added, "special", False) and any(str(added) in stop for stop in stops):
+            found[int(token)] = str(added)
+    return found
+
+
 class ReplyText:
     """Turns tokens into text that is final: no half characters, and nothing that may become a stop string.
 
@@ -41,36 +57,49 @@ class ReplyText:
         decode: Token ids to text.
         prompt: Token ids before the reply.
         stops: Strings at which the reply ends; they are not part of it.
+        specials: Texts of special tokens by id, which stop strings see and nobody else.
+        keeps_stop: Whether the text ends with the stop string after all.
 
     Attributes:
         text: All that is final.
         stopped: The stop string that was found; None while there is none.
+        pieces: What each token made final.
+        offsets: Where each token stands in the text; that of a half character where the character stands.
 
     Example:
         stop "END", tokens "a", "E", "N", "x"  ->  "a", "", "", "ENx"
     """
 
-    def __init__(self, decode: Decode, prompt: Sequence[int] = (), stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        decode: Decode,
+        prompt: Sequence[int] = (),
+        stops: Sequence[str] = (),
+        specials: Mapping[int, str] = _NO_SPECIALS,
+        keeps_stop: bool = False,
+    ) -> None:
         self._decode = decode
         self._ids = [int(token) for token in prompt[-_CONTEXT:]]
         self._read = len(self._ids)
         self._known = decode(self._ids) if self._ids else ""
         self._stops = [stop for stop in stops if stop]
+        self._specials, self._keeps_stop = specials, keeps_stop
         self._held = ""
+        self._hidden: list[tuple[int, int]] = []  # parts of what is held that stop strings alone see
         self.text = ""
         self.stopped: str | None = None
+        self.pieces: list[str] = []
+        self.offsets: list[int] = []
 
     def push(self, tokens: Sequence[int]) -> str:
         """Takes tokens, and returns what became final. Nothing comes after a stop string."""
         before = len(self.text)
         for token in tokens:
-            if self.stopped is not None:
-                break
-            self._ids.append(int(token))
-            whole = self._decode(self._ids)
-            pending = len(self._ids) - self._read
-            if (not whole.endswith("\ufffd") or pending > _PENDING) and len(whole) > len(self._known):
-                self._take(whole)
+            begin = len(self.text)
+            self.offsets.append(begin + len(self._shown(len(self._held))))
+            if self.stopped is None:
+                self._push(int(token))
+            self.pieces.append(self.text[begin:])
         return self.text[before:]
 
     def finish(self) -> str:
@@ -81,9 +110,22 @@ class ReplyText:
             if len(whole) > len(self._known):
                 self._take(whole)
             if self.stopped is None:
-                self.text += self._held
-            self._held = ""
+                self._release(len(self._held))
+            self._held, self._hidden = "", []
         return self.text[before:]
+
+    def _push(self, token: int) -> None:
+        self._ids.append(token)
+        whole = self._decode(self._ids)
+        pending = len(self._ids) - self._read
+        special = self._specials.get(token)
+        complete = special is not None or not whole.endswith("\ufffd") or pending > _PENDING
+        if complete and len(whole) > len(self._known):
+            self._take(whole)
+        if special is not None and self.stopped is None:
+            self._hidden.append((len(self._held), len(self._held) + len(special)))
+            self._held += special
+            self._look()
 
     def _take(self, whole: str) -> None:
         piece = whole[len(self._known) :]
@@ -91,16 +133,32 @@ class ReplyText:
         self._read = len(self._ids)
         self._known = self._decode(self._ids)
         self._held += piece
+        self._look()
+
+    def _look(self) -> None:
+        """Looks for stop strings in what is held, and lets go of what can be none."""
         found = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
             place, self.stopped = min(found, key=lambda each: (each[0], -len(each[1])))
-            self.text += self._held[:place]
-            self._held = ""
+            self._release(place + len(self.stopped) if self._keeps_stop else place)
+            self._held, self._hidden = "", []
             return
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        end = len(self._held) - keep
-        self.text += self._held[:end]
+        self._release(len(self._held) - keep)
+
+    def _release(self, end: int) -> None:
+        self.text += self._shown(end)
         self._held = self._held[end:]
+        self._hidden = [(max(b - end, 0), e - end) for b, e in self._hidden if e > end]
+
+    def _shown(self, end: int) -> str:
+        """What of ``held[:end]`` is text."""
+        parts, place = [], 0
+        for begin, stop in self._hidden:
+            parts.append(self._held[place : min(begin, end)])
+            place = min(stop, end)
+        parts.append(self._held[place:end])
+        return "".join(parts)
 
 
 class StopTexts(StoppingCriteria):

@@ -85,6 +85,7 @@ class Reports:
             choice.first - job.arrived if choice.first else 0.0,
             now - job.arrived,
             choice.stats,
+            job.client_id,
         )
         self._tell(lambda listener: listener.request_ended(end))
 

@@ -33,6 +33,7 @@ class RequestLog:
         """One line."""
         fields = {
             "request_id": end.request_id,
+            **({} if end.client_id is None else {"client_id": end.client_id}),
             "index": end.index,
             "tenant": end.tenant,
             "reason": end.reason,

@@ -9,15 +9,15 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 
-from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.server.answer import Answer
-from retrieval_draft.server.asked import Asked, Asks, ask, tokenize
+from retrieval_draft.server.asked import Asked, Asks, Means, ask, tokenize
 from retrieval_draft.server.chat_template import render_chat
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.event_stream import EventStream
+from retrieval_draft.server.event_stream import EventStream, unless_gone
+from retrieval_draft.server.json_body import read_body
 from retrieval_draft.server.json_response import Json
-from retrieval_draft.server.protocol.chat import ChatRequest
-from retrieval_draft.server.protocol.completions import CompletionRequest
+from retrieval_draft.server.protocol.chat import CHAT
+from retrieval_draft.server.protocol.completions import COMPLETION
 from retrieval_draft.server.protocol.generation import GenerationFields
 from retrieval_draft.server.service import Loaded, Service
 from retrieval_draft.server.shapes import ChatShape, CompletionShape, Shape
@@ -42,7 +42,7 @@ class ErrorBody(BaseModel):
 
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 404, 408, 413, 429, 500, 503, 504)
+    status: {"model": ErrorBody} for status in (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 }
 _GENERATED: dict[int | str, dict[str, Any]] = {
     **_ERRORS,
@@ -71,16 +71,21 @@ def make_router(service: Service) -> APIRouter:
         _check_model(service, name)
         return Json(_model(service))
 
-    @router.post("/v1/completions", responses=_GENERATED)
-    async def completions(request: Request, body: CompletionRequest) -> Response:
+    @router.post("/v1/completions", responses=_GENERATED, openapi_extra=_body("CompletionRequest"))
+    async def completions(request: Request) -> Response:
         """Continues texts."""
+        body = await read_body(request, COMPLETION)
         body.check()
-        n, prompts = body.n or 1, body.prompts
+        n, prompts = body.n or 1, body.prompts(service.settings.max_choices)
         samples = body.best_of or n
         _check_choices(service, samples * len(prompts))
 
-        def prepare(loaded: Loaded, drafter: RetrievalDrafter) -> Asked:
-            ids = [_tokens(prompt, loaded.tokenizer) for prompt in prompts]
+        def prepare(loaded: Loaded, means: Means) -> Asked:
+            special = body.add_special_tokens is not False
+            ids = [
+                prompt if isinstance(prompt, list) else tokenize(means, prompt, "prompt", special=special)
+                for prompt in prompts
+            ]
             texts = [loaded.decode(each) if isinstance(given, list) else given
                      for given, each in zip(prompts, ids, strict=True)]  # fmt: skip
             asks = Asks(
@@ -88,32 +93,36 @@ def make_router(service: Service) -> APIRouter:
                 _DEFAULT_COMPLETION if body.max_tokens is None else body.max_tokens,
                 samples,
                 samples > n,
-                body.logprobs,
+                body.alternatives,
                 texts if body.echo else (),
             )
-            return ask(asks, body, drafter, loaded.tokenizer, loaded.decode, service.settings)
+            return ask(asks, body, means)
 
         def shape(loaded: Loaded, request_id: str) -> Shape:
             return CompletionShape(
                 f"cmpl-{request_id}", service.settings.model_name, loaded.texts,
-                bool(body.return_token_ids), body.logprobs is not None,
+                bool(body.return_token_ids), body.alternatives is not None,
             )  # fmt: skip
 
         return await _respond(service, request, body, prepare, shape, n if samples > n else None)
 
-    @router.post("/v1/chat/completions", responses=_GENERATED)
-    async def chat(request: Request, body: ChatRequest) -> Response:
+    @router.post("/v1/chat/completions", responses=_GENERATED, openapi_extra=_body("ChatRequest"))
+    async def chat(request: Request) -> Response:
         """Continues a conversation."""
+        body = await read_body(request, CHAT)
         body.check()
         _check_choices(service, body.n or 1)
-        conversation = body.conversation
+        conversation, variables = body.conversation, body.variables
 
-        def prepare(loaded: Loaded, drafter: RetrievalDrafter) -> Asked:
-            text = render_chat(loaded.tokenizer, conversation, service.chat_template)
-            ids = tokenize(loaded.tokenizer, text, "messages", special=False)
+        def prepare(loaded: Loaded, means: Means) -> Asked:
+            text = render_chat(
+                loaded.tokenizer, conversation, service.chat_template, variables, body.add_generation_prompt,
+                bool(body.continue_final_message),
+            )  # fmt: skip
+            ids = tokenize(means, text, "messages", special=False)
             top = (body.top_logprobs or 0) if body.logprobs else None
             asks = Asks([ids], body.wanted_tokens, body.n or 1, False, top)
-            return ask(asks, body, drafter, loaded.tokenizer, loaded.decode, service.settings)
+            return ask(asks, body, means)
 
         def shape(loaded: Loaded, request_id: str) -> Shape:
             return ChatShape(
@@ -130,15 +139,21 @@ async def _respond(
     service: Service,
     request: Request,
     fields: GenerationFields,
-    prepare: Callable[[Loaded, RetrievalDrafter], Asked],
+    prepare: Callable[[Loaded, Means], Asked],
     shape: Callable[[Loaded, str], Shape],
     kept: int | None,
 ) -> Response:
     """Hands a request to the engine, and its answer to the client."""
     _check_model(service, fields.model)
     request_id, tenant = request.state.request_id, request.state.tenant
-    traceparent = request.headers.get("traceparent")
-    job, asked = await service.submit(request_id, tenant, prepare, traceparent)
+    traceparent, size = request.headers.get("traceparent"), len(await request.body())
+    submitted = await unless_gone(
+        request.receive,
+        service.submit(request_id, tenant, prepare, traceparent, request.state.client_id, size),
+    )
+    if submitted is None:
+        return Response(status_code=499)
+    job, asked = submitted
     with_metrics = bool(fields.metrics) or "x-draft-metrics" in request.headers
     answer = Answer(
         job, asked, shape(service.loaded, request_id), kept, fields.includes_usage, with_metrics,
@@ -150,8 +165,10 @@ async def _respond(
     return await answer.unless_gone(request.receive, lambda: service.leave(job))
 
 
-def _tokens(prompt: str | list[int], tokenizer: Any) -> list[int]:
-    return prompt if isinstance(prompt, list) else tokenize(tokenizer, prompt, "prompt")
+def _body(name: str) -> dict[str, Any]:
+    """Says in the description of the API which schema a body has."""
+    schema = {"$ref": f"#/components/schemas/{name}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def _model(service: Service) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 
 from retrieval_draft.errors import RetrievalDraftError
+from retrieval_draft.server.http_protocol import http_config
 from retrieval_draft.server.service import Service
 
 __all__ = ["DrainingServer", "run"]
@@ -101,18 +102,14 @@ def run(
         RetrievalDraftError: The address cannot be listened on.
         Exception: What loading the model raised.
     """
-    config = uvicorn.Config(
+    config = http_config(
         app,
         host=host,
         port=port,
         uds=None if socket is None else str(socket),
         log_config=None,
-        access_log=False,
-        lifespan="on",
         timeout_keep_alive=30,
         timeout_graceful_shutdown=int(_LAST_WORDS_SECONDS) + 1,
-        h11_max_incomplete_event_size=64 << 10,
-        server_header=False,
     )
     server = DrainingServer(config, service)
     try:

@@ -6,25 +6,31 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from retrieval_draft.drafter import RetrievalDrafter
-from retrieval_draft.server.asked import Asked
+from retrieval_draft.server.asked import Asked, Means
 from retrieval_draft.server.channel import Channel
 from retrieval_draft.server.engine import ServingEngine
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.events import EngineListener
+from retrieval_draft.server.fair_pool import FairPool
 from retrieval_draft.server.job import Job
 from retrieval_draft.server.keys import KeyRing
+from retrieval_draft.server.model_defaults import usable_defaults
 from retrieval_draft.server.reply_text import Decode, decoder
 from retrieval_draft.server.settings import ServerSettings
 from retrieval_draft.server.tenants import Tenants
 from retrieval_draft.server.token_text import TokenTexts
 
 __all__ = ["Loaded", "Service"]
+
+_PREPARING = 32
+"""Threads that tokenise, at most one for each tenant's short requests and one for its long ones."""
+
+_SHORT_BYTES = 1 << 15
 
 _log = logging.getLogger("retrieval_draft.server")
 
@@ -38,6 +44,8 @@ class Loaded:
         tokenizer: The model's.
         decode: Token ids to text.
         texts: Single tokens as text.
+        longest: Characters of the longest token.
+        overrides: Options in place of what the model's own generation configuration says.
         tenants: Drafters by tenant.
         engine: Decodes.
     """
@@ -46,6 +54,8 @@ class Loaded:
     tokenizer: Any
     decode: Decode
     texts: TokenTexts
+    longest: int
+    overrides: Mapping[str, Any]
     tenants: Tenants
     engine: ServingEngine
 
@@ -88,7 +98,7 @@ class Service:
         self._loaded: Loaded | None = None
         self._is_draining = False
         self._thread = threading.Thread(target=self._start, name="retrieval-draft-load", daemon=True)
-        self._preparing = ThreadPoolExecutor(2, thread_name_prefix="retrieval-draft-prepare")
+        self._preparing = FairPool(_PREPARING, "retrieval-draft-prepare")
 
     def start(self) -> None:
         """Begins to load. Once is enough, twice does no harm."""
@@ -111,8 +121,15 @@ class Service:
             drafter, tokenizer = self._load()
             drafter.warm_up()
             tenants = Tenants(drafter, self.keys.default, self.settings.history_bytes)
-            engine = ServingEngine(drafter, self.settings, self.listeners)
-            loaded = Loaded(drafter, tokenizer, decoder(tokenizer), TokenTexts(tokenizer), tenants, engine)
+            overrides = usable_defaults(drafter)
+            engine = ServingEngine(
+                drafter, self.settings, self.listeners, self._share(self.settings.max_queue)
+            )
+            texts = TokenTexts(tokenizer)
+            longest = max(map(len, tokenizer.get_vocab()), default=1)
+            loaded = Loaded(
+                drafter, tokenizer, decoder(tokenizer), texts, longest, overrides, tenants, engine
+            )
             for call in self.when_loaded:
                 call(loaded)
             engine.start()
@@ -138,25 +155,47 @@ class Service:
         self,
         request_id: str,
         tenant: str,
-        prepare: Callable[[Loaded, RetrievalDrafter], Asked],
+        prepare: Callable[[Loaded, Means], Asked],
         traceparent: str | None = None,
+        client_id: str | None = None,
+        size: int = 0,
     ) -> tuple[Job, Asked]:
         """Prepares a request on a thread, and lets it wait for its place in the batch.
+
+        Tenants do not wait for each other here, nor short requests for long ones. Cancelled, what has not
+        begun is dropped at once, and what has begun at the next text.
 
         Args:
             request_id: Of the HTTP request.
             tenant: Whose.
             prepare: Makes what is asked for; may take its time.
             traceparent: W3C's header of the request, for traces.
+            client_id: What the client calls the request, for logs.
+            size: Bytes of the request.
 
         Raises:
             ApiError: It cannot be done, or not now.
         """
-        loaded, loop = self.loaded, asyncio.get_running_loop()
+        loaded, loop, is_gone = self.loaded, asyncio.get_running_loop(), False
         if self._is_draining:
             raise ApiError(503, "The server is about to stop.", retry_after=5)
         arrived = time.monotonic()
-        asked = await loop.run_in_executor(self._preparing, lambda: prepare(loaded, loaded.tenants[tenant]))
+
+        def check() -> None:
+            if is_gone:
+                raise ApiError(499, "The client has left.")
+
+        def run() -> Asked:
+            means = Means(
+                loaded.tenants[tenant], loaded.tokenizer, loaded.decode, self.settings, loaded.overrides,
+                loaded.longest, check,
+            )  # fmt: skip
+            return prepare(loaded, means)
+
+        try:
+            asked = await asyncio.wrap_future(self._preparing.submit((tenant, size > _SHORT_BYTES), run))
+        finally:
+            is_gone = True  # nobody waits for what still runs
         job: Job
 
         def slow() -> None:
@@ -164,7 +203,8 @@ class Service:
 
         channel = Channel(loop, self.settings.unread_tokens, slow)
         drafter = loaded.tenants[tenant]
-        job = Job(request_id, tenant, drafter, channel, self.settings.request_seconds, arrived, traceparent)
+        seconds = self.settings.request_seconds
+        job = Job(request_id, tenant, drafter, channel, seconds, arrived, traceparent, client_id)
         choices = [choice for prepared in asked.prepared for choice in job.add(prepared)]
         for choice, text in zip(choices, asked.texts, strict=True):
             choice.text = text
@@ -230,7 +270,7 @@ class Service:
     def close(self, timeout: float = 10.0) -> None:
         """Ends the engine, and keeps what was learned."""
         self.drain()
-        self._preparing.shutdown(wait=False, cancel_futures=True)
+        self._preparing.close()
         loaded = self._loaded
         if loaded is None:
             return
@@ -243,6 +283,15 @@ class Service:
     def choices_limit(self) -> int:
         """Requests that may be open at once."""
         return self.settings.max_queue + self.settings.max_batch + 32
+
+    @property
+    def tenant_limit(self) -> int:
+        """Requests of one tenant that may be open at once."""
+        return self._share(self.choices_limit)
+
+    def _share(self, limit: int) -> int:
+        """What one tenant may have of something: not all of it, where there are others."""
+        return limit if len(self.keys.tenants) < 2 else max(limit // 2, 1)
 
     def extend(self, listeners: Sequence[EngineListener]) -> None:
         """Adds listeners, before `start`."""

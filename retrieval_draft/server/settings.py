@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from retrieval_draft.errors import InvalidInputError
 
 __all__ = ["ServerSettings"]
+
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s,?#*]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,15 +23,18 @@ class ServerSettings:
         max_choices: Choices of one request at most; never more than `max_queue`.
         max_body_bytes: Of a request.
         max_prompt_tokens: Of one prompt; None for what the model allows.
+        max_reference_tokens: Of the documents and the prediction of one request.
         max_tokens: Of one reply, whatever the request says.
         max_tenants: Namespaces at most.
         history_bytes: Memory for the history of each tenant but the default one.
-        prefill_chunk: Prompt tokens in one pass; other rows step between two of them.
+        prefill_chunk: Prompt tokens in one pass at most; other rows step between two of them. Fewer where it
+            takes longer than others should wait.
         request_seconds: From arrival to the end of the reply.
         stuck_seconds: A step that takes longer makes /health say so.
         unread_tokens: Tokens that may wait for a client that does not read its stream.
         send_seconds: How long one piece of a stream may take to be sent.
         grace_seconds: For what runs when the server is told to stop.
+        cors_origins: Web pages' origins that may use the server from a browser; "*" for any. None by default.
     """
 
     model_name: str
@@ -37,6 +43,7 @@ class ServerSettings:
     max_choices: int = 64
     max_body_bytes: int = 4 << 20
     max_prompt_tokens: int | None = None
+    max_reference_tokens: int = 65536
     max_tokens: int = 4096
     max_tenants: int = 64
     history_bytes: int = 1 << 26
@@ -46,6 +53,7 @@ class ServerSettings:
     unread_tokens: int = 65536
     send_seconds: float = 30.0
     grace_seconds: float = 30.0
+    cors_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         limits: tuple[tuple[str, float, float, float], ...] = (
@@ -59,6 +67,7 @@ class ServerSettings:
                 1,
                 1 << 30,
             ),
+            ("max_reference_tokens", self.max_reference_tokens, 0, 1 << 30),
             ("max_tokens", self.max_tokens, 1, 1 << 30),
             ("max_tenants", self.max_tenants, 1, 4096),
             ("history_bytes", self.history_bytes, 1 << 20, 1 << 40),
@@ -72,3 +81,9 @@ class ServerSettings:
         for name, value, low, high in limits:
             if not low <= value <= high:
                 raise InvalidInputError(f"{name} is {value}; it must lie in {low}..{high}.")
+        for origin in self.cors_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise InvalidInputError(
+                    f"The origin {origin!r} is none.",
+                    "Write it as browsers send it: https://host or https://host:port.",
+                )

@@ -81,7 +81,7 @@ class CompletionShape(_Common):
         """The prompt, where it is echoed."""
         if reply.prompt_text is None:
             return []
-        logprobs = self._logprobs(*_echoed(reply), 0) if self._with_logprobs else None
+        logprobs = self._logprobs(*_echoed(reply), reply.prompt_offsets) if self._with_logprobs else None
         return [
             self._piece([self._choice(index, reply.prompt_text, logprobs, None)]) for index in reply.indices
         ]
@@ -93,8 +93,7 @@ class CompletionShape(_Common):
         tokens = reply.tokens[begin:end]
         logprobs = None
         if self._with_logprobs:
-            offset = len(reply.prompt_text or "") + self._length(reply.tokens[:begin])
-            logprobs = self._logprobs(tokens, reply.logprobs[begin:end], offset)
+            logprobs = self._logprobs(tokens, reply.logprobs[begin:end], _offsets(reply)[begin:end])
         return [
             self._piece([self._choice(index, text, logprobs, reply.reason) | self._ids(tokens)])
             for index in reply.indices
@@ -104,10 +103,11 @@ class CompletionShape(_Common):
         """All choices."""
         choices = []
         for reply in replies:
-            text, logprobs = (reply.prompt_text or "") + reply.text.text, None
+            text, logprobs = (reply.prompt_text or "") + reply.said, None
             if self._with_logprobs:
                 tokens, said = _echoed(reply) if reply.prompt_text is not None else ([], [])
-                logprobs = self._logprobs([*tokens, *reply.tokens], [*said, *reply.logprobs], 0)
+                offsets = [*reply.prompt_offsets, *_offsets(reply)]
+                logprobs = self._logprobs([*tokens, *reply.tokens], [*said, *reply.logprobs], offsets)
             for index in reply.indices:
                 choice = self._choice(index, text, logprobs, reply.reason)
                 choices.append(choice | self._ids(reply.tokens))
@@ -116,17 +116,10 @@ class CompletionShape(_Common):
     def _choice(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _length(self, tokens: Sequence[int]) -> int:
-        return sum(len(self._texts.text(token)) for token in tokens)
-
     def _logprobs(
-        self, tokens: Sequence[int], said: Sequence[TokenLogprobs | None], offset: int
+        self, tokens: Sequence[int], said: Sequence[TokenLogprobs | None], offsets: Sequence[int]
     ) -> dict[str, Any]:
         texts = [self._texts.text(token) for token in tokens]
-        offsets = []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
         tops: list[dict[str, float] | None] = []
         for token, each in zip(tokens, said, strict=True):
             if each is None:
@@ -139,7 +132,7 @@ class CompletionShape(_Common):
             "tokens": texts,
             "token_logprobs": [None if each is None else _finite(each.logprob) for each in said],
             "top_logprobs": tops,
-            "text_offset": offsets,
+            "text_offset": list(offsets),
         }
 
 
@@ -171,7 +164,7 @@ class ChatShape(_Common):
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": reply.text.text, "refusal": None},
+                "message": {"role": "assistant", "content": reply.said, "refusal": None},
                 "logprobs": self._logprobs(reply.logprobs) if self._with_logprobs else None,
                 "finish_reason": reply.reason,
                 **self._ids(reply.tokens),
@@ -201,6 +194,13 @@ def _echoed(reply: Reply) -> tuple[list[int], list[TokenLogprobs | None]]:
     """Tokens of the prompt, and what the model said of them: nothing of the first."""
     said = [] if reply.prompt_logprobs is None else reply.prompt_logprobs.said
     return list(reply.prompt), [None, *said]
+
+
+def _offsets(reply: Reply) -> list[int]:
+    """Where the reply's tokens stand in the text; those of a stop string, which is not in it, at its end."""
+    begin = len(reply.prompt_text or "")
+    end = len(reply.said) if reply.reason is not None else max(reply.offsets, default=0)
+    return [begin + min(offset, end) for offset in reply.offsets]
 
 
 def _finite(logprob: float) -> float:

@@ -21,6 +21,7 @@ class TokenTexts:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._pair = lru_cache(maxsize=65536)(self._find)
+        self._before, self._known = _anchor(tokenizer)
 
     def text(self, token: int) -> str:
         r"""The token's text; bytes that are none as ``bytes:\xe4``."""
@@ -31,13 +32,23 @@ class TokenTexts:
         return self._pair(token)[1]
 
     def _find(self, token: int) -> tuple[str, list[int] | None]:
-        text: str = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        # Behind another token: decoders that begin a text drop the space before its first word.
+        whole: str = self._tokenizer.decode([*self._before, token], clean_up_tokenization_spaces=False)
+        text = whole[len(self._known) :]
         if "\ufffd" not in text:
             return text, list(text.encode("utf-8"))
         raw = _raw_bytes(self._tokenizer.convert_ids_to_tokens(token))
         if raw is None:
             return text, None
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), list(raw)
+
+
+def _anchor(tokenizer: Any) -> tuple[list[int], str]:
+    """A token and its text, to which those of others can be appended; none where there is no such token."""
+    ids = list(tokenizer("a", add_special_tokens=False)["input_ids"])[-1:]
+    one: str = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    two: str = tokenizer.decode([*ids, *ids], clean_up_tokenization_spaces=False)
+    return (ids, one) if ids and "\ufffd" not in two and two.startswith(one) else ([], "")
 
 
 def _raw_bytes(piece: str) -> bytes | None:

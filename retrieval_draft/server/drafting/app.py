@@ -6,15 +6,18 @@ import asyncio
 import logging
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
 
 from retrieval_draft.errors import RetrievalDraftError
+from retrieval_draft.server.body_headers import media_type, unreadable
 from retrieval_draft.server.drafting import wire
 from retrieval_draft.server.drafting.errors import DraftServiceError, NotAllowedError, TooLargeError, error_of
 from retrieval_draft.server.drafting.service import DraftService, failure_of
+from retrieval_draft.server.event_stream import unless_gone
+from retrieval_draft.server.fair_pool import FairPool
 
 __all__ = ["PREFIX", "Authenticate", "DraftApp"]
 
@@ -27,6 +30,8 @@ Authenticate = Callable[["str | None"], "str | None"]
 Reply = wire.Info | wire.OpenReply | wire.StepReply
 Result = TypeVar("Result")
 PREFIX = "/v1/draft"
+_THREADS = 16
+_KINDS = (wire.MESSAGE_PACK, wire.JSON, "application/x-msgpack", "application/vnd.msgpack", "")
 _QUICK_NODES, _QUICK_TOKENS = 256, 64
 _log = logging.getLogger("retrieval_draft")
 
@@ -51,15 +56,15 @@ class DraftApp:
         self,
         service: DraftService,
         authenticate: Authenticate | None = None,
-        max_body: int = 16 << 20,
+        max_body: int = 8 << 20,
         body_seconds: float = 60.0,
     ) -> None:
         self.service = service
         self._authenticate = authenticate
         self._max_body = max_body
         self._body_seconds = body_seconds
-        # Proposals take turns anyway; the second thread opens sessions meanwhile.
-        self._pool = ThreadPoolExecutor(2, "retrieval_draft drafts")
+        # Tenants do not wait for each other, nor steps for sessions that are being opened.
+        self._pool = FairPool(_THREADS, "retrieval-draft-drafts")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -86,13 +91,13 @@ class DraftApp:
         await _respond(send, status, wire.encode(reply, json), json)
         if isinstance(reply, wire.StepReply):  # while the engine verifies
             if len(reply.drafts) > 1:
-                await self._in_thread(self.service.settle)
+                await self._in_thread(("", "settle"), self.service.settle)
             else:
                 self.service.settle()
 
     def close(self) -> None:
         """Ends the threads; what they do is finished first."""
-        self._pool.shutdown()
+        self._pool.close(wait=True)
 
     def _tenant(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
         if self._authenticate is None:
@@ -114,19 +119,34 @@ class DraftApp:
         if scope["method"] != method:
             raise error_of(405, f"{PREFIX}{name} takes {method}, not {scope['method']}.")
         if not name:
-            return await self._in_thread(self.service.info, tenant)
+            return await self._in_thread((tenant, "step"), self.service.info, tenant)
+        why = unreadable(scope["headers"], _KINDS)
+        if why is not None:
+            raise error_of(415, why)
         body = await self._body(headers, receive)
         if name == "/open":
-            request = _read(body, wire.OpenRequest, json)
-            return await self._in_thread(self.service.open, tenant, request)
-        steps = _read(body, wire.StepRequest, json).steps
+            opening = self._in_thread((tenant, "open"), self._open, tenant, body, json)
+            if len(body) <= wire.SMALL:
+                return await opening
+            opened = await unless_gone(receive, opening)
+            if opened is None:
+                raise _LeftError
+            return opened
+        if len(body) > wire.SMALL:
+            request = await self._in_thread((tenant, "step"), _read, body, wire.StepRequest, json)
+        else:
+            request = _read(body, wire.StepRequest, json)
+        steps = request.steps
         if len(steps) > 1:
-            return wire.StepReply(await self._in_thread(self.service.steps, tenant, steps))
+            return wire.StepReply(await self._in_thread((tenant, "step"), self.service.steps, tenant, steps))
         step = steps[0]
         quick = step.nodes <= _QUICK_NODES and len(step.tokens) <= _QUICK_TOKENS and step.close is None
         if quick and self.service.is_free(tenant, step.session):
             return wire.StepReply([self.service.step(tenant, step)])
-        return wire.StepReply([await self._in_thread(self.service.step, tenant, step)])
+        return wire.StepReply([await self._in_thread((tenant, "step"), self.service.step, tenant, step)])
+
+    def _open(self, tenant: str, body: bytes, json: bool) -> wire.OpenReply:
+        return self.service.open(tenant, _read(body, wire.OpenRequest, json))
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         too_large = TooLargeError(f"The body is longer than {self._max_body} bytes.", "Send less at once.")
@@ -147,8 +167,8 @@ class DraftApp:
                 if not message.get("more_body", False):
                     return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def _in_thread(self, call: Callable[..., Result], *arguments: Any) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
+    async def _in_thread(self, lane: tuple[str, str], call: Callable[..., Result], *arguments: Any) -> Result:
+        return await asyncio.wrap_future(self._pool.submit(lane, partial(call, *arguments)))
 
 
 class _LeftError(Exception):
@@ -189,7 +209,7 @@ def _read(body: bytes, kind: type[wire.Message], json: bool) -> wire.Message:
 
 
 def _is_json(content_type: bytes) -> bool:
-    return content_type.partition(b";")[0].strip().lower() == wire.JSON.encode()
+    return media_type(content_type) == wire.JSON
 
 
 async def _respond(send: Send, status: int, body: bytes, json: bool) -> None:

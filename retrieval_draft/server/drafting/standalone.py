@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from retrieval_draft.server.drafting.app import PREFIX, DraftApp, Receive, Scope, Send
+from retrieval_draft.server.head_requests import HeadAsGet
 
 if TYPE_CHECKING:
     from retrieval_draft.server.metrics import ServerMetrics
@@ -30,9 +31,13 @@ class StandaloneApp:
 
     def __init__(self, drafts: DraftApp, metrics: ServerMetrics | None = None) -> None:
         self._drafts, self._metrics = drafts, metrics
+        self._with_head = HeadAsGet(self._serve)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, or lives through the server's life."""
+        await self._with_head(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._live(receive, send)
         elif scope["type"] == "websocket":
@@ -84,15 +89,13 @@ def serve(app: StandaloneApp, *, host: str | None, port: int, unix_socket: Path 
     """
     import uvicorn
 
+    from retrieval_draft.server.http_protocol import http_config
+
     listener = _listen(host, port, unix_socket)
-    config = uvicorn.Config(
+    config = http_config(
         app,
-        access_log=False,
         log_level="warning",
-        lifespan="on",
-        server_header=False,
         date_header=False,
-        ws="none",
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=_GRACE_SECONDS,
     )

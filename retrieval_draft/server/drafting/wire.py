@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Raw, Struct
 
 __all__ = [
     "JSON",
@@ -34,6 +34,17 @@ MESSAGE_PACK, JSON = "application/msgpack", "application/json"
 MAX_STEPS = 1024
 MAX_DRAFT_NODES = 1024
 MAX_LENGTH = (1 << 31) - 1
+MAX_TEXT = 1 << 21
+"""Tokens of one list."""
+
+MAX_TEXTS = 1024
+"""References of one session."""
+
+MAX_ROWS = 1 << 16
+"""Rows that all steps of a request say together."""
+
+SMALL = 64 << 10
+"""Bytes of a message that is read in one go."""
 
 Token = Annotated[int, Meta(ge=0, le=MAX_LENGTH)]
 Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
@@ -50,8 +61,8 @@ class Said(Struct, forbid_unknown_fields=True, omit_defaults=True):
             that the i-th token of the step was drawn from.
     """
 
-    tokens: list[list[Token]]
-    probs: list[list[Probability]]
+    tokens: Annotated[list[list[Token]], Meta(max_length=MAX_ROWS)]
+    probs: Annotated[list[list[Probability]], Meta(max_length=MAX_ROWS)]
     nodes: list[Annotated[int, Meta(ge=0, le=MAX_DRAFT_NODES)]] | None = None
 
 
@@ -217,5 +228,86 @@ def decode(body: bytes, kind: type[Message], json: bool = False) -> Message:
         msgspec.DecodeError: It is no MessagePack or JSON, or not such a message.
         RecursionError: It is nested too deeply.
     """
+    if len(body) > SMALL and kind in _SENT:
+        large: Message = _decode_large(body, kind, json)
+        return large
     message: Message = _readers[kind, json].decode(body)
     return message
+
+
+class _SentOpen(Want, kw_only=True):
+    """An `OpenRequest` whose lists were left as they came."""
+
+    prompt: Raw
+    references: Raw = msgspec.field(default_factory=Raw)
+    nodes: Annotated[int, Meta(ge=0, le=MAX_DRAFT_NODES)] = 0
+    share: Literal["none", "reply", "all"] | None = None
+    fingerprint: Annotated[str, Meta(max_length=64)] = ""
+    version: Version = 1
+
+
+class _SentStep(Want, kw_only=True):
+    """A `Step` whose lists were left as they came."""
+
+    session: Annotated[str, Meta(max_length=64)]
+    tokens: Raw = msgspec.field(default_factory=Raw)
+    at: Annotated[int, Meta(ge=0)] | None = None
+    said: Raw = msgspec.field(default_factory=Raw)
+    close: Literal["finished", "dropped"] | None = None
+
+
+class _SentSteps(Struct, forbid_unknown_fields=True, kw_only=True):
+    """A `StepRequest` whose lists were left as they came."""
+
+    steps: Annotated[list[_SentStep], Meta(min_length=1, max_length=MAX_STEPS)]
+    version: Version = 1
+
+
+_SENT: dict[type, type] = {OpenRequest: _SentOpen, StepRequest: _SentSteps}
+_Text = Annotated[list[Token], Meta(max_length=MAX_TEXT)]
+_Texts = Annotated[list[Raw], Meta(max_length=MAX_TEXTS)]
+_large: dict[tuple[Any, bool], Any] = {
+    (kind, json): (msgspec.json.Decoder(kind) if json else msgspec.msgpack.Decoder(kind))
+    for kind in (_SentOpen, _SentSteps, _Text, _Texts, Said)
+    for json in (False, True)
+}
+
+
+def _decode_large(body: bytes, kind: Any, json: bool) -> Any:
+    """Reads a message list by list, each bounded before it is made: no byte becomes a list of its own."""
+    sent = _large[_SENT[kind], json].decode(body)
+    if isinstance(sent, _SentOpen):
+        texts = _list(sent.references, _Texts, MAX_TEXTS, json) if len(memoryview(sent.references)) else []
+        return OpenRequest(
+            **_rest(sent, "prompt", "references"),
+            prompt=_list(sent.prompt, _Text, MAX_TEXT, json, least=1),
+            references=[_list(text, _Text, MAX_TEXT, json) for text in texts],
+        )
+    steps, rows = [], 0
+    for step in sent.steps:
+        said = None
+        if len(memoryview(step.said)):
+            if json and bytes(step.said).count(b"[") > 2 * MAX_ROWS + 3:
+                raise msgspec.ValidationError(f"`said` has more than {MAX_ROWS} rows")
+            said = _large[Said, json].decode(step.said)
+            rows += len(said.tokens) + len(said.probs)
+            if rows > 2 * MAX_ROWS:
+                raise msgspec.ValidationError(f"`said` has more than {MAX_ROWS} rows in all steps together")
+        tokens = _list(step.tokens, _Text, MAX_TEXT, json) if len(memoryview(step.tokens)) else []
+        steps.append(Step(**_rest(step, "tokens", "said"), tokens=tokens, said=said))
+    return StepRequest(steps=steps, version=sent.version)
+
+
+def _list(raw: Raw, kind: Any, most: int, json: bool, least: int = 0) -> Any:
+    # MessagePack says how long a list is before it begins; JSON has to be counted.
+    separators = b"[" if kind is _Texts else b","
+    if json and bytes(raw).count(separators) > most:
+        raise msgspec.ValidationError(f"Expected `array` of length <= {most}")
+    made = _large[kind, json].decode(raw)
+    if len(made) < least:
+        raise msgspec.ValidationError(f"Expected `array` of length >= {least}")
+    return made
+
+
+def _rest(message: Struct, *without: str) -> dict[str, Any]:
+    return {name: getattr(message, name) for name in message.__struct_fields__ if name not in without}

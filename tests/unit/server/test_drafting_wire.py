@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from typing import Any
 
 import msgspec
@@ -61,3 +62,35 @@ def test_deep_nesting_is_refused() -> None:
         wire.decode(b"\x91" * 100_000, wire.StepRequest)
     with pytest.raises((msgspec.DecodeError, RecursionError)):
         wire.decode(b'{"x":' * 100_000, wire.StepRequest, json=True)
+
+
+@pytest.mark.parametrize("json", [False, True])
+@pytest.mark.parametrize("name", ["prompt", "references", "said"])
+def test_a_large_message_is_bounded_before_it_is_made(name: str, json: bool) -> None:
+    packer: Any = msgspec.json if json else msgspec.msgpack
+    body = {
+        "prompt": lambda: {"prompt": [1] * (wire.MAX_TEXT + 2)},
+        "references": lambda: {"prompt": [1], "references": [[]] * 1_000_000},
+        "said": lambda: {"steps": [{"session": "a", "said": {"tokens": [[1]] * 1_000_000, "probs": []}}]},
+    }[name]()
+    packed = packer.encode(body)
+    kind: Any = wire.StepRequest if name == "said" else wire.OpenRequest
+    tracemalloc.start()
+    try:
+        with pytest.raises(msgspec.ValidationError):
+            wire.decode(packed, kind, json)
+        assert tracemalloc.get_traced_memory()[1] < 5 * len(packed)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("json", [False, True])
+def test_large_messages_are_what_small_ones_are(json: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "SMALL", 0)
+    opened = wire.OpenRequest(prompt=[1, 2], references=[[3], []], nodes=4, fingerprint="f", share="all")
+    said = wire.Said([[1], [2]], [[0.5], [0.25]], nodes=[0, 1])
+    steps = wire.StepRequest(
+        steps=[wire.Step(session="a", tokens=[1, 2], at=3, said=said), wire.Step(session="b")]
+    )
+    assert wire.decode(wire.encode(opened, json), wire.OpenRequest, json) == opened
+    assert wire.decode(wire.encode(steps, json), wire.StepRequest, json) == steps
