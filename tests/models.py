@@ -59,11 +59,21 @@ CONFIGS = {
     "gpt2": _gpt2,
 }
 
+OTHERS = {
+    "diffllama": _config("DiffLlamaConfig"),
+    "gpt-neo": lambda **options: transformers.GPTNeoConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=4,
+        intermediate_size=48, max_position_embeddings=512, initializer_range=0.3, bos_token_id=None,
+        eos_token_id=None, **options,
+    ),
+}  # fmt: skip
+"""Models whose attention does something of its own."""
+
 
 def make(name: str, *, attention: str = "sdpa", seed: int = 0, **options: Any) -> Any:
-    """A model of `CONFIGS` in float32, for inference."""
+    """A model of `CONFIGS` or `OTHERS` in float32, for inference."""
     torch.manual_seed(seed)
-    config = CONFIGS[name](**options)
+    config = {**CONFIGS, **OTHERS}[name](**options)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     model.generation_config.eos_token_id = config.eos_token_id
     model.generation_config.pad_token_id = None

@@ -5,25 +5,26 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from retrieval_draft.engine.target import Target
+from retrieval_draft.engine.target import Target, disagreement, tolerance
 from retrieval_draft.engine.tree import DraftTree
 from retrieval_draft.errors import RetrievalDraftError, UnsupportedModelError
 
 __all__ = ["probe"]
 
-_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
-_HALF_TOLERANCE = 0.15
-"""RMS difference over standard deviation. A mask or position that is ignored gives 0.1 to 1 in any dtype."""
-
 _PROMPT = 8
 _LONG_WINDOW = 64
+
+_LONGEST_PROBE = 4096
+"""The longest text that is tried; a window of a configuration above it is not seen."""
 
 
 @torch.no_grad()
 def probe(target: Target) -> float:
     """Compares a small tree's logits with those of its paths decoded token by token.
 
-    Costs one pass over a few prompt tokens, one over 4 nodes and 4 over one token.
+    Costs one pass over a few prompt tokens, one over 4 nodes and 4 over one token; as much again on a text
+    beyond the windows that the model's configuration names and its layer types do not: models that cut keys
+    by their place in the pass, not by position, say something else only there (GPT-Neo, Doge).
 
     Args:
         target: The model.
@@ -35,12 +36,34 @@ def probe(target: Target) -> float:
         UnsupportedModelError: The model fails on trees or says something else than for single tokens,
             as models with ALiBi or with code that ignores the mask do.
     """
-    model, tokens = target.model, min(target.vocabulary, 1000)
     windows = [window for window in target.windows.values() if window is not None and window <= _LONG_WINDOW]
-    length = max([_PROMPT, *(window + 2 for window in windows)])
+    lengths = [max([_PROMPT, *(window + 2 for window in windows)])]
+    if own := _own_windows(target):
+        lengths.append(max(own) + 2)
+    found = 0.0
+    for length in lengths:
+        if target.max_positions is None or length + 4 <= target.max_positions:
+            found = max(found, _compare(target, length))
+    return found
+
+
+def _own_windows(target: Target) -> list[int]:
+    """Windows and chunks that the configuration names beside those of its layer types."""
+    text = target.model.config.get_text_config(decoder=True)
+    known = set(target.windows.values())
+    return [
+        value
+        for name, value in text.to_dict().items()
+        if ("window" in name or "chunk" in name)
+        and type(value) is int
+        and value not in known
+        and _PROMPT < value <= _LONGEST_PROBE
+    ]
+
+
+def _compare(target: Target, length: int) -> float:
+    model, tokens = target.model, min(target.vocabulary, 1000)
     ids = np.random.default_rng(0).integers(0, tokens, length + 4)
-    if target.max_positions is not None and length + 4 > target.max_positions:
-        return 0.0
     prompt = torch.from_numpy(ids[:length]).to(target.device)
     root, first, other, second = (int(token) for token in ids[length:])
     tree = DraftTree(
@@ -55,12 +78,12 @@ def probe(target: Target) -> float:
         cache = target.cache(length + 8)
         for _ in target.prefill(cache, prompt, 1):
             pass
-        together = target.verify_tree(cache, tree, length)[:4].float()
+        together = target.verify_tree(cache, tree, length)[:4]
         cache.drop()
         alone = []
         for node, position, keep in ((0, 0, 1), (2, 1, 0), (1, 1, 1), (3, 2, 0)):
             single = DraftTree.root(int(tree.tokens[node]))
-            alone.append(target.verify_tree(cache, single, length + position)[:1].float())
+            alone.append(target.verify_tree(cache, single, length + position)[:1])
             cache.commit(None, keep, keep)
             cache.drop()
         apart = torch.cat([alone[0], alone[2], alone[1], alone[3]])
@@ -71,8 +94,7 @@ def probe(target: Target) -> float:
             f"{type(model).__name__} failed on a draft tree: {type(error).__name__}: {error}",
             "It may take no 4-D attention mask, or one cache layout only; use model.generate for this model.",
         ) from error
-    difference = float(((together - apart).square().mean(-1).sqrt() / (apart.std(-1) + 1e-9)).max())
-    limit = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
+    difference, limit = disagreement(together, apart), tolerance(model.dtype)
     # NaN compares false: a model that returns NaN is reported when it generates, with the position.
     if difference > limit:
         raise UnsupportedModelError(

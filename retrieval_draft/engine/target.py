@@ -24,7 +24,11 @@ from retrieval_draft.engine.tree import DraftTree
 from retrieval_draft.engine.wrapped_models import check_layers, device_of, is_compiled, uncompiled, unwrap
 from retrieval_draft.errors import UnsupportedModelError
 
-__all__ = ["Target"]
+__all__ = ["Target", "disagreement", "tolerance"]
+
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
+_HALF_TOLERANCE = 0.15
+"""RMS difference over standard deviation. A mask or position that is ignored gives 0.1 to 1 in any dtype."""
 
 _APPENDED = 2048
 """Tokens of text in one pass of `append`."""
@@ -60,7 +64,7 @@ class Target:
         self.device: torch.device = device_of(embedding)
         self.attention = TreeAttention(self.windows, model.dtype, self.device)
         self._kinds = [kind for kind, _ in layers]
-        self._joins = False
+        self._rows_by: Callable[..., Tensor | None] | None = None
         self.hidden: Tensor | None = None
         self._cache_parameter = cache_parameter(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -188,25 +192,67 @@ class Target:
         """
         if len(caches) == 1:
             return self.verify(caches[0], inputs[0])
-        ids = torch.cat([given.input_ids for given in inputs], 1)
-        positions = torch.cat([given.position_ids for given in inputs], 1)
-        if not self._joins and can_pack(self.model):
-            packed = PackedCache(caches, inputs, self._kinds)
-            # Any mask of four dimensions keeps the model from making its own; ours are the requests' own.
-            unused = ids.new_zeros((1, 1, 1, 1), dtype=self.model.dtype)
-            with cuda_attention(self.model, self.device), packed_attention(self.model, packed):
-                logits = self._call(packed, ids, positions, unused, ids.shape[1])
-            if packed.is_read:
+        if self._rows_by is None:
+            return self._settle_rows(caches, inputs)
+        logits = self._rows_by(caches, inputs)
+        if logits is not None:
+            return logits
+        return (
+            self._one_by_one(caches, inputs)
+            if self._rows_by == self._joined
+            else self._settle_rows(caches, inputs)
+        )
+
+    def _settle_rows(self, caches: Sequence[SpeculativeCache], inputs: Sequence[TreeInputs]) -> Tensor:
+        """`verify_rows` in each way there is, until one says what the rows say alone; that one is kept.
+
+        A model that changes its values between cache and attention (DiffLlama), or makes its own mask, says
+        something else where the rows' keys are found by what the cache was given.
+        """
+        alone = self._one_by_one(caches, inputs)
+        for way in (self._packed, self._joined):
+            for cache in caches:
+                cache.drop()
+            logits = way(caches, inputs)
+            if logits is not None and not disagreement(logits, alone) > tolerance(self.model.dtype):
+                self._rows_by = way
                 return logits
-            # Some layer did not attend through transformers' registry.
-            packed.drop()
-            self._joins = True
+        for cache in caches:
+            cache.drop()
+        self._rows_by = self._one_by_one
+        return self._one_by_one(caches, inputs)
+
+    def _packed(self, caches: Sequence[SpeculativeCache], inputs: Sequence[TreeInputs]) -> Tensor | None:
+        """The rows side by side, each attending to its own keys; None where some layer did not."""
+        if not can_pack(self.model):
+            return None
+        ids, positions = _side_by_side(inputs)
+        packed = PackedCache(caches, inputs, self._kinds)
+        # Any mask of four dimensions keeps the model from making its own; ours are the requests' own.
+        unused = ids.new_zeros((1, 1, 1, 1), dtype=self.model.dtype)
+        with cuda_attention(self.model, self.device), packed_attention(self.model, packed):
+            logits = self._call(packed, ids, positions, unused, ids.shape[1])
+        if packed.is_read:
+            return logits
+        packed.drop()
+        return None
+
+    def _joined(self, caches: Sequence[SpeculativeCache], inputs: Sequence[TreeInputs]) -> Tensor | None:
+        """The rows side by side over the keys of all, under one mask.
+
+        Returns:
+            None for more keys than a text may have: attention of some models holds a mask of its own for so
+            many and no more.
+        """
+        ids, positions = _side_by_side(inputs)
         keys = sum(cache.get_seq_length() for cache in caches) + ids.shape[1]
         if self.max_positions is not None and keys > self.max_positions:
-            # Attention of some models holds a mask of its own for so many keys and no more.
-            return torch.cat([self.verify(*row) for row in zip(caches, inputs, strict=True)])
+            return None
         joined = PackedCache(caches, inputs, self._kinds, joined=True)
         return self._call(joined, ids, positions, joined.joined_mask(), ids.shape[1])
+
+    def _one_by_one(self, caches: Sequence[SpeculativeCache], inputs: Sequence[TreeInputs]) -> Tensor:
+        return torch.cat([self.verify(*row) for row in zip(caches, inputs, strict=True)])
 
     def attention_of_row(self) -> TreeAttention:
         """Masks for one more request beside others; `attention` serves one that is alone."""
@@ -217,6 +263,23 @@ class Target:
     ) -> Tensor:
         """`verify` of a tree without a pending commit, for probes and measurements."""
         return self.verify(cache, self.attention.prepare(tree, length, moved))
+
+
+def disagreement(logits: Tensor, others: Tensor) -> float:
+    """The largest RMS difference of two rows, over the second's standard deviation: (n, vocabulary) each."""
+    logits, others = logits.float(), others.float()
+    return float(((logits - others).square().mean(-1).sqrt() / (others.std(-1) + 1e-9)).max())
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The most `disagreement` that rounding can explain."""
+    return _TOLERANCE.get(dtype, _HALF_TOLERANCE)
+
+
+def _side_by_side(inputs: Sequence[TreeInputs]) -> tuple[Tensor, Tensor]:
+    """Tokens and positions of all trees in one row: int64, (1, nodes of all) each."""
+    ids = torch.cat([given.input_ids for given in inputs], 1)
+    return ids, torch.cat([given.position_ids for given in inputs], 1)
 
 
 def _check(model: PreTrainedModel) -> None:

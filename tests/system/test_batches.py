@@ -36,6 +36,15 @@ def test_greedy_rows_equal_model_generate(name: str, attention: str, nodes: int 
     assert drafter.stats.passes < drafter.stats.steps, "rows share passes"
 
 
+def test_a_model_that_changes_its_values_behind_the_cache() -> None:
+    model, prompts = make("diffllama"), ragged()
+    ids, mask = padded(prompts)
+    out = drafter_of(model, nodes=6).generate(ids, mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    for row, prompt in enumerate(prompts):
+        mine = torch.cat([prompt, out[row : row + 1, ids.shape[1] :]], 1)
+        assert near_ties(model, mine, model.generate(prompt, max_new_tokens=NEW, do_sample=False)) == 0
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_seeded_rows_equal_the_same_prompts_alone(name: str) -> None:
     model, prompts = make(name), ragged()

@@ -92,6 +92,12 @@ def test_unknown_method_and_unsupported_parts() -> None:
         RetrievalDrafter.for_model(MODEL, store="redis://x")
 
 
+@pytest.mark.parametrize("window", [16, 256])
+def test_windows_by_place_in_the_pass_are_seen_on_texts_beyond_them(window: int) -> None:
+    with pytest.raises(UnsupportedModelError, match="for a tree than for its paths"):
+        RetrievalDrafter.for_model(make("gpt-neo", window_size=window))
+
+
 @pytest.mark.parametrize("given", ["small", 3, (MODEL,), [MODEL, "small"]])
 def test_what_is_no_draft_model_is_refused(given: Any) -> None:
     with pytest.raises(InvalidInputError, match="Pass a model"):

@@ -103,7 +103,7 @@ def test_a_layer_that_attends_in_its_own_way_is_noticed() -> None:
 
     layer.forward = own_way
     torch.testing.assert_close(together(target, caches, trees), expected, atol=2e-5, rtol=2e-5)
-    assert target._joins
+    assert target._rows_by == target._joined
     assert model.config._attn_implementation == "sdpa" != PACKED_ATTENTION
 
 
