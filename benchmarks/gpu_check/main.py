@@ -44,8 +44,8 @@ _TINY_LEAST = 30.0
 """Seconds that every part of a rehearsal has."""
 
 _WARM_UP = "warm_up"
-_COLD = {"facts", "attention"}
-"""Parts that draft nothing, so that no kernel needs to be compiled for them."""
+_COLD = {"facts", "attention", "races"}
+"""Parts that draft nothing or time nothing: no kernel needs to be compiled for them beforehand."""
 
 FAULTS = ("wrong_mask", "late_copy")
 
@@ -120,7 +120,7 @@ def _run(options: Any, names: list[str], folder: Path, began: float) -> None:
 
     shares = {**PARTS, **(_TINY_SHARES if options.tiny else {})}
     with Worker(command, folder, keep) as worker:
-        if _WARM_UP in _all(options, names):
+        if _WARM_UP in _all(names):
             worker.run(_WARM_UP, options.seconds / 4, options.seconds / 4 + _grace(options))
         for place, name in enumerate(names):
             left = options.seconds - (time.monotonic() - began)
@@ -134,9 +134,9 @@ def _run(options: Any, names: list[str], folder: Path, began: float) -> None:
             keep()
 
 
-def _all(options: Any, names: list[str]) -> list[str]:
+def _all(names: list[str]) -> list[str]:
     """The parts with what they need before them."""
-    return [_WARM_UP, *names] if options.fault is None and not _COLD.issuperset(names) else names
+    return names if _COLD.issuperset(names) else [_WARM_UP, *names]
 
 
 def _grace(options: Any) -> float:
@@ -144,8 +144,8 @@ def _grace(options: Any) -> float:
 
 
 def _results(options: Any, names: list[str], stopped: str | None, seconds: float) -> dict[str, Any]:
-    parts = read_parts(options.parts_folder, _all(options, names))
-    why = reasons(parts, _all(options, names)) + ([stopped] if stopped else [])
+    parts = read_parts(options.parts_folder, _all(names))
+    why = reasons(parts, _all(names)) + ([stopped] if stopped else [])
     result = {
         "ok": not why,
         "failures": why,
