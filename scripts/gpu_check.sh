@@ -29,7 +29,8 @@ export PYTHONPATH="$scratch/site:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFER
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false HF_HOME="$scratch/home"
 
 mkfifo "$scratch/said"
-tee "$out/log" <"$scratch/said" &
+# A signal to all of them is not to take away who prints the end.
+(trap '' TERM INT && exec tee "$out/log" <"$scratch/said") &
 tee=$!
 "$python" -m benchmarks gpu_check --out "$out" --parts-folder "$scratch/parts" "$@" >"$scratch/said" 2>&1 &
 check=$!
@@ -45,5 +46,5 @@ for _ in {1..20}; do
     kill -0 "$tee" 2>/dev/null || break
     sleep 0.1
 done
-kill "$tee" 2>/dev/null
+kill -KILL "$tee" 2>/dev/null
 exit "$status"
