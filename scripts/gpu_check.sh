@@ -28,7 +28,11 @@ fi
 export PYTHONPATH="$scratch/site:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false HF_HOME="$scratch/home"
 
-"$python" -m benchmarks gpu_check --out "$out" --parts-folder "$scratch/parts" "$@" > >(tee "$out/log") 2>&1 &
+mkfifo "$scratch/said"
+# A signal to all of them is not to take away who prints the end.
+(trap '' TERM INT && exec tee "$out/log" <"$scratch/said") &
+tee=$!
+"$python" -m benchmarks gpu_check --out "$out" --parts-folder "$scratch/parts" "$@" >"$scratch/said" 2>&1 &
 check=$!
 wait "$check"
 status=$?
@@ -37,5 +41,10 @@ while kill -0 "$check" 2>/dev/null; do
     wait "$check"
     status=$?
 done
-sleep 0.2 # for tee
+# The last lines are to be out, but no process left over is waited for.
+for _ in {1..20}; do
+    kill -0 "$tee" 2>/dev/null || break
+    sleep 0.1
+done
+kill -KILL "$tee" 2>/dev/null
 exit "$status"

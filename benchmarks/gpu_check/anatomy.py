@@ -15,7 +15,7 @@ from benchmarks.gpu_check.setting import Setting, synchronize
 from retrieval_draft.bench.contestants import NO_CUDNN
 from retrieval_draft.engine.decode import Batch
 
-__all__ = ["run"]
+__all__ = ["Steps", "run"]
 
 _STEPS = 6
 """Steps of a reply that are looked at, from the second on."""
@@ -42,7 +42,7 @@ def run(setting: Setting, box: Box, report: Report) -> None:
         report.row(**case.key, **_anatomy(setting, case))
 
 
-class _Steps:
+class Steps:
     """Looks at some steps of a reply: from the beginning of one to the beginning of another.
 
     Args:
@@ -76,7 +76,7 @@ class _Steps:
 
 
 @contextmanager
-def _watching(setting: Setting, case: Case, steps: _Steps) -> Iterator[None]:
+def _watching(setting: Setting, case: Case, steps: Steps) -> Iterator[None]:
     """Tells `steps` of every step of the decoder: a batch's, or a forward pass of `model.generate`."""
     if case.decoder.startswith("stock"):
         hook = setting.model(case.model).register_forward_pre_hook(lambda *_: steps.next())
@@ -114,7 +114,7 @@ def _anatomy(setting: Setting, case: Case) -> dict[str, Any]:
 
     def decode(begin: Callable[[], object], end: Callable[[], object]) -> tuple[int, Any]:
         # The first pass of `model.generate` is the prompt's, which is no step.
-        steps = _Steps(begin, end, 2 if stock else 1)
+        steps = Steps(begin, end, 2 if stock else 1)
         with _watching(setting, case, steps):
             done = decoder.decode(chosen, new)
         return steps.seen, done.stats

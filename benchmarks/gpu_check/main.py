@@ -44,6 +44,8 @@ _TINY_LEAST = 30.0
 """Seconds that every part of a rehearsal has."""
 
 _WARM_UP = "warm_up"
+_COLD = {"facts", "attention", "races"}
+"""Parts that draft nothing or time nothing: no kernel needs to be compiled for them beforehand."""
 
 FAULTS = ("wrong_mask", "late_copy")
 
@@ -118,7 +120,8 @@ def _run(options: Any, names: list[str], folder: Path, began: float) -> None:
 
     shares = {**PARTS, **(_TINY_SHARES if options.tiny else {})}
     with Worker(command, folder, keep) as worker:
-        worker.run(_WARM_UP, options.seconds / 4, options.seconds / 4 + _grace(options))
+        if _WARM_UP in _all(names):
+            worker.run(_WARM_UP, options.seconds / 4, options.seconds / 4 + _grace(options))
         for place, name in enumerate(names):
             left = options.seconds - (time.monotonic() - began)
             usable = max(left - _RESERVE * options.seconds, 0.0)
@@ -131,13 +134,18 @@ def _run(options: Any, names: list[str], folder: Path, began: float) -> None:
             keep()
 
 
+def _all(names: list[str]) -> list[str]:
+    """The parts with what they need before them."""
+    return names if _COLD.issuperset(names) else [_WARM_UP, *names]
+
+
 def _grace(options: Any) -> float:
     return _TINY_GRACE if options.tiny else _GRACE
 
 
 def _results(options: Any, names: list[str], stopped: str | None, seconds: float) -> dict[str, Any]:
-    parts = read_parts(options.parts_folder, [_WARM_UP, *names])
-    why = reasons(parts, [_WARM_UP, *names]) + ([stopped] if stopped else [])
+    parts = read_parts(options.parts_folder, _all(names))
+    why = reasons(parts, _all(names)) + ([stopped] if stopped else [])
     result = {
         "ok": not why,
         "failures": why,

@@ -54,11 +54,8 @@ def run(setting: Setting, box: Box, report: Report) -> None:
             continue
         before = box.left
         try:
-            row = (
-                setting.compiled().measure(max(min(box.left / 2, 30.0), 1.0))
-                if apart
-                else measure(setting, case)
-            )
+            limit = max(min(box.left / 2, 30.0), 1.0)
+            row = setting.compiled().measure(limit) if apart else measure(setting, case)
         except Exception as error:
             if not setting.is_sound():
                 raise

@@ -84,9 +84,8 @@ def gaps(
         scores = logits + torch.stack(drawn).to(logits.device)
     chosen = torch.tensor(reply, device=logits.device)[:, None]
     best, at = scores.max(1, keepdim=True)
-    small = torch.maximum(
-        unit(logits.gather(1, at), model.dtype), unit(logits.gather(1, chosen), model.dtype)
-    )
+    dtype = model.get_input_embeddings().weight.dtype
+    small = torch.maximum(unit(logits.gather(1, at), dtype), unit(logits.gather(1, chosen), dtype))
     found: list[float] = ((best - scores.gather(1, chosen)) / small)[:, 0].tolist()
     return found
 

@@ -8,18 +8,29 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from benchmarks.gpu_check.main import PARTS
+from benchmarks.gpu_check.anatomy import Steps
+from benchmarks.gpu_check.cases import Case, Decoder
+from benchmarks.gpu_check.main import FAULTS, PARTS
 from benchmarks.gpu_check.measure import read_trace
 from benchmarks.gpu_check.outcomes import FILE, read_outcomes
 from benchmarks.gpu_check.report import Report, read_parts
+from benchmarks.gpu_check.setting import Setting
 from benchmarks.gpu_check.supervisor import Worker
 from benchmarks.gpu_check.table import make_table, reasons
 from benchmarks.gpu_check.tests import verdict
+from retrieval_draft.bench.replay import Replayer, Trace
+from retrieval_draft.config import DraftConfig
+from retrieval_draft.engine.calibration import Calibration
+from retrieval_draft.index.registry import Datastores
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,10 +56,69 @@ def start(out: Path, *options: str) -> subprocess.Popen[str]:
     )
 
 
+Runs = dict[str, tuple["Future[subprocess.CompletedProcess[str]]", Path]]
+
+
 @pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    out = tmp_path_factory.mktemp("check")
-    return run(out), out
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """A whole rehearsal and one for each fault, all at once: each waits for imports most of the time."""
+    options = {fault: ("--parts", "races", "--fault", fault) for fault in FAULTS}
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("whole", *options)}
+    with ThreadPoolExecutor(len(folders)) as pool:
+        yield {
+            name: (pool.submit(run, folder, *options.get(name, ())), folder)
+            for name, folder in folders.items()
+        }
+
+
+@pytest.fixture
+def rehearsal(runs: Runs) -> tuple[subprocess.CompletedProcess[str], Path]:
+    done, out = runs["whole"]
+    return done.result(), out
+
+
+def wait_for(path: Path, status: str, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if path.exists() and json.loads(path.read_text())["status"] == status:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{path.name} was not {status} in time")
+
+
+def children(process: int) -> list[int]:
+    listed = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [int(child) for child in listed]
+
+
+@pytest.mark.slow
+def test_killed_check_leaves_what_was_finished(tmp_path: Path, runs: Runs) -> None:
+    process = start(tmp_path, "--parts", "facts,attention")
+    wait_for(tmp_path / "parts" / "facts.json", "done")
+    workers = children(process.pid)
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+    part = json.loads((tmp_path / "parts" / "facts.json").read_text())
+    assert part["status"] == "done"
+    assert part["torch"]
+    end = time.monotonic() + 10
+    while any(Path(f"/proc/{worker}/exe").exists() for worker in workers) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{worker}/exe").exists() for worker in workers)
+
+
+@pytest.mark.slow
+def test_stopped_check_prints_what_it_has(tmp_path: Path) -> None:
+    process = start(tmp_path, "--parts", "facts,races")
+    wait_for(tmp_path / "parts" / "facts.json", "done")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert output.splitlines()[-1].startswith("FAILED: ")
+    assert "SIGTERM" in output
+    assert json.loads((tmp_path / "results.json").read_text())["parts"]["facts"]["status"] == "done"
 
 
 @pytest.mark.slow
@@ -99,58 +169,15 @@ def test_rehearsal_goes_through_every_part(rehearsal: tuple[subprocess.Completed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["wrong_mask", "late_copy"])
-def test_fault_is_noticed(tmp_path: Path, fault: str) -> None:
-    done = run(tmp_path, "--parts", "races", "--fault", fault)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_noticed(runs: Runs, fault: str) -> None:
+    later, out = runs[fault]
+    done = later.result()
     assert done.returncode == 1
     last = done.stdout.splitlines()[-1]
     assert last.startswith("FAILED: races: ")
     assert "different" in last
-    assert json.loads((tmp_path / "results.json").read_text())["failures"]
-
-
-def wait_for(path: Path, status: str, seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if path.exists() and json.loads(path.read_text())["status"] == status:
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"{path.name} was not {status} in time")
-
-
-def children(process: int) -> list[int]:
-    listed = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [int(child) for child in listed]
-
-
-@pytest.mark.slow
-def test_killed_check_leaves_what_was_finished(tmp_path: Path) -> None:
-    process = start(tmp_path, "--parts", "facts,attention,races")
-    wait_for(tmp_path / "parts" / "attention.json", "done")
-    workers = children(process.pid)
-    process.kill()
-    process.wait()
-    assert process.stdout is not None
-    process.stdout.close()
-    for name in ("facts", "attention"):
-        part = json.loads((tmp_path / "parts" / f"{name}.json").read_text())
-        assert part["status"] == "done"
-    end = time.monotonic() + 10
-    while any(Path(f"/proc/{worker}/exe").exists() for worker in workers) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not any(Path(f"/proc/{worker}/exe").exists() for worker in workers)
-
-
-@pytest.mark.slow
-def test_stopped_check_prints_what_it_has(tmp_path: Path) -> None:
-    process = start(tmp_path, "--parts", "facts,races")
-    wait_for(tmp_path / "parts" / "facts.json", "done")
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert output.splitlines()[-1].startswith("FAILED: ")
-    assert "SIGTERM" in output
-    assert json.loads((tmp_path / "results.json").read_text())["parts"]["facts"]["status"] == "done"
+    assert json.loads((out / "results.json").read_text())["failures"]
 
 
 CHILD = """
@@ -279,3 +306,27 @@ def test_out_of_time_is_a_fault_of_tests_only_where_few_ran_or_some_failed() -> 
     assert verdict(5, 0, {}, [], 50)[0] == "no test was found to run"
     assert verdict(0, 3, {"skipped": 3}, [], 50)[0] == "no test was found to run"
     assert verdict(3, 9, {"passed": 2}, [], 50)[0] == "pytest exited with 3"
+
+
+def test_measured_reply_is_not_known_before() -> None:
+    """A decoder takes the steps of a replay without history, however often it decodes the same text."""
+    setting = Setting(torch.device("cpu"), True, None)
+    decoder = Decoder(setting, Case("tiny-8b", "calibrated"), 48)
+    for group in decoder.groups:
+        steps = [decoder.decode(group, 48).steps for _ in range(2)]
+        prompt, reply = (np.array(ids, np.int32) for ids in (group[0].prompt, group[0].reply[:48]))
+        replayer = Replayer(DraftConfig(nodes=16), 16, False, Datastores(32000), Calibration())
+        expected = replayer.run(Trace("any", prompt, reply)).steps
+        assert steps[0] == steps[1]
+        assert steps[0] == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize(("taken", "seen"), [(0, 0), (2, 0), (3, 1), (7, 5), (8, 6), (20, 6)])
+def test_steps_are_counted_where_they_happen(taken: int, seen: int) -> None:
+    told: list[str] = []
+    steps = Steps(lambda: told.append("begin"), lambda: told.append("end"), 2)
+    for _ in range(taken):
+        steps.next()
+    steps.over()
+    assert steps.seen == seen
+    assert told == (["begin", "end"] if seen else [])

@@ -11,6 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from benchmarks.gpu_check.attention import VARIANTS, attention_inputs
+from retrieval_draft.bench.ties import unit
 from retrieval_draft.engine.attention import TreeAttention
 from retrieval_draft.engine.kv_cache import SpeculativeLayer
 from retrieval_draft.engine.logits import LogitReader, top_k
@@ -100,3 +102,26 @@ def test_logits_are_packed_on_the_device(fake: None, vocabulary: int) -> None:
 
 def test_noise_is_made_on_the_device(fake: None) -> None:
     assert GumbelNoise(1, 100, CUDA).at(3).device == CUDA
+
+
+@pytest.mark.parametrize("rows", [[1], [4, 4], [1, 8, 3]])
+def test_logits_of_a_batch_are_packed_in_one_piece(fake: None, rows: list[int]) -> None:
+    """What all rows of a pass say goes to the host in one copy, whatever their sizes."""
+    packed = LogitReader(8).pack(torch.empty((sum(rows), 32_000), device=CUDA, dtype=torch.float16))
+    assert packed.shape == (sum(rows), 18)
+    assert packed.is_contiguous()
+    assert packed.device == CUDA
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_ties_are_measured_on_the_device(fake: None, dtype: torch.dtype) -> None:
+    assert unit(torch.empty((5, 9), device=CUDA), dtype).device == CUDA
+
+
+@pytest.mark.parametrize("name", ["torch's choice, repeated heads", "efficient, groups as batch"])
+def test_attention_of_the_check_stays_on_the_device(fake: None, name: str) -> None:
+    given = attention_inputs(8, 2, 64, 1, 40, torch.bfloat16, CUDA)
+    assert all(each is None or each.device == CUDA for each in given)
+    out = VARIANTS[name][0](*given)
+    assert out.device == CUDA
+    assert out.shape == (1, 8, 1, 64)
