@@ -6,12 +6,10 @@ import os
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
@@ -24,6 +22,7 @@ from retrieval_draft.engine.compat import given_cache, is_callers_own
 from retrieval_draft.engine.cpu_kernels import CpuKernels
 from retrieval_draft.engine.decode import decode
 from retrieval_draft.engine.draft_models import make_draft_sources
+from retrieval_draft.engine.model_state import ModelState, evaluating, outside_inference
 from retrieval_draft.engine.probe import probe
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.row import Row
@@ -32,17 +31,19 @@ from retrieval_draft.engine.supply import DraftSupply
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.threads import in_live_pool
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.generation import shown_streamer, streaming
+from retrieval_draft.generation import ending, shown_streamer, stream_rows
 from retrieval_draft.index.registry import Datastores
 from retrieval_draft.index.source import TokenArray
 from retrieval_draft.index.store.config import check_share
 from retrieval_draft.index.store.store import SharedStore
 from retrieval_draft.inputs import (
+    arguments_of_generate,
     best_of_options,
     check_generation,
     check_prompt,
     check_tokenizer,
     reference_tokens,
+    strip_prompts,
 )
 from retrieval_draft.methods.method import Parts
 from retrieval_draft.outputs import best_rows, make_output
@@ -92,6 +93,7 @@ class RetrievalDrafter:
         self._supply = supply
         self._parts = Parts(config, Datastores(target.embedding_rows))
         self.kernels = CpuKernels(target.model, config.cpu_kernels)
+        self._state = ModelState.of(target.model)
         self._lock = threading.RLock()
         _drafters.add(self)
 
@@ -101,7 +103,7 @@ class RetrievalDrafter:
         model: PreTrainedModel,
         tokenizer: Any = None,
         *,
-        method: str = "calibrated",
+        method: str | None = None,
         corpora: Sequence[Any] = (),
         phrases: Any = None,
         store: Any = None,
@@ -113,7 +115,8 @@ class RetrievalDrafter:
         Args:
             model: Any causal language model of transformers with full or sliding-window attention.
             tokenizer: Needed for text in `prediction`, `documents` and `stop_strings` only.
-            method: A drafting method, or "none" for plain decoding through the same loop.
+            method: A drafting method, or "none" for plain decoding through the same loop; None for that of
+                `config`, "calibrated" without one.
             corpora: Folders of ``retrieval-draft index build``, or opened ones, to draft from. They and the
                 next need the tokenizer.
             phrases: Fixed texts the model often repeats: a file, or a list of texts.
@@ -125,32 +128,38 @@ class RetrievalDrafter:
 
         Raises:
             UnknownMethodError: No method of that name.
+            InvalidInputError: `config` names another method than `method`.
             UnsupportedModelError: The model's state cannot be rolled back, or it ignores masks.
             TokenizerMismatchError: The tokenizer belongs to another model, or a corpus to another tokenizer.
             DatastoreError: A corpus is missing or torn.
         """
         if config is None:
-            config = DraftConfig(method=method)
-        elif method not in ("calibrated", config.method):
-            config = replace(config, method=method)
-        target = Target(model)
-        if tokenizer is not None:
-            check_tokenizer(tokenizer, model, target.embedding_rows)
-        stores = open_datastores(tokenizer, target.embedding_rows, config, corpora, phrases, store)
-        in_live_pool(lambda: probe(target))
-        parts = Parts(config, stores, make_draft_sources(draft_model, target, tokenizer))
-        drafter = cls(
-            target, tokenizer, config, make_supply(target, parts), stores.shared, stores.owns_shared
-        )
+            config = DraftConfig(method="calibrated" if method is None else method)
+        elif method not in (None, config.method):
+            raise InvalidInputError(
+                f"method is {method!r}, config.method {config.method!r}.",
+                f"Leave one of them out, or pass config=DraftConfig(method={method!r}, ...).",
+            )
+        with outside_inference():
+            target = Target(model)
+            if tokenizer is not None:
+                check_tokenizer(tokenizer, model, target.embedding_rows)
+            with evaluating(target.model):
+                in_live_pool(lambda: probe(target))
+            stores = open_datastores(tokenizer, target.embedding_rows, config, corpora, phrases, store)
+            parts = Parts(config, stores, make_draft_sources(draft_model, target, tokenizer))
+            drafter = cls(
+                target, tokenizer, config, make_supply(target, parts), stores.shared, stores.owns_shared
+            )
         drafter._parts = parts
         return drafter
 
     def generate(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | GenerationConfig | None = None,
+        generation_config: GenerationConfig | LogitsProcessorList | None = None,
+        *more: Any,
         streamer: Any = None,
         seed: Seeds = None,
         sample: int = 0,
@@ -166,9 +175,12 @@ class RetrievalDrafter:
         """Generates as ``model.generate`` does, with its keyword arguments and return types.
 
         Args:
-            input_ids: int64, shape (batch, length). Rows are decoded together, each with its own drafts.
+            input_ids: int64, shape (batch, length). Rows are decoded together, each with its own drafts. It
+                may be named ``inputs``; without one a model with a bos token begins with that.
             attention_mask: Zeros mark left padding.
-            generation_config: As for ``model.generate``.
+            generation_config: As for ``model.generate``. It may stand second, and what ``model.generate``
+                takes behind it third.
+            *more: What ``model.generate`` takes by position behind ``logits_processor``.
             streamer: Sees the prompts once, then the new tokens once and in order, one for each row.
             seed: For sampling; one for all prompts, or a list of one for each. The same seed gives a prompt
                 the same tokens with and without drafts, alone and in a batch; equal prompts of a batch and
@@ -192,25 +204,34 @@ class RetrievalDrafter:
             ``return_dict_in_generate=True``; its ``cache`` (before transformers 5.24 ``past_key_values``) can
             be handed back.
         """
-        keep_best = best_of_options(best_of, generation_config, generate_kwargs)
-        references = self._references(documents, prediction)
-        extras = Extras(streamer, seed, sample, references, output_prompt_logits, keep_best, share)
-        self._check_share(share)
-        given = cache if cache is not None else past_key_values
+        options = {"streamer": streamer, **generate_kwargs}
+        with ExitStack() as stack:
+            if streamer is not None:
+                stack.enter_context(ending(streamer))
+            ids, mask, config = arguments_of_generate(
+                input_ids, attention_mask, generation_config, more, options
+            )
+            shown = options.pop("streamer")
+            if shown is not streamer:
+                stack.enter_context(ending(shown))
+            self._check_model()
+            keep_best = best_of_options(best_of, self._target.model, config, options)
+            references = self._references(documents, prediction)
+            extras = Extras(shown, seed, sample, references, output_prompt_logits, keep_best, share)
+            self._check_share(share)
+            given = cache if cache is not None else past_key_values
 
-        def run(
-            input_ids: Tensor,
-            processors: LogitsProcessorList,
-            criteria: StoppingCriteriaList,
-            config: GenerationConfig,
-            model_inputs: dict[str, Any],
-        ) -> Any:
-            check_generation(config, processors, len(input_ids), model_inputs)
-            return self._run(input_ids, processors, criteria, config, model_inputs, given, extras)
+            def run(
+                input_ids: Tensor,
+                processors: LogitsProcessorList,
+                criteria: StoppingCriteriaList,
+                config: GenerationConfig,
+                model_inputs: dict[str, Any],
+            ) -> Any:
+                check_generation(config, processors, len(input_ids), model_inputs)
+                return self._run(input_ids, processors, criteria, config, model_inputs, given, extras)
 
-        return through_model(
-            self._target, self._tokenizer, run, input_ids, attention_mask, generation_config, generate_kwargs
-        )
+            return through_model(self._target, self._tokenizer, run, ids, mask, config, options)
 
     def custom_generate(
         self,
@@ -232,24 +253,34 @@ class RetrievalDrafter:
         What begins with ``draft_`` can be given to ``model.generate`` and means what it means to `generate`.
         Its `streamer` is found although transformers hands it to no such loop.
         """
-        if model is not self._target.model:
-            raise InvalidInputError(
-                "This drafter was made for another model.", "Make one with RetrievalDrafter.for_model(model)."
-            )
-        check_generation(generation_config, logits_processor, len(input_ids), model_inputs)
-        self._check_share(draft_share)
         if draft_streamer is None:
             draft_streamer = shown_streamer(streamer)
-        references = self._references(draft_documents, draft_prediction)
-        extras = Extras(draft_streamer, draft_seed, references=references, share=draft_share)
-        cache = given_cache(model_inputs)
-        if isinstance(cache, DynamicCache) and not is_callers_own(cache):
-            cache = None
-        return in_live_pool(
-            lambda: self._run(
-                input_ids, logits_processor, stopping_criteria, generation_config, model_inputs, cache, extras
+        with ending(draft_streamer):
+            if model is not self._target.model:
+                raise InvalidInputError(
+                    "This drafter was made for another model.",
+                    "Make one with RetrievalDrafter.for_model(model).",
+                )
+            self._check_model()
+            check_prompt(input_ids, model_inputs.get("attention_mask"))
+            check_generation(generation_config, logits_processor, len(input_ids), model_inputs)
+            self._check_share(draft_share)
+            references = self._references(draft_documents, draft_prediction)
+            extras = Extras(draft_streamer, draft_seed, references=references, share=draft_share)
+            cache = given_cache(model_inputs)
+            if isinstance(cache, DynamicCache) and not is_callers_own(cache):
+                cache = None
+            return in_live_pool(
+                lambda: self._run(
+                    input_ids,
+                    logits_processor,
+                    stopping_criteria,
+                    generation_config,
+                    model_inputs,
+                    cache,
+                    extras,
+                )
             )
-        )
 
     __call__ = custom_generate
 
@@ -296,7 +327,8 @@ class RetrievalDrafter:
             self.store.wait_ready()
 
     def _warm_up(self) -> None:
-        with self._lock, torch.no_grad():
+        with self._lock, outside_inference(), evaluating(self._target.model):
+            self._check_model()
             probe(self._target)
             self.kernels.prepare()
             with self.kernels.applied():
@@ -325,6 +357,9 @@ class RetrievalDrafter:
         self.stats = DraftStats()
         self.last_stats = None
 
+    def _check_model(self) -> None:
+        self._state.check(self._target.model)
+
     def _references(self, documents: Any, prediction: Any) -> list[TokenArray]:
         rows = self._target.embedding_rows
         return [
@@ -348,12 +383,13 @@ class RetrievalDrafter:
     ) -> Any:
         target = self._target
         mask = model_inputs.get("attention_mask")
-        prompts = check_prompt(input_ids, mask, target.embedding_rows, target.max_positions)
+        prompts = strip_prompts(input_ids, mask, target.embedding_rows, target.max_positions)
         total = DraftStats()
         with ExitStack() as stack:
             stack.enter_context(self._lock)
-            stack.enter_context(torch.no_grad())
-            stream = stack.enter_context(streaming(extras.streamer, input_ids, config))
+            stack.enter_context(outside_inference())
+            stack.enter_context(evaluating(target.model))
+            stream = stream_rows(extras.streamer, input_ids, config)
             self.kernels.prepare()
             stack.enter_context(self.kernels.applied())
             self._supply.prepare()

@@ -42,11 +42,12 @@ def make_output(rows: Sequence[Row], input_ids: Tensor, config: GenerationConfig
 
     Args:
         rows: In the order of `input_ids`.
-        input_ids: int64, shape (batch, length), left padding included.
+        input_ids: Integers, shape (batch, length), left padding included.
         config: As prepared by model.generate.
     """
     replies = [torch.from_numpy(row.text.reply.astype(np.int64)) for row in rows]
-    sequences = pad_replies(input_ids, replies, config)
+    # As of model.generate, whatever the prompts are.
+    sequences = pad_replies(input_ids.long(), replies, config)
     if not config.return_dict_in_generate:
         return sequences
     samplers = [row.request.sampler for row in rows]
@@ -60,7 +61,9 @@ def make_output(rows: Sequence[Row], input_ids: Tensor, config: GenerationConfig
     output.scores = _by_position(scores) if scores else None
     output.logits = _by_position(logits) if logits else None
     if logprobs or prompts:
-        output.logprobs = tuple(torch.tensor(each) for each in logprobs) if logprobs else None
+        output.logprobs = (
+            tuple(torch.from_numpy(np.array(each, np.float32)) for each in logprobs) if logprobs else None
+        )
         output.prompt_logits = tuple(prompts) if prompts else None
     setattr(output, output_cache_name(), caches[0] if len(caches) == 1 else CacheRows(caches))
     return output
