@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from retrieval_draft.engine.decode import Batch, OnError
 from retrieval_draft.engine.drafting import Drafting
-from retrieval_draft.engine.model_state import check_modules, evaluating, outside_inference
+from retrieval_draft.engine.model_state import outside_inference
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.stats import DraftStats
 from retrieval_draft.engine.target import Target
@@ -90,7 +90,6 @@ class ContinuousDrafter:
         drafter._check_model()
         drafter._check_share(share)
         target, tokenizer = drafter._target, drafter._tokenizer
-        check_modules(target.model)
         keep_best = best_of_options(best_of, target.model, config, options)
         references = drafter._references(documents, prediction)
         extras = Extras(None, seed, 0, references, False, keep_best, share, top_logprobs)
@@ -120,7 +119,7 @@ class ContinuousDrafter:
         """
         drafter, shared = self._drafter, DraftStats()
         supply = drafter._supply
-        with drafter._lock, outside_inference(), evaluating(drafter._target.model):
+        with drafter._lock, outside_inference():
             drafter.kernels.prepare()
             with drafter.kernels.applied():
                 supply.prepare()

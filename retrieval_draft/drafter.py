@@ -22,7 +22,7 @@ from retrieval_draft.engine.compat import given_cache, is_callers_own
 from retrieval_draft.engine.cpu_kernels import CpuKernels
 from retrieval_draft.engine.decode import decode
 from retrieval_draft.engine.draft_models import make_draft_sources
-from retrieval_draft.engine.model_state import ModelState, evaluating, outside_inference
+from retrieval_draft.engine.model_state import ModelState, check_modules, outside_inference
 from retrieval_draft.engine.probe import probe
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.row import Row
@@ -144,8 +144,8 @@ class RetrievalDrafter:
             target = Target(model)
             if tokenizer is not None:
                 check_tokenizer(tokenizer, model, target.embedding_rows)
-            with evaluating(target.model):
-                in_live_pool(lambda: probe(target))
+            check_modules(target.model)
+            in_live_pool(lambda: probe(target))
             stores = open_datastores(tokenizer, target.embedding_rows, config, corpora, phrases, store)
             parts = Parts(config, stores, make_draft_sources(draft_model, target, tokenizer))
             drafter = cls(
@@ -327,7 +327,7 @@ class RetrievalDrafter:
             self.store.wait_ready()
 
     def _warm_up(self) -> None:
-        with self._lock, outside_inference(), evaluating(self._target.model):
+        with self._lock, outside_inference():
             self._check_model()
             probe(self._target)
             self.kernels.prepare()
@@ -359,6 +359,7 @@ class RetrievalDrafter:
 
     def _check_model(self) -> None:
         self._state.check(self._target.model)
+        check_modules(self._target.model)
 
     def _references(self, documents: Any, prediction: Any) -> list[TokenArray]:
         rows = self._target.embedding_rows
@@ -388,7 +389,6 @@ class RetrievalDrafter:
         with ExitStack() as stack:
             stack.enter_context(self._lock)
             stack.enter_context(outside_inference())
-            stack.enter_context(evaluating(target.model))
             stream = stream_rows(extras.streamer, input_ids, config)
             self.kernels.prepare()
             stack.enter_context(self.kernels.applied())

@@ -1,4 +1,4 @@
-"""The model between requests: changes since a drafter was made for it, and the mode in which it decodes."""
+"""The model between requests: changes since a drafter was made for it, and modes that it cannot decode in."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch import nn
 from retrieval_draft.engine.wrapped_models import device_of, refuse_activated_adapter
 from retrieval_draft.errors import UnsupportedModelError
 
-__all__ = ["ModelState", "check_modules", "evaluating", "outside_inference"]
+__all__ = ["ModelState", "check_modules", "outside_inference"]
 
 _ANEW = "Make the drafter anew with RetrievalDrafter.for_model(model)."
+_EVALUATE = "Call model.eval() before generating, and model.train() afterwards."
 _RANDOM = ("dropout", "drop_prob", "drop_path", "layerdrop", "layer_drop", "jitter")
 """In names of a layer's attributes: probabilities with which it drops or disturbs values while it trains."""
 _NO_MASKS = ("flash", "flex", "paged")
@@ -73,25 +74,24 @@ class ModelState:
             )
 
 
-def check_modules(model: nn.Module) -> bool:
+def check_modules(model: nn.Module) -> None:
     """Refuses layers that would say something else than in model.generate, or something random.
 
     Args:
         model: Any.
 
-    Returns:
-        Whether any layer is in training mode.
-
     Raises:
         UnsupportedModelError: Names the layer.
     """
-    training = False
     for name, module in model.named_modules():
         refuse_activated_adapter(name, module)
         if module.training:
-            training = True
+            if getattr(module, "gradient_checkpointing", False):
+                raise UnsupportedModelError(
+                    "The model is in training mode with gradient checkpointing, which takes no cache.",
+                    _EVALUATE,
+                )
             _refuse_randomness(name, module)
-    return training
 
 
 def _refuse_randomness(name: str, module: nn.Module) -> None:
@@ -105,31 +105,8 @@ def _refuse_randomness(name: str, module: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"The model is in training mode, and {name or type(module).__name__} has {attribute} "
                 f"{value:g}: what it says is random, so that no draft can be verified.",
-                "Call model.eval() before generating, and model.train() afterwards.",
+                _EVALUATE,
             )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """A model decodes in evaluation mode inside, and each of its layers is in its own mode afterwards.
-
-    Without dropout nothing that is said depends on that mode, but gradient checkpointing, which is on in
-    training mode only, takes no cache.
-
-    Raises:
-        UnsupportedModelError: See `check_modules`.
-    """
-    if not check_modules(model):
-        yield
-        return
-    trained = [module for module in model.modules() if module.training]
-    for module in trained:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in trained:
-            module.training = True
 
 
 @contextmanager

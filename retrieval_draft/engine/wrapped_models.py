@@ -124,8 +124,8 @@ def refuse_activated_adapter(name: str, module: nn.Module) -> None:
         kind = type(variants[adapter]).__name__ if adapter in variants else ""
         if "alora" in kind.lower():
             raise UnsupportedModelError(
-                f"The adapter {adapter!r} at {name} is an activated LoRA, which begins to act at a place of the "
-                "text that only PEFT's own generate works out.",
+                f"The adapter {adapter!r} at {name} is an activated LoRA: it acts from a place of "
+                "the text that only PEFT's own generate works out.",
                 "Use the generate of the PEFT model for it, or set_adapter another one.",
             )
     for hook in layer._forward_pre_hooks.values():
