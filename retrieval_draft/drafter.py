@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -46,6 +49,7 @@ from retrieval_draft.inputs import (
     strip_prompts,
 )
 from retrieval_draft.methods.method import Parts
+from retrieval_draft.methods.registry import get_method
 from retrieval_draft.outputs import best_rows, make_output
 from retrieval_draft.pretrained import load_drafter, save_drafter
 from retrieval_draft.requests import Extras, Seeds, make_requests
@@ -54,6 +58,8 @@ from retrieval_draft.supplies import make_supply
 from retrieval_draft.through_model import through_model
 
 __all__ = ["RetrievalDrafter"]
+
+_log = logging.getLogger("retrieval_draft")
 
 
 class RetrievalDrafter:
@@ -94,6 +100,7 @@ class RetrievalDrafter:
         self._parts = Parts(config, Datastores(target.embedding_rows))
         self.kernels = CpuKernels(target.model, config.cpu_kernels)
         self._state = ModelState.of(target.model)
+        self._has_warned = False
         self._lock = threading.RLock()
         _drafters.add(self)
 
@@ -352,6 +359,36 @@ class RetrievalDrafter:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RetrievalDrafter:
+        """A drafter for the copy of a model whose ``generate`` is this one's; it is made at its first use.
+
+        It shares corpora, phrases and store, and begins with an empty history and without draft models.
+
+        Raises:
+            InvalidInputError: No copy of the model is being made.
+        """
+        model = memo.get(id(self._target.model))
+        if model is None:
+            raise InvalidInputError("A drafter cannot be copied or pickled.", _NO_COPY)
+        copied = object.__new__(type(self))
+        # The model's copy is not complete yet.
+        copied.__dict__["_make"] = partial(_drafter_like, self, model)
+        return copied
+
+    def __getattr__(self, name: str) -> Any:
+        with _making:
+            make = self.__dict__.get("_make")
+            if make is not None and not name.startswith("__"):
+                self.__dict__.update(make().__dict__)
+                del self.__dict__["_make"]
+                _drafters.add(self)
+        if name not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return self.__dict__[name]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InvalidInputError("A drafter cannot be copied or pickled.", _NO_COPY)
+
     def reset_stats(self) -> None:
         """Sets all counts back to zero."""
         self.stats = DraftStats()
@@ -363,10 +400,18 @@ class RetrievalDrafter:
 
     def _references(self, documents: Any, prediction: Any) -> list[TokenArray]:
         rows = self._target.embedding_rows
-        return [
+        references = [
             *reference_tokens(documents, self._tokenizer, rows),
             *reference_tokens(prediction, self._tokenizer, rows),
         ]
+        config = self._parts.config
+        if references and not self._has_warned and not get_method(config.method).reads_references(config):
+            self._has_warned = True
+            _log.warning(
+                "The method %r has no use for prediction and documents: it drafts from no text of a request.",
+                config.method,
+            )
+        return references
 
     def _check_share(self, share: str | None) -> None:
         if share is not None and check_share(share) != "none" and self.store is None:
@@ -427,7 +472,30 @@ class RetrievalDrafter:
             self.stats.add(total)
 
 
+_NO_COPY = (
+    "Make one with for_model for each model, or keep it with save_pretrained. A model whose generate is a "
+    "drafter's is pickled after: del model.generate."
+)
+
+
+def _drafter_like(drafter: RetrievalDrafter, model: Any) -> RetrievalDrafter:
+    """A drafter for another model with the same tokenizer, which shares what is only read."""
+    parts = drafter._parts
+    config = replace(parts.config, history_folder=None)
+    if parts.models and get_method(config.method).needs_model:
+        config = replace(config, method="calibrated")
+    return RetrievalDrafter.for_model(
+        model,
+        drafter._tokenizer,
+        corpora=parts.stores.corpora,
+        phrases=parts.stores.phrases,
+        store=drafter.store,
+        config=config,
+    )
+
+
 _drafters: WeakSet[RetrievalDrafter] = WeakSet()
+_making = threading.RLock()
 
 
 def _after_fork() -> None:
