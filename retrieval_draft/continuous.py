@@ -60,7 +60,6 @@ class ContinuousDrafter:
         share: str | None = None,
         best_of: int | None = None,
         top_logprobs: int | None = None,
-        generation_config: GenerationConfig | None = None,
         streamer: Any = None,
         **options: Any,
     ) -> Prepared:
@@ -74,7 +73,6 @@ class ContinuousDrafter:
             share: What other servers may learn: "none", "reply" or "all".
             best_of: Samples to draw; their log probabilities are kept.
             top_logprobs: Alternatives of each token to keep with log probabilities; None for nothing.
-            generation_config: As for ``model.generate``.
             streamer: Refused, and ended: tokens are handed to the requests' own `emit`.
             **options: As for ``model.generate``.
 
@@ -85,8 +83,7 @@ class ContinuousDrafter:
         if streamer is not None:
             with ending(streamer):
                 raise InvalidInputError("prepare takes no streamer.", "Set `emit` of the requests.")
-        ids, mask, config = arguments_of_generate(input_ids, None, generation_config, (), options)
-        mask = options.pop("attention_mask", mask)
+        ids, mask, config = arguments_of_generate((input_ids,), options)
         drafter._check_model()
         drafter._check_share(share)
         target, tokenizer = drafter._target, drafter._tokenizer

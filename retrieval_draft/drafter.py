@@ -166,6 +166,7 @@ class RetrievalDrafter:
         input_ids: Tensor | None = None,
         attention_mask: Tensor | GenerationConfig | None = None,
         generation_config: GenerationConfig | LogitsProcessorList | None = None,
+        /,
         *more: Any,
         streamer: Any = None,
         seed: Seeds = None,
@@ -215,9 +216,8 @@ class RetrievalDrafter:
         with ExitStack() as stack:
             if streamer is not None:
                 stack.enter_context(ending(streamer))
-            ids, mask, config = arguments_of_generate(
-                input_ids, attention_mask, generation_config, more, options
-            )
+            given = (input_ids, attention_mask, generation_config, *more)
+            ids, mask, config = arguments_of_generate(given, options)
             shown = options.pop("streamer")
             if shown is not streamer:
                 stack.enter_context(ending(shown))
@@ -226,7 +226,7 @@ class RetrievalDrafter:
             references = self._references(documents, prediction)
             extras = Extras(shown, seed, sample, references, output_prompt_logits, keep_best, share)
             self._check_share(share)
-            given = cache if cache is not None else past_key_values
+            known = cache if cache is not None else past_key_values
 
             def run(
                 input_ids: Tensor,
@@ -236,7 +236,7 @@ class RetrievalDrafter:
                 model_inputs: dict[str, Any],
             ) -> Any:
                 check_generation(config, processors, len(input_ids), model_inputs)
-                return self._run(input_ids, processors, criteria, config, model_inputs, given, extras)
+                return self._run(input_ids, processors, criteria, config, model_inputs, known, extras)
 
             return through_model(self._target, self._tokenizer, run, ids, mask, config, options)
 

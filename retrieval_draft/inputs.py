@@ -33,53 +33,47 @@ _CACHE_HINT = "Leave it out: the drafter brings its own cache."
 
 
 def arguments_of_generate(
-    input_ids: Any, attention_mask: Any, generation_config: Any, more: Sequence[Any], options: dict[str, Any]
+    given: Sequence[Any], options: dict[str, Any]
 ) -> tuple[Any, Tensor | None, GenerationConfig | None]:
-    """Sorts arguments by position, which may come in the order of model.generate, and those by other names.
+    """Sorts arguments: by position they come in the order of `RetrievalDrafter.generate` or model.generate.
 
     Args:
-        input_ids: The first argument.
-        attention_mask: The second; in the order of model.generate it is the configuration.
-        generation_config: The third; in the order of model.generate these are logits processors.
-        more: What follows, in the order of model.generate.
-        options: Keyword arguments for model.generate, to which what is found is added.
+        given: Those by position: prompts; mask and configuration, or configuration; logits processors and
+            what follows them in model.generate.
+        options: Keyword arguments for model.generate, which are changed in place: what is returned is taken
+            out, what was given by position is added.
 
     Returns:
         Prompts, mask and configuration.
 
     Raises:
-        InvalidInputError: An argument was given twice, or has a type that none of them has.
+        InvalidInputError: An argument was given twice, or has a type that it cannot have.
     """
-
-    def name(option: str, value: Any) -> None:
-        if value is None:
-            return
-        if options.get(option) is not None:
-            raise InvalidInputError(f"{option} was given twice.", "Give it by position or by name.")
-        options[option] = value
-
-    inputs = options.pop("inputs", None)
+    names = ["input_ids", "attention_mask", "generation_config"]
+    if len(given) > 1 and isinstance(given[1], GenerationConfig):
+        names.remove("attention_mask")
+    elif len(given) > 2 and isinstance(given[2], list):
+        # Nothing stands for the configuration.
+        names = ["input_ids", "generation_config"]
+    of_model = list(inspect.signature(inspect.unwrap(GenerationMixin.generate)).parameters)
+    names += of_model[of_model.index("logits_processor") :]
+    for name, value in zip(names, given, strict=False):
+        if value is not None:
+            if options.get(name) is not None:
+                raise InvalidInputError(f"{name} was given twice.", "Give it by position or by name.")
+            options[name] = value
+    inputs, input_ids = options.pop("inputs", None), options.pop("input_ids", None)
     if inputs is not None and input_ids is not None:
         raise InvalidInputError("inputs and input_ids were both given.", "They are the same: give one.")
-    if isinstance(attention_mask, GenerationConfig):
-        if isinstance(generation_config, GenerationConfig):
-            raise InvalidInputError("generation_config was given twice.", "Give it by position or by name.")
-        name("logits_processor", generation_config)
-        attention_mask, generation_config = options.pop("attention_mask", None), attention_mask
-    elif isinstance(generation_config, list):
-        name("logits_processor", generation_config)
-        generation_config = None
-    names = list(inspect.signature(inspect.unwrap(GenerationMixin.generate)).parameters)
-    following = names[names.index("logits_processor") + 1 :]
-    for option, value in zip(following, more, strict=False):
-        name(option, value)
-    for option, value, kind in (
-        ("attention_mask", attention_mask, Tensor),
-        ("generation_config", generation_config, GenerationConfig),
+    mask, config = options.pop("attention_mask", None), options.pop("generation_config", None)
+    for name, value, kind in (
+        ("attention_mask", mask, Tensor),
+        ("generation_config", config, GenerationConfig),
+        ("logits_processor", options.get("logits_processor"), list),
     ):
         if value is not None and not isinstance(value, kind):
-            raise InvalidInputError(f"{option} is a {type(value).__name__}; it must be a {kind.__name__}.")
-    return inputs if input_ids is None else input_ids, attention_mask, generation_config
+            raise InvalidInputError(f"{name} is a {type(value).__name__}; it must be a {kind.__name__}.")
+    return inputs if input_ids is None else input_ids, mask, config
 
 
 def check_prompt(input_ids: Any, attention_mask: Tensor | None) -> None:
