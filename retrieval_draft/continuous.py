@@ -8,17 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from retrieval_draft.engine.decode import Batch, OnError
 from retrieval_draft.engine.drafting import Drafting
+from retrieval_draft.engine.model_state import outside_inference
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.stats import DraftStats
 from retrieval_draft.engine.target import Target
+from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.generation import ending
 from retrieval_draft.index.store.store import SharedStore
-from retrieval_draft.inputs import best_of_options, check_generation, check_prompt, reference_tokens
+from retrieval_draft.inputs import arguments_of_generate, best_of_options, check_generation, strip_prompts
 from retrieval_draft.requests import Extras, Prepared, make_requests
 from retrieval_draft.sharing import share_when_finished
 from retrieval_draft.supplies import make_supply
@@ -58,6 +60,7 @@ class ContinuousDrafter:
         share: str | None = None,
         best_of: int | None = None,
         top_logprobs: int | None = None,
+        streamer: Any = None,
         **options: Any,
     ) -> Prepared:
         """What `generate` would decode. May run while a batch does.
@@ -70,19 +73,22 @@ class ContinuousDrafter:
             share: What other servers may learn: "none", "reply" or "all".
             best_of: Samples to draw; their log probabilities are kept.
             top_logprobs: Alternatives of each token to keep with log probabilities; None for nothing.
+            streamer: Refused, and ended: tokens are handed to the requests' own `emit`.
             **options: As for ``model.generate``.
 
         Returns:
             One request for each sample.
         """
         drafter = self._drafter
+        if streamer is not None:
+            with ending(streamer):
+                raise InvalidInputError("prepare takes no streamer.", "Set `emit` of the requests.")
+        ids, mask, config = arguments_of_generate((input_ids,), options)
+        drafter._check_model()
         drafter._check_share(share)
         target, tokenizer = drafter._target, drafter._tokenizer
-        keep_best = best_of_options(best_of, None, options)
-        references = [
-            *reference_tokens(documents, tokenizer, target.embedding_rows),
-            *reference_tokens(prediction, tokenizer, target.embedding_rows),
-        ]
+        keep_best = best_of_options(best_of, target.model, config, options)
+        references = drafter._references(documents, prediction)
         extras = Extras(None, seed, 0, references, False, keep_best, share, top_logprobs)
 
         def collect(
@@ -95,10 +101,10 @@ class ContinuousDrafter:
             model: Any = target.model
             check_generation(config, processors, len(input_ids), model_inputs, model.generation_config)
             mask = model_inputs.get("attention_mask")
-            prompts = check_prompt(input_ids, mask, target.embedding_rows, target.max_positions)
+            prompts = strip_prompts(input_ids, mask, target.embedding_rows, target.max_positions)
             return make_requests(target, prompts, input_ids, processors, criteria, config, None, extras)
 
-        requests = through_model(target, tokenizer, collect, input_ids, None, None, options)
+        requests = through_model(target, tokenizer, collect, ids, mask, config, options)
         share_when_finished(drafter.store, requests, share)
         return Prepared(requests, references)
 
@@ -111,7 +117,7 @@ class ContinuousDrafter:
         """
         drafter, shared = self._drafter, DraftStats()
         supply = drafter._supply
-        with drafter._lock, torch.no_grad():
+        with drafter._lock, outside_inference():
             drafter.kernels.prepare()
             with drafter.kernels.applied():
                 supply.prepare()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
@@ -24,6 +25,7 @@ from retrieval_draft.engine.compat import given_cache, is_callers_own
 from retrieval_draft.engine.cpu_kernels import CpuKernels
 from retrieval_draft.engine.decode import decode
 from retrieval_draft.engine.draft_models import make_draft_sources
+from retrieval_draft.engine.model_state import ModelState, check_modules, outside_inference
 from retrieval_draft.engine.probe import probe
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.row import Row
@@ -32,19 +34,22 @@ from retrieval_draft.engine.supply import DraftSupply
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.threads import in_live_pool
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.generation import shown_streamer, streaming
+from retrieval_draft.generation import ending, shown_streamer, stream_rows
 from retrieval_draft.index.registry import Datastores
 from retrieval_draft.index.source import TokenArray
 from retrieval_draft.index.store.config import check_share
 from retrieval_draft.index.store.store import SharedStore
 from retrieval_draft.inputs import (
+    arguments_of_generate,
     best_of_options,
     check_generation,
     check_prompt,
     check_tokenizer,
     reference_tokens,
+    strip_prompts,
 )
 from retrieval_draft.methods.method import Parts
+from retrieval_draft.methods.registry import get_method
 from retrieval_draft.outputs import best_rows, make_output
 from retrieval_draft.pretrained import load_drafter, save_drafter
 from retrieval_draft.requests import Extras, Seeds, make_requests
@@ -53,6 +58,8 @@ from retrieval_draft.supplies import make_supply
 from retrieval_draft.through_model import through_model
 
 __all__ = ["RetrievalDrafter"]
+
+_log = logging.getLogger("retrieval_draft")
 
 
 class RetrievalDrafter:
@@ -92,6 +99,8 @@ class RetrievalDrafter:
         self._supply = supply
         self._parts = Parts(config, Datastores(target.embedding_rows))
         self.kernels = CpuKernels(target.model, config.cpu_kernels)
+        self._state = ModelState.of(target.model)
+        self._has_warned = False
         self._lock = threading.RLock()
         _drafters.add(self)
 
@@ -101,7 +110,7 @@ class RetrievalDrafter:
         model: PreTrainedModel,
         tokenizer: Any = None,
         *,
-        method: str = "calibrated",
+        method: str | None = None,
         corpora: Sequence[Any] = (),
         phrases: Any = None,
         store: Any = None,
@@ -113,7 +122,8 @@ class RetrievalDrafter:
         Args:
             model: Any causal language model of transformers with full or sliding-window attention.
             tokenizer: Needed for text in `prediction`, `documents` and `stop_strings` only.
-            method: A drafting method, or "none" for plain decoding through the same loop.
+            method: A drafting method, or "none" for plain decoding through the same loop; None for that of
+                `config`, "calibrated" without one.
             corpora: Folders of ``retrieval-draft index build``, or opened ones, to draft from. They and the
                 next need the tokenizer.
             phrases: Fixed texts the model often repeats: a file, or a list of texts.
@@ -125,32 +135,39 @@ class RetrievalDrafter:
 
         Raises:
             UnknownMethodError: No method of that name.
+            InvalidInputError: `config` names another method than `method`.
             UnsupportedModelError: The model's state cannot be rolled back, or it ignores masks.
             TokenizerMismatchError: The tokenizer belongs to another model, or a corpus to another tokenizer.
             DatastoreError: A corpus is missing or torn.
         """
         if config is None:
-            config = DraftConfig(method=method)
-        elif method not in ("calibrated", config.method):
-            config = replace(config, method=method)
-        target = Target(model)
-        if tokenizer is not None:
-            check_tokenizer(tokenizer, model, target.embedding_rows)
-        stores = open_datastores(tokenizer, target.embedding_rows, config, corpora, phrases, store)
-        in_live_pool(lambda: probe(target))
-        parts = Parts(config, stores, make_draft_sources(draft_model, target, tokenizer))
-        drafter = cls(
-            target, tokenizer, config, make_supply(target, parts), stores.shared, stores.owns_shared
-        )
+            config = DraftConfig(method="calibrated" if method is None else method)
+        elif method not in (None, config.method):
+            raise InvalidInputError(
+                f"method is {method!r}, config.method {config.method!r}.",
+                f"Leave one of them out, or pass config=DraftConfig(method={method!r}, ...).",
+            )
+        with outside_inference():
+            target = Target(model)
+            if tokenizer is not None:
+                check_tokenizer(tokenizer, model, target.embedding_rows)
+            check_modules(target.model)
+            in_live_pool(lambda: probe(target))
+            stores = open_datastores(tokenizer, target.embedding_rows, config, corpora, phrases, store)
+            parts = Parts(config, stores, make_draft_sources(draft_model, target, tokenizer))
+            drafter = cls(
+                target, tokenizer, config, make_supply(target, parts), stores.shared, stores.owns_shared
+            )
         drafter._parts = parts
         return drafter
 
     def generate(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | GenerationConfig | None = None,
+        generation_config: GenerationConfig | LogitsProcessorList | None = None,
+        /,
+        *more: Any,
         streamer: Any = None,
         seed: Seeds = None,
         sample: int = 0,
@@ -166,9 +183,12 @@ class RetrievalDrafter:
         """Generates as ``model.generate`` does, with its keyword arguments and return types.
 
         Args:
-            input_ids: int64, shape (batch, length). Rows are decoded together, each with its own drafts.
+            input_ids: int64, shape (batch, length). Rows are decoded together, each with its own drafts. It
+                may be named ``inputs``; without one a model with a bos token begins with that.
             attention_mask: Zeros mark left padding.
-            generation_config: As for ``model.generate``.
+            generation_config: As for ``model.generate``. It may stand second, and what ``model.generate``
+                takes behind it third.
+            *more: What ``model.generate`` takes by position behind ``logits_processor``.
             streamer: Sees the prompts once, then the new tokens once and in order, one for each row.
             seed: For sampling; one for all prompts, or a list of one for each. The same seed gives a prompt
                 the same tokens with and without drafts, alone and in a batch; equal prompts of a batch and
@@ -192,25 +212,33 @@ class RetrievalDrafter:
             ``return_dict_in_generate=True``; its ``cache`` (before transformers 5.24 ``past_key_values``) can
             be handed back.
         """
-        keep_best = best_of_options(best_of, generation_config, generate_kwargs)
-        references = self._references(documents, prediction)
-        extras = Extras(streamer, seed, sample, references, output_prompt_logits, keep_best, share)
-        self._check_share(share)
-        given = cache if cache is not None else past_key_values
+        options = {"streamer": streamer, **generate_kwargs}
+        with ExitStack() as stack:
+            if streamer is not None:
+                stack.enter_context(ending(streamer))
+            given = (input_ids, attention_mask, generation_config, *more)
+            ids, mask, config = arguments_of_generate(given, options)
+            shown = options.pop("streamer")
+            if shown is not streamer:
+                stack.enter_context(ending(shown))
+            self._check_model()
+            keep_best = best_of_options(best_of, self._target.model, config, options)
+            references = self._references(documents, prediction)
+            extras = Extras(shown, seed, sample, references, output_prompt_logits, keep_best, share)
+            self._check_share(share)
+            known = cache if cache is not None else past_key_values
 
-        def run(
-            input_ids: Tensor,
-            processors: LogitsProcessorList,
-            criteria: StoppingCriteriaList,
-            config: GenerationConfig,
-            model_inputs: dict[str, Any],
-        ) -> Any:
-            check_generation(config, processors, len(input_ids), model_inputs, self._own_config)
-            return self._run(input_ids, processors, criteria, config, model_inputs, given, extras)
+            def run(
+                input_ids: Tensor,
+                processors: LogitsProcessorList,
+                criteria: StoppingCriteriaList,
+                config: GenerationConfig,
+                model_inputs: dict[str, Any],
+            ) -> Any:
+                check_generation(config, processors, len(input_ids), model_inputs, self._own_config)
+                return self._run(input_ids, processors, criteria, config, model_inputs, known, extras)
 
-        return through_model(
-            self._target, self._tokenizer, run, input_ids, attention_mask, generation_config, generate_kwargs
-        )
+            return through_model(self._target, self._tokenizer, run, ids, mask, config, options)
 
     @property
     def _own_config(self) -> GenerationConfig:
@@ -238,24 +266,36 @@ class RetrievalDrafter:
         What begins with ``draft_`` can be given to ``model.generate`` and means what it means to `generate`.
         Its `streamer` is found although transformers hands it to no such loop.
         """
-        if model is not self._target.model:
-            raise InvalidInputError(
-                "This drafter was made for another model.", "Make one with RetrievalDrafter.for_model(model)."
-            )
-        check_generation(generation_config, logits_processor, len(input_ids), model_inputs, self._own_config)
-        self._check_share(draft_share)
         if draft_streamer is None:
             draft_streamer = shown_streamer(streamer)
-        references = self._references(draft_documents, draft_prediction)
-        extras = Extras(draft_streamer, draft_seed, references=references, share=draft_share)
-        cache = given_cache(model_inputs)
-        if isinstance(cache, DynamicCache) and not is_callers_own(cache):
-            cache = None
-        return in_live_pool(
-            lambda: self._run(
-                input_ids, logits_processor, stopping_criteria, generation_config, model_inputs, cache, extras
+        with ending(draft_streamer):
+            if model is not self._target.model:
+                raise InvalidInputError(
+                    "This drafter was made for another model.",
+                    "Make one with RetrievalDrafter.for_model(model).",
+                )
+            self._check_model()
+            check_prompt(input_ids, model_inputs.get("attention_mask"))
+            check_generation(
+                generation_config, logits_processor, len(input_ids), model_inputs, self._own_config
             )
-        )
+            self._check_share(draft_share)
+            references = self._references(draft_documents, draft_prediction)
+            extras = Extras(draft_streamer, draft_seed, references=references, share=draft_share)
+            cache = given_cache(model_inputs)
+            if isinstance(cache, DynamicCache) and not is_callers_own(cache):
+                cache = None
+            return in_live_pool(
+                lambda: self._run(
+                    input_ids,
+                    logits_processor,
+                    stopping_criteria,
+                    generation_config,
+                    model_inputs,
+                    cache,
+                    extras,
+                )
+            )
 
     __call__ = custom_generate
 
@@ -302,7 +342,8 @@ class RetrievalDrafter:
             self.store.wait_ready()
 
     def _warm_up(self) -> None:
-        with self._lock, torch.no_grad():
+        with self._lock, outside_inference():
+            self._check_model()
             probe(self._target)
             self.kernels.prepare()
             with self.kernels.applied():
@@ -326,17 +367,59 @@ class RetrievalDrafter:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RetrievalDrafter:
+        """A drafter for the copy of a model whose ``generate`` is this one's; it is made at its first use.
+
+        It shares corpora, phrases and store, and begins with an empty history and without draft models.
+
+        Raises:
+            InvalidInputError: No copy of the model is being made.
+        """
+        model = memo.get(id(self._target.model))
+        if model is None:
+            raise InvalidInputError("A drafter cannot be copied or pickled.", _NO_COPY)
+        copied = object.__new__(type(self))
+        # The model's copy is not complete yet.
+        copied.__dict__["_make"] = partial(_drafter_like, self, model)
+        return copied
+
+    def __getattr__(self, name: str) -> Any:
+        with _making:
+            make = self.__dict__.get("_make")
+            if make is not None and not name.startswith("__"):
+                self.__dict__.update(make().__dict__)
+                del self.__dict__["_make"]
+                _drafters.add(self)
+        if name not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return self.__dict__[name]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InvalidInputError("A drafter cannot be copied or pickled.", _NO_COPY)
+
     def reset_stats(self) -> None:
         """Sets all counts back to zero."""
         self.stats = DraftStats()
         self.last_stats = None
 
+    def _check_model(self) -> None:
+        self._state.check(self._target.model)
+        check_modules(self._target.model)
+
     def _references(self, documents: Any, prediction: Any) -> list[TokenArray]:
         rows = self._target.embedding_rows
-        return [
+        references = [
             *reference_tokens(documents, self._tokenizer, rows),
             *reference_tokens(prediction, self._tokenizer, rows),
         ]
+        config = self._parts.config
+        if references and not self._has_warned and not get_method(config.method).reads_references(config):
+            self._has_warned = True
+            _log.warning(
+                "The method %r has no use for prediction and documents: it drafts from no text of a request.",
+                config.method,
+            )
+        return references
 
     def _check_share(self, share: str | None) -> None:
         if share is not None and check_share(share) != "none" and self.store is None:
@@ -354,12 +437,12 @@ class RetrievalDrafter:
     ) -> Any:
         target = self._target
         mask = model_inputs.get("attention_mask")
-        prompts = check_prompt(input_ids, mask, target.embedding_rows, target.max_positions)
+        prompts = strip_prompts(input_ids, mask, target.embedding_rows, target.max_positions)
         total = DraftStats()
         with ExitStack() as stack:
             stack.enter_context(self._lock)
-            stack.enter_context(torch.no_grad())
-            stream = stack.enter_context(streaming(extras.streamer, input_ids, config))
+            stack.enter_context(outside_inference())
+            stream = stream_rows(extras.streamer, input_ids, config)
             self.kernels.prepare()
             stack.enter_context(self.kernels.applied())
             self._supply.prepare()
@@ -397,7 +480,30 @@ class RetrievalDrafter:
             self.stats.add(total)
 
 
+_NO_COPY = (
+    "Make one with for_model for each model, or keep it with save_pretrained. A model whose generate is a "
+    "drafter's is pickled after: del model.generate."
+)
+
+
+def _drafter_like(drafter: RetrievalDrafter, model: Any) -> RetrievalDrafter:
+    """A drafter for another model with the same tokenizer, which shares what is only read."""
+    parts = drafter._parts
+    config = replace(parts.config, history_folder=None)
+    if parts.models and get_method(config.method).needs_model:
+        config = replace(config, method="calibrated")
+    return RetrievalDrafter.for_model(
+        model,
+        drafter._tokenizer,
+        corpora=parts.stores.corpora,
+        phrases=parts.stores.phrases,
+        store=drafter.store,
+        config=config,
+    )
+
+
 _drafters: WeakSet[RetrievalDrafter] = WeakSet()
+_making = threading.RLock()
 
 
 def _after_fork() -> None:

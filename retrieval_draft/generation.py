@@ -1,8 +1,9 @@
-"""Between model.generate and the decoding loop: stop strings, and streamers for one row or several."""
+"""Between model.generate and the decoding loop: what needs a tokenizer, streamers for one row or several."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,26 +12,30 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
 from retrieval_draft.engine.compat import hidden_arguments
-from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.errors import InvalidInputError, UnsupportedGenerationError
 
 __all__ = [
     "ShownPrompt",
     "StreamRows",
+    "effective",
+    "ending",
+    "heal_tokens",
     "shown_streamer",
-    "streaming",
+    "stream_rows",
     "take_stop_strings",
 ]
 
 
 def take_stop_strings(
-    config: GenerationConfig | None, options: dict[str, Any], tokenizer: Any
+    model: Any, config: GenerationConfig | None, options: dict[str, Any], tokenizer: Any
 ) -> GenerationConfig | None:
     """Makes the criterion for stop strings, since transformers drops the tokenizer for custom loops.
 
     Args:
+        model: Of transformers; its own generation configuration may hold stop strings too.
         config: The caller's, left as it is.
         options: Keyword arguments for model.generate, changed in place.
-        tokenizer: The drafter's; one in `options` goes first.
+        tokenizer: Decodes what is said.
 
     Returns:
         The configuration without stop strings.
@@ -38,19 +43,75 @@ def take_stop_strings(
     Raises:
         InvalidInputError: Stop strings without a tokenizer.
     """
-    tokenizer = options.pop("tokenizer", None) or tokenizer
-    strings = options.pop("stop_strings", None)
-    if strings is None and config is not None and config.stop_strings is not None:
-        strings = config.stop_strings
-        config = GenerationConfig(**{**config.to_dict(), "stop_strings": None})
+    strings = effective(model, config, options, "stop_strings")
     if strings is None:
         return config
     if tokenizer is None:
         raise InvalidInputError(
-            "stop_strings need a tokenizer.", "Pass tokenizer= to RetrievalDrafter.for_model."
+            "stop_strings need a tokenizer.", "Pass tokenizer= to RetrievalDrafter.for_model, or to generate."
         )
     criteria = [*(options.get("stopping_criteria") or []), StopStringCriteria(tokenizer, strings)]
     options["stopping_criteria"] = StoppingCriteriaList(criteria)
+    return _without(model, config, options, "stop_strings")
+
+
+def heal_tokens(
+    model: Any, input_ids: Any, config: GenerationConfig | None, options: dict[str, Any], tokenizer: Any
+) -> tuple[Any, GenerationConfig | None]:
+    """Heals the prompts' last tokens where that is asked for, as model.generate does with its tokenizer.
+
+    Args:
+        model: Of transformers.
+        input_ids: Integers, shape (batch, length), or None.
+        config: The caller's, left as it is.
+        options: Keyword arguments for model.generate, changed in place.
+        tokenizer: The model's.
+
+    Returns:
+        The prompts, and the configuration without token healing.
+
+    Raises:
+        InvalidInputError: There is no tokenizer.
+        UnsupportedGenerationError: The tokenizer makes another number of tokens of the prompts' text.
+    """
+    if not effective(model, config, options, "token_healing"):
+        return input_ids, config
+    if tokenizer is None:
+        raise InvalidInputError(
+            "token_healing needs a tokenizer.",
+            "Pass tokenizer= to RetrievalDrafter.for_model, or to generate.",
+        )
+    config = _without(model, config, options, "token_healing")
+    if input_ids is None:
+        return input_ids, config
+    healed = model.heal_tokens(input_ids.clone(), tokenizer)
+    if healed.shape != input_ids.shape:
+        raise UnsupportedGenerationError(
+            f"token_healing is not supported here: of the prompts' text, shape {tuple(input_ids.shape)}, the "
+            f"tokenizer makes {tuple(healed.shape)}.",
+            "Pass prompts as the tokenizer writes them, without special tokens or blanks at the ends.",
+        )
+    return healed, config
+
+
+def effective(model: Any, config: GenerationConfig | None, options: dict[str, Any], name: str) -> Any:
+    """What model.generate would take for an option: the argument, the caller's configuration, the model's."""
+    if name in options:
+        return options[name]
+    found = None if config is None else getattr(config, name, None)
+    return getattr(model.generation_config, name, None) if found is None else found
+
+
+def _without(
+    model: Any, config: GenerationConfig | None, options: dict[str, Any], name: str
+) -> GenerationConfig | None:
+    """The caller's configuration without one option; where the model's own has it, an argument undoes it."""
+    options.pop(name, None)
+    if config is not None and getattr(config, name, None) is not None:
+        config = copy.deepcopy(config)
+        setattr(config, name, None)
+    if getattr(model.generation_config, name, None):
+        options[name] = None
     return config
 
 
@@ -75,7 +136,7 @@ class StreamRows:
     def taker(self, row: int) -> Callable[[int], None]:
         """What takes the tokens of one row."""
         if len(self._waiting) == 1:
-            return lambda token: self._streamer.put(torch.tensor([token]))
+            return lambda token: self._streamer.put(torch.tensor([token], dtype=torch.int64, device="cpu"))
 
         def take(token: int) -> None:
             self._waiting[row].append(token)
@@ -94,7 +155,7 @@ class StreamRows:
             tokens or ended for tokens, ended in zip(self._waiting, self._ended, strict=True)
         ):
             column = [tokens.pop(0) if tokens else self._pad for tokens in self._waiting]
-            self._streamer.put(torch.tensor(column))
+            self._streamer.put(torch.tensor(column, dtype=torch.int64, device="cpu"))
 
 
 class ShownPrompt:
@@ -130,14 +191,23 @@ def shown_streamer(streamer: Any = None) -> ShownPrompt | None:
 
 
 @contextlib.contextmanager
-def streaming(streamer: Any, input_ids: Tensor, config: GenerationConfig) -> Iterator[StreamRows | None]:
-    """Hands the prompt to the streamer, yields what takes the tokens of its rows, and ends it in any case."""
-    if streamer is None:
-        yield None
-        return
+def ending(streamer: Any) -> Iterator[None]:
+    """Ends a streamer afterwards in any case: somebody may wait for that in another thread.
+
+    Args:
+        streamer: Anything with `end`, or None.
+    """
     try:
-        streamer.put(input_ids.cpu())
-        pad = getattr(config, "_pad_token_tensor", None)
-        yield StreamRows(streamer, len(input_ids), 0 if pad is None else int(pad))
+        yield
     finally:
-        streamer.end()
+        if streamer is not None:
+            streamer.end()
+
+
+def stream_rows(streamer: Any, input_ids: Tensor, config: GenerationConfig) -> StreamRows | None:
+    """Hands the prompt to a streamer, and returns what takes the tokens of its rows; None without one."""
+    if streamer is None:
+        return None
+    streamer.put(input_ids.cpu())
+    pad = getattr(config, "_pad_token_tensor", None)
+    return StreamRows(streamer, len(input_ids), 0 if pad is None else int(pad))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence, Sized
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers import GenerationConfig, GenerationMixin, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from retrieval_draft.engine.compat import CACHE_NAMES, callers_model_inputs
 from retrieval_draft.errors import InvalidInputError, TokenizerMismatchError, UnsupportedGenerationError
+from retrieval_draft.generation import effective
 from retrieval_draft.index.source import TokenArray
 
 __all__ = [
+    "arguments_of_generate",
     "best_of_options",
     "check_generation",
     "check_new_tokens",
@@ -22,28 +25,66 @@ __all__ = [
     "check_prompt",
     "check_tokenizer",
     "reference_tokens",
+    "strip_prompts",
 ]
 
 _CACHES = (None, "dynamic", "dynamic_full")
 _CACHE_HINT = "Leave it out: the drafter brings its own cache."
 
 
-def check_prompt(
-    input_ids: Any, attention_mask: Any, vocabulary: int, max_positions: int | None
-) -> list[TokenArray]:
-    """Checks a batch of prompts and takes the left padding off.
+def arguments_of_generate(
+    given: Sequence[Any], options: dict[str, Any]
+) -> tuple[Any, Tensor | None, GenerationConfig | None]:
+    """Sorts arguments: by position they come in the order of `RetrievalDrafter.generate` or model.generate.
+
+    Args:
+        given: Those by position: prompts; mask and configuration, or configuration; logits processors and
+            what follows them in model.generate.
+        options: Keyword arguments for model.generate, which are changed in place: what is returned is taken
+            out, what was given by position is added.
+
+    Returns:
+        Prompts, mask and configuration.
+
+    Raises:
+        InvalidInputError: An argument was given twice, or has a type that it cannot have.
+    """
+    names = ["input_ids", "attention_mask", "generation_config"]
+    if len(given) > 1 and isinstance(given[1], GenerationConfig):
+        names.remove("attention_mask")
+    elif len(given) > 2 and isinstance(given[2], list):
+        # Nothing stands for the configuration.
+        names = ["input_ids", "generation_config"]
+    of_model = list(inspect.signature(inspect.unwrap(GenerationMixin.generate)).parameters)
+    names += of_model[of_model.index("logits_processor") :]
+    for name, value in zip(names, given, strict=False):
+        if value is not None:
+            if options.get(name) is not None:
+                raise InvalidInputError(f"{name} was given twice.", "Give it by position or by name.")
+            options[name] = value
+    inputs, input_ids = options.pop("inputs", None), options.pop("input_ids", None)
+    if inputs is not None and input_ids is not None:
+        raise InvalidInputError("inputs and input_ids were both given.", "They are the same: give one.")
+    mask, config = options.pop("attention_mask", None), options.pop("generation_config", None)
+    for name, value, kind in (
+        ("attention_mask", mask, Tensor),
+        ("generation_config", config, GenerationConfig),
+        ("logits_processor", options.get("logits_processor"), list),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise InvalidInputError(f"{name} is a {type(value).__name__}; it must be a {kind.__name__}.")
+    return inputs if input_ids is None else input_ids, mask, config
+
+
+def check_prompt(input_ids: Any, attention_mask: Tensor | None) -> None:
+    """Checks types and shapes of a batch of prompts; `strip_prompts` checks what they hold.
 
     Args:
         input_ids: Integers, shape (batch, length).
-        attention_mask: 0 and 1, the same shape, zeros to the left only; None for no padding.
-        vocabulary: Rows of the model's embedding.
-        max_positions: The longest text the model allows, or None.
-
-    Returns:
-        For each row int32, shape (its length,).
+        attention_mask: The same shape; None for no padding.
 
     Raises:
-        InvalidInputError: Wrong type, dtype or shape, an empty or too long prompt, an unknown id.
+        InvalidInputError: Wrong type, dtype or shape, or an empty prompt.
     """
     if not isinstance(input_ids, Tensor):
         raise InvalidInputError(
@@ -64,6 +105,25 @@ def check_prompt(
         )
     if input_ids.numel() == 0:
         raise InvalidInputError("The prompt is empty.", "Pass at least one token, for example the bos token.")
+
+
+def strip_prompts(
+    input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int, max_positions: int | None
+) -> list[TokenArray]:
+    """Takes the left padding off a batch of prompts, and checks what they hold.
+
+    Args:
+        input_ids: Integers, shape (batch, length).
+        attention_mask: 0 and 1, the same shape, zeros to the left only; None for no padding.
+        vocabulary: Rows of the model's embedding.
+        max_positions: The longest text the model allows, or None.
+
+    Returns:
+        For each row int32, shape (its length,).
+
+    Raises:
+        InvalidInputError: An empty or too long prompt, or an unknown id.
+    """
     ids = input_ids.detach().cpu().numpy()
     mask = None if attention_mask is None else attention_mask.detach().cpu().numpy()
     rows = [_strip_row(ids[row], None if mask is None else mask[row]) for row in range(len(ids))]
@@ -121,6 +181,7 @@ def check_options(options: dict[str, Any]) -> None:
         "assistant_model": "Leave it out: the drafter makes the drafts.",
         "prompt_lookup_num_tokens": "Leave it out: the drafter looks the prompt up itself.",
         "inputs_embeds": "Pass the whole text as input_ids instead.",
+        "adapter_names": "Generate with the rows of each adapter apart, after model.set_adapter(name).",
     }
     for name, hint in hints.items():
         if options.get(name) is not None:
@@ -133,12 +194,13 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def best_of_options(
-    best_of: int | None, config: GenerationConfig | None, options: dict[str, Any]
+    best_of: int | None, model: Any, config: GenerationConfig | None, options: dict[str, Any]
 ) -> int | None:
     """Has model.generate expand each prompt to as many samples as are to be drawn.
 
     Args:
         best_of: Samples of each prompt, or None.
+        model: Of transformers.
         config: The caller's.
         options: Keyword arguments for model.generate; ``num_return_sequences`` is changed in place.
 
@@ -150,15 +212,12 @@ def best_of_options(
     """
     if best_of is None:
         return None
-    wanted = options.get("num_return_sequences")
-    if wanted is None:
-        wanted = (config.num_return_sequences if config is not None else None) or 1
+    wanted = effective(model, config, options, "num_return_sequences") or 1
     if best_of < wanted:
         raise InvalidInputError(
             f"best_of is {best_of}; it must be at least num_return_sequences, which is {wanted}."
         )
-    sampled = options.get("do_sample")
-    if sampled is False or (sampled is None and config is not None and not config.do_sample):
+    if not effective(model, config, options, "do_sample"):
         raise InvalidInputError(
             "best_of draws several samples; greedy decoding has one.", "Set do_sample=True."
         )

@@ -42,11 +42,12 @@ def make_output(rows: Sequence[Row], input_ids: Tensor, config: GenerationConfig
 
     Args:
         rows: In the order of `input_ids`.
-        input_ids: int64, shape (batch, length), left padding included.
+        input_ids: Integers, shape (batch, length), left padding included.
         config: As prepared by model.generate.
     """
     replies = [torch.from_numpy(row.text.reply.astype(np.int64)) for row in rows]
-    sequences = pad_replies(input_ids, replies, config)
+    # As of model.generate, whatever the prompts are.
+    sequences = pad_replies(input_ids.long(), replies, config)
     if not config.return_dict_in_generate:
         return sequences
     samplers = [row.request.sampler for row in rows]
@@ -63,7 +64,9 @@ def make_output(rows: Sequence[Row], input_ids: Tensor, config: GenerationConfig
         output_cache_name(): caches[0] if len(caches) == 1 else CacheRows(caches),
     }
     if logprobs or prompts:
-        fields["logprobs"] = tuple(torch.tensor(each) for each in logprobs) if logprobs else None
+        fields["logprobs"] = (
+            tuple(torch.from_numpy(np.array(each, np.float32)) for each in logprobs) if logprobs else None
+        )
         fields["prompt_logits"] = tuple(prompts) if prompts else None
     return kind(**fields)
 

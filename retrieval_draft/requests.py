@@ -21,7 +21,7 @@ from transformers import (
 from retrieval_draft.engine.cache_rows import adopt
 from retrieval_draft.engine.noise import GumbelNoise
 from retrieval_draft.engine.request import DecodeRequest
-from retrieval_draft.engine.row_processors import processors_of_row
+from retrieval_draft.engine.row_processors import criteria_of_row, processors_of_row
 from retrieval_draft.engine.sampling import Sampler
 from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import InvalidInputError
@@ -101,6 +101,7 @@ def make_requests(
 
     Raises:
         InvalidInputError: There are not as many seeds as prompts.
+        UnsupportedGenerationError: Something of the caller's cannot be copied for each row.
     """
     returned = config.num_return_sequences or 1
     dictionary = bool(config.return_dict_in_generate)
@@ -138,7 +139,7 @@ def make_requests(
         request.cache = caches[row]
         request.leader = None if leaders[row] == row else requests[leaders[row]]
         request.keep_prompt_logits = extras.keep_prompt_logits
-        set_limits(request, criteria, config, width - len(prompt))
+        set_limits(request, criteria_of_row(criteria, len(prompts)), config, width - len(prompt))
         requests.append(request)
     return requests
 
@@ -153,7 +154,7 @@ def _seeds(seeds: Seeds, rows: int, returned: int) -> list[int]:
     """A seed for each row; the samples of one prompt share theirs."""
     prompts = rows // returned
     if seeds is None:
-        drawn = [int(torch.randint(0, 2**62, ())) for _ in range(prompts)]
+        drawn = [int(torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu")) for _ in range(prompts)]
     elif isinstance(seeds, int):
         drawn = [seeds] * prompts
     else:

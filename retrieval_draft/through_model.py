@@ -10,7 +10,8 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.threads import in_live_pool
-from retrieval_draft.generation import take_stop_strings
+from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.generation import effective, heal_tokens, take_stop_strings
 from retrieval_draft.inputs import check_new_tokens, check_options, check_prompt
 
 __all__ = ["Decode", "through_model"]
@@ -23,7 +24,7 @@ def through_model(
     target: Target,
     tokenizer: Any,
     decode: Decode,
-    input_ids: Tensor,
+    input_ids: Any,
     attention_mask: Tensor | None,
     config: GenerationConfig | None,
     options: dict[str, Any],
@@ -32,17 +33,28 @@ def through_model(
 
     Args:
         target: The model.
-        tokenizer: For stop strings.
+        tokenizer: For stop strings and token healing; one in `options` goes first.
         decode: What to do in place of model.generate's own loop.
-        input_ids: int64, shape (batch, length).
+        input_ids: Integers, shape (batch, length); None to begin with the bos token.
         attention_mask: Zeros mark left padding.
         config: The caller's.
-        options: Keyword arguments for model.generate.
+        options: Keyword arguments for model.generate, changed in place.
+
+    Raises:
+        RetrievalDraftError: An option or a prompt that cannot be used.
     """
-    check_prompt(input_ids, attention_mask, target.embedding_rows, target.max_positions)
+    model: Any = target.model
     check_new_tokens(config, options)
     check_options(options)
-    config = take_stop_strings(config, options, tokenizer)
+    if input_ids is not None:
+        check_prompt(input_ids, attention_mask)
+    elif effective(model, config, options, "bos_token_id") is None:
+        raise InvalidInputError(
+            "There is no prompt, and no bos token to begin with.", "Pass input_ids, or bos_token_id."
+        )
+    tokenizer = options.pop("tokenizer", None) or tokenizer
+    config = take_stop_strings(model, config, options, tokenizer)
+    input_ids, config = heal_tokens(model, input_ids, config, options, tokenizer)
 
     def loop(
         model: PreTrainedModel,
@@ -55,11 +67,9 @@ def through_model(
         return decode(input_ids, logits_processor, stopping_criteria, generation_config, model_inputs)
 
     # Of the class: model.generate may have been replaced by a drafter's own.
-    kind: Any = type(target.model)
-    generate = kind.generate
     return in_live_pool(
-        lambda: generate(
-            target.model,
+        lambda: type(model).generate(
+            model,
             input_ids,
             attention_mask=attention_mask,
             generation_config=config,

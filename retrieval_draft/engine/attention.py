@@ -144,7 +144,7 @@ class TreeAttention:
         self.device = device
         self.pads = device.type == "cuda"
         self._masks = {kind: _Mask(window, dtype, device) for kind, window in windows.items()}
-        self._host = torch.empty(0, dtype=torch.int64)
+        self._host = torch.empty(0, dtype=torch.int64, device="cpu")
         self._up = torch.empty(0, dtype=torch.int64, device=device)
         self._sent: torch.cuda.Event | None = None
 
@@ -189,7 +189,8 @@ class TreeAttention:
     def _reserve(self, words: int) -> None:
         if words > len(self._host):
             size = max(1024, 2 * words)
-            self._host = torch.empty(size, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+            pinned = self.device.type == "cuda"
+            self._host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned)
             self._up = self._host if self.device.type == "cpu" else self._up.new_empty(size)
 
     def _send(self, words: int) -> Tensor:

@@ -90,12 +90,13 @@ def _compiled_layer(name: str, weight: Tensor, bias: Tensor | None) -> Linear:
             return y
         given = x
         if half:
-            given = torch.empty(tokens * length)
+            given = torch.empty(tokens * length, dtype=torch.float32, device="cpu")
             widen_rows(x.data_ptr(), given.data_ptr(), tokens, length)
         x_at, y_at, w_at = given.data_ptr(), y.data_ptr(), weight.data_ptr()
         bias_at = 0 if bias is None else bias.data_ptr()
         if packs:
-            packed = torch.empty(length * min(-(-tokens // LANES) * LANES, most))
+            words = length * min(-(-tokens // LANES) * LANES, most)
+            packed = torch.empty(words, dtype=torch.float32, device="cpu")
         for begin in range(0, tokens, most):
             some = min(most, tokens - begin)
             part, step = x_at + 4 * begin * length, length
@@ -135,7 +136,7 @@ def _fresh(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     Measured for 64 x 262,144 float32: first writes take a third of the time in memory of torch's own.
     """
     if math.prod(shape) * dtype.itemsize < _HUGE_BYTES:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     plain = np.float32 if dtype == torch.float32 else np.int16
     return torch.from_numpy(np.empty(shape, plain)).view(dtype)
 

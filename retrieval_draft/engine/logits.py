@@ -119,8 +119,8 @@ class LogitReader:
 
     def __init__(self, k: int) -> None:
         self.k = k
-        self._scratch = torch.empty((1, 0))
-        self._host = torch.empty(0, dtype=torch.int32)
+        self._scratch = torch.empty((1, 0), dtype=torch.float32, device="cpu")
+        self._host = torch.empty(0, dtype=torch.int32, device="cpu")
 
     def read(self, logits: Tensor, nodes: int | None = None) -> Predictions:
         """Summarises `logits` with one device-to-host copy.
@@ -159,12 +159,12 @@ class LogitReader:
             return (logits.float() - best[:, None].float()).exp_().sum(-1)
         from retrieval_draft.engine._kernels.softmax import exp_sums
 
-        total = torch.empty(len(logits))
+        total = torch.empty(len(logits), dtype=torch.float32, device="cpu")
         if logits.dtype == torch.float32:
             exp_sums(logits.detach().numpy(), best.numpy(), total.numpy())
             return total
         if self._scratch.shape[-1] != logits.shape[-1]:
-            self._scratch = torch.empty((1, logits.shape[-1]))
+            self._scratch = torch.empty((1, logits.shape[-1]), dtype=torch.float32, device="cpu")
         for row in range(len(logits)):
             self._scratch.copy_(logits[row])
             exp_sums(self._scratch.numpy(), best[row : row + 1].float().numpy(), total[row:].numpy())
@@ -174,7 +174,8 @@ class LogitReader:
         if packed.device.type != "cuda":
             return packed.cpu()
         if self._host.numel() < packed.numel():
-            self._host = torch.empty(2 * packed.numel(), dtype=torch.int32, pin_memory=True)
+            size = 2 * packed.numel()
+            self._host = torch.empty(size, dtype=torch.int32, device="cpu", pin_memory=True)
         host = self._host[: packed.numel()].view(packed.shape)
         host.copy_(packed, non_blocking=True)
         torch.cuda.current_stream(packed.device).synchronize()

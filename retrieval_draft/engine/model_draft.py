@@ -107,7 +107,7 @@ class ModelDraft:
         self._kernels = CpuKernels(model, cpu_kernels)
         self._allowed: Tensor | None = None
         if self.target.embedding_rows > vocabulary:
-            self._allowed = torch.zeros(self.target.embedding_rows, dtype=torch.bool)
+            self._allowed = torch.zeros(self.target.embedding_rows, dtype=torch.bool, device="cpu")
             self._allowed[:vocabulary] = True
             self._allowed = self._allowed.to(self.target.device)
         self._known = min(vocabulary, self.target.embedding_rows)

@@ -12,6 +12,7 @@ from retrieval_draft.engine.logits import non_finite
 from retrieval_draft.engine.noise import GumbelNoise
 from retrieval_draft.engine.token_logprobs import TokenLogprobs, token_logprobs
 from retrieval_draft.engine.warpers import Choice, Warpers, split
+from retrieval_draft.errors import UnsupportedGenerationError
 
 __all__ = ["Sampler", "non_finite"]
 
@@ -81,6 +82,7 @@ class Sampler:
 
         Raises:
             NonFiniteLogitsError: A score is NaN.
+            UnsupportedGenerationError: A processor returned other scores than those of one row.
         """
         # Processors write into their input; a copy of one row is what plain decoding makes too.
         copied = len(self._head) > 0 or self.scores is not None
@@ -88,13 +90,14 @@ class Sampler:
         if self.logits is not None:
             self.logits.append(row[None].to(device=ids.device, dtype=torch.float32, copy=True))
         if len(self._head):
-            scores = self._head(ids.to(row.device), scores)
+            scores = _checked(self._head(ids.to(row.device), scores), scores.shape)
         if self.scores is not None:
             self.scores.append(scores.to(ids.device))
         key = None if self._noise is None else self._noise.key(position)
         choice = self._warpers.choose(scores[0], key, self._keep_logprob)
         if choice is None:
-            choice = self._choose_in_torch(self._tail(ids.to(row.device), scores), position)
+            tailed = _checked(self._tail(ids.to(row.device), scores), scores.shape)
+            choice = self._choose_in_torch(tailed, position)
         if self._keep_logprob:
             self.logprobs.append(choice.logprob)
         if self._keep_top is not None:
@@ -111,3 +114,13 @@ class Sampler:
         if lost:
             raise non_finite(position)
         return Choice(int(token), logprob[0] if logprob else float("nan"))
+
+
+def _checked(scores: Tensor, shape: torch.Size) -> Tensor:
+    """What processors returned, if it is of one row; one made for a batch may return all rows."""
+    if scores.shape != shape:
+        raise UnsupportedGenerationError(
+            f"A logits processor made scores of shape {tuple(scores.shape)} of one row's {tuple(shape)}.",
+            "Each row has its own copies of the processors: make them for one row, or generate row by row.",
+        )
+    return scores

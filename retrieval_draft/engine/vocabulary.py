@@ -66,7 +66,7 @@ class VocabularyMap:
 
     def allowed(self, rows: int) -> Tensor:
         """bool, shape (rows,): which of the draft model's tokens the target has."""
-        mask = torch.zeros(rows, dtype=torch.bool)
+        mask = torch.zeros(rows, dtype=torch.bool, device="cpu")
         size = min(rows, len(self.to_target))
         mask[:size] = torch.from_numpy(self.to_target[:size] >= 0)
         return mask

@@ -32,8 +32,9 @@ def compile_kernels(sources: Sequence[DraftSource], tree: Fuse, top_k: int) -> N
     nodes = 4
     prompt = np.arange(8, dtype=np.int32).repeat(2) % 4
     with progress("Compiling", None):
-        said = LogitReader(top_k).read(torch.zeros((2, 2 * top_k + 8)))
-        GumbelNoise(0, 8, torch.device("cpu")).draw(torch.zeros(8), 0)
+        said = LogitReader(top_k).read(torch.zeros((2, 2 * top_k + 8), dtype=torch.float32, device="cpu"))
+        flat = torch.zeros(8, dtype=torch.float32, device="cpu")
+        GumbelNoise(0, 8, flat.device).draw(flat, 0)
         calibration = Calibration()
         locality = Locality(sources)
         for _ in range(2):  # the second request drafts from the first

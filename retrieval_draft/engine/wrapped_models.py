@@ -11,7 +11,14 @@ from torch import nn
 
 from retrieval_draft.errors import UnsupportedModelError
 
-__all__ = ["check_layers", "device_of", "is_compiled", "uncompiled", "unwrap"]
+__all__ = [
+    "check_layers",
+    "device_of",
+    "is_compiled",
+    "refuse_activated_adapter",
+    "uncompiled",
+    "unwrap",
+]
 
 
 def unwrap(model: Any) -> Any:
@@ -96,4 +103,35 @@ def check_layers(model: nn.Module) -> None:
                 f"The layer {name} is of torch's dynamic quantisation: it rounds by the largest number of a "
                 "whole pass, so that a token's result depends on the tokens beside it.",
                 "Quantise the weights alone, with torchao, optimum-quanto or bitsandbytes.",
+            )
+
+
+def refuse_activated_adapter(name: str, module: nn.Module) -> None:
+    """Refuses a layer whose adapters act on a part of the text, or of the batch, that its caller names.
+
+    Args:
+        name: Of the layer.
+        module: It.
+
+    Raises:
+        UnsupportedModelError: Names the adapter, or the adapters.
+    """
+    if getattr(module, "disable_adapters", True):
+        return
+    layer: Any = module
+    variants = getattr(layer, "lora_variant", None) or {}
+    for adapter in getattr(layer, "active_adapters", ()):
+        kind = type(variants[adapter]).__name__ if adapter in variants else ""
+        if "alora" in kind.lower():
+            raise UnsupportedModelError(
+                f"The adapter {adapter!r} at {name} is an activated LoRA: it acts from a place of "
+                "the text that only PEFT's own generate works out.",
+                "Use the generate of the PEFT model for it, or set_adapter another one.",
+            )
+    for hook in layer._forward_pre_hooks.values():
+        names = (getattr(hook, "keywords", None) or {}).get("adapter_names") or ()
+        if len(names) > 1:
+            raise UnsupportedModelError(
+                f"adapter_names gives {len(names)} rows adapters of their own, which is not supported.",
+                "Generate with the rows of each adapter apart, after model.set_adapter(name).",
             )

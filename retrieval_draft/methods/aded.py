@@ -124,15 +124,21 @@ class AdedSession(LookupSession):
     Args:
         matrix: Shared by all requests.
         prompt: int32, shape (length,).
+        references: Texts of this request alone, whose trigrams go first.
 
     Example:
         rows "7 8": 9 .75, 5 .25; "8 9": 1; "8 5": 2; "9 1": 3, text .. 7 8
         ->  sentences 9 1 3 and 5 2, of which 9 1 3 is visited more: tokens [9, 1, 3, 5, 2]
     """
 
-    def __init__(self, matrix: TrigramMatrix, prompt: TokenArray) -> None:
+    def __init__(
+        self, matrix: TrigramMatrix, prompt: TokenArray, references: Sequence[TokenArray] = ()
+    ) -> None:
         super().__init__(prompt)
         self._matrix = matrix
+        self._quoted = TrigramMatrix()
+        for text in references:
+            self._quoted.remember(text.tolist())
 
     def propose(self, budget: int) -> Proposal:
         """The most visited sentences, the most visited nodes first; chances are shares of visits."""
@@ -157,7 +163,7 @@ class AdedSession(LookupSession):
 
     def _row(self, sentence: tuple[int, ...]) -> list[tuple[int, float]]:
         pair = [*self.text[-2:], *sentence][-2:]
-        return self._matrix.row(*pair) if len(pair) == 2 else []
+        return (self._quoted.row(*pair) or self._matrix.row(*pair)) if len(pair) == 2 else []
 
     def _search(self) -> Counter[tuple[int, ...]]:
         """Sentences with their visits."""
@@ -186,7 +192,7 @@ def _sources(parts: Parts) -> Sequence[MethodSource]:
     matrix = TrigramMatrix([segment for corpus in parts.stores.corpora for segment in corpus.segments])
 
     def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> AdedSession:
-        return AdedSession(matrix, prompt)
+        return AdedSession(matrix, prompt, references)
 
     return [MethodSource("aded", opened, lambda: len(matrix) * ROW_BYTES)]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from retrieval_draft.index.source import Proposal, TokenArray
-from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
+from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
 from retrieval_draft.methods.method import Method, as_proposed
 
 __all__ = ["METHOD", "AnpdSession"]
@@ -74,7 +74,7 @@ class AnpdSession(LookupSession):
 
 
 def _open(prompt: TokenArray, references: Sequence[TokenArray]) -> AnpdSession:
-    return AnpdSession(prompt)
+    return AnpdSession(after_references(prompt, references))
 
 
 METHOD = Method(

@@ -18,7 +18,7 @@ import numpy as np
 from retrieval_draft.engine.expansion import Expansion, ExpansionLimits
 from retrieval_draft.index.source import DraftSource, Proposal, TokenArray
 from retrieval_draft.methods.drafted import expansions
-from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
+from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
 from retrieval_draft.methods.method import Method, Parts, as_proposed
 
 __all__ = ["METHOD", "CascadeSession"]
@@ -38,9 +38,12 @@ class CascadeSession(LookupSession):
         text 7 8 9 4 7 8: the base copies 9 4 7 8; the model keeps 9 4, puts 5 behind, ...
     """
 
-    def __init__(self, expansion: Expansion, prompt: TokenArray) -> None:
+    def __init__(
+        self, expansion: Expansion, prompt: TokenArray, references: Sequence[TokenArray] = ()
+    ) -> None:
         super().__init__(prompt)
         self._expansion = expansion
+        self._copied: list[int] = after_references(prompt, references).tolist()
         self._last: dict[tuple[int, ...], int] = {}
         self._indexed = 0
 
@@ -59,20 +62,25 @@ class CascadeSession(LookupSession):
         tree.add_path([*chain[:wanted], *self.base(chain[:wanted], BEHIND)])
         return tree.proposal(budget)
 
+    def observe(self, tokens: TokenArray) -> None:
+        """Appends accepted tokens."""
+        super().observe(tokens)
+        self._copied.extend(tokens.tolist())
+
     def base(self, chain: Sequence[int], size: int) -> list[int]:
         """At most `size` and 10 tokens after the longest earlier occurrence of text and chain."""
         end = [*self.text[-LONGEST:], *chain][-LONGEST:]
         for length in range(len(end), 0, -1):
             begin = self._last.get(tuple(end[-length:]))
             if begin is not None:
-                return self.text[begin : begin + min(size, COPIED)]
+                return self._copied[begin : begin + min(size, COPIED)]
         return []
 
     def _index(self) -> None:
-        for end in range(self._indexed + 1, len(self.text)):
+        for end in range(self._indexed + 1, len(self._copied)):
             for size in range(1, min(LONGEST, end) + 1):
-                self._last[tuple(self.text[end - size : end])] = end
-        self._indexed = max(self._indexed, len(self.text) - 1)
+                self._last[tuple(self._copied[end - size : end])] = end
+        self._indexed = max(self._indexed, len(self._copied) - 1)
 
     def _review(self, chain: Sequence[int], cheap: Sequence[int]) -> list[int]:
         """What the draft model leaves of `cheap`, and its own token behind."""
@@ -95,7 +103,7 @@ def _sources(parts: Parts) -> Sequence[DraftSource]:
     start = expansions(parts, "cascade", ExpansionLimits(top_k=1))
 
     def open_session(prompt: TokenArray, references: Sequence[TokenArray]) -> CascadeSession:
-        return CascadeSession(start(), prompt)
+        return CascadeSession(start(), prompt, references)
 
     return [MethodSource("cascade", open_session)]
 

@@ -21,7 +21,7 @@ from threading import Lock
 
 from retrieval_draft.index.segment_session import Segments
 from retrieval_draft.index.source import Proposal, TokenArray
-from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
+from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
 from retrieval_draft.methods.method import Method, Parts, as_proposed
 from retrieval_draft.methods.rest import LONGEST, SHORTEST, TextEnd, common_prefixes
 
@@ -180,7 +180,7 @@ def _sources(parts: Parts) -> Sequence[MethodSource]:
 
     def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> HierarchyDraftingSession:
         shared = model if parts.config.history_replies else ModelStore()
-        return HierarchyDraftingSession(shared, segments, prompt)
+        return HierarchyDraftingSession(shared, segments, after_references(prompt, references))
 
     def nbytes() -> int:
         return model.nbytes + sum(corpus.nbytes for corpus in corpora)

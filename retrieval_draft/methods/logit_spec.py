@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArray
-from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
+from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
 from retrieval_draft.methods.method import Method, as_proposed
 
 __all__ = ["METHOD", "LogitSpecSession"]
@@ -110,7 +110,7 @@ class LogitSpecSession(LookupSession):
 
 
 def _open(prompt: TokenArray, references: Sequence[TokenArray]) -> LogitSpecSession:
-    return LogitSpecSession(prompt)
+    return LogitSpecSession(after_references(prompt, references))
 
 
 METHOD = Method(

@@ -8,7 +8,7 @@ import numpy as np
 
 from retrieval_draft.index.source import DraftSession, NodeLogits, Proposal, TokenArray
 
-__all__ = ["GuessTree", "LookupSession", "MethodSource"]
+__all__ = ["GuessTree", "LookupSession", "MethodSource", "after_references"]
 
 
 class GuessTree:
@@ -67,6 +67,14 @@ class GuessTree:
             self.source,
             self.level,
         )
+
+
+def after_references(prompt: TokenArray, references: Sequence[TokenArray]) -> TokenArray:
+    """A prompt as if reference texts had been said before it: int32, shape (length of all,).
+
+    What is found across the border of two texts is a wrong draft like any other.
+    """
+    return np.concatenate([*references, prompt]) if references else prompt
 
 
 class LookupSession:

@@ -44,6 +44,7 @@ class Method:
         nodes: Draft nodes of a step as published; None lets the measured cost decide.
         calibrates: Whether acceptance is learned.
         needs_model: Whether it drafts with a draft model.
+        reads_text: Whether it looks tokens up in text of the request, such as reference texts.
     """
 
     name: str
@@ -53,6 +54,11 @@ class Method:
     nodes: int | None
     calibrates: bool = False
     needs_model: bool = False
+    reads_text: bool = True
+
+    def reads_references(self, config: DraftConfig) -> bool:
+        """Whether it drafts from reference texts as it is configured."""
+        return self.reads_text and (not self.calibrates or "automaton" in config.sources)
 
 
 def as_proposed(

@@ -6,4 +6,4 @@ from retrieval_draft.methods.method import Method, as_proposed
 
 __all__ = ["METHOD"]
 
-METHOD = Method("none", "", lambda parts: [], as_proposed, nodes=0)
+METHOD = Method("none", "", lambda parts: [], as_proposed, nodes=0, reads_text=False)

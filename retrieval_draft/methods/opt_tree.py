@@ -33,5 +33,11 @@ def _sources(parts: Parts) -> Sequence[DraftSource]:
 
 
 METHOD = Method(
-    "opt_tree", "Wang et al. 2025, arXiv:2406.17276", _sources, as_proposed, nodes=50, needs_model=True
+    "opt_tree",
+    "Wang et al. 2025, arXiv:2406.17276",
+    _sources,
+    as_proposed,
+    nodes=50,
+    needs_model=True,
+    reads_text=False,
 )

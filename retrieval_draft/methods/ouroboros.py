@@ -71,8 +71,17 @@ class PhrasePool:
 class OuroborosSession(LookupSession):
     """One request: the draft model, and the pool of all requests."""
 
-    def __init__(self, expansion: Expansion, pool: PhrasePool, prompt: TokenArray) -> None:
+    def __init__(
+        self,
+        expansion: Expansion,
+        pool: PhrasePool,
+        prompt: TokenArray,
+        references: Sequence[TokenArray] = (),
+    ) -> None:
         super().__init__(prompt)
+        self._quoted = PhrasePool()
+        for text in references:
+            self._quoted.add(text.tolist())
         self._expansion = expansion
         self._pool = pool
         pool.add(self.text)
@@ -85,7 +94,8 @@ class OuroborosSession(LookupSession):
         grown = self._expansion.grow(np.array(self.text, np.int32), min(DRAFTED, budget))
         chain = grown.tokens.tolist()
         last = tree.add_path(chain)
-        for phrase in self._pool.newest(chain[-1] if chain else self.text[-1]):
+        end = chain[-1] if chain else self.text[-1]
+        for phrase in [*self._quoted.newest(end), *self._pool.newest(end)][:EXTENDED]:
             tree.add_path(phrase, last)
         self._pool.add([*self.text[-1:], *chain])
         return tree.proposal(budget)
@@ -106,7 +116,7 @@ def _sources(parts: Parts) -> Sequence[DraftSource]:
     pool = PhrasePool()
 
     def open_session(prompt: TokenArray, references: Sequence[TokenArray]) -> OuroborosSession:
-        return OuroborosSession(start(), pool, prompt)
+        return OuroborosSession(start(), pool, prompt, references)
 
     return [MethodSource("ouroboros", open_session, lambda: pool.nbytes)]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from retrieval_draft.index.source import Proposal, TokenArray
-from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
+from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
 from retrieval_draft.methods.method import Method, as_proposed
 
 __all__ = ["METHOD", "PromptLookupSession"]
@@ -47,7 +47,7 @@ class PromptLookupSession(LookupSession):
 
 
 def _open(prompt: TokenArray, references: Sequence[TokenArray]) -> PromptLookupSession:
-    return PromptLookupSession(prompt)
+    return PromptLookupSession(after_references(prompt, references))
 
 
 METHOD = Method(

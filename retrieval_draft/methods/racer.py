@@ -134,22 +134,34 @@ class RacerSession(LookupSession):
         trie: Shared by all requests.
         matrix: Shared by all requests.
         prompt: int32, shape (length,).
+        references: Texts of this request alone, whose 10-grams go first.
 
     Example:
         the trie has 7 8 9 .. twice and 7 8 5 .. once, the row of 8 is 5 6, text .. 7 8
         ->  9 and 5 with what follows them, then 6
     """
 
-    def __init__(self, trie: GramTrie, matrix: RecycledTokens, prompt: TokenArray) -> None:
+    def __init__(
+        self,
+        trie: GramTrie,
+        matrix: RecycledTokens,
+        prompt: TokenArray,
+        references: Sequence[TokenArray] = (),
+    ) -> None:
         super().__init__(prompt)
         self._trie, self._matrix = trie, matrix
+        self._quoted = GramTrie()
+        for text in (tokens.tolist() for tokens in references):
+            for start in range(len(text) - GRAM + 1):
+                self._quoted.insert(text[start : start + GRAM])
         self._inserted = 0
         self._insert()
 
     def propose(self, budget: int) -> Proposal:
         """Continuations by count, then the adjacency tree."""
         tree = GuessTree("racer")
-        self._trie.continuations(self.text[-GRAM:], NODES, tree)
+        for trie in (self._quoted, self._trie):
+            trie.continuations(self.text[-GRAM:], NODES - len(tree), tree)
         if self.text:
             self._recycle(tree)
         return tree.proposal(min(budget, NODES))
@@ -183,7 +195,7 @@ def _sources(parts: Parts) -> Sequence[MethodSource]:
     trie, matrix = GramTrie(), RecycledTokens(parts.stores.vocabulary)
 
     def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> RacerSession:
-        return RacerSession(trie, matrix, prompt)
+        return RacerSession(trie, matrix, prompt, references)
 
     return [MethodSource("racer", opened, lambda: len(trie) * NODE_BYTES + matrix.nbytes)]
 

@@ -175,9 +175,10 @@ class RestSource(MethodSource):
         self._store = store
 
         def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> RestSession:
+            quoted = (Segment.build(references, parts.stores.vocabulary),) if references else ()
             if isinstance(store, HistorySource):
-                return RestSession(store.history.segments, prompt, store.open(prompt))
-            return RestSession(segments, prompt)
+                return RestSession((*quoted, *store.history.segments), prompt, store.open(prompt))
+            return RestSession((*quoted, *segments), prompt)
 
         super().__init__("rest", opened, lambda: store.nbytes)
         self.level = store.level

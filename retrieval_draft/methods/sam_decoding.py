@@ -21,7 +21,7 @@ import numpy as np
 from retrieval_draft.index.segment_session import Segments
 from retrieval_draft.index.source import Proposal, TokenArray
 from retrieval_draft.index.suffix_automaton import SuffixAutomaton
-from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
+from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
 from retrieval_draft.methods.method import Method, Parts, as_proposed
 from retrieval_draft.methods.rest import Places, TextEnd
 
@@ -136,7 +136,7 @@ def _sources(parts: Parts) -> Sequence[MethodSource]:
     segments = tuple(part for corpus in corpora for part in corpus.segments)
 
     def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> SamDecodingSession:
-        return SamDecodingSession(segments, prompt)
+        return SamDecodingSession(segments, after_references(prompt, references))
 
     return [MethodSource("sam_decoding", opened, lambda: sum(corpus.nbytes for corpus in corpora))]
 

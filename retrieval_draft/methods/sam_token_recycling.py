@@ -16,7 +16,7 @@ import numpy as np
 
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 from retrieval_draft.index.suffix_automaton import SuffixAutomaton
-from retrieval_draft.methods.lookup import GuessTree, MethodSource
+from retrieval_draft.methods.lookup import GuessTree, MethodSource, after_references
 from retrieval_draft.methods.method import Method, Parts, as_proposed
 from retrieval_draft.methods.token_recycling import TEMPLATE, RecycledTokens
 
@@ -84,7 +84,7 @@ def _sources(parts: Parts) -> Sequence[MethodSource]:
     matrix = RecycledTokens(parts.stores.vocabulary)
 
     def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> SamTokenRecyclingSession:
-        return SamTokenRecyclingSession(matrix, prompt)
+        return SamTokenRecyclingSession(matrix, after_references(prompt, references))
 
     return [MethodSource(NAME, opened, lambda: matrix.nbytes)]
 

@@ -165,4 +165,5 @@ METHOD = Method(
     sources=_sources,
     tree=as_proposed,
     nodes=NODES,
+    reads_text=False,
 )

@@ -26,7 +26,7 @@ import numpy as np
 
 from retrieval_draft.index.source import Proposal, TokenArray
 from retrieval_draft.index.suffix_automaton import SuffixAutomaton
-from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
+from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
 from retrieval_draft.methods.method import Method, Parts, as_proposed
 
 __all__ = ["METHOD", "Replies", "SuffixDecodingSession", "suffix_tree"]
@@ -186,7 +186,7 @@ def _sources(parts: Parts) -> Sequence[MethodSource]:
     replies = Replies(parts.config.history_bytes if parts.config.history_replies else 0)
 
     def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> SuffixDecodingSession:
-        return SuffixDecodingSession(replies, prompt)
+        return SuffixDecodingSession(replies, after_references(prompt, references))
 
     return [MethodSource(NAME, opened, lambda: replies.nbytes)]
 

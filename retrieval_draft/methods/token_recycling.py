@@ -169,4 +169,5 @@ METHOD = Method(
     sources=_sources,
     tree=as_proposed,
     nodes=sum(LEVELS),
+    reads_text=False,
 )

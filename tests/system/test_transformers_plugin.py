@@ -11,7 +11,7 @@ import transformers
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.engine.wrapped_models import is_compiled
-from retrieval_draft.errors import UnsupportedModelError
+from retrieval_draft.errors import UnsupportedGenerationError, UnsupportedModelError
 from tests.drafters import near_ties, prompt_ids
 from tests.models import make
 from tests.tiny import TEXT, byte_tokenizer
@@ -267,6 +267,60 @@ def test_lora_and_its_absence() -> None:
         assert torch.equal(drafter.generate(PROMPT, **OPTIONS), bare)
     adapted.merge_and_unload()
     check(base)
+
+
+def test_adapters_that_come_later_act() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    base = wide()
+    drafter = RetrievalDrafter.for_model(base)
+    bare = drafter.generate(PROMPT, **OPTIONS)
+    options = peft.LoraConfig(
+        target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    adapted = peft.get_peft_model(base, options).eval()
+    found = drafter.generate(PROMPT, **OPTIONS)
+    assert torch.equal(found, adapted.generate(input_ids=PROMPT, **OPTIONS))
+    assert not torch.equal(found, bare)
+
+
+def test_an_activated_lora_is_refused_while_it_is_active() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    base = wide()
+    options = {"target_modules": ["q_proj", "v_proj"], "r": 4, "init_lora_weights": False}
+    usual = peft.LoraConfig(task_type="CAUSAL_LM", **options)
+    activated = peft.LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[int(PROMPT[0, 3])], **options)
+    adapted = peft.get_peft_model(base, usual, adapter_name="usual").eval()
+    drafter = check(adapted)
+    adapted.add_adapter("activated", activated)
+    adapted.eval()
+    check(adapted)
+    adapted.set_adapter("activated")
+    for call in (
+        lambda: drafter.generate(PROMPT, **OPTIONS),
+        lambda: RetrievalDrafter.for_model(adapted),
+    ):
+        with pytest.raises(UnsupportedModelError, match=r"'activated'.*activated LoRA"):
+            call()
+    adapted.set_adapter("usual")
+    check(adapted)
+
+
+def test_adapters_of_single_rows_are_refused_by_name() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    options = peft.LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(wide(), options).eval()
+    drafter = RetrievalDrafter.for_model(adapted)
+    rows, names = torch.cat([PROMPT, PROMPT.roll(3, 1)]), ["default", "__base__"]
+    with pytest.raises(UnsupportedGenerationError, match="adapter_names"):
+        drafter.generate(rows, adapter_names=names, **OPTIONS)
+    with pytest.raises(UnsupportedModelError, match="adapter_names"):
+        adapted.generate(input_ids=rows, adapter_names=names, custom_generate=drafter, **OPTIONS)
+    alone = adapted.generate(input_ids=PROMPT, adapter_names=["__base__"], **OPTIONS)
+    ours = adapted.generate(input_ids=PROMPT, adapter_names=["__base__"], custom_generate=drafter, **OPTIONS)
+    assert torch.equal(ours, alone)
 
 
 def test_prompt_tuning_is_refused() -> None:

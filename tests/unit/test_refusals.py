@@ -95,7 +95,7 @@ def test_unknown_method_and_unsupported_parts() -> None:
 @pytest.mark.parametrize("window", [16, 256])
 def test_windows_by_place_in_the_pass_are_seen_on_texts_beyond_them(window: int) -> None:
     with pytest.raises(UnsupportedModelError, match="for a tree than for its paths"):
-        RetrievalDrafter.for_model(make("gpt-neo", window_size=window))
+        RetrievalDrafter.for_model(make("gpt-neo", attention="eager", window_size=window))
 
 
 @pytest.mark.parametrize("given", ["small", 3, (MODEL,), [MODEL, "small"]])
