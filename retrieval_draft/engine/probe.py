@@ -18,6 +18,10 @@ _LONGEST_PROBE = 4096
 """The longest text that is tried; a window of a configuration above it is not seen."""
 
 
+_MANY = 48
+"""Children of a root, so that a window that counts places loses keys enough to be noticed."""
+
+
 @torch.no_grad()
 def probe(target: Target) -> float:
     """Compares a small tree's logits with those of its paths decoded token by token.
@@ -37,13 +41,12 @@ def probe(target: Target) -> float:
             as models with ALiBi or with code that ignores the mask do.
     """
     windows = [window for window in target.windows.values() if window is not None and window <= _LONG_WINDOW]
-    lengths = [max([_PROMPT, *(window + 2 for window in windows)])]
-    if own := _own_windows(target):
-        lengths.append(max(own) + 2)
+    tried = [(max([_PROMPT, *(window + 2 for window in windows)]), 2)]
+    tried += [(window + 2, _MANY) for window in _own_windows(target)]
     found = 0.0
-    for length in lengths:
+    for length, siblings in tried:
         if target.max_positions is None or length + 4 <= target.max_positions:
-            found = max(found, _compare(target, length))
+            found = max(found, _compare(target, length, siblings))
     return found
 
 
@@ -61,27 +64,35 @@ def _own_windows(target: Target) -> list[int]:
     ]
 
 
-def _compare(target: Target, length: int) -> float:
+def _compare(target: Target, length: int, siblings: int = 2) -> float:
+    """`probe` of one text, with a tree of a root, its children, and last a child of the first of them.
+
+    The more children, the further apart are a node's place in the pass and its position.
+    """
     model, tokens = target.model, min(target.vocabulary, 1000)
-    ids = np.random.default_rng(0).integers(0, tokens, length + 4)
+    siblings = min(siblings, tokens - 1)
+    ids = np.random.default_rng(0).integers(0, tokens, length + 3)
     prompt = torch.from_numpy(ids[:length]).to(target.device)
-    root, first, other, second = (int(token) for token in ids[length:])
+    root, first, second = (int(token) for token in ids[length:])
+    children = [(first + step) % tokens for step in range(siblings)]
+    size = siblings + 2
     tree = DraftTree(
-        tokens=np.array([root, first, (other if other != first else (first + 1) % tokens), second], np.int32),
-        parents=np.array([-1, 0, 0, 1], np.int32),
-        depths=np.array([0, 1, 1, 2], np.int32),
-        probs=np.ones(4, np.float32),
-        path_probs=np.ones(4, np.float32),
-        sources=np.zeros(4, np.int64),
+        tokens=np.array([root, *children, second], np.int32),
+        parents=np.array([-1, *[0] * siblings, 1], np.int32),
+        depths=np.array([0, *[1] * siblings, 2], np.int32),
+        probs=np.ones(size, np.float32),
+        path_probs=np.ones(size, np.float32),
+        sources=np.zeros(size, np.int64),
     )
+    last = size - 1
     try:
-        cache = target.cache(length + 8)
+        cache = target.cache(length + size)
         for _ in target.prefill(cache, prompt, 1):
             pass
-        together = target.verify_tree(cache, tree, length)[:4]
+        together = target.verify_tree(cache, tree, length)[[0, 1, 2, last]]
         cache.drop()
         alone = []
-        for node, position, keep in ((0, 0, 1), (2, 1, 0), (1, 1, 1), (3, 2, 0)):
+        for node, position, keep in ((0, 0, 1), (2, 1, 0), (1, 1, 1), (last, 2, 0)):
             single = DraftTree.root(int(tree.tokens[node]))
             alone.append(target.verify_tree(cache, single, length + position)[:1])
             cache.commit(None, keep, keep)
