@@ -29,19 +29,33 @@ __all__ = [
     "layer_kinds",
     "output_cache_name",
     "query_length",
+    "require_parts",
 ]
 
 CACHE_NAMES = ("cache", "past_key_values")
 """Names of the cache among the arguments of `generate` and of a model's forward pass, the newest first."""
 
 _NEEDED = ("AttentionInterface", "AttentionMaskInterface", "PreTrainedConfig")
-"""Parts of transformers 5 without which trees cannot be verified; 4.57 lacks the last."""
+"""Parts of transformers 5 that this package stands on; 4.57 lacks the last."""
 
-if not all(hasattr(transformers, name) for name in _NEEDED):
-    raise UnsupportedEngineError(
-        f"transformers {transformers.__version__} is installed; retrieval_draft needs 5.0 or newer.",
-        "Run: pip install --upgrade 'transformers>=5.0'",
-    )
+
+def require_parts(module: Any) -> None:
+    """Refuses a transformers that is too old, before anything of it is used.
+
+    Args:
+        module: The package transformers.
+
+    Raises:
+        UnsupportedEngineError: It lacks a part; says which version there is and how to get a newer one.
+    """
+    if not all(hasattr(module, name) for name in _NEEDED):
+        raise UnsupportedEngineError(
+            f"transformers {module.__version__} is installed; retrieval_draft needs 5.0 or newer.",
+            "Run: pip install --upgrade 'transformers>=5.0'",
+        )
+
+
+require_parts(transformers)
 
 
 def cache_parameter(model: Any) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from retrieval_draft.engine.compat import empty_layer, layer_kinds, query_length
 from retrieval_draft.errors import UnsupportedModelError
 from retrieval_draft.index.source import TokenArray
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 __all__ = ["SpeculativeCache", "SpeculativeLayer", "layer_windows"]
 
