@@ -83,10 +83,14 @@ def test_a_long_prompt_says_the_same_beside_others(running: Running) -> None:
 def test_a_tenant_cannot_take_the_whole_queue(running: Running) -> None:
     body = {"prompt": "ab", "max_tokens": 50_000, "ignore_eos": True}
     with ExitStack() as stack:  # what is not closed would be decoded beside all tests that follow
-        taken = [stack.enter_context(send(running, body)) for _ in range(20)]
+        taken: list[socket.socket] = []
         until = time.monotonic() + 60
-        while running.engine.waiting < 8 and time.monotonic() < until:
-            time.sleep(0.01)
+        # Before the first four run, eight that wait may have others refused: more follow until both are full.
+        while (running.engine.running, running.engine.waiting) != (4, 8) and time.monotonic() < until:
+            if len(taken) < 12 or running.engine.waiting < 8:
+                taken.append(stack.enter_context(send(running, body)))
+            time.sleep(0.05)
+        assert (running.engine.running, running.engine.waiting) == (4, 8)
         assert ask(running, A).status_code == 429
         results: list[int] = []
         asking = threading.Thread(target=lambda: results.append(ask(running, B).status_code))
