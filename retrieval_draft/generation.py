@@ -95,7 +95,7 @@ def heal_tokens(
 
 
 def effective(model: Any, config: GenerationConfig | None, options: dict[str, Any], name: str) -> Any:
-    """What model.generate would take for an option: the argument, the caller's configuration, the model's."""
+    """An option as model.generate takes it: of the arguments, else the caller's configuration, else its own."""
     if name in options:
         return options[name]
     found = None if config is None else getattr(config, name, None)

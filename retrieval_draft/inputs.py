@@ -352,10 +352,15 @@ def reference_tokens(texts: Any, tokenizer: Any, vocabulary: int) -> list[TokenA
         vocabulary: Rows of the model's embedding.
 
     Raises:
-        InvalidInputError: A string without a tokenizer, or an unknown id.
+        InvalidInputError: It is something else, a string without a tokenizer, or an unknown id.
     """
     if texts is None:
         return []
+    if not isinstance(texts, (str, Tensor, np.ndarray, Sequence)):
+        raise InvalidInputError(
+            f"prediction or documents is a {type(texts).__name__}.",
+            "Pass text, token ids, or a list of those.",
+        )
     if isinstance(texts, (str, Tensor, np.ndarray)) or (
         len(texts) > 0 and isinstance(texts[0], (int, np.integer))
     ):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -155,15 +156,24 @@ def _seeds(seeds: Seeds, rows: int, returned: int) -> list[int]:
     prompts = rows // returned
     if seeds is None:
         drawn = [int(torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu")) for _ in range(prompts)]
-    elif isinstance(seeds, int):
-        drawn = [seeds] * prompts
+    elif not isinstance(seeds, Iterable):
+        drawn = [_seed(seeds)] * prompts
     else:
-        drawn = [int(seed) for seed in seeds]
+        drawn = [_seed(seed) for seed in seeds]
         if len(drawn) != prompts:
             raise InvalidInputError(
                 f"seed has {len(drawn)} values for {prompts} prompts.", "Pass one for each, or a single one."
             )
     return [drawn[row // returned] for row in range(rows)]
+
+
+def _seed(given: Any) -> int:
+    try:
+        return operator.index(given)
+    except TypeError:
+        raise InvalidInputError(
+            f"seed is {given!r}, a {type(given).__name__}; it must be an integer, or one for each prompt."
+        ) from None
 
 
 def _logit_width(target: Target) -> int:

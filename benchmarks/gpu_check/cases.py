@@ -59,13 +59,13 @@ class Case:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What names the case in reports."""
+        """Names of the case in reports."""
         return {"model": self.model, "context": self.context, "decoder": self.label}
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What one call gave.
+    """Tokens and counts of one call.
 
     Attributes:
         tokens: New ones of each row.
@@ -81,7 +81,7 @@ class Decoded:
 
 
 class Beginning:
-    """What a drafter has measured and calibrated, to begin with again, all texts forgotten.
+    """Measurements and calibration of a drafter, to begin with again, all texts forgotten.
 
     Args:
         drafter: As it is now.

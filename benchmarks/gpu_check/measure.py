@@ -27,12 +27,12 @@ _VIEWS = (
     "_reshape_alias", "sym_", "lift_fresh", "empty", "_local_scalar", "unsafe_split", "view_as", "chunk",
     "is_", "size", "stride", "resolve",
 )  # fmt: skip
-"""What launches no kernel."""
+"""Operations that launch no kernel."""
 
 
 @dataclass
 class Counts:
-    """What a piece of work did.
+    """Counts of a piece of work.
 
     Attributes:
         kernels: Launched; on a CPU, dispatched operators that compute something.

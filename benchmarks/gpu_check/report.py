@@ -1,4 +1,4 @@
-"""What a part of the check found, on disk after every row."""
+"""Findings of a part of the check, on disk after every row."""
 
 from __future__ import annotations
 

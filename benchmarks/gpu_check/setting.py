@@ -54,7 +54,7 @@ _SMALL = {
 
 @dataclass
 class Setting:
-    """What all parts share.
+    """Device, models and recorded replies, which all parts share.
 
     Attributes:
         device: Where models run.

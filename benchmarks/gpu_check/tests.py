@@ -46,7 +46,7 @@ def run(setting: Setting, box: Box, report: Report) -> None:
 def verdict(
     code: int | None, tests: int, counts: dict[str, int], failed: list[str], seconds: float
 ) -> tuple[str | None, str | None]:
-    """What is wrong, and a remark. Out of time is no fault where half passed and none failed.
+    """The fault, and a remark. Out of time is no fault where half passed and none failed.
 
     Args:
         code: Of pytest; None where the time was over.

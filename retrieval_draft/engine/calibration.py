@@ -212,9 +212,7 @@ class Calibration:
                     arrays[name] = file.get_tensor(name).astype(np.float64)
         except DatastoreError:
             raise
-        except (
-            Exception
-        ) as error:  # a header may say anything, and safetensors and numpy raise what they like
+        except Exception as error:  # for a strange header safetensors and numpy raise what they like
             raise DatastoreError(
                 f"{path} is no calibration: {error}.", "Delete it: what it knows is learned again."
             ) from error

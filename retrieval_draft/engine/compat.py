@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 import transformers
@@ -117,9 +118,14 @@ def callers_model_inputs(model_inputs: Mapping[str, Any]) -> dict[str, Any]:
     found = hidden_arguments()
     if found is None:
         return dict(model_inputs)
-    config = GenerationConfig()
+    return {name: value for name, value in found.items() if name not in _options_of_generate()}
+
+
+@cache
+def _options_of_generate() -> frozenset[str]:
+    """Arguments of `generate` that are no model inputs: its own, and those of a configuration."""
     named = inspect.signature(inspect.unwrap(GenerationMixin.generate)).parameters
-    return {name: value for name, value in found.items() if name not in named and not hasattr(config, name)}
+    return frozenset([*named, *dir(GenerationConfig())])
 
 
 def layer_kinds(text: Any) -> list[tuple[str, int | None]]:

@@ -10,6 +10,7 @@ heads that share keys as a batch, so that nothing is copied.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -151,5 +152,13 @@ AttentionMaskInterface.register(CUDA_ATTENTION, sdpa_mask)
 
 
 def cuda_attention(model: Any, device: torch.device) -> AbstractContextManager[Any]:
-    """A model on CUDA that uses torch's attention uses this one inside, and its own again afterwards."""
-    return lend_attention(model, CUDA_ATTENTION, ("sdpa",)) if device.type == "cuda" else nullcontext()
+    """A model on a card that has these kernels uses them inside, and its own attention again afterwards."""
+    return lend_attention(model, CUDA_ATTENTION, ("sdpa",)) if _has_kernels(device) else nullcontext()
+
+
+@cache
+def _has_kernels(device: torch.device) -> bool:
+    """Whether a device is an NVIDIA card of compute capability 8.0 or more, as FlashAttention needs it."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)

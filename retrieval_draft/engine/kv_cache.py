@@ -218,12 +218,20 @@ class SpeculativeLayer(CacheLayerMixin):
         """Committed keys and values that are still here: (batch, heads, tokens, dim) each."""
         return self._view(self.start, self.length)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Removes `-tokens_to_remove` tokens from the end."""
-        length = self.length - abs(tokens_to_remove)
+    def crop(self, tokens: int) -> None:
+        """Removes tokens from the end, as layers of transformers do.
+
+        Args:
+            tokens: How many, as a negative number; a positive one is the length that is left, as before
+                transformers 5.23.
+
+        Raises:
+            ValueError: A window has left what the last of the tokens that stay see.
+        """
+        length = self.length + tokens if tokens <= 0 else min(tokens, self.length)
         if not self.can_crop(length):
             raise ValueError(
-                f"Cannot remove {abs(tokens_to_remove)} of {self.length} tokens: "
+                f"Cannot go back from {self.length} tokens to {length}: "
                 f"positions before {self.start} have left the window."
             )
         self.length, self.staged = length, 0
@@ -371,6 +379,17 @@ class SpeculativeCache(Cache):
                 layer.crop(length - layer.length)
         self.text = self.text[:length]
         return True
+
+    def crop(self, tokens: int) -> None:
+        """Removes tokens from the end of every layer; see `SpeculativeLayer.crop`."""
+        super().crop(tokens)
+        self.text = self.text[: self.get_seq_length()]
+
+    def reset(self) -> None:
+        """Forgets the text and keeps the buffers."""
+        for layer in self._attention:
+            layer.reset()
+        self.text = self.text[:0]
 
     def drop(self) -> None:
         """Drops all staged nodes."""

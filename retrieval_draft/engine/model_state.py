@@ -24,7 +24,7 @@ _NO_MASKS = ("flash", "flex", "paged")
 
 @dataclass(frozen=True, slots=True)
 class ModelState:
-    """What a drafter relies on of its model.
+    """Shapes, dtype and place of a model, which its drafter relies on.
 
     Attributes:
         embedding_rows: Token ids that it reads.

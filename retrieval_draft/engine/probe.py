@@ -58,6 +58,7 @@ def _own_windows(target: Target) -> list[int]:
         value
         for name, value in text.to_dict().items()
         if ("window" in name or "chunk" in name)
+        and not name.endswith("layers")
         and type(value) is int
         and value not in known
         and _PROMPT < value <= _LONGEST_PROBE

@@ -117,7 +117,7 @@ class Sampler:
 
 
 def _checked(scores: Tensor, shape: torch.Size) -> Tensor:
-    """What processors returned, if it is of one row; one made for a batch may return all rows."""
+    """Scores that processors returned, if they are of one row; one made for a batch may return all rows."""
     if scores.shape != shape:
         raise UnsupportedGenerationError(
             f"A logits processor made scores of shape {tuple(scores.shape)} of one row's {tuple(shape)}.",

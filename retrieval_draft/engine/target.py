@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from retrieval_draft.engine.attention import TreeAttention, TreeInputs
 from retrieval_draft.engine.compat import cache_parameter
@@ -285,6 +285,11 @@ def _side_by_side(inputs: Sequence[TreeInputs]) -> tuple[Tensor, Tensor]:
 def _check(model: PreTrainedModel) -> None:
     """Refuses what is known not to work, before anything runs."""
     name = type(model).__name__
+    if not isinstance(model, GenerationMixin):
+        raise UnsupportedModelError(
+            f"{name} cannot generate: it has no output head, or is no model of transformers.",
+            "Load one with AutoModelForCausalLM.from_pretrained(name).",
+        )
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{name} is an encoder-decoder model.", "Only decoder-only models are supported."

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from retrieval_draft.errors import UnsupportedModelError
+from retrieval_draft.errors import InvalidInputError, UnsupportedModelError
 
 __all__ = [
     "check_layers",
@@ -27,21 +27,32 @@ def unwrap(model: Any) -> Any:
     Adapters that live in the model's layers, such as LoRA, stay.
 
     Raises:
+        InvalidInputError: It is no model of transformers.
         UnsupportedModelError: An adapter that puts tokens of its own before the prompt.
     """
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise InvalidInputError(
+            f"The model is inside a {type(model).__name__}.", "Pass the model itself: model.module."
+        )
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(
+            f"model is a {type(model).__name__}: {str(model)[:40]!r}; it must be a model of transformers.",
+            "Load one with AutoModelForCausalLM.from_pretrained(name).",
+        )
+    given: Any = model
     while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            if getattr(model.active_peft_config, "is_prompt_learning", False):
-                kind = type(model.active_peft_config).__name__
+        inner = getattr(given, "_orig_mod", None)
+        if inner is None and hasattr(given, "peft_config") and hasattr(given, "get_base_model"):
+            if getattr(given.active_peft_config, "is_prompt_learning", False):
+                kind = type(given.active_peft_config).__name__
                 raise UnsupportedModelError(
                     f"The adapter ({kind}) puts virtual tokens before the prompt, which is not supported.",
                     "Adapters in the layers, such as LoRA, work; use model.generate for this one.",
                 )
-            inner = model.get_base_model()
+            inner = given.get_base_model()
         if inner is None:
-            return model
-        model = inner
+            return given
+        given = inner
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -116,9 +127,10 @@ def refuse_activated_adapter(name: str, module: nn.Module) -> None:
     Raises:
         UnsupportedModelError: Names the adapter, or the adapters.
     """
-    if getattr(module, "disable_adapters", True):
-        return
+    # Asked of the class first: most layers have no adapters, and a module is slow to say so.
     layer: Any = module
+    if not hasattr(type(module), "disable_adapters") or layer.disable_adapters:
+        return
     variants = getattr(layer, "lora_variant", None) or {}
     for adapter in getattr(layer, "active_adapters", ()):
         kind = type(variants[adapter]).__name__ if adapter in variants else ""

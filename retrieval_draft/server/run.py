@@ -117,6 +117,13 @@ def run(
     except SystemExit as error:  # uvicorn ends the process where it cannot listen
         place = str(socket) if socket is not None else f"{host}:{port}"
         raise RetrievalDraftError(f"The server cannot listen on {place}.", "Is the port taken?") from error
+    except OSError as error:  # it leaves those of unix sockets as they are
+        if socket is None or server.started:
+            raise
+        raise RetrievalDraftError(
+            f"The server cannot listen on {socket}: {error.strerror or error}.",
+            "Name a socket in a folder that is there and can be written, in at most 100 bytes.",
+        ) from error
     if service.error is not None:
         raise service.error
 

@@ -221,3 +221,24 @@ def test_a_cache_of_transformers_and_a_padded_prompt(name: str, order: str) -> N
         assert torch.equal(found, stock)
         text = torch.cat([stock, prompt_ids(3, seed=7)], 1)
         mask = torch.cat([mask, torch.ones(1, text.shape[1] - mask.shape[1], dtype=torch.long)], 1)
+
+
+@pytest.mark.parametrize("kept", [-25, 20])
+def test_a_cache_cut_and_extended_elsewhere_is_not_taken_for_what_it_was(kept: int) -> None:
+    model = make("llama")
+    drafter = drafter_of(model)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    begun = drafter.generate(prompt_ids(33), return_dict_in_generate=True, **options)
+    cache = begun[CACHE]
+    assert cache.get_seq_length() == 44
+    cache.crop(kept)  # tokens off the end, or as before transformers 5.23 the tokens that stay
+    left = 19 if kept < 0 else 20
+    assert cache.get_seq_length() == left
+    assert cache.text.tolist() == begun.sequences[0, :left].tolist()
+    with torch.no_grad():
+        model(prompt_ids(40, seed=8)[:, left:], **{CACHE: cache})
+    text = begun.sequences
+    ours = drafter.generate(text, cache=cache, **options)
+    assert near_ties(model, ours, model.generate(text, **options)) == 0
+    cache.reset()
+    assert cache.get_seq_length() == len(cache.text) == 0

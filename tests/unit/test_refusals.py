@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -159,3 +160,32 @@ def test_sharing_needs_a_store(share: Any) -> None:
     with pytest.raises(InvalidInputError, match="needs a store"):
         oracle().generate(PROMPT, share=share, max_new_tokens=2)
     assert oracle().generate(PROMPT, share="none", max_new_tokens=2).shape[1] == PROMPT.shape[1] + 2
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "message"),
+    [
+        (torch.nn.DataParallel(MODEL), InvalidInputError, "model.module"),
+        ("gpt2", InvalidInputError, "model is a str: 'gpt2'.*from_pretrained"),
+        (MODEL.base_model, UnsupportedModelError, "cannot generate.*AutoModelForCausalLM"),
+        (torch.nn.Linear(2, 2), UnsupportedModelError, "cannot generate"),
+    ],
+)
+def test_what_is_no_model_says_so(model: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        RetrievalDrafter.for_model(model)
+
+
+def test_seeds_are_integers_of_any_kind() -> None:
+    options = {"do_sample": True, "max_new_tokens": 5}
+    same = [oracle().generate(PROMPT, seed=seed, **options) for seed in (3, np.int64(3), [np.int32(3)])]
+    assert all(torch.equal(one, same[0]) for one in same)
+    for seed in (1.5, "3", [2.0]):
+        with pytest.raises(InvalidInputError, match=r"seed is .* must be an integer"):
+            oracle().generate(PROMPT, seed=seed, **options)
+
+
+@pytest.mark.parametrize("given", [{"a": "b"}, 3, {1, 2}])
+def test_references_are_texts_or_ids(given: Any) -> None:
+    with pytest.raises(InvalidInputError, match="Pass text, token ids, or a list"):
+        oracle().generate(PROMPT, max_new_tokens=3, documents=given)

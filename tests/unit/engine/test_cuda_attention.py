@@ -127,6 +127,30 @@ def test_models_are_lent_it_on_cuda_alone(attention: str, inside: str) -> None:
     model = make("llama", attention=attention)
     with cuda_attention.cuda_attention(model, torch.device("cpu")):
         assert model.config._attn_implementation == attention
-    with cuda_attention.cuda_attention(model, CUDA), cuda_attention.cuda_attention(model, CUDA):
+    with (
+        mock.patch.object(cuda_attention, "_has_kernels", return_value=True),
+        cuda_attention.cuda_attention(model, CUDA),
+        cuda_attention.cuda_attention(model, CUDA),
+    ):
         assert model.config._attn_implementation == inside
     assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "hip", "has"),
+    [
+        (CUDA, (9, 0), None, True),
+        (CUDA, (8, 0), None, True),
+        (CUDA, (7, 5), None, False),
+        (CUDA, (9, 0), "6.4", False),
+        (torch.device("cpu"), (9, 0), None, False),
+    ],
+)
+def test_cards_without_the_kernels_keep_torchs_choice(
+    device: torch.device, capability: tuple[int, int], hip: str | None, has: bool
+) -> None:
+    with (
+        mock.patch("torch.cuda.get_device_capability", return_value=capability),
+        mock.patch("torch.version.hip", hip),
+    ):
+        assert cuda_attention._has_kernels.__wrapped__(device) is has
