@@ -95,7 +95,7 @@ def heal_tokens(
 
 
 def effective(model: Any, config: GenerationConfig | None, options: dict[str, Any], name: str) -> Any:
-    """An option as model.generate takes it: of the arguments, else the caller's configuration, else its own."""
+    """An option as model.generate takes it: the argument, else the caller's configuration or the model's."""
     if name in options:
         return options[name]
     found = None if config is None else getattr(config, name, None)
