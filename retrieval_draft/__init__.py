@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from retrieval_draft.config import DraftConfig
     from retrieval_draft.drafter import RetrievalDrafter
-    from retrieval_draft.engine.tree import DraftTree
+    from retrieval_draft.drafting.tree import DraftTree
     from retrieval_draft.errors import RetrievalDraftError
     from retrieval_draft.index.source import DraftSource, NodeLogits, Proposal
     from retrieval_draft.index.store.config import StoreConfig
@@ -42,7 +42,7 @@ __all__ = [
 _HOME = {
     "DraftConfig": "retrieval_draft.config",
     "DraftSource": "retrieval_draft.index.source",
-    "DraftTree": "retrieval_draft.engine.tree",
+    "DraftTree": "retrieval_draft.drafting.tree",
     "NodeLogits": "retrieval_draft.index.source",
     "Proposal": "retrieval_draft.index.source",
     "Proposer": "retrieval_draft.proposer",

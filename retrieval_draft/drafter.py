@@ -18,28 +18,23 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.cache_utils import DynamicCache
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.continuous import ContinuousDrafter
-from retrieval_draft.datastores import open_datastores
-from retrieval_draft.engine.cache_rows import write_back
+from retrieval_draft.drafting.datastores import open_datastores
+from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.drafting.stats import DraftStats
+from retrieval_draft.engine.cache.cache_rows import write_back
 from retrieval_draft.engine.compat import given_cache, is_callers_own
-from retrieval_draft.engine.cpu_kernels import CpuKernels
+from retrieval_draft.engine.cpu.kernels import CpuKernels
 from retrieval_draft.engine.decode import decode
-from retrieval_draft.engine.draft_models import make_draft_sources
+from retrieval_draft.engine.draft_models.choose import make_draft_sources
 from retrieval_draft.engine.model_state import ModelState, check_modules, outside_inference
 from retrieval_draft.engine.probe import probe
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.row import Row
-from retrieval_draft.engine.stats import DraftStats
 from retrieval_draft.engine.supply import DraftSupply
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.threads import in_live_pool
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.generation import ending, shown_streamer, stream_rows
-from retrieval_draft.index.registry import Datastores
-from retrieval_draft.index.source import TokenArray
-from retrieval_draft.index.store.config import check_share
-from retrieval_draft.index.store.store import SharedStore
-from retrieval_draft.inputs import (
+from retrieval_draft.generation.checks import (
     arguments_of_generate,
     best_of_options,
     check_generation,
@@ -48,14 +43,19 @@ from retrieval_draft.inputs import (
     reference_tokens,
     strip_prompts,
 )
+from retrieval_draft.generation.hf_generate import through_model
+from retrieval_draft.generation.output import best_rows, make_output
+from retrieval_draft.generation.requests import Extras, Seeds, make_requests
+from retrieval_draft.generation.sharing import share_when_finished
+from retrieval_draft.generation.streaming import ending, shown_streamer, stream_rows
+from retrieval_draft.index.source import TokenArray
+from retrieval_draft.index.store.config import check_share
+from retrieval_draft.index.store.store import SharedStore
 from retrieval_draft.methods.method import Parts
 from retrieval_draft.methods.registry import get_method
-from retrieval_draft.outputs import best_rows, make_output
-from retrieval_draft.pretrained import load_drafter, save_drafter
-from retrieval_draft.requests import Extras, Seeds, make_requests
-from retrieval_draft.sharing import share_when_finished
-from retrieval_draft.supplies import make_supply
-from retrieval_draft.through_model import through_model
+from retrieval_draft.methods.supplies import make_supply
+from retrieval_draft.saved_drafter import load_drafter, save_drafter
+from retrieval_draft.serving import ContinuousDrafter
 
 __all__ = ["RetrievalDrafter"]
 

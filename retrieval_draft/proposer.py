@@ -11,22 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft.config import MAX_NODES, DraftConfig
-from retrieval_draft.datastores import open_datastores
-from retrieval_draft.engine.calibration import Calibration
-from retrieval_draft.engine.drafting import Drafting, Plan
-from retrieval_draft.engine.guard import GuardedSource
-from retrieval_draft.engine.kept_calibration import calibration_file, keep_calibration, load_calibration
-from retrieval_draft.engine.stats import DraftStats
-from retrieval_draft.engine.tree import DraftTree
+from retrieval_draft.drafting.calibration import Calibration
+from retrieval_draft.drafting.datastores import open_datastores
+from retrieval_draft.drafting.guard import GuardedSource
+from retrieval_draft.drafting.kept_calibration import calibration_file, keep_calibration, load_calibration
+from retrieval_draft.drafting.locality import Locality
+from retrieval_draft.drafting.session import Drafting, Plan
+from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.drafting.stats import DraftStats
+from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.fingerprint import vocabulary_size
-from retrieval_draft.index.locality import Locality
-from retrieval_draft.index.registry import Datastores
 from retrieval_draft.index.source import CONTEXT, DraftSource, NodeLogits, TokenArray
 from retrieval_draft.index.store.config import check_share
 from retrieval_draft.index.store.store import SharedStore
 from retrieval_draft.methods.method import Method, Parts
 from retrieval_draft.methods.registry import get_method
+from retrieval_draft.models.fingerprint import vocabulary_size
 
 __all__ = ["Proposer", "ProposerSession"]
 
@@ -271,7 +271,7 @@ class ProposerSession:
         """
         if not 0 <= max_tokens <= MAX_NODES:
             raise InvalidInputError(f"max_tokens is {max_tokens}; it must lie in 0..{MAX_NODES}.")
-        from retrieval_draft.engine._kernels.chain import best_chain
+        from retrieval_draft.drafting._kernels.chain import best_chain
 
         wanted = min(MAX_NODES, max(16, 2 * max_tokens)) if nodes is None else nodes
         tree = self.propose(wanted, max_tokens)

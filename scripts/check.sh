@@ -8,6 +8,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 "$python" -m mypy
 "$(dirname "$python")/lint-imports"
 if [ "${1:-}" = --tests ]; then
-    exec "$python" -m pytest -q tests/unit/index/test_suffix_automaton.py tests/unit/engine/test_fusion.py \
+    exec "$python" -m pytest -q tests/unit/index/test_suffix_automaton.py tests/unit/drafting/test_fusion.py \
         tests/unit/test_refusals.py tests/unit/test_drafter.py tests/unit/test_layout.py
 fi

@@ -20,7 +20,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from tests.browser import browser
+from tests.support.browser import browser
 
 PROMPTS = Path("tests/data/prompts_4.jsonl")
 CODE = '''def read_users(path):

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from retrieval_draft.bench.replay import replay
-from retrieval_draft.engine.calibration import PRIORS, Calibration
+from retrieval_draft.drafting.calibration import PRIORS, Calibration
 
 RATES = (0.01, 0.005, 0.002)
 NODES = (60, 16)

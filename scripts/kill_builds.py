@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from retrieval_draft.index.building.encoder import Encoder
-from retrieval_draft.index.index_folder import IndexFolder
-from tests.tiny import byte_tokenizer
+from retrieval_draft.index.build.encoder import Encoder
+from retrieval_draft.index.segments.index_folder import IndexFolder
+from tests.support.tiny import byte_tokenizer
 
 DOCUMENTS = 400
 _COMMAND = (sys.executable, "-m", "retrieval_draft.cli", "index")

@@ -19,7 +19,7 @@ tests=("$@")
 [ ${#tests[@]} -gt 0 ] || tests=(
     tests/system/test_exactness.py tests/system/test_batches.py tests/system/test_seeded.py tests/system/test_conversations.py
     tests/system/test_methods.py tests/system/test_server_openai.py tests/system/test_transformers_plugin.py tests/unit/engine
-    tests/unit/test_continuous.py tests/unit/test_drafter.py tests/unit/test_pretrained.py tests/unit/test_refusals.py
+    tests/unit/test_serving.py tests/unit/test_drafter.py tests/unit/test_saved_drafter.py tests/unit/test_refusals.py
 )
 
 newest() {

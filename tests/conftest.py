@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-from retrieval_draft.engine import linear_choice
+from retrieval_draft.engine.cpu import linear_choice
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tiny models: threads cost more than they save.

@@ -17,9 +17,9 @@ from benchmarks.gpu_check.forced import Recorded, forced, recorded
 from benchmarks.gpu_check.setting import Setting, synchronize
 from retrieval_draft import RetrievalDrafter
 from retrieval_draft.bench.contestants import make_contestant
-from retrieval_draft.engine.stats import DraftStats
+from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.target import Target
-from retrieval_draft.supplies import make_supply
+from retrieval_draft.methods.supplies import make_supply
 
 __all__ = ["Beginning", "Case", "Decoded", "Decoder", "launching"]
 

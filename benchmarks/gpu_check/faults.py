@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from retrieval_draft.engine.attention import TreeAttention
-from retrieval_draft.engine.tree import DraftTree
+from retrieval_draft.drafting.tree import DraftTree
+from retrieval_draft.engine.attention.tree_mask import TreeAttention
 
 __all__ = ["broken"]
 

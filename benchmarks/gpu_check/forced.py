@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft.bench.replay import read_traces
+from retrieval_draft.drafting.session import Drafting
+from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine import row as row_module
-from retrieval_draft.engine.drafting import Drafting
 from retrieval_draft.engine.row import Row
-from retrieval_draft.engine.tree import DraftTree
 from retrieval_draft.engine.verify import walk
 from retrieval_draft.index.source import NodeLogits
 

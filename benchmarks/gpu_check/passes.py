@@ -17,10 +17,10 @@ from benchmarks.gpu_check.measure import counted, milliseconds
 from benchmarks.gpu_check.report import Box, Report
 from benchmarks.gpu_check.setting import Setting, synchronize
 from retrieval_draft.bench.contestants import cudnn_attention
+from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.compat import cache_parameter
 from retrieval_draft.engine.passes import tree_passes
 from retrieval_draft.engine.target import Target
-from retrieval_draft.engine.tree import DraftTree
 
 __all__ = ["run"]
 

@@ -38,7 +38,7 @@ print(json.dumps(time.perf_counter() - begin))
 _LAYERS = """
 import json, time
 import torch
-from retrieval_draft.engine.linear_kernels import KERNELS, OURS
+from retrieval_draft.engine.cpu.linear_kernels import KERNELS, OURS
 begin = time.perf_counter()
 for dtype in (torch.float32, torch.bfloat16):
     for name in OURS:
@@ -50,10 +50,10 @@ _FIRST_USE = """
 import json, sys, time
 import torch
 from retrieval_draft.bench.cold import resident_bytes
-from retrieval_draft.engine.cpu_kernels import CpuKernels
+from retrieval_draft.engine.cpu.kernels import CpuKernels
 from retrieval_draft.engine.passes import tree_passes
 from retrieval_draft.engine.target import Target
-from retrieval_draft.model_files import load_model
+from retrieval_draft.models.loading import load_model
 
 model, _ = load_model(sys.argv[1], dtype=sys.argv[2], device="cpu")
 kernels = CpuKernels(model)
@@ -108,7 +108,7 @@ def measure_first_use(model: str, dtype: str) -> dict[str, Any]:
         weight_bytes; stock_bytes and kernel_bytes, resident in the second process after passes with the
         layers of torch and after passes with ours (None where the system does not tell).
     """
-    from retrieval_draft.model_files import load_model
+    from retrieval_draft.models.loading import load_model
 
     load_model(model, dtype=dtype, device="cpu")  # Downloads and conversions are not what is measured.
     home = cache_home()

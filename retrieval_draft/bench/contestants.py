@@ -15,7 +15,7 @@ from transformers import CompileConfig
 from retrieval_draft.bench.forward_passes import ForwardPasses
 from retrieval_draft.config import METHODS, SOURCES, DraftConfig
 from retrieval_draft.drafter import RetrievalDrafter
-from retrieval_draft.engine.draft_models import SELF
+from retrieval_draft.engine.draft_models.choose import SELF
 from retrieval_draft.errors import UnknownMethodError
 from retrieval_draft.methods.registry import get_method
 

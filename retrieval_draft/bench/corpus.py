@@ -15,16 +15,16 @@ from retrieval_draft._progress import progress
 from retrieval_draft.bench.contestants import Run, make_contestant
 from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.index.building.builder import BuildOptions, build_index
-from retrieval_draft.index.building.documents import (
+from retrieval_draft.index.build.builder import BuildOptions, build_index
+from retrieval_draft.index.build.documents import (
     DocumentFile,
     NoTextColumnError,
     ReadReport,
     find_files,
     read_documents,
 )
-from retrieval_draft.index.building.encoder import Encoder
-from retrieval_draft.index.index_folder import IndexFolder
+from retrieval_draft.index.build.encoder import Encoder
+from retrieval_draft.index.segments.index_folder import IndexFolder
 from retrieval_draft.index.source import TokenArray
 
 __all__ = ["measure_corpus", "standard_library"]

@@ -14,12 +14,12 @@ import numpy as np
 from retrieval_draft.bench.cold import resident_bytes
 from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.bench.synthetic_text import SyntheticText
-from retrieval_draft.index.building.builder import segment_tokens_here
+from retrieval_draft.index.build.builder import segment_tokens_here
 from retrieval_draft.index.corpus import Corpus, CorpusSource
 from retrieval_draft.index.history import History, HistorySource
-from retrieval_draft.index.index_folder import IndexFolder
-from retrieval_draft.index.segment import Segment
-from retrieval_draft.index.segment_pile import GRACE
+from retrieval_draft.index.segments.index_folder import IndexFolder
+from retrieval_draft.index.segments.segment import Segment
+from retrieval_draft.index.segments.segment_store import GRACE
 from retrieval_draft.index.source import DraftSource, TokenArray
 
 __all__ = ["measure_history", "measure_index"]

@@ -12,7 +12,7 @@ import torch
 
 from retrieval_draft._progress import progress
 from retrieval_draft.bench.provenance import provenance
-from retrieval_draft.engine.cpu_kernels import CpuKernels
+from retrieval_draft.engine.cpu.kernels import CpuKernels
 from retrieval_draft.engine.passes import tree_passes
 from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import InvalidInputError

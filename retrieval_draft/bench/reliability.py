@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft._figure import new_figure, save_figure
-from retrieval_draft.engine.tree import DraftTree
+from retrieval_draft.drafting.tree import DraftTree
 
 __all__ = ["Reliability", "plot_reliability"]
 

@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 
 from retrieval_draft.bench.reliability import Reliability
 from retrieval_draft.config import SOURCES, DraftConfig
-from retrieval_draft.engine.calibration import Calibration
-from retrieval_draft.engine.drafting import count_names, proposed_nodes
-from retrieval_draft.engine.noise import GumbelNoise
+from retrieval_draft.drafting.calibration import Calibration
+from retrieval_draft.drafting.locality import Locality, RequestDrafts
+from retrieval_draft.drafting.session import count_names, proposed_nodes
+from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.corpus import Corpus
-from retrieval_draft.index.locality import Locality, RequestDrafts
-from retrieval_draft.index.registry import Datastores
 from retrieval_draft.index.source import CONTEXT, NodeLogits, TokenArray
 from retrieval_draft.methods.method import Parts, as_proposed
 from retrieval_draft.methods.registry import get_method

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval_draft.index.segment import text_dtype
+from retrieval_draft.index.segments.segment import text_dtype
 
 __all__ = ["SyntheticText"]
 

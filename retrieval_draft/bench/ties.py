@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retrieval_draft.bench.teacher_forcing import reply_logits
-from retrieval_draft.engine.noise import GumbelNoise
+from retrieval_draft.engine.sampling.noise import GumbelNoise
 
 __all__ = ["ALLOWED", "TIE", "Ties", "compare", "count_ties", "gaps", "unit"]
 

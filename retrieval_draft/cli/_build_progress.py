@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from retrieval_draft.index.building.builder import BuildState
+    from retrieval_draft.index.build.builder import BuildState
 
 __all__ = ["build_progress"]
 

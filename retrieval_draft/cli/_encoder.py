@@ -8,20 +8,20 @@ from retrieval_draft._cache_home import expanded
 from retrieval_draft.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from retrieval_draft.index.building.encoder import Encoder
-    from retrieval_draft.index.index_folder import IndexFolder
+    from retrieval_draft.index.build.encoder import Encoder
+    from retrieval_draft.index.segments.index_folder import IndexFolder
 
 __all__ = ["load_encoder", "named_tokenizer"]
 
 
 def load_encoder(name: str) -> Encoder:
     """The tokenizer that a user names: a tokenizer.json, a model's folder, or a hub name."""
-    from retrieval_draft.index.building.encoder import Encoder
+    from retrieval_draft.index.build.encoder import Encoder
 
     path = expanded(name)
     if path.is_file():
         return Encoder.from_file(path)
-    from retrieval_draft.model_files import load_tokenizer
+    from retrieval_draft.models.loading import load_tokenizer
 
     return Encoder(load_tokenizer(name), name)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from retrieval_draft._figure import new_figure, save_figure
 
 if TYPE_CHECKING:
-    from retrieval_draft.index.describe import Description
+    from retrieval_draft.index.segments.describe import Description
 
 __all__ = ["plot_description"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from retrieval_draft.cli._output import print_json
+from retrieval_draft.cli.output import print_json
 
 __all__ = ["print_samples"]
 

@@ -7,19 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_draft.cli import (
-    bench_chains,
-    bench_datastores,
-    bench_drafts,
-    bench_llama_cpp,
-    bench_sampling,
-    bench_serve,
-    bench_store,
-    bench_vllm,
-)
-from retrieval_draft.cli._bench_common import Out, finish, ratio_range, split
-from retrieval_draft.cli._common import DIFFERENT, CpuKernels, Device, Dtype, Index, Json, Model, Nodes
-from retrieval_draft.cli._output import print_json, print_table
+from benchmarks.commands import chains as bench_chains
+from benchmarks.commands import drafts as bench_drafts
+from benchmarks.commands import llama_cpp as bench_llama_cpp
+from benchmarks.commands import sampling as bench_sampling
+from benchmarks.commands import serve as bench_serve
+from benchmarks.commands import store as bench_store
+from benchmarks.commands import vllm as bench_vllm
+from retrieval_draft.cli import bench_datastores
+from retrieval_draft.cli.bench_common import Out, finish, ratio_range, split
+from retrieval_draft.cli.common import DIFFERENT, CpuKernels, Device, Dtype, Index, Json, Model, Nodes
+from retrieval_draft.cli.output import print_json, print_table
 
 __all__ = ["app", "print_live"]
 
@@ -89,7 +87,7 @@ def live(
     """Compare decoding methods on a model: speed, tokens per step, and whether the text is the same."""
     if not prompts and random_ids is None:
         raise typer.BadParameter("name a file, or use --random-ids", param_hint="--prompts")
-    from retrieval_draft.model_files import check_name, load_model
+    from retrieval_draft.models.loading import check_name, load_model
 
     check_name(model)  # before torch, whose import takes seconds
     from retrieval_draft.bench.live import live as run
@@ -236,7 +234,7 @@ def fusion(
     json: Json = False,
 ) -> None:
     """Time fusion, selection and calibration for five sources that propose in full."""
-    from retrieval_draft.bench.fusion import measure_fusion
+    from benchmarks.fusion import measure_fusion
 
     result = measure_fusion(traces, nodes=nodes, limit=limit)
     finish(result, out)
@@ -260,7 +258,7 @@ def forward(
     json: Json = False,
 ) -> None:
     """Measure t(n), a forward pass over n tokens: stock kernels, ours, and the machine's limit."""
-    from retrieval_draft.model_files import check_name, load_model
+    from retrieval_draft.models.loading import check_name, load_model
 
     check_name(model)  # before torch, whose import takes seconds
     from retrieval_draft.bench.forward import SIZES, measure_forward
@@ -308,7 +306,7 @@ def automaton(
     json: Json = False,
 ) -> None:
     """Measure the suffix automaton: insertion, bytes a token, proposals at several context lengths."""
-    from retrieval_draft.bench.automaton import measure_automaton
+    from benchmarks.automaton import measure_automaton
 
     result = measure_automaton(traces, lengths=[int(length) for length in split(lengths)], nodes=nodes)
     finish(result, out)

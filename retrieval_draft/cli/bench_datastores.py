@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from retrieval_draft.cli._bench_common import Out, finish, ratio_range, split
-from retrieval_draft.cli._common import Device, Dtype, Json, Model, Nodes
-from retrieval_draft.cli._output import print_json, print_table
+from retrieval_draft.cli.bench_common import Out, finish, ratio_range, split
+from retrieval_draft.cli.common import Device, Dtype, Json, Model, Nodes
+from retrieval_draft.cli.output import print_json, print_table
 
 __all__ = ["corpus", "index"]
 
@@ -87,7 +87,7 @@ def corpus(
 ) -> None:
     """Measure what an index of a code base brings to prompts cut from files it does not hold."""
     from retrieval_draft.bench.corpus import measure_corpus, standard_library
-    from retrieval_draft.model_files import load_model
+    from retrieval_draft.models.loading import load_model
 
     chosen, left_out, tests = (paths, [], []) if paths else standard_library()
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_draft.cli._common import Device, Json, Nodes
-from retrieval_draft.cli._output import paint, print_json, wants_color
 from retrieval_draft.cli.bench import print_live
+from retrieval_draft.cli.common import Device, Json, Nodes
 from retrieval_draft.cli.generate import print_piece
+from retrieval_draft.cli.output import paint, print_json, wants_color
 
 __all__ = ["demo"]
 
@@ -54,7 +54,7 @@ def demo(
     from retrieval_draft.cli._draft_streamer import DraftStreamer
     from retrieval_draft.config import DraftConfig
     from retrieval_draft.drafter import RetrievalDrafter
-    from retrieval_draft.model_files import load_model
+    from retrieval_draft.models.loading import load_model
 
     loaded, tokenizer = load_model(model, device=device)
     if not json:

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from retrieval_draft._cache_home import expanded
-from retrieval_draft.cli._common import Index
 from retrieval_draft.cli._store_options import Share, Snapshots, Store, Tenant, config
+from retrieval_draft.cli.common import Index
 from retrieval_draft.errors import InvalidInputError
 
 __all__ = ["app", "serve"]
@@ -64,7 +64,7 @@ def serve(
     idle_seconds: Annotated[float, typer.Option(min=0.1, help="Then a session is closed.")] = 600.0,
 ) -> None:
     """Serve drafts over HTTP, in the foreground, until interrupted. See docs/drafting_service.md."""
-    from retrieval_draft.server.keys import KeyRing, is_loopback, read_keys
+    from retrieval_draft.server.http.keys import KeyRing, is_loopback, read_keys
 
     keys = KeyRing(read_keys(api_key or (), api_key_file, tenant), tenant)
     if not keys and unix_socket is None and not is_loopback(host) and not no_auth:
@@ -79,14 +79,14 @@ def serve(
     elif vocabulary is None:
         raise InvalidInputError("Which ids are there?", "Pass --tokenizer, or --vocabulary.")
     from retrieval_draft.config import DraftConfig
-    from retrieval_draft.server.drafting.app import DraftApp
-    from retrieval_draft.server.drafting.proposers import Proposers
-    from retrieval_draft.server.drafting.service import DraftService
-    from retrieval_draft.server.drafting.sessions import SessionLimits
-    from retrieval_draft.server.drafting.standalone import StandaloneApp
-    from retrieval_draft.server.drafting.standalone import serve as run
-    from retrieval_draft.server.metrics import ServerMetrics
-    from retrieval_draft.server.metrics_drafting import DraftingMetrics
+    from retrieval_draft.draft_service.app import DraftApp
+    from retrieval_draft.draft_service.service import DraftService
+    from retrieval_draft.draft_service.sessions import SessionLimits
+    from retrieval_draft.draft_service.standalone import StandaloneApp
+    from retrieval_draft.draft_service.standalone import serve as run
+    from retrieval_draft.draft_service.tenants import Proposers
+    from retrieval_draft.server.observability.metrics import ServerMetrics
+    from retrieval_draft.server.observability.metrics_drafting import DraftingMetrics
 
     metrics = ServerMetrics()
     observer = DraftingMetrics(metrics.registry)
@@ -117,6 +117,6 @@ def _tokenizer(name: str) -> Any:
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast(tokenizer_file=str(path))
-    from retrieval_draft.model_files import load_tokenizer
+    from retrieval_draft.models.loading import load_tokenizer
 
     return load_tokenizer(name)

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retrieval_draft.cli._common import (
+from retrieval_draft.cli._samples import print_samples
+from retrieval_draft.cli._store_options import Share, Snapshots, Store, Tenant
+from retrieval_draft.cli._store_options import config as store_config
+from retrieval_draft.cli.common import (
     CpuKernels,
     Device,
     Dtype,
@@ -20,14 +23,11 @@ from retrieval_draft.cli._common import (
     text_of,
     text_of_stdin,
 )
-from retrieval_draft.cli._output import paint, print_json, print_table, wants_color
-from retrieval_draft.cli._samples import print_samples
-from retrieval_draft.cli._store_options import Share, Snapshots, Store, Tenant
-from retrieval_draft.cli._store_options import config as store_config
+from retrieval_draft.cli.output import paint, print_json, print_table, wants_color
 from retrieval_draft.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from retrieval_draft.engine.stats import DraftStats
+    from retrieval_draft.drafting.stats import DraftStats
 
 __all__ = ["generate", "print_piece"]
 
@@ -86,7 +86,7 @@ def generate(
     if not text:
         raise InvalidInputError("The prompt is empty.", "Give some text, or - and text on stdin.")
     from retrieval_draft.config import DraftConfig
-    from retrieval_draft.model_files import check_name, load_model
+    from retrieval_draft.models.loading import check_name, load_model
 
     config = DraftConfig(
         method=method,

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retrieval_draft.cli import index_look
-from retrieval_draft.cli._common import Json
 from retrieval_draft.cli._encoder import load_encoder, named_tokenizer
-from retrieval_draft.cli._output import print_json
+from retrieval_draft.cli.common import Json
+from retrieval_draft.cli.output import print_json
 from retrieval_draft.errors import DatastoreError, InvalidInputError
 
 if TYPE_CHECKING:
-    from retrieval_draft.index.building.builder import BuildState
-    from retrieval_draft.index.building.documents import ReadReport
-    from retrieval_draft.index.building.encoder import Encoder
-    from retrieval_draft.index.index_folder import IndexFolder
+    from retrieval_draft.index.build.builder import BuildState
+    from retrieval_draft.index.build.documents import ReadReport
+    from retrieval_draft.index.build.encoder import Encoder
+    from retrieval_draft.index.segments.index_folder import IndexFolder
 
 __all__ = ["app"]
 
@@ -89,7 +89,7 @@ def build(
 ) -> None:
     """Index text for drafting. Interrupted, the same command goes on where it stopped."""
     encoder = load_encoder(tokenizer)
-    from retrieval_draft.index.index_folder import IndexFolder
+    from retrieval_draft.index.segments.index_folder import IndexFolder
 
     index = IndexFolder.create(out, encoder.fingerprint, encoder.vocabulary, encoder.name)
     if index.manifest.segments and not overwrite:
@@ -119,7 +119,7 @@ def add(
     json: Json = False,
 ) -> None:
     """Add text to an index. Readers see the old one until all is done."""
-    from retrieval_draft.index.index_folder import IndexFolder
+    from retrieval_draft.index.segments.index_folder import IndexFolder
 
     index = IndexFolder.open(out)
     encoder = load_encoder(tokenizer or named_tokenizer(index))
@@ -140,9 +140,9 @@ def merge(
 ) -> None:
     """Join indexes of one tokenizer, and small segments into larger ones."""
     from retrieval_draft._progress import progress
-    from retrieval_draft.index.building.builder import segment_tokens_here
-    from retrieval_draft.index.building.merge import merge_indexes
-    from retrieval_draft.index.index_folder import IndexFolder
+    from retrieval_draft.index.build.builder import segment_tokens_here
+    from retrieval_draft.index.build.merge import merge_indexes
+    from retrieval_draft.index.segments.index_folder import IndexFolder
 
     opened = [IndexFolder.open(path) for path in indexes]
     first = opened[0].manifest
@@ -176,8 +176,8 @@ def _fill(
 ) -> None:
     """What build and add have in common."""
     from retrieval_draft.cli._build_progress import build_progress
-    from retrieval_draft.index.building.builder import BuildOptions, build_index
-    from retrieval_draft.index.building.documents import ReadReport, find_files
+    from retrieval_draft.index.build.builder import BuildOptions, build_index
+    from retrieval_draft.index.build.documents import ReadReport, find_files
 
     report = ReadReport()
     files = find_files(paths, include=include or (), exclude=exclude or (), report=report)
@@ -191,7 +191,7 @@ def _fill(
         if executor is None:
             state = build_index(index, files, encoder, options, watch, replace)
         else:
-            from retrieval_draft.index.building.shards import build_on_ray
+            from retrieval_draft.index.build.shards import build_on_ray
 
             if executor != "ray" and not executor.startswith("ray://"):
                 raise InvalidInputError(

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retrieval_draft.cli._common import DIFFERENT, Json, text_of
 from retrieval_draft.cli._encoder import load_encoder, named_tokenizer
-from retrieval_draft.cli._output import print_json, print_table
+from retrieval_draft.cli.common import DIFFERENT, Json, text_of
+from retrieval_draft.cli.output import print_json, print_table
 from retrieval_draft.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from retrieval_draft.index.building.encoder import Encoder
+    from retrieval_draft.index.build.encoder import Encoder
 
 __all__ = ["inspect", "query", "verify"]
 
@@ -32,9 +32,9 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Say what an index holds."""
-    from retrieval_draft.index.building.journal import Journal
-    from retrieval_draft.index.describe import describe
-    from retrieval_draft.index.index_folder import IndexFolder
+    from retrieval_draft.index.build.journal import Journal
+    from retrieval_draft.index.segments.describe import describe
+    from retrieval_draft.index.segments.index_folder import IndexFolder
 
     index = IndexFolder.open(folder)
     manifest = index.manifest
@@ -73,7 +73,7 @@ def inspect(
 
 def verify(folder: Folder, json: Json = False) -> None:
     """Compare every file with its checksum. Exit code 3 if one differs."""
-    from retrieval_draft.index.index_folder import IndexFolder
+    from retrieval_draft.index.segments.index_folder import IndexFolder
 
     index = IndexFolder.open(folder)
     wrong = index.verify()

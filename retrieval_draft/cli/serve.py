@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retrieval_draft.cli._common import CpuKernels, Device, Dtype, Index, Model, Nodes
 from retrieval_draft.cli._store_options import Share, Snapshots, Store, Tenant
 from retrieval_draft.cli._store_options import config as store_config
+from retrieval_draft.cli.common import CpuKernels, Device, Dtype, Index, Model, Nodes
 from retrieval_draft.errors import InvalidInputError, RetrievalDraftError
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def serve(
         )
     if engine != "transformers":
         raise InvalidInputError(f"There is no engine {engine!r}.", "Choose transformers or vllm.")
-    from retrieval_draft.model_files import check_name, load_model
+    from retrieval_draft.models.loading import check_name, load_model
 
     check_name(model)  # before torch, whose import takes seconds
 
@@ -193,8 +193,8 @@ def _serve(
             f"The server needs {error.name}, which is not installed.",
             'Run: pip install "retrieval_draft[server]"',
         ) from error
-    from retrieval_draft.server.request_log import start_logging
-    from retrieval_draft.server.run import run
+    from retrieval_draft.server.http.run import run
+    from retrieval_draft.server.observability.request_log import start_logging
     from retrieval_draft.server.service import Service
     from retrieval_draft.server.whole_app import whole_app
 
@@ -202,7 +202,7 @@ def _serve(
     service = Service(settings, load, keys=keys, chat_template=template)
     tracing = None
     if otlp_endpoint:
-        from retrieval_draft.server.tracing import Tracing
+        from retrieval_draft.server.observability.tracing import Tracing
 
         tracing = Tracing.to_otlp(otlp_endpoint, model_name=settings.model_name)
     app = whole_app(service, () if tracing is None else (tracing,))
@@ -221,7 +221,7 @@ def _keys(given: list[str], file: Path | None, tenant: str, host: str | None, no
     Raises:
         InvalidInputError: Others could reach the server without a key.
     """
-    from retrieval_draft.server.keys import KEYS_VARIABLE, KeyRing, is_loopback, read_keys
+    from retrieval_draft.server.http.keys import KEYS_VARIABLE, KeyRing, is_loopback, read_keys
 
     keys = read_keys(given, file, tenant)
     if no_auth and keys:
@@ -255,7 +255,7 @@ def _only_key(given: list[str], file: Path | None, tenant: str) -> str | None:
     Raises:
         InvalidInputError: There are several.
     """
-    from retrieval_draft.server.keys import read_keys
+    from retrieval_draft.server.http.keys import read_keys
 
     keys = list(read_keys(given, file, tenant))
     if len(keys) > 1:

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_draft.cli._common import Json
 from retrieval_draft.cli._encoder import load_encoder
-from retrieval_draft.cli._output import print_json, print_table
 from retrieval_draft.cli._store_options import Snapshots, Store, Tenant, config, needed, password
+from retrieval_draft.cli.common import Json
+from retrieval_draft.cli.output import print_json, print_table
 from retrieval_draft.errors import DatastoreError, InvalidInputError
 
 __all__ = ["app", "serve", "snapshot", "status"]

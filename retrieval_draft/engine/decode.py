@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from retrieval_draft.engine.attention import TreeInputs
-from retrieval_draft.engine.budget import Budget
-from retrieval_draft.engine.drafting import Drafting, Plan
+from retrieval_draft.drafting.budget import Budget
+from retrieval_draft.drafting.session import Drafting, Plan
+from retrieval_draft.drafting.stats import DraftStats
+from retrieval_draft.engine.attention.tree_mask import TreeInputs
 from retrieval_draft.engine.logits import LogitReader, Predictions
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.row import Row
-from retrieval_draft.engine.stats import DraftStats
 from retrieval_draft.engine.target import Target
 
 __all__ = ["Batch", "Step", "decode"]

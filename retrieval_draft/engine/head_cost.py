@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.target import Target
-from retrieval_draft.engine.tree import DraftTree
 
 __all__ = ["PRIOR_GAIN", "HeadCost"]
 

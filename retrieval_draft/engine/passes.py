@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.target import Target
-from retrieval_draft.engine.tree import DraftTree
 
 __all__ = ["tree_passes"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.target import Target, disagreement, tolerance
-from retrieval_draft.engine.tree import DraftTree
 from retrieval_draft.errors import RetrievalDraftError, UnsupportedModelError
 
 __all__ = ["probe"]

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from retrieval_draft.engine.kv_cache import SpeculativeCache
-from retrieval_draft.engine.noise import GumbelNoise
-from retrieval_draft.engine.sampling import Sampler
+from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
+from retrieval_draft.engine.sampling.noise import GumbelNoise
+from retrieval_draft.engine.sampling.sampling import Sampler
 from retrieval_draft.index.source import TokenArray
 
 __all__ = ["DecodeRequest"]

@@ -10,15 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from retrieval_draft.engine.attention import TreeAttention, TreeInputs
-from retrieval_draft.engine.drafting import Drafting, Plan
+from retrieval_draft.drafting.session import Drafting, Plan
+from retrieval_draft.drafting.stats import DraftStats
+from retrieval_draft.drafting.tree import DraftTree
+from retrieval_draft.engine.attention.tree_mask import TreeAttention, TreeInputs
 from retrieval_draft.engine.logits import LogitReader, Predictions
 from retrieval_draft.engine.request import DecodeRequest
-from retrieval_draft.engine.sampling import non_finite
-from retrieval_draft.engine.stats import DraftStats
+from retrieval_draft.engine.sampling.sampling import non_finite
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.transcript import Transcript
-from retrieval_draft.engine.tree import DraftTree
 from retrieval_draft.engine.verify import walk
 
 __all__ = ["Row"]

@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.engine.budget import Budget
-from retrieval_draft.engine.calibration import Calibration
-from retrieval_draft.engine.cost import CostModel
-from retrieval_draft.engine.drafting import Drafting, Fuse
-from retrieval_draft.engine.fusion import fuse
-from retrieval_draft.engine.guard import GuardedSource
+from retrieval_draft.drafting.budget import Budget
+from retrieval_draft.drafting.calibration import Calibration
+from retrieval_draft.drafting.cost import CostModel
+from retrieval_draft.drafting.fusion import fuse
+from retrieval_draft.drafting.guard import GuardedSource
+from retrieval_draft.drafting.kept_calibration import calibration_file, keep_calibration, load_calibration
+from retrieval_draft.drafting.locality import Locality, RequestDrafts
+from retrieval_draft.drafting.session import Drafting, Fuse
+from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.head_cost import HeadCost
-from retrieval_draft.engine.kept_calibration import calibration_file, keep_calibration, load_calibration
 from retrieval_draft.engine.logits import LogitReader
 from retrieval_draft.engine.passes import tree_passes
 from retrieval_draft.engine.request import DecodeRequest
-from retrieval_draft.engine.stats import DraftStats
 from retrieval_draft.engine.target import Target
-from retrieval_draft.index.locality import Locality, RequestDrafts
 from retrieval_draft.index.source import DraftSource, TokenArray
 
 __all__ = ["DraftSupply", "Known"]
@@ -179,7 +179,7 @@ class DraftSupply:
 
     def _measure(self) -> CostModel:
         from retrieval_draft._progress import progress
-        from retrieval_draft.engine.cost import ROUNDS, SIZES
+        from retrieval_draft.drafting.cost import ROUNDS, SIZES
 
         if self._known.seconds:
             cost = CostModel()

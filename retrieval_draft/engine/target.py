@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
-from retrieval_draft.engine.attention import TreeAttention, TreeInputs
+from retrieval_draft.drafting.tree import DraftTree
+from retrieval_draft.engine.attention.cuda import CUDA_ATTENTION, cuda_attention
+from retrieval_draft.engine.attention.packed import can_pack, packed_attention
+from retrieval_draft.engine.attention.tree_mask import TreeAttention, TreeInputs
+from retrieval_draft.engine.cache.kv_cache import SpeculativeCache, layer_windows
+from retrieval_draft.engine.cache.packed_cache import PackedCache
 from retrieval_draft.engine.compat import cache_parameter
-from retrieval_draft.engine.cpu_attention import WIDE_ATTENTION
-from retrieval_draft.engine.cuda_attention import CUDA_ATTENTION, cuda_attention
-from retrieval_draft.engine.kv_cache import SpeculativeCache, layer_windows
-from retrieval_draft.engine.packed_attention import can_pack, packed_attention
-from retrieval_draft.engine.packed_cache import PackedCache
-from retrieval_draft.engine.tree import DraftTree
+from retrieval_draft.engine.cpu.attention import WIDE_ATTENTION
 from retrieval_draft.engine.wrapped_models import check_layers, device_of, is_compiled, uncompiled, unwrap
 from retrieval_draft.errors import UnsupportedModelError
 

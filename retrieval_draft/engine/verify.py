@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval_draft.engine.tree import DraftTree
+from retrieval_draft.drafting.tree import DraftTree
 
 __all__ = ["accept", "walk"]
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from retrieval_draft._progress import progress
-from retrieval_draft.engine.calibration import Calibration
-from retrieval_draft.engine.drafting import Fuse, prompt_contexts
+from retrieval_draft.drafting.calibration import Calibration
+from retrieval_draft.drafting.locality import Locality
+from retrieval_draft.drafting.session import Fuse, prompt_contexts
 from retrieval_draft.engine.logits import LogitReader
-from retrieval_draft.engine.noise import GumbelNoise
-from retrieval_draft.index.locality import Locality
+from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.index.source import DraftSource, NodeLogits
 
 __all__ = ["compile_kernels"]

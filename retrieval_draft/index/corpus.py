@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from retrieval_draft.index.index_folder import IndexFolder
-from retrieval_draft.index.segment_session import Segments, SegmentSession, segments_nbytes
+from retrieval_draft.index.segments.index_folder import IndexFolder
+from retrieval_draft.index.segments.segment_session import Segments, SegmentSession, segments_nbytes
 from retrieval_draft.index.source import TokenArray
 
 __all__ = ["Corpus", "CorpusSource"]

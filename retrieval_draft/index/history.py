@@ -19,11 +19,11 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 import numpy as np
 
 from retrieval_draft.errors import DatastoreError, InvalidInputError, RetrievalDraftError
-from retrieval_draft.index.index_folder import MANIFEST, IndexFolder, SegmentEntry
-from retrieval_draft.index.new_texts import new_texts
-from retrieval_draft.index.segment import Segment
-from retrieval_draft.index.segment_pile import SegmentPile
-from retrieval_draft.index.segment_session import Segments, SegmentSession
+from retrieval_draft.index.segments.index_folder import MANIFEST, IndexFolder, SegmentEntry
+from retrieval_draft.index.segments.new_texts import new_texts
+from retrieval_draft.index.segments.segment import Segment
+from retrieval_draft.index.segments.segment_session import Segments, SegmentSession
+from retrieval_draft.index.segments.segment_store import SegmentPile
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 
 __all__ = ["History", "HistorySource"]

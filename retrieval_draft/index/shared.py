@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from retrieval_draft.index.segment_session import SegmentSession
+from retrieval_draft.index.segments.segment_session import SegmentSession
 from retrieval_draft.index.source import TokenArray
 from retrieval_draft.index.store.store import SharedStore
 

@@ -19,7 +19,7 @@ from threading import Lock
 
 import numpy as np
 
-from retrieval_draft.index.segment import Segment
+from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.index.source import Proposal, TokenArray
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
 from retrieval_draft.methods.method import Method, Parts, as_proposed

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from retrieval_draft.engine.fusion import fuse
-from retrieval_draft.engine.pacing import PacedSource
-from retrieval_draft.index.registry import make_sources
+from retrieval_draft.drafting.fusion import fuse
+from retrieval_draft.drafting.pacing import PacedSource
+from retrieval_draft.drafting.sources import make_sources
 from retrieval_draft.index.source import DraftSource
 from retrieval_draft.methods.method import Method, Parts
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from retrieval_draft.engine.expansion import Expansion, ExpansionLimits
-from retrieval_draft.engine.model_draft import ModelDraft
+from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits
+from retrieval_draft.engine.draft_models.model_draft import ModelDraft
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.methods.method import Parts
 

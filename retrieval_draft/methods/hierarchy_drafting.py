@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from heapq import nlargest
 from threading import Lock
 
-from retrieval_draft.index.segment_session import Segments
+from retrieval_draft.index.segments.segment_session import Segments
 from retrieval_draft.index.source import Proposal, TokenArray
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
 from retrieval_draft.methods.method import Method, Parts, as_proposed

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from retrieval_draft.engine.expansion import ExpansionLimits
-from retrieval_draft.engine.model_draft import ModelSession
+from retrieval_draft.engine.draft_models.expansion import ExpansionLimits
+from retrieval_draft.engine.draft_models.model_draft import ModelSession
 from retrieval_draft.index.source import DraftSource, TokenArray
 from retrieval_draft.methods.drafted import expansions
 from retrieval_draft.methods.lookup import MethodSource

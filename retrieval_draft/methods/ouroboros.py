@@ -16,7 +16,7 @@ from threading import Lock
 
 import numpy as np
 
-from retrieval_draft.engine.expansion import Expansion, ExpansionLimits
+from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits
 from retrieval_draft.index.source import DraftSource, Proposal, TokenArray
 from retrieval_draft.methods.drafted import expansions
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from retrieval_draft.engine.expansion import Expansion, ExpansionLimits
-from retrieval_draft.index.locality import Locality, RequestDrafts
-from retrieval_draft.index.registry import make_sources
+from retrieval_draft.drafting.locality import Locality, RequestDrafts
+from retrieval_draft.drafting.sources import make_sources
+from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits
 from retrieval_draft.index.source import DraftSource, Proposal, TokenArray
 from retrieval_draft.methods.drafted import expansions
 from retrieval_draft.methods.lookup import GuessTree, LookupSession

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft.drafting.sources import REGISTRY
 from retrieval_draft.index.history import HistorySource
-from retrieval_draft.index.registry import REGISTRY
-from retrieval_draft.index.segment import Segment, match_state
-from retrieval_draft.index.segment_session import Segments
+from retrieval_draft.index.segments.segment import Segment, match_state
+from retrieval_draft.index.segments.segment_session import Segments
 from retrieval_draft.index.source import DraftSession, Proposal, TokenArray
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
 from retrieval_draft.methods.method import Method, Parts, as_proposed

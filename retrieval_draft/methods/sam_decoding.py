@@ -18,7 +18,7 @@ from heapq import heappop, heappush
 
 import numpy as np
 
-from retrieval_draft.index.segment_session import Segments
+from retrieval_draft.index.segments.segment_session import Segments
 from retrieval_draft.index.source import Proposal, TokenArray
 from retrieval_draft.index.suffix_automaton import SuffixAutomaton
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references

@@ -9,11 +9,11 @@ from fastapi import APIRouter, FastAPI, Response
 from retrieval_draft.server.app import PUBLIC, create_app
 from retrieval_draft.server.dashboard.routes import PUBLIC as DASHBOARD_PUBLIC
 from retrieval_draft.server.dashboard.routes import Dashboard
-from retrieval_draft.server.drafting.mounted import mounted_drafts
-from retrieval_draft.server.events import EngineListener
-from retrieval_draft.server.metrics import ServerMetrics
-from retrieval_draft.server.metrics_drafting import DraftingMetrics
-from retrieval_draft.server.request_log import RequestLog
+from retrieval_draft.server.draft_routes import mounted_drafts
+from retrieval_draft.server.observability.metrics import ServerMetrics
+from retrieval_draft.server.observability.metrics_drafting import DraftingMetrics
+from retrieval_draft.server.observability.request_log import RequestLog
+from retrieval_draft.server.scheduler.events import EngineListener
 from retrieval_draft.server.service import Loaded, Service
 
 __all__ = ["whole_app"]

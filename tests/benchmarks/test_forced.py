@@ -11,7 +11,7 @@ import torch
 from benchmarks.gpu_check.forced import forced, recorded
 from benchmarks.gpu_check.setting import Setting
 from retrieval_draft import DraftConfig, RetrievalDrafter
-from tests.models import make
+from tests.support.models import make
 
 PROMPT = list(range(5, 25))
 REPLY = [7, 8, 9, 10, 11, 12] * 6

@@ -29,8 +29,8 @@ from benchmarks.gpu_check.table import make_table, reasons
 from benchmarks.gpu_check.tests import verdict
 from retrieval_draft.bench.replay import Replayer, Trace
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.engine.calibration import Calibration
-from retrieval_draft.index.registry import Datastores
+from retrieval_draft.drafting.calibration import Calibration
+from retrieval_draft.drafting.sources import Datastores
 
 ROOT = Path(__file__).resolve().parents[2]
 

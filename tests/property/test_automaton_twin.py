@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from retrieval_draft.index.suffix_automaton import ESCAPE, ORDER_CAP, RECENCY, SuffixAutomaton
-from tests import twins
+from tests.support import twins
 
 TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=50)
 CUTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=4)

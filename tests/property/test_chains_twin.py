@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval_draft.chains import ChainBatch, batch
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.engine._kernels import fusion
-from retrieval_draft.engine.calibration import PRIOR, Calibration, places_of
+from retrieval_draft.drafting._kernels import fusion
+from retrieval_draft.drafting.batch import ChainBatch
+from retrieval_draft.drafting.batch import chain_batch as batch
+from retrieval_draft.drafting.calibration import PRIOR, Calibration, places_of
+from retrieval_draft.drafting.sources import Datastores, make_sources
 from retrieval_draft.index.history import HistorySource
-from retrieval_draft.index.registry import Datastores, make_sources
 from retrieval_draft.index.source import DraftSource, Proposal
 from retrieval_draft.index.suffix_automaton import AutomatonSession
 

@@ -6,10 +6,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval_draft.chains._kernels import segment_rows
-from retrieval_draft.chains._kernels.slots import LENGTH, LOCATED, SLOT_FIELDS, TEXT
+from retrieval_draft.drafting.batch._kernels import segment_rows
+from retrieval_draft.drafting.batch._kernels.slots import LENGTH, LOCATED, SLOT_FIELDS, TEXT
 from retrieval_draft.index._kernels import segment_match
-from retrieval_draft.index.segment import Segment
+from retrieval_draft.index.segments.segment import Segment
 
 LONGEST = segment_match.LONGEST
 

@@ -4,9 +4,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval_draft.index.segment import Segment
-from retrieval_draft.index.segment_session import SegmentSession
-from retrieval_draft.index.suffix_sort import sort_suffixes
+from retrieval_draft.index.segments.segment import Segment
+from retrieval_draft.index.segments.segment_session import SegmentSession
+from retrieval_draft.index.segments.suffix_sort import sort_suffixes
 
 DEPTH = 96
 runs = st.lists(

@@ -9,10 +9,10 @@ import torch
 from transformers import LogitsProcessor, PrefixConstrainedLogitsProcessor
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
-from tests.batches import padded, ragged
-from tests.drafters import near_ties
-from tests.models import CONFIGS, make
-from tests.tiny import byte_tokenizer
+from tests.support.batches import padded, ragged
+from tests.support.drafters import near_ties
+from tests.support.models import CONFIGS, make
+from tests.support.tiny import byte_tokenizer
 
 NEW = 48
 

@@ -10,9 +10,9 @@ from transformers import DynamicCache, StaticCache
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.errors import InvalidInputError, UnsupportedGenerationError
-from tests.batches import padded, ragged
-from tests.drafters import near_ties, prompt_ids
-from tests.models import CACHE, CONFIGS, make
+from tests.support.batches import padded, ragged
+from tests.support.drafters import near_ties, prompt_ids
+from tests.support.models import CACHE, CONFIGS, make
 
 
 def drafter_of(model: Any, **options: Any) -> RetrievalDrafter:

@@ -22,11 +22,11 @@ from benchmarks.gpu_check.half_precision import too_many
 from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.bench.contestants import cudnn_attention
 from retrieval_draft.bench.ties import Ties, compare, count_ties
-from retrieval_draft.engine.noise import GumbelNoise
-from tests.drafters import drafter_with, reply_of
-from tests.models import CONFIGS, make
-from tests.sources import OracleSource
-from tests.tiny import TEXT, byte_tokenizer
+from retrieval_draft.engine.sampling.noise import GumbelNoise
+from tests.support.drafters import drafter_with, reply_of
+from tests.support.models import CONFIGS, make
+from tests.support.sources import OracleSource
+from tests.support.tiny import TEXT, byte_tokenizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCABULARY = 97

@@ -16,17 +16,17 @@ import pytest
 import uvicorn
 
 from retrieval_draft.config import DraftConfig
+from retrieval_draft.draft_service.client import DraftClient
+from retrieval_draft.draft_service.errors import NotAllowedError, UnknownSessionError
 from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.index.store.config import StoreConfig
-from retrieval_draft.server.drafting.client import DraftClient
-from retrieval_draft.server.drafting.errors import NotAllowedError, UnknownSessionError
-from retrieval_draft.server.keys import KeyRing
+from retrieval_draft.server.http.keys import KeyRing
 from retrieval_draft.server.service import Service
 from retrieval_draft.server.settings import ServerSettings
 from retrieval_draft.server.whole_app import whole_app
-from tests.browser import CHROMIUM, browser
-from tests.models import make
-from tests.tiny import byte_tokenizer
+from tests.support.browser import CHROMIUM, browser
+from tests.support.models import make
+from tests.support.tiny import byte_tokenizer
 
 KEYS = {"key-of-team-a": "a", "key-of-team-b": "b"}
 with_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from retrieval_draft.bench.draft_service import accepted, measure_draft_service, serving
+from benchmarks.draft_service import accepted, measure_draft_service, serving
 from retrieval_draft.bench.replay import read_traces
+from retrieval_draft.draft_service.client import DraftClient
+from retrieval_draft.draft_service.errors import NotAllowedError, UnknownSessionError
 from retrieval_draft.proposer import Proposer
-from retrieval_draft.server.drafting.client import DraftClient
-from retrieval_draft.server.drafting.errors import NotAllowedError, UnknownSessionError
 
 TRACE = Path("tests/data/vicuna7b_specbench_12.jsonl.gz")
 DOCUMENT = Path("docs/drafting_service.md")
@@ -90,7 +90,7 @@ def test_the_example_of_the_documentation(url: str) -> None:
         return reply[0]
 
     def verify(tokens: Sequence[int], parents: Sequence[int]) -> list[int]:
-        from retrieval_draft.server.drafting.client import Draft
+        from retrieval_draft.draft_service.client import Draft
 
         emitted = accepted(Draft(list(tokens), list(parents)), reply[done[0] :])
         done[0] += len(emitted)

@@ -11,12 +11,12 @@ import httpx
 import pytest
 import uvicorn
 
-from retrieval_draft.server.drafting.app import DraftApp
-from retrieval_draft.server.drafting.standalone import StandaloneApp
-from retrieval_draft.server.http_protocol import http_config
-from retrieval_draft.server.keys import KeyRing
-from tests.draft_services import draft_service
-from tests.raw_http import answers, post, said
+from retrieval_draft.draft_service.app import DraftApp
+from retrieval_draft.draft_service.standalone import StandaloneApp
+from retrieval_draft.server.http.keys import KeyRing
+from retrieval_draft.server.http.protocol import http_config
+from tests.support.draft_services import draft_service
+from tests.support.raw_http import answers, post, said
 
 BODY = {"prompt": [1, 2, 3]}
 KEY = "Authorization: Bearer a-long-key"

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
-from tests.drafters import drafter_with, near_ties, prompt_ids, reply_of
-from tests.models import CACHE, CONFIGS, make
-from tests.sources import OracleSource
+from tests.support.drafters import drafter_with, near_ties, prompt_ids, reply_of
+from tests.support.models import CACHE, CONFIGS, make
+from tests.support.sources import OracleSource
 
 NEW = 60
 BUDGETS = (1, 8, 64)

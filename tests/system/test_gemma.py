@@ -12,9 +12,9 @@ import torch
 from retrieval_draft.bench.prompts import read_prompts
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafter import RetrievalDrafter
-from retrieval_draft.model_files import load_model
-from tests.batches import padded
-from tests.drafters import near_ties
+from retrieval_draft.models.loading import load_model
+from tests.support.batches import padded
+from tests.support.drafters import near_ties
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts_4.jsonl"
 TWENTY = PROMPTS.with_name("prompts_20.jsonl")

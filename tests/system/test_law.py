@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
-from tests.drafters import prompt_ids
-from tests.laws import chi_square_z, excess_variation
-from tests.models import make
+from tests.support.drafters import prompt_ids
+from tests.support.laws import chi_square_z, excess_variation
+from tests.support.models import make
 
 VOCABULARY = 5
 TOKENS = 4

@@ -10,8 +10,8 @@ import torch
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.bench.compare import lookup_methods
-from tests.drafters import near_ties, prompt_ids
-from tests.models import make
+from tests.support.drafters import near_ties, prompt_ids
+from tests.support.models import make
 
 NEW = 60
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.index.building import shards
-from retrieval_draft.index.building.builder import BuildOptions, build_index
-from retrieval_draft.index.building.documents import find_files
-from retrieval_draft.index.building.encoder import Encoder
-from retrieval_draft.index.index_folder import IndexFolder
-from tests.tiny import byte_tokenizer
+from retrieval_draft.index.build import shards
+from retrieval_draft.index.build.builder import BuildOptions, build_index
+from retrieval_draft.index.build.documents import find_files
+from retrieval_draft.index.build.encoder import Encoder
+from retrieval_draft.index.segments.index_folder import IndexFolder
+from tests.support.tiny import byte_tokenizer
 
 ENCODER = Encoder(byte_tokenizer(), "bytes")
 

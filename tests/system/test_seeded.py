@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
-from tests.batches import padded, ragged
-from tests.drafters import drafter_with, reply_of
-from tests.models import make
-from tests.sources import OracleSource
+from tests.support.batches import padded, ragged
+from tests.support.drafters import drafter_with, reply_of
+from tests.support.models import make
+from tests.support.sources import OracleSource
 
 ARCHITECTURES = ("llama", "qwen3-windowed", "gemma3", "gpt-neox", "mixtral", "gpt2")
 GRID = list(product((0.3, 0.7, 1.0, 1.3), (0.8, 1.0), (1.0, 1.2)))

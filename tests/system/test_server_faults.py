@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.servers import MODEL, Running, serving, tiny_drafter, tiny_model, tiny_tokenizer
+from tests.support.servers import MODEL, Running, serving, tiny_drafter, tiny_model, tiny_tokenizer
 
 LONG = {"model": MODEL, "prompt": "ab cd ab cd", "ignore_eos": True, "temperature": 1.0, "seed": 1}
 

@@ -10,9 +10,9 @@ import httpx
 import pytest
 
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.server.model_defaults import usable_defaults
+from retrieval_draft.server.openai.model_defaults import usable_defaults
 from retrieval_draft.server.settings import ServerSettings
-from tests.servers import MODEL, Running, serving, tiny_drafter, tiny_model, tiny_tokenizer
+from tests.support.servers import MODEL, Running, serving, tiny_drafter, tiny_model, tiny_tokenizer
 
 STRICT = (
     "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{{ messages[0]['content'] }}"
@@ -178,7 +178,7 @@ def test_a_model_s_own_settings_do_not_fail_requests(
 
 
 def test_tokens_of_a_text_add_up_to_it() -> None:
-    from retrieval_draft.server.token_text import TokenTexts
+    from retrieval_draft.server.openai.token_text import TokenTexts
 
     texts = {0: "a", 1: " the", 2: " cat"}
 

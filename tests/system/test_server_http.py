@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from retrieval_draft.server import http_protocol
-from tests.raw_http import answers, post, said
-from tests.servers import MODEL, Running, serving, tiny_drafter, tiny_model, tiny_tokenizer
+from retrieval_draft.server.http import protocol as http_protocol
+from tests.support.raw_http import answers, post, said
+from tests.support.servers import MODEL, Running, serving, tiny_drafter, tiny_model, tiny_tokenizer
 
 QUESTION = {"model": MODEL, "prompt": "ab cd", "max_tokens": 3, "temperature": 0}
 PATH = "/v1/completions"

@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from retrieval_draft.server.dashboard.watcher import Watcher
-from tests.raw_http import post as raw_post
-from tests.servers import MODEL, Running, serving, tiny_drafter, tiny_model, tiny_tokenizer
+from tests.support.raw_http import post as raw_post
+from tests.support.servers import MODEL, Running, serving, tiny_drafter, tiny_model, tiny_tokenizer
 
 KEYS = {"key-of-tenant-a": "a", "key-of-tenant-b": "b"}
 A, B = ({"Authorization": f"Bearer key-of-tenant-{tenant}"} for tenant in "ab")
@@ -161,9 +161,9 @@ def test_an_id_that_is_no_name_is_not_echoed(running: Running) -> None:
 
 
 def test_the_log_has_both_ids(running: Running, caplog: pytest.LogCaptureFixture) -> None:
-    from retrieval_draft.engine.stats import DraftStats
-    from retrieval_draft.server.events import RequestEnd
-    from retrieval_draft.server.request_log import RequestLog
+    from retrieval_draft.drafting.stats import DraftStats
+    from retrieval_draft.server.observability.request_log import RequestLog
+    from retrieval_draft.server.scheduler.events import RequestEnd
 
     with caplog.at_level("INFO", "retrieval_draft.server.requests"):
         RequestLog().request_ended(RequestEnd("mine", 0, "a", "stop", 1, 1, 0.0, 0.0, DraftStats(), "theirs"))

@@ -12,7 +12,7 @@ import openai
 import pytest
 import torch
 
-from tests.servers import MODEL, Running, serving, tiny_drafter, tiny_model, tiny_tokenizer
+from tests.support.servers import MODEL, Running, serving, tiny_drafter, tiny_model, tiny_tokenizer
 
 PROMPT = "ab cd ab cd ab"
 KEY = {"api_key": "none-needed"}

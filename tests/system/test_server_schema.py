@@ -10,7 +10,7 @@ import pytest
 from retrieval_draft.server.app import create_app
 from retrieval_draft.server.service import Service
 from retrieval_draft.server.settings import ServerSettings
-from tests.servers import MODEL, Running, serving, tiny_drafter, tiny_model, tiny_tokenizer
+from tests.support.servers import MODEL, Running, serving, tiny_drafter, tiny_model, tiny_tokenizer
 
 schemathesis: Any = pytest.importorskip("schemathesis")
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from retrieval_draft.bench.serve_client import Ask, ask_server
-from retrieval_draft.bench.serve_model import save_tiny_model
-from retrieval_draft.bench.serve_process import ServeProcess
+from benchmarks.serve_client import Ask, ask_server
+from benchmarks.serve_model import save_tiny_model
+from benchmarks.serve_process import ServeProcess
 
 GRACE = 20.0
 

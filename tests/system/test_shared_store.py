@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from retrieval_draft.bench.valkey_process import ValkeyProcess
+from benchmarks.valkey_process import ValkeyProcess
 from retrieval_draft.errors import DatastoreError, InvalidInputError
 from retrieval_draft.index.shared import SharedSource
 from retrieval_draft.index.store import sender as sender_module
@@ -21,7 +21,7 @@ from retrieval_draft.index.store.entry import EntryCodec
 from retrieval_draft.index.store.keys import SHARDS, lock_key, stream_key
 from retrieval_draft.index.store.mirror import FIELD
 from retrieval_draft.index.store.store import SharedStore
-from tests.stores import (
+from tests.support.stores import (
     FINGERPRINT,
     NONE,
     VOCABULARY,

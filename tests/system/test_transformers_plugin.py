@@ -12,9 +12,9 @@ import transformers
 from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.engine.wrapped_models import is_compiled
 from retrieval_draft.errors import UnsupportedGenerationError, UnsupportedModelError
-from tests.drafters import near_ties, prompt_ids
-from tests.models import make
-from tests.tiny import TEXT, byte_tokenizer
+from tests.support.drafters import near_ties, prompt_ids
+from tests.support.models import make
+from tests.support.tiny import TEXT, byte_tokenizer
 
 CONFIG = DraftConfig(nodes=8)
 OPTIONS: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}

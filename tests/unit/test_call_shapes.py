@@ -10,9 +10,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.errors import InvalidInputError, RetrievalDraftError
-from tests.drafters import prompt_ids
-from tests.models import make
-from tests.tiny import TEXT, byte_tokenizer
+from tests.support.drafters import prompt_ids
+from tests.support.models import make
+from tests.support.tiny import TEXT, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}

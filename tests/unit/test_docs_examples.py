@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -19,10 +19,10 @@ from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.errors import (
     NonFiniteLogitsError,
 )
-from retrieval_draft.generation import shown_streamer
-from tests.drafters import drafter_with, near_ties, prompt_ids, reply_of
-from tests.models import CACHE, make
-from tests.sources import BrokenSource, OracleSource
+from retrieval_draft.generation.streaming import shown_streamer
+from tests.support.drafters import drafter_with, near_ties, prompt_ids, reply_of
+from tests.support.models import CACHE, make
+from tests.support.sources import BrokenSource, OracleSource
 
 MODEL = make("llama")
 PROMPT = prompt_ids()

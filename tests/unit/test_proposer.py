@@ -10,12 +10,12 @@ import pytest
 
 from retrieval_draft.bench.replay import read_traces
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.engine._kernels.chain import best_chain
+from retrieval_draft.drafting._kernels.chain import best_chain
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.source import NodeLogits
 from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.proposer import Proposer
-from tests.tokenizers_for_tests import byte_level
+from tests.support.tokenizers_for_tests import byte_level
 
 TRACE = Path("tests/data/vicuna7b_specbench_12.jsonl.gz")
 

@@ -22,9 +22,9 @@ from retrieval_draft.errors import (
     UnsupportedGenerationError,
     UnsupportedModelError,
 )
-from tests.drafters import drafter_with, prompt_ids
-from tests.models import make
-from tests.sources import OracleSource
+from tests.support.drafters import drafter_with, prompt_ids
+from tests.support.models import make
+from tests.support.sources import OracleSource
 
 MODEL = make("llama")
 PROMPT = prompt_ids()

@@ -11,8 +11,8 @@ import torch
 
 import retrieval_draft
 from retrieval_draft import DraftConfig, RetrievalDrafter
-from tests.drafters import prompt_ids
-from tests.models import CACHE, make
+from tests.support.drafters import prompt_ids
+from tests.support.models import CACHE, make
 
 PROMPT = prompt_ids()
 GREEDY = {"max_new_tokens": 24, "do_sample": False}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval_draft.index._kernels.jit import kernel
+from retrieval_draft._kernels.jit import kernel
 
 __all__ = ["BLOCK", "INFINITY", "block_maxima", "has_nan"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval_draft.index._kernels.jit import sum_kernel
+from retrieval_draft._kernels.jit import sum_kernel
 
 __all__ = ["exp_sum", "exp_sums", "exp_sums_numpy"]
 

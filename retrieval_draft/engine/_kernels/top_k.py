@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft._kernels.jit import kernel
 from retrieval_draft.engine._kernels.maxima import BLOCK, block_maxima, has_nan
-from retrieval_draft.index._kernels.jit import kernel
 
 __all__ = ["BLOCK", "top_k_rows"]
 

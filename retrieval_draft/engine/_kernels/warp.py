@@ -11,10 +11,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft._kernels.jit import kernel
+from retrieval_draft._kernels.race import race
 from retrieval_draft.engine._kernels.maxima import BLOCK, block_maxima, has_nan
-from retrieval_draft.engine._kernels.race import race
 from retrieval_draft.engine._kernels.softmax import exp_sum
-from retrieval_draft.index._kernels.jit import kernel
 
 __all__ = ["MIN_P", "TEMPERATURE", "TOP_K", "TOP_P", "choose"]
 

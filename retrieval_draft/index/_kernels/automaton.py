@@ -19,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval_draft.index._kernels.jit import kernel
+from retrieval_draft._kernels.jit import kernel
 from retrieval_draft.index.source import TokenArray
 
 LINK, LENGTH, COUNT, LAST_END, FIRST_EDGE, DEGREE = range(6)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft._kernels.heap import BUCKETS, CUT, THRESHOLDS, admit, pop
+from retrieval_draft._kernels.jit import kernel
 from retrieval_draft.index._kernels.automaton import (
     COUNT,
     DEGREE,
@@ -17,8 +19,6 @@ from retrieval_draft.index._kernels.automaton import (
     TOKEN,
     matched_state,
 )
-from retrieval_draft.index._kernels.heap import BUCKETS, CUT, THRESHOLDS, admit, pop
-from retrieval_draft.index._kernels.jit import kernel
 
 CHILDREN = 12
 """Edges read from one state's list, and children kept for one node."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval_draft.index._kernels.jit import kernel
+from retrieval_draft._kernels.jit import kernel
 
 
 @kernel

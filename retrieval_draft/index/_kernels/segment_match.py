@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval_draft.index._kernels.jit import kernel
-from retrieval_draft.index._kernels.memory import load_int32, load_token, load_uint64
+from retrieval_draft._kernels.jit import kernel
+from retrieval_draft._kernels.memory import load_int32, load_token, load_uint64
 from retrieval_draft.index._kernels.sizes import STRIDE
 
 TOKENS, LENGTH, WIDTH, SEPARATOR, SUFFIXES, SIZE, SAMPLES, NUM_SAMPLES, BITS = range(9)

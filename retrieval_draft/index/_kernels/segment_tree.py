@@ -11,9 +11,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval_draft.index._kernels.heap import BUCKETS, CUT, THRESHOLDS, admit, pop
-from retrieval_draft.index._kernels.jit import kernel
-from retrieval_draft.index._kernels.memory import load_int32
+from retrieval_draft._kernels.heap import BUCKETS, CUT, THRESHOLDS, admit, pop
+from retrieval_draft._kernels.jit import kernel
+from retrieval_draft._kernels.memory import load_int32
 from retrieval_draft.index._kernels.segment_match import (
     LONGEST,
     SEPARATOR,

@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval_draft.index._kernels.jit import kernel
-from retrieval_draft.index._kernels.memory import load_token
+from retrieval_draft._kernels.jit import kernel
+from retrieval_draft._kernels.memory import load_token
 
 DEPTH = 96
 """Tokens by which suffixes are ordered."""

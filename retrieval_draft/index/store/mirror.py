@@ -12,9 +12,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from retrieval_draft.index.segment import Segment, text_dtype
-from retrieval_draft.index.segment_pile import SMALL, SegmentPile
-from retrieval_draft.index.segment_session import Segments
+from retrieval_draft.index.segments.segment import Segment, text_dtype
+from retrieval_draft.index.segments.segment_session import Segments
+from retrieval_draft.index.segments.segment_store import SMALL, SegmentPile
 from retrieval_draft.index.store.breather import Breather
 from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.index.store.counts import StoreCounts

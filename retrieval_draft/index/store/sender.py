@@ -10,7 +10,7 @@ from typing import Any
 
 from redis.exceptions import NoPermissionError, ResponseError
 
-from retrieval_draft.index.new_texts import new_texts
+from retrieval_draft.index.segments.new_texts import new_texts
 from retrieval_draft.index.source import TokenArray
 from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.index.store.counts import StoreCounts

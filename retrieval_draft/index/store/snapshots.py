@@ -20,8 +20,13 @@ import xxhash
 from retrieval_draft._cache_home import cache_home, expanded
 from retrieval_draft._files import read_bounded, replace_file, sync_folder
 from retrieval_draft.errors import DatastoreError, InvalidInputError, RetrievalDraftError
-from retrieval_draft.index.index_folder import MANIFEST, MOST_MANIFEST_BYTES, IndexFolder, parse_manifest
-from retrieval_draft.index.segment import Segment
+from retrieval_draft.index.segments.index_folder import (
+    MANIFEST,
+    MOST_MANIFEST_BYTES,
+    IndexFolder,
+    parse_manifest,
+)
+from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.index.store.snapshot_state import (
     FORMAT_VERSION,
     KIND,

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from retrieval_draft.errors import DatastoreError
-from retrieval_draft.index.segment_session import Segments
+from retrieval_draft.index.segments.segment_session import Segments
 from retrieval_draft.index.source import TokenArray
 from retrieval_draft.index.store.config import StoreConfig, check_share
 from retrieval_draft.index.store.connector import Connector

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft.config import MAX_NODES, DraftConfig
-from retrieval_draft.engine.cost import SIZES
-from retrieval_draft.engine.stats import DraftStats
+from retrieval_draft.drafting.cost import SIZES
+from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.fingerprint import vocabulary_size
 from retrieval_draft.integrations.llama_cpp._engine import llama_cpp
 from retrieval_draft.integrations.llama_cpp.gguf_tokenizer import GgufTokenizer
 from retrieval_draft.integrations.llama_cpp.pass_costs import PassCosts
+from retrieval_draft.models.fingerprint import vocabulary_size
 from retrieval_draft.proposer import Proposer, ProposerSession
 
 __all__ = ["RetrievalDraftModel"]

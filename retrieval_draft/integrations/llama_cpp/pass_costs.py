@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval_draft.engine.cost import SIZES, CostModel
+from retrieval_draft.drafting.cost import SIZES, CostModel
 
 __all__ = ["PassCosts"]
 

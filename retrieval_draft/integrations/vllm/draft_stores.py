@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from retrieval_draft.chains import ChainBatch
-from retrieval_draft.datastores import open_datastores
+from retrieval_draft.drafting.batch import ChainBatch
+from retrieval_draft.drafting.datastores import open_datastores
 from retrieval_draft.integrations.vllm.options import VllmOptions
 
 __all__ = ["DraftStores"]

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.integrations.vllm.options import PREFIX, VllmOptions
-from retrieval_draft.packaged_model import PACKAGED_NAME, packaged_folder
+from retrieval_draft.models.packaged import PACKAGED_NAME, packaged_folder
 
 __all__ = ["PROPOSER", "launch", "server_command"]
 

@@ -74,7 +74,7 @@ class RequestTracker:
         Returns:
             int64, shape (n,): the slot of each row. And which of them are new requests, as places in `rows`.
         """
-        from retrieval_draft.index._kernels.rows import follow_rows
+        from retrieval_draft.integrations.vllm._kernels.rows import follow_rows
 
         if self._known is None or self._known.shape[1] != token_ids.shape[1]:
             self.clear()

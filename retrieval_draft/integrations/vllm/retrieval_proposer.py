@@ -14,7 +14,7 @@ from weakref import ref
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval_draft.chains.batch import MOST_CHAIN
+from retrieval_draft.drafting.batch.chain_batch import MOST_CHAIN
 from retrieval_draft.integrations.vllm.draft_stores import DraftStores
 from retrieval_draft.integrations.vllm.drafting_rank import DraftingRank
 from retrieval_draft.integrations.vllm.interface import check_interface

@@ -21,7 +21,7 @@ _NOBODY = -1
 
 
 class Chains(Protocol):
-    """Sessions that are asked for one chain each, all at once: `retrieval_draft.chains.ChainBatch`."""
+    """Sessions that are asked for one chain each, all at once: `drafting.batch.ChainBatch`."""
 
     def open(self, prompt: TokenArray) -> int:
         """Starts a request; returns its session."""

@@ -8,7 +8,7 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval_draft.engine.cost import SIZES, CostModel
+from retrieval_draft.drafting.cost import SIZES, CostModel
 
 __all__ = ["StepCosts"]
 

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from retrieval_draft.server.events import StepReport
+from retrieval_draft.server.scheduler.events import StepReport
 
 __all__ = ["Rates"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from retrieval_draft.engine.drafting import Plan
-from retrieval_draft.server.events import RowStep
+from retrieval_draft.drafting.session import Plan
+from retrieval_draft.server.scheduler.events import RowStep
 
 __all__ = ["tree_view"]
 

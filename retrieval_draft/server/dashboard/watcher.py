@@ -9,10 +9,10 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
-from retrieval_draft.engine.drafting import count_names
+from retrieval_draft.drafting.session import count_names
 from retrieval_draft.server.dashboard.rates import Rates
 from retrieval_draft.server.dashboard.tree_view import tree_view
-from retrieval_draft.server.events import RequestEnd, RequestStart, RowStep, StepReport
+from retrieval_draft.server.scheduler.events import RequestEnd, RequestStart, RowStep, StepReport
 
 __all__ = ["Watcher"]
 

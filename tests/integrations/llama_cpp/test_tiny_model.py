@@ -13,10 +13,10 @@ llama_cpp = pytest.importorskip("llama_cpp")
 pytest.importorskip("gguf")
 
 from retrieval_draft.errors import DatastoreError, ModelFileError, TokenizerMismatchError  # noqa: E402
-from retrieval_draft.fingerprint import tokenizer_fingerprint, vocabulary_size  # noqa: E402
-from retrieval_draft.index.index_folder import IndexFolder  # noqa: E402
-from retrieval_draft.index.segment import Segment  # noqa: E402
+from retrieval_draft.index.segments.index_folder import IndexFolder  # noqa: E402
+from retrieval_draft.index.segments.segment import Segment  # noqa: E402
 from retrieval_draft.integrations.llama_cpp import GgufTokenizer, RetrievalDraftModel  # noqa: E402
+from retrieval_draft.models.fingerprint import tokenizer_fingerprint, vocabulary_size  # noqa: E402
 from tests.integrations.llama_cpp.tiny_gguf import VOCABULARY, write_tiny  # noqa: E402
 
 PROMPTS = ["the cat sat on the mat", "a b a b a b a", "zebra", "the cat sat on the mat and the cat"]

@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 
 from retrieval_draft.errors import UnsupportedEngineError
 from retrieval_draft.integrations.vllm.interface import check_interface
-from retrieval_draft.packaged_model import packaged_folder
+from retrieval_draft.models.packaged import packaged_folder
 from tests.integrations.vllm.engines import (
     SPECULATIVE,
     core_of,

@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from retrieval_draft.packaged_model import packaged_folder
+from retrieval_draft.models.packaged import packaged_folder
 
 pytestmark = pytest.mark.timeout(3600)
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from retrieval_draft.bench.cold import measure_first_use, resident_bytes
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells through /proc")

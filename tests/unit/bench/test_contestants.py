@@ -9,7 +9,7 @@ import torch
 
 from retrieval_draft.bench.contestants import cudnn_attention, make_contestant
 from retrieval_draft.errors import UnknownMethodError
-from tests.models import make
+from tests.support.models import make
 
 IDS = list(range(3, 30))
 

@@ -7,8 +7,8 @@ from retrieval_draft.bench.corpus import measure_corpus, standard_library
 from retrieval_draft.bench.datastores import measure_history, measure_index
 from retrieval_draft.bench.synthetic_text import SyntheticText
 from retrieval_draft.errors import InvalidInputError
-from tests.models import make
-from tests.tiny import byte_tokenizer
+from tests.support.models import make
+from tests.support.tiny import byte_tokenizer
 
 
 def test_synthetic_text_repeats_itself_and_is_the_same_every_time() -> None:

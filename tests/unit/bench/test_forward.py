@@ -5,7 +5,7 @@ import torch
 
 from retrieval_draft.bench.forward import SIZES, measure_forward
 from retrieval_draft.errors import InvalidInputError
-from tests.models import make
+from tests.support.models import make
 
 
 @pytest.fixture(scope="module")

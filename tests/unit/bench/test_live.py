@@ -14,8 +14,8 @@ from retrieval_draft.bench.live import live
 from retrieval_draft.bench.prompts import Prompt, random_prompts, read_prompts, spread
 from retrieval_draft.bench.replay import read_traces
 from retrieval_draft.errors import InvalidInputError, UnknownMethodError
-from tests.models import make
-from tests.tiny import TEXT, byte_tokenizer
+from tests.support.models import make
+from tests.support.tiny import TEXT, byte_tokenizer
 
 PROMPTS = [
     Prompt("a", "first", TEXT),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retrieval_draft.bench.reliability import Reliability, plot_reliability
-from retrieval_draft.engine.tree import DraftTree
+from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.errors import InvalidInputError
 
 

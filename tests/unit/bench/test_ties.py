@@ -10,7 +10,7 @@ import torch
 
 from retrieval_draft.bench.agreement import judge
 from retrieval_draft.bench.ties import TIE, Ties, compare, count_ties, gaps, unit
-from retrieval_draft.engine.noise import GumbelNoise
+from retrieval_draft.engine.sampling.noise import GumbelNoise
 
 HALF = torch.bfloat16
 

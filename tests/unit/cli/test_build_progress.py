@@ -6,7 +6,7 @@ import sys
 
 from retrieval_draft.cli import _build_progress
 from retrieval_draft.cli._build_progress import build_progress
-from retrieval_draft.index.building.builder import BuildState
+from retrieval_draft.index.build.builder import BuildState
 
 
 def test_lines_of_the_log_where_there_is_no_terminal(caplog, monkeypatch) -> None:

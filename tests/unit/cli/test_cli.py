@@ -11,8 +11,8 @@ import pytest
 import retrieval_draft
 from retrieval_draft.cli import generate as generate_module
 from retrieval_draft.cli import main
-from retrieval_draft.model_files import load_model
-from tests.tiny import TEXT, save_tiny
+from retrieval_draft.models.loading import load_model
+from tests.support.tiny import TEXT, save_tiny
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -213,7 +213,7 @@ def test_interruption_exits_with_130(command: Command, monkeypatch: pytest.Monke
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("retrieval_draft.model_files.load_model", interrupt)
+    monkeypatch.setattr("retrieval_draft.models.loading.load_model", interrupt)
     assert command("generate", "x", "--model", tiny)[0] == 130
 
 

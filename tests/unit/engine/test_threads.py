@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from retrieval_draft.engine import threads as threads_module
-from retrieval_draft.engine.linear_kernels import tiled
+from retrieval_draft.engine.cpu.linear_kernels import tiled
 from retrieval_draft.engine.threads import in_live_pool, on_threads
 
 TASKS = Path("/proc/self/task")
@@ -58,7 +58,7 @@ def test_the_number_of_threads_of_torch_is_respected(monkeypatch: pytest.MonkeyP
         asked.append(number)
         return on_threads(function, number)
 
-    monkeypatch.setattr("retrieval_draft.engine.linear_kernels.on_threads", note)
+    monkeypatch.setattr("retrieval_draft.engine.cpu.linear_kernels.on_threads", note)
     weight = torch.ones(2048, 512)
     for number in (1, 2):
         torch.set_num_threads(number)
@@ -97,7 +97,7 @@ import torch
 sys.path.insert(0, os.getcwd())
 torch.set_num_threads(2)
 from retrieval_draft import RetrievalDrafter
-from tests.models import make
+from tests.support.models import make
 model = make("llama", hidden_size=512, intermediate_size=1024, vocab_size=4096)
 drafter = RetrievalDrafter.for_model(model)
 prompt = torch.arange(40)[None] % 17

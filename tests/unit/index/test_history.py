@@ -210,7 +210,7 @@ def test_a_disk_that_fails_costs_no_drafts(tmp_path, monkeypatch, caplog) -> Non
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("retrieval_draft.index.segment.save_array", full)
+        patch.setattr("retrieval_draft.index.segments.segment.save_array", full)
         for reply in ((1, 2, 3), (1, 2, 3)):
             history.add(NONE, ids(*reply))
             assert history.flush(10)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from retrieval_draft.index._kernels import heap
+from retrieval_draft._kernels import heap
 from retrieval_draft.index.adjacency import AdjacencySource
 from retrieval_draft.index.source import NodeLogits
 from retrieval_draft.methods.stand import StandTable

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from retrieval_draft.engine.expansion import Expansion, ExpansionLimits
+from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits
 from retrieval_draft.engine.target import Target
 from retrieval_draft.methods.cascade import BEHIND, LENIENCE, REVIEWED, CascadeSession
-from tests.drafters import prompt_ids
-from tests.models import make
+from tests.support.drafters import prompt_ids
+from tests.support.models import make
 
 
 def session(model: object, *prompt: int) -> CascadeSession:

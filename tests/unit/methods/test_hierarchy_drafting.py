@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.index.registry import Datastores
-from retrieval_draft.index.segment import Segment
+from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.methods import hierarchy_drafting
 from retrieval_draft.methods.hierarchy_drafting import METHOD, ModelStore
 from retrieval_draft.methods.method import Parts

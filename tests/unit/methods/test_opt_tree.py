@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.engine.model_draft import ModelDraft
-from retrieval_draft.index.registry import Datastores
+from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.engine.draft_models.model_draft import ModelDraft
 from retrieval_draft.methods.method import Parts
 from retrieval_draft.methods.registry import get_method
-from tests.models import make
+from tests.support.models import make
 
 
 def test_the_largest_path_products_are_kept_closed_under_parents() -> None:

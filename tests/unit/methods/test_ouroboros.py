@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from retrieval_draft.engine.expansion import Expansion, ExpansionLimits
+from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits
 from retrieval_draft.engine.target import Target
 from retrieval_draft.methods import ouroboros
 from retrieval_draft.methods.ouroboros import DRAFTED, KEPT, OuroborosSession, PhrasePool
-from tests.models import make
+from tests.support.models import make
 
 
 def test_docstring_example() -> None:

@@ -11,8 +11,8 @@ import torch
 from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.config import METHODS
 from retrieval_draft.methods.registry import get_method
-from tests.drafters import prompt_ids
-from tests.models import make
+from tests.support.drafters import prompt_ids
+from tests.support.models import make
 
 PROMPT = prompt_ids()
 OPTIONS: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False}

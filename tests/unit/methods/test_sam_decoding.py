@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.index.registry import Datastores
-from retrieval_draft.index.segment import Segment
+from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.methods.method import Parts
 from retrieval_draft.methods.sam_decoding import METHOD
 

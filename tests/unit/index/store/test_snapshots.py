@@ -15,10 +15,10 @@ import fsspec
 import pytest
 
 from retrieval_draft.errors import DatastoreError, InvalidInputError
-from retrieval_draft.index import segment as segment_module
-from retrieval_draft.index.index_folder import IndexFolder
+from retrieval_draft.index.segments import segment as segment_module
+from retrieval_draft.index.segments.index_folder import IndexFolder
 from retrieval_draft.index.store.snapshots import SnapshotPlace
-from tests.snapshots import (
+from tests.support.snapshots import (
     FINGERPRINT,
     NAMESPACE,
     NOW,
@@ -314,7 +314,7 @@ def test_a_full_disk_leaves_nothing(where, tmp_path, monkeypatch) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("retrieval_draft.index.segment.save_array", full)
+        patch.setattr("retrieval_draft.index.segments.segment.save_array", full)
         with pytest.raises(DatastoreError, match="No space left"):
             place.write([segment([2])], state(NOW + 1))
     with monkeypatch.context() as patch:

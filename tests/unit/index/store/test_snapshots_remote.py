@@ -9,7 +9,7 @@ import fsspec
 import pytest
 
 from retrieval_draft.errors import DatastoreError
-from tests.snapshots import NOW, WARNED, count, opened, reseal, segment, state, tear_segment
+from tests.support.snapshots import NOW, WARNED, count, opened, reseal, segment, state, tear_segment
 
 
 class Remote:

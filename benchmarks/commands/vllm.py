@@ -1,0 +1,148 @@
+"""``retrieval-draft bench vllm``: drafting methods in vLLM, and what proposing costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from retrieval_draft.cli.bench_common import Out, finish, ratio_range, split
+from retrieval_draft.cli.common import DIFFERENT, Json
+from retrieval_draft.cli.output import print_json, print_table
+from retrieval_draft.errors import InvalidInputError
+
+__all__ = ["vllm"]
+
+_METHODS = "plain,ngram-1-3-3,ngram-2-4-5,ngram-3-5-10,suffix,cold,history"
+
+
+def vllm(
+    model: Annotated[str, typer.Option(help="A folder, a hub name, or gemma3-270m.")] = "gemma3-270m",
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--prompts", help="JSON lines with prompt or turns; may be repeated.", show_default=False
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many prompts, in turn from every task.")] = 8,
+    tasks: Annotated[str, typer.Option(help="Only these tasks, by commas.", show_default=False)] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each reply at most.")] = 96,
+    methods: Annotated[
+        str,
+        typer.Option(help="plain, idle, ngram-MIN-MAX-K, suffix, suffix-history, cold, history; by commas."),
+    ] = _METHODS,
+    drafts: Annotated[int, typer.Option(min=1, max=64, help="Tokens of a draft at most.")] = 24,
+    passes: Annotated[int, typer.Option(min=1, help="How often all prompts are run.")] = 1,
+    max_model_len: Annotated[int, typer.Option(min=64, help="As vLLM takes it.")] = 1024,
+    dtype: Annotated[str, typer.Option(help="As vLLM takes it.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Draws which prompts.")] = 0,
+    propose_only: Annotated[
+        bool, typer.Option("--propose-only", help="Time proposing alone; needs neither model nor vLLM.")
+    ] = False,
+    requests: Annotated[int, typer.Option(min=1, help="Rows of the batch, with --propose-only.")] = 64,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of each row, with --propose-only.")] = 4096,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time, with --propose-only.")] = 200,
+    threads: Annotated[int, typer.Option(min=1, help="That propose, with --propose-only.")] = 1,
+    history: Annotated[
+        bool, typer.Option("--history/--no-history", help="Earlier requests too, with --propose-only.")
+    ] = True,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Compare drafting methods in vLLM on one model, one request at a time, or time proposing alone."""
+    if propose_only:
+        from benchmarks.vllm_propose import measure_propose
+
+        result = measure_propose(
+            requests=requests, context=context, steps=steps, drafts=drafts, threads=threads, history=history
+        )
+        finish(result, out)
+        if json:
+            print_json(result)
+        else:
+            times = result["propose_ms"]
+            print_table(
+                f"{requests} requests at {context} tokens, {drafts} draft tokens at most",
+                ("milliseconds a step", "p50", "p99", "mean", "least"),
+                [("", *(f"{times[name]:.2f}" for name in ("p50", "p99", "mean", "least")))],
+            )
+        return
+    result = _compare(
+        model,
+        prompts,
+        limit,
+        tasks,
+        seed,
+        split(methods),
+        {
+            "max_new_tokens": max_new_tokens,
+            "most": drafts,
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "passes": passes,
+        },
+    )
+    finish(result, out)
+    if json:
+        print_json(result)
+    else:
+        for number, found in enumerate(result["passes"], 1):
+            _print(f"{len(result['prompts'])} prompts, {max_new_tokens} new tokens, pass {number}", found)
+    if any(each["different"] for found in result["passes"] for each in found.values()):
+        raise typer.Exit(DIFFERENT)
+
+
+def _compare(
+    model: str,
+    prompts: list[Path] | None,
+    limit: int | None,
+    tasks: str,
+    seed: int,
+    methods: list[str],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    import importlib.util
+
+    from retrieval_draft.bench.prompts import read_prompts, spread
+    from retrieval_draft.models.packaged import PACKAGED_NAME, packaged_folder
+
+    if importlib.util.find_spec("vllm") is None:
+        raise InvalidInputError(
+            "vLLM is not installed in this environment.",
+            "Run scripts/test_vllm.sh --install, then .venv-vllm/bin/retrieval-draft bench vllm.",
+        )
+    chosen = spread(read_prompts(prompts or []), limit, split(tasks), seed)
+    folder = str(packaged_folder()) if model == PACKAGED_NAME else model
+    from transformers import AutoTokenizer
+
+    from benchmarks.vllm import compare_in_vllm
+
+    result = compare_in_vllm(
+        folder, AutoTokenizer.from_pretrained(folder), chosen, methods=methods, **options
+    )
+    result["model"] = model
+    return result
+
+
+def _print(title: str, found: dict[str, Any]) -> None:
+    columns = ("method", "tokens/s", "request (p10..p90)", "least", "decoding (p10..p90)", "tokens/step")
+    print_table(
+        title,
+        (*columns, "accepted/draft", "equal", "ties", "other"),
+        [
+            (
+                name,
+                f"{each['tokens_per_second']:.1f}",
+                ratio_range(each["ratio"]),
+                f"{each['ratio']['min']:.2f}",
+                ratio_range(each["decode_ratio"]),
+                f"{each['tokens_per_step']:.2f}",
+                f"{each['accepted_per_draft']:.2f} of {each['drafted_per_draft']:.2f}",
+                str(each["equal"]),
+                str(each["ties"]),
+                str(each["different"]),
+            )
+            for name, each in found.items()
+        ],
+    )

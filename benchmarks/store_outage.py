@@ -1,0 +1,111 @@
+"""What an outage of the store costs a server that decodes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.slow_proxy import SlowProxy
+from benchmarks.store_decoder import DecoderProcess
+from benchmarks.valkey_process import ValkeyProcess
+from retrieval_draft._progress import progress
+
+__all__ = ["STATES", "measure_outages"]
+
+STATES = ("none", "connected", "dead", "paused", "slow")
+"""``none``: no store on either side, which shows what this bench cannot tell apart. ``slow``: every answer
+comes 200 ms late."""
+
+_DELAY = 0.1
+
+
+def measure_outages(
+    model: str,
+    prompts: Sequence[Sequence[int]],
+    folder: Path,
+    *,
+    max_new_tokens: int = 32,
+    states: Sequence[str] = STATES,
+) -> dict[str, Any]:
+    """Decodes each prompt twice in one process, with a drafter that has a store and with one that has none.
+
+    Two processes on the same machine differ by more than what is looked for, from their start to their end,
+    and the machine itself does within some seconds. So both drafters share one process and one model, both
+    begin with nothing, they take turns prompt by prompt, and who begins changes each time. What this cannot
+    show is the processor time that the store's threads take from either of them: it is counted apart. A state
+    begins when both are open and connected, right before the first prompt, so what a server does when the
+    store goes away counts too.
+
+    Args:
+        model: As ``--model``.
+        prompts: Token ids, dealt out to the states in turn.
+        folder: For the store's data.
+        max_new_tokens: Of each reply.
+        states: Of `STATES`.
+
+    Returns:
+        For each state the median over prompts of tokens a second with the store over those without, tenths,
+        that of all tokens together, whether all replies were the same, how many there were, what the store's
+        threads took of one core, and the store's state as the server saw it at the end.
+    """
+    found: dict[str, Any] = {}
+    with (
+        ValkeyProcess(folder / "outage") as server,
+        SlowProxy(server.port) as proxy,
+        DecoderProcess(model) as decoder,
+        progress("Decoding with and without a store", len(prompts), delay=0.0) as advance,
+    ):
+        url = f"redis://127.0.0.1:{proxy.port}"
+        for place, state in enumerate(states):
+            decoder.open(None if state == "none" else url)
+            taken, begin = decoder.store_seconds(), time.perf_counter()
+            _enter(state, server, proxy)
+            seconds: dict[bool, list[float]] = {True: [], False: []}
+            same = True
+            for number, ids in enumerate(prompts[place :: len(states)]):
+                texts = []
+                for with_store in (bool(number % 2), not number % 2):
+                    tokens, took = decoder.generate(ids, max_new_tokens, with_store)
+                    texts.append(tokens)
+                    seconds[with_store].append(took)
+                same = same and texts[0] == texts[1]
+                advance()
+            share = (decoder.store_seconds() - taken) / (time.perf_counter() - begin)
+            seen = decoder.call(do="status").get("state", "none")
+            _leave(state, server, proxy)
+            decoder.call(do="close")
+            low, middle, high = np.percentile(np.divide(seconds[False], seconds[True]), [10, 50, 90]).tolist()
+            found[state] = {
+                "ratio": middle,
+                "p10": low,
+                "p90": high,
+                "of_all": sum(seconds[False]) / sum(seconds[True]),
+                "core_share": share,
+                "replies": len(seconds[True]),
+                "same_text": same,
+                "state": seen,
+            }
+    return found
+
+
+def _enter(state: str, server: ValkeyProcess, proxy: SlowProxy) -> None:
+    if state == "dead":
+        server.kill()
+    elif state == "paused":
+        server.pause()
+    elif state == "slow":
+        proxy.delay = _DELAY
+
+
+def _leave(state: str, server: ValkeyProcess, proxy: SlowProxy) -> None:
+    proxy.delay = 0.0
+    if state == "dead":
+        server.start()
+    elif state == "paused":
+        server.resume()
+    if state in ("dead", "paused", "slow"):
+        time.sleep(0.5)

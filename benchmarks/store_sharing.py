@@ -1,0 +1,171 @@
+"""How soon servers learn from each other, how fast one takes in, and how soon a new one is warm."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.store_fill import fill
+from benchmarks.store_worker import FINGERPRINT, WorkerProcess, load_kernels
+from benchmarks.valkey_process import ValkeyProcess
+from retrieval_draft._progress import progress
+from retrieval_draft.bench.synthetic_text import SyntheticText
+from retrieval_draft.index.shared import SharedSource
+from retrieval_draft.index.source import TokenArray
+from retrieval_draft.index.store.config import StoreConfig
+from retrieval_draft.index.store.store import SharedStore
+
+__all__ = ["measure_ingest", "measure_propagation", "measure_start"]
+
+_RUN = 500
+_SERVERS = 10
+
+
+def measure_propagation(
+    folder: Path, *, servers: int = 4, rounds: int = 200, vocabulary: int = 32000
+) -> dict[str, Any]:
+    """From the end of a request on one server to a draft from it on the others.
+
+    Servers are processes. Each request's reply is 200 random tokens, and a server counts from the call that
+    ends the request to the moment at which another's session proposes what follows 40 tokens of it.
+
+    Args:
+        folder: For the store's data.
+        servers: How many.
+        rounds: Requests, on the servers in turn.
+        vocabulary: Ids are below it.
+
+    Returns:
+        Milliseconds, median and 99th percentile, over rounds and receiving servers.
+    """
+    found: list[float] = []
+    lost = 0
+    with ValkeyProcess(folder / "propagation") as server, ExitStack() as stack:
+        config = {"url": server.url, "vocabulary": vocabulary}
+        workers = [stack.enter_context(WorkerProcess(**config)) for _ in range(servers)]
+        for number, worker in enumerate(workers):
+            worker.call(do="share", seed=10**6 + number)
+        for worker in workers:
+            worker.call(do="open")
+        with progress("Sharing (requests)", rounds, delay=0.0) as advance:
+            for number in range(rounds):
+                sender = workers[number % servers]
+                others = [worker for worker in workers if worker is not sender]
+                for worker in others:
+                    worker.ask(do="watch", seed=number)
+                time.sleep(0.02)
+                begin = sender.call(do="share", seed=number)["at"]
+                for worker in others:
+                    end = worker.answer()["at"]
+                    if end is None:
+                        lost += 1
+                    else:
+                        found.append(1000 * (end - begin))
+                advance()
+    return {
+        "p50": float(np.percentile(found, 50)),
+        "p99": float(np.percentile(found, 99)),
+        "max": max(found),
+        "samples": len(found),
+        "lost": lost,
+        "servers": servers,
+    }
+
+
+def measure_start(folder: Path, *, tokens: int = 10_000_000, vocabulary: int = 32000) -> dict[str, Any]:
+    """How long a new server takes from opening the store to a lookup in all of a snapshot.
+
+    Args:
+        folder: For data and snapshots.
+        tokens: Of the snapshot.
+        vocabulary: Ids are below it.
+
+    Returns:
+        Seconds to the first lookup, and until the log behind the snapshot had been read: medians of five new
+        processes, each with its kernels loaded.
+    """
+    usable, ready = [], []
+    with ValkeyProcess(folder / "start", append_only=False) as server:
+        fill(server.url, vocabulary, tokens, _RUN, _SERVERS)
+        config = {"url": server.url, "vocabulary": vocabulary, "snapshots": str(folder / "snapshots")}
+        with WorkerProcess(**config) as worker:
+            worker.call(do="open", seconds=120.0)
+            info = worker.call(do="snapshot")
+        for _ in range(5):
+            with WorkerProcess(**config) as worker:
+                found = worker.call(do="open")
+            usable.append(found["usable_seconds"])
+            ready.append(found["ready_seconds"])
+    return {
+        "usable_seconds": float(np.median(usable)),
+        "ready_seconds": float(np.median(ready)),
+        "tokens": info["tokens"],
+        "nbytes": info["nbytes"],
+        "found_tokens": found["tokens"],
+        "ingested": found["ingested"],
+    }
+
+
+def measure_ingest(
+    folder: Path, *, tokens: int = 20_000_000, vocabulary: int = 32000, nodes: int = 60
+) -> dict[str, Any]:
+    """Takes in what ten servers wrote, while a thread does a decoding thread's part in a lookup every 2 ms.
+
+    Args:
+        folder: For the store's data.
+        tokens: To take in.
+        vocabulary: Ids are below it.
+        nodes: Of each proposal.
+
+    Returns:
+        Tokens a second, and microseconds of a step (observing and proposing), while entries come in and
+        afterwards: how long it took, and how much of that the thread was not running, waiting for the
+        interpreter or for a core.
+    """
+    load_kernels(vocabulary)
+    text = SyntheticText(vocabulary).tokens(400_000, seed=99)
+    with ValkeyProcess(folder / "ingest", append_only=False) as server:
+        fill(server.url, vocabulary, tokens, _RUN, _SERVERS)
+        with SharedStore(StoreConfig(server.url), FINGERPRINT, vocabulary) as store:
+            source = SharedSource(store)
+            begin = time.perf_counter()
+            busy = _steps(source, text, nodes, lambda done: store.counts.ingested_tokens >= tokens)
+            seconds = time.perf_counter() - begin
+            store.flush()
+            time.sleep(3.0)  # merging ends
+            quiet = _steps(source, text, nodes, lambda done: done >= len(busy))
+            ingested = store.counts.ingested_tokens
+    return {
+        "tokens_per_second": tokens / seconds,
+        "tokens": ingested,
+        "steps": len(busy),
+        "step_us": _spread(busy[:, 0]),
+        "step_us_quiet": _spread(quiet[:, 0]),
+        "held_us": _spread(busy[:, 1]),
+        "held_us_quiet": _spread(quiet[:, 1]),
+    }
+
+
+def _steps(source: SharedSource, text: TokenArray, nodes: int, over: Any) -> Any:
+    """Microseconds of each step, and of those the ones in which the thread did not run; shape (steps, 2)."""
+    session = source.open(text[:32])
+    found: list[tuple[float, float]] = []
+    end = time.monotonic() + 300
+    while not over(len(found)) and time.monotonic() < end:
+        at = 32 + 2 * (len(found) % 100_000)
+        ran, begin = time.thread_time(), time.perf_counter()
+        session.observe(text[at : at + 2])
+        session.propose(nodes)
+        took = time.perf_counter() - begin
+        found.append((1e6 * took, max(0.0, 1e6 * (took - (time.thread_time() - ran)))))
+        time.sleep(0.002)
+    return np.array(found)
+
+
+def _spread(values: Any) -> dict[str, float]:
+    places = {"p50": 50, "p99": 99, "p99.9": 99.9, "max": 100}
+    return {name: float(np.percentile(values, place)) for name, place in places.items()}

@@ -1,0 +1,1 @@
+"""Numba building blocks that index, drafting and engine share."""

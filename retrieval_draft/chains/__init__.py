@@ -1,8 +1,0 @@
-"""Chains for many requests at once: one call a step drafts for a whole batch, outside of the GIL."""
-
-from __future__ import annotations
-
-from retrieval_draft.chains.batch import ChainBatch
-from retrieval_draft.chains.lengths import choose_lengths
-
-__all__ = ["ChainBatch", "choose_lengths"]

@@ -1,0 +1,286 @@
+"""The engine's side of the drafting service: neither torch nor numpy, and no wait without an end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+from retrieval_draft.draft_service import wire
+from retrieval_draft.draft_service.client_session import DraftSession, Tokens, plain
+from retrieval_draft.draft_service.errors import (
+    ServiceUnavailableError,
+    error_of,
+)
+from retrieval_draft.draft_service.transport import Address, Connection
+from retrieval_draft.draft_service.wire import Draft, Info, Said
+from retrieval_draft.errors import InvalidInputError, RetrievalDraftError
+
+__all__ = ["Draft", "DraftClient", "DraftSession", "Info", "Said"]
+
+Share = Literal["none", "reply", "all"]
+_KEPT_CONNECTIONS = 16
+
+
+class DraftClient:
+    """Asks a drafting service. Several threads may share one; each session belongs to one at a time.
+
+    Connections are kept open and reused. Nothing waits longer than `timeout`. With ``on_error="empty"`` the
+    engine never learns what the service or the network does: it gets empty drafts and decodes plainly, the
+    service is left alone for `retry_seconds`, and sessions go on where they were once it answers again.
+
+    Args:
+        url: ``http://HOST:PORT``, ``https://...`` or ``unix:///PATH/TO/SOCKET``.
+        api_key: Where the service wants one.
+        timeout: Seconds for a whole call.
+        on_error: "raise", or "empty" to go on without drafts.
+        retry_seconds: With "empty", how long the service is left alone after it did not answer.
+
+    Raises:
+        InvalidInputError: `url`, `on_error` or `api_key` cannot be used.
+
+    Example:
+        with DraftClient("http://127.0.0.1:8700", on_error="empty") as client:
+            session = client.open(prompt)
+            draft = session.step([first_token], nodes=16)
+            while running:
+                emitted = verify(draft.tokens, draft.parents)
+                draft = session.step(emitted, nodes=16)
+            session.close()
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 1.0,
+        on_error: Literal["raise", "empty"] = "raise",
+        retry_seconds: float = 1.0,
+    ) -> None:
+        if on_error not in ("raise", "empty"):
+            raise InvalidInputError(f"on_error is {on_error!r}.", "Choose from: raise, empty.")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key):
+            raise InvalidInputError("The API key has characters that no header can carry.")
+        if not timeout > 0:
+            raise InvalidInputError(f"timeout is {timeout}; it must be positive.")
+        self._address = Address(url)
+        self._headers = f"Content-Type: {wire.MESSAGE_PACK}\r\n"
+        if api_key is not None:
+            self._headers += f"Authorization: Bearer {api_key}\r\n"
+        self._timeout = timeout
+        self._silent = on_error == "empty"
+        self._retry_seconds = retry_seconds
+        self._rest_until = 0.0
+        self._idle: list[Connection] = []
+        self._lock = threading.Lock()
+        self._closed = False
+        self.failures = 0
+        """Calls that did not work, those that nobody was told of included."""
+
+    def info(self) -> Info:
+        """What the service is. Raises whatever `on_error` says.
+
+        Raises:
+            ServiceUnavailableError: It does not answer.
+            DraftServiceError: It says no.
+        """
+        return self._call("GET", "", b"", Info)
+
+    def open(
+        self,
+        prompt: Tokens,
+        references: Sequence[Tokens] = (),
+        *,
+        share: Share | None = None,
+        fingerprint: str = "",
+        nodes: int = 0,
+        deepest: int | None = None,
+        chain: bool = False,
+        floor: float = 0.0,
+    ) -> DraftSession:
+        """Starts a session.
+
+        Args:
+            prompt: All of the text so far, one token at least.
+            references: Texts that the reply may quote.
+            share: What other servers may learn: "none", "reply" or "all"; None for what the service does.
+            fingerprint: Of the engine's tokenizer, to be sure that it is the service's.
+            nodes: Of a first draft, in ``session.draft``; 0 for none, as the first token comes from the
+                prompt's own pass.
+            deepest: As `DraftSession.step`, like the rest.
+            chain: A chain instead of a tree.
+            floor: Where a chain ends.
+
+        Raises:
+            InvalidInputError: The prompt is empty.
+            RetrievalDraftError: As `on_error` says.
+        """
+        text = plain(prompt)
+        if not text:
+            raise InvalidInputError("The prompt is empty.", "Pass one token at least, such as the bos token.")
+        request = wire.OpenRequest(
+            prompt=text,
+            references=[plain(each) for each in references],
+            share=share,
+            fingerprint=fingerprint,
+            nodes=nodes,
+            deepest=deepest,
+            chain=chain,
+            floor=floor,
+        )
+        session = DraftSession(self, len(text), text[-1])
+        try:
+            if self._may_call():
+                reply = self._call("POST", "/open", wire.encode(request), wire.OpenReply)
+                session._key = reply.session
+                session.draft = reply.draft if nodes else session.draft
+        except RetrievalDraftError as error:
+            self._failed(error)
+        return session
+
+    def step(
+        self,
+        steps: Sequence[tuple[DraftSession, Tokens]],
+        *,
+        nodes: int = 60,
+        deepest: int | None = None,
+        chain: bool = False,
+        floor: float = 0.0,
+    ) -> list[Draft]:
+        """Steps of many sessions in one round trip.
+
+        Args:
+            steps: Sessions, each once, and what their engine emitted.
+            nodes: As `DraftSession.step`, like the rest.
+            deepest: Longest path that is of use.
+            chain: Chains instead of trees.
+            floor: Where a chain ends.
+
+        Returns:
+            Their drafts. One that failed is empty, with the reason in ``error``.
+
+        Raises:
+            RetrievalDraftError: As `on_error` says, where the whole call did not work.
+        """
+        want = wire.Want(nodes=nodes, deepest=deepest, chain=chain, floor=floor)
+        for start in range(0, len(steps), wire.MAX_STEPS):
+            part = steps[start : start + wire.MAX_STEPS]
+            for session, tokens in part:
+                session._note(plain(tokens))
+            self._step([session for session, _ in part], want)
+        return [session.draft for session, _ in steps]
+
+    def close(self) -> None:
+        """Hangs up. Open sessions are left to expire."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    def __enter__(self) -> DraftClient:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _step(
+        self,
+        sessions: Sequence[DraftSession],
+        want: wire.Want,
+        said: Said | None = None,
+        close: Literal["finished", "dropped"] | None = None,
+    ) -> None:
+        """Sends what waits, and gives every session its draft."""
+        alive = [session for session in sessions if session.alive]
+        if not alive or not self._may_call():
+            return
+        steps = [
+            wire.Step(
+                session=session._key,
+                tokens=session._pending,
+                at=session.length - len(session._pending),
+                # Rows for tokens that wait from earlier steps are not there.
+                said=said if session._fresh == len(session._pending) else None,
+                close=close,
+                nodes=want.nodes,
+                deepest=want.deepest,
+                chain=want.chain,
+                floor=want.floor,
+            )
+            for session in alive
+        ]
+        try:
+            reply = self._call("POST", "/step", wire.encode(wire.StepRequest(steps=steps)), wire.StepReply)
+            if len(reply.drafts) != len(alive):
+                raise ServiceUnavailableError("The service answered another number of steps.")
+        except RetrievalDraftError as error:
+            if len(alive) == 1:
+                alive[0]._fail(error)
+            self._failed(error)
+            return
+        for session, draft in zip(alive, reply.drafts, strict=True):
+            session._take(draft)
+            self.failures += draft.error is not None
+
+    def _may_call(self) -> bool:
+        return time.monotonic() >= self._rest_until
+
+    def _failed(self, error: RetrievalDraftError) -> None:
+        """Counts a failure; raises it unless nobody wants to know."""
+        self.failures += 1
+        if not self._silent:
+            raise error
+        if isinstance(error, ServiceUnavailableError):
+            self._rest_until = time.monotonic() + self._retry_seconds
+
+    def _call(self, method: str, path: str, body: bytes, kind: type[wire.Message]) -> wire.Message:
+        status, answer = self._exchange(method, f"/v1/draft{path}", body)
+        try:
+            if status == 200:
+                return wire.decode(answer, kind)
+            # What stands before the service, such as a check of keys, may speak JSON.
+            failure = wire.decode(answer, wire.ErrorReply, json=answer[:1] == b"{").error
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise ServiceUnavailableError(
+                f"What answers at {self._address.url} with status {status} is no drafting service."
+            ) from error
+        raise error_of(status, failure.message, failure.hint)
+
+    def _exchange(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
+        deadline = time.monotonic() + self._timeout
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise ServiceUnavailableError("The client is closed.")
+                connection = self._idle.pop() if self._idle else None
+            kept = connection is not None
+            try:
+                if connection is None:
+                    left = max(0.001, deadline - time.monotonic())
+                    connection = Connection(self._address, self._headers, left)
+                result = connection.exchange(method, path, body, deadline)
+            except BaseException as error:
+                if connection is not None:
+                    connection.close()
+                if kept and isinstance(error, ConnectionError) and not isinstance(error, RetrievalDraftError):
+                    continue  # hung up on while it waited; the service takes no token in twice
+                if isinstance(error, OSError) and not isinstance(error, RetrievalDraftError):
+                    raise ServiceUnavailableError(
+                        f"The drafting service at {self._address.url} does not answer: {error}.",
+                        "Is it running? See retrieval-draft drafts serve --help.",
+                    ) from error
+                raise
+            self._keep(connection)
+            return result
+
+    def _keep(self, connection: Connection) -> None:
+        with self._lock:
+            if connection.reusable and not self._closed and len(self._idle) < _KEPT_CONNECTIONS:
+                self._idle.append(connection)
+                return
+        connection.close()

@@ -1,0 +1,156 @@
+"""One request of an engine, at a drafting service."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from retrieval_draft.draft_service import wire
+from retrieval_draft.draft_service.errors import (
+    DraftServiceError,
+    ServiceFullError,
+    UnknownSessionError,
+    error_of,
+)
+from retrieval_draft.draft_service.wire import Draft, Said
+from retrieval_draft.errors import InvalidInputError, RetrievalDraftError
+
+if TYPE_CHECKING:
+    from retrieval_draft.draft_service.client import DraftClient
+
+__all__ = ["DraftSession", "Tokens", "plain"]
+
+Tokens = Iterable[int]
+_MOST_PENDING = 1 << 16
+
+
+class DraftSession:
+    """One request of an engine. One thread at a time may use it.
+
+    Attributes:
+        length: Tokens of the text, as the engine has it.
+        draft: The last one.
+        alive: Whether there may still be drafts. False once the service does not know the session, which lets
+            the request go on without.
+    """
+
+    def __init__(self, client: DraftClient, length: int, last: int) -> None:
+        self._client = client
+        self._key = ""
+        self._pending: list[int] = []
+        self._fresh = 0
+        self._last = last
+        self.length = length
+        self.draft = self._empty()
+        self._over = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether there may still be drafts."""
+        return bool(self._key) and not self._over
+
+    def step(
+        self,
+        tokens: Tokens,
+        *,
+        nodes: int = 60,
+        deepest: int | None = None,
+        chain: bool = False,
+        floor: float = 0.0,
+        said: Said | None = None,
+    ) -> Draft:
+        """Says what the engine emitted, and what to verify next, in one round trip.
+
+        Args:
+            tokens: Emitted since the last step, in order, the bonus token included. After a failure they are
+                kept, and sent with the next ones.
+            nodes: Draft nodes at most, the root not counted.
+            deepest: Longest path that is of use; None for any.
+            chain: One path instead of a tree, of at most `nodes` tokens.
+            floor: A chain ends before a token whose path probability is lower.
+            said: The target's best tokens at each of `tokens`, or at nodes of the last tree.
+
+        Returns:
+            The draft; its root alone where nothing is known.
+
+        Raises:
+            UnknownSessionError: The service does not know the session, or not any more.
+            ServiceUnavailableError: It does not answer.
+            DraftServiceError: It says no.
+        """
+        self._note(plain(tokens))
+        if not self.alive and not self._client._silent:
+            raise UnknownSessionError("The session is over.", "Open another one.")
+        want = wire.Want(nodes=nodes, deepest=deepest, chain=chain, floor=floor)
+        self._client._step([self], want, said)
+        failure = self.draft.error
+        if failure is not None and not self._client._silent:
+            raise error_of(failure.code, failure.message, failure.hint)
+        return self.draft
+
+    def close(self, *, finished: bool = True, tokens: Tokens = ()) -> None:
+        """Ends the session. Twice does no harm.
+
+        Args:
+            finished: Whether others may learn from it.
+            tokens: Emitted since the last step.
+
+        Raises:
+            RetrievalDraftError: As `on_error` says; not where the session is gone already.
+        """
+        self._note(plain(tokens))
+        if not self.alive:
+            return
+        with suppress(UnknownSessionError):
+            self._client._step([self], wire.Want(nodes=0), close="finished" if finished else "dropped")
+        self._over = True
+
+    def __enter__(self) -> DraftSession:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        self.close(finished=kind is None)
+
+    def _note(self, tokens: list[int]) -> None:
+        """Adds to what is sent next."""
+        self.draft = self._empty()
+        self._fresh = len(tokens)
+        if tokens:
+            self._last = tokens[-1]
+            self.length += len(tokens)
+            self.draft = self._empty()
+        if self.alive:
+            self._pending = self._pending + tokens
+            self._over = len(self._pending) > _MOST_PENDING
+
+    def _take(self, draft: Draft) -> None:
+        """The service's answer."""
+        if draft.error is None:
+            self._pending = []
+            if draft.tokens:
+                self.draft = draft
+            else:
+                self.draft.accepted = draft.accepted
+            return
+        self.draft.error = draft.error
+        self._fail(error_of(draft.error.code, draft.error.message))
+
+    def _fail(self, error: RetrievalDraftError) -> None:
+        if isinstance(error, DraftServiceError):
+            # What was refused once would be refused again with every later token.
+            self._over = error.status < 500 and not isinstance(error, ServiceFullError)
+
+    def _empty(self) -> Draft:
+        return Draft(tokens=[self._last], parents=[-1], path_probs=[1.0], length=self.length)
+
+
+def plain(tokens: Any) -> list[int]:
+    """Token ids as a list of int; arrays and tensors of one axis too."""
+    values = tokens.tolist() if hasattr(tokens, "tolist") else list(tokens)
+    try:
+        return [int(value) for value in values]
+    except TypeError as error:
+        raise InvalidInputError(
+            "Tokens are no row of ids.", "Pass a list, or an array of one axis."
+        ) from error

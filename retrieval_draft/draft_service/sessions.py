@@ -1,0 +1,237 @@
+"""The open sessions of the drafting service: bounded, and closed when nobody comes back for them."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from retrieval_draft.draft_service.errors import ServiceFullError, TooLargeError, UnknownSessionError
+from retrieval_draft.drafting.tree import DraftTree
+from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.index.source import TokenArray
+from retrieval_draft.proposer import ProposerSession
+
+__all__ = ["OpenSession", "SessionLimits", "SessionTable", "unknown"]
+
+_ID_BYTES = 12
+_NONE = np.empty(0, np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """How much may be open at once.
+
+    Attributes:
+        max_sessions: Of all tenants.
+        max_tokens: Of all sessions: prompts, references and replies.
+        max_session_tokens: Of one.
+        idle_seconds: A session that is not used for so long is closed.
+    """
+
+    max_sessions: int = 4096
+    max_tokens: int = 1 << 25
+    max_session_tokens: int = 1 << 20
+    idle_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name, value, low in (
+            ("max_sessions", self.max_sessions, 1),
+            ("max_tokens", self.max_tokens, 1),
+            ("max_session_tokens", self.max_session_tokens, 1),
+            ("idle_seconds", self.idle_seconds, 0.01),
+        ):
+            if not value >= low:
+                raise InvalidInputError(f"{name} is {value}; it must be {low} at least.")
+
+
+class OpenSession:
+    """One session, and what its service remembers of it. `lock` guards everything but the table's fields.
+
+    Attributes:
+        lock: Held by whoever works with the session.
+        proposing: What drafts.
+        tail: int32. The last tokens of the text.
+        tree: The tree that was handed out last; None before the first, and after tokens came in.
+        last_at: Length of the text before `last_tokens`.
+        last_tokens: int32. What the last step brought.
+        last_accepted: How many of those had been drafted.
+        closed: Whether it is over.
+    """
+
+    __slots__ = (
+        "closed", "key", "last_accepted", "last_at", "last_tokens", "lock", "proposing", "tail", "tenant",
+        "tokens", "tree", "used",
+    )  # fmt: skip
+
+    def __init__(
+        self, key: str, tenant: str, proposing: ProposerSession, tail: TokenArray, tokens: int
+    ) -> None:
+        self.key, self.tenant, self.proposing = key, tenant, proposing
+        self.lock = threading.Lock()
+        self.tail = tail
+        self.tree: DraftTree | None = None
+        self.last_at, self.last_tokens, self.last_accepted = -1, _NONE, 0
+        self.closed = False
+        self.tokens = tokens
+        self.used = 0.0
+
+
+class SessionTable:
+    """Sessions by name, the one that waits longest first. Safe to use from several threads.
+
+    Args:
+        limits: How much may be open at once.
+        clock: Seconds that never go back.
+
+    Attributes:
+        limits: As given.
+        tokens: Of all open sessions, and of those that are being opened.
+    """
+
+    def __init__(self, limits: SessionLimits, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits, self._clock = limits, clock
+        self._sessions: OrderedDict[str, OpenSession] = OrderedDict()
+        self._lock = threading.Lock()
+        self._opening = 0
+        self._by_tenant: Counter[str] = Counter()
+        self.tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def count(self, tenant: str) -> int:
+        """Open sessions of a tenant."""
+        return self._by_tenant[tenant]
+
+    def reserve(self, tokens: int) -> None:
+        """Makes sure that a session of so many tokens has a place; `add` or `give_back` must follow.
+
+        Raises:
+            TooLargeError: It would never have one.
+            ServiceFullError: There is none now.
+        """
+        limits = self.limits
+        if tokens > limits.max_session_tokens:
+            raise TooLargeError(
+                f"The session has {tokens} tokens; it may have {limits.max_session_tokens}.",
+                "Pass less of the prompt, or fewer references.",
+            )
+        with self._lock:
+            if len(self._sessions) + self._opening >= limits.max_sessions:
+                raise ServiceFullError(
+                    f"{limits.max_sessions} sessions are open, and no more may be.", "Close some, or wait."
+                )
+            self._check_room(tokens)
+            self._opening += 1
+            self.tokens += tokens
+
+    def give_back(self, tokens: int) -> None:
+        """The session that was reserved for is not opened after all."""
+        with self._lock:
+            self._opening -= 1
+            self.tokens -= tokens
+
+    def add(self, tenant: str, proposing: ProposerSession, tail: TokenArray, tokens: int) -> OpenSession:
+        """Names a session that was reserved for."""
+        session = OpenSession(secrets.token_urlsafe(_ID_BYTES), tenant, proposing, tail, tokens)
+        with self._lock:
+            self._opening -= 1
+            session.used = self._clock()
+            self._sessions[session.key] = session
+            self._by_tenant[tenant] += 1
+        return session
+
+    def get(self, tenant: str, key: str) -> OpenSession:
+        """A tenant's session; it counts as used.
+
+        Raises:
+            UnknownSessionError: The tenant has no such session.
+        """
+        with self._lock:
+            session = self._sessions.get(key)
+            if session is None or session.tenant != tenant:
+                raise unknown(key)
+            session.used = self._clock()
+            self._sessions.move_to_end(key)
+        return session
+
+    def grow(self, session: OpenSession, tokens: int) -> None:
+        """Counts tokens that a session takes in.
+
+        Raises:
+            TooLargeError: The session would be too long.
+            ServiceFullError: All sessions together would be.
+        """
+        if not tokens:
+            return
+        with self._lock:
+            if session.key not in self._sessions:
+                raise unknown(session.key)
+            most = self.limits.max_session_tokens
+            if session.tokens + tokens > most:
+                raise TooLargeError(
+                    f"The session would have {session.tokens + tokens} tokens; it may have {most}."
+                )
+            self._check_room(tokens)
+            session.tokens += tokens
+            self.tokens += tokens
+
+    def shrink(self, session: OpenSession, tokens: int) -> None:
+        """Tokens that were counted were not taken in after all."""
+        with self._lock:
+            if session.key in self._sessions:
+                session.tokens -= tokens
+                self.tokens -= tokens
+
+    def remove(self, session: OpenSession) -> bool:
+        """Takes a session out; False if it was not in."""
+        with self._lock:
+            return self._remove(session)
+
+    def expired(self) -> list[OpenSession]:
+        """Sessions that nobody used for too long; they are taken out."""
+        over = []
+        with self._lock:
+            end = self._clock() - self.limits.idle_seconds
+            for session in self._sessions.values():
+                if session.used > end:
+                    break
+                over.append(session)
+            for session in over:
+                self._remove(session)
+        return over
+
+    def all(self) -> list[OpenSession]:
+        """Every open session."""
+        with self._lock:
+            return list(self._sessions.values())
+
+    def _remove(self, session: OpenSession) -> bool:
+        if self._sessions.pop(session.key, None) is None:
+            return False
+        self.tokens -= session.tokens
+        self._by_tenant[session.tenant] -= 1
+        if not self._by_tenant[session.tenant]:
+            del self._by_tenant[session.tenant]
+        return True
+
+    def _check_room(self, tokens: int) -> None:
+        most = self.limits.max_tokens
+        if self.tokens + tokens > most:
+            raise ServiceFullError(
+                f"The open sessions have {self.tokens} tokens, and {tokens} more would pass {most}.",
+                "Close some, or wait.",
+            )
+
+
+def unknown(key: str) -> UnknownSessionError:
+    """What is said of a session that is not there."""
+    return UnknownSessionError(
+        f"There is no session {key!r}.", "It was closed, or not used for too long. Open another one."
+    )

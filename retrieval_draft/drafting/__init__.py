@@ -1,0 +1,1 @@
+"""Proposals of all sources to one draft tree or chain; no torch."""

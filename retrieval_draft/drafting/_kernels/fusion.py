@@ -1,0 +1,413 @@
+"""Union of proposals into one trie, its best nodes, and what the outcome of a step says about them."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval_draft._kernels.heap import pop, push
+from retrieval_draft._kernels.jit import kernel
+from retrieval_draft.drafting._kernels.sharpen import COLUMNS, sharpen, teach_sharpness
+
+SOURCES = 8
+MASKS = 1 << SOURCES
+"""Places of sources; a set of sources is a bit mask of their places."""
+
+BINS = 16
+CELLS = MASKS * BINS
+"""A calibration cell is the set of sources that named a node, and a bin of the log odds they give it."""
+
+LENGTHS = 10
+DEPTHS = 8
+RANKS = 5
+"""Buckets of match length, of depth, and of the rank among a source's guesses below one parent."""
+
+LENGTH_SCALE = 0
+LENGTH_BIAS = LENGTH_SCALE + SOURCES * LENGTHS
+DEPTH_BIAS = LENGTH_BIAS + SOURCES * LENGTHS
+RANK_BIAS = DEPTH_BIAS + SOURCES * DEPTHS
+ABSENT = RANK_BIAS + SOURCES * RANKS
+PARAMETERS = ABSENT + 2 * SOURCES
+"""Where each kind of parameter of single sources starts, in one vector. What sources that guess otherwise are
+worth is kept apart for nodes that a model named."""
+
+MODEL = 6
+"""The place of draft models."""
+
+MASK, RAW, CELL, RANK, DEPTH = range(5)
+ODDS = 5
+LENGTH = ODDS + SOURCES
+LEFT = LENGTH + SOURCES
+NOISE = LEFT + SOURCES
+EVIDENCE = NOISE + COLUMNS
+"""Columns of a node's evidence: the set of sources that named it, what they say together, the cell of that,
+rank and depth; then for each source its log odds, the bucket of its match length, and, where it named
+siblings but not this node, the log of the probability it left over; then what the noise says."""
+
+LEARNS_LENGTH, LEARNS_DEPTH, LEARNS_RANK, LEARNS_ABSENT, LEARNS_REQUEST, LEARNS_CELLS = range(6)
+SWITCHES = 6
+"""What is learned, 1 or 0 each; all of them unless one measures what each is worth."""
+
+DEEPEST = 1 << 20
+"""Nothing is deeper."""
+
+CERTAIN = 0.999
+UNLIKELY = 1e-6
+LEAST_LEFT = 0.001
+MOST_WEIGHT = 2.0
+
+
+@kernel
+def guess(prob: float) -> float:
+    """A probability within UNLIKELY and CERTAIN; the former for what is no number."""
+    if not prob > UNLIKELY:
+        return UNLIKELY
+    return min(prob, CERTAIN)
+
+
+@kernel
+def log_odds(prob: float) -> float:
+    """Log odds of a probability, kept finite."""
+    kept = guess(prob)
+    return np.log(kept / (1.0 - kept))
+
+
+@kernel
+def place_in(value: float, size: int) -> int:
+    """A number as a place among `size`: the nearest there is, the first for what is no number."""
+    if not value > 0.0:
+        return 0
+    return int(min(value, size - 1.0))
+
+
+@kernel
+def cell_of(mask: int, odds: float) -> int:
+    """The calibration cell of a node that the sources in `mask` give these log odds together."""
+    return mask * BINS + place_in(odds * 1.5 + BINS / 2, BINS)
+
+
+@kernel
+def length_bucket(length: int) -> int:
+    """0 to 4 as they are, then 5-6, 7-9, 10-15, 16-31 and longer."""
+    if length < 5:
+        return max(length, 0)
+    if length < 7:
+        return 5
+    if length < 10:
+        return 6
+    if length < 16:
+        return 7
+    return 8 if length < 32 else 9
+
+
+@kernel
+def depth_bucket(depth: int) -> int:
+    """1 to 4, then 5-6, 7-10, 11-20 and deeper."""
+    if depth < 5:
+        return max(depth - 1, 0)
+    if depth < 7:
+        return 4
+    if depth < 11:
+        return 5
+    return 6 if depth < 21 else 7
+
+
+@kernel
+def total_weight(mask: int, weights: NDArray[np.float64]) -> float:
+    """Sum of the weights of the sources in `mask`, not 0."""
+    total = 1e-6
+    for place in range(SOURCES):
+        if mask >> place & 1:
+            total += weights[mask, place]
+    return total
+
+
+@kernel
+def mixed_odds(
+    evidence: NDArray[np.float32],
+    weights: NDArray[np.float64],
+    parameters: NDArray[np.float64],
+    request: NDArray[np.float64],
+) -> float:
+    """Log odds that a node is accepted if its parent is.
+
+    A sum of the sources' log odds, weighted by their set and scaled by match length; of a bias of the set; of
+    the naming sources' biases by match length, depth, rank and request, each as far as its weight goes; and
+    of what the sources that named siblings only left over for it.
+    """
+    mask = place_in(evidence[MASK], MASKS)
+    depth = depth_bucket(place_in(evidence[DEPTH], DEEPEST))
+    rank = place_in(evidence[RANK], RANKS)
+    absent = ABSENT + SOURCES * (mask >> MODEL & 1)
+    odds = weights[mask, SOURCES]
+    biases = 0.0
+    for place in range(SOURCES):
+        if mask >> place & 1:
+            weight = weights[mask, place]
+            bucket = place * LENGTHS + place_in(evidence[LENGTH + place], LENGTHS)
+            odds += weight * (1.0 + parameters[LENGTH_SCALE + bucket]) * evidence[ODDS + place]
+            bias = parameters[LENGTH_BIAS + bucket]
+            bias += parameters[DEPTH_BIAS + place * DEPTHS + depth]
+            bias += parameters[RANK_BIAS + place * RANKS + rank]
+            bias += request[place]
+            biases += weight * bias
+        else:
+            odds += parameters[absent + place] * evidence[LEFT + place]
+    return odds + biases / total_weight(mask, weights)
+
+
+@kernel
+def teach(
+    evidence: NDArray[np.float32],
+    error: float,
+    rate: float,
+    request_rate: float,
+    weights: NDArray[np.float64],
+    parameters: NDArray[np.float64],
+    request: NDArray[np.float64],
+    switches: NDArray[np.float64],
+) -> None:
+    """One step of logistic regression: moves every term of `mixed_odds` along its gradient.
+
+    The share that a bias has is taken as given.
+
+    Args:
+        error: Outcome, 0 or 1, minus probability.
+    """
+    mask = place_in(evidence[MASK], MASKS)
+    depth = depth_bucket(place_in(evidence[DEPTH], DEEPEST))
+    rank = place_in(evidence[RANK], RANKS)
+    total = total_weight(mask, weights)
+    absent = ABSENT + SOURCES * (mask >> MODEL & 1)
+    step = rate * error
+    weights[mask, SOURCES] += step
+    for place in range(SOURCES):
+        if mask >> place & 1:
+            weight = weights[mask, place]
+            share = weight / total
+            said = step * evidence[ODDS + place]
+            bucket = place * LENGTHS + place_in(evidence[LENGTH + place], LENGTHS)
+            scale = 1.0 + parameters[LENGTH_SCALE + bucket]
+            weights[mask, place] = min(max(weight + scale * said, 0.0), MOST_WEIGHT)
+            parameters[LENGTH_SCALE + bucket] += switches[LEARNS_LENGTH] * weight * said
+            parameters[LENGTH_BIAS + bucket] += switches[LEARNS_LENGTH] * share * step
+            parameters[DEPTH_BIAS + place * DEPTHS + depth] += switches[LEARNS_DEPTH] * share * step
+            parameters[RANK_BIAS + place * RANKS + rank] += switches[LEARNS_RANK] * share * step
+            request[place] += switches[LEARNS_REQUEST] * request_rate * share * error
+        else:
+            moved = parameters[absent + place] + switches[LEARNS_ABSENT] * step * evidence[LEFT + place]
+            parameters[absent + place] = min(max(moved, 0.0), MOST_WEIGHT)
+
+
+@kernel
+def fuse(
+    tokens: NDArray[np.int32],
+    parents: NDArray[np.int32],
+    probs: NDArray[np.float32],
+    lengths: NDArray[np.int32],
+    starts: NDArray[np.int64],
+    places: NDArray[np.int64],
+    weights: NDArray[np.float64],
+    parameters: NDArray[np.float64],
+    request: NDArray[np.float64],
+    expected: NDArray[np.float64],
+    accepted: NDArray[np.float64],
+    prior: float,
+    budget: int,
+    root_token: int,
+    sample_key: np.uint64,
+    position: int,
+    vocabulary: int,
+    sharpness: NDArray[np.float64],
+    out_nodes: NDArray[np.int32],
+    out_probs: NDArray[np.float32],
+    out_sources: NDArray[np.int64],
+    out_evidence: NDArray[np.float32],
+) -> int:
+    """Merges proposals into a trie and writes its root and `budget` most probable nodes, best first.
+
+    What the sources of a node say is mixed in log odds (`mixed_odds`). The ratio of its cell then turns that
+    into what was accepted in like cases. A parent is at least as probable as its child and has the smaller
+    number, so the order (path probability down, number up) is prefix-closed under ties.
+
+    Args:
+        tokens: int32, shape (total,). All proposals one after the other.
+        parents: int32, shape (total,). Within each proposal, -1 for the root.
+        probs: float32, shape (total,).
+        lengths: int32, shape (total,). Match lengths.
+        starts: int64, shape (proposals + 1,).
+        places: int64, shape (proposals,). Of each proposal's source, below SOURCES, all different.
+        weights: float64, shape (MASKS, SOURCES + 1). Of each source's log odds, and 1's, by set of sources.
+        parameters: float64, shape (PARAMETERS,). Of single sources.
+        request: float64, shape (SOURCES,). How much better or worse each source is in this request.
+        expected: float64, shape (CELLS,). Sum of estimates seen so far.
+        accepted: float64, shape (CELLS,). How many of them came true.
+        prior: Expected acceptances that each cell starts with, all of them met.
+        root_token: The root's.
+        sample_key: Of the noise that the target draws with.
+        position: Of the first drafted token in the text; -1 where there is no noise.
+        vocabulary: Ids that noise is drawn for.
+        sharpness: float64, shape (MASKS, 2). How far the noise is believed, by set of sources.
+        out_nodes: int32, shape (3, budget + 1). Tokens, parents, depths.
+        out_probs: float32, shape (2, budget + 1). Probability given the parent, path probability.
+        out_sources: int64. Bit s where proposal s named the node.
+        out_evidence: float32, shape (budget + 1, EVIDENCE).
+
+    Returns:
+        Nodes written, the root included.
+    """
+    total = len(tokens)
+    trie_token = np.empty(total + 1, np.int32)
+    trie_parent = np.empty(total + 1, np.int32)
+    trie_depth = np.zeros(total + 1, np.int32)
+    trie_child = np.full(total + 1, -1, np.int32)
+    trie_sibling = np.full(total + 1, -1, np.int32)
+    trie_mask = np.zeros(total + 1, np.int64)
+    trie_named = np.zeros(total + 1, np.int64)
+    evidence = np.zeros((total + 1, EVIDENCE), np.float32)
+    covered = np.zeros((total + 1, SOURCES), np.float32)
+    left = np.ones((total + 1, SOURCES), np.float32)  # log of what is not covered; 1 where not computed
+    children = np.zeros((total + 1, SOURCES), np.int32)
+    place_of = np.empty(total, np.int32)
+    size = 1
+    for source in range(len(starts) - 1):
+        start = starts[source]
+        place = min(max(places[source], 0), SOURCES - 1)
+        for item in range(start, starts[source + 1]):
+            above = parents[item]
+            parent = 0
+            if above >= 0:  # parents come before their children: what names another one is no node
+                parent = place_of[start + above] if above < item - start else -1
+            place_of[item] = -1
+            if parent < 0:
+                continue
+            prob = guess(probs[item])
+            node = trie_child[parent]
+            while node >= 0 and trie_token[node] != tokens[item]:
+                node = trie_sibling[node]
+            if node < 0:
+                node = size
+                size += 1
+                trie_token[node] = tokens[item]
+                trie_parent[node] = parent
+                trie_depth[node] = trie_depth[parent] + 1
+                trie_sibling[node] = trie_child[parent]
+                trie_child[parent] = node
+                evidence[node, RANK] = RANKS - 1
+            evidence[node, ODDS + place] = log_odds(prob)
+            evidence[node, LENGTH + place] = length_bucket(lengths[item])
+            evidence[node, RANK] = min(evidence[node, RANK], children[parent, place])
+            children[parent, place] += 1
+            covered[parent, place] += prob
+            trie_mask[node] |= 1 << place
+            trie_named[node] |= 1 << source
+            place_of[item] = node
+
+    path = np.empty(size, np.float64)
+    calibrated = np.empty(size, np.float64)
+    heap = np.empty(size, np.int32)
+    path[0] = 1.0
+    for node in range(1, size):
+        mask = trie_mask[node]
+        parent = trie_parent[node]
+        evidence[node, MASK] = mask
+        evidence[node, DEPTH] = trie_depth[node]
+        for place in range(SOURCES):
+            if not mask >> place & 1 and covered[parent, place] > 0.0:
+                if left[parent, place] > 0.0:
+                    left[parent, place] = np.log(max(1.0 - covered[parent, place], LEAST_LEFT))
+                evidence[node, LEFT + place] = left[parent, place]
+        odds = mixed_odds(evidence[node], weights, parameters, request)
+        raw = guess(1.0 / (1.0 + np.exp(-odds)))
+        cell = cell_of(mask, odds)
+        evidence[node, RAW] = raw
+        evidence[node, CELL] = cell
+        ratio = (accepted[cell] + prior) / (expected[cell] + prior)
+        calibrated[node] = guess(raw * ratio)
+    if position >= 0:
+        for node in range(size):
+            if trie_child[node] >= 0:
+                place = position + trie_depth[node]
+                sharpen(
+                    trie_child[node], trie_sibling, trie_token, trie_mask, sample_key, place, vocabulary,
+                    sharpness, calibrated, evidence, NOISE,
+                )  # fmt: skip
+    for node in range(1, size):
+        path[node] = path[trie_parent[node]] * calibrated[node]
+        push(heap, node - 1, path, node)
+    chosen = min(budget, size - 1)
+    placed = np.empty(size, np.int32)
+    placed[0] = 0
+    out_nodes[0, 0] = root_token
+    out_nodes[1, 0] = -1
+    out_nodes[2, 0] = 0
+    out_probs[:, 0] = 1.0
+    out_sources[0] = 0
+    out_evidence[0] = 0.0
+    waiting = size - 1
+    for place in range(1, chosen + 1):
+        node = pop(heap, waiting, path)
+        waiting -= 1
+        placed[node] = place
+        out_nodes[0, place] = trie_token[node]
+        out_nodes[1, place] = placed[trie_parent[node]]
+        out_nodes[2, place] = trie_depth[node]
+        out_probs[0, place] = calibrated[node]
+        out_probs[1, place] = path[node]
+        out_sources[place] = trie_named[node]
+        out_evidence[place] = evidence[node]
+    return chosen + 1
+
+
+@kernel
+def score(
+    tokens: NDArray[np.int32],
+    parents: NDArray[np.int32],
+    evidence: NDArray[np.float32],
+    emitted: NDArray[np.int32],
+    weights: NDArray[np.float64],
+    parameters: NDArray[np.float64],
+    request: NDArray[np.float64],
+    expected: NDArray[np.float64],
+    accepted: NDArray[np.float64],
+    rate: float,
+    request_rate: float,
+    memory: float,
+    switches: NDArray[np.float64],
+    sharpness: NDArray[np.float64],
+    sharpness_rate: float,
+    outcomes: NDArray[np.int8],
+) -> None:
+    """Learns from every node whose parent was accepted: it was, or was not, what the target emitted.
+
+    The terms of its log odds take a step of logistic regression, its cell counts the outcome; old outcomes
+    fade by halves.
+
+    Args:
+        sharpness_rate: Of what is learned about noise; 0 where there is none.
+        outcomes: int8, shape (n + 1,). Gets 1 or 0 for each such node, -1 for the others.
+    """
+    depth = np.full(len(tokens), -1, np.int64)
+    depth[0] = 0
+    outcomes[0] = -1
+    for node in range(1, len(tokens)):
+        outcomes[node] = -1
+        above = depth[parents[node]] if 0 <= parents[node] < node else -1
+        if above < 0 or above >= len(emitted):
+            continue
+        taken = tokens[node] == emitted[above]
+        outcomes[node] = taken
+        if taken:
+            depth[node] = above + 1
+        raw = guess(evidence[node, RAW])
+        cell = place_in(evidence[node, CELL], CELLS)
+        teach(evidence[node], taken - raw, rate, request_rate, weights, parameters, request, switches)
+        if sharpness_rate > 0.0:
+            odds, shift = evidence[node, NOISE], evidence[node, NOISE + 1]
+            mask = place_in(evidence[node, MASK], MASKS)
+            teach_sharpness(odds, shift, taken, sharpness_rate, mask, sharpness)
+        expected[cell] += switches[LEARNS_CELLS] * raw
+        accepted[cell] += switches[LEARNS_CELLS] * taken
+        if expected[cell] > memory:
+            expected[cell] *= 0.5
+            accepted[cell] *= 0.5

@@ -1,0 +1,8 @@
+"""Chains for many requests at once: one call a step drafts for a whole batch, outside of the GIL."""
+
+from __future__ import annotations
+
+from retrieval_draft.drafting.batch.chain_batch import ChainBatch
+from retrieval_draft.drafting.batch.lengths import choose_lengths
+
+__all__ = ["ChainBatch", "choose_lengths"]

@@ -1,0 +1,105 @@
+"""One node of a chain in the adjacency matrix, in parts, so that memory is fetched while others work."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval_draft._kernels.jit import inner_kernel
+from retrieval_draft.drafting.batch._kernels.views import prefetch
+from retrieval_draft.index._kernels.adjacency import NO_ROW, ORDERS, find_row, key_of
+
+
+@inner_kernel
+def ask_keys(keys: NDArray[np.uint64], context: NDArray[np.int32], hashes: NDArray[np.uint64]) -> None:
+    """Hashes a context, and has the places fetched where its rows would be.
+
+    Args:
+        context: int32, shape (4,). Oldest first, -1 where the text is shorter.
+        hashes: uint64, shape (4,). Written: of the last 4, 3, 2 and 1 tokens, 0 where there are fewer.
+    """
+    mask = np.uint64(len(keys) - 1)
+    base = keys.ctypes.data
+    for back in range(ORDERS):
+        hashes[back] = np.uint64(0)
+        if context[back] >= 0:
+            hashes[back] = key_of(context, ORDERS - back)
+            prefetch(base + 8 * np.int64((hashes[back] >> np.uint64(17)) & mask))
+
+
+@inner_kernel
+def ask_rows(
+    keys: NDArray[np.uint64],
+    visits: NDArray[np.int32],
+    row_tokens: NDArray[np.int32],
+    row_probs: NDArray[np.float32],
+    hashes: NDArray[np.uint64],
+    rows: NDArray[np.int64],
+) -> None:
+    """Finds the rows of hashes, and has them fetched.
+
+    Args:
+        rows: int64, shape (4,). Written: NO_ROW where there is none.
+    """
+    width = row_tokens.shape[1]
+    visits_at, tokens_at, probs_at = visits.ctypes.data, row_tokens.ctypes.data, row_probs.ctypes.data
+    for back in range(ORDERS):
+        rows[back] = NO_ROW
+        if hashes[back] != 0:
+            rows[back] = find_row(keys, hashes[back])
+            if rows[back] != NO_ROW:
+                prefetch(visits_at + 4 * rows[back])
+                prefetch(tokens_at + 4 * width * rows[back])
+                prefetch(probs_at + 4 * width * rows[back])
+
+
+@inner_kernel
+def expand_adjacency(
+    visits: NDArray[np.int32],
+    row_tokens: NDArray[np.int32],
+    row_probs: NDArray[np.float32],
+    doubt: NDArray[np.float64],
+    rows: NDArray[np.int64],
+    needed: float,
+    tokens: NDArray[np.int32],
+    probs: NDArray[np.float64],
+    lengths: NDArray[np.int32],
+) -> int:
+    """What the rows of the last 4, 3, 2 and 1 tokens say comes next, blended as in `adjacency.propose`.
+
+    Tokens that are merely frequent are left out: none of them is likely enough to go on with.
+
+    Args:
+        rows: int64, shape (4,). From `ask_rows`.
+        needed: Probability below which a child is of no use.
+        tokens: int32. Written, as are `probs` and `lengths`; their length is the most children there may be.
+
+    Returns:
+        Children written.
+    """
+    width = row_tokens.shape[1]
+    found = 0
+    mass = 1.0
+    for back in range(ORDERS):
+        row = rows[back]
+        if row == NO_ROW or mass <= needed:
+            continue
+        order = ORDERS - back
+        claim = mass * visits[row] / (visits[row] + doubt[order])
+        mass -= claim
+        for place in range(width):
+            token = row_tokens[row, place]
+            share = claim * row_probs[row, place]
+            if token < 0 or share <= 0.25 * needed:  # the most probable come first
+                break
+            match = 0
+            while match < found and tokens[match] != token:
+                match += 1
+            if match < found:
+                probs[match] += share
+            elif found < len(tokens):
+                tokens[found] = token
+                probs[found] = share
+                lengths[found] = order
+                found += 1
+    return found

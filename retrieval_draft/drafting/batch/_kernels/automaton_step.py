@@ -1,0 +1,108 @@
+"""One node of a chain in a suffix automaton: what may follow, and where one goes on."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval_draft._kernels.jit import inner_kernel
+from retrieval_draft.index._kernels.automaton import (
+    COUNT,
+    DEGREE,
+    FIRST_EDGE,
+    LENGTH,
+    LINK,
+    NEXT,
+    TAKEN,
+    TARGET,
+    TOKEN,
+    find_edge,
+)
+from retrieval_draft.index._kernels.automaton_tree import CHAIN
+
+
+@inner_kernel
+def follow_automaton(
+    states: NDArray[np.int32],
+    edges: NDArray[np.int32],
+    table: NDArray[np.int32],
+    state: int,
+    length: int,
+    token: int,
+) -> tuple[int, int]:
+    """The longest suffix of the context and `token` that the text holds: its state and length."""
+    while state >= 0:
+        edge = find_edge(states, edges, table, state, token)
+        if edge >= 0:
+            return edges[edge, TARGET], length + 1
+        state = states[state, LINK]
+        if state >= 0:
+            length = states[state, LENGTH]
+    return 0, 0
+
+
+@inner_kernel
+def expand_automaton(
+    states: NDArray[np.int32],
+    edges: NDArray[np.int32],
+    state: int,
+    length: int,
+    params: NDArray[np.float64],
+    needed: float,
+    tokens: NDArray[np.int32],
+    probs: NDArray[np.float64],
+    lengths: NDArray[np.int32],
+) -> int:
+    """What followed a context, blended over its suffixes by the rule of `automaton_tree.propose`.
+
+    Args:
+        state: Of the context.
+        length: Its tokens.
+        params: float64: escape factor, order cap, recency.
+        needed: Probability below which a child is of no use.
+        tokens: int32. Written, as are `probs` and `lengths`; their length is the most children there may be.
+
+    Returns:
+        Children written.
+    """
+    escape = params[0]
+    cap = np.int64(params[1])
+    recency = params[2]
+    found = 0
+    mass = 1.0
+    steps = 0
+    while state > 0 and steps < CHAIN and mass > needed:
+        shorter = states[state, LINK]
+        below = states[shorter, LENGTH]
+        total = states[state, COUNT]
+        edge = states[state, FIRST_EDGE]
+        if edge >= 0 and total > 0:
+            distinct = states[state, DEGREE]
+            once = escape * distinct / (total + escape * distinct)
+            leave = once
+            for _ in range(min(length, cap) - min(below, cap) - 1):
+                leave *= once
+            claim = mass * (1.0 - leave) / (total + recency)
+            mass *= leave
+            read = 0
+            unread = total + recency
+            while edge >= 0 and read < len(tokens) and claim * unread > needed:
+                weight = edges[edge, TAKEN] + (recency if read == 0 else 0.0)
+                unread -= weight
+                token = edges[edge, TOKEN]
+                place = 0
+                while place < found and tokens[place] != token:
+                    place += 1
+                if place < found:
+                    probs[place] += claim * weight
+                elif found < len(tokens):
+                    tokens[found] = token
+                    probs[found] = claim * weight
+                    lengths[found] = length
+                    found += 1
+                edge = edges[edge, NEXT]
+                read += 1
+        state = shorter
+        length = below
+        steps += 1
+    return found

@@ -1,0 +1,127 @@
+"""Takes in what the rows of a batch emitted: calibration learns from it, one row after the other."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval_draft._kernels.jit import kernel
+from retrieval_draft.drafting._kernels.fusion import score
+from retrieval_draft.drafting.batch._kernels.slots import (
+    CHAIN,
+    ID,
+    LENGTH,
+    PENDING,
+    SLOT_MASK,
+    STAMP,
+    TEXT,
+    TEXT_ROOM,
+)
+from retrieval_draft.drafting.batch._kernels.views import int32_row
+
+ALL_FIT = -1
+UNKNOWN_ID, TWICE = range(2)
+
+
+@kernel
+def check_rows(
+    ids: NDArray[np.int64], slots: NDArray[np.int64], starts: NDArray[np.int64], stamp: int
+) -> tuple[int, int, int]:
+    """Whether every row is an open session, and none comes twice.
+
+    Args:
+        ids: int64, shape (rows,).
+        slots: int64, shape (slots, SLOT_FIELDS).
+        starts: int64, shape (rows + 1,). Where each row's new tokens start.
+        stamp: Of this step; larger than that of any step before.
+
+    Returns:
+        The first row that is wrong or ALL_FIT, what is wrong with it, and how many rows have too little room
+        for their text.
+    """
+    tight = 0
+    for row in range(len(ids)):
+        slot = ids[row] & SLOT_MASK
+        if ids[row] < 0 or slot >= len(slots) or slots[slot, ID] != ids[row]:
+            return row, UNKNOWN_ID, 0
+        if slots[slot, STAMP] == stamp:
+            return row, TWICE, 0
+        slots[slot, STAMP] = stamp
+        if slots[slot, LENGTH] + starts[row + 1] - starts[row] > slots[slot, TEXT_ROOM]:
+            tight += 1
+    return ALL_FIT, 0, tight
+
+
+@kernel
+def learn_rows(
+    ids: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    tokens: NDArray[np.int32],
+    slots: NDArray[np.int64],
+    nodes: NDArray[np.int32],
+    evidence: NDArray[np.float32],
+    chosen: NDArray[np.int32],
+    weights: NDArray[np.float64],
+    parameters: NDArray[np.float64],
+    request: NDArray[np.float64],
+    expected: NDArray[np.float64],
+    accepted: NDArray[np.float64],
+    rate: float,
+    request_rate: float,
+    memory: float,
+    switches: NDArray[np.float64],
+    sharpness: NDArray[np.float64],
+    contexts: NDArray[np.int32],
+) -> tuple[int, int]:
+    """Scores what was proposed for each row by what it emitted, and appends that to its text.
+
+    Args:
+        ids: int64, shape (rows,).
+        starts: int64, shape (rows + 1,).
+        tokens: int32. What the rows emitted, one row after the other.
+        slots: int64, shape (slots, SLOT_FIELDS).
+        nodes: int32, shape (slots, 2, nodes). Tokens and parents of what was proposed.
+        evidence: float32, shape (slots, nodes, EVIDENCE).
+        chosen: int32, shape (slots, max_chain). Nodes of each chain.
+        weights, parameters, expected, accepted, switches, sharpness: As `fusion.score` takes them.
+        request: float64, shape (slots, SOURCES).
+        contexts: int32, shape (tokens, width). Gets what each token stood behind, -1 where there is less.
+
+    Returns:
+        Tokens of the chains whose outcome was seen, and how many of them were emitted.
+    """
+    width = contexts.shape[1]
+    outcomes = np.empty(nodes.shape[2], np.int8)
+    all_drafted, all_taken = 0, 0
+    for row in range(len(ids)):
+        slot = ids[row] & SLOT_MASK
+        first, last = starts[row], starts[row + 1]
+        if first == last:
+            continue
+        emitted = tokens[first:last]
+        size = slots[slot, PENDING]
+        if size > 1:
+            score(
+                nodes[slot, 0, :size], nodes[slot, 1, :size], evidence[slot, :size], emitted, weights,
+                parameters, request[slot], expected, accepted, rate, request_rate, memory, switches,
+                sharpness, 0.0, outcomes,
+            )  # fmt: skip
+        drafted = slots[slot, CHAIN]
+        most = min(drafted, len(emitted) - 1)  # the last one is the model's own
+        taken = 0
+        while taken < most and nodes[slot, 0, chosen[slot, taken]] == emitted[taken]:
+            taken += 1
+        all_drafted += drafted
+        all_taken += taken
+        slots[slot, PENDING] = 0
+        slots[slot, CHAIN] = 0
+        length = slots[slot, LENGTH]
+        text = int32_row(slots[slot, TEXT], slots[slot, TEXT_ROOM])
+        for item in range(len(emitted)):
+            for back in range(width):
+                place = length - width + back
+                contexts[first + item, back] = text[place] if place >= 0 else -1
+            text[length] = emitted[item]
+            length += 1
+        slots[slot, LENGTH] = length
+    return all_drafted, all_taken

@@ -1,0 +1,283 @@
+"""Brings each row's lookups to the end of its text, and walks the most probable chain from there."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval_draft._kernels.jit import kernel
+from retrieval_draft.drafting._kernels.fusion import SOURCES
+from retrieval_draft.drafting.batch._kernels.adjacency_step import ask_keys, ask_rows, expand_adjacency
+from retrieval_draft.drafting.batch._kernels.automaton_step import expand_automaton, follow_automaton
+from retrieval_draft.drafting.batch._kernels.candidates import add_children, choose
+from retrieval_draft.drafting.batch._kernels.segment_rows import advance_rows
+from retrieval_draft.drafting.batch._kernels.segment_step import MOST_RUNS, expand_segments, follow_segments
+from retrieval_draft.drafting.batch._kernels.slots import (
+    CHAIN,
+    EDGES_AT,
+    INSERTED,
+    LENGTH,
+    META_AT,
+    NUM_EDGES,
+    NUM_STATES,
+    PENDING,
+    SLOT_MASK,
+    STATES_AT,
+    TABLE_AT,
+    TABLE_SIZE,
+    TEXT,
+)
+from retrieval_draft.drafting.batch._kernels.views import int32_row, int32_rows, int64_row, prefetch
+from retrieval_draft.index._kernels import automaton
+from retrieval_draft.index._kernels.adjacency import ORDERS
+from retrieval_draft.index._kernels.segment_match import TOKENS, WIDTH, locate
+from retrieval_draft.index._kernels.segment_tree import CONTEXTS, DEEPEST, POOL, RANGES, gather
+
+CHILDREN = 24
+"""Children of one source looked at for one node; of the automaton half as many."""
+
+GROUPS = SOURCES
+"""Sources that are looked up in segments, at most."""
+
+REQUEST, SEEN = range(2)
+"""Fields of `places`: where automaton and adjacency matrix stand among the sources; -1 for neither."""
+
+
+@kernel
+def relocate(
+    slots: NDArray[np.int64],
+    segments: NDArray[np.int64],
+    moved: NDArray[np.int64],
+    old_chain: NDArray[np.int32],
+    old_longest: NDArray[np.int32],
+    chain: NDArray[np.int32],
+    longest: NDArray[np.int32],
+    tail: NDArray[np.int32],
+) -> None:
+    """Carries every slot's lookups over to another table of segments, and finds its text in what is new.
+
+    Args:
+        slots: int64. Slots to carry over.
+        moved: int64, shape (segments,). Where each segment was before, or -1.
+        old_chain: int32, shape (slots, segments before, LONGEST + 1, 2).
+        chain: The same of the new table; written, as is `longest`.
+    """
+    for slot in slots:
+        for segment in range(len(segments)):
+            if moved[segment] >= 0:
+                chain[slot, segment] = old_chain[slot, moved[segment]]
+                longest[slot, segment] = old_longest[slot, moved[segment]]
+            else:
+                locate(segments, segment, chain[slot], longest[slot], tail[slot])
+
+
+@kernel
+def propose_rows(
+    ids: NDArray[np.int64],
+    first_row: int,
+    last_row: int,
+    limits: NDArray[np.int32],
+    floor: float,
+    slots: NDArray[np.int64],
+    nodes: NDArray[np.int32],
+    evidence: NDArray[np.float32],
+    chosen: NDArray[np.int32],
+    places: NDArray[np.int64],
+    automaton_params: NDArray[np.float64],
+    keys: NDArray[np.uint64],
+    visits: NDArray[np.int32],
+    row_tokens: NDArray[np.int32],
+    row_probs: NDArray[np.float32],
+    doubt: NDArray[np.float64],
+    segments: NDArray[np.int64],
+    group_starts: NDArray[np.int64],
+    group_places: NDArray[np.int64],
+    segment_params: NDArray[np.float64],
+    chain: NDArray[np.int32],
+    longest: NDArray[np.int32],
+    tail: NDArray[np.int32],
+    weights: NDArray[np.float64],
+    parameters: NDArray[np.float64],
+    request: NDArray[np.float64],
+    expected: NDArray[np.float64],
+    accepted: NDArray[np.float64],
+    prior: float,
+    needed: float,
+    full: NDArray[np.uint8],
+    out_tokens: NDArray[np.int32],
+    out_lengths: NDArray[np.int32],
+    out_probs: NDArray[np.float32],
+) -> int:
+    """Proposes for rows first_row..last_row-1. Rows do not touch each other, so threads may share a batch.
+
+    Args:
+        ids: int64, shape (rows,).
+        limits: int32, shape (rows,). The longest chain of each row.
+        floor: A chain ends before its path probability falls below it.
+        places: int64, shape (2,). See REQUEST and SEEN.
+        keys, visits, row_tokens, row_probs, doubt: The adjacency matrix.
+        segments: int64, shape (segments, SEGMENT_FIELDS). Those of group g are
+            group_starts[g]..group_starts[g + 1] - 1.
+        group_places: int64, shape (groups,). Where each group stands among the sources.
+        segment_params: float64: escape factor, order cap, gain beyond it, occurrences read for one context.
+        chain, longest, tail: Of all slots, see `segment_match`.
+        weights, parameters, request, expected, accepted, prior: Of the calibration.
+        needed: Probability below which a child is not looked at.
+        full: uint8, shape (rows,). Gets 1 where a text did not fit its automaton: nothing else is done
+            then, and the row is to come again with more room.
+        out_tokens: int32, shape (rows, max_chain). -1 behind each chain.
+        out_lengths: int32, shape (rows,).
+        out_probs: float32, shape (rows, max_chain). Path probabilities, 0 behind each chain.
+
+    Returns:
+        Rows that did not fit.
+    """
+    groups = min(len(group_places), GROUPS)
+    sample = np.int64(segment_params[3])
+    width = out_tokens.shape[1]
+    room = nodes.shape[2]
+    child_token = np.empty(CHILDREN, np.int32)
+    child_prob = np.empty(CHILDREN, np.float64)
+    child_length = np.empty(CHILDREN, np.int32)
+    run_child = np.empty(MOST_RUNS, np.int64)
+    run_weight = np.empty(MOST_RUNS, np.float64)
+    seen_in = np.empty(CHILDREN, np.int64)
+    left = np.zeros(SOURCES, np.float64)
+    context = np.empty(ORDERS, np.int32)
+    hashes = np.empty(ORDERS, np.uint64)
+    rows = np.empty(ORDERS, np.int64)
+    pool = np.empty((GROUPS, POOL), np.int64)
+    ranges = np.empty((GROUPS, RANGES, 2), np.int16)
+    range_segment = np.empty((GROUPS, RANGES), np.int64)
+    range_scale = np.empty((GROUPS, RANGES), np.float64)
+    range_context = np.empty((GROUPS, RANGES), np.int64)
+    context_length = np.empty((GROUPS, CONTEXTS + 1), np.int64)
+    num_ranges = np.zeros(GROUPS, np.int64)
+    num_contexts = np.zeros(GROUPS, np.int64)
+    misfits = 0
+    advance_rows(ids, first_row, last_row, slots, segments, chain, longest, tail)
+    for row in range(first_row, last_row):
+        slot = ids[row] & SLOT_MASK
+        full[row] = 0
+        length = slots[slot, LENGTH]
+        text = int32_row(slots[slot, TEXT], length)
+        states = int32_rows(slots[slot, STATES_AT], slots[slot, NUM_STATES], automaton.STATE_FIELDS)
+        edges = int32_rows(slots[slot, EDGES_AT], slots[slot, NUM_EDGES], automaton.EDGE_FIELDS)
+        table = int32_row(slots[slot, TABLE_AT], slots[slot, TABLE_SIZE])
+        meta = int64_row(slots[slot, META_AT], automaton.META_FIELDS)
+        if row + 1 < last_row:
+            prefetch(slots[ids[row + 1] & SLOT_MASK, META_AT])
+        for back in range(ORDERS):
+            place = length - ORDERS + back
+            context[back] = text[place] if place >= 0 else -1
+        if places[SEEN] >= 0:
+            ask_keys(keys, context, hashes)
+        if places[REQUEST] >= 0 and slots[slot, INSERTED] < length:
+            slots[slot, INSERTED] = automaton.insert(states, edges, table, meta, text, slots[slot, INSERTED])
+            if slots[slot, INSERTED] < length:
+                full[row] = 1
+                misfits += 1
+                continue
+
+        state = automaton.matched_state(states, meta)
+        matched = np.int64(states[state, automaton.LENGTH])
+        if places[SEEN] >= 0:
+            ask_rows(keys, visits, row_tokens, row_probs, hashes, rows)
+        for group in range(groups):
+            begin, end = group_starts[group], group_starts[group + 1]
+            num_contexts[group] = 0
+            if end > begin and limits[row] > 0:
+                num_ranges[group], num_contexts[group] = gather(
+                    segments[begin:end], chain[slot, begin:end], longest[slot, begin:end], tail[slot],
+                    pool[group], ranges[group], range_segment[group], range_scale[group],
+                    range_context[group], context_length[group], sample,
+                )  # fmt: skip
+                for item in range(num_ranges[group]):
+                    segment = begin + range_segment[group, item]
+                    tokens_at, token_width = segments[segment, TOKENS], segments[segment, WIDTH]
+                    for place in range(ranges[group, item, 0], ranges[group, item, 1]):
+                        prefetch(tokens_at + token_width * pool[group, place])
+
+        size = np.int64(1)  # literals would compile what is called twice
+        node = np.int64(0)
+        path = 1.0
+        depth = np.int64(0)
+        nodes[slot, 1, 0] = -1
+        while depth < limits[row]:
+            first = size
+            least = needed
+            if places[REQUEST] >= 0:
+                left[places[REQUEST]] = 0.0
+                if state > 0:
+                    found = expand_automaton(
+                        states, edges, state, matched, automaton_params, least,
+                        child_token[: CHILDREN // 2], child_prob, child_length,
+                    )  # fmt: skip
+                    size = add_children(
+                        places[REQUEST], found, child_token, child_prob, child_length, least, first, size,
+                        nodes[slot, 0], evidence[slot], left,
+                    )  # fmt: skip
+            if places[SEEN] >= 0:
+                found = expand_adjacency(
+                    visits, row_tokens, row_probs, doubt, rows, least, child_token, child_prob, child_length
+                )  # fmt: skip
+                size = add_children(
+                    places[SEEN], found, child_token, child_prob, child_length, least, first, size,
+                    nodes[slot, 0], evidence[slot], left,
+                )  # fmt: skip
+            for group in range(groups):
+                left[group_places[group]] = 0.0
+                if num_contexts[group] > 0 and depth < DEEPEST:
+                    begin, end = group_starts[group], group_starts[group + 1]
+                    found = expand_segments(
+                        segments[begin:end], pool[group], ranges[group], range_segment[group],
+                        range_scale[group], range_context[group], num_ranges[group], context_length[group],
+                        num_contexts[group], segment_params, depth, least, run_child, run_weight, seen_in,
+                        child_token, child_prob, child_length,
+                    )  # fmt: skip
+                    size = add_children(
+                        group_places[group], found, child_token, child_prob, child_length, least, first,
+                        size, nodes[slot, 0], evidence[slot], left,
+                    )  # fmt: skip
+            if size == first:
+                break
+            for candidate in range(first, size):
+                nodes[slot, 1, candidate] = node
+            node, prob = choose(
+                first, size, depth + 1, evidence[slot], left, weights, parameters, request[slot], expected,
+                accepted, prior,
+            )  # fmt: skip
+            path *= prob
+            if path < floor:
+                break
+            token = nodes[slot, 0, node]
+            chosen[slot, depth] = node
+            out_tokens[row, depth] = token
+            out_probs[row, depth] = path
+            if size == room:
+                depth += 1
+                break
+            if places[SEEN] >= 0:
+                for back in range(ORDERS - 1):
+                    context[back] = context[back + 1]
+                context[ORDERS - 1] = token
+                ask_keys(keys, context, hashes)
+            state, matched = follow_automaton(states, edges, table, state, matched, token)
+            for group in range(groups):
+                if num_contexts[group] > 0 and depth < DEEPEST:
+                    begin, end = group_starts[group], group_starts[group + 1]
+                    if not follow_segments(
+                        segments[begin:end], pool[group], ranges[group], range_segment[group],
+                        num_ranges[group], depth, token,
+                    ):  # fmt: skip
+                        num_contexts[group] = 0
+            if places[SEEN] >= 0:
+                ask_rows(keys, visits, row_tokens, row_probs, hashes, rows)
+            depth += 1
+        slots[slot, PENDING] = size
+        slots[slot, CHAIN] = depth
+        out_lengths[row] = depth
+        for place in range(depth, width):
+            out_tokens[row, place] = -1
+            out_probs[row, place] = 0.0
+    return misfits

@@ -1,0 +1,386 @@
+"""Chains for many requests at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from retrieval_draft.config import DraftConfig
+from retrieval_draft.drafting.batch.counts import ChainCounts
+from retrieval_draft.drafting.batch.lookups import Lookups
+from retrieval_draft.drafting.batch.segment_table import SegmentTable
+from retrieval_draft.drafting.batch.slots import Slots
+from retrieval_draft.drafting.calibration import MEMORY, PRIOR, REQUEST_RATE, Calibration
+from retrieval_draft.drafting.kept_calibration import calibration_file, keep_calibration, load_calibration
+from retrieval_draft.drafting.sources import Datastores, make_sources
+from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.index import suffix_automaton
+from retrieval_draft.index.segments import segment_session
+from retrieval_draft.index.source import CONTEXT, DraftSource, NodeLogits, TokenArray
+
+__all__ = ["ChainBatch"]
+
+NEEDED = 0.05
+"""A source's guess of less is not looked at."""
+
+SAMPLE = 8
+"""Occurrences read for one context in segments: a chain needs the likeliest continuation, not all."""
+
+MOST_CHAIN = 64
+
+THREADED = 16
+"""Rows from which on a second thread pays."""
+
+
+class ChainBatch:
+    """Sessions that are drafted for together, each a chain of tokens a step.
+
+    The sources, fusion and calibration of `Proposer`, for engines that verify one chain for each of many
+    requests. At each node of a chain every source is asked what comes next, what they say is mixed as in
+    `engine.fusion`, and the chain goes on with the most probable token. A step is one call for all rows:
+    first calibration and the adjacency matrix learn from what all rows emitted, in their order; then each row
+    is looked up and proposed for, apart from the others. So results depend on what was asked in which order,
+    not on threads or time. A row's own text is drafted from by that row alone.
+
+    Every method may be called from any thread; calls are served one after the other. What grows with the rows
+    runs without the GIL.
+
+    Args:
+        stores: What is drafted from besides the requests.
+        config: How to draft; its `sources` without siblings. None for the defaults.
+        max_chain: The longest chain, 1 to 64.
+        sources: Made sources to use, such as those of a `Proposer`; None to make them from `config`.
+        calibration: Its own copy is the default; a batch goes on learning in what it is given.
+        threads: That propose at once, in batches of 16 rows or more.
+
+    Attributes:
+        counts: Of all sessions.
+        calibration: What is learned about the sources.
+
+    Raises:
+        InvalidInputError: `max_chain` or `threads` is out of range, or the configuration's method drafts
+            otherwise.
+
+    Example:
+        batch = ChainBatch(Datastores(vocabulary=32000))
+        session = batch.open(prompt)
+        tokens, lengths, path_probs = batch.step([session], first_token, [1])
+        batch.close(session)
+    """
+
+    def __init__(
+        self,
+        stores: Datastores,
+        config: DraftConfig | None = None,
+        *,
+        max_chain: int = 16,
+        sources: Sequence[DraftSource] | None = None,
+        calibration: Calibration | None = None,
+        threads: int = 1,
+    ) -> None:
+        if not 1 <= max_chain <= MOST_CHAIN:
+            raise InvalidInputError(f"max_chain is {max_chain}; it must lie in 1..{MOST_CHAIN}.")
+        if not 1 <= threads <= 64:
+            raise InvalidInputError(f"threads is {threads}; it must lie in 1..64.")
+        self.config = DraftConfig() if config is None else config
+        if self.config.method not in ("calibrated", "none"):
+            raise InvalidInputError(
+                f"The method {self.config.method!r} drafts no chains for batches.",
+                "Choose calibrated or none.",
+            )
+        from retrieval_draft.drafting.batch._kernels.candidates import MOST
+
+        self.stores = stores
+        self.counts = ChainCounts()
+        self.max_chain = max_chain
+        self._owned = sources is None
+        self._lookups = Lookups(
+            make_sources(self.config, stores) if sources is None else sources, stores.vocabulary
+        )
+        self.calibration = (
+            load_calibration(calibration_file(self.config)) if calibration is None else calibration
+        )
+        self._slots = Slots(max_chain, MOST)
+        self._table = SegmentTable(self._lookups.supplies)
+        self._lock = threading.RLock()
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads - 1, "retrieval_draft chains") if threads > 1 else None
+        self._stamp = 0
+        self._automaton_params = np.array(
+            [suffix_automaton.ESCAPE, suffix_automaton.ORDER_CAP, suffix_automaton.RECENCY], np.float64
+        )
+        self._segment_params = np.array(
+            [segment_session.ESCAPE, segment_session.ORDER_CAP, segment_session.GAIN, SAMPLE], np.float64
+        )
+
+    @classmethod
+    def of(cls, proposer: Any, *, max_chain: int = 16, threads: int = 1) -> ChainBatch:
+        """A batch over the sources of a `Proposer`: each drafts from what the other's sessions said.
+
+        Calibration is the batch's own.
+
+        Args:
+            proposer: It stays the caller's to close, after the batch.
+            max_chain: The longest chain, 1 to 64.
+            threads: That propose at once.
+
+        Raises:
+            InvalidInputError: As above.
+        """
+        return cls(
+            proposer.stores, proposer.config, max_chain=max_chain, sources=proposer.sources, threads=threads
+        )
+
+    def __len__(self) -> int:
+        """Sessions that are open."""
+        return len(self._slots)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: by sessions and lookups, and by the sources."""
+        sources = sum(source.nbytes for source in self._lookups.sources)
+        return self._slots.nbytes + self._table.nbytes + sources
+
+    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> int:
+        """Starts a session.
+
+        Args:
+            prompt: int32, shape (length,). All of the text so far.
+            references: Texts the reply may quote, int32 each.
+
+        Returns:
+            Its id. No id comes twice.
+
+        Raises:
+            InvalidInputError: The prompt is empty, or an id lies outside the vocabulary.
+        """
+        text = self._checked(prompt, "The prompt")
+        if not len(text):
+            raise InvalidInputError("The prompt is empty.", "Pass one token at least, such as the bos token.")
+        others = [self._checked(reference, "A reference") for reference in references]
+        with self._lock:
+            session = self._slots.open(text, others, self._lookups.request)
+            self._table.fit(self._slots.capacity)
+            slot = self._slots.slot(session)
+            self._table.locate(slot, self._slots.tail[slot])
+            self.counts.requests += 1
+        return session
+
+    def step(
+        self,
+        ids: ArrayLike,
+        new_tokens: ArrayLike,
+        counts: ArrayLike,
+        max_tokens: ArrayLike | None = None,
+        floor: float = 0.05,
+    ) -> tuple[TokenArray, NDArray[np.int32], NDArray[np.float32]]:
+        """Takes in what each row emitted, and proposes what comes next.
+
+        Args:
+            ids: int64, shape (rows,). Sessions, each once.
+            new_tokens: int32, shape (total,). What each row emitted since its last step, row after row.
+            counts: int32, shape (rows,). How many of them each row has; one without any is proposed for only.
+            max_tokens: The longest chain, of all rows or of each, shape (rows,); 0 to take in only. None for
+                `max_chain`, which no chain is longer than.
+            floor: A chain ends before its path probability falls below it.
+
+        Returns:
+            int32, shape (rows, max_chain), the chains, -1 behind each; int32, shape (rows,), their lengths;
+            float32, shape (rows, max_chain), P(this token and all before it are accepted), 0 behind each.
+
+        Raises:
+            InvalidInputError: A session is not open or comes twice, shapes do not fit, or an id lies outside
+                the vocabulary. Nothing has changed then.
+        """
+        rows = np.ascontiguousarray(ids, np.int64)
+        sizes = np.ascontiguousarray(counts, np.int32)
+        tokens = self._checked(new_tokens, "What was emitted")
+        if rows.ndim != 1 or sizes.shape != rows.shape:
+            raise InvalidInputError(
+                f"ids has shape {rows.shape} and counts {sizes.shape}; they must be one row each, and alike."
+            )
+        starts = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(sizes, out=starts[1:])
+        if starts[-1] != len(tokens) or (len(sizes) and sizes.min() < 0):
+            raise InvalidInputError(f"counts sums to {starts[-1]}, but there are {len(tokens)} new tokens.")
+        limits = self._limits(max_tokens, len(rows))
+        with self._lock:
+            self._take_in(rows, sizes, tokens, starts)
+            return self._propose(rows, limits, float(floor))
+
+    def close(self, session: int, *, finished: bool = True, share: str | None = None) -> None:
+        """Ends a session: its text joins the history, and, if finished, the shared store.
+
+        Args:
+            session: Its id.
+            finished: False where the request was given up: other servers learn nothing of it then.
+            share: What other servers may learn of it: "none", "reply" or "all"; None for what the store says.
+
+        Raises:
+            InvalidInputError: The session is not open, or `share` is something else.
+        """
+        with self._lock:
+            slot = self._slot(session)
+            prompt, reply = self._slots.text(slot)
+            self._lookups.keep(prompt.copy(), reply.copy(), finished, share)
+            self._slots.close(slot)
+
+    def text(self, session: int) -> TokenArray:
+        """int32: a copy of all of a session's text so far, the prompt included.
+
+        Raises:
+            InvalidInputError: The session is not open.
+        """
+        with self._lock:
+            return np.concatenate(self._slots.text(self._slot(session)))
+
+    def warm_up(self) -> None:
+        """Compiles now what the first step would otherwise wait for."""
+        from retrieval_draft.drafting.batch.warm_up import compile_chains
+
+        compile_chains()
+        if self._lookups.store is not None:
+            self._lookups.store.wait_ready()
+
+    def flush(self) -> None:
+        """Waits until what finished sessions said can be drafted from, and keeps what was learned."""
+        for source in self._lookups.sources:
+            source.flush()
+        self._keep()
+
+    def shut_down(self) -> None:
+        """Gives open sessions up, keeps what waits, and stops background threads."""
+        with self._lock:
+            for slot in self._slots.used:
+                self._slots.close(int(slot))
+        if self._pool is not None:
+            self._pool.shutdown()
+        if self._owned:
+            for source in self._lookups.sources:
+                source.close()
+        self._keep()
+
+    def _keep(self) -> None:
+        """Keeps what was learned beside the history, unless that is another one's to do."""
+        if self._owned:
+            keep_calibration(self.calibration, calibration_file(self.config))
+
+    def _take_in(
+        self, rows: NDArray[np.int64], sizes: NDArray[np.int32], tokens: TokenArray, starts: NDArray[np.int64]
+    ) -> None:
+        from retrieval_draft.drafting.batch._kernels import learn
+
+        slots, calibration = self._slots, self.calibration
+        self._stamp += 1
+        wrong, why, tight = learn.check_rows(rows, slots.fields, starts, self._stamp)
+        if wrong != learn.ALL_FIT:
+            raise InvalidInputError(
+                f"Row {wrong}: session {rows[wrong]} " + ("comes twice." if why else "is not open.")
+            )
+        if tight:
+            slots.make_room(rows & slots.mask, np.asarray(sizes, np.int64))
+        # Texts are looked up where they were when the segments changed, then brought to their new end.
+        self._table.refresh(slots)
+        counts = self.counts
+        counts.steps += 1
+        counts.rows += len(rows)
+        if not len(tokens):
+            return
+        contexts = np.empty((len(tokens), CONTEXT), np.int32)
+        drafted, accepted = learn.learn_rows(
+            rows, starts, tokens, slots.fields, slots.nodes, slots.evidence, slots.chosen,
+            calibration.weights, calibration.parameters, slots.request, calibration.expected,
+            calibration.accepted, calibration.rate, REQUEST_RATE, MEMORY, calibration.switches,
+            calibration.sharpness, contexts,
+        )  # fmt: skip
+        counts.tokens += len(tokens)
+        counts.drafted += drafted
+        counts.accepted += accepted
+        if self._lookups.matrix is not None:
+            said = np.ones((len(tokens), 1), np.float32)
+            self._lookups.matrix.learn(NodeLogits(contexts, tokens[:, None], said))
+
+    def _propose(
+        self, rows: NDArray[np.int64], limits: NDArray[np.int32], floor: float
+    ) -> tuple[TokenArray, NDArray[np.int32], NDArray[np.float32]]:
+        out = (
+            np.empty((len(rows), self.max_chain), np.int32),
+            np.empty(len(rows), np.int32),
+            np.empty((len(rows), self.max_chain), np.float32),
+        )
+        full = np.empty(len(rows), np.uint8)
+        with self._lookups.reading():
+            if self._share(rows, limits, floor, full, out):
+                again = np.flatnonzero(full)
+                for row in again:
+                    self._slots.insert(int(rows[row] & self._slots.mask))
+                part = tuple(array[again] for array in out)
+                self._run(rows[again], limits[again], floor, full[again], part, 0, len(again))
+                for array, values in zip(out, part, strict=True):
+                    array[again] = values
+        return out
+
+    def _share(self, rows: Any, limits: Any, floor: float, full: Any, out: Any) -> int:
+        """Proposes for all rows, on several threads where that pays. Returns how many did not fit."""
+        count = len(rows)
+        if self._pool is None or count < THREADED:
+            return self._run(rows, limits, floor, full, out, 0, count)
+        edges = [count * part // self._threads for part in range(self._threads + 1)]
+        others = [
+            self._pool.submit(self._run, rows, limits, floor, full, out, begin, end)
+            for begin, end in pairwise(edges[1:])
+        ]
+        own = self._run(rows, limits, floor, full, out, 0, edges[1])
+        return own + sum(other.result() for other in others)
+
+    def _run(self, rows: Any, limits: Any, floor: float, full: Any, out: Any, first: int, last: int) -> int:
+        from retrieval_draft.drafting.batch._kernels import propose
+
+        slots, table, calibration, lookups = self._slots, self._table, self.calibration, self._lookups
+        kernel: Any = propose.propose_rows
+        misfits: int = kernel(
+            rows, first, last, limits, floor, slots.fields, slots.nodes, slots.evidence, slots.chosen,
+            lookups.places, self._automaton_params, *lookups.arrays, table.rows, table.starts,
+            lookups.group_places, self._segment_params, table.chain, table.longest, slots.tail,
+            calibration.weights, calibration.parameters, slots.request, calibration.expected,
+            calibration.accepted, PRIOR, NEEDED, full, *out,
+        )  # fmt: skip
+        return misfits
+
+    def _limits(self, max_tokens: ArrayLike | None, rows: int) -> NDArray[np.int32]:
+        if max_tokens is None:
+            return np.full(rows, self.max_chain, np.int32)
+        limits = np.asarray(max_tokens)
+        if limits.shape not in ((), (rows,)) or limits.dtype.kind not in "iu":
+            raise InvalidInputError(
+                f"max_tokens has shape {limits.shape} and dtype {limits.dtype}; it must be one number, or "
+                f"{rows}."
+            )
+        clipped: NDArray[np.int32] = np.clip(limits, 0, self.max_chain).astype(np.int32)
+        return np.ascontiguousarray(np.broadcast_to(clipped, rows))
+
+    def _slot(self, session: int) -> int:
+        slot = self._slots.slot(int(session))
+        if slot < 0:
+            raise InvalidInputError(f"Session {session} is not open.", "Open another one.")
+        return slot
+
+    def _checked(self, tokens: ArrayLike, what: str) -> TokenArray:
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
+            raise InvalidInputError(
+                f"{what} has shape {ids.shape} and dtype {ids.dtype}; it must be one row of token ids."
+            )
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.stores.vocabulary):
+            bad = ids[(ids < 0) | (ids >= self.stores.vocabulary)][0]
+            raise InvalidInputError(
+                f"{what} contains the token id {bad}; ids must lie in 0..{self.stores.vocabulary - 1}.",
+                "Use the tokenizer that belongs to the model.",
+            )
+        return np.ascontiguousarray(ids, np.int32)

@@ -1,0 +1,100 @@
+"""What a batch draws on besides each request's own text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval_draft.drafting.calibration import places_of
+from retrieval_draft.index.adjacency import AdjacencyMatrix, AdjacencySource
+from retrieval_draft.index.corpus import CorpusSource
+from retrieval_draft.index.history import HistorySource
+from retrieval_draft.index.phrases import PhraseSource
+from retrieval_draft.index.segments.segment import Segment
+from retrieval_draft.index.segments.segment_session import Segments
+from retrieval_draft.index.shared import SharedSource
+from retrieval_draft.index.source import DraftSource, TokenArray
+from retrieval_draft.index.store.store import SharedStore
+from retrieval_draft.index.suffix_automaton import AutomatonSource
+
+__all__ = ["Lookups"]
+
+
+class Lookups:
+    """Draft sources taken apart into what kernels can read: an adjacency matrix and segments.
+
+    Phrases are looked up in a segment of their own. Sources of other kinds, siblings among them, are not
+    asked.
+
+    Args:
+        sources: In the order in which calibration knows them.
+        vocabulary: Ids are below it.
+
+    Attributes:
+        sources: As given.
+        request: Whether requests draft from their own text.
+        matrix: What learns from every token, or None.
+        store: What servers share, or None.
+        supplies: For each source of segments, what returns them.
+        places: int64, shape (2,). Where automaton and matrix stand among the sources of a calibration; -1
+            for none.
+        group_places: int64, one for each of `supplies`.
+    """
+
+    def __init__(self, sources: Sequence[DraftSource], vocabulary: int) -> None:
+        self.sources = tuple(sources)
+        self.request = False
+        self.matrix: AdjacencyMatrix | None = None
+        self.store: SharedStore | None = None
+        self.supplies: list[Callable[[], Segments]] = []
+        self._history: HistorySource | None = None
+        self.places = np.full(2, -1, np.int64)
+        groups: list[int] = []
+        for source, place in zip(self.sources, places_of(tuple(each.name for each in sources)), strict=True):
+            if isinstance(source, AutomatonSource):
+                self.request, self.places[0] = True, place
+            elif isinstance(source, AdjacencySource):
+                self.matrix, self.places[1] = source.matrix, place
+            else:
+                supply = self._supply(source, vocabulary)
+                if supply is not None:
+                    self.supplies.append(supply)
+                    groups.append(int(place))
+        self.group_places: NDArray[np.int64] = np.array(groups, np.int64)
+        self._arrays = (AdjacencyMatrix(16, 1) if self.matrix is None else self.matrix).arrays
+
+    @property
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """Of the matrix, or of an empty one."""
+        return self._arrays
+
+    def reading(self) -> AbstractContextManager[Any]:
+        """Nobody else writes to the matrix meanwhile."""
+        return nullcontext() if self.matrix is None else self.matrix.lock
+
+    def keep(self, prompt: TokenArray, reply: TokenArray, finished: bool, share: str | None) -> None:
+        """Hands a request's text over to history and store."""
+        if finished and self.store is not None:
+            self.store.share(prompt, reply, share)
+        if self._history is not None:
+            self._history.keep(prompt, reply)
+
+    def _supply(self, source: DraftSource, vocabulary: int) -> Callable[[], Segments] | None:
+        if isinstance(source, HistorySource):
+            self._history = source
+            history = source.history
+            return lambda: history.segments
+        if isinstance(source, SharedSource):
+            store = self.store = source.store
+            return lambda: store.segments
+        if isinstance(source, CorpusSource):
+            corpus = source.segments
+            return lambda: corpus
+        if isinstance(source, PhraseSource):
+            phrases: Segments = (Segment.build(source.table.phrases, vocabulary),)
+            return lambda: phrases
+        return None

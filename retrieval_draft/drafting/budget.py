@@ -1,0 +1,101 @@
+"""Shares draft nodes between the rows of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval_draft.drafting.tree import DraftTree
+
+__all__ = ["Budget", "Costs"]
+
+
+class Costs(Protocol):
+    """What a budget asks of a cost model."""
+
+    def choose(self, path_probs: NDArray[np.float32], context_length: int, rows: int = 1) -> int:
+        """The number of draft nodes with the most expected tokens a second."""
+        ...
+
+    def observe(self, nodes: int, context_length: int, seconds: float) -> None:
+        """Notes what a pass over `nodes` nodes, the roots included, took."""
+        ...
+
+    def note_step(self, emitted: int, seconds: float, forward_seconds: float) -> None:
+        """Notes what a whole step yielded and took."""
+        ...
+
+    def for_rows(self, rows: int) -> Costs:
+        """The costs of passes over so many rows, which start from these."""
+        ...
+
+    def seconds(self, tokens: int) -> float:
+        """What a pass over so many tokens takes."""
+        ...
+
+
+class Budget:
+    """How many nodes of each row's tree a step verifies.
+
+    A node brings its path probability in tokens, whichever row it is of, and costs what one more node costs
+    in a pass over all rows. So the nodes of all rows compete, and the measured cost of passes with that many
+    rows says where to stop. Costs are kept by number of rows, rounded up to a power of two.
+
+    Args:
+        cost: Of a pass over one row's tree; None to verify all of every tree.
+
+    Example:
+        path probabilities [.9, .8, .1] and [.5]: of three nodes two go to the first row, one to the second
+    """
+
+    def __init__(self, cost: Costs | None = None) -> None:
+        self._costs: dict[int, Costs] = {} if cost is None else {1: cost}
+
+    def share(self, trees: Sequence[DraftTree], lengths: Sequence[int]) -> list[int]:
+        """Draft nodes of each tree to verify, best first.
+
+        Args:
+            trees: One for each row, its nodes best first.
+            lengths: Committed tokens of each row.
+        """
+        sizes = [tree.num_draft_tokens for tree in trees]
+        if not self._costs or not any(sizes):
+            return sizes
+        cost = self._cost(len(trees))
+        if len(trees) == 1:
+            return [cost.choose(trees[0].path_probs[1:], lengths[0])]
+        probs = np.concatenate([tree.path_probs[1:] for tree in trees])
+        # Equal ones in the order of their numbers, so that every row's share is a prefix of its tree.
+        order = np.argsort(-probs, kind="stable")
+        chosen = order[: cost.choose(probs[order], max(lengths), len(trees))]
+        owner = np.repeat(np.arange(len(trees)), sizes)
+        shares: list[int] = np.bincount(owner[chosen], minlength=len(trees)).tolist()
+        return shares
+
+    def timed(self, rows: int, nodes: int, length: int, seconds: float) -> None:
+        """Takes note of a pass: over how many rows and nodes, roots included, and what it took."""
+        if self._costs:
+            self._cost(rows).observe(nodes, length, seconds)
+
+    def note_step(self, rows: int, emitted: int, seconds: float, forward_seconds: float) -> None:
+        """Takes note of what a whole step yielded and took."""
+        if self._costs:
+            self._cost(rows).note_step(emitted, seconds, forward_seconds)
+
+    def plain_seconds(self, rows: int) -> float:
+        """What a pass over one token of each of `rows` rows takes; 0 where nothing is measured."""
+        return self._cost(rows).seconds(rows) if self._costs and rows else 0.0
+
+    @property
+    def cost_of_one(self) -> Costs | None:
+        """Costs of passes over one row's tree; None without."""
+        return self._costs.get(1)
+
+    def _cost(self, rows: int) -> Costs:
+        bucket = 1 << (rows - 1).bit_length()
+        if bucket not in self._costs:
+            self._costs[bucket] = self._costs[1].for_rows(bucket)
+        return self._costs[bucket]

@@ -1,0 +1,1 @@
+"""Attention of tree passes."""

@@ -1,0 +1,204 @@
+"""What the target model is told about a tree: tokens, positions and who sees whom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from retrieval_draft.drafting.tree import DraftTree
+
+__all__ = ["Mask", "TreeAttention", "TreeInputs", "padded_size"]
+
+Mask = Tensor | dict[str, Tensor | None] | None
+"""None where every given key is visible; else additive, or one such mask for each layer type."""
+
+_SIZES = (1, 2, 4, 8, 16, 24, 32, 48)
+
+
+def padded_size(nodes: int) -> int:
+    """The next of the few sizes that a tree has on CUDA: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, ..."""
+    return next((size for size in _SIZES if size >= nodes), -(-nodes // 32) * 32)
+
+
+@dataclass(frozen=True, slots=True)
+class TreeInputs:
+    """Arguments of one forward pass. They hold until the next `TreeAttention.prepare`.
+
+    Attributes:
+        input_ids: int64, shape (1, n).
+        position_ids: int64, shape (1, n).
+        attention_mask: None where every given key is visible; else additive, shape
+            (1, 1, n, keys), or one such mask (or None) for each layer type.
+        moved: int64. The path indices handed to `prepare`, on the device; None if there were none.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Mask
+    moved: Tensor | None
+
+
+class _Mask:
+    """The additive mask of one layer type, in a buffer that is zero except for the tree.
+
+    Columns are the keys that the cache returns: committed ones first, then the nodes.
+    """
+
+    def __init__(self, window: int | None, dtype: torch.dtype, device: torch.device) -> None:
+        self.window = window
+        self.minimum = torch.finfo(dtype).min
+        self.buffer = torch.zeros((0, 0), dtype=dtype, device=device)
+        self.columns = torch.arange(0, device=device)
+        # Rows, first and last column of the tree written last, and committed columns hidden last.
+        self.written = (0, 0, 0)
+        self.stale = 0
+
+    def write(self, hidden: Tensor, depths: Tensor, deepest: int, length: int) -> Tensor:
+        """Returns the mask, shape (1, 1, n, keys).
+
+        Args:
+            hidden: bool, shape (n, n). [i, j] true where node i must not see node j.
+            depths: int64, shape (n,).
+            deepest: The largest depth.
+            length: Committed tokens.
+        """
+        nodes = len(depths)
+        first = 0 if self.window is None else max(0, length - self.window + 1)
+        begin = length - first
+        self._reserve(nodes, begin + nodes)
+        rows, left, right = self.written
+        if left != begin:
+            self.buffer[:rows, left:right].zero_()
+        if self.window is not None:
+            hidden = hidden | (depths[:, None] - depths[None, :] >= self.window)
+            self._write_left(depths, deepest, length - self.window - first, begin)
+        block = self.buffer[:nodes, begin : begin + nodes]
+        block.copy_(hidden)
+        block.mul_(self.minimum)
+        if left != begin:
+            rows = right = 0
+        self.written = (max(nodes, rows), begin, max(right, begin + nodes))
+        return self.buffer[None, None, :nodes, : begin + nodes]
+
+    def _write_left(self, depths: Tensor, deepest: int, gone: int, begin: int) -> None:
+        """Hides the committed keys that have left the window of a deep node."""
+        width = min(begin, max(0, deepest + gone + 1))
+        if self.stale > width:
+            self.buffer[:, width : self.stale].zero_()
+        if width:
+            part = self.buffer[: len(depths), :width]
+            part.copy_(self.columns[None, :width] <= depths[:, None] + gone)
+            part.mul_(self.minimum)
+        self.stale = width
+
+    def _reserve(self, rows: int, columns: int) -> None:
+        have_rows, have_columns = self.buffer.shape
+        if rows <= have_rows and columns <= have_columns:
+            return
+        shape = (max(rows, have_rows), have_columns if columns <= have_columns else columns * 5 // 4 + 256)
+        # A multiple of 16 columns keeps every row aligned for the memory-efficient CUDA kernel.
+        self.buffer = self.buffer.new_zeros((shape[0], -(-shape[1] // 16) * 16))
+        self.columns = torch.arange(self.buffer.shape[1], device=self.buffer.device)
+        self.written, self.stale = (0, 0, 0), 0
+
+
+def _pack(
+    out: NDArray[np.int64], tree: DraftTree, nodes: int, length: int, moved: NDArray[np.int64] | None
+) -> None:
+    """Writes tokens, positions, depths, path indices and the bytes of who is hidden from whom."""
+    real = len(tree)
+    out[: 3 * nodes] = 0
+    out[:real] = tree.tokens
+    out[nodes : nodes + real] = tree.depths
+    out[2 * nodes : 2 * nodes + real] = tree.depths
+    out[nodes : 2 * nodes] += length
+    end = 3 * nodes
+    if moved is not None:
+        out[end : end + len(moved)] = moved
+        end += len(moved)
+    if nodes > 1:
+        hidden = out[end:].view(np.bool_)[: nodes * nodes].reshape(nodes, nodes)
+        hidden[:] = True
+        hidden[:real, :real] = ~tree.ancestors()
+        np.fill_diagonal(hidden, False)
+
+
+class TreeAttention:
+    """Turns draft trees into arguments of the model's forward pass.
+
+    On CUDA everything goes up in one copy from pinned memory, and trees are padded to a few sizes:
+    padded nodes sit at the root's position, are seen by nobody and never accepted.
+
+    Args:
+        windows: Layer types of the model with their windows. With more than one, masks come as a
+            dictionary.
+        dtype: Of the masks; the model's.
+        device: Where the model takes its inputs.
+    """
+
+    def __init__(self, windows: dict[str, int | None], dtype: torch.dtype, device: torch.device) -> None:
+        self.device = device
+        self.pads = device.type == "cuda"
+        self._masks = {kind: _Mask(window, dtype, device) for kind, window in windows.items()}
+        self._host = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._up = torch.empty(0, dtype=torch.int64, device=device)
+        self._sent: torch.cuda.Event | None = None
+
+    def size(self, nodes: int) -> int:
+        """Nodes that a tree of `nodes` has when it is forwarded, the root included."""
+        return padded_size(nodes) if self.pads else nodes
+
+    def prepare(self, tree: DraftTree, length: int, moved: NDArray[np.int64] | None = None) -> TreeInputs:
+        """Arguments for a forward pass over `tree` behind `length` committed tokens.
+
+        Args:
+            tree: What to verify, the root included.
+            length: Committed tokens; the root's position.
+            moved: int64, shape (m,). Indices for `SpeculativeCache.commit`, which ride along.
+        """
+        nodes = self.size(len(tree))
+        extra = 0 if moved is None else len(moved)
+        words = 3 * nodes + extra + (0 if nodes == 1 else -(-nodes * nodes // 8))
+        if self._sent is not None and not self._sent.query():
+            # A pass that nobody read from, as a probe's, may still wait for its copy.
+            self._sent.synchronize()
+        self._reserve(words)
+        _pack(self._host.numpy()[:words], tree, nodes, length, moved)
+        return self.unpack(self._send(words), nodes, extra, int(tree.depths.max()), length)
+
+    def unpack(self, up: Tensor, nodes: int, extra: int, deepest: int, length: int) -> TreeInputs:
+        """The device's half of `prepare`: views of `up`, and the tree written into the masks."""
+        ids, positions, depths = up[:nodes], up[nodes : 2 * nodes], up[2 * nodes : 3 * nodes]
+        masks: Mask = None
+        if nodes > 1:
+            flat = up[3 * nodes + extra :].view(torch.bool)
+            hidden = flat[: nodes * nodes].view(nodes, nodes)
+            made: dict[str, Tensor | None] = {
+                kind: mask.write(hidden, depths, deepest, length) for kind, mask in self._masks.items()
+            }
+            masks = made if len(made) > 1 else next(iter(made.values()))
+        elif len(self._masks) > 1:
+            masks = dict.fromkeys(self._masks)
+        moved = up[3 * nodes : 3 * nodes + extra] if extra else None
+        return TreeInputs(ids[None], positions[None], masks, moved)
+
+    def _reserve(self, words: int) -> None:
+        if words > len(self._host):
+            size = max(1024, 2 * words)
+            pinned = self.device.type == "cuda"
+            self._host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned)
+            self._up = self._host if self.device.type == "cpu" else self._up.new_empty(size)
+
+    def _send(self, words: int) -> Tensor:
+        """One copy to the device; none where host memory is the device's."""
+        up = self._up[:words]
+        if self._up is not self._host:
+            up.copy_(self._host[:words], non_blocking=True)
+            if self._sent is None:
+                self._sent = torch.cuda.Event()
+            self._sent.record(torch.cuda.current_stream(self.device))
+        return up

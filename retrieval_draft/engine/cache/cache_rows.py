@@ -1,0 +1,164 @@
+"""Caches handed in and back: a conversation's keys and values from one call to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from retrieval_draft.engine.cache.kv_cache import SpeculativeCache, SpeculativeLayer
+from retrieval_draft.engine.target import Target
+from retrieval_draft.errors import InvalidInputError, UnsupportedGenerationError
+from retrieval_draft.index.source import TokenArray
+
+__all__ = ["CacheRows", "adopt", "write_back"]
+
+
+class CacheRows(Cache):
+    """The caches of a batch, one for each row, to be handed back to the drafter.
+
+    Args:
+        rows: In the order of the sequences they belong to.
+    """
+
+    def __init__(self, rows: Sequence[SpeculativeCache]) -> None:
+        super().__init__(layers=rows[0].layers)
+        self.rows = tuple(rows)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of the longest row."""
+        return max(row.get_seq_length(layer_idx) for row in self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(row.nbytes for row in self.rows)
+
+
+def adopt(
+    given: Any, prompts: Sequence[TokenArray], padding: Sequence[int], target: Target
+) -> list[SpeculativeCache]:
+    """Caches that begin each row, from what a caller passed as ``cache`` or ``past_key_values``.
+
+    A cache that this package made knows its text: what the prompt does not share with that is taken off, so
+    that an edited conversation is right too. One of transformers is taken at its word, and copied.
+
+    Args:
+        given: A `SpeculativeCache`, a `CacheRows` or a ``DynamicCache`` of transformers.
+        prompts: Whole texts, what is cached included, padding stripped.
+        padding: Tokens that were stripped from each.
+        target: The model.
+
+    Returns:
+        One cache for each prompt, each at least a token shorter than its prompt.
+
+    Raises:
+        InvalidInputError: It holds other rows or more text than the prompts.
+        UnsupportedGenerationError: It is of another type.
+    """
+    if isinstance(given, (SpeculativeCache, CacheRows)):
+        rows = [given] if isinstance(given, SpeculativeCache) else list(given.rows)
+        if len(rows) != len(prompts):
+            raise _other_rows(len(rows), len(prompts))
+        return [_trimmed(cache, prompt, target) for cache, prompt in zip(rows, prompts, strict=True)]
+    if isinstance(given, DynamicCache):
+        if given.get_seq_length() == 0:
+            return [target.cache(len(prompt), _keeps_all(given)) for prompt in prompts]
+        some: Any = next(layer for layer in given.layers if getattr(layer, "is_initialized", False))
+        batch = int(some.keys.shape[0])
+        if batch != len(prompts):
+            raise _other_rows(batch, len(prompts))
+        return [
+            _copied(given, row, left, prompt, target)
+            for row, (prompt, left) in enumerate(zip(prompts, padding, strict=True))
+        ]
+    raise UnsupportedGenerationError(
+        f"The cache is a {type(given).__name__}, which cannot hold a draft tree.",
+        "Pass a DynamicCache, or what an earlier call returned.",
+    )
+
+
+def _other_rows(found: int, wanted: int) -> InvalidInputError:
+    return InvalidInputError(
+        f"The cache holds {found} rows; there are {wanted} prompts.",
+        "Pass the cache that was returned for the same batch.",
+    )
+
+
+def _trimmed(cache: SpeculativeCache, prompt: TokenArray, target: Target) -> SpeculativeCache:
+    """The cache with what the prompt begins with; a new one where a window has left that."""
+    cache.drop()
+    known = min(len(cache.text), cache.get_seq_length(), len(prompt) - 1)
+    differs = np.flatnonzero(cache.text[:known] != prompt[:known])
+    return cache if cache.keep(int(differs[0]) if len(differs) else known) else target.cache(len(prompt))
+
+
+def _keeps_all(given: DynamicCache) -> bool:
+    """Whether a cache was made without a configuration: it knows no windows, and keeps what has left them."""
+    return not any(isinstance(layer, DynamicSlidingWindowLayer) for layer in given.layers)
+
+
+def _copied(given: DynamicCache, row: int, left: int, prompt: TokenArray, target: Target) -> SpeculativeCache:
+    """One row of a cache of transformers, its left padding stripped."""
+    length = int(given.get_seq_length()) - left
+    if length > len(prompt):
+        raise InvalidInputError(
+            f"The cache holds {length} tokens, the prompt has {len(prompt)}.",
+            "input_ids is the whole text, what is cached included.",
+        )
+    cache = target.cache(len(prompt) + 64, _keeps_all(given))
+    for mine, theirs in zip(cache.layers, given.layers, strict=False):
+        if not isinstance(mine, SpeculativeLayer) or not getattr(theirs, "is_initialized", False):
+            continue
+        if type(theirs) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise UnsupportedGenerationError(
+                f"The cache has layers of type {type(theirs).__name__}.",
+                "Pass a plain DynamicCache, or what an earlier call returned.",
+            )
+        layer: Any = theirs
+        total = int(layer.get_seq_length())
+        first = max(total - layer.keys.shape[-2], left)
+        begin = first - (total - layer.keys.shape[-2])
+        keys, values = layer.keys[row : row + 1, :, begin:], layer.values[row : row + 1, :, begin:]
+        mine.load(keys, values, first - left)
+    # The last token of the prompt is passed again, for its logits.
+    return cache if cache.keep(min(length, len(prompt) - 1)) else target.cache(len(prompt))
+
+
+def write_back(cache: SpeculativeCache, given: DynamicCache, left: int) -> None:
+    """Gives a caller's own cache of transformers what one row's holds, as `model.generate` would.
+
+    Args:
+        cache: Finished.
+        given: Empty, or the beginning of the same text.
+        left: Padding before the text, which gets slots of zeros: nobody attends to them.
+    """
+    replicated: Any = getattr(given, "layer_class_to_replicate", None)
+    while replicated is not None and len(given.layers) < len(cache.layers):
+        given.layers.append(replicated())
+    for mine, theirs in zip(cache.layers, given.layers, strict=False):
+        layer: Any = theirs
+        if not isinstance(mine, SpeculativeLayer) or not mine.is_initialized:
+            continue
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            return
+        slides = isinstance(layer, DynamicSlidingWindowLayer)
+        held = mine.held() if mine.start == 0 and not slides else (mine.keys, mine.values)
+        keys, values = held
+        assert keys is not None
+        assert values is not None
+        padding = min(left, layer.sliding_window - 1 - keys.shape[-2]) if slides else left
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = (_behind_zeros(states, max(padding, 0)) for states in (keys, values))
+        if slides:
+            layer.cumulative_length = mine.length + left
+
+
+def _behind_zeros(states: Tensor, count: int) -> Tensor:
+    """A copy of keys or values, (batch, heads, tokens, dim), with `count` slots of zeros before them."""
+    return torch.cat([states.new_zeros((*states.shape[:2], count, states.shape[-1])), states], -2)

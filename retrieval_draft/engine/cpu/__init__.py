@@ -1,0 +1,1 @@
+"""CPU layers for few tokens."""

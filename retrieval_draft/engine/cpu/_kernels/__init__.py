@@ -1,0 +1,1 @@
+"""Numba and LLVM kernels of the CPU layers."""

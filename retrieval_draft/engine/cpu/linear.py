@@ -1,0 +1,114 @@
+"""Linear layers for few tokens on the CPU, the fastest kernel for each shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from retrieval_draft._progress import progress
+from retrieval_draft.engine.cpu.linear_choice import SIZES, LinearChoices, shape_key
+from retrieval_draft.engine.cpu.linear_kernels import Linear, is_tiled_available
+from retrieval_draft.engine.substitution import is_free, is_ordinary_call
+
+__all__ = ["CpuLinear"]
+
+
+class CpuLinear:
+    """Faster ``forward`` functions for a model's linear layers.
+
+    Layers on other devices, quantised or wrapped ones, and those whose ``forward`` was replaced by someone
+    else are left alone.
+
+    Args:
+        model: Any model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._choices: LinearChoices | None = None
+
+    def prepare(self) -> None:
+        """Measures what is not known yet of this model's shapes with the present number of threads."""
+        weights = [_weight(layer) for layer in self._layers()]
+        wanted = self._current().missing(weights) if weights else {}
+        if wanted:
+            with progress("Measuring linear layers", len(wanted) * len(SIZES)) as advance, torch.no_grad():
+                self._current().measure(wanted, advance)
+
+    def choices(self) -> dict[str, dict[int, str]]:
+        """The chosen kernel by shape and number of tokens, of what `prepare` measured."""
+        weights = [_weight(layer) for layer in self._layers()]
+        choices = self._current()
+        return {shape_key(weight): choices.names(weight) for weight in weights if choices.has(weight)}
+
+    def forwards(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+        """Each measured layer with what it may use."""
+        choices = self._current()
+        for layer in self._layers():
+            weight, bias = _weight(layer), layer._parameters.get("bias")
+            if choices.has(weight):
+                yield layer, _forward(layer._parameters, choices.layers(weight, bias))
+
+    def _current(self) -> LinearChoices:
+        threads = torch.get_num_threads()
+        if self._choices is None or self._choices.threads != threads:
+            self._choices = LinearChoices(threads)
+        return self._choices
+
+    def _layers(self) -> list[nn.Module]:
+        return [module for module in self._model.modules() if _is_plain(module)]
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight: Any = layer.weight
+    return weight  # type: ignore[no-any-return]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is a linear layer as torch makes them, with weights that our kernels can read."""
+    if type(module) is not nn.Linear or not is_free(module):
+        return False
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    return (
+        type(weight) is nn.Parameter
+        and weight.device.type == "cpu"
+        and weight.numel() > 0
+        and is_tiled_available(weight)
+        and (
+            bias is None
+            or (
+                type(bias) is nn.Parameter
+                and bias.dtype == weight.dtype
+                and bias.device == weight.device
+                and bias.is_contiguous()
+            )
+        )
+    )
+
+
+def _forward(parameters: Any, by_tokens: list[Linear]) -> Callable[[Tensor], Tensor]:
+    """A layer's ``forward``. It holds the parameters and not the layer, which could then not be freed."""
+    known: Any = parameters["weight"]
+    known_bias = parameters.get("bias")
+    dtype, length = known.dtype, int(known.shape[1])
+    most = len(by_tokens) - 1
+
+    def forward(input: Tensor) -> Tensor:
+        weight: Tensor = parameters["weight"]
+        bias: Tensor | None = parameters.get("bias")
+        if (
+            weight is known
+            and bias is known_bias
+            and is_ordinary_call(input)
+            and input.dtype is dtype
+            and input.device.type == "cpu"
+            and input.shape[-1] == length
+        ):
+            return by_tokens[min(input.numel() // length, most)](input)
+        return linear(input, weight, bias)
+
+    return forward

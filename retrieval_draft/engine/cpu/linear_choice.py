@@ -1,0 +1,212 @@
+"""Which linear kernel is fastest on this machine, by weight shape and number of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+import torch
+from torch import Tensor
+
+from retrieval_draft._cache_home import cache_home
+from retrieval_draft._kernels.jit import source_stamp
+from retrieval_draft.engine.cpu.linear_kernels import KERNELS, OURS, Linear, is_tiled_available
+
+__all__ = ["SIZES", "LinearChoices", "machine", "shape_key"]
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 256)
+"""Numbers of tokens measured; one in between goes by the next larger, one beyond by the last."""
+
+FORMAT_VERSION = 1
+ROUNDS = 3
+HOPELESS = 1.5
+"""A kernel this many times slower than the best in the first round is not timed again."""
+
+SKIPPED = 3.0
+"""A kernel this many times slower than the best is not tried on the next larger size."""
+
+TIE = 1.1
+"""A kernel that comes first is used where a later one is faster by less, which may be chance."""
+
+MEASURED_BYTES = 192 << 20
+"""Weights read in one timing: more than caches hold, as in a forward pass."""
+
+MANY_TOKENS = 64
+"""Above, arithmetic decides and not memory: an eighth of the weights shows as much."""
+
+MOST_SECONDS = 12.0
+"""After so long what is left goes unmeasured, to our kernel."""
+
+_LOG = logging.getLogger("retrieval_draft")
+
+
+def shape_key(weight: Tensor) -> str:
+    """How a weight's choices are filed."""
+    return f"{str(weight.dtype).removeprefix('torch.')} {weight.shape[0]}x{weight.shape[1]}"
+
+
+class LinearChoices:
+    """Measured once, then read from the user's cache folder, one file for a machine and number of threads.
+
+    A file that cannot be read or written costs a measurement, never a generation.
+
+    Args:
+        threads: What torch may use.
+        folder: Where the file is; by default ``linear`` in the user's cache folder.
+    """
+
+    def __init__(self, threads: int, folder: Path | None = None) -> None:
+        self.threads = threads
+        self._machine = machine(threads)
+        digest = hashlib.sha256(json.dumps(self._machine, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = (cache_home() / "linear" if folder is None else folder) / f"{digest}.json"
+        self._names = self._read()
+
+    def has(self, weight: Tensor) -> bool:
+        """Whether a weight's shape has been measured."""
+        return shape_key(weight) in self._names
+
+    def missing(self, weights: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+        """Those of `weights` whose shape has not been measured, by shape."""
+        wanted: dict[str, list[Tensor]] = {}
+        for weight in weights:
+            key = shape_key(weight)
+            if key not in self._names:
+                wanted.setdefault(key, []).append(weight)
+        return wanted
+
+    def names(self, weight: Tensor) -> dict[int, str]:
+        """The chosen kernel of a measured shape by number of tokens, for each of `SIZES`."""
+        return self._names[shape_key(weight)]
+
+    def layers(self, weight: Tensor, bias: Tensor | None = None) -> list[Linear]:
+        """The layer for each number of tokens, 0 to the last of `SIZES`, which also stands for more."""
+        names = self.names(weight)
+        made = {name: KERNELS[name](weight, bias) for name in set(names.values())}
+        by_tokens: list[Linear] = [made[names[SIZES[0]]]]
+        for size in SIZES:
+            by_tokens += [made[names[size]]] * (size + 1 - len(by_tokens))
+        return by_tokens
+
+    def measure(self, wanted: dict[str, list[Tensor]], advance: Callable[[], object] | None = None) -> None:
+        """Times every kernel on each shape of `missing` and keeps what is fastest.
+
+        Args:
+            wanted: Weights by shape; as many of a shape are read in turn as a cache does not hold.
+            advance: Called after each shape and size.
+        """
+        begin = time.perf_counter()
+        complete = True
+        for key, weights in wanted.items():
+            names: dict[int, str] = {}
+            skipped: set[str] = set()
+            for size in SIZES:
+                in_time = time.perf_counter() - begin < MOST_SECONDS
+                complete = complete and in_time
+                if in_time:
+                    some = _enough(weights, MEASURED_BYTES // (8 if size > MANY_TOKENS else 1))
+                    names[size], skipped = _fastest(some, size, skipped)
+                else:
+                    names[size] = "tiled" if is_tiled_available(weights[0]) else "stock"
+                if advance is not None:
+                    advance()
+            self._names[key] = names
+        if complete:
+            self._write()
+
+    def _read(self) -> dict[str, dict[int, str]]:
+        try:
+            kept: Any = json.loads(self.path.read_text())
+            if kept["format_version"] != FORMAT_VERSION or kept["machine"] != self._machine:
+                return {}
+            shapes = {
+                key: {size: names[str(size)] for size in SIZES} for key, names in kept["shapes"].items()
+            }
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            _LOG.info("measuring linear kernels again: %s cannot be read (%s)", self.path, error)
+            return {}
+        known = {key: names for key, names in shapes.items() if set(names.values()) <= KERNELS.keys()}
+        return known
+
+    def _write(self) -> None:
+        shapes = {**self._read(), **self._names}
+        text = json.dumps(
+            {"format_version": FORMAT_VERSION, "machine": self._machine, "shapes": shapes}, indent=1
+        )
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, scratch = tempfile.mkstemp(dir=self.path.parent, prefix=f"{self.path.stem}-")
+            try:
+                with os.fdopen(handle, "w") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+                Path(scratch).replace(self.path)
+            except OSError:
+                Path(scratch).unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            _LOG.info("linear kernels will be measured again: %s cannot be written (%s)", self.path, error)
+
+
+def _enough(weights: Sequence[Tensor], most: int) -> list[Tensor]:
+    """As many weights as come to `most` bytes; of a larger one that many bytes of rows."""
+    each = weights[0].nbytes
+    if each > most:
+        rows = max(1, weights[0].shape[0] * most // each)
+        return [weights[0][:rows]]
+    return list(weights[: max(1, most // max(each, 1))])
+
+
+def _fastest(weights: Sequence[Tensor], tokens: int, skipped: set[str]) -> tuple[str, set[str]]:
+    """The name of the fastest kernel, and those so slow that the next size need not try them."""
+    # The caller's random numbers are the caller's.
+    random = np.random.default_rng(0).standard_normal((tokens, weights[0].shape[1]), np.float32)
+    x = torch.from_numpy(random).to(weights[0].dtype)
+    tried = [
+        name
+        for name in KERNELS
+        if name not in skipped and (name not in OURS or is_tiled_available(weights[0]))
+    ] or ["stock"]  # fmt: skip
+    least = dict.fromkeys(tried, float("inf"))
+    for turn in range(ROUNDS):
+        best = min(least.values())
+        for name in tried:
+            if turn and least[name] > HOPELESS * best:
+                continue
+            layers = [KERNELS[name](weight, None) for weight in weights]
+            if not turn:
+                layers[0](x)
+            begin = time.perf_counter()
+            for layer in layers:
+                layer(x)
+            least[name] = min(least[name], time.perf_counter() - begin)
+    best = min(least.values())
+    winner = next(name for name in tried if least[name] <= TIE * best)
+    return winner, {name for name, seconds in least.items() if seconds > SKIPPED * best}
+
+
+def machine(threads: int) -> dict[str, object]:
+    """What a measurement on the CPU depends on."""
+    features = llvmlite.binding.get_host_cpu_features()
+    return {
+        "processor": llvmlite.binding.get_host_cpu_name(),
+        "features": hashlib.sha256(features.flatten().encode()).hexdigest()[:8],
+        "platform": platform.platform(terse=True),
+        "cpus": os.cpu_count(),
+        "threads": threads,
+        "torch": str(torch.__version__),
+        "kernels": source_stamp()[:16],
+    }

@@ -1,0 +1,182 @@
+"""Ways to compute y = x Wᵀ + b on the CPU, all of one signature."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from ctypes import c_int64
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import config as numba_config
+from torch import Tensor
+from torch.nn.functional import linear
+
+from retrieval_draft.engine.threads import on_threads
+
+__all__ = ["KERNELS", "OURS", "Linear", "is_tiled_available", "stock", "tiled", "tokenwise", "transposed"]
+
+Linear = Callable[[Tensor], Tensor]
+"""From (..., length) to (..., rows), of the weight's dtype."""
+
+_TILED_TYPES = (torch.float32, torch.bfloat16)
+_THREAD_BYTES = 1 << 16
+"""Weights that are worth waking another thread for."""
+
+_HUGE_BYTES = 4 << 20
+"""What numpy asks huge pages for."""
+
+
+def tiled(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """Our kernel: weights are read once, bfloat16 as bfloat16, and sums are float32.
+
+    A token's result does not depend, to the last bit, on the tokens beside it or on the number of threads.
+
+    Args:
+        weight: (rows, length), float32 or bfloat16, each row contiguous.
+        bias: (rows,), contiguous, of the weight's dtype.
+
+    Returns:
+        The layer, for inputs of the weight's dtype; at most 64 tokens are multiplied at a time.
+
+    Example:
+        weight = [[1, 0], [1, 1]], bias = [0, 5]: [[1, 2]] gives [[1, 8]]
+    """
+    return _compiled_layer("tiled", weight, bias)
+
+
+def tokenwise(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """Our kernel for many tokens, which lie beside each other in vector registers; otherwise as `tiled`.
+
+    Args:
+        weight: (rows, length), float32 or bfloat16, each row contiguous.
+        bias: (rows,), contiguous, of the weight's dtype.
+
+    Returns:
+        The layer, for inputs of the weight's dtype; at most 64 tokens are multiplied at a time.
+
+    Example:
+        weight = [[1, 0], [1, 1]], bias = [0, 5]: [[1, 2], [3, 4]] gives [[1, 8], [3, 12]]
+    """
+    return _compiled_layer("tokenwise", weight, bias)
+
+
+def _compiled_layer(name: str, weight: Tensor, bias: Tensor | None) -> Linear:
+    """What `tiled` and `tokenwise` share: all but the order of x and of the sums."""
+    from retrieval_draft.engine.cpu._kernels import linear as kernels
+    from retrieval_draft.engine.cpu._kernels.linear_tokenwise import pack
+    from retrieval_draft.engine.cpu._kernels.vector_tile import LANES
+
+    rows, length = weight.shape
+    packs, half = name == "tokenwise", weight.dtype == torch.bfloat16
+    threads = min(torch.get_num_threads(), 1 + weight.nbytes // _THREAD_BYTES)
+    block = kernels.BLOCK
+    if not packs:
+        block = min(block, -(-rows // (threads * kernels.TILE)) * kernels.TILE)
+    most, widen_rows = kernels.MOST_TOKENS, kernels.widen_rows
+    run = on_threads(_machine_code(name), threads)
+    make_job: Any = c_int64 * kernels.JOB
+    dtype, size = weight.dtype, weight.element_size()
+
+    def call(x: Tensor) -> Tensor:
+        shape = x.shape
+        x = x.contiguous()
+        y = _fresh((*shape[:-1], rows), dtype)
+        tokens = y.numel() // rows
+        if not tokens:
+            return y
+        given = x
+        if half:
+            given = torch.empty(tokens * length, dtype=torch.float32, device="cpu")
+            widen_rows(x.data_ptr(), given.data_ptr(), tokens, length)
+        x_at, y_at, w_at = given.data_ptr(), y.data_ptr(), weight.data_ptr()
+        bias_at = 0 if bias is None else bias.data_ptr()
+        if packs:
+            words = length * min(-(-tokens // LANES) * LANES, most)
+            packed = torch.empty(words, dtype=torch.float32, device="cpu")
+        for begin in range(0, tokens, most):
+            some = min(most, tokens - begin)
+            part, step = x_at + 4 * begin * length, length
+            if packs:
+                step = -(-some // LANES)
+                pack(part, packed.data_ptr(), some, length, step * LANES)
+                part = packed.data_ptr()
+            job = make_job(
+                0, w_at, part, bias_at, y_at + size * begin * rows, some, rows, length, block,
+                weight.stride(0), half, step,
+            )  # fmt: skip
+            run(job)
+        return y
+
+    return call
+
+
+def transposed(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """The same product with the operands' roles exchanged, which some BLAS libraries do much faster."""
+
+    def call(x: Tensor) -> Tensor:
+        y = torch.mm(weight, x.reshape(-1, weight.shape[1]).t()).t().contiguous()
+        y = y if bias is None else y.add_(bias)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    return call
+
+
+def stock(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """What torch does."""
+    return lambda x: linear(x, weight, bias)
+
+
+def _fresh(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for a result. numpy asks for huge pages: page faults of the logits cost much.
+
+    Measured for 64 x 262,144 float32: first writes take a third of the time in memory of torch's own.
+    """
+    if math.prod(shape) * dtype.itemsize < _HUGE_BYTES:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    plain = np.float32 if dtype == torch.float32 else np.int16
+    return torch.from_numpy(np.empty(shape, plain)).view(dtype)
+
+
+KERNELS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {
+    "tiled": tiled,
+    "tokenwise": tokenwise,
+    "transposed": transposed,
+    "stock": stock,
+}
+"""By name. Of those about equally fast the first is used."""
+
+
+OURS = ("tiled", "tokenwise")
+"""Those that need `is_tiled_available`."""
+
+
+def is_tiled_available(weight: Tensor) -> bool:
+    """Whether `tiled` can read a weight, and this Python may compile."""
+    return (
+        not getattr(numba_config, "DISABLE_JIT", 0)
+        and weight.dtype in _TILED_TYPES
+        and weight.dim() == 2
+        and weight.stride(1) == 1
+    )
+
+
+_compiling = threading.Lock()
+
+
+def _machine_code(name: str) -> int:
+    """The address of a compiled kernel, which lives as long as the process."""
+    with _compiling:
+        return int(_compiled(name).address)
+
+
+@cache
+def _compiled(name: str) -> Any:
+    from retrieval_draft._kernels.jit import c_function
+    from retrieval_draft.engine.cpu._kernels.linear import SIGNATURE, linear
+    from retrieval_draft.engine.cpu._kernels.linear_tokenwise import linear_tokenwise
+
+    return c_function({"tiled": linear, "tokenwise": linear_tokenwise}[name], SIGNATURE)

@@ -1,0 +1,1 @@
+"""Draft sources that run a model."""

@@ -1,0 +1,100 @@
+"""Trained heads on the target's hidden states (Medusa, EAGLE and their kin) as draft sources."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retrieval_draft.engine.draft_models.expansion import ModelTree
+from retrieval_draft.engine.draft_models.model_draft import empty_proposal
+from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
+
+__all__ = ["DraftHead", "HeadDraft", "HeadSession"]
+
+
+class DraftHead(Protocol):
+    """What a trained head looks like from here."""
+
+    def propose(self, hidden: Tensor, token: int, budget: int) -> ModelTree:
+        """Guesses what follows `token`.
+
+        Args:
+            hidden: (d,), the input of the target's output head at the position that chose `token`.
+            token: The last accepted token, the root.
+            budget: The most nodes to return.
+
+        Returns:
+            Parents before children; ``probs`` are the head's own.
+        """
+        ...
+
+
+class HeadSession:
+    """One request: the last hidden state that was verified."""
+
+    wants_hidden = True
+
+    def __init__(self, head: DraftHead, prompt: TokenArray) -> None:
+        self._head = head
+        self._root = int(prompt[-1]) if len(prompt) else 0
+        self._hidden: Tensor | None = None
+
+    def learn_hidden(self, hidden: Tensor) -> None:
+        """Takes the hidden state, (d,), at the last accepted node: the one that chose the new root."""
+        self._hidden = hidden
+
+    @torch.no_grad()
+    def propose(self, budget: int) -> Proposal:
+        """The head's guesses; none before the first hidden state."""
+        if self._hidden is None or budget <= 0:
+            return empty_proposal()
+        tree = self._head.propose(self._hidden, self._root, budget)
+        zeros = np.zeros(len(tree.tokens), np.int32)
+        return Proposal(tree.tokens, tree.parents, np.clip(tree.probs, 1e-6, 1.0), zeros, "model", "model")
+
+    def observe(self, tokens: TokenArray) -> None:
+        """Moves on; the hidden state of before no longer fits."""
+        if len(tokens):
+            self._root, self._hidden = int(tokens[-1]), None
+
+    def learn(self, logits: NodeLogits) -> None:
+        """Nothing: a head learns elsewhere."""
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class HeadDraft:
+    """A trained head as a draft source.
+
+    Args:
+        head: Anything with `DraftHead.propose`.
+
+    Example:
+        RetrievalDrafter.for_model(model, draft_model=HeadDraft(my_medusa))
+    """
+
+    name = "model"
+    level = "model"
+
+    def __init__(self, head: DraftHead) -> None:
+        self.head = head
+
+    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> HeadSession:
+        """Starts a request."""
+        return HeadSession(self.head, prompt)
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    @property
+    def nbytes(self) -> int:
+        """0: the head is its owner's."""
+        return 0

@@ -1,0 +1,1 @@
+"""One draw a node from keyed noise."""

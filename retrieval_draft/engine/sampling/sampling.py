@@ -1,0 +1,126 @@
+"""The target's choice after one node when logits processors or sampling take part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from retrieval_draft.engine.logits import non_finite
+from retrieval_draft.engine.sampling.noise import GumbelNoise
+from retrieval_draft.engine.sampling.token_logprobs import TokenLogprobs, token_logprobs
+from retrieval_draft.engine.sampling.warpers import Choice, Warpers, split
+from retrieval_draft.errors import UnsupportedGenerationError
+
+__all__ = ["Sampler", "non_finite"]
+
+
+class Sampler:
+    """Chooses tokens as plain decoding does: processors on the node's own prefix, then one draw.
+
+    On the host, and where the scores themselves are not kept, the warpers at the end of the list and the draw
+    are one kernel, and without other processors the row is not even copied.
+
+    Args:
+        processors: LogitsProcessorList with their state, called once for each accepted token.
+        noise: Gumbel noise for sampling, or None for greedy.
+        keep_scores: Whether to keep processed scores in `scores`.
+        keep_logits: Whether to keep raw logits in `logits`.
+        keep_logprob: Whether to keep log probabilities of the chosen tokens, under the processed scores.
+        keep_top: How many alternatives to keep of each token, with log probabilities under the raw logits;
+            None for nothing.
+
+    Attributes:
+        scores: Processed scores, each float32, shape (1, vocabulary), or None.
+        logits: Raw logits, each float32, shape (1, vocabulary), or None.
+        logprobs: Natural logarithms of the chosen tokens' probabilities, in order; empty unless kept.
+        top: What `keep_top` asks for, in order; empty unless kept.
+
+    Example:
+        With a temperature of 0.5 and logits ``[1.0, 0.0]``, token 0 is drawn with probability 0.88; where it
+        is drawn, `logprobs` grows by -0.13.
+    """
+
+    def __init__(
+        self,
+        processors: Any,
+        noise: GumbelNoise | None,
+        keep_scores: bool = False,
+        keep_logits: bool = False,
+        *,
+        keep_logprob: bool = False,
+        keep_top: int | None = None,
+    ) -> None:
+        own = list(processors)
+        # Division can make scores equal, and then argmax looks at ids: greedy takes them as they are.
+        head, tail = (own, []) if keep_scores or noise is None else split(own)
+        self._head: Any = LogitsProcessorList(head)
+        self._tail: Any = LogitsProcessorList(tail)
+        self._warpers = Warpers(tail)
+        self._noise = noise
+        self._keep_logprob = keep_logprob
+        self.scores: list[Tensor] | None = [] if keep_scores else None
+        self.logits: list[Tensor] | None = [] if keep_logits else None
+        self.logprobs: list[float] = []
+        self._keep_top = keep_top
+        self.top: list[TokenLogprobs] = []
+
+    @property
+    def logprob(self) -> float:
+        """Natural logarithm of the probability of all chosen tokens together."""
+        return sum(self.logprobs)
+
+    def choose(self, row: Tensor, ids: Tensor, position: int) -> int:
+        """The next token after the prefix `ids`.
+
+        Args:
+            row: (vocabulary,). The node's logits; left as they are.
+            ids: int64, shape (1, length). The node's prefix, its own token last, padding included.
+            position: Of the token to be chosen, padding not counted.
+
+        Raises:
+            NonFiniteLogitsError: A score is NaN.
+            UnsupportedGenerationError: A processor returned other scores than those of one row.
+        """
+        # Processors write into their input; a copy of one row is what plain decoding makes too.
+        copied = len(self._head) > 0 or self.scores is not None
+        scores = row[None].to(torch.float32, copy=copied)
+        if self.logits is not None:
+            self.logits.append(row[None].to(device=ids.device, dtype=torch.float32, copy=True))
+        if len(self._head):
+            scores = _checked(self._head(ids.to(row.device), scores), scores.shape)
+        if self.scores is not None:
+            self.scores.append(scores.to(ids.device))
+        key = None if self._noise is None else self._noise.key(position)
+        choice = self._warpers.choose(scores[0], key, self._keep_logprob)
+        if choice is None:
+            tailed = _checked(self._tail(ids.to(row.device), scores), scores.shape)
+            choice = self._choose_in_torch(tailed, position)
+        if self._keep_logprob:
+            self.logprobs.append(choice.logprob)
+        if self._keep_top is not None:
+            self.top.append(token_logprobs(row, choice.token, self._keep_top))
+        return choice.token
+
+    def _choose_in_torch(self, scores: Tensor, position: int) -> Choice:
+        keyed = scores if self._noise is None else scores + self._noise.at(position)
+        best = keyed.argmax(-1)
+        columns = [best[0].double(), keyed.gather(-1, best[:, None]).isnan()[0, 0].double()]
+        if self._keep_logprob:
+            columns.append(scores.log_softmax(-1).gather(-1, best[:, None])[0, 0].double())
+        token, lost, *logprob = torch.stack(columns).tolist()
+        if lost:
+            raise non_finite(position)
+        return Choice(int(token), logprob[0] if logprob else float("nan"))
+
+
+def _checked(scores: Tensor, shape: torch.Size) -> Tensor:
+    """Scores that processors returned, if they are of one row; one made for a batch may return all rows."""
+    if scores.shape != shape:
+        raise UnsupportedGenerationError(
+            f"A logits processor made scores of shape {tuple(scores.shape)} of one row's {tuple(shape)}.",
+            "Each row has its own copies of the processors: make them for one row, or generate row by row.",
+        )
+    return scores

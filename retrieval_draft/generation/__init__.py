@@ -1,0 +1,1 @@
+"""Arguments, streamers and outputs of model.generate."""

@@ -1,0 +1,209 @@
+"""From what model.generate prepared to the requests of the decoding loop."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
+
+from retrieval_draft.engine.cache.cache_rows import adopt
+from retrieval_draft.engine.request import DecodeRequest
+from retrieval_draft.engine.sampling.noise import GumbelNoise
+from retrieval_draft.engine.sampling.row_processors import criteria_of_row, processors_of_row
+from retrieval_draft.engine.sampling.sampling import Sampler
+from retrieval_draft.engine.target import Target
+from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.generation.streaming import StreamRows
+from retrieval_draft.index.source import TokenArray
+
+__all__ = ["Extras", "Prepared", "Seeds", "make_requests", "set_limits"]
+
+Seeds = int | Sequence[int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What a caller can ask for that model.generate does not know.
+
+    Attributes:
+        streamer: Sees the prompt once, then each new token.
+        seeds: One for all prompts, or one for each; None draws them from torch's global generator.
+        sample: Which sample of its prompt and seed the first one is.
+        references: Texts that the replies may quote.
+        keep_prompt_logits: Whether the logits at the prompts' positions are returned.
+        best_of: Sequences of each prompt to return, the most probable first, of those that are sampled; None
+            for all.
+        share: What other servers may learn: "none", "reply" or "all"; None for what the store says.
+        top_logprobs: How many alternatives of each token to keep with log probabilities; None for nothing.
+    """
+
+    streamer: Any = None
+    seeds: Seeds = None
+    sample: int = 0
+    references: Sequence[TokenArray] = ()
+    keep_prompt_logits: bool = False
+    best_of: int | None = None
+    share: str | None = None
+    top_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is ready to join a batch.
+
+    Attributes:
+        requests: Those of one prompt; the first leads the others.
+        references: Texts that the replies may quote.
+    """
+
+    requests: Sequence[DecodeRequest]
+    references: Sequence[TokenArray] = ()
+
+
+def make_requests(
+    target: Target,
+    prompts: Sequence[TokenArray],
+    input_ids: Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    cache: Any,
+    extras: Extras,
+    stream: StreamRows | None = None,
+) -> list[DecodeRequest]:
+    """One request for each row. Rows with the same prompt share its pass, and draw noise of their own.
+
+    Noise is keyed by seed, the how-manieth row of the same seed and prompt it is, position and token: not by
+    the row's place, so that a row draws what its prompt would draw alone.
+
+    Args:
+        target: The model.
+        prompts: Padding stripped.
+        input_ids: int64, shape (batch, length), left padding included.
+        processors: As prepared by model.generate.
+        criteria: As prepared by model.generate.
+        config: As prepared by model.generate.
+        cache: A cache handed in, or None.
+        extras: What else was asked for.
+        stream: Takes the rows' new tokens.
+
+    Raises:
+        InvalidInputError: There are not as many seeds as prompts.
+        UnsupportedGenerationError: Something of the caller's cannot be copied for each row.
+    """
+    returned = config.num_return_sequences or 1
+    dictionary = bool(config.return_dict_in_generate)
+    keeps = dictionary and bool(config.output_scores), dictionary and bool(config.output_logits)
+    width = input_ids.shape[1]
+    leaders = _leaders(prompts)
+    seeds = _seeds(extras.seeds, len(prompts), returned) if config.do_sample else [0] * len(prompts)
+    caches: list[Any] = [None] * len(prompts)
+    if cache is not None:
+        first = [row for row in range(len(prompts)) if row % returned == 0]
+        adopted = adopt(
+            cache, [prompts[row] for row in first], [width - len(prompts[row]) for row in first], target
+        )
+        caches = [adopted[row // returned] if row % returned == 0 else None for row in range(len(prompts))]
+        leaders = [row - row % returned for row in range(len(prompts))]
+    samples: Counter[tuple[int, bytes]] = Counter()
+    requests: list[DecodeRequest] = []
+    for row, prompt in enumerate(prompts):
+        noise = None
+        if config.do_sample:
+            key = (seeds[row], prompt.tobytes())
+            sample = extras.sample + samples[key]
+            noise = GumbelNoise(seeds[row], _logit_width(target), target.device, sample=sample)
+            samples[key] += 1
+        sampler = None
+        top = extras.top_logprobs
+        if noise is not None or len(processors) or any(keeps) or top is not None:
+            own = processors_of_row(processors, row, len(prompts))
+            sampler = Sampler(own, noise, *keeps, keep_logprob=extras.best_of is not None, keep_top=top)
+        request = DecodeRequest(
+            prompt, 0, sampler=sampler, noise=noise, padded=input_ids[row : row + 1].long()
+        )
+        if stream is not None:
+            request.emit, request.ended = stream.taker(row), partial(stream.end, row)
+        request.cache = caches[row]
+        request.leader = None if leaders[row] == row else requests[leaders[row]]
+        request.keep_prompt_logits = extras.keep_prompt_logits
+        set_limits(request, criteria_of_row(criteria, len(prompts)), config, width - len(prompt))
+        requests.append(request)
+    return requests
+
+
+def _leaders(prompts: Sequence[TokenArray]) -> list[int]:
+    """For each row the first with the same prompt."""
+    first: dict[bytes, int] = {}
+    return [first.setdefault(prompt.tobytes(), row) for row, prompt in enumerate(prompts)]
+
+
+def _seeds(seeds: Seeds, rows: int, returned: int) -> list[int]:
+    """A seed for each row; the samples of one prompt share theirs."""
+    prompts = rows // returned
+    if seeds is None:
+        drawn = [int(torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu")) for _ in range(prompts)]
+    elif not isinstance(seeds, Iterable):
+        drawn = [_seed(seeds)] * prompts
+    else:
+        drawn = [_seed(seed) for seed in seeds]
+        if len(drawn) != prompts:
+            raise InvalidInputError(
+                f"seed has {len(drawn)} values for {prompts} prompts.", "Pass one for each, or a single one."
+            )
+    return [drawn[row // returned] for row in range(rows)]
+
+
+def _seed(given: Any) -> int:
+    try:
+        return operator.index(given)
+    except TypeError:
+        raise InvalidInputError(
+            f"seed is {given!r}, a {type(given).__name__}; it must be an integer, or one for each prompt."
+        ) from None
+
+
+def _logit_width(target: Target) -> int:
+    model: Any = target.model
+    head = model.get_output_embeddings()
+    return target.vocabulary if head is None else int(head.weight.shape[0])
+
+
+def set_limits(
+    request: DecodeRequest, criteria: StoppingCriteriaList, config: GenerationConfig, padding: int
+) -> None:
+    """Turns length and eos criteria into numbers, and leaves the others to be called.
+
+    Args:
+        request: Its `max_length`, `eos`, `criteria` and `prefill_chunk` are set.
+        criteria: As prepared by model.generate.
+        config: As prepared by model.generate.
+        padding: Left padding of this prompt, which max_length counts and the request does not.
+    """
+    lengths: list[int] = []
+    eos: set[int] = set()
+    others = []
+    for criterion in criteria:
+        if type(criterion) is MaxLengthCriteria:
+            lengths.append(criterion.max_length - padding)
+        elif type(criterion) is EosTokenCriteria:
+            eos.update(criterion.eos_token_id.flatten().tolist())
+        else:
+            others.append(criterion)
+    request.max_length = min(lengths) if lengths else int(config.max_length) - padding
+    request.eos = frozenset(int(token) for token in eos)
+    request.criteria = StoppingCriteriaList(others)
+    request.prefill_chunk = config.prefill_chunk_size

@@ -1,0 +1,1 @@
+"""Immutable suffix-sorted runs of tokens."""

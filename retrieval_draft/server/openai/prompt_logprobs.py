@@ -1,0 +1,34 @@
+"""Log probabilities of a prompt's own tokens, for echo."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from retrieval_draft.engine.sampling.token_logprobs import TokenLogprobs, token_logprobs
+from retrieval_draft.index.source import TokenArray
+
+__all__ = ["PromptLogprobs"]
+
+
+class PromptLogprobs:
+    """Reads what the model says after each token of a prompt, on the engine's thread.
+
+    Args:
+        prompt: int32, shape (length,).
+        k: Alternatives of each token.
+
+    Attributes:
+        said: Of the second token on; the first has nothing before it.
+    """
+
+    def __init__(self, prompt: TokenArray, k: int) -> None:
+        self._next = [int(token) for token in prompt[1:]]
+        self._k = k
+        self.said: list[TokenLogprobs] = []
+
+    def __call__(self, logits: Tensor) -> None:
+        """Takes the next run of positions: (m, vocabulary)."""
+        for row in logits:
+            place = len(self.said)
+            if place < len(self._next):
+                self.said.append(token_logprobs(row, self._next[place], self._k))

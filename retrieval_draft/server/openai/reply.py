@@ -1,0 +1,137 @@
+"""One choice as its client sees it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+from retrieval_draft.drafting.stats import DraftStats
+from retrieval_draft.engine.sampling.token_logprobs import TokenLogprobs
+from retrieval_draft.server.observability.request_metrics import speculative_decoding
+from retrieval_draft.server.openai.detokenize import ReplyText
+from retrieval_draft.server.openai.prompt_logprobs import PromptLogprobs
+from retrieval_draft.server.scheduler.channel import Ended, Tokens
+
+__all__ = ["Reply", "drafting_metrics", "predicted_tokens"]
+
+
+class Reply:
+    """Text and tokens of a choice.
+
+    Args:
+        indices: Which of the client's choices it is; several where greedy ones are equal.
+        text: Makes its text; None where the engine does, for stop strings.
+        prompt: Its prompt's token ids.
+        prompt_text: The prompt as text, where it is echoed.
+        prompt_logprobs: Its log probabilities, where they are echoed.
+        silent: Whether only the prompt is wanted: the tokens that come are dropped.
+        prompt_offsets: Where each of its tokens stands in `prompt_text`, where they have log probabilities.
+
+    Attributes:
+        tokens: So far.
+        logprobs: One for each token, where they are wanted.
+        drafted: Places of the tokens that were drafted.
+        marks: The pieces of the text that became final last, and whether each one's token was drafted.
+        said: The text so far.
+        offsets: Where each token stands in it.
+        reason: "stop" or "length"; None while it goes on.
+        stats: Counts, once it has ended.
+        logprob: Natural logarithm of its probability, where samples compete.
+        accepted_steps: How many steps with drafts accepted so many of them.
+    """
+
+    def __init__(
+        self,
+        indices: Sequence[int],
+        text: ReplyText | None,
+        prompt: Sequence[int],
+        prompt_text: str | None = None,
+        prompt_logprobs: PromptLogprobs | None = None,
+        silent: bool = False,
+        prompt_offsets: Sequence[int] = (),
+    ) -> None:
+        self.indices, self._text, self.prompt = indices, text, prompt
+        self.prompt_text, self.prompt_logprobs, self._silent = prompt_text, prompt_logprobs, silent
+        self.prompt_offsets = prompt_offsets
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.drafted: list[int] = []
+        self.marks: list[tuple[str, bool]] = []
+        self.said = ""
+        self.offsets: list[int] = []
+        self.reason: str | None = None
+        self.stats = DraftStats()
+        self.logprob = 0.0
+        self.accepted_steps: Counter[int] = Counter()
+
+    def take(self, event: Tokens) -> str:
+        """Adds tokens, and returns the text that became final."""
+        if self._silent:
+            return ""
+        begin = len(self.tokens)
+        self.drafted += range(begin, begin + event.accepted)
+        self.tokens += event.tokens
+        self.logprobs += event.logprobs
+        pieces, offsets = event.pieces, event.offsets
+        if pieces is None:
+            assert self._text is not None
+            self._text.push(event.tokens)
+            pieces, offsets = self._text.pieces[begin:], self._text.offsets[begin:]
+        self.offsets += offsets
+        self.marks = [(piece, place < event.accepted) for place, piece in enumerate(pieces) if piece]
+        text = "".join(pieces)
+        self.said += text
+        return text
+
+    def end(self, event: Ended) -> str:
+        """Notes the end, and returns the rest of the text."""
+        self.reason, self.stats, self.logprob = event.reason, event.stats, event.logprob
+        self.accepted_steps.update(event.accepted_steps)
+        if self._silent:
+            self.reason = "length"
+            return ""
+        rest = event.rest
+        if rest is None:
+            assert self._text is not None
+            rest = self._text.finish()
+        self.said += rest
+        self.marks = [(rest, False)] if rest else []
+        return rest
+
+    @property
+    def mean_logprob(self) -> float:
+        """By which samples compete."""
+        return self.logprob / max(len(self.tokens), 1)
+
+
+def predicted_tokens(replies: Iterable[Reply], predicted: Sequence[int]) -> tuple[int, int]:
+    """How many tokens of a prediction were of use, and how many not.
+
+    A token counts as accepted if it was drafted, and stands behind its predecessor in the prediction too.
+    All other tokens of the prediction count as rejected.
+
+    Args:
+        replies: Of the request.
+        predicted: Token ids of the prediction.
+
+    Example:
+        prediction [5, 6, 7, 8], reply [5, 6, 7, 9] of which 6 and 7 were drafted  ->  2 accepted, 2 rejected
+    """
+    pairs = set(pairwise(predicted))
+    accepted = 0
+    for reply in replies:
+        for place in reply.drafted:
+            before = reply.tokens[place - 1] if place else (reply.prompt[-1] if len(reply.prompt) else -1)
+            accepted += (before, reply.tokens[place]) in pairs
+    return accepted, max(len(predicted) - accepted, 0)
+
+
+def drafting_metrics(replies: Iterable[Reply]) -> dict[str, Any]:
+    """``{"speculative_decoding": ...}`` of all choices together."""
+    total, steps = DraftStats(), Counter[int]()
+    for reply in replies:
+        total.add(reply.stats)
+        steps.update(reply.accepted_steps)
+    return {"speculative_decoding": speculative_decoding(total, steps)}

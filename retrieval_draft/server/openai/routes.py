@@ -1,0 +1,188 @@
+"""OpenAI's endpoints, and /health."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import BaseModel
+
+from retrieval_draft.server.errors import ApiError
+from retrieval_draft.server.http.event_stream import EventStream, unless_gone
+from retrieval_draft.server.http.json_body import read_body
+from retrieval_draft.server.http.json_response import Json
+from retrieval_draft.server.openai.chat_request import CHAT
+from retrieval_draft.server.openai.chat_template import render_chat
+from retrieval_draft.server.openai.completions_request import COMPLETION
+from retrieval_draft.server.openai.format import ChatShape, CompletionShape, Shape
+from retrieval_draft.server.openai.generation_request import GenerationFields
+from retrieval_draft.server.openai.prepare import Asked, Asks, Means, ask, tokenize
+from retrieval_draft.server.openai.response import Answer
+from retrieval_draft.server.service import Loaded, Service
+
+__all__ = ["make_router"]
+
+_DEFAULT_COMPLETION = 16
+"""OpenAI's default of max_tokens for completions."""
+
+
+class _ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorBody(BaseModel):
+    """What every error looks like."""
+
+    error: _ErrorDetail
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody} for status in (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
+}
+_GENERATED: dict[int | str, dict[str, Any]] = {
+    **_ERRORS,
+    200: {"content": {"application/json": {}, "text/event-stream": {}}},
+}
+
+
+def make_router(service: Service) -> APIRouter:
+    """The routes of one service."""
+    router = APIRouter()
+
+    @router.get("/health", responses={503: {"description": "Loading, stuck or about to stop."}})
+    async def health() -> Response:
+        """200 while requests are served, 503 while not; the body says why."""
+        status, body = service.health()
+        return Json(body, status)
+
+    @router.get("/v1/models", responses={401: {"model": ErrorBody}})
+    async def models() -> Response:
+        """The one model."""
+        return Json({"object": "list", "data": [_model(service)]})
+
+    @router.get("/v1/models/{name:path}", responses={401: {"model": ErrorBody}, 404: {"model": ErrorBody}})
+    async def model(name: str) -> Response:
+        """The one model, by its name."""
+        _check_model(service, name)
+        return Json(_model(service))
+
+    @router.post("/v1/completions", responses=_GENERATED, openapi_extra=_body("CompletionRequest"))
+    async def completions(request: Request) -> Response:
+        """Continues texts."""
+        body = await read_body(request, COMPLETION)
+        body.check()
+        n, prompts = body.n or 1, body.prompts(service.settings.max_choices)
+        samples = body.best_of or n
+        _check_choices(service, samples * len(prompts))
+
+        def prepare(loaded: Loaded, means: Means) -> Asked:
+            special = body.add_special_tokens is not False
+            ids = [
+                prompt if isinstance(prompt, list) else tokenize(means, prompt, "prompt", special=special)
+                for prompt in prompts
+            ]
+            texts = [loaded.decode(each) if isinstance(given, list) else given
+                     for given, each in zip(prompts, ids, strict=True)]  # fmt: skip
+            asks = Asks(
+                ids,
+                _DEFAULT_COMPLETION if body.max_tokens is None else body.max_tokens,
+                samples,
+                samples > n,
+                body.alternatives,
+                texts if body.echo else (),
+            )
+            return ask(asks, body, means)
+
+        def shape(loaded: Loaded, request_id: str) -> Shape:
+            return CompletionShape(
+                f"cmpl-{request_id}", service.settings.model_name, loaded.texts,
+                bool(body.return_token_ids), body.alternatives is not None,
+            )  # fmt: skip
+
+        return await _respond(service, request, body, prepare, shape, n if samples > n else None)
+
+    @router.post("/v1/chat/completions", responses=_GENERATED, openapi_extra=_body("ChatRequest"))
+    async def chat(request: Request) -> Response:
+        """Continues a conversation."""
+        body = await read_body(request, CHAT)
+        body.check()
+        _check_choices(service, body.n or 1)
+        conversation, variables = body.conversation, body.variables
+
+        def prepare(loaded: Loaded, means: Means) -> Asked:
+            text = render_chat(
+                loaded.tokenizer, conversation, service.chat_template, variables, body.add_generation_prompt,
+                bool(body.continue_final_message),
+            )  # fmt: skip
+            ids = tokenize(means, text, "messages", special=False)
+            top = (body.top_logprobs or 0) if body.logprobs else None
+            asks = Asks([ids], body.wanted_tokens, body.n or 1, False, top)
+            return ask(asks, body, means)
+
+        def shape(loaded: Loaded, request_id: str) -> Shape:
+            return ChatShape(
+                f"chatcmpl-{request_id}", service.settings.model_name, loaded.texts,
+                bool(body.return_token_ids), bool(body.logprobs),
+            )  # fmt: skip
+
+        return await _respond(service, request, body, prepare, shape, None)
+
+    return router
+
+
+async def _respond(
+    service: Service,
+    request: Request,
+    fields: GenerationFields,
+    prepare: Callable[[Loaded, Means], Asked],
+    shape: Callable[[Loaded, str], Shape],
+    kept: int | None,
+) -> Response:
+    """Hands a request to the engine, and its answer to the client."""
+    _check_model(service, fields.model)
+    request_id, tenant = request.state.request_id, request.state.tenant
+    traceparent, size = request.headers.get("traceparent"), len(await request.body())
+    submitted = await unless_gone(
+        request.receive,
+        service.submit(request_id, tenant, prepare, traceparent, request.state.client_id, size),
+    )
+    if submitted is None:
+        return Response(status_code=499)
+    job, asked = submitted
+    with_metrics = bool(fields.metrics) or "x-draft-metrics" in request.headers
+    answer = Answer(
+        job, asked, shape(service.loaded, request_id), kept, fields.includes_usage, with_metrics,
+        bool(fields.draft_marks),
+    )  # fmt: skip
+    if fields.stream:
+        seconds = service.settings.send_seconds
+        return EventStream(answer.events(), lambda: service.leave(job), seconds)
+    return await answer.unless_gone(request.receive, lambda: service.leave(job))
+
+
+def _body(name: str) -> dict[str, Any]:
+    """Says in the description of the API which schema a body has."""
+    schema = {"$ref": f"#/components/schemas/{name}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _model(service: Service) -> dict[str, Any]:
+    name = service.settings.model_name
+    return {"id": name, "object": "model", "created": service.created, "owned_by": "retrieval-draft"}
+
+
+def _check_model(service: Service, name: str | None) -> None:
+    served = service.settings.model_name
+    if name is not None and name != served:
+        raise ApiError(404, f"There is no model {name!r} here; this server has {served!r}.", "model")
+
+
+def _check_choices(service: Service, choices: int) -> None:
+    most = service.settings.max_choices
+    if choices > most:
+        raise ApiError(400, f"The request asks for {choices} choices; this server makes {most} at most.", "n")

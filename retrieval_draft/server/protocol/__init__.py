@@ -1,1 +1,0 @@
-"""What clients send: OpenAI's requests, checked."""

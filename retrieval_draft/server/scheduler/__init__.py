@@ -1,0 +1,1 @@
+"""Queue, fair turns and the thread that decodes."""

@@ -1,0 +1,107 @@
+"""From the engine's thread to the request that waits on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from retrieval_draft.drafting.stats import DraftStats
+from retrieval_draft.engine.sampling.token_logprobs import TokenLogprobs
+from retrieval_draft.server.errors import ApiError
+
+__all__ = ["Channel", "Ended", "Event", "Failed", "Tokens"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """New tokens of one choice.
+
+    Attributes:
+        index: Which choice.
+        tokens: In order.
+        logprobs: One for each token, where they are wanted.
+        accepted: How many of them were drafted.
+        pieces: What each made final of the text, where it was decoded for stop strings; else None.
+        offsets: Where each stands in the text, with `pieces`.
+    """
+
+    index: int
+    tokens: Sequence[int]
+    logprobs: Sequence[TokenLogprobs]
+    accepted: int
+    pieces: Sequence[str] | None = None
+    offsets: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A choice is complete.
+
+    Attributes:
+        index: Which choice.
+        reason: "stop" or "length".
+        stats: Its counts.
+        logprob: Natural logarithm of its probability, where samples compete.
+        accepted_steps: How many steps with drafts accepted so many of them.
+        rest: The end of the text, where it was decoded for stop strings; else None.
+    """
+
+    index: int
+    reason: str
+    stats: DraftStats
+    logprob: float
+    accepted_steps: Mapping[int, int]
+    rest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The whole request has failed, or was given up."""
+
+    error: ApiError
+
+
+Event = Tokens | Ended | Failed
+
+
+class Channel:
+    """What waits to be read by one request. Everything but `loop` belongs to the event loop's thread.
+
+    Args:
+        loop: Where the request is served.
+        limit: Tokens that may wait.
+        overflowed: Called once when more wait than that.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int, overflowed: Callable[[], object]) -> None:
+        self.loop = loop
+        self._limit, self._overflowed = limit, overflowed
+        self._events: list[Event] = []
+        self._waiting = 0
+        self._ready = asyncio.Event()
+        self._closed = False
+
+    def put(self, events: Sequence[Event]) -> None:
+        """Takes events; drops them once closed."""
+        if self._closed:
+            return
+        self._events += events
+        self._waiting += sum(len(event.tokens) for event in events if isinstance(event, Tokens))
+        if self._waiting > self._limit:
+            self.close()
+            self._events = [Failed(ApiError(503, "The stream was not read for too long, and is given up."))]
+            self._overflowed()
+        self._ready.set()
+
+    async def get(self) -> list[Event]:
+        """All that waits; waits itself while there is nothing."""
+        await self._ready.wait()
+        self._ready.clear()
+        events, self._events, self._waiting = self._events, [], 0
+        return events
+
+    def close(self) -> None:
+        """Nobody reads any more."""
+        self._closed = True
+        self._events, self._waiting = [], 0

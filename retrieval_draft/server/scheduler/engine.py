@@ -1,0 +1,393 @@
+"""The thread that owns the model: requests join its batch between two steps, and leave at their end."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from time import monotonic
+
+from retrieval_draft.drafter import RetrievalDrafter
+from retrieval_draft.drafting.session import Drafting
+from retrieval_draft.engine.decode import Batch
+from retrieval_draft.engine.row import Row
+from retrieval_draft.server.errors import ApiError, from_library
+from retrieval_draft.server.scheduler.channel import Channel, Ended, Event, Failed, Tokens
+from retrieval_draft.server.scheduler.events import EngineListener
+from retrieval_draft.server.scheduler.fair_pool import FairPool
+from retrieval_draft.server.scheduler.job import Choice, Group, Job
+from retrieval_draft.server.scheduler.queue import JobQueue
+from retrieval_draft.server.scheduler.reports import Reports
+from retrieval_draft.server.settings import ServerSettings
+
+__all__ = ["ServingEngine"]
+
+_log = logging.getLogger("retrieval_draft.server")
+
+_INDEXED_AT_ONCE = 4096
+"""Tokens of prompt and references that are indexed on the engine's thread, in a few milliseconds. More go to
+a thread beside it, which the other rows do not wait for."""
+
+_OPENING_SECONDS = 0.02
+"""How long the engine sleeps while there is nothing to do but to wait for such a thread."""
+
+_SLICE_SECONDS = 0.05
+"""What one pass over a part of a prompt may take while others wait for their next token."""
+
+_FIRST_CHUNK, _LEAST_CHUNK = 128, 16
+
+Draftings = list["Drafting | None"]
+
+
+@dataclass(slots=True, eq=False)
+class _Joining:
+    """A group whose text is being indexed, and then its prompt passed."""
+
+    group: Group
+    opening: Future[Draftings]
+    began: float
+    row: Row | None = None
+    draftings: Sequence[Drafting | None] = ()
+    passes: Iterator[None] = field(default_factory=lambda: iter(()))
+    turn: int = 0
+
+    def give_up(self) -> None:
+        # A thread that still indexes cannot be stopped; what it made is closed once it is there.
+        if not self.opening.cancel():
+            self.opening.add_done_callback(_close_all)
+
+
+def _close_all(opening: Future[Draftings]) -> None:
+    if opening.exception() is None:
+        for drafting in opening.result():
+            if drafting is not None:
+                drafting.close()
+
+
+class ServingEngine:
+    """Decodes the requests of all clients in one batch.
+
+    Only `submit`, `give_up`, `refuse`, `stop` and what can be read may be used from other threads.
+
+    Args:
+        drafter: Owns the model; its lock is held while there is work.
+        settings: Limits.
+        listeners: Told what happens.
+        most_waiting: Choices of one tenant that may wait; None for as many as of all.
+    """
+
+    def __init__(
+        self,
+        drafter: RetrievalDrafter,
+        settings: ServerSettings,
+        listeners: Sequence[EngineListener] = (),
+        most_waiting: int | None = None,
+    ) -> None:
+        self._drafter = drafter.continuous
+        self._settings = settings
+        self._reports = Reports(listeners)
+        self._queue = JobQueue(settings.max_queue, most_waiting)
+        self._opening = FairPool(max(settings.max_batch, 2), "retrieval-draft-index")
+        self._turns: Counter[str] = Counter()
+        self._chunk = _FIRST_CHUNK
+        self._choices: dict[Row, Choice] = {}
+        self._joining: list[_Joining] = []
+        self._outbox: dict[Channel, list[Event]] = defaultdict(list)
+        self._beat = 0.0
+        self._thread = threading.Thread(target=self._run, name="retrieval-draft-engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Lets a job wait for its places.
+
+        Raises:
+            ApiError: It has more samples than the batch has rows (400), the queue is full (429), or the
+                engine is about to stop (503).
+        """
+        widest = max(len(group.choices) for group in job.groups)
+        if widest > self._settings.max_batch:
+            raise ApiError(
+                400,
+                f"A prompt with {widest} samples needs as many places; this server decodes "
+                f"{self._settings.max_batch} rows together.",
+                "n",
+            )
+        self._queue.put(job)
+
+    def give_up(self, job: Job, error: ApiError) -> None:
+        """Ends a job before the next step. Ends nothing that is over."""
+        if job.given_up is None:
+            job.given_up = error
+
+    def refuse(self) -> None:
+        """Takes no more jobs."""
+        self._queue.refuse(ApiError(503, "The server is about to stop.", retry_after=5))
+
+    def give_up_all(self, error: ApiError) -> None:
+        """Ends every job before the next step."""
+        for job in {*self._queue.jobs(), *self._jobs()}:
+            self.give_up(job, error)
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Lets the thread end once nothing is left to do, and waits for it."""
+        self._queue.end()
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        self._opening.close()
+        return not self._thread.is_alive()
+
+    @property
+    def waiting(self) -> int:
+        """Choices that wait for a place."""
+        return self._queue.waiting
+
+    @property
+    def running(self) -> int:
+        """Rows in the batch, those whose prompt is being passed among them."""
+        return len(self._choices) + sum(len(joining.group.choices) for joining in list(self._joining))
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the thread has died, or a pass takes longer than it may."""
+        beat = self._beat
+        if self._thread.ident is not None and not self._thread.is_alive():
+            return True
+        return beat > 0 and monotonic() - beat > self._settings.stuck_seconds
+
+    def _jobs(self) -> list[Job]:
+        jobs = [choice.job for choice in list(self._choices.values())]
+        return [*jobs, *(joining.group.job for joining in list(self._joining))]
+
+    def _run(self) -> None:
+        while self._queue.wait():
+            try:
+                with self._drafter.running(self._row_failed) as batch:
+                    while self._queue.waiting or self._choices or self._joining:
+                        self._turn(batch)
+            except Exception as error:  # what one batch broke must not end the server
+                _log.exception("The batch failed, and all of its requests with it.")
+                self._fail_all(error)
+            finally:
+                self._beat = 0.0
+                self._deliver()
+
+    def _turn(self, batch: Batch) -> None:
+        self._beat = monotonic()
+        self._weed(batch)
+        self._admit(batch)
+        self._leave(batch)  # the first token may have been the last
+        if batch.rows:
+            step = batch.step()
+            for row, plan, tokens in zip(step.rows, step.plans, step.emitted, strict=True):
+                choice = self._choices[row]
+                if plan.tree.num_draft_tokens:
+                    choice.accepted_steps[len(row.path) - 1] += 1
+                self._send(choice, row, min(len(row.path) - 1, len(tokens)))
+            self._reports.step(step, self._choices, self._drafter.plain_seconds(len(step.rows)))
+        self._leave(batch)
+        self._reports.queue(self._queue.waiting, self.running)
+        self._deliver()
+
+    def _weed(self, batch: Batch) -> None:
+        """Takes out what was given up, or is out of time."""
+        now = monotonic()
+        for job in dict.fromkeys([*self._queue.jobs(), *self._jobs()]):
+            if job.given_up is None and now - job.arrived > job.seconds:
+                job.given_up = ApiError(504, f"The request took longer than {job.seconds:g} s.")
+            if job.given_up is not None:
+                self._drop(batch, job, job.given_up, "abort")
+
+    def _drop(self, batch: Batch | None, job: Job, error: ApiError, reason: str) -> None:
+        """Takes a job out of the queue and the batch, and tells its client."""
+        job.given_up = error
+        self._queue.drop(job)
+        for joining in [each for each in self._joining if each.group.job is job]:
+            self._joining.remove(joining)
+            joining.give_up()
+        for row, choice in list(self._choices.items()):
+            if choice.job is job:
+                del self._choices[row]
+                if batch is not None:
+                    batch.remove(row)
+        told = False
+        for choice in job.choices:
+            if not choice.over:
+                told = True
+                self._end(choice, reason)
+        if told:
+            self._outbox[job.channel].append(Failed(error))
+
+    def _admit(self, batch: Batch) -> None:
+        """One pass over the prompt of one group that joins, and no more before the next step."""
+        while True:
+            places = self._settings.max_batch - self.running
+            group = self._queue.next(places) if places > 0 else None
+            if group is None:
+                break
+            self._joining.append(_Joining(group, self._open(group), monotonic()))
+        if not self._joining:
+            return
+        ready = [joining for joining in self._joining if joining.opening.done()]
+        if not ready:
+            if not batch.rows:  # there is nothing else to do
+                wait([joining.opening for joining in self._joining], _OPENING_SECONDS, "FIRST_COMPLETED")
+            return
+        joining = self._next(ready)
+        try:
+            if joining.row is None:
+                self._begin(batch, joining)
+            has_company = len(batch.rows) + len(self._joining) > 1
+            chunk = min(self._chunk, self._settings.prefill_chunk)
+            leader = joining.group.choices[0].request
+            leader.prefill_chunk = chunk if has_company else self._settings.prefill_chunk
+            began = monotonic()
+            more = next(joining.passes, self) is not self
+            if has_company:
+                seconds = monotonic() - began
+                if seconds > _SLICE_SECONDS:
+                    self._chunk = max(int(chunk * _SLICE_SECONDS / seconds), _LEAST_CHUNK)
+                elif more and seconds < _SLICE_SECONDS / 3:
+                    self._chunk = 2 * chunk
+            if more:
+                return
+            row = joining.row
+            assert row is not None
+            self._joined(joining.group.choices[0], row, joining)
+            rest = zip(joining.group.choices[1:], joining.draftings[1:], strict=True)
+            for choice, drafting in rest:
+                other = batch.row(choice.request, drafting, choice.stats, beside=True)
+                for _ in batch.joining(other, row):
+                    pass
+                self._joined(choice, other, joining)
+            self._joining.remove(joining)
+        except Exception as error:  # of the model, or of this request's own processors
+            self._failed(joining.group.job, error, batch)
+
+    def _next(self, ready: Sequence[_Joining]) -> _Joining:
+        """Whose pass it is: tenants take turns, and so do the prompts of one."""
+        tenants = {joining.group.job.tenant for joining in self._joining}
+        self._turns = Counter({tenant: self._turns[tenant] for tenant in tenants})
+        # One that has just come does not catch up with what the others had before.
+        least = min((turns for turns in self._turns.values() if turns), default=0)
+        for tenant in tenants:
+            self._turns[tenant] = max(self._turns[tenant], least)
+        joining = min(ready, key=lambda each: (self._turns[each.group.job.tenant], each.turn))
+        self._turns[joining.group.job.tenant] += 1
+        joining.turn = sum(self._turns.values())
+        return joining
+
+    def _open(self, group: Group) -> Future[Draftings]:
+        """Opens the sources for a group; beside the engine's thread where there is much to index."""
+        opener = group.job.drafter.continuous
+        stats = [choice.stats for choice in group.choices]
+        tokens = len(group.choices[0].request.prompt) + sum(map(len, group.prepared.references))
+        if tokens > _INDEXED_AT_ONCE and opener.opens_beside:
+            return self._opening.submit(group.job.tenant, lambda: opener.open(group.prepared, stats))
+        opened: Future[Draftings] = Future()
+        try:
+            opened.set_result(opener.open(group.prepared, stats))
+        except Exception as error:
+            opened.set_exception(error)
+        return opened
+
+    def _begin(self, batch: Batch, joining: _Joining) -> None:
+        """Makes the row of a group whose sources are open.
+
+        Raises:
+            Exception: What opening them raised.
+        """
+        choices = joining.group.choices
+        joining.draftings = joining.opening.result()
+        beside = any(other.row is not None for other in self._joining)
+        joining.row = batch.row(choices[0].request, joining.draftings[0], choices[0].stats, beside=beside)
+        joining.passes = batch.joining(joining.row)
+
+    def _joined(self, choice: Choice, row: Row, joining: _Joining) -> None:
+        choice.row, choice.first = row, monotonic()
+        self._choices[row] = choice
+        self._reports.started(choice, joining.began)
+        self._send(choice, row, 0)
+
+    def _leave(self, batch: Batch) -> None:
+        for row in batch.leave():
+            choice = self._choices.pop(row)
+            reason = "length"
+            stopped = choice.text is not None and choice.text.stopped is not None
+            if stopped or int(row.text.tokens[-1]) in choice.request.eos:
+                reason = "stop"
+            sampler = choice.request.sampler
+            logprob = sampler.logprob if sampler is not None and sampler.logprobs else 0.0
+            rest = None if choice.text is None else choice.text.finish()
+            self._outbox[choice.job.channel].append(
+                Ended(choice.index, reason, choice.stats, logprob, choice.accepted_steps, rest)
+            )
+            self._end(choice, reason)
+
+    def _send(self, choice: Choice, row: Row, accepted: int) -> None:
+        reply, sampler = row.text.reply, choice.request.sampler
+        if len(reply) > choice.sent:
+            kept = [] if sampler is None else sampler.top[choice.sent : len(reply)]
+            tokens = reply[choice.sent :].tolist()
+            pieces, offsets = None, []
+            if choice.text is not None:
+                choice.text.push(reply[len(choice.text.pieces) :].tolist())  # an end token is not looked at
+                pieces = choice.text.pieces[choice.sent : len(reply)]
+                offsets = choice.text.offsets[choice.sent : len(reply)]
+            self._outbox[choice.job.channel].append(
+                Tokens(choice.index, tokens, kept, accepted, pieces, offsets)
+            )
+            choice.sent = len(reply)
+
+    def _end(self, choice: Choice, reason: str) -> None:
+        choice.over, choice.row = True, None
+        choice.job.ended += 1
+        choice.job.drafter.stats.add(choice.stats)
+        self._reports.ended(choice, reason)
+
+    def _row_failed(self, row: Row, error: Exception) -> None:
+        choice = self._choices.pop(row, None)
+        if choice is not None:
+            self._failed(choice.job, error, None)
+
+    def _failed(self, job: Job, error: Exception, batch: Batch | None) -> None:
+        _log.error("Request %s failed: %r", job.id, error, exc_info=error)
+        said = from_library(error)
+        if batch is not None:
+            self._drop(batch, job, said, "error")
+            return
+        # In the middle of a step: its other rows leave before the next one.
+        job.given_up = said
+        for choice in job.choices:
+            if not choice.over and choice.row not in self._choices:
+                self._end(choice, "error")
+        self._outbox[job.channel].append(Failed(said))
+
+    def _fail_all(self, error: Exception) -> None:
+        # If nothing had joined yet, what waits would break the next batch too.
+        for job in dict.fromkeys(self._jobs() or self._queue.jobs()):
+            self._drop(None, job, from_library(error), "error")
+        self._choices.clear()
+        self._joining.clear()
+
+    def _deliver(self) -> None:
+        """Hands over what is new, in one call for each event loop."""
+        if not self._outbox:
+            return
+        outbox, self._outbox = self._outbox, defaultdict(list)
+        for loop in {channel.loop for channel in outbox}:
+            mine = [(channel, events) for channel, events in outbox.items() if channel.loop is loop]
+            try:
+                loop.call_soon_threadsafe(_put_all, mine)
+            except RuntimeError:  # the loop has ended, and its requests with it
+                _log.debug("An event loop has ended before its requests.")
+
+
+def _put_all(events: Sequence[tuple[Channel, Sequence[Event]]]) -> None:
+    for channel, each in events:
+        channel.put(each)

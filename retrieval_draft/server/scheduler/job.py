@@ -1,0 +1,111 @@
+"""One HTTP request as the engine sees it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+
+from retrieval_draft.drafter import RetrievalDrafter
+from retrieval_draft.drafting.stats import DraftStats
+from retrieval_draft.engine.request import DecodeRequest
+from retrieval_draft.engine.row import Row
+from retrieval_draft.generation.requests import Prepared
+from retrieval_draft.server.errors import ApiError
+from retrieval_draft.server.openai.detokenize import ReplyText
+from retrieval_draft.server.scheduler.channel import Channel
+
+__all__ = ["Choice", "Group", "Job"]
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One text that is to be generated.
+
+    Attributes:
+        job: Whose.
+        index: Which of the job's.
+        request: What to decode.
+        stats: Its counts.
+        row: Its place in the batch, while it has one.
+        sent: Tokens that the client has been sent.
+        first: When the first token was there; 0 before.
+        over: Whether it has ended, however.
+        text: Its text, in which stop strings are looked for; None without any.
+        accepted_steps: How many steps with drafts accepted so many of them.
+    """
+
+    job: Job
+    index: int
+    request: DecodeRequest
+    stats: DraftStats = field(default_factory=DraftStats)
+    row: Row | None = None
+    sent: int = 0
+    first: float = 0.0
+    over: bool = False
+    text: ReplyText | None = None
+    accepted_steps: Counter[int] = field(default_factory=Counter)
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Choices of one prompt, which join together.
+
+    Attributes:
+        job: Whose.
+        prepared: What the drafter made.
+        choices: The leader first.
+    """
+
+    job: Job
+    prepared: Prepared
+    choices: list[Choice]
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """All choices of one HTTP request.
+
+    Attributes:
+        id: Of the request, the server's own.
+        tenant: Whose.
+        drafter: The tenant's.
+        channel: Where its tokens go.
+        seconds: Until it is given up.
+        arrived: When it came, on the monotonic clock.
+        traceparent: W3C's header of the HTTP request, for traces; None without.
+        client_id: What the client calls the request, for logs; None without.
+        groups: One for each prompt.
+        given_up: Why it is to end before its time; None while it is not.
+        ended: Choices that are over.
+    """
+
+    id: str
+    tenant: str
+    drafter: RetrievalDrafter
+    channel: Channel
+    seconds: float
+    arrived: float = field(default_factory=monotonic)
+    traceparent: str | None = None
+    client_id: str | None = None
+    groups: list[Group] = field(default_factory=list)
+    given_up: ApiError | None = None
+    ended: int = 0
+
+    def add(self, prepared: Prepared) -> Sequence[Choice]:
+        """Adds the choices of one prompt."""
+        begin = self.size
+        choices = [Choice(self, begin + place, request) for place, request in enumerate(prepared.requests)]
+        self.groups.append(Group(self, prepared, choices))
+        return choices
+
+    @property
+    def size(self) -> int:
+        """Choices in all."""
+        return sum(len(group.choices) for group in self.groups)
+
+    @property
+    def choices(self) -> list[Choice]:
+        """All of them."""
+        return [choice for group in self.groups for choice in group.choices]

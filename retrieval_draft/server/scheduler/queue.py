@@ -1,0 +1,106 @@
+"""Requests that wait for a place in the batch, and what other threads ask of the engine."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from retrieval_draft.server.errors import ApiError
+from retrieval_draft.server.scheduler.job import Group, Job
+
+__all__ = ["JobQueue"]
+
+
+class JobQueue:
+    """Tenants take turns; of one, first come, first served. Bounded. May be used from any thread.
+
+    Args:
+        limit: Choices that may wait.
+        most: Of one tenant; None for all of them.
+    """
+
+    def __init__(self, limit: int, most: int | None = None) -> None:
+        self._limit = limit
+        self._most = limit if most is None else most
+        self._groups: dict[str, deque[Group]] = {}
+        self._waiting = 0
+        self._changed = threading.Condition()
+        self._refuses: ApiError | None = None
+        self._ended = False
+
+    def put(self, job: Job) -> None:
+        """Lets a job wait.
+
+        Raises:
+            ApiError: The queue is full (429), or the server is about to stop (503).
+        """
+        with self._changed:
+            if self._refuses is not None:
+                raise self._refuses
+            if self._waiting + job.size > self._limit:
+                raise ApiError(
+                    429,
+                    f"{self._waiting} choices wait already; no more than {self._limit} may.",
+                    retry_after=1,
+                )
+            mine = sum(len(group.choices) for group in self._groups.get(job.tenant, ()))
+            if mine + job.size > self._most:
+                raise ApiError(
+                    429,
+                    f"{mine} choices of this tenant wait already; no more than {self._most} may.",
+                    retry_after=1,
+                )
+            self._groups.setdefault(job.tenant, deque()).extend(job.groups)
+            self._waiting += job.size
+            self._changed.notify_all()
+
+    def refuse(self, error: ApiError) -> None:
+        """Refuses whatever comes from now on."""
+        with self._changed:
+            self._refuses = error
+
+    def end(self) -> None:
+        """Lets the engine's thread end once nothing waits."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def wait(self) -> bool:
+        """Waits for work; False once there will be none."""
+        with self._changed:
+            while not self._groups and not self._ended:
+                self._changed.wait()
+            return bool(self._groups)
+
+    def next(self, places: int) -> Group | None:
+        """The first group of the tenant whose turn it is, if it fits into so many places."""
+        with self._changed:
+            tenant = next(iter(self._groups), None)
+            if tenant is None or len(self._groups[tenant][0].choices) > places:
+                return None
+            waiting = self._groups.pop(tenant)
+            group = waiting.popleft()
+            if waiting:
+                self._groups[tenant] = waiting  # behind the others
+            self._waiting -= len(group.choices)
+            return group
+
+    def jobs(self) -> list[Job]:
+        """Jobs of which something waits."""
+        with self._changed:
+            return list(dict.fromkeys(group.job for waiting in self._groups.values() for group in waiting))
+
+    def drop(self, job: Job) -> None:
+        """Takes out what waits of a job."""
+        with self._changed:
+            kept = deque(group for group in self._groups.get(job.tenant, ()) if group.job is not job)
+            if kept:
+                self._groups[job.tenant] = kept
+            else:
+                self._groups.pop(job.tenant, None)
+            self._waiting = sum(len(group.choices) for each in self._groups.values() for group in each)
+
+    @property
+    def waiting(self) -> int:
+        """Choices that wait."""
+        return self._waiting

@@ -1,0 +1,179 @@
+"""The side of a drafter that a server uses: requests that join a running batch and leave it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from retrieval_draft.drafting.session import Drafting
+from retrieval_draft.drafting.stats import DraftStats
+from retrieval_draft.engine.decode import Batch, OnError
+from retrieval_draft.engine.model_state import outside_inference
+from retrieval_draft.engine.request import DecodeRequest
+from retrieval_draft.engine.target import Target
+from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.generation.checks import (
+    arguments_of_generate,
+    best_of_options,
+    check_generation,
+    strip_prompts,
+)
+from retrieval_draft.generation.hf_generate import through_model
+from retrieval_draft.generation.requests import Extras, Prepared, make_requests
+from retrieval_draft.generation.sharing import share_when_finished
+from retrieval_draft.generation.streaming import ending
+from retrieval_draft.index.store.store import SharedStore
+from retrieval_draft.methods.supplies import make_supply
+
+if TYPE_CHECKING:
+    from retrieval_draft.drafter import RetrievalDrafter
+
+__all__ = ["ContinuousDrafter"]
+
+
+class ContinuousDrafter:
+    """Prepares requests as `RetrievalDrafter.generate` does, and lends the batch that decodes them.
+
+    A request that was prepared here says what `generate` says with the same options and seed, alone or in
+    company.
+
+    Args:
+        drafter: Whose model, drafts and store are used.
+    """
+
+    def __init__(self, drafter: RetrievalDrafter) -> None:
+        self._drafter = drafter
+
+    @property
+    def target(self) -> Target:
+        """The model as it is decoded with."""
+        return self._drafter._target
+
+    def prepare(
+        self,
+        input_ids: Tensor,
+        *,
+        seed: int | None = None,
+        prediction: Any = None,
+        documents: Any = None,
+        share: str | None = None,
+        best_of: int | None = None,
+        top_logprobs: int | None = None,
+        streamer: Any = None,
+        **options: Any,
+    ) -> Prepared:
+        """What `generate` would decode. May run while a batch does.
+
+        Args:
+            input_ids: int64, shape (1, length). One prompt.
+            seed: For sampling.
+            prediction: What the reply may look like: text or token ids.
+            documents: Texts the reply may quote.
+            share: What other servers may learn: "none", "reply" or "all".
+            best_of: Samples to draw; their log probabilities are kept.
+            top_logprobs: Alternatives of each token to keep with log probabilities; None for nothing.
+            streamer: Refused, and ended: tokens are handed to the requests' own `emit`.
+            **options: As for ``model.generate``.
+
+        Returns:
+            One request for each sample.
+        """
+        drafter = self._drafter
+        if streamer is not None:
+            with ending(streamer):
+                raise InvalidInputError("prepare takes no streamer.", "Set `emit` of the requests.")
+        ids, mask, config = arguments_of_generate((input_ids,), options)
+        drafter._check_model()
+        drafter._check_share(share)
+        target, tokenizer = drafter._target, drafter._tokenizer
+        keep_best = best_of_options(best_of, target.model, config, options)
+        references = drafter._references(documents, prediction)
+        extras = Extras(None, seed, 0, references, False, keep_best, share, top_logprobs)
+
+        def collect(
+            input_ids: Tensor,
+            processors: LogitsProcessorList,
+            criteria: StoppingCriteriaList,
+            config: GenerationConfig,
+            model_inputs: dict[str, Any],
+        ) -> list[DecodeRequest]:
+            model: Any = target.model
+            check_generation(config, processors, len(input_ids), model_inputs, model.generation_config)
+            mask = model_inputs.get("attention_mask")
+            prompts = strip_prompts(input_ids, mask, target.embedding_rows, target.max_positions)
+            return make_requests(target, prompts, input_ids, processors, criteria, config, None, extras)
+
+        requests = through_model(target, tokenizer, collect, ids, mask, config, options)
+        share_when_finished(drafter.store, requests, share)
+        return Prepared(requests, references)
+
+    @contextmanager
+    def running(self, failed: OnError | None = None) -> Iterator[Batch]:
+        """An empty batch, for one thread. Calls of `generate` wait until it is left.
+
+        Args:
+            failed: Told of rows that raised, which have left the batch; None lets errors out.
+        """
+        drafter, shared = self._drafter, DraftStats()
+        supply = drafter._supply
+        with drafter._lock, outside_inference():
+            drafter.kernels.prepare()
+            with drafter.kernels.applied():
+                supply.prepare()
+                batch = Batch(drafter._target, supply.reader, shared, supply.budget, failed)
+                try:
+                    yield batch
+                finally:
+                    batch.close()
+                    drafter.stats.add(shared)
+
+    def open(self, prepared: Prepared, stats: Sequence[DraftStats]) -> list[Drafting | None]:
+        """Opens the sources for what was prepared here.
+
+        Args:
+            prepared: About to join the batch of this drafter, or of one that this is a namespace of.
+            stats: Counts to add to, one for each request.
+        """
+        return self._drafter._supply.open(prepared.requests, prepared.references, stats)
+
+    @property
+    def opens_beside(self) -> bool:
+        """Whether `open` may run beside the batch: no source passes anything through a model then."""
+        return not self._drafter._parts.models
+
+    def plain_seconds(self, rows: int) -> float:
+        """What a pass over one token of each row is measured to take; 0 where nothing is measured."""
+        return self._drafter._supply.budget.plain_seconds(rows)
+
+    def namespace(self, tenant: str, history_bytes: int) -> RetrievalDrafter:
+        """A drafter over the same model that shares corpora and measurements, and nothing it learns.
+
+        Args:
+            tenant: Names its part of the store and of the history's folder.
+            history_bytes: The most memory that its history may take.
+        """
+        from retrieval_draft.drafter import RetrievalDrafter
+
+        mine = self._drafter
+        config, stores = mine._parts.config, mine._parts.stores
+        folder = config.history_folder
+        config = replace(
+            config,
+            history_bytes=history_bytes,
+            history_folder=None if folder is None else str(Path(folder, f"tenant-{tenant}")),
+        )
+        store = mine.store
+        if store is not None:
+            store = SharedStore(replace(store.config, tenant=tenant), store.fingerprint, store.vocabulary)
+        parts = replace(mine._parts, config=config, stores=replace(stores, shared=store))
+        supply = make_supply(mine._target, parts)
+        other = RetrievalDrafter(mine._target, mine._tokenizer, config, supply, store, True)
+        other._parts, other.kernels, other._lock = parts, mine.kernels, mine._lock
+        supply.prepare_like(mine._supply)
+        return other

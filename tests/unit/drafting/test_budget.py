@@ -1,0 +1,66 @@
+"""Draft nodes go to the rows where they bring most."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from retrieval_draft.drafting.budget import Budget
+from retrieval_draft.drafting.cost import SIZES, CostModel
+from retrieval_draft.drafting.tree import DraftTree
+
+
+def tree(*path_probs: float) -> DraftTree:
+    """A root with children of these path probabilities, best first."""
+    size = len(path_probs) + 1
+    probs = np.array([1.0, *path_probs], np.float32)
+    parents = np.zeros(size, np.int32)
+    parents[0] = -1
+    tokens = np.arange(size, dtype=np.int32)
+    return DraftTree(tokens, parents, np.minimum(tokens, 1), probs, probs, np.zeros(size, np.int64))
+
+
+def model(slope: float) -> CostModel:
+    cost = CostModel()
+    cost.load({size: 1.0 + slope * (size - 1) for size in SIZES})
+    return cost
+
+
+def test_without_costs_all_of_every_tree_is_verified() -> None:
+    assert Budget().share([tree(0.9, 0.1), tree()], [5, 5]) == [2, 0]
+
+
+def test_a_row_alone_gets_what_the_cost_model_chooses() -> None:
+    cost, probs = model(0.45), tree(0.9, 0.8, 0.5, 0.2)
+    assert Budget(cost).share([probs], [9]) == [cost.choose(probs.path_probs[1:])]
+
+
+def test_nodes_of_all_rows_compete() -> None:
+    # Passes over 2 tokens and more: another one costs 0.1 and must bring that share of 2 tokens in 1.1.
+    shares = Budget(model(0.1)).share([tree(0.9, 0.8, 0.01), tree(0.5, 0.05), tree(), tree(0.02)], [9] * 4)
+    assert shares == [2, 1, 0, 0]
+
+
+def test_equal_nodes_leave_every_share_a_prefix() -> None:
+    shares = Budget(model(0.01)).share([tree(0.5, 0.5), tree(0.5, 0.5)], [9, 9])
+    assert shares == [2, 2]
+
+
+def test_the_more_rows_the_less_a_node_pays() -> None:
+    probs = [0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    dear = model(0.02)
+    dear.load({size: 1.0 + 0.02 * size + 0.004 * size**2 for size in SIZES})
+    budget = Budget(dear)
+    per_row = [budget.share([tree(*probs)] * rows, [9] * rows)[0] for rows in (1, 4, 16)]
+    assert per_row[0] > per_row[1] >= per_row[2]
+
+
+def test_costs_of_several_rows_are_learned_apart() -> None:
+    cost = model(0.1)
+    budget = Budget(cost)
+    before = cost.seconds(8)
+    for _ in range(200):
+        budget.timed(3, 8, 100, 10.0)
+    assert cost.seconds(8) == before, "passes over one row are not what they were"
+    learned = budget._cost(4)
+    assert abs(learned.seconds(8) - 10.0) < 0.5, "3 rows count as 4"
+    assert learned.seconds(512) > 10.0

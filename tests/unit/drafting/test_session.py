@@ -1,0 +1,68 @@
+"""The budget follows what drafts bring: none where they do not pay, some again once they do."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from retrieval_draft.drafting.budget import Budget
+from retrieval_draft.drafting.calibration import Calibration
+from retrieval_draft.drafting.cost import SIZES, CostModel
+from retrieval_draft.drafting.fusion import fuse
+from retrieval_draft.drafting.locality import RequestDrafts
+from retrieval_draft.drafting.session import Drafting
+from retrieval_draft.drafting.stats import DraftStats
+from retrieval_draft.engine.logits import Predictions
+from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
+
+
+class Guesser:
+    """Always sure of a chain of token 1."""
+
+    def propose(self, budget: int) -> Proposal:
+        size = min(budget, 8)
+        return Proposal(
+            np.ones(size, np.int32),
+            np.arange(-1, size - 1, dtype=np.int32),
+            np.full(size, 0.9, np.float32),
+            np.full(size, 5, np.int32),
+            "automaton",
+            "request",
+        )
+
+    def observe(self, tokens: TokenArray) -> None: ...
+    def learn(self, logits: NodeLogits) -> None: ...
+    def close(self) -> None: ...
+
+
+def nothing_said(nodes: int) -> Predictions:
+    return Predictions(
+        np.zeros(nodes, np.int32),
+        np.ones(nodes, np.bool_),
+        np.zeros((nodes, 1), np.int32),
+        np.ones((nodes, 1), np.float32),
+    )
+
+
+def test_drafts_that_do_not_pay_are_not_verified_and_are_tried_again() -> None:
+    cost = CostModel()
+    cost.load({size: 1.0 + 0.3 * (size - 1) for size in SIZES})  # a pass where every token costs
+    drafting = Drafting(RequestDrafts([Guesser()]), fuse, Calibration().open(), 60, 100, DraftStats())
+    budget = Budget(cost)
+
+    def steps(count: int, token: int) -> list[int]:
+        verified = []
+        for _ in range(count):
+            plan = drafting.propose(1, 50, 100)
+            plan = plan.cut(budget.share([plan.tree], [50])[0])
+            size = plan.tree.num_draft_tokens
+            verified.append(size)
+            emitted = np.full(1 if token != 1 else size + 1, token, np.int32)
+            drafting.learn(plan, emitted, np.ones(3, np.int32), nothing_said(size + 1))
+        return verified
+
+    assert steps(1, 1)[0] > 0
+    wrong = steps(120, 2)
+    assert wrong[-60:] == [0] * 60, "always wrong: plain steps"
+    assert sum(wrong) < 400, "and soon"
+    right = steps(120, 1)
+    assert right[-1] >= 8, "a plain step teaches too: it is believed again"

