@@ -1,23 +1,23 @@
-"""The command ``python -m benchmarks NAME``."""
+"""The command ``python -m benchmarks NAME``: evidence for docs/benchmarks.md, from a checkout."""
 
 from __future__ import annotations
 
-import importlib
 import sys
 
-NAMES = {"gpu_check": "benchmarks.gpu_check.main"}
-"""Benchmarks by name, and the module whose ``main(arguments)`` runs each and returns an exit code."""
+GPU_CHECK = "gpu_check"
+"""Runs with torch and numpy alone, all that a bare GPU machine has: it comes before other imports."""
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the benchmark named first with the other arguments."""
-    if not arguments or arguments[0] not in NAMES:
-        asked = f"Unknown benchmark {arguments[0]!r}. " if arguments else ""
-        print(
-            f"{asked}Usage: python -m benchmarks NAME [OPTIONS]; names: {', '.join(NAMES)}.", file=sys.stderr
-        )
-        return 2
-    return int(importlib.import_module(NAMES[arguments[0]]).main(arguments[1:]))
+    """Runs the benchmark named first with the other arguments; returns its exit code, or exits with it."""
+    if arguments[:1] == [GPU_CHECK]:
+        from benchmarks.gpu_check.main import main as check
+
+        return check(arguments[1:])
+    from benchmarks.commands import app
+    from retrieval_draft.cli import main as run
+
+    run(arguments, app)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from transformers.cache_utils import DynamicCache
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafting.datastores import open_datastores
-from retrieval_draft.drafting.sources import Datastores
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.cache.cache_rows import write_back
 from retrieval_draft.engine.compat import given_cache, is_callers_own
@@ -84,24 +83,32 @@ class RetrievalDrafter:
         self,
         target: Target,
         tokenizer: Any,
-        config: DraftConfig,
+        parts: Parts,
         supply: DraftSupply,
-        store: SharedStore | None = None,
-        owns_store: bool = False,
+        beside: RetrievalDrafter | None = None,
     ) -> None:
-        self.config = config
-        self.store = store
-        self._owns_store = owns_store
+        """Use `for_model`.
+
+        Args:
+            target: The model.
+            tokenizer: The model's, or None.
+            parts: What `supply` was made from.
+            supply: What the drafter drafts from.
+            beside: A drafter of the same model, with which this one takes turns.
+        """
+        self.config = parts.config
+        self.store = parts.stores.shared
         self.stats = DraftStats()
         self.last_stats: DraftStats | None = None
         self._target = target
         self._tokenizer = tokenizer
         self._supply = supply
-        self._parts = Parts(config, Datastores(target.embedding_rows))
-        self.kernels = CpuKernels(target.model, config.cpu_kernels)
+        self._parts = parts
+        self.kernels = (
+            CpuKernels(target.model, parts.config.cpu_kernels) if beside is None else beside.kernels
+        )
         self._state = ModelState.of(target.model)
         self._has_warned = False
-        self._lock = threading.RLock()
         _drafters.add(self)
 
     @classmethod
@@ -155,11 +162,31 @@ class RetrievalDrafter:
             in_live_pool(lambda: probe(target))
             stores = open_datastores(tokenizer, target.embedding_rows, config, corpora, phrases, store)
             parts = Parts(config, stores, make_draft_sources(draft_model, target, tokenizer))
-            drafter = cls(
-                target, tokenizer, config, make_supply(target, parts), stores.shared, stores.owns_shared
-            )
-        drafter._parts = parts
-        return drafter
+            return cls(target, tokenizer, parts, make_supply(target, parts))
+
+    def namespace(self, tenant: str, history_bytes: int) -> RetrievalDrafter:
+        """A drafter over the same model that shares corpora and measurements, and nothing it learns.
+
+        Args:
+            tenant: Names its part of the store and of the history's folder.
+            history_bytes: The most memory that its history may take.
+        """
+        config, stores = self._parts.config, self._parts.stores
+        folder = config.history_folder
+        config = replace(
+            config,
+            history_bytes=history_bytes,
+            history_folder=None if folder is None else str(Path(folder, f"tenant-{tenant}")),
+        )
+        store = self.store
+        if store is not None:
+            store = SharedStore(replace(store.config, tenant=tenant), store.fingerprint, store.vocabulary)
+        stores = replace(stores, shared=store, owns_shared=True)
+        parts = replace(self._parts, config=config, stores=stores)
+        supply = make_supply(self._target, parts)
+        other = RetrievalDrafter(self._target, self._tokenizer, parts, supply, beside=self)
+        supply.prepare_like(self._supply)
+        return other
 
     def generate(
         self,
@@ -358,7 +385,7 @@ class RetrievalDrafter:
     def close(self) -> None:
         """Keeps and sends what waits for the history's folder and the store, and stops background threads."""
         self._supply.close()
-        if self.store is not None and self._owns_store:
+        if self.store is not None and self._parts.stores.owns_shared:
             self.store.close()
 
     def __enter__(self) -> RetrievalDrafter:
@@ -508,8 +535,9 @@ _making = threading.RLock()
 
 def _after_fork() -> None:
     """A lock that another thread held at the fork would stay locked in the child."""
+    locks: dict[int, Any] = {}  # drafters of one model take turns in the child too
     for drafter in _drafters:
-        drafter._lock = threading.RLock()
+        drafter._lock = locks.setdefault(id(drafter._lock), threading.RLock())
 
 
 if hasattr(os, "register_at_fork"):

@@ -20,6 +20,7 @@ from retrieval_draft.drafting.session import Drafting, Plan
 from retrieval_draft.drafting.sources import Datastores
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.drafting.tree import DraftTree
+from retrieval_draft.drafting.warm_up import compile_drafting
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.source import CONTEXT, DraftSource, NodeLogits, TokenArray
 from retrieval_draft.index.store.config import check_share
@@ -146,10 +147,8 @@ class Proposer:
 
     def warm_up(self) -> None:
         """Compiles now what the first request would otherwise wait for, and reads the store's log."""
-        from retrieval_draft.engine.warm_up import compile_kernels
-
         spare = Parts(replace(self.config, history_folder=None), Datastores(vocabulary=16))
-        compile_kernels(self._method.sources(spare), self._method.tree, self.config.top_k)
+        compile_drafting(self._method.sources(spare), self._method.tree, self.config.top_k)
         if self.store is not None:
             self.store.wait_ready()
 

@@ -1,11 +1,9 @@
-"""The side of a drafter that a server uses: requests that join a running batch and leave it."""
+"""Continuous batching: requests join a running batch and leave it, as a server needs it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -28,8 +26,6 @@ from retrieval_draft.generation.hf_generate import through_model
 from retrieval_draft.generation.requests import Extras, Prepared, make_requests
 from retrieval_draft.generation.sharing import share_when_finished
 from retrieval_draft.generation.streaming import ending
-from retrieval_draft.index.store.store import SharedStore
-from retrieval_draft.methods.supplies import make_supply
 
 if TYPE_CHECKING:
     from retrieval_draft.drafter import RetrievalDrafter
@@ -150,30 +146,3 @@ class ContinuousDrafter:
     def plain_seconds(self, rows: int) -> float:
         """What a pass over one token of each row is measured to take; 0 where nothing is measured."""
         return self._drafter._supply.budget.plain_seconds(rows)
-
-    def namespace(self, tenant: str, history_bytes: int) -> RetrievalDrafter:
-        """A drafter over the same model that shares corpora and measurements, and nothing it learns.
-
-        Args:
-            tenant: Names its part of the store and of the history's folder.
-            history_bytes: The most memory that its history may take.
-        """
-        from retrieval_draft.drafter import RetrievalDrafter
-
-        mine = self._drafter
-        config, stores = mine._parts.config, mine._parts.stores
-        folder = config.history_folder
-        config = replace(
-            config,
-            history_bytes=history_bytes,
-            history_folder=None if folder is None else str(Path(folder, f"tenant-{tenant}")),
-        )
-        store = mine.store
-        if store is not None:
-            store = SharedStore(replace(store.config, tenant=tenant), store.fingerprint, store.vocabulary)
-        parts = replace(mine._parts, config=config, stores=replace(stores, shared=store))
-        supply = make_supply(mine._target, parts)
-        other = RetrievalDrafter(mine._target, mine._tokenizer, config, supply, store, True)
-        other._parts, other.kernels, other._lock = parts, mine.kernels, mine._lock
-        supply.prepare_like(mine._supply)
-        return other

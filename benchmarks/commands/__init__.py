@@ -1,1 +1,24 @@
-"""Commands of python -m benchmarks."""
+"""Commands of ``python -m benchmarks``."""
+
+from __future__ import annotations
+
+import typer
+
+from benchmarks.commands import chains, drafts, llama_cpp, parts, sampling, serve, store, vllm
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="benchmarks",
+    help="Measure the project itself: evidence for docs/benchmarks.md.",
+    epilog="gpu_check runs a whole check of a GPU: docs/gpu.md.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for _command in (
+    parts.automaton, sampling.batch, chains.chains, parts.cold, drafts.drafts, sampling.draw, parts.fusion,
+    llama_cpp.llama_cpp, sampling.samples, serve.serve, store.store, vllm.vllm,
+):  # fmt: skip
+    app.command(_command.__name__)(_command)

@@ -1,4 +1,4 @@
-"""``retrieval-draft bench chains``: drafts for whole batches, as an engine such as vLLM asks for them."""
+"""``python -m benchmarks chains``: drafts for whole batches, as an engine such as vLLM asks for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``retrieval-draft bench drafts``: round trips of the drafting service."""
+"""``python -m benchmarks drafts``: round trips of the drafting service."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``retrieval-draft bench llama-cpp``: our drafts under llama-cpp-python, against its own."""
+"""``python -m benchmarks llama_cpp``: our drafts under llama-cpp-python, against its own."""
 
 from __future__ import annotations
 

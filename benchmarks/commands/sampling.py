@@ -1,4 +1,4 @@
-"""``retrieval-draft bench batch``, ``samples`` and ``draw``: batches, many samples, and what a draw costs."""
+"""``python -m benchmarks batch``, ``samples`` and ``draw``: batches, many samples, and what a draw costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``retrieval-draft bench serve``: many clients on a server, and what drafting brings there."""
+"""``python -m benchmarks serve``: many clients on a server, and what drafting brings there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``retrieval-draft bench store``: what sharing costs and brings, on real servers on loopback."""
+"""``python -m benchmarks store``: what sharing costs and brings, on real servers on loopback."""
 
 from __future__ import annotations
 

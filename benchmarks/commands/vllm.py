@@ -1,4 +1,4 @@
-"""``retrieval-draft bench vllm``: drafting methods in vLLM, and what proposing costs."""
+"""``python -m benchmarks vllm``: drafting methods in vLLM, and what proposing costs."""
 
 from __future__ import annotations
 

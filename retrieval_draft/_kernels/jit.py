@@ -98,6 +98,6 @@ def _keep_code(compiled: Any, function: Callable[..., object]) -> None:
 def source_stamp() -> str:
     """A digest of the text of all kernels: what was compiled or measured under another one is out of date."""
     digest = sha256()
-    for path in sorted(Path(__file__).parents[2].glob("*/_kernels/*.py")):
+    for path in sorted(Path(__file__).parents[1].glob("**/_kernels/*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import time
@@ -11,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from retrieval_draft.bench.cold import resident_bytes
 from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.bench.synthetic_text import SyntheticText
 from retrieval_draft.index.build.builder import segment_tokens_here
@@ -22,7 +22,7 @@ from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.index.segments.segment_store import GRACE
 from retrieval_draft.index.source import DraftSource, TokenArray
 
-__all__ = ["measure_history", "measure_index"]
+__all__ = ["measure_history", "measure_index", "resident_bytes"]
 
 SMALL = 1_000_000
 _STEPS = 4000
@@ -140,6 +140,15 @@ def measure_history(tokens: int, *, vocabulary: int = 32000, nodes: int = 60) ->
         "nodes": nodes,
         "provenance": provenance(),
     }
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process that is in RAM, mapped files included; None where the system does not tell."""
+    try:
+        status = Path("/proc/self/statm").read_text()
+    except OSError:
+        return None
+    return int(status.split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _build(

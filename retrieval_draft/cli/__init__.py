@@ -57,8 +57,13 @@ def _options(
         print(context.get_help())
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs the command line and exits."""
+def main(arguments: Sequence[str] | None = None, commands: typer.Typer = app) -> NoReturn:
+    """Runs a command line and exits.
+
+    Args:
+        arguments: Words after the program's name; those of the process by default.
+        commands: The commands there are; ``python -m benchmarks`` has its own.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     end = words.index("--") if "--" in words else len(words)
     debug = "--debug" in words[:end]
@@ -72,12 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("retrieval_draft").setLevel(logging.DEBUG if debug else logging.INFO)
-    sys.exit(_run(words, debug))
+    sys.exit(_run(commands, words, debug))
 
 
-def _run(words: list[str], debug: bool) -> int:
+def _run(commands: typer.Typer, words: list[str], debug: bool) -> int:
     try:
-        code = app(words, standalone_mode=False)
+        code = commands(words, standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         print("\ninterrupted", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""``retrieval-draft bench``: the measurements behind every number of the README."""
+"""``retrieval-draft bench``: measurements on a user's own model, traces and corpora."""
 
 from __future__ import annotations
 
@@ -7,13 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.commands import chains as bench_chains
-from benchmarks.commands import drafts as bench_drafts
-from benchmarks.commands import llama_cpp as bench_llama_cpp
-from benchmarks.commands import sampling as bench_sampling
-from benchmarks.commands import serve as bench_serve
-from benchmarks.commands import store as bench_store
-from benchmarks.commands import vllm as bench_vllm
 from retrieval_draft.cli import bench_datastores
 from retrieval_draft.cli.bench_common import Out, finish, ratio_range, split
 from retrieval_draft.cli.common import DIFFERENT, CpuKernels, Device, Dtype, Index, Json, Model, Nodes
@@ -24,15 +17,6 @@ __all__ = ["app", "print_live"]
 app = typer.Typer(help="Measure.", pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("index")(bench_datastores.index)
 app.command("corpus")(bench_datastores.corpus)
-app.command("store")(bench_store.store)
-app.command("vllm")(bench_vllm.vllm)
-app.command("serve")(bench_serve.serve)
-app.command("drafts")(bench_drafts.drafts)
-app.command("chains")(bench_chains.chains)
-app.command("batch")(bench_sampling.batch)
-app.command("samples")(bench_sampling.samples)
-app.command("draw")(bench_sampling.draw)
-app.command("llama-cpp")(bench_llama_cpp.llama_cpp)
 
 
 @app.callback(invoke_without_command=True)
@@ -225,28 +209,6 @@ def methods(
         print(f"{size} nodes: calibrated is {ratio:.3f} times the best other method")
 
 
-@app.command("fusion")
-def fusion(
-    traces: Annotated[list[Path], typer.Argument(help="Trace files.", show_default=False)],
-    nodes: Annotated[int, typer.Option(min=1, help="Draft nodes of every step.")] = 60,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests.")] = 60,
-    out: Out = None,
-    json: Json = False,
-) -> None:
-    """Time fusion, selection and calibration for five sources that propose in full."""
-    from benchmarks.fusion import measure_fusion
-
-    result = measure_fusion(traces, nodes=nodes, limit=limit)
-    finish(result, out)
-    if json:
-        print_json(result)
-        return
-    for name in ("fuse_us", "observe_us", "both_us"):
-        times = result[name]
-        print(f"{name.removesuffix('_us')}: p50 {times['p50']:.0f} us, p99 {times['p99']:.0f} us")
-    print(f"{result['proposed']:.0f} nodes proposed, {result['steps']:,} steps")
-
-
 @app.command("forward")
 def forward(
     model: Model,
@@ -295,78 +257,6 @@ def forward(
         )
         columns = ("tokens", "limit ms", "ours ms", "stock ms", "stock / ours", "ours / ours(1)")
         print_table(title, columns, rows)
-
-
-@app.command("automaton")
-def automaton(
-    traces: Annotated[list[Path], typer.Argument(help="Trace files, for their text.", show_default=False)],
-    lengths: Annotated[str, typer.Option(help="Context lengths in tokens, by commas.")] = "8192,131072",
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes of each proposal.")] = 60,
-    out: Out = None,
-    json: Json = False,
-) -> None:
-    """Measure the suffix automaton: insertion, bytes a token, proposals at several context lengths."""
-    from benchmarks.automaton import measure_automaton
-
-    result = measure_automaton(traces, lengths=[int(length) for length in split(lengths)], nodes=nodes)
-    finish(result, out)
-    if json:
-        print_json(result)
-        return
-    rows = [
-        (
-            length,
-            f"{found['insert_tokens_per_second'] / 1e6:.2f}M",
-            f"{found['bytes_per_token']:.0f}",
-            f"{found['propose_us']['p50']:.1f}",
-            f"{found['propose_us']['p99']:.1f}",
-            f"{found['nodes']:.1f}",
-        )
-        for length, found in result["lengths"].items()
-    ]
-    columns = ("context", "inserted/s", "bytes/token", "propose p50 us", "p99 us", "nodes")
-    print_table("", columns, rows)
-
-
-@app.command("cold")
-def cold(
-    model: Annotated[str | None, typer.Option(help="Also prepare the CPU kernels for this model.")] = None,
-    dtypes: Annotated[str, typer.Option(help="Of that model, one or more, by commas.")] = "float32",
-    out: Out = None,
-    json: Json = False,
-) -> None:
-    """Measure what a fresh install waits for: import, compilation, and with --model the CPU kernels."""
-    from retrieval_draft.bench.cold import measure_cold, measure_first_use
-
-    result = measure_cold()
-    names = split(dtypes) if model is not None else []
-    if model is not None:
-        result["first_use"] = {name: measure_first_use(model, name) for name in names}
-    finish(result, out)
-    if json:
-        print_json(result)
-        return
-    imports, compiled, layers = (result[f"{name}_seconds"] for name in ("import", "compile", "layer"))
-    rows = [
-        ("import of torch and transformers", f"{imports['torch_and_transformers']:.2f}"),
-        ("import of retrieval_draft after them", f"{imports['retrieval_draft']:.2f}"),
-        ("first compilation", f"{compiled['first']:.1f}"),
-        ("kernels from the cache", f"{compiled['cached']:.1f}"),
-        ("first compilation of linear layers", f"{layers['first']:.1f}"),
-        ("linear layers from the cache", f"{layers['cached']:.1f}"),
-    ]
-    for name in names:
-        found = result["first_use"][name]
-        rows += [
-            (f"kernels for {model}, {name}, first time", f"{found['first_seconds']:.1f}"),
-            (f"kernels for {model}, {name}, from then on", f"{found['again_seconds']:.2f}"),
-        ]
-    print_table("", ("what", "seconds"), rows)
-    for name in names:
-        found = result["first_use"][name]
-        if found["stock_bytes"]:
-            grown = (found["kernel_bytes"] - found["stock_bytes"]) / found["weight_bytes"]
-            print(f"{name}: our kernels add {grown:.1%} of the weights to resident memory")
 
 
 def print_live(result: dict[str, Any]) -> None:

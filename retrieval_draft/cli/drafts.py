@@ -64,7 +64,7 @@ def serve(
     idle_seconds: Annotated[float, typer.Option(min=0.1, help="Then a session is closed.")] = 600.0,
 ) -> None:
     """Serve drafts over HTTP, in the foreground, until interrupted. See docs/drafting_service.md."""
-    from retrieval_draft.server.http.keys import KeyRing, is_loopback, read_keys
+    from retrieval_draft.http.keys import KeyRing, is_loopback, read_keys
 
     keys = KeyRing(read_keys(api_key or (), api_key_file, tenant), tenant)
     if not keys and unix_socket is None and not is_loopback(host) and not no_auth:

@@ -193,8 +193,8 @@ def _serve(
             f"The server needs {error.name}, which is not installed.",
             'Run: pip install "retrieval_draft[server]"',
         ) from error
-    from retrieval_draft.server.http.run import run
     from retrieval_draft.server.observability.request_log import start_logging
+    from retrieval_draft.server.run import run
     from retrieval_draft.server.service import Service
     from retrieval_draft.server.whole_app import whole_app
 
@@ -221,7 +221,7 @@ def _keys(given: list[str], file: Path | None, tenant: str, host: str | None, no
     Raises:
         InvalidInputError: Others could reach the server without a key.
     """
-    from retrieval_draft.server.http.keys import KEYS_VARIABLE, KeyRing, is_loopback, read_keys
+    from retrieval_draft.http.keys import KEYS_VARIABLE, KeyRing, is_loopback, read_keys
 
     keys = read_keys(given, file, tenant)
     if no_auth and keys:
@@ -255,7 +255,7 @@ def _only_key(given: list[str], file: Path | None, tenant: str) -> str | None:
     Raises:
         InvalidInputError: There are several.
     """
-    from retrieval_draft.server.http.keys import read_keys
+    from retrieval_draft.http.keys import read_keys
 
     keys = list(read_keys(given, file, tenant))
     if len(keys) > 1:

@@ -15,9 +15,9 @@ from retrieval_draft.draft_service import wire
 from retrieval_draft.draft_service.errors import DraftServiceError, NotAllowedError, TooLargeError, error_of
 from retrieval_draft.draft_service.service import DraftService, failure_of
 from retrieval_draft.errors import RetrievalDraftError
-from retrieval_draft.server.http.body_headers import media_type, unreadable
-from retrieval_draft.server.http.event_stream import unless_gone
-from retrieval_draft.server.scheduler.fair_pool import FairPool
+from retrieval_draft.http.body_headers import media_type, unreadable
+from retrieval_draft.http.event_stream import unless_gone
+from retrieval_draft.http.fair_pool import FairPool
 
 __all__ = ["PREFIX", "Authenticate", "DraftApp"]
 

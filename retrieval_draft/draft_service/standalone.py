@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from retrieval_draft.draft_service.app import PREFIX, DraftApp, Receive, Scope, Send
-from retrieval_draft.server.http.head_requests import HeadAsGet
+from retrieval_draft.http.head_requests import HeadAsGet
 
 if TYPE_CHECKING:
     from retrieval_draft.server.observability.metrics import ServerMetrics
@@ -89,7 +89,7 @@ def serve(app: StandaloneApp, *, host: str | None, port: int, unix_socket: Path 
     """
     import uvicorn
 
-    from retrieval_draft.server.http.protocol import http_config
+    from retrieval_draft.http.protocol import http_config
 
     listener = _listen(host, port, unix_socket)
     config = http_config(

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from copy import copy
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,7 @@ from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.errors import DatastoreError, InvalidInputError
 from retrieval_draft.index.source import Proposal, TokenArray
 
-if TYPE_CHECKING:  # it needs torch, and calibrating does not
-    from retrieval_draft.engine.sampling.noise import GumbelNoise
-
-__all__ = ["FEATURES", "Calibration", "places_of"]
+__all__ = ["FEATURES", "Calibration", "NoiseKey", "places_of"]
 
 PLACES = ("automaton", "adjacency", "history", "phrases", "corpus", "shared", "model", "siblings")
 """Sources that keep their place from one process to the next, so that what is learned of them can be kept."""
@@ -64,6 +61,13 @@ MOST_LEARNED = 1e6
 
 VERSION = "1"
 PRIORS = Path(__file__).with_name("priors.safetensors")
+
+
+class NoiseKey(Protocol):
+    """The keyed noise that a request's tokens are drawn with (`engine.sampling.noise.GumbelNoise`)."""
+
+    sample_key: np.uint64
+    vocabulary: int
 
 
 class Calibration:
@@ -119,7 +123,7 @@ class Calibration:
         self.accepted: NDArray[np.float64] = np.zeros(fusion.CELLS)
         self.request: NDArray[np.float64] = np.zeros(fusion.SOURCES)
         self.sharpness: NDArray[np.float64] = np.tile((SHARPNESS, 0.0), (fusion.MASKS, 1))
-        self.noise: GumbelNoise | None = None
+        self.noise: NoiseKey | None = None
         self.position = 0
         self.rate = RATE
         if priors and PRIORS.exists():
@@ -129,7 +133,7 @@ class Calibration:
         self.weights[others | sibling] = self.weights[others]
         self.weights[others | sibling, PLACES.index("siblings")] = SIBLINGS_BESIDE_OTHERS
 
-    def open(self, noise: GumbelNoise | None = None) -> Calibration:
+    def open(self, noise: NoiseKey | None = None) -> Calibration:
         """The same calibration for one request: what is learned is shared, but for the request's own part.
 
         Args:

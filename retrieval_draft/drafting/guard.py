@@ -6,20 +6,20 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
-
 from retrieval_draft.drafting.locality import open_siblings, wants_hidden
-from retrieval_draft.index.source import DraftSession, DraftSource, NodeLogits, Proposal, TokenArray
+from retrieval_draft.index.source import (
+    DraftSession,
+    DraftSource,
+    NodeLogits,
+    Proposal,
+    TokenArray,
+    empty_proposal,
+)
 
 __all__ = ["GuardedSource"]
 
 _T = TypeVar("_T")
 _log = logging.getLogger("retrieval_draft")
-
-
-def _nothing(source: str, level: str) -> Proposal:
-    none, no_probs = np.empty(0, np.int32), np.empty(0, np.float32)
-    return Proposal(none, none, no_probs, none, source, level)
 
 
 class _GuardedSession:
@@ -30,7 +30,7 @@ class _GuardedSession:
         self._session = session
 
     def propose(self, budget: int) -> Proposal:
-        empty = _nothing(self._source.name, self._source.level)
+        empty = empty_proposal(self._source.name, self._source.level)
         return self._try("propose", lambda session: session.propose(budget), empty)
 
     def observe(self, tokens: TokenArray) -> None:

@@ -7,8 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from retrieval_draft.drafting.locality import wants_hidden
-from retrieval_draft.engine.draft_models.model_draft import empty_proposal
-from retrieval_draft.index.source import DraftSession, DraftSource, NodeLogits, Proposal, TokenArray
+from retrieval_draft.index.source import (
+    DraftSession,
+    DraftSource,
+    NodeLogits,
+    Proposal,
+    TokenArray,
+    empty_proposal,
+)
 
 __all__ = ["PacedSource", "Pacer"]
 
@@ -73,9 +79,10 @@ class Pacer:
 
 
 class _PacedSession:
-    def __init__(self, session: DraftSession, pacer: Pacer, clock: Callable[[], float]) -> None:
+    def __init__(self, source: PacedSource, session: DraftSession, clock: Callable[[], float]) -> None:
+        self._source = source
         self._session = session
-        self._pacer = pacer
+        self._pacer = source.pacer
         self._clock = clock
         self._begin: float | None = None
         self._emitted = 0
@@ -85,7 +92,9 @@ class _PacedSession:
         if self._begin is not None:
             self._pacer.note(self._emitted, now - self._begin)
         self._begin, self._emitted = now, 0
-        return self._session.propose(budget) if self._pacer.asks else empty_proposal()
+        if self._pacer.asks:
+            return self._session.propose(budget)
+        return empty_proposal(self._source.name, self._source.level)
 
     def observe(self, tokens: TokenArray) -> None:
         self._emitted += len(tokens)
@@ -123,7 +132,7 @@ class PacedSource:
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> DraftSession:
         """Starts a request; what is known of the source's worth is kept from request to request."""
-        return _PacedSession(self.source.open(prompt, references), self.pacer, self._clock)
+        return _PacedSession(self, self.source.open(prompt, references), self._clock)
 
     def prepare(self) -> None:
         """What the source wants to do before its first request."""

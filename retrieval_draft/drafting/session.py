@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft.drafting.locality import RequestDrafts
+from retrieval_draft.drafting.predictions import Predictions
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.drafting.tree import DraftTree
-from retrieval_draft.engine.logits import Predictions
 from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArray
 
 __all__ = ["Drafting", "Fuse", "Plan", "count_names", "prompt_contexts", "proposed_nodes"]

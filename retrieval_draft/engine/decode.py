@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from retrieval_draft.drafting.budget import Budget
+from retrieval_draft.drafting.predictions import Predictions
 from retrieval_draft.drafting.session import Drafting, Plan
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.attention.tree_mask import TreeInputs
-from retrieval_draft.engine.logits import LogitReader, Predictions
+from retrieval_draft.engine.logits import LogitReader
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.row import Row
 from retrieval_draft.engine.target import Target

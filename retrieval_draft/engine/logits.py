@@ -1,17 +1,16 @@
-"""What the target model says at each verified node, brought to the host in one copy."""
+"""Logits of verified nodes, summarised and brought to the host in one copy."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from retrieval_draft.drafting.predictions import Predictions
 from retrieval_draft.errors import NonFiniteLogitsError
 
-__all__ = ["LogitReader", "Predictions", "non_finite", "top_k"]
+__all__ = ["LogitReader", "non_finite", "top_k"]
 
 _BLOCK = 256
 _SMALL = 16 * _BLOCK
@@ -23,23 +22,6 @@ def non_finite(position: int) -> NonFiniteLogitsError:
         f"The model returned NaN in the logits for position {position}, so there is no next token to choose.",
         "Load the model in bfloat16 or float32 instead of float16, and check its weights for NaN.",
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Predictions:
-    """The head's output at n nodes, on the host.
-
-    Attributes:
-        next_tokens: int32, shape (n,). The most probable next token, the lowest id among equals.
-        finite: bool, shape (n,). False where a logit is NaN.
-        top_tokens: int32, shape (n, k). Most probable tokens, best first.
-        top_probs: float32, shape (n, k). Their probabilities.
-    """
-
-    next_tokens: NDArray[np.int32]
-    finite: NDArray[np.bool_]
-    top_tokens: NDArray[np.int32]
-    top_probs: NDArray[np.float32]
 
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -10,11 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from retrieval_draft.drafting.predictions import Predictions
 from retrieval_draft.drafting.session import Drafting, Plan
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.attention.tree_mask import TreeAttention, TreeInputs
-from retrieval_draft.engine.logits import LogitReader, Predictions
+from retrieval_draft.engine.logits import LogitReader
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.sampling.sampling import non_finite
 from retrieval_draft.engine.target import Target

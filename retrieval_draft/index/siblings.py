@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
-from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
+from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray, empty_proposal
 from retrieval_draft.index.suffix_automaton import SuffixAutomaton
 
 __all__ = ["SiblingSession", "SiblingSource"]
@@ -31,7 +29,7 @@ class SiblingSession:
     def propose(self, budget: int) -> Proposal:
         """What followed the reply's last tokens in any of the replies, as a tree."""
         if self._automaton is None or self._workspace is None:
-            return _NOTHING
+            return empty_proposal(SiblingSource.name, SiblingSource.level)
         self._automaton.place = self._place
         said = self._automaton.propose(budget, self._workspace)
         return replace(said, source=SiblingSource.name, level=SiblingSource.level)
@@ -91,13 +89,3 @@ class SiblingSource:
     def nbytes(self) -> int:
         """0: sessions hold everything."""
         return 0
-
-
-_NOTHING = Proposal(
-    np.empty(0, np.int32),
-    np.empty(0, np.int32),
-    np.empty(0, np.float32),
-    np.empty(0, np.int32),
-    SiblingSource.name,
-    SiblingSource.level,
-)

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CONTEXT", "DraftSession", "DraftSource", "NodeLogits", "Proposal", "TokenArray"]
+__all__ = ["CONTEXT", "DraftSession", "DraftSource", "NodeLogits", "Proposal", "TokenArray", "empty_proposal"]
 
 TokenArray = NDArray[np.int32]
 """Token ids, int32, one axis. -1 means none; 0 is a token like any other."""
@@ -76,6 +76,12 @@ class NodeLogits:
         if not said.all():
             for name in ("contexts", "top_tokens", "top_probs"):
                 object.__setattr__(self, name, getattr(self, name)[said])
+
+
+def empty_proposal(source: str, level: str) -> Proposal:
+    """A proposal without nodes, of a source that has no guess."""
+    none = np.empty(0, np.int32)
+    return Proposal(none, none, np.empty(0, np.float32), none, source, level)
 
 
 class DraftSession(Protocol):

@@ -15,11 +15,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from retrieval_draft import __version__
+from retrieval_draft.http.head_requests import HeadAsGet
+from retrieval_draft.http.json_response import Json
+from retrieval_draft.server.auth import Gate
+from retrieval_draft.server.body_limit import BodyLimit
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.http.auth import Gate
-from retrieval_draft.server.http.body_limit import BodyLimit
-from retrieval_draft.server.http.head_requests import HeadAsGet
-from retrieval_draft.server.http.json_response import Json
 from retrieval_draft.server.openai.chat_request import ChatRequest, Message
 from retrieval_draft.server.openai.completions_request import CompletionRequest
 from retrieval_draft.server.openai.routes import make_router

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from retrieval_draft.drafter import RetrievalDrafter
+from retrieval_draft.http.fair_pool import FairPool
+from retrieval_draft.http.keys import KeyRing
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.http.keys import KeyRing
 from retrieval_draft.server.openai.detokenize import Decode, decoder
 from retrieval_draft.server.openai.model_defaults import usable_defaults
 from retrieval_draft.server.openai.prepare import Asked, Means
@@ -20,7 +21,6 @@ from retrieval_draft.server.openai.token_text import TokenTexts
 from retrieval_draft.server.scheduler.channel import Channel
 from retrieval_draft.server.scheduler.engine import ServingEngine
 from retrieval_draft.server.scheduler.events import EngineListener
-from retrieval_draft.server.scheduler.fair_pool import FairPool
 from retrieval_draft.server.scheduler.job import Job
 from retrieval_draft.server.settings import ServerSettings
 from retrieval_draft.server.tenants import Tenants

@@ -33,7 +33,7 @@ class Tenants:
         with self._lock:
             if tenant not in self._drafters:
                 main = self._drafters[self._default]
-                self._drafters[tenant] = main.continuous.namespace(tenant, self._history_bytes)
+                self._drafters[tenant] = main.namespace(tenant, self._history_bytes)
                 for call in self._watchers:
                     call(tenant, self._drafters[tenant])
             return self._drafters[tenant]

@@ -12,9 +12,9 @@ import uvicorn
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafter import RetrievalDrafter
+from retrieval_draft.http.keys import KeyRing
+from retrieval_draft.http.protocol import http_config
 from retrieval_draft.server.app import create_app
-from retrieval_draft.server.http.keys import KeyRing
-from retrieval_draft.server.http.protocol import http_config
 from retrieval_draft.server.service import Service
 from retrieval_draft.server.settings import ServerSettings
 from tests.support.models import make

@@ -19,8 +19,8 @@ from retrieval_draft.config import DraftConfig
 from retrieval_draft.draft_service.client import DraftClient
 from retrieval_draft.draft_service.errors import NotAllowedError, UnknownSessionError
 from retrieval_draft.drafter import RetrievalDrafter
+from retrieval_draft.http.keys import KeyRing
 from retrieval_draft.index.store.config import StoreConfig
-from retrieval_draft.server.http.keys import KeyRing
 from retrieval_draft.server.service import Service
 from retrieval_draft.server.settings import ServerSettings
 from retrieval_draft.server.whole_app import whole_app

@@ -13,8 +13,8 @@ import uvicorn
 
 from retrieval_draft.draft_service.app import DraftApp
 from retrieval_draft.draft_service.standalone import StandaloneApp
-from retrieval_draft.server.http.keys import KeyRing
-from retrieval_draft.server.http.protocol import http_config
+from retrieval_draft.http.keys import KeyRing
+from retrieval_draft.http.protocol import http_config
 from tests.support.draft_services import draft_service
 from tests.support.raw_http import answers, post, said
 

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from retrieval_draft.server.http import protocol as http_protocol
+from retrieval_draft.http import protocol as http_protocol
 from tests.support.raw_http import answers, post, said
 from tests.support.servers import MODEL, Running, serving, tiny_drafter, tiny_model, tiny_tokenizer
 

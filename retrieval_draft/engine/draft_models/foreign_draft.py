@@ -13,10 +13,10 @@ from typing import Any, Literal
 import numpy as np
 
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits
-from retrieval_draft.engine.draft_models.model_draft import ModelDraft, empty_proposal
+from retrieval_draft.engine.draft_models.model_draft import ModelDraft
 from retrieval_draft.engine.draft_models.vocabulary import VocabularyMap
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
+from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray, empty_proposal
 
 __all__ = ["ForeignModelDraft", "ForeignSession"]
 
@@ -40,10 +40,10 @@ class ForeignSession:
     def propose(self, budget: int) -> Proposal:
         """What the draft model guesses after the same text, in the target's tokens."""
         if budget <= 0 or not len(self._text):
-            return empty_proposal()
+            return empty_proposal("model", "model")
         own = self._source.to_draft(self._text)
         if not len(own):
-            return empty_proposal()
+            return empty_proposal("model", "model")
         if self._source.mode == "intersection":
             tree = self._expansion.grow(own, budget, self._source.allowed)
             tokens = self._source.map.to_target[tree.tokens]

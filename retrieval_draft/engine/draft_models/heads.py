@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from retrieval_draft.engine.draft_models.expansion import ModelTree
-from retrieval_draft.engine.draft_models.model_draft import empty_proposal
-from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
+from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray, empty_proposal
 
 __all__ = ["DraftHead", "HeadDraft", "HeadSession"]
 
@@ -51,7 +50,7 @@ class HeadSession:
     def propose(self, budget: int) -> Proposal:
         """The head's guesses; none before the first hidden state."""
         if self._hidden is None or budget <= 0:
-            return empty_proposal()
+            return empty_proposal("model", "model")
         tree = self._head.propose(self._hidden, self._root, budget)
         zeros = np.zeros(len(tree.tokens), np.int32)
         return Proposal(tree.tokens, tree.parents, np.clip(tree.probs, 1e-6, 1.0), zeros, "model", "model")

@@ -17,7 +17,7 @@ from retrieval_draft.engine.substitution import lend_forwards
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.wrapped_models import device_of
 from retrieval_draft.errors import InvalidInputError, TokenizerMismatchError
-from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
+from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray, empty_proposal
 
 __all__ = ["ModelDraft", "ModelSession", "SelfDraft"]
 
@@ -53,7 +53,7 @@ class ModelSession:
     def propose(self, budget: int) -> Proposal:
         """The model's most probable paths, more than `budget` of them: fusion chooses."""
         if budget <= 0 or not len(self._text):
-            return empty_proposal()
+            return empty_proposal("model", "model")
         tree = self._expansion.grow(self._text, self._reranked * budget, self._allowed)
         zeros = np.zeros(len(tree.tokens), np.int32)
         return Proposal(tree.tokens, tree.parents, np.clip(tree.probs, 1e-6, 1.0), zeros, "model", "model")
@@ -68,12 +68,6 @@ class ModelSession:
     def close(self) -> None:
         """Lets go of the cache."""
         self._expansion.close()
-
-
-def empty_proposal() -> Proposal:
-    """No guess."""
-    none = np.empty(0, np.int32)
-    return Proposal(none, none, np.empty(0, np.float32), none, "model", "model")
 
 
 class ModelDraft:

@@ -10,9 +10,9 @@ from importlib.resources import files
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
 
+from retrieval_draft.http.event_stream import EventStream
 from retrieval_draft.server.dashboard.feed import Feed
 from retrieval_draft.server.dashboard.watcher import Watcher
-from retrieval_draft.server.http.event_stream import EventStream
 from retrieval_draft.server.service import Loaded, Service
 
 __all__ = ["PUBLIC", "Dashboard"]

@@ -10,7 +10,7 @@ from msgspec import Meta, Raw, Struct, field
 from msgspec.json import Decoder
 
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.http.json_body import decode_field, is_absent
+from retrieval_draft.server.json_body import decode_field, is_absent
 from retrieval_draft.server.openai.generation_request import ContentPart, GenerationFields, text_of
 
 __all__ = ["CHAT", "ChatRequest", "Message"]

@@ -8,7 +8,7 @@ from msgspec import Meta, Raw, field
 from msgspec.json import Decoder
 
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.http.json_body import decode_field, decode_texts
+from retrieval_draft.server.json_body import decode_field, decode_texts
 from retrieval_draft.server.openai.generation_request import GenerationFields, Ids
 
 __all__ = ["COMPLETION", "CompletionRequest"]

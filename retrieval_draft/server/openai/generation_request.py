@@ -8,7 +8,7 @@ from msgspec import Meta, Raw, Struct, field
 from msgspec.json import Decoder
 
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.http.json_body import decode_field, decode_texts, is_absent
+from retrieval_draft.server.json_body import decode_field, decode_texts, is_absent
 
 __all__ = ["ContentPart", "GenerationFields", "Ids", "Prediction", "StreamOptions", "text_of"]
 

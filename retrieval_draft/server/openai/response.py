@@ -10,9 +10,9 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive
 
+from retrieval_draft.http.event_stream import unless_gone
+from retrieval_draft.http.json_response import Json
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.http.event_stream import unless_gone
-from retrieval_draft.server.http.json_response import Json
 from retrieval_draft.server.openai.format import Shape
 from retrieval_draft.server.openai.prepare import Asked
 from retrieval_draft.server.openai.reply import Reply, drafting_metrics, predicted_tokens

@@ -9,10 +9,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 
+from retrieval_draft.http.event_stream import EventStream, unless_gone
+from retrieval_draft.http.json_response import Json
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.http.event_stream import EventStream, unless_gone
-from retrieval_draft.server.http.json_body import read_body
-from retrieval_draft.server.http.json_response import Json
+from retrieval_draft.server.json_body import read_body
 from retrieval_draft.server.openai.chat_request import CHAT
 from retrieval_draft.server.openai.chat_template import render_chat
 from retrieval_draft.server.openai.completions_request import COMPLETION

@@ -14,10 +14,10 @@ from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.drafting.session import Drafting
 from retrieval_draft.engine.decode import Batch
 from retrieval_draft.engine.row import Row
+from retrieval_draft.http.fair_pool import FairPool
 from retrieval_draft.server.errors import ApiError, from_library
 from retrieval_draft.server.scheduler.channel import Channel, Ended, Event, Failed, Tokens
 from retrieval_draft.server.scheduler.events import EngineListener
-from retrieval_draft.server.scheduler.fair_pool import FairPool
 from retrieval_draft.server.scheduler.job import Choice, Group, Job
 from retrieval_draft.server.scheduler.queue import JobQueue
 from retrieval_draft.server.scheduler.reports import Reports

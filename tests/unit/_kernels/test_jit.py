@@ -38,7 +38,7 @@ def test_kept_machine_code_is_not_used_when_another_kernel_changed(tmp_path: Pat
 
     before = run()
     assert before == "[2, 3, 1]\n"
-    heap = package / "index" / "_kernels" / "heap.py"
+    heap = package / "_kernels" / "heap.py"
     stat = heap.stat()
     text = heap.read_text(encoding="utf-8")
     changed = text.replace("if bucket < cut[CUT]:", "if bucket > cut[CUT]:")

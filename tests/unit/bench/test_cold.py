@@ -3,8 +3,8 @@
 import sys
 
 import pytest
-
 from retrieval_draft.bench.cold import measure_first_use, resident_bytes
+
 from tests.support.tiny import save_tiny
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from retrieval_draft.draft_service import wire
 from retrieval_draft.draft_service.app import DraftApp
 from retrieval_draft.draft_service.service import DraftService
-from retrieval_draft.server.http.keys import KeyRing
+from retrieval_draft.http.keys import KeyRing
 from tests.support.draft_services import call, draft_service, error_of_body, post
 
 

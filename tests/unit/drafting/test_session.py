@@ -9,9 +9,9 @@ from retrieval_draft.drafting.calibration import Calibration
 from retrieval_draft.drafting.cost import SIZES, CostModel
 from retrieval_draft.drafting.fusion import fuse
 from retrieval_draft.drafting.locality import RequestDrafts
+from retrieval_draft.drafting.predictions import Predictions
 from retrieval_draft.drafting.session import Drafting
 from retrieval_draft.drafting.stats import DraftStats
-from retrieval_draft.engine.logits import Predictions
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 
 

@@ -8,8 +8,8 @@ from time import monotonic
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from retrieval_draft.server.auth import send_error
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.http.auth import send_error
 
 __all__ = ["BodyLimit"]
 

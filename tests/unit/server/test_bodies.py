@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.http.json_body import decode_body
+from retrieval_draft.server.json_body import decode_body
 from retrieval_draft.server.openai.chat_request import CHAT
 from retrieval_draft.server.openai.completions_request import COMPLETION
 

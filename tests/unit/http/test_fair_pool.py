@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError
 
 import pytest
 
-from retrieval_draft.server.scheduler.fair_pool import FairPool
+from retrieval_draft.http.fair_pool import FairPool
 
 
 @pytest.fixture

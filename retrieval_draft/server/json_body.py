@@ -9,8 +9,8 @@ import msgspec
 from msgspec import Raw
 from starlette.requests import ClientDisconnect, Request
 
+from retrieval_draft.http.body_headers import unreadable
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.http.body_headers import unreadable
 
 __all__ = ["decode_body", "decode_field", "decode_texts", "is_absent", "read_body"]
 

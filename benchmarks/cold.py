@@ -1,4 +1,4 @@
-"""What a fresh install waits for: the import, the first compilation, and measuring kernels for a model."""
+"""Waits of a fresh install: the import, the first compilation, and measuring kernels for a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from retrieval_draft._cache_home import cache_home
 
-__all__ = ["measure_cold", "measure_first_use", "resident_bytes"]
+__all__ = ["measure_cold", "measure_first_use"]
 
 _IMPORT = """
 import json, sys, time
@@ -49,7 +49,7 @@ print(json.dumps(time.perf_counter() - begin))
 _FIRST_USE = """
 import json, sys, time
 import torch
-from retrieval_draft.bench.cold import resident_bytes
+from retrieval_draft.bench.datastores import resident_bytes
 from retrieval_draft.engine.cpu.kernels import CpuKernels
 from retrieval_draft.engine.passes import tree_passes
 from retrieval_draft.engine.target import Target
@@ -125,15 +125,6 @@ def measure_first_use(model: str, dtype: str) -> dict[str, Any]:
         "stock_bytes": again["stock"],
         "kernel_bytes": again["ours"],
     }
-
-
-def resident_bytes() -> int | None:
-    """Memory of this process that is in RAM, mapped files included; None where the system does not tell."""
-    try:
-        status = Path("/proc/self/statm").read_text()
-    except OSError:
-        return None
-    return int(status.split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _run(program: str, environment: dict[str, str], *arguments: str) -> Any:

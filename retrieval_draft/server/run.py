@@ -12,7 +12,7 @@ from typing import Any
 import uvicorn
 
 from retrieval_draft.errors import RetrievalDraftError
-from retrieval_draft.server.http.protocol import http_config
+from retrieval_draft.http.protocol import http_config
 from retrieval_draft.server.service import Service
 
 __all__ = ["DrainingServer", "run"]

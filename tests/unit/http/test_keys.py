@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.server.http.keys import KEYS_VARIABLE, KeyRing, is_loopback, read_keys
+from retrieval_draft.http.keys import KEYS_VARIABLE, KeyRing, is_loopback, read_keys
 
 
 def test_the_tenant_of_a_key_and_of_no_other() -> None:

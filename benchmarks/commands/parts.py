@@ -1,0 +1,105 @@
+"""``python -m benchmarks automaton``, ``fusion`` and ``cold``: single parts, and a fresh install."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from retrieval_draft.cli.bench_common import Out, finish, split
+from retrieval_draft.cli.common import Json
+from retrieval_draft.cli.output import print_json, print_table
+
+__all__ = ["automaton", "cold", "fusion"]
+
+
+def fusion(
+    traces: Annotated[list[Path], typer.Argument(help="Trace files.", show_default=False)],
+    nodes: Annotated[int, typer.Option(min=1, help="Draft nodes of every step.")] = 60,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests.")] = 60,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Time fusion, selection and calibration for five sources that propose in full."""
+    from benchmarks.fusion import measure_fusion
+
+    result = measure_fusion(traces, nodes=nodes, limit=limit)
+    finish(result, out)
+    if json:
+        print_json(result)
+        return
+    for name in ("fuse_us", "observe_us", "both_us"):
+        times = result[name]
+        print(f"{name.removesuffix('_us')}: p50 {times['p50']:.0f} us, p99 {times['p99']:.0f} us")
+    print(f"{result['proposed']:.0f} nodes proposed, {result['steps']:,} steps")
+
+
+def automaton(
+    traces: Annotated[list[Path], typer.Argument(help="Trace files, for their text.", show_default=False)],
+    lengths: Annotated[str, typer.Option(help="Context lengths in tokens, by commas.")] = "8192,131072",
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of each proposal.")] = 60,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Measure the suffix automaton: insertion, bytes a token, proposals at several context lengths."""
+    from benchmarks.automaton import measure_automaton
+
+    result = measure_automaton(traces, lengths=[int(length) for length in split(lengths)], nodes=nodes)
+    finish(result, out)
+    if json:
+        print_json(result)
+        return
+    rows = [
+        (
+            length,
+            f"{found['insert_tokens_per_second'] / 1e6:.2f}M",
+            f"{found['bytes_per_token']:.0f}",
+            f"{found['propose_us']['p50']:.1f}",
+            f"{found['propose_us']['p99']:.1f}",
+            f"{found['nodes']:.1f}",
+        )
+        for length, found in result["lengths"].items()
+    ]
+    columns = ("context", "inserted/s", "bytes/token", "propose p50 us", "p99 us", "nodes")
+    print_table("", columns, rows)
+
+
+def cold(
+    model: Annotated[str | None, typer.Option(help="Also prepare the CPU kernels for this model.")] = None,
+    dtypes: Annotated[str, typer.Option(help="Of that model, one or more, by commas.")] = "float32",
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Measure what a fresh install waits for: import, compilation, and with --model the CPU kernels."""
+    from benchmarks.cold import measure_cold, measure_first_use
+
+    result = measure_cold()
+    names = split(dtypes) if model is not None else []
+    if model is not None:
+        result["first_use"] = {name: measure_first_use(model, name) for name in names}
+    finish(result, out)
+    if json:
+        print_json(result)
+        return
+    imports, compiled, layers = (result[f"{name}_seconds"] for name in ("import", "compile", "layer"))
+    rows = [
+        ("import of torch and transformers", f"{imports['torch_and_transformers']:.2f}"),
+        ("import of retrieval_draft after them", f"{imports['retrieval_draft']:.2f}"),
+        ("first compilation", f"{compiled['first']:.1f}"),
+        ("kernels from the cache", f"{compiled['cached']:.1f}"),
+        ("first compilation of linear layers", f"{layers['first']:.1f}"),
+        ("linear layers from the cache", f"{layers['cached']:.1f}"),
+    ]
+    for name in names:
+        found = result["first_use"][name]
+        rows += [
+            (f"kernels for {model}, {name}, first time", f"{found['first_seconds']:.1f}"),
+            (f"kernels for {model}, {name}, from then on", f"{found['again_seconds']:.2f}"),
+        ]
+    print_table("", ("what", "seconds"), rows)
+    for name in names:
+        found = result["first_use"][name]
+        if found["stock_bytes"]:
+            grown = (found["kernel_bytes"] - found["stock_bytes"]) / found["weight_bytes"]
+            print(f"{name}: our kernels add {grown:.1%} of the weights to resident memory")

@@ -1,0 +1,1 @@
+"""HTTP/1.1 plumbing that the server and the drafting service share."""

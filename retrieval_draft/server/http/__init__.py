@@ -1,1 +1,0 @@
-"""Middleware and the HTTP/1.1 protocol."""
