@@ -104,9 +104,12 @@ class RetrievalDrafter:
         self._tokenizer = tokenizer
         self._supply = supply
         self._parts = parts
-        self.kernels = (
-            CpuKernels(target.model, parts.config.cpu_kernels) if beside is None else beside.kernels
-        )
+        self.kernels: CpuKernels
+        self._lock: Any
+        if beside is None:
+            self.kernels, self._lock = CpuKernels(target.model, parts.config.cpu_kernels), threading.RLock()
+        else:
+            self.kernels, self._lock = beside.kernels, beside._lock
         self._state = ModelState.of(target.model)
         self._has_warned = False
         _drafters.add(self)

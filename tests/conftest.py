@@ -8,7 +8,10 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.__main__ import main as run_benchmark
+from retrieval_draft.cli import main
 from retrieval_draft.engine.cpu import linear_choice
+from tests.support.commands import Command
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tiny models: threads cost more than they save.
@@ -52,3 +55,18 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs ``retrieval-draft WORDS``, or ``python -m WORDS`` where the first word is benchmarks."""
+    monkeypatch.delenv("RETRIEVAL_DRAFT_REDIS_URL", raising=False)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        benchmark = words[:1] == ("benchmarks",)
+        with pytest.raises(SystemExit) as done:
+            run_benchmark(list(words[1:])) if benchmark else main(words)
+        out, err = capsys.readouterr()
+        return int(done.value.code or 0), out, err
+
+    return run

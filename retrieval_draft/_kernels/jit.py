@@ -15,7 +15,7 @@ from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
 from numba.extending import is_jitted
 
-__all__ = ["c_function", "kernel", "source_stamp", "sum_kernel"]
+__all__ = ["c_function", "kernel", "kernel_files", "source_stamp", "sum_kernel"]
 
 _log = logging.getLogger("retrieval_draft")
 
@@ -94,10 +94,15 @@ def _keep_code(compiled: Any, function: Callable[..., object]) -> None:
     compiled._cache = kept
 
 
+def kernel_files() -> list[Path]:
+    """The files of all kernels of the package, in a fixed order."""
+    return sorted(Path(__file__).parents[1].glob("**/_kernels/*.py"))
+
+
 @cache
 def source_stamp() -> str:
     """A digest of the text of all kernels: what was compiled or measured under another one is out of date."""
     digest = sha256()
-    for path in sorted(Path(__file__).parents[1].glob("**/_kernels/*.py")):
+    for path in kernel_files():
         digest.update(path.read_bytes())
     return digest.hexdigest()

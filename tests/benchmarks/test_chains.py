@@ -7,10 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.chains import measure_chains, replay_chains
-from retrieval_draft.cli import app
+from benchmarks.commands import app
 from retrieval_draft.errors import InvalidInputError
 
-DATA = Path(__file__).parents[2] / "data" / "vicuna7b_specbench_12.jsonl.gz"
+DATA = Path(__file__).parents[1] / "data" / "vicuna7b_specbench_12.jsonl.gz"
 
 
 def test_steps_are_timed_with_and_without_history() -> None:
@@ -39,10 +39,10 @@ def test_nothing_to_replay_is_said(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_one_object() -> None:
-    words = ["bench", "chains", str(DATA), "--requests", "2", "--context", "50", "--history-tokens", "0"]
+    words = ["chains", str(DATA), "--requests", "2", "--context", "50", "--history-tokens", "0"]
     result = CliRunner().invoke(app, [*words, "--steps", "4", "--limit", "2", "--json"])
     assert result.exit_code == 0
     found = json.loads(result.stdout)
     assert found["requests"]["2"]["tokens_per_step"] >= 1
     assert found["replay"]["requests"] == 2
-    assert CliRunner().invoke(app, ["bench", "chains", "--requests", "x"]).exit_code != 0
+    assert CliRunner().invoke(app, ["chains", "--requests", "x"]).exit_code != 0

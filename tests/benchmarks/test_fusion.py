@@ -8,7 +8,7 @@ import pytest
 from benchmarks.fusion import measure_fusion
 from retrieval_draft.errors import InvalidInputError
 
-DATA = Path(__file__).parents[2] / "data" / "vicuna7b_specbench_12.jsonl.gz"
+DATA = Path(__file__).parents[1] / "data" / "vicuna7b_specbench_12.jsonl.gz"
 
 
 def test_times_are_counted_for_five_sources() -> None:

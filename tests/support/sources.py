@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,14 @@ def proposal(tokens: list[int], parents: list[int], source: str = "test") -> Pro
         np.ones(size, np.int32),
         source,
         "request",
+    )
+
+
+def proposal_of(tokens: list[int], parents: list[int], probs: list[float], source: str = "a") -> Proposal:
+    """A proposal with probabilities of its own."""
+    made = proposal(tokens, parents, source)
+    return dataclasses.replace(
+        made, probs=np.array(probs, np.float32), match_lengths=np.ones(len(tokens), np.int32)
     )
 
 

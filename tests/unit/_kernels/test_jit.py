@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import retrieval_draft
+from retrieval_draft._kernels.jit import kernel_files
 
 PROGRAM = """
 import sys
@@ -19,6 +21,20 @@ automaton = SuffixAutomaton()
 automaton.insert(np.array([1, 2, 3, 1, 2, 3, 1], np.int32))
 print(automaton.propose(3, automaton.workspace()).tokens.tolist())
 """
+
+
+def test_the_stamp_covers_every_file_with_a_kernel() -> None:
+    """A kernel that the stamp leaves out would run as old machine code after an upgrade."""
+    home = Path(retrieval_draft.__file__).parent
+    compiled = {
+        path
+        for path in home.rglob("*.py")
+        if any(
+            mark in path.read_text(encoding="utf-8") for mark in ("@kernel", "@inner_kernel", "@sum_kernel")
+        )
+    }
+    assert len(compiled) > 20
+    assert compiled <= set(kernel_files())
 
 
 @pytest.mark.skipif(bool(os.environ.get("NUMBA_DISABLE_JIT")), reason="nothing is compiled")

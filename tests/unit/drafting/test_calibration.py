@@ -12,7 +12,7 @@ from retrieval_draft.drafting.calibration import FEATURES, PLACES, VERSION, Cali
 from retrieval_draft.drafting.fusion import fuse
 from retrieval_draft.errors import DatastoreError, InvalidInputError
 from retrieval_draft.index.source import Proposal
-from tests.unit.drafting.test_fusion import proposal
+from tests.support.sources import proposal_of as proposal
 
 
 def test_an_overconfident_source_is_believed_less_and_recovers() -> None:

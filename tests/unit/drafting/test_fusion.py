@@ -11,18 +11,7 @@ from hypothesis import strategies as st
 from retrieval_draft.drafting.calibration import AGREEMENT, AGREEMENT_ODDS, Calibration
 from retrieval_draft.drafting.fusion import fuse
 from retrieval_draft.index.source import Proposal
-
-
-def proposal(tokens: list[int], parents: list[int], probs: list[float], source: str = "a") -> Proposal:
-    size = len(tokens)
-    return Proposal(
-        np.array(tokens, np.int32),
-        np.array(parents, np.int32),
-        np.array(probs, np.float32),
-        np.ones(size, np.int32),
-        source,
-        "request",
-    )
+from tests.support.sources import proposal_of as proposal
 
 
 def test_docstring_example() -> None:

@@ -15,7 +15,7 @@ from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.transcript import Transcript
 from tests.support.models import make
-from tests.unit.engine.attention.test_tree_mask import tree_of
+from tests.support.trees import tree_of
 
 
 def test_transcript_grows_and_keeps_padding_in_ids_only() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retrieval_draft.engine.verify import accept, walk
-from tests.unit.engine.attention.test_tree_mask import tree_of
+from tests.support.trees import tree_of
 
 TREE = tree_of([8, 9, 4, 3], [-1, 0, 1, 0])
 

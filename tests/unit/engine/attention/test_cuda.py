@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from retrieval_draft.engine.attention import cuda as cuda_attention
 from retrieval_draft.engine.attention.cuda import CUDA_ATTENTION, attend_grouped, attend_unmasked
-from retrieval_draft.engine.attention.tree_mask import cuda as cuda_attention
 from tests.support.models import make
 
 CUDA = torch.device("cuda", 0)

@@ -13,7 +13,7 @@ from retrieval_draft.engine.attention.packed import PACKED_ATTENTION
 from retrieval_draft.engine.target import Target
 from tests.support.batches import ragged
 from tests.support.models import CONFIGS, WINDOW, make
-from tests.unit.engine.attention.test_tree_mask import tree_of
+from tests.support.trees import tree_of
 
 TREES = [
     ([5, 6, 7, 8], [-1, 0, 0, 1]),

@@ -8,21 +8,10 @@ import torch
 
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.attention.tree_mask import TreeAttention, padded_size
+from tests.support.trees import tree_of
 
 CPU = torch.device("cpu")
 MIN = torch.finfo(torch.float32).min
-
-
-def tree_of(tokens: list[int], parents: list[int]) -> DraftTree:
-    depths = [0]
-    for parent in parents[1:]:
-        depths.append(depths[parent] + 1)
-    size = len(tokens)
-    ones = np.ones(size, np.float32)
-    return DraftTree(
-        np.array(tokens, np.int32), np.array(parents, np.int32), np.array(depths, np.int32), ones, ones,
-        np.zeros(size, np.int64),
-    )  # fmt: skip
 
 
 def slow_mask(tree: DraftTree, length: int, window: int | None) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.engine.verify import walk
 from tests.support.laws import chi_square_z, excess_variation
-from tests.unit.engine.attention.test_tree_mask import tree_of
+from tests.support.trees import tree_of
 
 VOCABULARY = 5
 RUNS = 20_000

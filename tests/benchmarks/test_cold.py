@@ -3,8 +3,9 @@
 import sys
 
 import pytest
-from retrieval_draft.bench.cold import measure_first_use, resident_bytes
 
+from benchmarks.cold import measure_first_use
+from retrieval_draft.bench.datastores import resident_bytes
 from tests.support.tiny import save_tiny
 
 

