@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from retrieval_draft._cache_home import cache_home
+from retrieval_draft._files import cache_home
 
 __all__ = ["measure_cold", "measure_first_use"]
 

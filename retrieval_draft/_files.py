@@ -1,13 +1,23 @@
-"""Files that must be whole on disk: checksums, and writes that are there when they return."""
+"""Files and folders: the per-user cache folder, checksums, and writes that are on disk when they return."""
 
 from __future__ import annotations
 
 import os
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import xxhash
 
-__all__ = ["file_checksum", "read_bounded", "replace_file", "sync_file", "sync_folder"]
+__all__ = [
+    "cache_home",
+    "expanded",
+    "file_checksum",
+    "read_bounded",
+    "replace_file",
+    "sync_file",
+    "sync_folder",
+]
 
 _BLOCK = 1 << 22
 
@@ -59,3 +69,28 @@ def replace_file(path: Path, content: bytes) -> None:
     sync_file(unfinished)
     unfinished.replace(path)
     sync_folder(path.parent)
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path with its ~ replaced by the home it stands for; as it is where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def cache_home() -> Path:
+    """``RETRIEVAL_DRAFT_HOME``, else ``retrieval_draft`` in the user's cache folder.
+
+    A user without a home, as containers with any user id have, gets a temporary folder for the process.
+    """
+    named = os.environ.get("RETRIEVAL_DRAFT_HOME")
+    home = expanded(named or os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if home.parts[:1] and home.parts[0].startswith("~"):
+        return _temporary()
+    return home if named else home / "retrieval_draft"
+
+
+@cache
+def _temporary() -> Path:
+    return Path(tempfile.mkdtemp(prefix="retrieval_draft-"))

@@ -44,8 +44,7 @@ from retrieval_draft.generation.checks import (
 )
 from retrieval_draft.generation.hf_generate import through_model
 from retrieval_draft.generation.output import best_rows, make_output
-from retrieval_draft.generation.requests import Extras, Seeds, make_requests
-from retrieval_draft.generation.sharing import share_when_finished
+from retrieval_draft.generation.requests import Extras, Seeds, make_requests, share_when_finished
 from retrieval_draft.generation.streaming import ending, shown_streamer, stream_rows
 from retrieval_draft.index.source import TokenArray
 from retrieval_draft.index.store.config import check_share

@@ -23,8 +23,7 @@ from retrieval_draft.generation.checks import (
     strip_prompts,
 )
 from retrieval_draft.generation.hf_generate import through_model
-from retrieval_draft.generation.requests import Extras, Prepared, make_requests
-from retrieval_draft.generation.sharing import share_when_finished
+from retrieval_draft.generation.requests import Extras, Prepared, make_requests, share_when_finished
 from retrieval_draft.generation.streaming import ending
 
 if TYPE_CHECKING:

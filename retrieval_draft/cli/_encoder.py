@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from retrieval_draft._cache_home import expanded
+from retrieval_draft._files import expanded
 from retrieval_draft.errors import InvalidInputError
 
 if TYPE_CHECKING:

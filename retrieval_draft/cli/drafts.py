@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_draft._cache_home import expanded
+from retrieval_draft._files import expanded
 from retrieval_draft.cli._store_options import Share, Snapshots, Store, Tenant, config
 from retrieval_draft.cli.common import Index
 from retrieval_draft.errors import InvalidInputError

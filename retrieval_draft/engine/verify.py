@@ -1,15 +1,12 @@
-"""From the target's predictions to the accepted path."""
+"""Acceptance: the path of the target's own choices through a verified tree."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Callable, Iterator
 
 from retrieval_draft.drafting.tree import DraftTree
 
-__all__ = ["accept", "walk"]
+__all__ = ["walk"]
 
 
 def walk(tree: DraftTree, choose: Callable[[int], int]) -> Iterator[tuple[int, int]]:
@@ -40,20 +37,3 @@ def walk(tree: DraftTree, choose: Callable[[int], int]) -> Iterator[tuple[int, i
         if node == size:
             return
         last, node = node, node + 1
-
-
-def accept(tree: DraftTree, next_tokens: NDArray[np.int32] | Sequence[int]) -> tuple[list[int], int]:
-    """Greedy acceptance.
-
-    Args:
-        tree: The verified tree.
-        next_tokens: int32, shape (n + 1,). The target's choice after each node.
-
-    Returns:
-        Accepted nodes, the root first, and the bonus token that follows the last of them.
-
-    Example:
-        tokens [8, 9, 4, 3], parents [-1, 0, 1, 0], next_tokens [9, 5, 0, 0]  ->  ([0, 1], 5)
-    """
-    steps = list(walk(tree, lambda node: int(next_tokens[node])))
-    return [node for node, _ in steps], steps[-1][1]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -28,8 +29,9 @@ from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.generation.streaming import StreamRows
 from retrieval_draft.index.source import TokenArray
+from retrieval_draft.index.store.store import SharedStore
 
-__all__ = ["Extras", "Prepared", "Seeds", "make_requests", "set_limits"]
+__all__ = ["Extras", "Prepared", "Seeds", "make_requests", "set_limits", "share_when_finished"]
 
 Seeds = int | Sequence[int] | None
 
@@ -207,3 +209,26 @@ def set_limits(
     request.eos = frozenset(int(token) for token in eos)
     request.criteria = StoppingCriteriaList(others)
     request.prefill_chunk = config.prefill_chunk_size
+
+
+def share_when_finished(
+    store: SharedStore | None, requests: Sequence[DecodeRequest], share: str | None
+) -> None:
+    """Lets each request go to the store as soon as it is complete; one that fails before does not.
+
+    Args:
+        store: None for no sharing.
+        requests: Their `finished` is set.
+        share: "none", "reply" or "all"; None for what the store says.
+    """
+    if store is None:
+        return
+    nothing = np.empty(0, np.int32)
+    for request in requests:
+        # Rows with the same prompt share it once.
+        prompt = request.prompt if request.leader is None else nothing
+        request.finished = partial(_hand_over, store, prompt, share)
+
+
+def _hand_over(store: SharedStore, prompt: TokenArray, share: str | None, reply: TokenArray) -> None:
+    store.share(prompt, reply, share)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrieval_draft._cache_home import expanded
+from retrieval_draft._files import expanded
 from retrieval_draft.errors import InvalidInputError, ModelFileError
 from retrieval_draft.models.packaged import PACKAGED_NAME, packaged_folder
 from retrieval_draft.models.quiet import quiet_transformers

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from retrieval_draft._cache_home import cache_home
+from retrieval_draft._files import cache_home
 from retrieval_draft._progress import progress
 from retrieval_draft.errors import ModelFileError
 from retrieval_draft.models.folder_manifest import verify_folder, write_manifest

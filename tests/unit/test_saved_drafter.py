@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from retrieval_draft import DraftConfig, RetrievalDrafter, StoreConfig
-from retrieval_draft._saved_drafter import FORMAT, SavedCosts, SavedDrafter
 from retrieval_draft.errors import (
     DatastoreError,
     InvalidInputError,
@@ -28,7 +27,7 @@ from retrieval_draft.index.segments.index_folder import IndexFolder
 from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.index.store.redact import without_credentials
 from retrieval_draft.models.fingerprint import tokenizer_fingerprint
-from retrieval_draft.saved_drafter import _saved_store
+from retrieval_draft.saved_drafter import FORMAT, SavedCosts, SavedDrafter, _saved_store
 from tests.support.models import make
 from tests.support.tiny import TEXT, byte_tokenizer
 from tests.support.tokenizers_for_tests import byte_level

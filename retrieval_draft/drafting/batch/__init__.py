@@ -3,6 +3,5 @@
 from __future__ import annotations
 
 from retrieval_draft.drafting.batch.chain_batch import ChainBatch
-from retrieval_draft.drafting.batch.lengths import choose_lengths
 
-__all__ = ["ChainBatch", "choose_lengths"]
+__all__ = ["ChainBatch"]

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrieval_draft._cache_home import cache_home
+from retrieval_draft._files import cache_home
 from retrieval_draft._kernels.jit import source_stamp
 from retrieval_draft.engine.cpu.linear_kernels import KERNELS, OURS, Linear, is_tiled_available
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from retrieval_draft._cache_home import expanded
+from retrieval_draft._files import expanded
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.build._content import BadContentError, check_regular, open_content
 from retrieval_draft.index.build._formats import (

@@ -18,8 +18,7 @@ import xxhash
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from retrieval_draft._cache_home import expanded
-from retrieval_draft._files import file_checksum, read_bounded, replace_file, sync_folder
+from retrieval_draft._files import expanded, file_checksum, read_bounded, replace_file, sync_folder
 from retrieval_draft.errors import DatastoreError, TokenizerMismatchError
 from retrieval_draft.index.segments.segment import MOST_TOKENS, Segment, map_array, save_array, text_dtype
 

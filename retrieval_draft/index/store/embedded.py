@@ -22,7 +22,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, BusyLoadingError, RedisError, ResponseError, TimeoutError
 from redis.retry import Retry
 
-from retrieval_draft._cache_home import expanded
+from retrieval_draft._files import expanded
 from retrieval_draft.errors import DatastoreError, InvalidInputError
 
 __all__ = ["EmbeddedServer"]

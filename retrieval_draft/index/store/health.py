@@ -66,15 +66,6 @@ class Health:
             self.state = "closed"
             self._changed.notify_all()
 
-    def wait_past_connecting(self, timeout: float) -> bool:
-        """Waits until it is known whether the store can be reached.
-
-        Returns:
-            Whether it is known.
-        """
-        with self._changed:
-            return self._changed.wait_for(lambda: self.state != "connecting", timeout)
-
     def _set(self, channel: str, state: str, reason: str) -> None:
         with self._changed:
             if self.state == "closed":

@@ -17,8 +17,7 @@ from typing import Any
 import msgspec
 import xxhash
 
-from retrieval_draft._cache_home import cache_home, expanded
-from retrieval_draft._files import read_bounded, replace_file, sync_folder
+from retrieval_draft._files import cache_home, expanded, read_bounded, replace_file, sync_folder
 from retrieval_draft.errors import DatastoreError, InvalidInputError, RetrievalDraftError
 from retrieval_draft.index.segments.index_folder import (
     MANIFEST,

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from retrieval_draft._cache_home import expanded
+from retrieval_draft._files import expanded
 from retrieval_draft.config import SOURCES, DraftConfig
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.store.config import SHARES, StoreConfig

@@ -5,8 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from retrieval_draft.engine.verify import accept, walk
+from retrieval_draft.drafting.tree import DraftTree
+from retrieval_draft.engine.verify import walk
 from tests.support.trees import tree_of
+
+
+def accept(tree: DraftTree, wanted: list[int]) -> tuple[list[int], int]:
+    """The accepted nodes, the root first, and the bonus token."""
+    steps = list(walk(tree, lambda node: wanted[node]))
+    return [node for node, _ in steps], steps[-1][1]
+
 
 TREE = tree_of([8, 9, 4, 3], [-1, 0, 1, 0])
 

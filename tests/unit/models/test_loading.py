@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from retrieval_draft._cache_home import cache_home
+from retrieval_draft._files import cache_home
 from retrieval_draft.errors import InvalidInputError, ModelFileError
 from retrieval_draft.models import packaged as packaged_model
 from retrieval_draft.models.folder_manifest import MANIFEST, verify_folder, write_manifest
