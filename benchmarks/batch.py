@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from retrieval_draft._progress import progress
-from retrieval_draft.bench.agreement import judge
-from retrieval_draft.bench.contestants import STOCK
+from retrieval_draft.bench.agreement import compare_outputs
+from retrieval_draft.bench.decoders import STOCK
 from retrieval_draft.bench.prompts import Prompt
 from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.config import DraftConfig
@@ -84,7 +84,7 @@ def batches(
                 seconds[name].append(took)
                 tokens[name].append(sum(map(len, replies)))
                 verdicts[name] += [
-                    judge(model, ids, expected, reply)
+                    compare_outputs(model, ids, expected, reply)
                     for ids, expected, reply in zip(encoded, alone, replies, strict=True)
                 ]
                 advance()

@@ -16,7 +16,7 @@ from retrieval_draft.bench.replay import Trace, read_traces
 from retrieval_draft.bench.synthetic_text import SyntheticText
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafting.batch import ChainBatch
-from retrieval_draft.drafting.sources import Datastores, make_sources
+from retrieval_draft.drafting.sources import DraftStores, make_sources
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.history import HistorySource
 from retrieval_draft.index.source import TokenArray
@@ -40,7 +40,7 @@ def measure_chains(
     history_tokens: int = 1_000_000,
     steps: int = 200,
     max_chain: int = 16,
-    floor: float = 0.05,
+    min_prob: float = 0.05,
     threads: int = 1,
     vocabulary: int = 32000,
 ) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def measure_chains(
         history_tokens: Tokens of earlier requests.
         steps: Steps of each batch; the first 20 are not counted.
         max_chain: The longest chain.
-        floor: Path probability at which a chain ends.
+        min_prob: Path probability at which a chain ends.
         threads: That propose at once.
         vocabulary: Ids are below it.
 
@@ -69,9 +69,9 @@ def measure_chains(
     results: dict[str, Any] = {}
     for rows in requests:
         for tokens in dict.fromkeys((0, history_tokens)):
-            sources = make_sources(config, Datastores(vocabulary))
+            sources = make_sources(config, DraftStores(vocabulary))
             batch = ChainBatch(
-                Datastores(vocabulary), config, max_chain=max_chain, sources=sources, threads=threads
+                DraftStores(vocabulary), config, max_chain=max_chain, sources=sources, threads=threads
             )
             batch.warm_up()
             said = text.tokens(tokens, seed=1)
@@ -81,7 +81,7 @@ def measure_chains(
                         source.history.add(said[:0], said[begin : begin + PIECE])
             batch.flush()
             texts = [text.tokens(context + steps * (max_chain + 1) + 1, seed=2 + row) for row in range(rows)]
-            found = _stepped(batch, texts, context, steps, floor)
+            found = _stepped(batch, texts, context, steps, min_prob)
             batch.shut_down()
             for source in sources:
                 source.close()
@@ -91,13 +91,13 @@ def measure_chains(
                 results[str(rows)] = found
     settings = {
         "context": context, "history_tokens": history_tokens, "steps": steps, "max_chain": max_chain,
-        "floor": floor, "threads": threads, "vocabulary": vocabulary, "sources": list(SOURCES),
+        "floor": min_prob, "threads": threads, "vocabulary": vocabulary, "sources": list(SOURCES),
     }  # fmt: skip
     return {"requests": results, "config": settings}
 
 
 def _stepped(
-    batch: ChainBatch, texts: Sequence[TokenArray], context: int, steps: int, floor: float
+    batch: ChainBatch, texts: Sequence[TokenArray], context: int, steps: int, min_prob: float
 ) -> dict[str, Any]:
     rows = len(texts)
     ids = np.array([batch.open(text[:context]) for text in texts])
@@ -110,7 +110,7 @@ def _stepped(
             [text[at : at + count] for text, at, count in zip(texts, places, counts, strict=True)]
         )
         begin, busy = time.perf_counter(), time.thread_time()
-        tokens, lengths, _ = batch.step(ids, new, counts, floor=floor)
+        tokens, lengths, _ = batch.step(ids, new, counts, min_prob=min_prob)
         wall[step], cpu[step] = time.perf_counter() - begin, time.thread_time() - busy
         places += counts
         emitted += int(counts.sum())
@@ -135,14 +135,14 @@ def _stepped(
 
 
 def replay_chains(
-    paths: Sequence[Path], *, max_chain: int = 16, floor: float = 0.0, limit: int | None = None
+    paths: Sequence[Path], *, max_chain: int = 16, min_prob: float = 0.0, limit: int | None = None
 ) -> dict[str, Any]:
     """Replays recorded replies with one chain a step: of a batch, of a proposer's tree, and of prompt lookup.
 
     Args:
         paths: Trace files.
         max_chain: The longest chain of each.
-        floor: Path probability at which chains end; prompt lookup knows none.
+        min_prob: Path probability at which chains end; prompt lookup knows none.
         limit: Replay only so many requests.
 
     Returns:
@@ -162,19 +162,19 @@ def replay_chains(
     config = DraftConfig(sources=SOURCES)
 
     def batches() -> Iterator[tuple[int, int, int]]:
-        batch = ChainBatch(Datastores(vocabulary), config, max_chain=max_chain)
+        batch = ChainBatch(DraftStores(vocabulary), config, max_chain=max_chain)
         for trace in traces:
-            row = _BatchRow(batch, trace.prompt, floor)
+            row = _BatchRow(batch, trace.prompt, min_prob)
             yield _replayed(trace, row.draft, row.observe)
             row.close()
             batch.flush()
         batch.shut_down()
 
     def proposed() -> Iterator[tuple[int, int, int]]:
-        with Proposer(Datastores(vocabulary), config) as proposer:
+        with Proposer(DraftStores(vocabulary), config) as proposer:
             for trace in traces:
                 session = proposer.open(trace.prompt)
-                yield _replayed(trace, partial(_best_chain, session, max_chain, floor), session.observe)
+                yield _replayed(trace, partial(_best_chain, session, max_chain, min_prob), session.observe)
                 session.close()
                 proposer.flush()
 
@@ -192,12 +192,12 @@ def replay_chains(
             "acceptance_rate": accepted / max(drafted, 1),
         }
     result["requests"] = len(traces)
-    result["config"] = {"max_chain": max_chain, "floor": floor, "traces": [path.name for path in paths]}
+    result["config"] = {"max_chain": max_chain, "floor": min_prob, "traces": [path.name for path in paths]}
     return result
 
 
-def _best_chain(session: ProposerSession, max_chain: int, floor: float) -> TokenArray:
-    return session.propose_chain(max_chain, floor)[0]
+def _best_chain(session: ProposerSession, max_chain: int, min_prob: float) -> TokenArray:
+    return session.propose_chain(max_chain, min_prob)[0]
 
 
 def _copied(session: PromptLookupSession, max_chain: int) -> TokenArray:
@@ -207,13 +207,13 @@ def _copied(session: PromptLookupSession, max_chain: int) -> TokenArray:
 class _BatchRow:
     """One session of a batch, drafted for alone."""
 
-    def __init__(self, batch: ChainBatch, prompt: TokenArray, floor: float) -> None:
-        self._batch, self._session, self._floor = batch, batch.open(prompt), floor
+    def __init__(self, batch: ChainBatch, prompt: TokenArray, min_prob: float) -> None:
+        self._batch, self._session, self._floor = batch, batch.open(prompt), min_prob
         self._emitted = prompt[:0]
 
     def draft(self) -> TokenArray:
         said, self._emitted = self._emitted, self._emitted[:0]
-        tokens, lengths, _ = self._batch.step([self._session], said, [len(said)], floor=self._floor)
+        tokens, lengths, _ = self._batch.step([self._session], said, [len(said)], min_prob=self._floor)
         chain: TokenArray = tokens[0, : lengths[0]]
         return chain
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.bench.replay import Trace, read_traces
-from retrieval_draft.draft_service.client import Draft, DraftClient, DraftSession
+from retrieval_draft.draft_service.client import Draft, DraftClient, RemoteSession
 from retrieval_draft.errors import InvalidInputError, RetrievalDraftError
 
 __all__ = ["measure_draft_service", "serving"]
@@ -165,7 +165,7 @@ def accepted(draft: Draft, rest: Sequence[int]) -> list[int]:
 def _together(client: DraftClient, requests: Sequence[Trace], nodes: int, count: int) -> list[float]:
     """Steps of many sessions in one call, until the first is over."""
     seconds = []
-    rows: list[tuple[DraftSession, list[int]]] = []
+    rows: list[tuple[RemoteSession, list[int]]] = []
     for number in range(count):
         request = requests[number % len(requests)]
         rows.append((client.open(request.prompt), request.output.tolist()))
@@ -198,7 +198,7 @@ def _alone(requests: Sequence[Trace], nodes: int, pause: float, vocabulary: int)
                 session.observe(emitted, later=True)
                 tree = session.propose(nodes)
                 seconds.append(time.perf_counter() - begin)
-                session.settle()
+                session.apply_feedback()
                 if pause > 0:
                     time.sleep(pause)
                 rest = request.output[done:]

@@ -15,8 +15,8 @@ from retrieval_draft.bench.replay import read_traces
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafting.calibration import Calibration
 from retrieval_draft.drafting.fusion import fuse
-from retrieval_draft.drafting.locality import Locality
-from retrieval_draft.drafting.sources import Datastores, make_sources
+from retrieval_draft.drafting.hierarchy import SourceHierarchy
+from retrieval_draft.drafting.sources import DraftStores, make_sources
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 
@@ -48,13 +48,13 @@ def measure_fusion(paths: Sequence[Path], *, nodes: int = 60, limit: int | None 
     config = DraftConfig(nodes=nodes, sources=("automaton", "adjacency", "history"))
     traces = list(islice(read_traces(paths), limit))
     vocabulary = max((int(t.output.max(initial=0)) + int(t.prompt.max(initial=0)) for t in traces), default=0)
-    locality = Locality(make_sources(config, Datastores(vocabulary + 1)))
+    hierarchy = SourceHierarchy(make_sources(config, DraftStores(vocabulary + 1)))
     shared = Calibration()
     fuse_us: list[float] = []
     observe_us: list[float] = []
     proposed: list[int] = []
     for trace in traces:
-        calibration, drafts = shared.open(), locality.open(trace.prompt)
+        calibration, drafts = shared.open(), hierarchy.open(trace.prompt)
         text = np.concatenate((trace.prompt, trace.output))
         earlier: list[Proposal] = []
         done = 0
@@ -80,8 +80,8 @@ def measure_fusion(paths: Sequence[Path], *, nodes: int = 60, limit: int | None 
             drafts.observe(emitted)
             done += len(emitted)
         drafts.close()
-        locality.flush()
-    locality.close()
+        hierarchy.flush()
+    hierarchy.close()
     if len(fuse_us) <= 2 * WARM:
         raise InvalidInputError(
             f"{len(fuse_us)} steps are too few to time.", f"Take traces of more than {2 * WARM} tokens."

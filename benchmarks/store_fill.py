@@ -9,7 +9,7 @@ from retrieval_draft.bench.synthetic_text import SyntheticText
 from retrieval_draft.index.store.connector import Connector
 from retrieval_draft.index.store.entry import ID_BYTES, EntryCodec
 from retrieval_draft.index.store.keys import SHARDS, stream_key
-from retrieval_draft.index.store.mirror import FIELD
+from retrieval_draft.index.store.log_replica import FIELD
 from retrieval_draft.index.store.url import parse_store_url
 
 __all__ = ["fill"]

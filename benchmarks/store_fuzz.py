@@ -18,7 +18,7 @@ from retrieval_draft.index.shared import SharedSource
 from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.index.store.entry import ID_BYTES, EntryCodec
 from retrieval_draft.index.store.keys import SHARDS, stream_key
-from retrieval_draft.index.store.mirror import FIELD
+from retrieval_draft.index.store.log_replica import FIELD
 from retrieval_draft.index.store.store import SharedStore
 
 __all__ = ["measure_fuzz"]

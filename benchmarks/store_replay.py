@@ -11,7 +11,7 @@ from typing import Any
 from retrieval_draft.bench.replay import Counts, Replayer, Trace, read_traces
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafting.calibration import Calibration
-from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.errors import DatastoreError, InvalidInputError
 from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.index.store.store import SharedStore
@@ -71,7 +71,8 @@ def _replay(
         for _ in range(servers)
     ]
     replayers = [
-        Replayer(config, nodes, True, Datastores(vocabulary, shared=store), Calibration()) for store in stores
+        Replayer(config, nodes, True, DraftStores(vocabulary, shared=store), Calibration())
+        for store in stores
     ]
     total = Counts()
     try:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.vllm_contestants import PLAIN, VllmContestant, make_vllm_contestant
+from benchmarks.vllm_decoders import PLAIN, VllmDecoder, make_vllm_contestant
 from benchmarks.vllm_switch import SWITCH, Switchboard
 from retrieval_draft._progress import progress
 from retrieval_draft.bench.prompts import Prompt
@@ -72,7 +72,7 @@ class _Engines:
         self.switch: Switchboard = runner.drafter
         self.switch.runner = runner
 
-    def run(self, contestant: VllmContestant, ids: Sequence[int], max_new_tokens: int) -> _Run:
+    def run(self, contestant: VllmDecoder, ids: Sequence[int], max_new_tokens: int) -> _Run:
         engine = self.plain if contestant.name == PLAIN else self.drafting
         contestant.begin()
         self.switch.current = contestant.propose
@@ -91,7 +91,7 @@ class _Engines:
             tokens, seconds, decoding, steps, switch.drafts, switch.drafted, switch.accepted, switch.sizes
         )
 
-    def judge(self, ids: Sequence[int], reference: list[int], other: list[int]) -> str:
+    def compare_outputs(self, ids: Sequence[int], reference: list[int], other: list[int]) -> str:
         """Says "equal", "tie" where two texts part at tokens of almost one probability, or "different"."""
         if reference == other:
             return "equal"
@@ -164,23 +164,23 @@ def compare_in_vllm(
     ]
     reach = max([most, *counts])
     engines = _Engines(folder, dtype, reach, max_model_len, PLAIN in names)
-    contestants = [make_vllm_contestant(name, engines.switch.vllm_config) for name in names]
-    for contestant in contestants:
+    decoders = [make_vllm_contestant(name, engines.switch.vllm_config) for name in names]
+    for contestant in decoders:
         engines.run(contestant, list(tokenizer(_WARM_UP)["input_ids"]), 12)
     runs: list[dict[str, list[_Run]]] = [{name: [] for name in names} for _ in range(passes)]
     with progress("Decoding (replies)", passes * len(fitting) * len(names), delay=0.0) as advance:
         for found in runs:
             for number, (_, ids) in enumerate(fitting):
-                first = number % len(contestants)
-                for contestant in contestants[first:] + contestants[:first]:
+                first = number % len(decoders)
+                for contestant in decoders[first:] + decoders[:first]:
                     found[contestant.name].append(engines.run(contestant, ids, max_new_tokens))
                     advance()
                 reference = found[names[0]][-1].tokens
                 for name in names[1:]:
                     run = found[name][-1]
-                    run.verdict = engines.judge(ids, reference, run.tokens)
-    costs = {c.name: _curve(c) for c in contestants if hasattr(c.made, "rows")}
-    for contestant in contestants:
+                    run.verdict = engines.compare_outputs(ids, reference, run.tokens)
+    costs = {c.name: _curve(c) for c in decoders if hasattr(c.made, "rows")}
+    for contestant in decoders:
         contestant.close()
     return {
         "passes": [{name: _summary(name, found, names[0]) for name in names} for found in runs],
@@ -194,7 +194,7 @@ def compare_in_vllm(
     }
 
 
-def _curve(contestant: VllmContestant) -> dict[str, float]:
+def _curve(contestant: VllmDecoder) -> dict[str, float]:
     rows = contestant.made.rows
     if rows is None or rows.costs is None:
         return {}

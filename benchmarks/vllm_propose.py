@@ -11,7 +11,7 @@ from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.bench.synthetic_text import SyntheticText
 from retrieval_draft.config import SOURCES, DraftConfig
 from retrieval_draft.drafting.batch import ChainBatch
-from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.integrations.vllm.row_drafter import RowDrafter
 from retrieval_draft.integrations.vllm.step_costs import StepCosts
@@ -56,7 +56,7 @@ def measure_propose(
     truth = np.stack([text.tokens(width, row + 1) for row in range(requests)])
     sources = tuple(name for name in SOURCES if history or name != "history")
     chains = ChainBatch(
-        Datastores(VOCABULARY), DraftConfig(sources=sources), max_chain=drafts, threads=threads
+        DraftStores(VOCABULARY), DraftConfig(sources=sources), max_chain=drafts, threads=threads
     )
     chains.warm_up()
     if history:

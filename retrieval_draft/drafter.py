@@ -18,18 +18,18 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.cache_utils import DynamicCache
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.datastores import open_datastores
+from retrieval_draft.drafting.draft_stores import open_draft_stores
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.cache.cache_rows import write_back
 from retrieval_draft.engine.compat import given_cache, is_callers_own
 from retrieval_draft.engine.cpu.kernels import CpuKernels
 from retrieval_draft.engine.decode import decode
+from retrieval_draft.engine.draft_engine import DraftEngine
 from retrieval_draft.engine.draft_models.choose import make_draft_sources
 from retrieval_draft.engine.model_state import ModelState, check_modules, outside_inference
 from retrieval_draft.engine.probe import probe
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.row import Row
-from retrieval_draft.engine.supply import DraftSupply
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.threads import in_live_pool
 from retrieval_draft.errors import InvalidInputError
@@ -44,14 +44,14 @@ from retrieval_draft.generation.checks import (
 )
 from retrieval_draft.generation.hf_generate import through_model
 from retrieval_draft.generation.output import best_rows, make_output
-from retrieval_draft.generation.requests import Extras, Seeds, make_requests, share_when_finished
+from retrieval_draft.generation.requests import DecodeOptions, Seeds, make_requests, share_when_finished
 from retrieval_draft.generation.streaming import ending, shown_streamer, stream_rows
 from retrieval_draft.index.source import TokenArray
 from retrieval_draft.index.store.config import check_share
 from retrieval_draft.index.store.store import SharedStore
-from retrieval_draft.methods.method import Parts
+from retrieval_draft.methods.make_draft_engine import make_draft_engine
+from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.registry import get_method
-from retrieval_draft.methods.supplies import make_supply
 from retrieval_draft.saved_drafter import load_drafter, save_drafter
 from retrieval_draft.serving import ContinuousDrafter
 
@@ -82,8 +82,8 @@ class RetrievalDrafter:
         self,
         target: Target,
         tokenizer: Any,
-        parts: Parts,
-        supply: DraftSupply,
+        parts: MethodContext,
+        supply: DraftEngine,
         beside: RetrievalDrafter | None = None,
     ) -> None:
         """Use `for_model`.
@@ -162,9 +162,9 @@ class RetrievalDrafter:
                 check_tokenizer(tokenizer, model, target.embedding_rows)
             check_modules(target.model)
             in_live_pool(lambda: probe(target))
-            stores = open_datastores(tokenizer, target.embedding_rows, config, corpora, phrases, store)
-            parts = Parts(config, stores, make_draft_sources(draft_model, target, tokenizer))
-            return cls(target, tokenizer, parts, make_supply(target, parts))
+            stores = open_draft_stores(tokenizer, target.embedding_rows, config, corpora, phrases, store)
+            parts = MethodContext(config, stores, make_draft_sources(draft_model, target, tokenizer))
+            return cls(target, tokenizer, parts, make_draft_engine(target, parts))
 
     def namespace(self, tenant: str, history_bytes: int) -> RetrievalDrafter:
         """A drafter over the same model that shares corpora and measurements, and nothing it learns.
@@ -185,7 +185,7 @@ class RetrievalDrafter:
             store = SharedStore(replace(store.config, tenant=tenant), store.fingerprint, store.vocabulary)
         stores = replace(stores, shared=store, owns_shared=True)
         parts = replace(self._parts, config=config, stores=stores)
-        supply = make_supply(self._target, parts)
+        supply = make_draft_engine(self._target, parts)
         other = RetrievalDrafter(self._target, self._tokenizer, parts, supply, beside=self)
         supply.prepare_like(self._supply)
         return other
@@ -253,7 +253,7 @@ class RetrievalDrafter:
             self._check_model()
             keep_best = best_of_options(best_of, self._target.model, config, options)
             references = self._references(documents, prediction)
-            extras = Extras(shown, seed, sample, references, output_prompt_logits, keep_best, share)
+            extras = DecodeOptions(shown, seed, sample, references, output_prompt_logits, keep_best, share)
             self._check_share(share)
             known = cache if cache is not None else past_key_values
 
@@ -310,7 +310,7 @@ class RetrievalDrafter:
             )
             self._check_share(draft_share)
             references = self._references(draft_documents, draft_prediction)
-            extras = Extras(draft_streamer, draft_seed, references=references, share=draft_share)
+            extras = DecodeOptions(draft_streamer, draft_seed, references=references, share=draft_share)
             cache = given_cache(model_inputs)
             if isinstance(cache, DynamicCache) and not is_callers_own(cache):
                 cache = None
@@ -357,7 +357,7 @@ class RetrievalDrafter:
     @property
     def nbytes_by_source(self) -> dict[str, int]:
         """Bytes that each source holds, by its name; requests that run not included."""
-        return {source.name: source.nbytes for source in self._supply._sources}
+        return {source.name: source.nbytes for source in self._supply.sources}
 
     @property
     def continuous(self) -> ContinuousDrafter:
@@ -462,7 +462,7 @@ class RetrievalDrafter:
         config: GenerationConfig,
         model_inputs: dict[str, Any],
         cache: Any,
-        extras: Extras,
+        extras: DecodeOptions,
     ) -> Any:
         target = self._target
         mask = model_inputs.get("attention_mask")
@@ -488,7 +488,7 @@ class RetrievalDrafter:
             rows, input_ids = [rows[row] for row in kept], input_ids[kept]
         return make_output(rows, input_ids, config)
 
-    def _decode(self, requests: list[DecodeRequest], extras: Extras, total: DraftStats) -> list[Row]:
+    def _decode(self, requests: list[DecodeRequest], extras: DecodeOptions, total: DraftStats) -> list[Row]:
         """Decodes a batch with sessions of the sources for each row, and counts it whatever happens."""
         shared, failures = DraftStats(), self._supply.failures
         each = [DraftStats() for _ in requests]

@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from retrieval_draft.config import MAX_NODES, DraftConfig
 from retrieval_draft.drafting.calibration import Calibration
-from retrieval_draft.drafting.datastores import open_datastores
-from retrieval_draft.drafting.guard import GuardedSource
+from retrieval_draft.drafting.draft_stores import open_draft_stores
+from retrieval_draft.drafting.hierarchy import SourceHierarchy
 from retrieval_draft.drafting.kept_calibration import calibration_file, keep_calibration, load_calibration
-from retrieval_draft.drafting.locality import Locality
-from retrieval_draft.drafting.session import Drafting, Plan
-from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.drafting.session import DraftPlan, DraftSession
+from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.drafting.warm_up import compile_drafting
@@ -25,7 +24,7 @@ from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.source import CONTEXT, DraftSource, NodeLogits, TokenArray
 from retrieval_draft.index.store.config import check_share
 from retrieval_draft.index.store.store import SharedStore
-from retrieval_draft.methods.method import Method, Parts
+from retrieval_draft.methods.method import Method, MethodContext
 from retrieval_draft.methods.registry import get_method
 from retrieval_draft.models.fingerprint import vocabulary_size
 
@@ -58,7 +57,7 @@ class Proposer:
             session.close()
     """
 
-    def __init__(self, stores: Datastores, config: DraftConfig) -> None:
+    def __init__(self, stores: DraftStores, config: DraftConfig) -> None:
         self._method: Method = get_method(config.method)
         if self._method.needs_model:
             raise InvalidInputError(
@@ -70,9 +69,8 @@ class Proposer:
         self.store: SharedStore | None = stores.shared
         # Sessions are opened one by one, so none has siblings.
         names = tuple(name for name in config.sources if name != "siblings")
-        parts = Parts(replace(config, sources=names), stores)
-        self._sources = [GuardedSource(source) for source in self._method.sources(parts)]
-        self._locality = Locality(self._sources)
+        parts = MethodContext(replace(config, sources=names), stores)
+        self._hierarchy = SourceHierarchy(self._method.sources(parts))
         self.calibration: Calibration = load_calibration(calibration_file(config))
         self.lock = threading.RLock()
         """Sources and calibration are shared by all sessions and take one at a time."""
@@ -111,7 +109,7 @@ class Proposer:
                 )
             vocabulary = vocabulary_size(tokenizer)
         config = config if config is not None else DraftConfig()
-        return cls(open_datastores(tokenizer, vocabulary, config, corpora, phrases, store), config)
+        return cls(open_draft_stores(tokenizer, vocabulary, config, corpora, phrases, store), config)
 
     def open(
         self, prompt: TokenArray, references: Sequence[TokenArray] = (), *, share: str | None = None
@@ -133,9 +131,9 @@ class Proposer:
             raise InvalidInputError(f"share={share!r} needs a store.", "Pass store= to for_tokenizer.")
         texts = [self._checked(text, "A reference") for text in references]
         stats = DraftStats(requests=1, prompt_tokens=len(ids))
-        opened = self._locality.open(ids, texts)  # a long text takes its time, and is nobody else's
+        opened = self._hierarchy.open(ids, texts)  # a long text takes its time, and is nobody else's
         with self.lock:
-            drafting = Drafting(
+            drafting = DraftSession(
                 opened,
                 self._method.tree,
                 self.calibration.open(),
@@ -147,21 +145,21 @@ class Proposer:
 
     def warm_up(self) -> None:
         """Compiles now what the first request would otherwise wait for, and reads the store's log."""
-        spare = Parts(replace(self.config, history_folder=None), Datastores(vocabulary=16))
+        spare = MethodContext(replace(self.config, history_folder=None), DraftStores(vocabulary=16))
         compile_drafting(self._method.sources(spare), self._method.tree, self.config.top_k)
         if self.store is not None:
             self.store.wait_ready()
 
     def flush(self) -> None:
         """Waits until what finished requests said can be drafted from; no request waits for that."""
-        self._locality.flush()
+        self._hierarchy.flush()
         keep_calibration(self.calibration, calibration_file(self.config))
         if self.store is not None:
             self.store.flush()
 
     def close(self) -> None:
         """Keeps and sends what waits, and stops background threads."""
-        self._locality.close()
+        self._hierarchy.close()
         keep_calibration(self.calibration, calibration_file(self.config))
         if self.store is not None and self.stores.owns_shared:
             self.store.close()
@@ -169,17 +167,17 @@ class Proposer:
     @property
     def sources(self) -> list[DraftSource]:
         """The draft sources themselves, nearest first."""
-        return [source.source for source in self._sources]
+        return list(self._hierarchy.sources)
 
     @property
     def nbytes(self) -> int:
         """Bytes held by all sources, sessions excluded."""
-        return self._locality.nbytes
+        return self._hierarchy.nbytes
 
     @property
     def nbytes_by_source(self) -> dict[str, int]:
         """The same, each source's by its name."""
-        return {source.name: source.nbytes for source in self._sources}
+        return {source.name: source.nbytes for source in self._hierarchy.sources}
 
     def __enter__(self) -> Proposer:
         return self
@@ -210,7 +208,12 @@ class ProposerSession:
     """
 
     def __init__(
-        self, proposer: Proposer, drafting: Drafting, prompt: TokenArray, share: str | None, stats: DraftStats
+        self,
+        proposer: Proposer,
+        drafting: DraftSession,
+        prompt: TokenArray,
+        share: str | None,
+        stats: DraftStats,
     ) -> None:
         self.stats = stats
         self._proposer, self._drafting, self._share = proposer, drafting, share
@@ -218,8 +221,8 @@ class ProposerSession:
         self._reply: list[TokenArray] = []
         self._tail = prompt[-CONTEXT:]
         self._length = len(prompt)
-        self._plan: Plan | None = None
-        self._unlearned: _Lesson | None = None
+        self._plan: DraftPlan | None = None
+        self._unlearned: _Feedback | None = None
         self._closed = False
 
     @property
@@ -227,12 +230,12 @@ class ProposerSession:
         """Tokens of prompt and reply so far."""
         return self._length
 
-    def propose(self, nodes: int, deepest: int | None = None) -> DraftTree:
+    def propose(self, nodes: int, max_depth: int | None = None) -> DraftTree:
         """The most probable continuations, as a tree below the last token of the text.
 
         Args:
             nodes: Draft nodes at most, the root not counted.
-            deepest: Longest path that is of use; None for any.
+            max_depth: Longest path that is of use; None for any.
 
         Returns:
             The tree; its root alone where nothing is known.
@@ -245,18 +248,18 @@ class ProposerSession:
         self._check_open()
         with self._proposer.lock:
             root = int(self._tail[-1])
-            limit = _ENDLESS if deepest is None else deepest
+            limit = _ENDLESS if max_depth is None else max_depth
             self._plan = self._drafting.propose(root, self._length - 1, limit, nodes)
         return self._plan.tree
 
     def propose_chain(
-        self, max_tokens: int, floor: float = 0.0, nodes: int | None = None
+        self, max_tokens: int, min_prob: float = 0.0, nodes: int | None = None
     ) -> tuple[TokenArray, NDArray[np.float32]]:
         """The one continuation of which most is accepted on average.
 
         Args:
             max_tokens: Its length at most.
-            floor: It ends before a token whose path probability is lower.
+            min_prob: It ends before a token whose path probability is lower.
             nodes: Size of the tree it is chosen from; None for twice its length, 16 at least.
 
         Returns:
@@ -277,9 +280,9 @@ class ProposerSession:
         assert self._plan is not None
         chain = np.empty(max_tokens, np.int32)
         gains = np.empty(len(tree), np.float32)
-        size = best_chain(tree.parents, tree.depths, tree.path_probs, max_tokens, floor, gains, chain)
+        size = best_chain(tree.parents, tree.depths, tree.path_probs, max_tokens, min_prob, gains, chain)
         kept = chain[:size]
-        self._plan = Plan(_path(tree, kept), self._plan.fused, self._plan.proposals)
+        self._plan = DraftPlan(_path(tree, kept), self._plan.fused, self._plan.proposals)
         return tree.tokens[kept], tree.path_probs[kept]
 
     def cut(self, nodes: int) -> None:
@@ -298,8 +301,8 @@ class ProposerSession:
             tokens: int32, shape (m,).
             logits: What the model said at positions of the text or of the tree, if the caller has it; else
                 the sources learn that each token followed what stands before it.
-            later: Whether what the step taught, besides its tokens, waits for `settle`, so that the next
-                proposal comes sooner; it is made up for at the next call of this or `close` at the latest.
+            later: Whether learning from the step, but for its tokens, waits for `apply_feedback`, so that the
+                next proposal comes sooner; the next call of this or `close` does it at the latest.
 
         Returns:
             How many of the tokens had been drafted, from the first on.
@@ -311,18 +314,18 @@ class ProposerSession:
         self._check_open()
         if not len(emitted):
             return 0
-        self.settle()
+        self.apply_feedback()
         plan, self._plan = self._plan, None
         text = np.concatenate((self._tail, emitted))
         if plan is None:
             root = DraftTree.root(int(self._tail[-1]))
-            plan = Plan(root, root, ())
+            plan = DraftPlan(root, root, ())
         path = plan.tree.walk(emitted)
         with self._proposer.lock:
-            self._drafting.take_in(emitted)
-        self._unlearned = _Lesson(plan, path, text, emitted, logits)
+            self._drafting.observe(emitted)
+        self._unlearned = _Feedback(plan, path, text, emitted, logits)
         if not later:
-            self.settle()
+            self.apply_feedback()
         self._reply.append(emitted)
         self._tail = text[-CONTEXT:]
         self._length += len(emitted)
@@ -330,15 +333,17 @@ class ProposerSession:
         self.stats.steps += 1
         return len(path) - 1
 
-    def settle(self) -> None:
+    def apply_feedback(self) -> None:
         """Learns what waits since `observe`. Once is enough, twice does no harm."""
-        lesson, self._unlearned = self._unlearned, None
-        if lesson is None:
+        feedback, self._unlearned = self._unlearned, None
+        if feedback is None:
             return
-        logits = lesson.logits if lesson.logits is not None else _said(lesson.text, len(lesson.emitted))
+        logits = (
+            feedback.logits if feedback.logits is not None else _said(feedback.text, len(feedback.emitted))
+        )
         with self._proposer.lock:
-            self._drafting.count(lesson.plan, lesson.path)
-            self._drafting.learn_from(lesson.plan, lesson.emitted, logits)
+            self._drafting.count(feedback.plan, feedback.path)
+            self._drafting.learn(feedback.plan, feedback.emitted, logits)
 
     def close(self, *, finished: bool = True) -> None:
         """Ends the request: its text joins the history, and, if finished, the store. Twice does no harm.
@@ -348,7 +353,7 @@ class ProposerSession:
         """
         if self._closed:
             return
-        self.settle()
+        self.apply_feedback()
         self._closed = True
         proposer = self._proposer
         with proposer.lock:
@@ -363,10 +368,10 @@ class ProposerSession:
             raise InvalidInputError("The session is closed.", "Open another one.")
 
 
-class _Lesson(NamedTuple):
+class _Feedback(NamedTuple):
     """What a step showed, until it is learned."""
 
-    plan: Plan
+    plan: DraftPlan
     path: Sequence[int]
     text: TokenArray
     emitted: TokenArray

@@ -19,7 +19,7 @@ from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafting.calibration import Calibration
 from retrieval_draft.drafting.cost import SIZES
 from retrieval_draft.engine.cpu.linear_choice import machine
-from retrieval_draft.engine.supply import Known
+from retrieval_draft.engine.draft_engine import LearnedState
 from retrieval_draft.errors import DatastoreError, InvalidInputError, TokenizerMismatchError
 from retrieval_draft.index.phrases import PhraseTable
 from retrieval_draft.index.store.config import StoreConfig
@@ -36,7 +36,7 @@ __all__ = ["FORMAT", "SavedCosts", "SavedDrafter", "SavedStore", "load_drafter",
 DRAFTER = "drafter.json"
 FORMAT = "retrieval_draft drafter"
 FORMAT_VERSION = 1
-_MOST_BYTES = 1 << 30
+_MAX_BYTES = 1 << 30
 """Of a description with phrases of a hundred million tokens."""
 
 _AGAIN = "Save the drafter again, or copy the whole folder."
@@ -189,13 +189,13 @@ def load_drafter(
     costs, seconds = saved.costs, {}
     if costs is not None and costs.situation == _situation(drafter) and set(costs.seconds) == set(SIZES):
         seconds = costs.seconds
-    drafter._supply.start_from(Known(calibration, seconds))
+    drafter._supply.start_from(LearnedState(calibration, seconds))
     return drafter
 
 
 def _read(path: Path) -> SavedDrafter:
     try:
-        content = read_bounded(path, _MOST_BYTES)
+        content = read_bounded(path, _MAX_BYTES)
     except FileNotFoundError as error:
         raise DatastoreError(f"{path} is missing.", "Name a folder that save_pretrained wrote.") from error
     except (OSError, ValueError) as error:

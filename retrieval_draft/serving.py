@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from retrieval_draft.drafting.session import Drafting
+from retrieval_draft.drafting.session import DraftSession
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.decode import Batch, OnError
 from retrieval_draft.engine.model_state import outside_inference
@@ -23,7 +23,12 @@ from retrieval_draft.generation.checks import (
     strip_prompts,
 )
 from retrieval_draft.generation.hf_generate import through_model
-from retrieval_draft.generation.requests import Extras, Prepared, make_requests, share_when_finished
+from retrieval_draft.generation.requests import (
+    DecodeOptions,
+    DecodeRequests,
+    make_requests,
+    share_when_finished,
+)
 from retrieval_draft.generation.streaming import ending
 
 if TYPE_CHECKING:
@@ -62,7 +67,7 @@ class ContinuousDrafter:
         top_logprobs: int | None = None,
         streamer: Any = None,
         **options: Any,
-    ) -> Prepared:
+    ) -> DecodeRequests:
         """What `generate` would decode. May run while a batch does.
 
         Args:
@@ -89,7 +94,7 @@ class ContinuousDrafter:
         target, tokenizer = drafter._target, drafter._tokenizer
         keep_best = best_of_options(best_of, target.model, config, options)
         references = drafter._references(documents, prediction)
-        extras = Extras(None, seed, 0, references, False, keep_best, share, top_logprobs)
+        extras = DecodeOptions(None, seed, 0, references, False, keep_best, share, top_logprobs)
 
         def collect(
             input_ids: Tensor,
@@ -106,7 +111,7 @@ class ContinuousDrafter:
 
         requests = through_model(target, tokenizer, collect, ids, mask, config, options)
         share_when_finished(drafter.store, requests, share)
-        return Prepared(requests, references)
+        return DecodeRequests(requests, references)
 
     @contextmanager
     def running(self, failed: OnError | None = None) -> Iterator[Batch]:
@@ -128,7 +133,7 @@ class ContinuousDrafter:
                     batch.close()
                     drafter.stats.add(shared)
 
-    def open(self, prepared: Prepared, stats: Sequence[DraftStats]) -> list[Drafting | None]:
+    def open(self, prepared: DecodeRequests, stats: Sequence[DraftStats]) -> list[DraftSession | None]:
         """Opens the sources for what was prepared here.
 
         Args:

@@ -25,7 +25,7 @@ def chains(
     history_tokens: Annotated[int, typer.Option(min=0, help="Tokens of earlier requests.")] = 1_000_000,
     steps: Annotated[int, typer.Option(min=2, help="Steps of each batch.")] = 200,
     max_chain: Annotated[int, typer.Option(min=1, max=64, help="The longest chain.")] = 16,
-    floor: Annotated[float, typer.Option(min=0, max=1, help="Path probability that ends a chain.")] = 0.05,
+    min_prob: Annotated[float, typer.Option(min=0, max=1, help="Path probability that ends a chain.")] = 0.05,
     threads: Annotated[int, typer.Option(min=1, max=64, help="Threads that propose.")] = 1,
     limit: Annotated[
         int | None, typer.Option(help="Replay only so many requests.", show_default=False)
@@ -48,11 +48,11 @@ def chains(
         history_tokens=history_tokens,
         steps=steps,
         max_chain=max_chain,
-        floor=floor,
+        min_prob=min_prob,
         threads=threads,
     )
     if traces:
-        result["replay"] = replay_chains(traces, max_chain=max_chain, floor=floor, limit=limit)
+        result["replay"] = replay_chains(traces, max_chain=max_chain, min_prob=min_prob, limit=limit)
     finish(result, out)
     if json:
         print_json(result)

@@ -12,7 +12,7 @@ from benchmarks.gpu_check.cases import Case, Decoder, launching
 from benchmarks.gpu_check.measure import Counter, counter
 from benchmarks.gpu_check.report import Box, Report
 from benchmarks.gpu_check.setting import Setting, synchronize
-from retrieval_draft.bench.contestants import NO_CUDNN
+from retrieval_draft.bench.decoders import NO_CUDNN
 from retrieval_draft.engine.decode import Batch
 
 __all__ = ["Steps", "run"]

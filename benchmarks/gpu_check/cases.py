@@ -16,10 +16,10 @@ from torch import Tensor
 from benchmarks.gpu_check.forced import Recorded, forced, recorded
 from benchmarks.gpu_check.setting import Setting, synchronize
 from retrieval_draft import RetrievalDrafter
-from retrieval_draft.bench.contestants import make_contestant
+from retrieval_draft.bench.decoders import make_contestant
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.target import Target
-from retrieval_draft.methods.supplies import make_supply
+from retrieval_draft.methods.make_draft_engine import make_draft_engine
 
 __all__ = ["Beginning", "Case", "Decoded", "Decoder", "launching"]
 
@@ -95,7 +95,7 @@ class Beginning:
     def restore(self) -> None:
         """Gives the drafter sources that have seen no text, as those of a process that was just started."""
         drafter = self._drafter
-        supply = make_supply(drafter._target, drafter._parts)
+        supply = make_draft_engine(drafter._target, drafter._parts)
         supply.prepare_like(drafter._supply)
         supply._calibration, supply.budget = deepcopy(self._learned)
         drafter._supply.close()
@@ -118,7 +118,7 @@ class Decoder:
         self.case = case
         self.is_stock = case.decoder.startswith("stock")
         self._model = setting.model(case.model)
-        made = setting.contestants
+        made = setting.decoders
         if (case.model, case.decoder) not in made:
             # A rehearsal's passes cost what a busy machine makes of them, which says nothing of drafts.
             nodes = _TINY_NODES if setting.tiny else None

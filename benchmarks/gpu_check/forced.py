@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft.bench.replay import read_traces
-from retrieval_draft.drafting.session import Drafting
+from retrieval_draft.drafting.session import DraftSession
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine import row as row_module
 from retrieval_draft.engine.row import Row
@@ -64,7 +64,7 @@ def forced(replies: Mapping[tuple[int, ...], Sequence[int]]) -> Iterator[None]:
     """
     by_prompt = {np.array(prompt, np.int32).tobytes(): list(reply) for prompt, reply in replies.items()}
     current: list[Row] = []
-    accept, start, learn_from = Row._accept, Drafting.start, Drafting.learn_from
+    accept, start, learn = Row._accept, DraftSession.start, DraftSession.learn
 
     def accept_recorded(row: Row, *rest: Any) -> list[int]:
         current[:] = [row]
@@ -82,21 +82,21 @@ def forced(replies: Mapping[tuple[int, ...], Sequence[int]]) -> Iterator[None]:
 
         return walk(tree, choose_recorded)
 
-    def start_recorded(drafting: Drafting, first: TokenArray, prompt: TokenArray, said: Any) -> None:
+    def start_recorded(drafting: DraftSession, first: TokenArray, prompt: TokenArray, said: Any) -> None:
         start(drafting, first, prompt, None)
 
-    def learn_recorded(drafting: Drafting, plan: Any, emitted: TokenArray, logits: NodeLogits) -> None:
+    def learn_recorded(drafting: DraftSession, plan: Any, emitted: TokenArray, logits: NodeLogits) -> None:
         path = plan.tree.walk(emitted)[: len(emitted)]
         places = np.resize(np.arange(len(path)), len(logits.contexts))
         contexts = logits.contexts[np.array(path)][places]
         tokens = np.asarray(emitted, np.int32)[: len(path)][places][:, None]
         probs = np.ones((len(places), 1), np.float32)
-        learn_from(drafting, plan, emitted, NodeLogits(np.ascontiguousarray(contexts), tokens, probs))
+        learn(drafting, plan, emitted, NodeLogits(np.ascontiguousarray(contexts), tokens, probs))
 
     with (
         mock.patch.object(Row, "_accept", accept_recorded),
         mock.patch.object(row_module, "walk", walk_recorded),
-        mock.patch.object(Drafting, "start", start_recorded),
-        mock.patch.object(Drafting, "learn_from", learn_recorded),
+        mock.patch.object(DraftSession, "start", start_recorded),
+        mock.patch.object(DraftSession, "learn", learn_recorded),
     ):
         yield

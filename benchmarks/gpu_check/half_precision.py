@@ -12,7 +12,7 @@ from benchmarks.gpu_check.attention import VARIANTS, attention_inputs
 from benchmarks.gpu_check.report import Box, Report
 from benchmarks.gpu_check.setting import Setting
 from retrieval_draft import DraftConfig, RetrievalDrafter
-from retrieval_draft.bench.contestants import cudnn_attention
+from retrieval_draft.bench.decoders import cudnn_attention
 from retrieval_draft.bench.ties import Ties, compare, count_ties
 
 __all__ = ["run", "too_many"]

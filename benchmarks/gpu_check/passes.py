@@ -16,7 +16,7 @@ from transformers import StaticCache
 from benchmarks.gpu_check.measure import counted, milliseconds
 from benchmarks.gpu_check.report import Box, Report
 from benchmarks.gpu_check.setting import Setting, synchronize
-from retrieval_draft.bench.contestants import cudnn_attention
+from retrieval_draft.bench.decoders import cudnn_attention
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.compat import cache_parameter
 from retrieval_draft.engine.passes import tree_passes

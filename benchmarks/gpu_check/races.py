@@ -19,7 +19,7 @@ from benchmarks.gpu_check.proc import run_child
 from benchmarks.gpu_check.report import Box, Report
 from benchmarks.gpu_check.setting import Setting
 from retrieval_draft import DraftConfig, RetrievalDrafter
-from retrieval_draft.bench.agreement import judge
+from retrieval_draft.bench.agreement import compare_outputs
 
 __all__ = ["SlowCopies", "run"]
 
@@ -154,7 +154,9 @@ def _compare(
             elif reply == expected:
                 verdict = "equal"
             else:
-                verdict = judge(model, prompt[0].tolist(), expected, reply) if greedy else "different"
+                verdict = (
+                    compare_outputs(model, prompt[0].tolist(), expected, reply) if greedy else "different"
+                )
             accepted = replies.get(f"{key} accepted")
             report.row(
                 side=side,

@@ -61,14 +61,14 @@ class Setting:
         tiny: Whether this is a rehearsal: tiny models, short contexts, few repeats.
         fault: What is broken on purpose, or None.
         parts: Names of what is to run.
-        contestants: Decoders made so far, by model and name, each with what it began with.
+        decoders: Decoders made so far, by model and name, each with what it began with.
     """
 
     device: torch.device
     tiny: bool
     fault: str | None
     parts: tuple[str, ...] = ()
-    contestants: dict[tuple[str, str], Any] = field(default_factory=dict)
+    decoders: dict[tuple[str, str], Any] = field(default_factory=dict)
     _models: dict[tuple[str, torch.dtype], Any] = field(default_factory=dict)
     _compiled: Any = None
 

@@ -8,8 +8,8 @@ from typing import Any
 from benchmarks.gpu_check.cases import Case, Decoder
 from benchmarks.gpu_check.report import Box, Report
 from benchmarks.gpu_check.setting import Setting
-from retrieval_draft.bench.agreement import judge
-from retrieval_draft.bench.contestants import NO_CUDNN, STOCK, STOCK_COMPILED, cudnn_attention
+from retrieval_draft.bench.agreement import compare_outputs
+from retrieval_draft.bench.decoders import NO_CUDNN, STOCK, STOCK_COMPILED, cudnn_attention
 
 __all__ = ["cases", "measure", "run"]
 
@@ -135,5 +135,5 @@ def _as_stock(
         stock[case.model] = reply
         return "reference"
     with cudnn_attention(False):
-        verdict = judge(setting.model(case.model), prompt, stock[case.model], reply)
+        verdict = compare_outputs(setting.model(case.model), prompt, stock[case.model], reply)
     return {"equal": "equal", "tie": "ties", "different": "stock differs"}[verdict]

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from retrieval_draft.bench.ties import TIE, compare, count_ties
 
-__all__ = ["TIE", "Verdict", "judge"]
+__all__ = ["TIE", "Outcome", "compare_outputs"]
 
-Verdict = Literal["equal", "tie", "different"]
+Outcome = Literal["equal", "tie", "different"]
 
 
-def judge(model: Any, prompt: Sequence[int], stock: Sequence[int], reply: Sequence[int]) -> Verdict:
+def compare_outputs(model: Any, prompt: Sequence[int], stock: Sequence[int], reply: Sequence[int]) -> Outcome:
     """Compares `reply` with the greedy reply `stock`, token for token.
 
     Where they part, the plain model runs over the prompt and the whole reply: it is a tie when every

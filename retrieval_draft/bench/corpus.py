@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from retrieval_draft._progress import progress
-from retrieval_draft.bench.contestants import Run, make_contestant
+from retrieval_draft.bench.decoders import Run, make_contestant
 from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.build.builder import BuildOptions, build_index

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from retrieval_draft._progress import progress
-from retrieval_draft.bench.agreement import Verdict, judge
-from retrieval_draft.bench.contestants import PLAIN, STOCK, Run, make_contestant
+from retrieval_draft.bench.agreement import Outcome, compare_outputs
+from retrieval_draft.bench.decoders import PLAIN, STOCK, Run, make_contestant
 from retrieval_draft.bench.prompts import Prompt
 from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.bench.recording import TraceWriter
@@ -76,26 +76,26 @@ def live(
     if not prompts:
         raise InvalidInputError("No prompts to run.", "Name files with --prompts.")
     encoded = [prompt.encode(tokenizer) for prompt in prompts]
-    contestants = [
+    decoders = [
         make_contestant(name, model, tokenizer, nodes, cpu_kernels, history, corpora, draft_model)
         for name in methods
     ]
     runs: dict[str, list[Run]] = {name: [] for name in methods}
-    verdicts: dict[str, list[Verdict]] = {name: [] for name in methods}
+    verdicts: dict[str, list[Outcome]] = {name: [] for name in methods}
     writer = nullcontext() if record is None else TraceWriter(record)
     total = len(prompts) * len(methods)
     with writer as trace, progress("Decoding (replies)", total, delay=0.0) as advance:
-        for contestant in contestants:
+        for contestant in decoders:
             contestant.generate(list(tokenizer(_WARM_UP)["input_ids"]), min(max_new_tokens, 16))
         for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
             first = number % len(methods)
-            for contestant in contestants[first:] + contestants[:first]:
+            for contestant in decoders[first:] + decoders[:first]:
                 runs[contestant.name].append(contestant.generate(ids, max_new_tokens))
                 advance()
             if STOCK in runs:
                 stock = runs[STOCK][-1].tokens
                 for name in methods:
-                    verdicts[name].append(judge(model, ids, stock, runs[name][-1].tokens))
+                    verdicts[name].append(compare_outputs(model, ids, stock, runs[name][-1].tokens))
                 if trace is not None:
                     trace.write(model, prompt.id, prompt.task, ids, stock)
     everything = range(len(prompts))
@@ -123,7 +123,7 @@ def live(
 
 
 def _summary(
-    name: str, runs: dict[str, list[Run]], verdicts: dict[str, list[Verdict]], numbers: Sequence[int]
+    name: str, runs: dict[str, list[Run]], verdicts: dict[str, list[Outcome]], numbers: Sequence[int]
 ) -> dict[str, Any]:
     mine = [runs[name][number] for number in numbers]
     judged = [verdicts[name][number] for number in numbers if verdicts[name]]

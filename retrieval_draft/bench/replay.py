@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from retrieval_draft.bench.reliability import Reliability
 from retrieval_draft.config import SOURCES, DraftConfig
 from retrieval_draft.drafting.calibration import Calibration
-from retrieval_draft.drafting.locality import Locality, RequestDrafts
+from retrieval_draft.drafting.hierarchy import SourceHierarchy, SourceSessions
 from retrieval_draft.drafting.session import count_names, proposed_nodes
-from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.corpus import Corpus
 from retrieval_draft.index.source import CONTEXT, NodeLogits, TokenArray
-from retrieval_draft.methods.method import Parts, as_proposed
+from retrieval_draft.methods.method import MethodContext, as_proposed
 from retrieval_draft.methods.registry import get_method
 
 __all__ = ["Counts", "Replayer", "Trace", "read_traces", "replay"]
@@ -128,7 +128,7 @@ class Replayer:
     """
 
     def __init__(
-        self, config: DraftConfig, nodes: int, keep: bool, stores: Datastores, calibration: Calibration
+        self, config: DraftConfig, nodes: int, keep: bool, stores: DraftStores, calibration: Calibration
     ) -> None:
         self._method = get_method(config.method)
         if self._method.needs_model:
@@ -136,10 +136,10 @@ class Replayer:
                 f"The method {config.method!r} drafts with a model, which a replay does not have.",
                 "Measure it with retrieval-draft bench live.",
             )
-        self._parts = Parts(config, stores)
+        self._parts = MethodContext(config, stores)
         self._nodes = nodes
         self._keep = keep
-        self._locality = Locality(self._method.sources(self._parts))
+        self._hierarchy = SourceHierarchy(self._method.sources(self._parts))
         self.calibration = calibration
         self.reliability = Reliability()
         self.verified = 0
@@ -152,11 +152,11 @@ class Replayer:
     @property
     def nbytes(self) -> int:
         """Bytes held by the sources."""
-        return self._locality.nbytes
+        return self._hierarchy.nbytes
 
     def close(self) -> None:
         """Ends the sources."""
-        self._locality.close()
+        self._hierarchy.close()
 
     def run(self, trace: Trace, oracle: bool = False) -> Counts:
         """Replays one request. Its first token comes from the prefill and costs no step.
@@ -169,10 +169,10 @@ class Replayer:
         if not len(trace.output):
             return counts
         if not self._keep:  # request-level sources only: nothing is carried over
-            self._locality.close()
-            self._locality = Locality(self._method.sources(self._parts))
+            self._hierarchy.close()
+            self._hierarchy = SourceHierarchy(self._method.sources(self._parts))
         calibration = self.calibration.open(trace.noise)
-        drafts = self._locality.open(trace.prompt)
+        drafts = self._hierarchy.open(trace.prompt)
         text = np.concatenate((trace.prompt, trace.output))
         start = len(trace.prompt)
         self._learn(drafts, trace, text, 0, 1)
@@ -206,10 +206,10 @@ class Replayer:
             done += len(emitted)
             counts.steps += 1
         drafts.close()
-        self._locality.flush()  # so that a replay is the same every time
+        self._hierarchy.flush()  # so that a replay is the same every time
         return counts
 
-    def _learn(self, drafts: RequestDrafts, trace: Trace, text: TokenArray, first: int, last: int) -> None:
+    def _learn(self, drafts: SourceSessions, trace: Trace, text: TokenArray, first: int, last: int) -> None:
         """Tells the sources what the target said at outputs first..last-1: its top-k, or its choice alone."""
         if trace.top_tokens is None or trace.top_probs is None:
             top_tokens = trace.output[first:last, None]
@@ -279,7 +279,7 @@ def replay(
         config,
         nodes if method != "none" else 0,
         history,
-        Datastores(vocabulary, corpora=opened),
+        DraftStores(vocabulary, corpora=opened),
         Calibration(priors, without) if calibration is None else calibration,
     )
     total = Counts()

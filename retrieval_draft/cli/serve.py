@@ -193,10 +193,10 @@ def _serve(
             f"The server needs {error.name}, which is not installed.",
             'Run: pip install "retrieval_draft[server]"',
         ) from error
+    from retrieval_draft.server.full_app import create_full_app
     from retrieval_draft.server.observability.request_log import start_logging
     from retrieval_draft.server.run import run
     from retrieval_draft.server.service import Service
-    from retrieval_draft.server.whole_app import whole_app
 
     template = None if chat_template is None else _read(chat_template)
     service = Service(settings, load, keys=keys, chat_template=template)
@@ -205,7 +205,7 @@ def _serve(
         from retrieval_draft.server.observability.tracing import Tracing
 
         tracing = Tracing.to_otlp(otlp_endpoint, model_name=settings.model_name)
-    app = whole_app(service, () if tracing is None else (tracing,))
+    app = create_full_app(service, () if tracing is None else (tracing,))
     logs = start_logging(log_format, logging.getLogger("retrieval_draft").level or logging.INFO)
     try:
         run(app, service, host=host, port=port, socket=unix_socket)
@@ -232,14 +232,14 @@ def _keys(given: list[str], file: Path | None, tenant: str, host: str | None, no
             f"Set --api-key or {KEYS_VARIABLE}, or say --no-auth.",
         )
     ring = KeyRing(keys, tenant)
-    if len(ring.tenants) > _MOST_TENANTS:
+    if len(ring.tenants) > _MAX_TENANTS:
         raise InvalidInputError(
-            f"The API keys have {len(ring.tenants)} tenants.", f"One server has {_MOST_TENANTS} at most."
+            f"The API keys have {len(ring.tenants)} tenants.", f"One server has {_MAX_TENANTS} at most."
         )
     return ring
 
 
-_MOST_TENANTS = 64
+_MAX_TENANTS = 64
 
 
 def _read(path: Path) -> str:

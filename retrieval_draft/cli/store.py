@@ -70,11 +70,11 @@ def serve(
 @app.command("status")
 def status(store: Store = None, json: Json = False) -> None:
     """Show what is in a store: each tokenizer's and tenant's log, how large and how old."""
-    from retrieval_draft.index.store.survey import survey
+    from retrieval_draft.index.store.describe_store import describe_store
     from retrieval_draft.index.store.url import parse_store_url
 
     url = parse_store_url(needed(store))
-    server, namespaces = survey(url)
+    server, namespaces = describe_store(url)
     if json:
         import msgspec
 

@@ -91,9 +91,9 @@ class DraftApp:
         await _respond(send, status, wire.encode(reply, json), json)
         if isinstance(reply, wire.StepReply):  # while the engine verifies
             if len(reply.drafts) > 1:
-                await self._in_thread(("", "settle"), self.service.settle)
+                await self._in_thread(("", "settle"), self.service.apply_feedback)
             else:
-                self.service.settle()
+                self.service.apply_feedback()
 
     def close(self) -> None:
         """Ends the threads; what they do is finished first."""

@@ -10,16 +10,16 @@ from typing import Literal
 import msgspec
 
 from retrieval_draft.draft_service import wire
-from retrieval_draft.draft_service.client_session import DraftSession, Tokens, plain
+from retrieval_draft.draft_service.client_session import RemoteSession, Tokens, plain
 from retrieval_draft.draft_service.errors import (
     ServiceUnavailableError,
     error_of,
 )
 from retrieval_draft.draft_service.transport import Address, Connection
-from retrieval_draft.draft_service.wire import Draft, Info, Said
+from retrieval_draft.draft_service.wire import Draft, Info, TopLogprobs
 from retrieval_draft.errors import InvalidInputError, RetrievalDraftError
 
-__all__ = ["Draft", "DraftClient", "DraftSession", "Info", "Said"]
+__all__ = ["Draft", "DraftClient", "Info", "RemoteSession", "TopLogprobs"]
 
 Share = Literal["none", "reply", "all"]
 _KEPT_CONNECTIONS = 16
@@ -98,10 +98,10 @@ class DraftClient:
         share: Share | None = None,
         fingerprint: str = "",
         nodes: int = 0,
-        deepest: int | None = None,
+        max_depth: int | None = None,
         chain: bool = False,
-        floor: float = 0.0,
-    ) -> DraftSession:
+        min_prob: float = 0.0,
+    ) -> RemoteSession:
         """Starts a session.
 
         Args:
@@ -111,9 +111,9 @@ class DraftClient:
             fingerprint: Of the engine's tokenizer, to be sure that it is the service's.
             nodes: Of a first draft, in ``session.draft``; 0 for none, as the first token comes from the
                 prompt's own pass.
-            deepest: As `DraftSession.step`, like the rest.
+            max_depth: As `RemoteSession.step`, like the rest.
             chain: A chain instead of a tree.
-            floor: Where a chain ends.
+            min_prob: Where a chain ends.
 
         Raises:
             InvalidInputError: The prompt is empty.
@@ -128,11 +128,11 @@ class DraftClient:
             share=share,
             fingerprint=fingerprint,
             nodes=nodes,
-            deepest=deepest,
+            max_depth=max_depth,
             chain=chain,
-            floor=floor,
+            min_prob=min_prob,
         )
-        session = DraftSession(self, len(text), text[-1])
+        session = RemoteSession(self, len(text), text[-1])
         try:
             if self._may_call():
                 reply = self._call("POST", "/open", wire.encode(request), wire.OpenReply)
@@ -144,21 +144,21 @@ class DraftClient:
 
     def step(
         self,
-        steps: Sequence[tuple[DraftSession, Tokens]],
+        steps: Sequence[tuple[RemoteSession, Tokens]],
         *,
         nodes: int = 60,
-        deepest: int | None = None,
+        max_depth: int | None = None,
         chain: bool = False,
-        floor: float = 0.0,
+        min_prob: float = 0.0,
     ) -> list[Draft]:
         """Steps of many sessions in one round trip.
 
         Args:
             steps: Sessions, each once, and what their engine emitted.
-            nodes: As `DraftSession.step`, like the rest.
-            deepest: Longest path that is of use.
+            nodes: As `RemoteSession.step`, like the rest.
+            max_depth: Longest path that is of use.
             chain: Chains instead of trees.
-            floor: Where a chain ends.
+            min_prob: Where a chain ends.
 
         Returns:
             Their drafts. One that failed is empty, with the reason in ``error``.
@@ -166,7 +166,7 @@ class DraftClient:
         Raises:
             RetrievalDraftError: As `on_error` says, where the whole call did not work.
         """
-        want = wire.Want(nodes=nodes, deepest=deepest, chain=chain, floor=floor)
+        want = wire.Want(nodes=nodes, max_depth=max_depth, chain=chain, min_prob=min_prob)
         for start in range(0, len(steps), wire.MAX_STEPS):
             part = steps[start : start + wire.MAX_STEPS]
             for session, tokens in part:
@@ -190,9 +190,9 @@ class DraftClient:
 
     def _step(
         self,
-        sessions: Sequence[DraftSession],
+        sessions: Sequence[RemoteSession],
         want: wire.Want,
-        said: Said | None = None,
+        top_logprobs: TopLogprobs | None = None,
         close: Literal["finished", "dropped"] | None = None,
     ) -> None:
         """Sends what waits, and gives every session its draft."""
@@ -205,12 +205,12 @@ class DraftClient:
                 tokens=session._pending,
                 at=session.length - len(session._pending),
                 # Rows for tokens that wait from earlier steps are not there.
-                said=said if session._fresh == len(session._pending) else None,
+                top_logprobs=top_logprobs if session._fresh == len(session._pending) else None,
                 close=close,
                 nodes=want.nodes,
-                deepest=want.deepest,
+                max_depth=want.max_depth,
                 chain=want.chain,
-                floor=want.floor,
+                min_prob=want.min_prob,
             )
             for session in alive
         ]

@@ -13,19 +13,19 @@ from retrieval_draft.draft_service.errors import (
     UnknownSessionError,
     error_of,
 )
-from retrieval_draft.draft_service.wire import Draft, Said
+from retrieval_draft.draft_service.wire import Draft, TopLogprobs
 from retrieval_draft.errors import InvalidInputError, RetrievalDraftError
 
 if TYPE_CHECKING:
     from retrieval_draft.draft_service.client import DraftClient
 
-__all__ = ["DraftSession", "Tokens", "plain"]
+__all__ = ["RemoteSession", "Tokens", "plain"]
 
 Tokens = Iterable[int]
-_MOST_PENDING = 1 << 16
+_MAX_PENDING = 1 << 16
 
 
-class DraftSession:
+class RemoteSession:
     """One request of an engine. One thread at a time may use it.
 
     Attributes:
@@ -55,10 +55,10 @@ class DraftSession:
         tokens: Tokens,
         *,
         nodes: int = 60,
-        deepest: int | None = None,
+        max_depth: int | None = None,
         chain: bool = False,
-        floor: float = 0.0,
-        said: Said | None = None,
+        min_prob: float = 0.0,
+        top_logprobs: TopLogprobs | None = None,
     ) -> Draft:
         """Says what the engine emitted, and what to verify next, in one round trip.
 
@@ -66,10 +66,10 @@ class DraftSession:
             tokens: Emitted since the last step, in order, the bonus token included. After a failure they are
                 kept, and sent with the next ones.
             nodes: Draft nodes at most, the root not counted.
-            deepest: Longest path that is of use; None for any.
+            max_depth: Longest path that is of use; None for any.
             chain: One path instead of a tree, of at most `nodes` tokens.
-            floor: A chain ends before a token whose path probability is lower.
-            said: The target's best tokens at each of `tokens`, or at nodes of the last tree.
+            min_prob: A chain ends before a token whose path probability is lower.
+            top_logprobs: The target's best tokens at each of `tokens`, or at nodes of the last tree.
 
         Returns:
             The draft; its root alone where nothing is known.
@@ -82,8 +82,8 @@ class DraftSession:
         self._note(plain(tokens))
         if not self.alive and not self._client._silent:
             raise UnknownSessionError("The session is over.", "Open another one.")
-        want = wire.Want(nodes=nodes, deepest=deepest, chain=chain, floor=floor)
-        self._client._step([self], want, said)
+        want = wire.Want(nodes=nodes, max_depth=max_depth, chain=chain, min_prob=min_prob)
+        self._client._step([self], want, top_logprobs)
         failure = self.draft.error
         if failure is not None and not self._client._silent:
             raise error_of(failure.code, failure.message, failure.hint)
@@ -106,7 +106,7 @@ class DraftSession:
             self._client._step([self], wire.Want(nodes=0), close="finished" if finished else "dropped")
         self._over = True
 
-    def __enter__(self) -> DraftSession:
+    def __enter__(self) -> RemoteSession:
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
@@ -122,7 +122,7 @@ class DraftSession:
             self.draft = self._empty()
         if self.alive:
             self._pending = self._pending + tokens
-            self._over = len(self._pending) > _MOST_PENDING
+            self._over = len(self._pending) > _MAX_PENDING
 
     def _take(self, draft: Draft) -> None:
         """The service's answer."""

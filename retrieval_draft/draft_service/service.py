@@ -13,9 +13,9 @@ import numpy as np
 
 from retrieval_draft.draft_service import wire
 from retrieval_draft.draft_service.errors import DraftServiceError, OutOfStepError
-from retrieval_draft.draft_service.said import node_logits
 from retrieval_draft.draft_service.sessions import OpenSession, SessionLimits, SessionTable, unknown
 from retrieval_draft.draft_service.tenants import Proposers
+from retrieval_draft.draft_service.top_logprobs import node_logits
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.errors import RetrievalDraftError
 from retrieval_draft.index.source import CONTEXT, TokenArray
@@ -140,7 +140,7 @@ class DraftService:
         Raises:
             UnknownSessionError: The tenant has no such session.
             OutOfStepError: The engine's text is another one.
-            InvalidInputError: An id lies outside the vocabulary, or `said` is no table.
+            InvalidInputError: An id lies outside the vocabulary, or `top_logprobs` is no table.
             ServiceFullError: All texts together would be too long.
             TooLargeError: The session's text would be.
         """
@@ -164,14 +164,14 @@ class DraftService:
         """Steps of several sessions; one that fails says so in its draft, the others go on."""
         return [self._try_step(tenant, step) for step in steps]
 
-    def settle(self) -> None:
+    def apply_feedback(self) -> None:
         """Learns what the steps so far showed besides their tokens; no reply has to wait for that."""
         while self._unsettled:
             with suppress(IndexError):  # another thread was faster
                 session = self._unsettled.popleft()
                 if session.lock.acquire(blocking=False):  # else its next step has begun, and learns it first
                     try:
-                        session.proposing.settle()
+                        session.proposing.apply_feedback()
                     finally:
                         session.lock.release()
 
@@ -227,10 +227,12 @@ class DraftService:
             tokens = tokens[len(known) :]
             if not len(tokens):
                 return 0, session.last_accepted
-        said = node_logits(step.said, tokens, session, self.proposers.get(session.tenant).stores.vocabulary)
+        top_logprobs = node_logits(
+            step.top_logprobs, tokens, session, self.proposers.get(session.tenant).stores.vocabulary
+        )
         self.table.grow(session, len(tokens))
         try:
-            accepted = session.proposing.observe(tokens, said, later=said is None)
+            accepted = session.proposing.observe(tokens, top_logprobs, later=top_logprobs is None)
         except BaseException:
             self.table.shrink(session, len(tokens))
             raise
@@ -280,9 +282,9 @@ def _propose(proposing: ProposerSession, want: wire.Want, root: TokenArray) -> D
     if want.nodes == 0:
         return None
     if not want.chain:
-        return proposing.propose(want.nodes, want.deepest)
-    longest = want.nodes if want.deepest is None else min(want.deepest, want.nodes)
-    tokens, path_probs = proposing.propose_chain(longest, want.floor)
+        return proposing.propose(want.nodes, want.max_depth)
+    longest = want.nodes if want.max_depth is None else min(want.max_depth, want.nodes)
+    tokens, path_probs = proposing.propose_chain(longest, want.min_prob)
     size = len(tokens) + 1
     path_probs = np.concatenate((np.ones(1, np.float32), path_probs))
     depths = np.arange(size, dtype=np.int32)

@@ -21,10 +21,10 @@ __all__ = [
     "Info",
     "OpenReply",
     "OpenRequest",
-    "Said",
     "Step",
     "StepReply",
     "StepRequest",
+    "TopLogprobs",
     "decode",
     "encode",
 ]
@@ -51,14 +51,14 @@ Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
 Version = Literal[1]
 
 
-class Said(Struct, forbid_unknown_fields=True, omit_defaults=True):
+class TopLogprobs(Struct, forbid_unknown_fields=True, omit_defaults=True):
     """The target's most probable next tokens at some positions.
 
     Attributes:
         tokens: One row for each position, best first; all rows of one length.
         probs: Their probabilities under the target's softmax.
-        nodes: Which nodes of the last tree the rows are about, 0 being its root; None where row i is the law
-            that the i-th token of the step was drawn from.
+        nodes: Nodes of the last tree that the rows are about, 0 being its root; None where row i is the
+            distribution that the i-th token of the step was drawn from.
     """
 
     tokens: Annotated[list[list[Token]], Meta(max_length=MAX_ROWS)]
@@ -71,15 +71,25 @@ class Want(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True)
 
     Attributes:
         nodes: Draft nodes at most, the root not counted; 0 for none. Of a chain: its length at most.
-        deepest: Longest path that is of use; None for any.
+        max_depth: Longest path that is of use; None for any.
         chain: One path instead of a tree: the one of which most is accepted on average.
-        floor: A chain ends before a token whose path probability is lower.
+        min_prob: A chain ends before a token whose path probability is lower.
+        deepest: The former name of `max_depth`, still read.
+        floor: The former name of `min_prob`, still read.
     """
 
     nodes: Annotated[int, Meta(ge=0, le=MAX_DRAFT_NODES)] = 60
-    deepest: Annotated[int, Meta(ge=0, le=MAX_LENGTH)] | None = None
+    max_depth: Annotated[int, Meta(ge=0, le=MAX_LENGTH)] | None = None
     chain: bool = False
-    floor: Probability = 0.0
+    min_prob: Probability = 0.0
+    deepest: Annotated[int, Meta(ge=0, le=MAX_LENGTH)] | None = None
+    floor: Probability | None = None
+
+    def __post_init__(self) -> None:
+        if self.deepest is not None:
+            self.max_depth, self.deepest = self.deepest, None
+        if self.floor is not None:
+            self.min_prob, self.floor = self.floor, None
 
 
 class OpenRequest(Want, kw_only=True):
@@ -110,15 +120,22 @@ class Step(Want, kw_only=True):
         at: Length of the text before `tokens`, as the engine has it. Tokens that the service has already are
             not taken in twice, so a step whose answer was lost can be sent again; a gap is an error. None:
             not checked.
-        said: What the target said, if the engine has it.
+        top_logprobs: The target's best tokens, if the engine has them.
+        said: The former name of `top_logprobs`, still read.
         close: Ends the session after `tokens`: "finished" lets others learn from it, "dropped" does not.
     """
 
     session: Annotated[str, Meta(max_length=64)]
     tokens: list[Token] = []
     at: Annotated[int, Meta(ge=0)] | None = None
-    said: Said | None = None
+    top_logprobs: TopLogprobs | None = None
+    said: TopLogprobs | None = None
     close: Literal["finished", "dropped"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.said is not None:
+            self.top_logprobs, self.said = self.said, None
 
 
 class StepRequest(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
@@ -252,6 +269,7 @@ class _SentStep(Want, kw_only=True):
     session: Annotated[str, Meta(max_length=64)]
     tokens: Raw = msgspec.field(default_factory=Raw)
     at: Annotated[int, Meta(ge=0)] | None = None
+    top_logprobs: Raw = msgspec.field(default_factory=Raw)
     said: Raw = msgspec.field(default_factory=Raw)
     close: Literal["finished", "dropped"] | None = None
 
@@ -268,7 +286,7 @@ _Text = Annotated[list[Token], Meta(max_length=MAX_TEXT)]
 _Texts = Annotated[list[Raw], Meta(max_length=MAX_TEXTS)]
 _large: dict[tuple[Any, bool], Any] = {
     (kind, json): (msgspec.json.Decoder(kind) if json else msgspec.msgpack.Decoder(kind))
-    for kind in (_SentOpen, _SentSteps, _Text, _Texts, Said)
+    for kind in (_SentOpen, _SentSteps, _Text, _Texts, TopLogprobs)
     for json in (False, True)
 }
 
@@ -285,16 +303,21 @@ def _decode_large(body: bytes, kind: Any, json: bool) -> Any:
         )
     steps, rows = [], 0
     for step in sent.steps:
-        said = None
-        if len(memoryview(step.said)):
-            if json and bytes(step.said).count(b"[") > 2 * MAX_ROWS + 3:
-                raise msgspec.ValidationError(f"`said` has more than {MAX_ROWS} rows")
-            said = _large[Said, json].decode(step.said)
-            rows += len(said.tokens) + len(said.probs)
+        top_logprobs = None
+        raw = step.top_logprobs if len(memoryview(step.top_logprobs)) else step.said
+        if len(memoryview(raw)):
+            if json and bytes(raw).count(b"[") > 2 * MAX_ROWS + 3:
+                raise msgspec.ValidationError(f"`top_logprobs` has more than {MAX_ROWS} rows")
+            top_logprobs = _large[TopLogprobs, json].decode(raw)
+            rows += len(top_logprobs.tokens) + len(top_logprobs.probs)
             if rows > 2 * MAX_ROWS:
-                raise msgspec.ValidationError(f"`said` has more than {MAX_ROWS} rows in all steps together")
+                raise msgspec.ValidationError(
+                    f"`top_logprobs` has more than {MAX_ROWS} rows in all steps together"
+                )
         tokens = _list(step.tokens, _Text, MAX_TEXT, json) if len(memoryview(step.tokens)) else []
-        steps.append(Step(**_rest(step, "tokens", "said"), tokens=tokens, said=said))
+        steps.append(
+            Step(**_rest(step, "tokens", "top_logprobs", "said"), tokens=tokens, top_logprobs=top_logprobs)
+        )
     return StepRequest(steps=steps, version=sent.version)
 
 

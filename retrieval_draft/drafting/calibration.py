@@ -56,7 +56,7 @@ REQUEST_RATE = 0.03
 MEMORY = 128.0
 """Expected acceptances after which a cell forgets half of what it saw."""
 
-MOST_LEARNED = 1e6
+MAX_LEARNED = 1e6
 """No number that is kept is larger."""
 
 VERSION = "1"
@@ -223,11 +223,11 @@ class Calibration:
         for name, array in arrays.items():
             own: NDArray[np.float64] = getattr(self, name)
             # What is learned stays far below; beyond it, sums of a few terms would not be numbers any more.
-            low = 0.0 if name in ("expected", "accepted") else -MOST_LEARNED
-            if array.shape != own.shape or not ((array >= low) & (array <= MOST_LEARNED)).all():
+            low = 0.0 if name in ("expected", "accepted") else -MAX_LEARNED
+            if array.shape != own.shape or not ((array >= low) & (array <= MAX_LEARNED)).all():
                 raise DatastoreError(
                     f"{path}: {name} has shape {array.shape} or holds what is never learned; it should be "
-                    f"{own.shape} of numbers in {low:g}..{MOST_LEARNED:g}.",
+                    f"{own.shape} of numbers in {low:g}..{MAX_LEARNED:g}.",
                     "Delete it: what it knows is learned again.",
                 )
         for name, array in arrays.items():

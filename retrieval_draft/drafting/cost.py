@@ -17,7 +17,7 @@ MORE_SIZES = (128, 256, 512, 1024)
 
 ROUNDS = 2
 ENOUGH_SECONDS = 1.0
-MOST_ROUNDS = 7
+MAX_ROUNDS = 7
 RATE_ALL = 0.03
 """Share of a step's error that moves the whole curve: a longer context, a warmer machine."""
 
@@ -82,7 +82,7 @@ class CostModel:
         forward(SIZES[0])
         least = np.full(len(SIZES), np.inf)
         started = time.perf_counter()
-        for turn in range(MOST_ROUNDS):
+        for turn in range(MAX_ROUNDS):
             if turn >= ROUNDS and time.perf_counter() - started > ENOUGH_SECONDS:
                 break
             for place, size in enumerate(SIZES):

@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from retrieval_draft.drafting.locality import wants_hidden
+from retrieval_draft.drafting.hierarchy import wants_hidden
 from retrieval_draft.index.source import (
-    DraftSession,
     DraftSource,
     NodeLogits,
     Proposal,
+    SourceSession,
     TokenArray,
     empty_proposal,
 )
@@ -79,7 +79,7 @@ class Pacer:
 
 
 class _PacedSession:
-    def __init__(self, source: PacedSource, session: DraftSession, clock: Callable[[], float]) -> None:
+    def __init__(self, source: PacedSource, session: SourceSession, clock: Callable[[], float]) -> None:
         self._source = source
         self._session = session
         self._pacer = source.pacer
@@ -130,7 +130,7 @@ class PacedSource:
         self.pacer = Pacer()
         self._clock = clock
 
-    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> DraftSession:
+    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> SourceSession:
         """Starts a request; what is known of the source's worth is kept from request to request."""
         return _PacedSession(self, self.source.open(prompt, references), self._clock)
 

@@ -1,4 +1,4 @@
-"""One request's side of drafting: what to verify next, and what to learn from it."""
+"""One request's drafts: the tree to verify next, and what the sources learn from the result."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval_draft.drafting.locality import RequestDrafts
+from retrieval_draft.drafting.hierarchy import SourceSessions
 from retrieval_draft.drafting.predictions import Predictions
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArray
 
-__all__ = ["Drafting", "Fuse", "Plan", "count_names", "prompt_contexts", "proposed_nodes"]
+__all__ = ["DraftPlan", "DraftSession", "Fuse", "count_names", "prompt_contexts", "proposed_nodes"]
 
 
 class Calibrates(Protocol):
@@ -35,7 +35,7 @@ class Calibrates(Protocol):
 
 
 NOISY_CHOICE = 4
-MOST_CHOICE = 64
+MAX_CHOICE = 64
 """Nodes that sources propose for each that is verified, where the noise chooses between them. On replies of
 Gemma 270M, 8 nodes: 1% more tokens a step at a temperature of 0.6, 3% at 1."""
 
@@ -43,31 +43,31 @@ Fuse = Callable[[int, Sequence[Proposal], Any, int], DraftTree]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class DraftPlan:
     """One step's drafts.
 
     Attributes:
         tree: What to verify.
         fused: The whole fused tree, of which `tree` is the best part.
-        proposals: What the sources said; bit s of ``tree.sources`` means ``proposals[s]``.
+        proposals: One of each source; bit s of ``tree.sources`` means ``proposals[s]``.
     """
 
     tree: DraftTree
     fused: DraftTree
     proposals: Sequence[Proposal]
 
-    def cut(self, nodes: int) -> Plan:
+    def cut(self, nodes: int) -> DraftPlan:
         """The plan that verifies the best `nodes` nodes of this one's tree."""
         if nodes >= self.tree.num_draft_tokens:
             return self
-        return Plan(self.tree.truncate(nodes), self.fused, self.proposals)
+        return DraftPlan(self.tree.truncate(nodes), self.fused, self.proposals)
 
 
-class Drafting:
-    """Sources, fusion and calibration, asked and told once a step.
+class DraftSession:
+    """Sources, fusion and calibration of one request, called once a step.
 
     Args:
-        drafts: The sources, opened for this request.
+        sessions: Those of this request, in all sources.
         fuse: Unites proposals into a tree: (root token, proposals, calibration, max_nodes).
         calibration: Learns what evidence is worth.
         max_nodes: Draft nodes at most.
@@ -77,41 +77,41 @@ class Drafting:
 
     def __init__(
         self,
-        drafts: RequestDrafts,
+        sessions: SourceSessions,
         fuse: Fuse,
         calibration: Calibrates,
         max_nodes: int,
         vocabulary: int,
         stats: DraftStats,
     ) -> None:
-        self._drafts = drafts
+        self._sessions = sessions
         self._fuse = fuse
         self._calibration = calibration
         self._max_nodes = max_nodes
         self._vocabulary = vocabulary
         self._stats = stats
 
-    def propose(self, root: int, length: int, deepest: int, nodes: int | None = None) -> Plan:
+    def propose(self, root: int, length: int, max_depth: int, nodes: int | None = None) -> DraftPlan:
         """All that could be verified in the next step; the budget cuts it.
 
         Args:
             root: The last accepted token.
             length: Committed tokens before it.
-            deepest: Tokens that may still be emitted after the next one; deeper nodes are useless.
+            max_depth: Tokens that may still be emitted after the next one; deeper nodes are useless.
             nodes: Draft nodes at most in this step; None for as many as in any.
         """
         most = self._max_nodes if nodes is None else nodes
         wanted = proposed_nodes(most, self._calibration.noise is not None)
-        proposals = self._drafts.propose(wanted)
+        proposals = self._sessions.propose(wanted)
         if not proposals:
             tree = DraftTree.root(root)
-            return Plan(tree, tree, proposals)
+            return DraftPlan(tree, tree, proposals)
         self._calibration.position = length + 1
         fused = self._fuse(root, proposals, self._calibration, most)
-        return Plan(_usable(fused, deepest, self._vocabulary), fused, proposals)
+        return DraftPlan(_usable(fused, max_depth, self._vocabulary), fused, proposals)
 
-    def count(self, plan: Plan, path: Sequence[int]) -> None:
-        """Counts what a step verified and accepted."""
+    def count(self, plan: DraftPlan, path: Sequence[int]) -> None:
+        """Counts the nodes of a step that were verified and accepted."""
         stats = self._stats
         stats.drafted += plan.tree.num_draft_tokens
         stats.accepted += len(path) - 1
@@ -120,67 +120,55 @@ class Drafting:
         taken = plan.tree.sources[list(path[1:])]
         count_names(plan.proposals, taken, stats.accepted_by_source, stats.accepted_by_level)
 
-    def learn(self, plan: Plan, emitted: TokenArray, tail: TokenArray, said: Predictions) -> None:
-        """Tells sources and calibration what a step showed.
+    def observe(self, emitted: TokenArray) -> None:
+        """Appends a step's tokens, int32, shape (m,), to the text of every source."""
+        self._sessions.observe(emitted)
+
+    def learn(self, plan: DraftPlan, emitted: TokenArray, logits: NodeLogits) -> None:
+        """Passes on what a step showed besides its tokens; now, or a step later.
 
         Args:
             plan: The step's drafts.
             emitted: int32, shape (m,). Tokens accepted in this step, the bonus token last.
-            tail: int32. Committed text before the root.
-            said: The target's predictions at every node of ``plan.tree``.
+            logits: The target's predictions, at nodes of the tree or anywhere in the text.
         """
-        self.take_in(emitted)
-        self.learn_from(plan, emitted, NodeLogits(plan.tree.contexts(tail), said.top_tokens, said.top_probs))
-
-    def take_in(self, emitted: TokenArray) -> None:
-        """Appends a step's tokens to the text of every source."""
-        self._drafts.observe(emitted)
-
-    def learn_from(self, plan: Plan, emitted: TokenArray, logits: NodeLogits) -> None:
-        """Tells sources and calibration what a step showed besides its tokens, now or a step later.
-
-        Args:
-            plan: The step's drafts.
-            emitted: int32, shape (m,). Tokens accepted in this step.
-            logits: What the target said, at nodes of the tree or anywhere.
-        """
-        self._drafts.learn(logits)
+        self._sessions.learn(logits)
         if plan.proposals:
             self._calibration.observe(plan.fused, plan.proposals, emitted)
 
     @property
     def wants_hidden(self) -> bool:
         """Whether a source drafts from the target's hidden states."""
-        return self._drafts.wants_hidden
+        return self._sessions.wants_hidden
 
     def learn_hidden(self, hidden: Any) -> None:
-        """Tells the sources the hidden state that chose the new root; after `learn` or `start`."""
-        self._drafts.learn_hidden(hidden)
+        """Passes on the hidden state that chose the new root; after `learn` or `start`."""
+        self._sessions.learn_hidden(hidden)
 
-    def start(self, first: TokenArray, prompt: TokenArray, said: Predictions | None) -> None:
-        """Tells the sources the first token and what the target predicted at the prompt's end.
+    def start(self, first: TokenArray, prompt: TokenArray, predictions: Predictions | None) -> None:
+        """Passes on the first token and the target's predictions at the prompt's end.
 
         Args:
             first: int32, shape (1,). The token after the prompt.
             prompt: int32, shape (length,).
-            said: Predictions at the last positions of the prompt; None if the sources know them already.
+            predictions: At the last positions of the prompt; None if the sources know them already.
         """
         begin = time.perf_counter()
-        self._drafts.observe(first)
-        if said is not None:
-            contexts = prompt_contexts(prompt, len(said.next_tokens))
-            self._drafts.learn(NodeLogits(contexts, said.top_tokens, said.top_probs))
+        self._sessions.observe(first)
+        if predictions is not None:
+            contexts = prompt_contexts(prompt, len(predictions.next_tokens))
+            self._sessions.learn(NodeLogits(contexts, predictions.top_tokens, predictions.top_probs))
         self._stats.learn_seconds += time.perf_counter() - begin
 
     def close(self) -> None:
         """Ends the request in every source. Once is enough, twice does no harm."""
-        drafts, self._drafts = self._drafts, RequestDrafts(())
-        drafts.close()
+        sessions, self._sessions = self._sessions, SourceSessions()
+        sessions.close()
 
 
 def proposed_nodes(nodes: int, noisy: bool) -> int:
     """Nodes to ask each source for, if `nodes` are verified: more where noise may favour the unlikely."""
-    return max(nodes, min(NOISY_CHOICE * nodes, MOST_CHOICE)) if noisy else nodes
+    return max(nodes, min(NOISY_CHOICE * nodes, MAX_CHOICE)) if noisy else nodes
 
 
 def count_names(
@@ -219,15 +207,15 @@ def prompt_contexts(prompt: TokenArray, count: int) -> NDArray[np.int32]:
     return np.ascontiguousarray(windows[len(windows) - count :])
 
 
-def _usable(tree: DraftTree, deepest: int, vocabulary: int) -> DraftTree:
+def _usable(tree: DraftTree, max_depth: int, vocabulary: int) -> DraftTree:
     """Leaves out nodes that are too deep to be emitted or that the model cannot embed."""
     if (
         int(tree.tokens.max()) < vocabulary
         and int(tree.tokens.min()) >= 0
-        and (len(tree) <= deepest or int(tree.depths.max()) <= deepest)
+        and (len(tree) <= max_depth or int(tree.depths.max()) <= max_depth)
     ):
         return tree
-    bad = (tree.depths > deepest) | (tree.tokens >= vocabulary) | (tree.tokens < 0)
+    bad = (tree.depths > max_depth) | (tree.tokens >= vocabulary) | (tree.tokens < 0)
     bad[0] = False
     for node in range(1, len(tree)):
         bad[node] |= bad[tree.parents[node]]

@@ -17,11 +17,11 @@ from retrieval_draft.index.source import DraftSource
 from retrieval_draft.index.store.store import SharedStore
 from retrieval_draft.index.suffix_automaton import AutomatonSource
 
-__all__ = ["REGISTRY", "Datastores", "make_sources"]
+__all__ = ["REGISTRY", "DraftStores", "make_sources"]
 
 
 @dataclass(frozen=True, slots=True)
-class Datastores:
+class DraftStores:
     """What sources are made from besides the configuration.
 
     Attributes:
@@ -41,13 +41,13 @@ class Datastores:
     owns_shared: bool = True
 
 
-def _history(config: DraftConfig, stores: Datastores) -> HistorySource:
+def _history(config: DraftConfig, stores: DraftStores) -> HistorySource:
     folder = None if config.history_folder is None else Path(config.history_folder)
     history = History(stores.vocabulary, config.history_bytes, folder, stores.fingerprint)
     return HistorySource(history, config.history_prompts, config.history_replies)
 
 
-REGISTRY: dict[str, Callable[[DraftConfig, Datastores], DraftSource | None]] = {
+REGISTRY: dict[str, Callable[[DraftConfig, DraftStores], DraftSource | None]] = {
     "automaton": lambda config, stores: AutomatonSource(),
     "adjacency": lambda config, stores: AdjacencySource(config.adjacency_rows, config.top_k),
     "siblings": lambda config, stores: SiblingSource(),
@@ -59,7 +59,7 @@ REGISTRY: dict[str, Callable[[DraftConfig, Datastores], DraftSource | None]] = {
 """Each returns its source, or None where there is nothing for it to draft from."""
 
 
-def make_sources(config: DraftConfig, stores: Datastores) -> list[DraftSource]:
+def make_sources(config: DraftConfig, stores: DraftStores) -> list[DraftSource]:
     """The sources that `config` names, in its order; none for plain decoding."""
     if config.method == "none":
         return []

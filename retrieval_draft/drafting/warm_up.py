@@ -8,7 +8,7 @@ import numpy as np
 
 from retrieval_draft._progress import progress
 from retrieval_draft.drafting.calibration import Calibration
-from retrieval_draft.drafting.locality import Locality
+from retrieval_draft.drafting.hierarchy import SourceHierarchy
 from retrieval_draft.drafting.session import Fuse, prompt_contexts
 from retrieval_draft.index.source import DraftSource, NodeLogits
 
@@ -32,9 +32,9 @@ def compile_drafting(sources: Sequence[DraftSource], tree: Fuse, top_k: int) -> 
     top_probs = np.full((2, top_k), 1 / (top_k + 1), np.float32)
     with progress("Compiling", None):
         calibration = Calibration()
-        locality = Locality(sources)
+        hierarchy = SourceHierarchy(sources)
         for _ in range(2):  # the second request drafts from the first
-            drafts = locality.open(prompt, ())
+            drafts = hierarchy.open(prompt, ())
             drafts.learn(NodeLogits(prompt_contexts(prompt, 2), top_tokens, top_probs))
             for token in (0, 0, 1):
                 proposals = drafts.propose(nodes)
@@ -43,5 +43,5 @@ def compile_drafting(sources: Sequence[DraftSource], tree: Fuse, top_k: int) -> 
                     calibration.observe(tree(0, proposals, calibration, nodes), proposals, emitted)
                 drafts.observe(emitted)
             drafts.close()
-            locality.flush()
-        locality.close()
+            hierarchy.flush()
+        hierarchy.close()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from retrieval_draft.drafting.budget import Budget
 from retrieval_draft.drafting.predictions import Predictions
-from retrieval_draft.drafting.session import Drafting, Plan
+from retrieval_draft.drafting.session import DraftPlan, DraftSession
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.attention.tree_mask import TreeInputs
 from retrieval_draft.engine.logits import LogitReader
@@ -44,7 +44,7 @@ class Step:
     """
 
     rows: Sequence[Row]
-    plans: Sequence[Plan]
+    plans: Sequence[DraftPlan]
     emitted: Sequence[Sequence[int]]
     draft_seconds: float
     commit_seconds: float
@@ -54,7 +54,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class _Said:
+class _RowOutput:
     """A row's part of a pass: logits and hidden states at its nodes, padded ones included, and a summary."""
 
     logits: Tensor
@@ -67,18 +67,18 @@ class _Verified:
     """A pass over some rows."""
 
     rows: Sequence[Row]
-    plans: Sequence[Plan]
-    parts: Sequence[_Said]
+    plans: Sequence[DraftPlan]
+    parts: Sequence[_RowOutput]
     nodes: int
     seconds: float
 
 
-def _accept(row: Row, plan: Plan, said: _Said) -> list[int]:
-    return row.accept(plan, said.logits, said.summary)
+def _accept(row: Row, plan: DraftPlan, predictions: _RowOutput) -> list[int]:
+    return row.accept(plan, predictions.logits, predictions.summary)
 
 
-def _learn(row: Row, plan: Plan, emitted: list[int], said: _Said) -> None:
-    row.learn(plan, emitted, said.summary, said.hidden)
+def _learn(row: Row, plan: DraftPlan, emitted: list[int], predictions: _RowOutput) -> None:
+    row.learn(plan, emitted, predictions.summary, predictions.hidden)
 
 
 class Batch:
@@ -109,7 +109,11 @@ class Batch:
         self._failed = failed
 
     def join(
-        self, request: DecodeRequest, drafting: Drafting | None, stats: DraftStats, leader: Row | None = None
+        self,
+        request: DecodeRequest,
+        drafting: DraftSession | None,
+        stats: DraftStats,
+        prefix_owner: Row | None = None,
     ) -> Row:
         """Adds a request, and decodes its first token.
 
@@ -117,18 +121,18 @@ class Batch:
             request: What to decode.
             drafting: Its drafts; None decodes one token a step.
             stats: Its counts.
-            leader: A row that just joined with the same prompt and has not stepped since.
+            prefix_owner: A row that just joined with the same prompt and has not stepped since.
 
         Returns:
             Its row; it may be done already.
         """
         row = self.row(request, drafting, stats)
-        for _ in self.joining(row, leader):
+        for _ in self.joining(row, prefix_owner):
             pass
         return row
 
     def row(
-        self, request: DecodeRequest, drafting: Drafting | None, stats: DraftStats, beside: bool = False
+        self, request: DecodeRequest, drafting: DraftSession | None, stats: DraftStats, beside: bool = False
     ) -> Row:
         """A row that has not joined yet.
 
@@ -142,12 +146,12 @@ class Batch:
         attention = target.attention_of_row() if self.rows or beside else target.attention
         return Row(target, request, drafting, attention, stats)
 
-    def joining(self, row: Row, leader: Row | None = None) -> Iterator[None]:
+    def joining(self, row: Row, prefix_owner: Row | None = None) -> Iterator[None]:
         """Passes a row's prompt, and adds the row. Yields between passes, when other rows may step."""
         hidden = row.drafting is not None and row.drafting.wants_hidden
-        if leader is not None:
+        if prefix_owner is not None:
             with self._target.watching_hidden(hidden):
-                row.fork(leader)
+                row.fork(prefix_owner)
         else:
             passes, more = row.prefill(self._reader), True
             while more:
@@ -196,13 +200,17 @@ class Batch:
         forward = sum(each.seconds for each in verified)
         rows = [row for each in verified for row in each.rows]
         plans = [plan for each in verified for plan in each.plans]
-        said = [part for each in verified for part in each.parts]
-        accepted = self._of_each(_accept, rows, plans, said)
+        predictions = [part for each in verified for part in each.parts]
+        accepted = self._of_each(_accept, rows, plans, predictions)
         walked = perf_counter()
         kept = [place for place, row in enumerate(rows) if row in accepted]
-        rows, plans, said = [rows[p] for p in kept], [plans[p] for p in kept], [said[p] for p in kept]
+        rows, plans, predictions = (
+            [rows[p] for p in kept],
+            [plans[p] for p in kept],
+            [predictions[p] for p in kept],
+        )
         emitted = list(accepted.values())
-        learnt = self._of_each(_learn, rows, plans, emitted, said)
+        learnt = self._of_each(_learn, rows, plans, emitted, predictions)
         if len(verified) == 1 and rows:
             nodes = verified[0].nodes
             self._budget.timed(len(verified[0].rows), nodes, max(row.length for row in rows), forward)
@@ -245,7 +253,9 @@ class Batch:
         self.remove(row)
         self._failed(row, error)
 
-    def _verify(self, rows: Sequence[Row], plans: Sequence[Plan], inputs: Sequence[TreeInputs]) -> _Verified:
+    def _verify(
+        self, rows: Sequence[Row], plans: Sequence[DraftPlan], inputs: Sequence[TreeInputs]
+    ) -> _Verified:
         """One pass over the trees of all rows, and what it says."""
         began, caches, hidden = perf_counter(), [row.cache for row in rows], None
         if any(row.drafting is not None and row.drafting.wants_hidden for row in rows):
@@ -258,16 +268,18 @@ class Batch:
         begins = [0]
         for given in inputs:
             begins.append(begins[-1] + given.input_ids.shape[1])
-        said = self._read(logits, begins, [len(plan.tree) for plan in plans])
+        predictions = self._read(logits, begins, [len(plan.tree) for plan in plans])
         # On CUDA the pass is over when its logits have been read; nothing else waits for it.
         ended = perf_counter() if self._target.device.type == "cuda" else launched
         parts = [
-            _Said(logits[begin:end], each, None if hidden is None else hidden[begin:end])
-            for each, (begin, end) in zip(said, pairwise(begins), strict=True)
+            _RowOutput(logits[begin:end], each, None if hidden is None else hidden[begin:end])
+            for each, (begin, end) in zip(predictions, pairwise(begins), strict=True)
         ]
         return _Verified(rows, plans, parts, begins[-1], ended - began)
 
-    def _verify_alone(self, rows: Sequence[Row], plans: Sequence[Plan], error: Exception) -> list[_Verified]:
+    def _verify_alone(
+        self, rows: Sequence[Row], plans: Sequence[DraftPlan], error: Exception
+    ) -> list[_Verified]:
         """A pass for each row, after one over all of them raised; the rows that raise again fail."""
         _log.warning("A pass over %d rows raised and is made again row by row: %r", len(rows), error)
         out = []
@@ -301,7 +313,7 @@ def decode(
     requests: Sequence[DecodeRequest],
     reader: LogitReader,
     stats: DraftStats,
-    draftings: Sequence[Drafting | None] = (),
+    draftings: Sequence[DraftSession | None] = (),
     budget: Budget | None = None,
     each: Sequence[DraftStats] = (),
 ) -> list[Row]:
@@ -321,11 +333,11 @@ def decode(
     """
     batch = Batch(target, reader, stats, budget if budget is not None else Budget())
     rows: dict[DecodeRequest, Row] = {}
-    drafted: Sequence[Drafting | None] = draftings or [None] * len(requests)
+    drafted: Sequence[DraftSession | None] = draftings or [None] * len(requests)
     try:
         for index, (request, drafting) in enumerate(zip(requests, drafted, strict=True)):
-            leader = None if request.leader is None else rows[request.leader]
-            rows[request] = batch.join(request, drafting, each[index] if each else stats, leader)
+            prefix_owner = None if request.prefix_owner is None else rows[request.prefix_owner]
+            rows[request] = batch.join(request, drafting, each[index] if each else stats, prefix_owner)
         batch.leave()
         while batch.rows:
             batch.step()

@@ -34,7 +34,7 @@ class DecodeRequest:
         prompt_rows: Last prompt positions whose predictions the sources learn from.
         prefill_chunk: Prompt tokens in one pass at most.
         cache: Holds the beginning of the prompt already, all but one token at most; None to begin anew.
-        leader: A request with the same prompt, earlier in the batch, whose prompt pass serves this one too.
+        prefix_owner: An earlier request of the batch with the same prompt, whose prompt pass serves both.
         keep_prompt_logits: Whether the logits at the prompt's positions are kept.
         read_prompt: Called with those logits instead, run by run: (m, vocabulary) each; they are not kept.
     """
@@ -52,6 +52,6 @@ class DecodeRequest:
     prompt_rows: int = 1
     prefill_chunk: int | None = None
     cache: SpeculativeCache | None = None
-    leader: DecodeRequest | None = None
+    prefix_owner: DecodeRequest | None = None
     keep_prompt_logits: bool = False
     read_prompt: Callable[[Tensor], None] | None = None

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from retrieval_draft.drafting.predictions import Predictions
-from retrieval_draft.drafting.session import Drafting, Plan
+from retrieval_draft.drafting.session import DraftPlan, DraftSession
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.attention.tree_mask import TreeAttention, TreeInputs
@@ -21,6 +21,7 @@ from retrieval_draft.engine.sampling.sampling import non_finite
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.transcript import Transcript
 from retrieval_draft.engine.verify import walk
+from retrieval_draft.index.source import NodeLogits
 
 __all__ = ["Row"]
 
@@ -52,7 +53,7 @@ class Row:
         self,
         target: Target,
         request: DecodeRequest,
-        drafting: Drafting | None,
+        drafting: DraftSession | None,
         attention: TreeAttention,
         stats: DraftStats,
     ) -> None:
@@ -71,7 +72,7 @@ class Row:
         self._path: Sequence[int] = ()
         self._kept = 0
         self._prompt_end: Tensor | None = None
-        self._said: Predictions | None = None
+        self._predictions: Predictions | None = None
         self._hidden_end: Tensor | None = None
         stats.requests += 1
         stats.prompt_tokens += len(request.prompt)
@@ -102,67 +103,67 @@ class Row:
                 begin = perf_counter()
         if kept:
             self.prompt_logits = torch.cat(kept)
-        said = Predictions(*(np.concatenate([getattr(p, name) for p in parts]) for name in _FIELDS))
+        predictions = Predictions(*(np.concatenate([getattr(p, name) for p in parts]) for name in _FIELDS))
         self._prompt_end = end
-        self._said = _last(said)
+        self._predictions = _last(predictions)
         self._begin(self._prompt_end)
         self.stats.prefill_seconds += perf_counter() - begin
         if self.drafting is not None:
-            self.drafting.start(self.text.reply, request.prompt, said)
+            self.drafting.start(self.text.reply, request.prompt, predictions)
             if self.target.hidden is not None:
                 self._hidden_end = self.target.hidden[-1]
                 self.drafting.learn_hidden(self._hidden_end)
 
-    def fork(self, leader: Row) -> None:
+    def fork(self, prefix_owner: Row) -> None:
         """Takes over what `prefill` of a row with the same prompt found, and emits its own first token."""
         begin = perf_counter()
-        assert leader._prompt_end is not None
-        self.cache = leader.cache.clone(self._capacity)
-        self.prompt_logits = leader.prompt_logits
-        self._said = leader._said
-        self._begin(leader._prompt_end)
+        assert prefix_owner._prompt_end is not None
+        self.cache = prefix_owner.cache.clone(self._capacity)
+        self.prompt_logits = prefix_owner.prompt_logits
+        self._predictions = prefix_owner._predictions
+        self._begin(prefix_owner._prompt_end)
         self.stats.prefill_seconds += perf_counter() - begin
         if self.drafting is not None:
             self.drafting.start(self.text.reply, self.request.prompt, None)
-            if leader._hidden_end is not None:
-                self.drafting.learn_hidden(leader._hidden_end)
+            if prefix_owner._hidden_end is not None:
+                self.drafting.learn_hidden(prefix_owner._hidden_end)
 
     def _begin(self, logits: Tensor) -> None:
-        assert self._said is not None
-        for _ in self._accept(DraftTree.root(int(self.request.prompt[-1])), logits, self._said):
+        assert self._predictions is not None
+        for _ in self._accept(DraftTree.root(int(self.request.prompt[-1])), logits, self._predictions):
             pass
         self._path = ()
 
-    def propose(self) -> Plan:
+    def propose(self) -> DraftPlan:
         """All that the sources have for the next step."""
         root, length = int(self.text.tokens[-1]), len(self.text) - 1
         if self.drafting is None:
             tree = DraftTree.root(root)
-            return Plan(tree, tree, ())
+            return DraftPlan(tree, tree, ())
         return self.drafting.propose(root, length, self.request.max_length - len(self.text) - 1)
 
-    def prepare(self, plan: Plan) -> TreeInputs:
+    def prepare(self, plan: DraftPlan) -> TreeInputs:
         """Packs the tree for the model, and moves the last accepted path into place."""
         inputs = self.attention.prepare(plan.tree, len(self.text) - 1, self._moved)
         self._commit(inputs.moved)
         return inputs
 
-    def prepare_again(self, plan: Plan) -> TreeInputs:
+    def prepare_again(self, plan: DraftPlan) -> TreeInputs:
         """`prepare` after a pass that failed: what it staged goes, the committed text stays."""
         self.cache.stage(False)
         self.cache.drop()
         return self.attention.prepare(plan.tree, len(self.text) - 1, None)
 
-    def accept(self, plan: Plan, logits: Tensor, said: Predictions) -> list[int]:
+    def accept(self, plan: DraftPlan, logits: Tensor, predictions: Predictions) -> list[int]:
         """Emits what the target says along the tree, and notes which nodes to keep.
 
         Args:
             plan: What was verified.
             logits: (n + 1, vocabulary) or more, float, after each node.
-            said: Their summary.
+            predictions: Their summary.
         """
         stats = self.stats
-        emitted = self._accept(plan.tree, logits, said)
+        emitted = self._accept(plan.tree, logits, predictions)
         path = self._path
         kept = 0
         while kept < len(path) and path[kept] == kept:
@@ -173,13 +174,15 @@ class Row:
         stats.steps += 1
         return emitted
 
-    def learn(self, plan: Plan, emitted: list[int], said: Predictions, hidden: Tensor | None) -> None:
+    def learn(
+        self, plan: DraftPlan, emitted: list[int], predictions: Predictions, hidden: Tensor | None
+    ) -> None:
         """Tells sources and calibration what the step showed.
 
         Args:
             plan: What was verified.
             emitted: Tokens that `accept` returned.
-            said: The target's predictions at the tree's nodes.
+            predictions: The target's predictions at the tree's nodes.
             hidden: (n + 1, d) or more. What the head read at the nodes, if a source wants it.
         """
         drafting = self.drafting
@@ -188,7 +191,13 @@ class Row:
         before = len(self.text) - len(emitted) - 1
         drafting.count(plan, self._path)
         tail = self.text.tokens[max(0, before - 3) : before]
-        drafting.learn(plan, np.array(emitted, np.int32), tail, said)
+        accepted = np.array(emitted, np.int32)
+        drafting.observe(accepted)
+        drafting.learn(
+            plan,
+            accepted,
+            NodeLogits(plan.tree.contexts(tail), predictions.top_tokens, predictions.top_probs),
+        )
         if drafting.wants_hidden and hidden is not None:
             drafting.learn_hidden(hidden[self._path[-1]])
 
@@ -197,16 +206,18 @@ class Row:
         moved = None if self._moved is None else torch.from_numpy(self._moved).to(self.target.device)
         self._commit(moved)
         self.cache.text = self.text.tokens[:-1].copy()
-        self._prompt_end = self._said = self._hidden_end = None
+        self._prompt_end = self._predictions = self._hidden_end = None
         if self.request.finished is not None:
             self.request.finished(self.text.reply)
 
-    def _accept(self, tree: DraftTree, logits: Tensor, said: Predictions) -> list[int]:
+    def _accept(self, tree: DraftTree, logits: Tensor, predictions: Predictions) -> list[int]:
         """Emits the accepted tokens one by one, each as if it had been decoded alone."""
         emitted: list[int] = []
         path: list[int] = []
         self._path = path
-        choose = self._argmax(said) if self.request.sampler is None else self._sample(logits, said)
+        choose = (
+            self._argmax(predictions) if self.request.sampler is None else self._sample(logits, predictions)
+        )
         for node, token in walk(tree, choose):
             path.append(node)
             emitted.append(token)
@@ -215,8 +226,8 @@ class Row:
                 break
         return emitted
 
-    def _argmax(self, said: Predictions) -> Callable[[int], int]:
-        tokens, finite = said.next_tokens.tolist(), said.finite.tolist()
+    def _argmax(self, predictions: Predictions) -> Callable[[int], int]:
+        tokens, finite = predictions.next_tokens.tolist(), predictions.finite.tolist()
 
         def choose(node: int) -> int:
             if not finite[node]:
@@ -225,14 +236,14 @@ class Row:
 
         return choose
 
-    def _sample(self, logits: Tensor, said: Predictions) -> Callable[[int], int]:
+    def _sample(self, logits: Tensor, predictions: Predictions) -> Callable[[int], int]:
         sampler = self.request.sampler
         assert sampler is not None
 
         def choose(node: int) -> int:
             ids = self.text.ids
             assert ids is not None
-            if not said.finite[node]:
+            if not predictions.finite[node]:
                 raise non_finite(len(self.text))
             return sampler.choose(logits[node], ids, len(self.text))
 
@@ -278,5 +289,5 @@ class Row:
 _FIELDS = ("next_tokens", "finite", "top_tokens", "top_probs")
 
 
-def _last(said: Predictions) -> Predictions:
-    return Predictions(*(getattr(said, name)[-1:] for name in _FIELDS))
+def _last(predictions: Predictions) -> Predictions:
+    return Predictions(*(getattr(predictions, name)[-1:] for name in _FIELDS))

@@ -31,13 +31,13 @@ from retrieval_draft.generation.streaming import StreamRows
 from retrieval_draft.index.source import TokenArray
 from retrieval_draft.index.store.store import SharedStore
 
-__all__ = ["Extras", "Prepared", "Seeds", "make_requests", "set_limits", "share_when_finished"]
+__all__ = ["DecodeOptions", "DecodeRequests", "Seeds", "make_requests", "set_limits", "share_when_finished"]
 
 Seeds = int | Sequence[int] | None
 
 
 @dataclass(frozen=True, slots=True)
-class Extras:
+class DecodeOptions:
     """What a caller can ask for that model.generate does not know.
 
     Attributes:
@@ -63,7 +63,7 @@ class Extras:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class DecodeRequests:
     """What is ready to join a batch.
 
     Attributes:
@@ -83,7 +83,7 @@ def make_requests(
     criteria: StoppingCriteriaList,
     config: GenerationConfig,
     cache: Any,
-    extras: Extras,
+    extras: DecodeOptions,
     stream: StreamRows | None = None,
 ) -> list[DecodeRequest]:
     """One request for each row. Rows with the same prompt share its pass, and draw noise of their own.
@@ -110,7 +110,7 @@ def make_requests(
     dictionary = bool(config.return_dict_in_generate)
     keeps = dictionary and bool(config.output_scores), dictionary and bool(config.output_logits)
     width = input_ids.shape[1]
-    leaders = _leaders(prompts)
+    owners = _leaders(prompts)
     seeds = _seeds(extras.seeds, len(prompts), returned) if config.do_sample else [0] * len(prompts)
     caches: list[Any] = [None] * len(prompts)
     if cache is not None:
@@ -119,7 +119,7 @@ def make_requests(
             cache, [prompts[row] for row in first], [width - len(prompts[row]) for row in first], target
         )
         caches = [adopted[row // returned] if row % returned == 0 else None for row in range(len(prompts))]
-        leaders = [row - row % returned for row in range(len(prompts))]
+        owners = [row - row % returned for row in range(len(prompts))]
     samples: Counter[tuple[int, bytes]] = Counter()
     requests: list[DecodeRequest] = []
     for row, prompt in enumerate(prompts):
@@ -140,7 +140,7 @@ def make_requests(
         if stream is not None:
             request.emit, request.ended = stream.taker(row), partial(stream.end, row)
         request.cache = caches[row]
-        request.leader = None if leaders[row] == row else requests[leaders[row]]
+        request.prefix_owner = None if owners[row] == row else requests[owners[row]]
         request.keep_prompt_logits = extras.keep_prompt_logits
         set_limits(request, criteria_of_row(criteria, len(prompts)), config, width - len(prompt))
         requests.append(request)
@@ -226,7 +226,7 @@ def share_when_finished(
     nothing = np.empty(0, np.int32)
     for request in requests:
         # Rows with the same prompt share it once.
-        prompt = request.prompt if request.leader is None else nothing
+        prompt = request.prompt if request.prefix_owner is None else nothing
         request.finished = partial(_hand_over, store, prompt, share)
 
 

@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-__all__ = ["EventStream", "unless_gone", "until_gone"]
+__all__ = ["EventStream", "unless_gone", "wait_disconnect"]
 
 Result = TypeVar("Result")
 
 _log = logging.getLogger("retrieval_draft.server")
 
 
-async def until_gone(receive: Receive) -> None:
+async def wait_disconnect(receive: Receive) -> None:
     """Returns when the client has hung up."""
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -32,7 +32,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Re
         work: What it waits for.
     """
     task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(until_gone(receive))
+    watcher = asyncio.ensure_future(wait_disconnect(receive))
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         return await task if task.done() else None
@@ -61,7 +61,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves the response."""
         writer = asyncio.ensure_future(self._write(send))
-        watcher = asyncio.ensure_future(until_gone(receive))
+        watcher = asyncio.ensure_future(wait_disconnect(receive))
         try:
             await asyncio.wait({writer, watcher}, return_when=asyncio.FIRST_COMPLETED)
             if writer.done():

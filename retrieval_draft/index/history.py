@@ -23,7 +23,7 @@ from retrieval_draft.index.segments.index_folder import MANIFEST, IndexFolder, S
 from retrieval_draft.index.segments.new_texts import new_texts
 from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.index.segments.segment_session import Segments, SegmentSession
-from retrieval_draft.index.segments.segment_store import SegmentPile
+from retrieval_draft.index.segments.segment_store import SegmentStore
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 
 __all__ = ["History", "HistorySource"]
@@ -55,7 +55,7 @@ class History:
         if max_bytes < 1 << 20:
             raise InvalidInputError(f"max_bytes is {max_bytes}; a history needs at least {1 << 20}.")
         self._vocabulary = vocabulary
-        self._pile = SegmentPile(vocabulary, max_bytes)
+        self._pile = SegmentStore(vocabulary, max_bytes)
         self._entries: WeakKeyDictionary[Segment, SegmentEntry] = WeakKeyDictionary()
         self._waiting: deque[tuple[TokenArray, TokenArray]] = deque()
         self._waiting_tokens = 0
@@ -161,7 +161,7 @@ class History:
         else:
             self._index = index
             index.sweep()
-        self._pile = SegmentPile(self._vocabulary, self._pile.max_bytes, index.segments())
+        self._pile = SegmentStore(self._vocabulary, self._pile.max_bytes, index.segments())
         self._entries.update(zip(self.segments, index.manifest.segments, strict=True))
 
     def _take(self) -> list[tuple[TokenArray, TokenArray]]:
@@ -184,7 +184,7 @@ class History:
         if not texts:
             return
         self._pile.add(Segment.build(texts, self._vocabulary))  # merging may take a while
-        while self._pile.tidy():
+        while self._pile.compact():
             pass
         self._persist(self.segments)
 
@@ -211,7 +211,7 @@ class History:
             Whether there may be another.
         """
         taken = self._take()
-        self._pile.let_go()
+        self._pile.free_retired()
         if taken:
             try:
                 self._ingest(taken)
@@ -282,7 +282,7 @@ class HistorySource:
         """Starts a request; references are the request's own and stay out of the history."""
         return HistorySession(self.history, prompt, self._prompts, self._replies)
 
-    def open_siblings(
+    def open_parallel(
         self, prompt: TokenArray, references: Sequence[TokenArray], count: int
     ) -> list[HistorySession]:
         """Starts requests with one prompt, which joins the history once."""

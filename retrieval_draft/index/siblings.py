@@ -65,7 +65,7 @@ class SiblingSource:
         """A request without siblings has nothing to draft from here."""
         return SiblingSession(None)
 
-    def open_siblings(
+    def open_parallel(
         self, prompt: TokenArray, references: Sequence[TokenArray], count: int
     ) -> list[SiblingSession]:
         """Starts `count` requests with one prompt.

@@ -9,7 +9,15 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CONTEXT", "DraftSession", "DraftSource", "NodeLogits", "Proposal", "TokenArray", "empty_proposal"]
+__all__ = [
+    "CONTEXT",
+    "DraftSource",
+    "NodeLogits",
+    "Proposal",
+    "SourceSession",
+    "TokenArray",
+    "empty_proposal",
+]
 
 TokenArray = NDArray[np.int32]
 """Token ids, int32, one axis. -1 means none; 0 is a token like any other."""
@@ -17,7 +25,7 @@ TokenArray = NDArray[np.int32]
 CONTEXT = 4
 """How many tokens of context `NodeLogits` carries for each node."""
 
-_MOST_PROB = 1.01
+_MAX_PROB = 1.01
 """Sums over a vocabulary are rounded."""
 
 
@@ -72,7 +80,7 @@ class NodeLogits:
 
     def __post_init__(self) -> None:
         probs = self.top_probs
-        said = ((probs >= 0.0) & (probs <= _MOST_PROB)).all(-1)  # NaN is neither
+        said = ((probs >= 0.0) & (probs <= _MAX_PROB)).all(-1)  # NaN is neither
         if not said.all():
             for name in ("contexts", "top_tokens", "top_probs"):
                 object.__setattr__(self, name, getattr(self, name)[said])
@@ -84,7 +92,7 @@ def empty_proposal(source: str, level: str) -> Proposal:
     return Proposal(none, none, np.empty(0, np.float32), none, source, level)
 
 
-class DraftSession(Protocol):
+class SourceSession(Protocol):
     """A source's view of one request. Not thread-safe; one decoding loop owns it."""
 
     def propose(self, budget: int) -> Proposal:
@@ -110,7 +118,7 @@ class DraftSource(Protocol):
     name: str
     level: str
 
-    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> DraftSession:
+    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> SourceSession:
         """Starts a request whose text is `prompt`.
 
         Args:

@@ -22,11 +22,11 @@ import numpy as np
 from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.index.source import Proposal, TokenArray
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
-from retrieval_draft.methods.method import Method, Parts, as_proposed
+from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 
 __all__ = ["METHOD", "AdedSession", "TrigramMatrix"]
 
-KEPT, GAIN, MOST_VALUE, WINDOW = 12, 0.04, 3.0, 16
+KEPT, GAIN, MAX_VALUE, WINDOW = 12, 0.04, 3.0, 16
 ITERATIONS, LENGTH, SENTENCES, NODES = 150, 4, 24, 64
 ROWS, ROW_BYTES = 1 << 16, 1000
 """Pairs kept at most, and about what one takes in CPython."""
@@ -96,7 +96,7 @@ class TrigramMatrix:
 def _raise(row: dict[int, float], token: int, by: float) -> None:
     if token not in row and len(row) == KEPT:
         del row[min(row, key=lambda other: row[other])]
-    row[token] = min(MOST_VALUE, row.get(token, 0.0) + by)
+    row[token] = min(MAX_VALUE, row.get(token, 0.0) + by)
 
 
 class _Place:
@@ -188,7 +188,7 @@ class AdedSession(LookupSession):
         return found
 
 
-def _sources(parts: Parts) -> Sequence[MethodSource]:
+def _sources(parts: MethodContext) -> Sequence[MethodSource]:
     matrix = TrigramMatrix([segment for corpus in parts.stores.corpora for segment in corpus.segments])
 
     def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> AdedSession:

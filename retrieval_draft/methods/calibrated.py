@@ -8,12 +8,12 @@ from retrieval_draft.drafting.fusion import fuse
 from retrieval_draft.drafting.pacing import PacedSource
 from retrieval_draft.drafting.sources import make_sources
 from retrieval_draft.index.source import DraftSource
-from retrieval_draft.methods.method import Method, Parts
+from retrieval_draft.methods.method import Method, MethodContext
 
 __all__ = ["METHOD"]
 
 
-def _sources(parts: Parts) -> Sequence[DraftSource]:
+def _sources(parts: MethodContext) -> Sequence[DraftSource]:
     # A model's time counts only where the budget is free to follow it.
     paced = parts.config.nodes is None
     models = [PacedSource(model) if paced else model for model in parts.models]

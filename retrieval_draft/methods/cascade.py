@@ -19,7 +19,7 @@ from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLi
 from retrieval_draft.index.source import DraftSource, Proposal, TokenArray
 from retrieval_draft.methods.drafted import expansions
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
-from retrieval_draft.methods.method import Method, Parts, as_proposed
+from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 
 __all__ = ["METHOD", "CascadeSession"]
 
@@ -99,7 +99,7 @@ class CascadeSession(LookupSession):
         self._expansion.close()
 
 
-def _sources(parts: Parts) -> Sequence[DraftSource]:
+def _sources(parts: MethodContext) -> Sequence[DraftSource]:
     start = expansions(parts, "cascade", ExpansionLimits(top_k=1))
 
     def open_session(prompt: TokenArray, references: Sequence[TokenArray]) -> CascadeSession:

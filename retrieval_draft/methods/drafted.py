@@ -8,12 +8,12 @@ from functools import partial
 from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits
 from retrieval_draft.engine.draft_models.model_draft import ModelDraft
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.methods.method import Parts
+from retrieval_draft.methods.method import MethodContext
 
 __all__ = ["expansions"]
 
 
-def expansions(parts: Parts, name: str, limits: ExpansionLimits) -> Callable[[], Expansion]:
+def expansions(parts: MethodContext, name: str, limits: ExpansionLimits) -> Callable[[], Expansion]:
     """A function that gives each request its own expansion of the draft model.
 
     Args:

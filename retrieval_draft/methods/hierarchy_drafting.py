@@ -22,14 +22,14 @@ from threading import Lock
 from retrieval_draft.index.segments.segment_session import Segments
 from retrieval_draft.index.source import Proposal, TokenArray
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
-from retrieval_draft.methods.method import Method, Parts, as_proposed
+from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 from retrieval_draft.methods.rest import LONGEST, SHORTEST, TextEnd, common_prefixes
 
 __all__ = ["METHOD", "HierarchyDraftingSession", "ModelStore"]
 
 GUESSES = 7
 COPIED = 4
-MOST_STORED = 100_000
+MAX_STORED = 100_000
 KEPT = 75_000
 """What is left when there are more: the rarest are found by sorting all, so not for one at a time."""
 ENTRY_BYTES = 240
@@ -71,7 +71,7 @@ class ModelStore:
                     best.append(guess)
                 best.sort(key=known.__getitem__, reverse=True)
                 del best[2 * GUESSES :]
-                if self._size > MOST_STORED:
+                if self._size > MAX_STORED:
                     self._forget()
 
     def best(self, token: int) -> list[Guess]:
@@ -173,7 +173,7 @@ def _merged(guesses: dict[Guess, int], level: str) -> GuessTree:
     return tree
 
 
-def _sources(parts: Parts) -> Sequence[MethodSource]:
+def _sources(parts: MethodContext) -> Sequence[MethodSource]:
     model = ModelStore()
     corpora = parts.stores.corpora
     segments = tuple(part for corpus in corpora for part in corpus.segments)

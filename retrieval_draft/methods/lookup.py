@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from retrieval_draft.index.source import DraftSession, NodeLogits, Proposal, TokenArray
+from retrieval_draft.index.source import NodeLogits, Proposal, SourceSession, TokenArray
 
 __all__ = ["GuessTree", "LookupSession", "MethodSource", "after_references"]
 
@@ -116,14 +116,14 @@ class MethodSource:
     def __init__(
         self,
         name: str,
-        open_session: Callable[[TokenArray, Sequence[TokenArray]], DraftSession],
+        open_session: Callable[[TokenArray, Sequence[TokenArray]], SourceSession],
         nbytes: Callable[[], int] = lambda: 0,
     ) -> None:
         self.name = name
         self._open = open_session
         self._nbytes = nbytes
 
-    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> DraftSession:
+    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> SourceSession:
         """Starts a request."""
         return self._open(prompt, references)
 

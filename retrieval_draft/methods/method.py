@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.index.source import DraftSource, Proposal
 
-__all__ = ["Method", "Parts", "TreeRule", "as_proposed"]
+__all__ = ["Method", "MethodContext", "TreeRule", "as_proposed"]
 
 TreeRule = Callable[[int, Sequence[Proposal], Any, int], DraftTree]
 """Root token, one proposal of each source, calibration, most nodes: the tree to verify."""
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class MethodContext:
     """What a method can be made from.
 
     Attributes:
@@ -28,7 +28,7 @@ class Parts:
     """
 
     config: DraftConfig
-    stores: Datastores
+    stores: DraftStores
     models: tuple[Any, ...] = ()
 
 
@@ -49,7 +49,7 @@ class Method:
 
     name: str
     paper: str
-    sources: Callable[[Parts], Sequence[DraftSource]]
+    sources: Callable[[MethodContext], Sequence[DraftSource]]
     tree: TreeRule
     nodes: int | None
     calibrates: bool = False

@@ -16,14 +16,14 @@ from retrieval_draft.engine.draft_models.model_draft import ModelSession
 from retrieval_draft.index.source import DraftSource, TokenArray
 from retrieval_draft.methods.drafted import expansions
 from retrieval_draft.methods.lookup import MethodSource
-from retrieval_draft.methods.method import Method, Parts, as_proposed
+from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 
 __all__ = ["LIMITS", "METHOD"]
 
 LIMITS = ExpansionLimits(top_k=10, depth=10, entropy_stop=None, gain_stop=0.5)
 
 
-def _sources(parts: Parts) -> Sequence[DraftSource]:
+def _sources(parts: MethodContext) -> Sequence[DraftSource]:
     start = expansions(parts, "opt_tree", LIMITS)
 
     def open_session(prompt: TokenArray, references: Sequence[TokenArray]) -> ModelSession:

@@ -20,7 +20,7 @@ from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLi
 from retrieval_draft.index.source import DraftSource, Proposal, TokenArray
 from retrieval_draft.methods.drafted import expansions
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
-from retrieval_draft.methods.method import Method, Parts, as_proposed
+from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 
 __all__ = ["METHOD", "OuroborosSession", "PhrasePool"]
 
@@ -28,7 +28,7 @@ DRAFTED = 8
 PHRASE = 6
 KEPT = 20
 EXTENDED = 3
-MOST_TOKENS = 100_000
+MAX_TOKENS = 100_000
 """Tokens that the pool keeps phrases for; the one used longest ago goes first."""
 
 
@@ -53,7 +53,7 @@ class PhrasePool:
                     known.remove(phrase)
                 known.append(phrase)
                 self._phrases.move_to_end(tokens[start])
-            while len(self._phrases) > MOST_TOKENS:
+            while len(self._phrases) > MAX_TOKENS:
                 self._phrases.popitem(last=False)
 
     def newest(self, token: int) -> list[tuple[int, ...]]:
@@ -111,7 +111,7 @@ class OuroborosSession(LookupSession):
         self._expansion.close()
 
 
-def _sources(parts: Parts) -> Sequence[DraftSource]:
+def _sources(parts: MethodContext) -> Sequence[DraftSource]:
     start = expansions(parts, "ouroboros", ExpansionLimits(top_k=1, depth=DRAFTED, entropy_stop=None))
     pool = PhrasePool()
 

@@ -19,14 +19,14 @@ from threading import Lock
 
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
-from retrieval_draft.methods.method import Method, Parts, as_proposed
+from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 from retrieval_draft.methods.token_recycling import ZIPF, RecycledTokens
 
 __all__ = ["METHOD", "GramTrie", "RacerSession", "breadths"]
 
 GRAM = 10
 SHORTEST = 2
-MOST_NODES = 10_000
+MAX_NODES = 10_000
 NODES = 64
 BREADTH = 8
 NODE_BYTES = 400
@@ -51,7 +51,7 @@ class GramTrie:
         with 3-grams of 7 8 9 7 8 5: after "7 8" come 9 and 5, after "8" too; counts 7: 2, 7 8: 2, 7 8 9: 1
     """
 
-    def __init__(self, most: int = MOST_NODES) -> None:
+    def __init__(self, most: int = MAX_NODES) -> None:
         self._most = most
         self._root = _Node(-1, None)
         # Least recently used first. A path is touched from its end to its start, so the first one is a leaf.
@@ -191,7 +191,7 @@ class RacerSession(LookupSession):
                     waiting.append((node, child, below, depth + 1))
 
 
-def _sources(parts: Parts) -> Sequence[MethodSource]:
+def _sources(parts: MethodContext) -> Sequence[MethodSource]:
     trie, matrix = GramTrie(), RecycledTokens(parts.stores.vocabulary)
 
     def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> RacerSession:

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from retrieval_draft.drafting.locality import Locality, RequestDrafts
+from retrieval_draft.drafting.hierarchy import SourceHierarchy, SourceSessions
 from retrieval_draft.drafting.sources import make_sources
 from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits
 from retrieval_draft.index.source import DraftSource, Proposal, TokenArray
 from retrieval_draft.methods.drafted import expansions
 from retrieval_draft.methods.lookup import GuessTree, LookupSession
-from retrieval_draft.methods.method import Method, Parts, as_proposed
+from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 
 __all__ = ["METHOD", "RasdSession", "RasdSource", "join"]
 
@@ -72,7 +72,7 @@ def _add(tree: GuessTree, proposal: Proposal, size: int, first: set[int] | None)
 class RasdSession(LookupSession):
     """The draft model's view of a request, and the retrieval sources'."""
 
-    def __init__(self, expansion: Expansion, drafts: RequestDrafts, prompt: TokenArray) -> None:
+    def __init__(self, expansion: Expansion, drafts: SourceSessions, prompt: TokenArray) -> None:
         super().__init__(prompt)
         self._expansion = expansion
         self._drafts = drafts
@@ -103,30 +103,30 @@ class RasdSource:
     name = "rasd"
     level = "model"
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: MethodContext) -> None:
         self._start = expansions(parts, "rasd", LIMITS)
         names = [source for source in make_sources(parts.config, parts.stores) if source.name in RETRIEVAL]
-        self._locality = Locality(names)
+        self._hierarchy = SourceHierarchy(names)
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> RasdSession:
         """Starts a request."""
-        return RasdSession(self._start(), self._locality.open(prompt, references), prompt)
+        return RasdSession(self._start(), self._hierarchy.open(prompt, references), prompt)
 
     def flush(self) -> None:
         """Waits until what finished requests said can be looked up."""
-        self._locality.flush()
+        self._hierarchy.flush()
 
     def close(self) -> None:
         """Ends the retrieval sources."""
-        self._locality.close()
+        self._hierarchy.close()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the retrieval sources."""
-        return self._locality.nbytes
+        return self._hierarchy.nbytes
 
 
-def _sources(parts: Parts) -> Sequence[DraftSource]:
+def _sources(parts: MethodContext) -> Sequence[DraftSource]:
     return [RasdSource(parts)]
 
 

@@ -21,14 +21,14 @@ from retrieval_draft.drafting.sources import REGISTRY
 from retrieval_draft.index.history import HistorySource
 from retrieval_draft.index.segments.segment import Segment, match_state
 from retrieval_draft.index.segments.segment_session import Segments
-from retrieval_draft.index.source import DraftSession, Proposal, TokenArray
+from retrieval_draft.index.source import Proposal, SourceSession, TokenArray
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
-from retrieval_draft.methods.method import Method, Parts, as_proposed
+from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 
 __all__ = ["METHOD", "RestSession", "RestSource", "TextEnd", "common_prefixes"]
 
 LONGEST, SHORTEST, COPIED = 16, 2, 10
-MOST_MATCHES = 5000
+MAX_MATCHES = 5000
 CHOICES = 64
 
 Places = list[tuple[Segment, NDArray[np.int64]]]
@@ -64,7 +64,7 @@ class TextEnd:
             tokens = np.array(tokens, np.int32)
             self._kernels.advance(self._rows, self._chain, self._longest, self._tail, tokens)
 
-    def behind(self, length: int, most: int = MOST_MATCHES) -> Places:
+    def behind(self, length: int, most: int = MAX_MATCHES) -> Places:
         """The places behind at most `most` occurrences of the last `length` tokens (1 to 32)."""
         kernels, found = self._kernels, []
         for number, segment in enumerate(self._segments):
@@ -126,7 +126,7 @@ class RestSession(LookupSession):
         datastore 7 8 9 4 and 7 8 9 3, prompt 1 7 8  ->  tokens [9, 3, 4], parents [-1, 0, 0]
     """
 
-    def __init__(self, segments: Segments, prompt: TokenArray, history: DraftSession | None = None) -> None:
+    def __init__(self, segments: Segments, prompt: TokenArray, history: SourceSession | None = None) -> None:
         super().__init__(prompt[:0])
         self._end = TextEnd(segments, prompt)
         self._history = history
@@ -168,7 +168,7 @@ def _cut(prefixes: list[Counted]) -> dict[tuple[int, ...], int]:
 class RestSource(MethodSource):
     """The corpora; without one, what earlier requests said."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: MethodContext) -> None:
         segments = tuple(part for corpus in parts.stores.corpora for part in corpus.segments)
         store = REGISTRY["corpus" if segments else "history"](parts.config, parts.stores)
         assert store is not None

@@ -22,7 +22,7 @@ from retrieval_draft.index.segments.segment_session import Segments
 from retrieval_draft.index.source import Proposal, TokenArray
 from retrieval_draft.index.suffix_automaton import SuffixAutomaton
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
-from retrieval_draft.methods.method import Method, Parts, as_proposed
+from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 from retrieval_draft.methods.rest import Places, TextEnd
 
 __all__ = ["METHOD", "SamDecodingSession"]
@@ -131,7 +131,7 @@ def _children(places: Places) -> list[tuple[int, int, Places]]:
     return [(token, counts[token], behind[token]) for token in best]
 
 
-def _sources(parts: Parts) -> Sequence[MethodSource]:
+def _sources(parts: MethodContext) -> Sequence[MethodSource]:
     corpora = parts.stores.corpora
     segments = tuple(part for corpus in corpora for part in corpus.segments)
 

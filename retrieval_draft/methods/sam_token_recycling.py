@@ -17,7 +17,7 @@ import numpy as np
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 from retrieval_draft.index.suffix_automaton import SuffixAutomaton
 from retrieval_draft.methods.lookup import GuessTree, MethodSource, after_references
-from retrieval_draft.methods.method import Method, Parts, as_proposed
+from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 from retrieval_draft.methods.token_recycling import TEMPLATE, RecycledTokens
 
 __all__ = ["METHOD", "SamTokenRecyclingSession"]
@@ -80,7 +80,7 @@ class SamTokenRecyclingSession:
         return found // 4 + length
 
 
-def _sources(parts: Parts) -> Sequence[MethodSource]:
+def _sources(parts: MethodContext) -> Sequence[MethodSource]:
     matrix = RecycledTokens(parts.stores.vocabulary)
 
     def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> SamTokenRecyclingSession:

@@ -22,7 +22,7 @@ import numpy as np
 from retrieval_draft.index.adjacency import AdjacencyMatrix
 from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArray
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
-from retrieval_draft.methods.method import Method, Parts, as_proposed
+from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 
 __all__ = ["METHOD", "StandSession", "StandTable", "shape"]
 
@@ -150,7 +150,7 @@ class StandSession(LookupSession):
         self._table.learn(logits)
 
 
-def _sources(parts: Parts) -> Sequence[MethodSource]:
+def _sources(parts: MethodContext) -> Sequence[MethodSource]:
     table = StandTable(parts.config.adjacency_rows)
 
     def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> StandSession:

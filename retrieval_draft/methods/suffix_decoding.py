@@ -27,13 +27,13 @@ import numpy as np
 from retrieval_draft.index.source import Proposal, TokenArray
 from retrieval_draft.index.suffix_automaton import SuffixAutomaton
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
-from retrieval_draft.methods.method import Method, Parts, as_proposed
+from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 
 __all__ = ["METHOD", "Replies", "SuffixDecodingSession", "suffix_tree"]
 
 DEPTH = 64
 MIN_PROB = 0.1
-MOST_REPLIES = 10_000
+MAX_REPLIES = 10_000
 NAME = "suffix_decoding"
 
 Scored = tuple[GuessTree, float]
@@ -135,7 +135,7 @@ class Replies:
             with self._reading:
                 self._automaton.insert(text)
                 self._automaton.end_text()
-            while self._texts and (len(self._texts) > MOST_REPLIES or self.nbytes > self._most_bytes):
+            while self._texts and (len(self._texts) > MAX_REPLIES or self.nbytes > self._most_bytes):
                 for _ in range(-(-len(self._texts) // 4)):
                     self._texts.popleft()
                 made = SuffixAutomaton(sum(len(kept) + 1 for kept in self._texts))
@@ -182,7 +182,7 @@ class SuffixDecodingSession(LookupSession):
         self._replies.add(np.array(self.text[self._prompted :], np.int32))
 
 
-def _sources(parts: Parts) -> Sequence[MethodSource]:
+def _sources(parts: MethodContext) -> Sequence[MethodSource]:
     replies = Replies(parts.config.history_bytes if parts.config.history_replies else 0)
 
     def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> SuffixDecodingSession:

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
-from retrieval_draft.methods.method import Method, Parts, as_proposed
+from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 
 __all__ = ["METHOD", "RecycledTokens", "TokenRecyclingSession", "template"]
 
 BREADTH = 8
 LEVELS = (8, 21, 25, 15, 8, 3)
-MOST_TOKENS = 1 << 20
+MAX_TOKENS = 1 << 20
 """Ids that may have a row. No vocabulary is as large, and a stray id must not allocate gigabytes."""
 
 ZIPF = tuple(1 / (rank + 1) / sum(1 / (other + 1) for other in range(BREADTH)) for rank in range(BREADTH))
@@ -82,7 +82,7 @@ class RecycledTokens:
     def learn(self, logits: NodeLogits) -> None:
         """Overwrites the row of each node's token; of equal tokens the last node stays."""
         tokens = np.asarray(logits.contexts[:, -1], np.int64)
-        known = (tokens >= 0) & (tokens < MOST_TOKENS)
+        known = (tokens >= 0) & (tokens < MAX_TOKENS)
         if not known.any():
             return
         tokens, best = tokens[known], np.asarray(logits.top_tokens)[known, :BREADTH]
@@ -154,7 +154,7 @@ class TokenRecyclingSession(LookupSession):
         self._matrix.learn(logits)
 
 
-def _sources(parts: Parts) -> Sequence[MethodSource]:
+def _sources(parts: MethodContext) -> Sequence[MethodSource]:
     matrix = RecycledTokens(parts.stores.vocabulary)
 
     def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> TokenRecyclingSession:

@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from retrieval_draft import __version__
 from retrieval_draft.http.head_requests import HeadAsGet
 from retrieval_draft.http.json_response import Json
-from retrieval_draft.server.auth import Gate
+from retrieval_draft.server.auth import AuthMiddleware
 from retrieval_draft.server.body_limit import BodyLimit
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.openai.chat_request import ChatRequest, Message
@@ -66,7 +66,7 @@ def create_app(
     _handle_errors(app)
     app.add_middleware(BodyLimit, limit=service.settings.max_body_bytes)
     app.add_middleware(HeadAsGet)
-    app.add_middleware(Gate, service=service, public=public)
+    app.add_middleware(AuthMiddleware, service=service, public=public)
     if service.settings.cors_origins:
         # Before the gate: browsers ask whether they may send a key without sending it.
         app.add_middleware(

@@ -14,13 +14,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.service import Service
 
-__all__ = ["Gate", "send_error"]
+__all__ = ["AuthMiddleware", "send_error"]
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _log = logging.getLogger("retrieval_draft.server")
 
 
-class Gate:
+class AuthMiddleware:
     """Middleware: request ids, API keys, and refusal of what the server has no room for.
 
     ``scope["state"]`` gets ``request_id``, the server's own, ``client_id``, what the client sent as

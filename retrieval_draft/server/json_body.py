@@ -19,7 +19,7 @@ _PLACE = re.compile(r" - at `(?:key in )?\$(.*?)`$", re.DOTALL)
 _NAME = re.compile(r"^\.?([A-Za-z0-9_]+)")
 _FIELD = re.compile(r"field `(.*?)`", re.DOTALL)
 _KINDS = ("application/json",)
-_MOST_SHOWN = 100
+_MAX_SHOWN = 100
 
 
 async def read_body(request: Request, decoder: msgspec.json.Decoder[Body]) -> Body:
@@ -105,7 +105,7 @@ def is_absent(raw: Raw, *also: bytes) -> bool:
         *also: Values besides null that change nothing, as JSON.
     """
     view = memoryview(raw)
-    return len(view) < _MOST_SHOWN and bytes(view).strip() in (b"", b"null", *also)
+    return len(view) < _MAX_SHOWN and bytes(view).strip() in (b"", b"null", *also)
 
 
 def _refuse(message: str, name: str) -> NoReturn:
@@ -116,7 +116,7 @@ def _refuse(message: str, name: str) -> NoReturn:
     if field is not None and not place and not name:
         name = field[1]
         known = "unknown field" not in said
-        short = name if len(name) <= _MOST_SHOWN else name[:_MOST_SHOWN] + "..."
+        short = name if len(name) <= _MAX_SHOWN else name[:_MAX_SHOWN] + "..."
         text = f"{short}: required." if known else f"{short} is not known to this server; leave it out."
         raise ApiError(400, text, short)
     where = name + place if name else place.lstrip(".")

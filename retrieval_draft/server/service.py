@@ -16,7 +16,7 @@ from retrieval_draft.http.keys import KeyRing
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.openai.detokenize import Decode, decoder
 from retrieval_draft.server.openai.model_defaults import usable_defaults
-from retrieval_draft.server.openai.prepare import Asked, Means
+from retrieval_draft.server.openai.prepare import Means, PreparedRequest
 from retrieval_draft.server.openai.token_text import TokenTexts
 from retrieval_draft.server.scheduler.channel import Channel
 from retrieval_draft.server.scheduler.engine import ServingEngine
@@ -155,11 +155,11 @@ class Service:
         self,
         request_id: str,
         tenant: str,
-        prepare: Callable[[Loaded, Means], Asked],
+        prepare: Callable[[Loaded, Means], PreparedRequest],
         traceparent: str | None = None,
         client_id: str | None = None,
         size: int = 0,
-    ) -> tuple[Job, Asked]:
+    ) -> tuple[Job, PreparedRequest]:
         """Prepares a request on a thread, and lets it wait for its place in the batch.
 
         Tenants do not wait for each other here, nor short requests for long ones. Cancelled, what has not
@@ -185,7 +185,7 @@ class Service:
             if is_gone:
                 raise ApiError(499, "The client has left.")
 
-        def run() -> Asked:
+        def run() -> PreparedRequest:
             means = Means(
                 loaded.tenants[tenant], loaded.tokenizer, loaded.decode, self.settings, loaded.overrides,
                 loaded.longest, check,

@@ -30,7 +30,7 @@ from benchmarks.gpu_check.tests import verdict
 from retrieval_draft.bench.replay import Replayer, Trace
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafting.calibration import Calibration
-from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.drafting.sources import DraftStores
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -315,7 +315,7 @@ def test_measured_reply_is_not_known_before() -> None:
     for group in decoder.groups:
         steps = [decoder.decode(group, 48).steps for _ in range(2)]
         prompt, reply = (np.array(ids, np.int32) for ids in (group[0].prompt, group[0].reply[:48]))
-        replayer = Replayer(DraftConfig(nodes=16), 16, False, Datastores(32000), Calibration())
+        replayer = Replayer(DraftConfig(nodes=16), 16, False, DraftStores(32000), Calibration())
         expected = replayer.run(Trace("any", prompt, reply)).steps
         assert steps[0] == steps[1]
         assert steps[0] == pytest.approx(expected, rel=0.1)

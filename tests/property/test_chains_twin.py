@@ -17,7 +17,7 @@ from retrieval_draft.drafting._kernels import fusion
 from retrieval_draft.drafting.batch import ChainBatch
 from retrieval_draft.drafting.batch import chain_batch as batch
 from retrieval_draft.drafting.calibration import PRIOR, Calibration, places_of
-from retrieval_draft.drafting.sources import Datastores, make_sources
+from retrieval_draft.drafting.sources import DraftStores, make_sources
 from retrieval_draft.index.history import HistorySource
 from retrieval_draft.index.source import DraftSource, Proposal
 from retrieval_draft.index.suffix_automaton import AutomatonSession
@@ -112,14 +112,14 @@ def test_chains_are_what_the_trees_of_sessions_say(
 ) -> None:
     names = ("automaton", "history") if which == "both" else (which,)
     config = DraftConfig(sources=names)
-    sources: list[DraftSource] = make_sources(config, Datastores(VOCABULARY))
+    sources: list[DraftSource] = make_sources(config, DraftStores(VOCABULARY))
     for source in sources:
         if isinstance(source, HistorySource):
             for text in earlier:
                 source.history.add(_array([]), _array(text))
             source.flush()
     with _everything_counts():
-        chains = ChainBatch(Datastores(VOCABULARY), config, max_chain=6, sources=sources)
+        chains = ChainBatch(DraftStores(VOCABULARY), config, max_chain=6, sources=sources)
         session = chains.open(_array(prompt))
         text = list(prompt)
         for emitted in said:
@@ -149,7 +149,7 @@ def test_a_request_drafts_from_no_other_ones_text(
     order: list[tuple[str, int, int]], prompts: list[list[int]]
 ) -> None:
     """Texts of different requests share no token, so that one from elsewhere would show."""
-    chains = ChainBatch(Datastores(40), DraftConfig(sources=("automaton",)), max_chain=5)
+    chains = ChainBatch(DraftStores(40), DraftConfig(sources=("automaton",)), max_chain=5)
     open_ids: dict[int, int] = {}
     twins: dict[int, AutomatonSession] = {}
     own: dict[int, list[int]] = {}
@@ -170,7 +170,7 @@ def test_a_request_drafts_from_no_other_ones_text(
                 [open_ids[row] for row in rows],
                 _array(list(chain.from_iterable(said))),
                 [how_many] * len(rows),
-                floor=0.0,
+                min_prob=0.0,
             )
             for row, drafted, size in zip(rows, out, lengths, strict=True):
                 assert chains.text(open_ids[row]).tolist() == own[row]
@@ -186,12 +186,12 @@ def test_what_is_drafted_for_a_row_does_not_depend_on_its_company(
 ) -> None:
     """Without learning in between: alone or among others, in whatever slot, a row gets the same chain."""
     config = DraftConfig(sources=("automaton", "history"))
-    together = ChainBatch(Datastores(VOCABULARY), config)
+    together = ChainBatch(DraftStores(VOCABULARY), config)
     gap = together.open(_array([5]))
     ids = [together.open(_array(prompt)) for prompt in prompts]
     together.close(gap, finished=False)
     together.flush()
-    alone = [ChainBatch(Datastores(VOCABULARY), config) for _ in prompts]
+    alone = [ChainBatch(DraftStores(VOCABULARY), config) for _ in prompts]
     singles = [one.open(_array(prompt)) for one, prompt in zip(alone, prompts, strict=True)]
     emitted = list(chain.from_iterable(said))
     # All of it is taken in with the first step, when nothing has been proposed yet that could be scored.

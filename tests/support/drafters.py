@@ -9,10 +9,10 @@ import torch
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafter import RetrievalDrafter
-from retrieval_draft.drafting.sources import Datastores
-from retrieval_draft.engine.supply import DraftSupply
+from retrieval_draft.drafting.sources import DraftStores
+from retrieval_draft.engine.draft_engine import DraftEngine
 from retrieval_draft.engine.target import Target
-from retrieval_draft.methods.method import Parts
+from retrieval_draft.methods.method import MethodContext
 from tests.support.sources import NoCalibration, fuse
 
 NEAR = 1e-4
@@ -22,9 +22,9 @@ def drafter_with(model: Any, *sources: Any, **options: Any) -> RetrievalDrafter:
     """A drafter over stand-in sources, fused in their own order."""
     config = DraftConfig(**{"nodes": 8, "prefill_logits": True, **options})
     target = Target(model)
-    supply = DraftSupply(target, config, sources, fuse)
+    supply = DraftEngine(target, config, sources, fuse)
     supply._calibration = NoCalibration()
-    return RetrievalDrafter(target, None, Parts(config, Datastores(target.embedding_rows)), supply)
+    return RetrievalDrafter(target, None, MethodContext(config, DraftStores(target.embedding_rows)), supply)
 
 
 def prompt_ids(length: int = 23, vocabulary: int = 97, seed: int = 1) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from retrieval_draft.drafting.session import Plan
+from retrieval_draft.drafting.session import DraftPlan
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.index.source import Proposal
@@ -22,18 +22,18 @@ def proposal(source: str, level: str) -> Proposal:
     return Proposal(ints(9), ints(-1), np.ones(1, np.float32), ints(1), source, level)
 
 
-def plan() -> Plan:
+def plan() -> DraftPlan:
     """Root 8 with 9 above 4, and 3: the first two named by history too."""
     probs = np.array([1, 0.8, 0.4, 0.1], np.float32)
     tree = DraftTree(
         ints(8, 9, 4, 3), ints(-1, 0, 1, 0), ints(0, 1, 2, 1), probs, probs, np.array([0, 3, 2, 1], np.int64)
     )
-    return Plan(tree, tree, (proposal("automaton", "request"), proposal("history", "history")))
+    return DraftPlan(tree, tree, (proposal("automaton", "request"), proposal("history", "history")))
 
 
-def empty_plan() -> Plan:
+def empty_plan() -> DraftPlan:
     root = DraftTree.root(8)
-    return Plan(root, root, ())
+    return DraftPlan(root, root, ())
 
 
 def row(request: str = "r", path: Sequence[int] = (0, 1, 2), index: int = 0) -> RowStep:

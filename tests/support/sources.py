@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from retrieval_draft.drafting.hierarchy import SourceHierarchy, SourceSessions
 from retrieval_draft.drafting.tree import DraftTree
-from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
+from retrieval_draft.index.source import NodeLogits, Proposal, SourceSession, TokenArray
 
 
 def proposal(tokens: list[int], parents: list[int], source: str = "test") -> Proposal:
@@ -154,3 +155,23 @@ class NoCalibration:
 
     def observe(self, tree: DraftTree, proposals: Sequence[Proposal], emitted: TokenArray) -> None:
         self.told += 1
+
+
+class OpenedAs:
+    """A source whose one session is given."""
+
+    name, level, nbytes = "given", "request", 0
+
+    def __init__(self, session: SourceSession) -> None:
+        self.session = session
+
+    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> SourceSession:
+        return self.session
+
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def sessions_of(*sessions: SourceSession) -> SourceSessions:
+    """The given sessions, opened for one request."""
+    return SourceHierarchy([OpenedAs(session) for session in sessions]).open(np.empty(0, np.int32))

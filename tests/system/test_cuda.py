@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.gpu_check.half_precision import too_many
 from retrieval_draft import DraftConfig, RetrievalDrafter
-from retrieval_draft.bench.contestants import cudnn_attention
+from retrieval_draft.bench.decoders import cudnn_attention
 from retrieval_draft.bench.ties import Ties, compare, count_ties
 from retrieval_draft.engine.sampling.noise import GumbelNoise
 from tests.support.drafters import drafter_with, reply_of

@@ -21,9 +21,9 @@ from retrieval_draft.draft_service.errors import NotAllowedError, UnknownSession
 from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.http.keys import KeyRing
 from retrieval_draft.index.store.config import StoreConfig
+from retrieval_draft.server.full_app import create_full_app
 from retrieval_draft.server.service import Service
 from retrieval_draft.server.settings import ServerSettings
-from retrieval_draft.server.whole_app import whole_app
 from tests.support.browser import CHROMIUM, browser
 from tests.support.models import make
 from tests.support.tiny import byte_tokenizer
@@ -43,7 +43,7 @@ def serving(keys: dict[str, str], store: Path | None = None) -> Iterator[str]:
     service = Service(ServerSettings("<b>tiny</b>"), lambda: (drafter, tokenizer), keys=KeyRing(keys))
     server = uvicorn.Server(
         uvicorn.Config(
-            whole_app(service), port=0, log_config=None, lifespan="on", timeout_graceful_shutdown=2
+            create_full_app(service), port=0, log_config=None, lifespan="on", timeout_graceful_shutdown=2
         )
     )
     thread = threading.Thread(target=server.run, daemon=True)

@@ -19,7 +19,7 @@ from retrieval_draft.index.store import sender as sender_module
 from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.index.store.entry import EntryCodec
 from retrieval_draft.index.store.keys import SHARDS, lock_key, stream_key
-from retrieval_draft.index.store.mirror import FIELD
+from retrieval_draft.index.store.log_replica import FIELD
 from retrieval_draft.index.store.store import SharedStore
 from tests.support.stores import (
     FINGERPRINT,

@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks.valkey_process import ValkeyProcess
 from retrieval_draft.index.store import sender as sender_module
+from retrieval_draft.index.store.describe_store import describe_store
 from retrieval_draft.index.store.keys import SHARDS, stream_key
 from retrieval_draft.index.store.log_reader import COUNT, LogReader
-from retrieval_draft.index.store.survey import survey
 from retrieval_draft.index.store.url import parse_store_url
 from tests.support.store_servers import ValkeyCluster
 from tests.support.stores import FINGERPRINT, NONE, opened, run, runs, share, wait_same, wait_until
@@ -199,7 +199,7 @@ def test_what_is_no_stream_keeps_nobody_from_the_others(server) -> None:
         for number, store in enumerate(stores):
             share(store, number)
         wait_same(stores, runs(*range(4)))
-    found = [each for each in survey(parse_store_url(server.url, {}))[1] if each.tenant == "default"]
+    found = [each for each in describe_store(parse_store_url(server.url, {}))[1] if each.tenant == "default"]
     assert [each.streams for each in found] == [{str(SHARDS - 1): 4}]
 
 
@@ -215,5 +215,5 @@ def test_a_survey_fetches_no_entries_and_shows_no_strange_names(server, monkeypa
     ):
         client.xadd(name, {b"e": b"x"})
     monkeypatch.setattr("redis.Redis.xrange", None)
-    (found,) = survey(parse_store_url(server.url, {}))[1]
+    (found,) = describe_store(parse_store_url(server.url, {}))[1]
     assert (found.fingerprint, found.oldest, found.newest, found.entries) == (FINGERPRINT, 5, 9, 2)

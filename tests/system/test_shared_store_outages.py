@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.slow_proxy import SlowProxy
 from benchmarks.valkey_process import ValkeyProcess
-from retrieval_draft.index.store import recent
+from retrieval_draft.index.store import replay_buffer as recent
 from retrieval_draft.index.store.connector import Connector
 from retrieval_draft.index.store.keys import SHARDS, stream_key
 from retrieval_draft.index.store.url import parse_store_url

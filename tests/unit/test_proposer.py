@@ -124,22 +124,22 @@ def test_what_a_step_taught_may_wait() -> None:
             assert one.observe(step) == other.observe(step, later=True)
             assert one.length == other.length
         assert one.stats.drafted > other.stats.drafted
-        other.settle()
-        other.settle()
+        other.apply_feedback()
+        other.apply_feedback()
         assert one.stats == other.stats
         one.close()
         other.close()
         assert soon.stats == late.stats
 
 
-def brute_chain(parents: list[int], probs: list[float], deepest: int) -> float:
+def brute_chain(parents: list[int], probs: list[float], max_depth: int) -> float:
     best = 0.0
     for node in range(1, len(parents)):
         path, at = [], node
         while at > 0:
             path.append(at)
             at = parents[at]
-        if len(path) <= deepest:
+        if len(path) <= max_depth:
             best = max(best, sum(probs[at] for at in path))
     return best
 
@@ -147,19 +147,19 @@ def brute_chain(parents: list[int], probs: list[float], deepest: int) -> float:
 def test_the_best_chain_equals_brute_force() -> None:
     numbers = np.random.default_rng(5)
     for _ in range(200):
-        size, deepest = int(numbers.integers(1, 14)), int(numbers.integers(0, 6))
+        size, max_depth = int(numbers.integers(1, 14)), int(numbers.integers(0, 6))
         parents, probs, depths = [-1], [1.0], [0]
         for node in range(1, size):
             above = int(numbers.integers(0, node))
             parents.append(above)
             depths.append(depths[above] + 1)
             probs.append(probs[above] * float(numbers.random()))
-        chain = np.empty(deepest, np.int32)
+        chain = np.empty(max_depth, np.int32)
         length = best_chain(
             np.array(parents, np.int32),
             np.array(depths, np.int32),
             np.array(probs, np.float32),
-            deepest,
+            max_depth,
             0.0,
             np.empty(size, np.float32),
             chain,
@@ -167,7 +167,7 @@ def test_the_best_chain_equals_brute_force() -> None:
         path = [0, *chain[:length].tolist()]
         assert all(parents[below] == above for above, below in pairwise(path))
         assert sum(probs[node] for node in path[1:]) == pytest.approx(
-            brute_chain(parents, probs, deepest), 1e-5
+            brute_chain(parents, probs, max_depth), 1e-5
         )
 
 

@@ -15,8 +15,8 @@ def best_chain(
     parents: NDArray[np.int32],
     depths: NDArray[np.int32],
     path_probs: NDArray[np.float32],
-    deepest: int,
-    floor: float,
+    max_depth: int,
+    min_prob: float,
     gains: NDArray[np.float32],
     chain: NDArray[np.int32],
 ) -> int:
@@ -30,8 +30,8 @@ def best_chain(
         parents: int32, shape (n + 1,), parents before children.
         depths: int32, shape (n + 1,).
         path_probs: float32, shape (n + 1,).
-        deepest: Longest chain.
-        floor: Nodes with a lower path probability are left out.
+        max_depth: Longest chain.
+        min_prob: Nodes with a lower path probability are left out.
         gains: float32, shape (n + 1,). Scratch.
         chain: int32, shape (deepest,). Nodes of the chain, root excluded, are written here.
 
@@ -44,18 +44,18 @@ def best_chain(
     size = len(parents)
     gains[:size] = 0.0
     for node in range(size - 1, 0, -1):
-        if depths[node] <= deepest and path_probs[node] >= floor and 0 <= parents[node] < node:
+        if depths[node] <= max_depth and path_probs[node] >= min_prob and 0 <= parents[node] < node:
             gain = path_probs[node] + gains[node]
             if gain > gains[parents[node]]:
                 gains[parents[node]] = gain
     length = 0
     node = 0
     for child in range(1, size):
-        if length == deepest or gains[node] == 0.0:
+        if length == max_depth or gains[node] == 0.0:
             break
         if (
             parents[child] == node
-            and path_probs[child] >= floor
+            and path_probs[child] >= min_prob
             and path_probs[child] + gains[child] == gains[node]
         ):
             chain[length] = child

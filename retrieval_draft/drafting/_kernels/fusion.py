@@ -54,7 +54,7 @@ DEEPEST = 1 << 20
 CERTAIN = 0.999
 UNLIKELY = 1e-6
 LEAST_LEFT = 0.001
-MOST_WEIGHT = 2.0
+MAX_WEIGHT = 2.0
 
 
 @kernel
@@ -188,7 +188,7 @@ def teach(
             said = step * evidence[ODDS + place]
             bucket = place * LENGTHS + place_in(evidence[LENGTH + place], LENGTHS)
             scale = 1.0 + parameters[LENGTH_SCALE + bucket]
-            weights[mask, place] = min(max(weight + scale * said, 0.0), MOST_WEIGHT)
+            weights[mask, place] = min(max(weight + scale * said, 0.0), MAX_WEIGHT)
             parameters[LENGTH_SCALE + bucket] += switches[LEARNS_LENGTH] * weight * said
             parameters[LENGTH_BIAS + bucket] += switches[LEARNS_LENGTH] * share * step
             parameters[DEPTH_BIAS + place * DEPTHS + depth] += switches[LEARNS_DEPTH] * share * step
@@ -196,7 +196,7 @@ def teach(
             request[place] += switches[LEARNS_REQUEST] * request_rate * share * error
         else:
             moved = parameters[absent + place] + switches[LEARNS_ABSENT] * step * evidence[LEFT + place]
-            parameters[absent + place] = min(max(moved, 0.0), MOST_WEIGHT)
+            parameters[absent + place] = min(max(moved, 0.0), MAX_WEIGHT)
 
 
 @kernel

@@ -13,11 +13,11 @@ __all__ = ["COLUMNS", "sharpen", "sharpened", "teach_sharpness"]
 COLUMNS = 2
 """Columns of evidence: the log odds without regard to the noise, and what the noise adds to them."""
 
-MOST_SHIFT = 6.0
+MAX_SHIFT = 6.0
 LEAST_LEFT = 0.001
 CERTAIN = 0.999
 UNLIKELY = 1e-6
-MOST_WEIGHT = 3.0
+MAX_WEIGHT = 3.0
 
 
 @kernel
@@ -83,7 +83,7 @@ def sharpen(
         if tokens[node] < vocabulary:
             own = probs[node] / arrival(key, tokens[node], vocabulary)
             others = max(strength - own, 0.0) + left
-            shift = min(max(np.log(own / others) - odds, -MOST_SHIFT), MOST_SHIFT)
+            shift = min(max(np.log(own / others) - odds, -MAX_SHIFT), MAX_SHIFT)
         evidence[node, column] = odds
         evidence[node, column + 1] = shift
         probs[node] = sharpened(odds, shift, weights[masks[node], 0], weights[masks[node], 1])
@@ -96,5 +96,5 @@ def teach_sharpness(
 ) -> None:
     """One step of logistic regression for what a set of sources makes of the noise."""
     error = taken - sharpened(odds, shift, weights[mask, 0], weights[mask, 1])
-    weights[mask, 0] = min(max(weights[mask, 0] + rate * error * shift, 0.0), MOST_WEIGHT)
+    weights[mask, 0] = min(max(weights[mask, 0] + rate * error * shift, 0.0), MAX_WEIGHT)
     weights[mask, 1] += rate * error

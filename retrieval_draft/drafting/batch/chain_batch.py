@@ -18,7 +18,7 @@ from retrieval_draft.drafting.batch.segment_table import SegmentTable
 from retrieval_draft.drafting.batch.slots import Slots
 from retrieval_draft.drafting.calibration import MEMORY, PRIOR, REQUEST_RATE, Calibration
 from retrieval_draft.drafting.kept_calibration import calibration_file, keep_calibration, load_calibration
-from retrieval_draft.drafting.sources import Datastores, make_sources
+from retrieval_draft.drafting.sources import DraftStores, make_sources
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index import suffix_automaton
 from retrieval_draft.index.segments import segment_session
@@ -32,7 +32,7 @@ NEEDED = 0.05
 SAMPLE = 8
 """Occurrences read for one context in segments: a chain needs the likeliest continuation, not all."""
 
-MOST_CHAIN = 64
+MAX_CHAIN = 64
 
 THREADED = 16
 """Rows from which on a second thread pays."""
@@ -76,7 +76,7 @@ class ChainBatch:
 
     def __init__(
         self,
-        stores: Datastores,
+        stores: DraftStores,
         config: DraftConfig | None = None,
         *,
         max_chain: int = 16,
@@ -84,8 +84,8 @@ class ChainBatch:
         calibration: Calibration | None = None,
         threads: int = 1,
     ) -> None:
-        if not 1 <= max_chain <= MOST_CHAIN:
-            raise InvalidInputError(f"max_chain is {max_chain}; it must lie in 1..{MOST_CHAIN}.")
+        if not 1 <= max_chain <= MAX_CHAIN:
+            raise InvalidInputError(f"max_chain is {max_chain}; it must lie in 1..{MAX_CHAIN}.")
         if not 1 <= threads <= 64:
             raise InvalidInputError(f"threads is {threads}; it must lie in 1..64.")
         self.config = DraftConfig() if config is None else config
@@ -178,7 +178,7 @@ class ChainBatch:
         new_tokens: ArrayLike,
         counts: ArrayLike,
         max_tokens: ArrayLike | None = None,
-        floor: float = 0.05,
+        min_prob: float = 0.05,
     ) -> tuple[TokenArray, NDArray[np.int32], NDArray[np.float32]]:
         """Takes in what each row emitted, and proposes what comes next.
 
@@ -188,7 +188,7 @@ class ChainBatch:
             counts: int32, shape (rows,). How many of them each row has; one without any is proposed for only.
             max_tokens: The longest chain, of all rows or of each, shape (rows,); 0 to take in only. None for
                 `max_chain`, which no chain is longer than.
-            floor: A chain ends before its path probability falls below it.
+            min_prob: A chain ends before its path probability falls below it.
 
         Returns:
             int32, shape (rows, max_chain), the chains, -1 behind each; int32, shape (rows,), their lengths;
@@ -212,7 +212,7 @@ class ChainBatch:
         limits = self._limits(max_tokens, len(rows))
         with self._lock:
             self._take_in(rows, sizes, tokens, starts)
-            return self._propose(rows, limits, float(floor))
+            return self._propose(rows, limits, float(min_prob))
 
     def close(self, session: int, *, finished: bool = True, share: str | None = None) -> None:
         """Ends a session: its text joins the history, and, if finished, the shared store.
@@ -243,7 +243,7 @@ class ChainBatch:
     def warm_up(self) -> None:
         """Compiles what the first step would wait for; milliseconds where the kernels are on disk."""
         config = DraftConfig(sources=("automaton", "adjacency", "history"), adjacency_rows=16)
-        spare = ChainBatch(Datastores(vocabulary=16), config)
+        spare = ChainBatch(DraftStores(vocabulary=16), config)
         text = np.array([5, 6, 7, 8, 9, 5, 6, 7, 8], np.int32)
         spare.close(spare.open(text))
         spare.flush()
@@ -313,7 +313,7 @@ class ChainBatch:
             self._lookups.matrix.learn(NodeLogits(contexts, tokens[:, None], said))
 
     def _propose(
-        self, rows: NDArray[np.int64], limits: NDArray[np.int32], floor: float
+        self, rows: NDArray[np.int64], limits: NDArray[np.int32], min_prob: float
     ) -> tuple[TokenArray, NDArray[np.int32], NDArray[np.float32]]:
         out = (
             np.empty((len(rows), self.max_chain), np.int32),
@@ -322,36 +322,38 @@ class ChainBatch:
         )
         full = np.empty(len(rows), np.uint8)
         with self._lookups.reading():
-            if self._share(rows, limits, floor, full, out):
+            if self._share(rows, limits, min_prob, full, out):
                 again = np.flatnonzero(full)
                 for row in again:
                     self._slots.insert(int(rows[row] & self._slots.mask))
                 part = tuple(array[again] for array in out)
-                self._run(rows[again], limits[again], floor, full[again], part, 0, len(again))
+                self._run(rows[again], limits[again], min_prob, full[again], part, 0, len(again))
                 for array, values in zip(out, part, strict=True):
                     array[again] = values
         return out
 
-    def _share(self, rows: Any, limits: Any, floor: float, full: Any, out: Any) -> int:
+    def _share(self, rows: Any, limits: Any, min_prob: float, full: Any, out: Any) -> int:
         """Proposes for all rows, on several threads where that pays. Returns how many did not fit."""
         count = len(rows)
         if self._pool is None or count < THREADED:
-            return self._run(rows, limits, floor, full, out, 0, count)
+            return self._run(rows, limits, min_prob, full, out, 0, count)
         edges = [count * part // self._threads for part in range(self._threads + 1)]
         others = [
-            self._pool.submit(self._run, rows, limits, floor, full, out, begin, end)
+            self._pool.submit(self._run, rows, limits, min_prob, full, out, begin, end)
             for begin, end in pairwise(edges[1:])
         ]
-        own = self._run(rows, limits, floor, full, out, 0, edges[1])
+        own = self._run(rows, limits, min_prob, full, out, 0, edges[1])
         return own + sum(other.result() for other in others)
 
-    def _run(self, rows: Any, limits: Any, floor: float, full: Any, out: Any, first: int, last: int) -> int:
+    def _run(
+        self, rows: Any, limits: Any, min_prob: float, full: Any, out: Any, first: int, last: int
+    ) -> int:
         from retrieval_draft.drafting.batch._kernels import propose
 
         slots, table, calibration, lookups = self._slots, self._table, self.calibration, self._lookups
         kernel: Any = propose.propose_rows
         misfits: int = kernel(
-            rows, first, last, limits, floor, slots.fields, slots.nodes, slots.evidence, slots.chosen,
+            rows, first, last, limits, min_prob, slots.fields, slots.nodes, slots.evidence, slots.chosen,
             lookups.places, self._automaton_params, *lookups.arrays, table.rows, table.starts,
             lookups.group_places, self._segment_params, table.chain, table.longest, slots.tail,
             calibration.weights, calibration.parameters, slots.request, calibration.expected,

@@ -18,14 +18,14 @@ __all__ = ["WIDE_ATTENTION", "is_worthwhile", "wide_attention"]
 WIDE_ATTENTION = "retrieval_draft_cpu"
 """The name of our attention in transformers' registry."""
 
-_MOST_TOKENS = 64
+_MAX_TOKENS = 64
 
 
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """As transformers' sdpa; few bfloat16 queries are computed in float32, keys and values widened for it."""
-    if query.dtype is torch.bfloat16 and query.shape[2] <= _MOST_TOKENS and is_ordinary_call(query):
+    if query.dtype is torch.bfloat16 and query.shape[2] <= _MAX_TOKENS and is_ordinary_call(query):
         if attention_mask is not None and attention_mask.dtype is torch.bfloat16:
             attention_mask = attention_mask.float()
         out, _ = sdpa_attention_forward(

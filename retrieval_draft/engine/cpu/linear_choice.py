@@ -44,7 +44,7 @@ MEASURED_BYTES = 192 << 20
 MANY_TOKENS = 64
 """Above, arithmetic decides and not memory: an eighth of the weights shows as much."""
 
-MOST_SECONDS = 12.0
+MAX_SECONDS = 12.0
 """After so long what is left goes unmeasured, to our kernel."""
 
 _LOG = logging.getLogger("retrieval_draft")
@@ -111,7 +111,7 @@ class LinearChoices:
             names: dict[int, str] = {}
             skipped: set[str] = set()
             for size in SIZES:
-                in_time = time.perf_counter() - begin < MOST_SECONDS
+                in_time = time.perf_counter() - begin < MAX_SECONDS
                 complete = complete and in_time
                 if in_time:
                     some = _enough(weights, MEASURED_BYTES // (8 if size > MANY_TOKENS else 1))

@@ -76,7 +76,7 @@ def _compiled_layer(name: str, weight: Tensor, bias: Tensor | None) -> Linear:
     block = kernels.BLOCK
     if not packs:
         block = min(block, -(-rows // (threads * kernels.TILE)) * kernels.TILE)
-    most, widen_rows = kernels.MOST_TOKENS, kernels.widen_rows
+    most, widen_rows = kernels.MAX_TOKENS, kernels.widen_rows
     run = on_threads(_machine_code(name), threads)
     make_job: Any = c_int64 * kernels.JOB
     dtype, size = weight.dtype, weight.element_size()

@@ -25,7 +25,7 @@ BLOCK = 1 << 20
 """Bytes read at a time."""
 
 _HEAD = 1 << 16
-_MOST_MEMORY = 1 << 31
+_MAX_MEMORY = 1 << 31
 """Bytes that unpacking one file may take: as many as the largest window of zstd."""
 
 _GZ_STEP = 1 << 11
@@ -199,11 +199,11 @@ def _unpacked(blocks: Iterator[bytes]) -> Iterator[bytes]:
         return _members(blocks, bz2.BZ2Decompressor, _feed_sized)
     if head.startswith(b"\xfd7zXZ\0"):
         return _members(
-            blocks, partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, memlimit=_MOST_MEMORY), _feed_sized
+            blocks, partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, memlimit=_MAX_MEMORY), _feed_sized
         )
     # A frame, or one that is to be passed over, as parallel packers write before the first.
     if head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5):
-        packed = needed("zstandard", ".zst files").ZstdDecompressor(max_window_size=_MOST_MEMORY)
+        packed = needed("zstandard", ".zst files").ZstdDecompressor(max_window_size=_MAX_MEMORY)
         return _members(blocks, packed.decompressobj, _feed_zst)
     return blocks
 

@@ -24,7 +24,7 @@ from retrieval_draft.index.build.encoder import Encoder
 from retrieval_draft.index.build.journal import Journal, Position, work_key
 from retrieval_draft.index.build.merge import compacted, joined_texts
 from retrieval_draft.index.segments.index_folder import IndexFolder, SegmentEntry
-from retrieval_draft.index.segments.segment import MOST_TOKENS, Segment, text_dtype
+from retrieval_draft.index.segments.segment import MAX_TOKENS, Segment, text_dtype
 from retrieval_draft.index.source import TokenArray
 
 __all__ = [
@@ -41,7 +41,7 @@ __all__ = [
 RUN_TOKENS = 1 << 24
 """Tokens read at a time: as many are read again at most when a build is interrupted."""
 
-MOST_SEGMENT_TOKENS = 1 << 27
+MAX_SEGMENT_TOKENS = 1 << 27
 _MEMORY_SHARE = 64
 
 
@@ -52,7 +52,7 @@ def segment_tokens_here() -> int:
     the memory at most.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(RUN_TOKENS, min(MOST_SEGMENT_TOKENS, memory // _MEMORY_SHARE))
+    return max(RUN_TOKENS, min(MAX_SEGMENT_TOKENS, memory // _MEMORY_SHARE))
 
 
 _BATCH_CHARACTERS = 1 << 21
@@ -79,7 +79,7 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         for name, value, low, high in (
-            ("segment_tokens", self.segment_tokens or 64, 64, MOST_TOKENS),
+            ("segment_tokens", self.segment_tokens or 64, 64, MAX_TOKENS),
             ("workers", self.workers, 1, 1024),
             ("skip", self.skip, 0, 1 << 62),
             ("limit", 1 if self.limit is None else self.limit, 1, 1 << 62),

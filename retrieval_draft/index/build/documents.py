@@ -40,7 +40,7 @@ _KINDS = {
 _PACKED = (".gz", ".zst", ".bz2", ".xz")
 _LEFT_OUT = {"__pycache__", "node_modules"}
 _NAMED = 20
-_MOST_JSON = 1 << 26
+_MAX_JSON = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +312,7 @@ def _small_json(path: Path) -> Any:
     """The value in a JSON file that describes a folder; None where there is none or it is none."""
     try:
         with open_content(str(path)) as content:
-            return parse_json(content.read(_MOST_JSON))
+            return parse_json(content.read(_MAX_JSON))
     except (OSError, BadContentError):
         return None
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from retrieval_draft._files import expanded, file_checksum, read_bounded, replace_file, sync_folder
 from retrieval_draft.errors import DatastoreError, TokenizerMismatchError
-from retrieval_draft.index.segments.segment import MOST_TOKENS, Segment, map_array, save_array, text_dtype
+from retrieval_draft.index.segments.segment import MAX_TOKENS, Segment, map_array, save_array, text_dtype
 
 __all__ = ["FORMAT_VERSION", "KIND", "MANIFEST", "IndexFolder", "Manifest", "RunEntry", "SegmentEntry"]
 
@@ -31,7 +31,7 @@ _LOCK = ".lock"
 _PREFIX = "segment-"
 _RUN = "run-"
 
-MOST_MANIFEST_BYTES = 1 << 26
+MAX_MANIFEST_BYTES = 1 << 26
 """Of a manifest or journal: a hundred thousand segments."""
 
 _AGAIN = "Restore it from a copy, or build the index again."
@@ -69,8 +69,8 @@ class SegmentEntry(msgspec.Struct, frozen=True):
             DatastoreError: Says what was found and what is allowed.
         """
         _check_name(where, self.name, _PREFIX)
-        _check_number(where, f"{self.name}: tokens", self.tokens, 0, MOST_TOKENS)
-        _check_number(where, f"{self.name}: documents", self.documents, 0, MOST_TOKENS)
+        _check_number(where, f"{self.name}: tokens", self.tokens, 0, MAX_TOKENS)
+        _check_number(where, f"{self.name}: documents", self.documents, 0, MAX_TOKENS)
         _check_number(where, f"{self.name}: separator", self.separator, 0, 2**31)
         _check_number(where, f"{self.name}: bits", self.bits, 16, 32)
         if self.files.keys() != _FILES:
@@ -98,8 +98,8 @@ class RunEntry(msgspec.Struct, frozen=True):
     def check(self, where: object) -> None:
         """As `SegmentEntry.check`, for what `IndexFolder.write_run` writes."""
         _check_name(where, self.name, _RUN)
-        _check_number(where, f"{self.name}: tokens", self.tokens, 0, MOST_TOKENS)
-        _check_number(where, f"{self.name}: documents", self.documents, 0, MOST_TOKENS)
+        _check_number(where, f"{self.name}: tokens", self.tokens, 0, MAX_TOKENS)
+        _check_number(where, f"{self.name}: documents", self.documents, 0, MAX_TOKENS)
 
 
 class Manifest(msgspec.Struct, kw_only=True):
@@ -408,7 +408,7 @@ class IndexFolder:
 
 def _read_manifest(path: Path) -> Manifest:
     try:
-        content = read_bounded(path, MOST_MANIFEST_BYTES)
+        content = read_bounded(path, MAX_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DatastoreError(
             f"There is no index in {path.parent}: {path.name} is missing.",

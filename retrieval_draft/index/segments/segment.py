@@ -16,9 +16,9 @@ from retrieval_draft.index._kernels.sizes import STRIDE
 from retrieval_draft.index.segments.suffix_sort import key_bits, sort_suffixes
 from retrieval_draft.index.source import TokenArray
 
-__all__ = ["MOST_TOKENS", "Segment", "text_dtype"]
+__all__ = ["MAX_TOKENS", "Segment", "text_dtype"]
 
-MOST_TOKENS = 2**31 - 2**20
+MAX_TOKENS = 2**31 - 2**20
 """Positions are int32."""
 
 _BROKEN = "Build the index again, or restore the file from a copy."
@@ -72,9 +72,9 @@ class Segment:
         """
         texts = [text for text in texts if len(text)]
         length = sum(len(text) + 1 for text in texts)
-        if length > MOST_TOKENS:
+        if length > MAX_TOKENS:
             raise InvalidInputError(
-                f"A segment of {length} tokens is too long; at most {MOST_TOKENS} fit.", "Make several."
+                f"A segment of {length} tokens is too long; at most {MAX_TOKENS} fit.", "Make several."
             )
         joined = np.full(length, vocabulary, text_dtype(vocabulary))
         documents = np.empty(len(texts), np.int32)
@@ -143,7 +143,7 @@ class Segment:
             "samples": (samples, (np.uint64,), -(-len(suffixes) // STRIDE)),
         }
         for name, (array, dtypes, length) in kinds.items():
-            if array.dtype not in dtypes or array.shape != (length,) or len(array) > MOST_TOKENS:
+            if array.dtype not in dtypes or array.shape != (length,) or len(array) > MAX_TOKENS:
                 raise DatastoreError(
                     f"{folder / name}.npy holds {array.dtype} of shape {array.shape}; expected "
                     f"{' or '.join(np.dtype(kind).name for kind in dtypes)} of shape ({length},).",

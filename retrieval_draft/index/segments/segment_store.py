@@ -15,7 +15,7 @@ from retrieval_draft.index.build.merge import join_segments
 from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.index.segments.segment_session import Segments, segments_nbytes
 
-__all__ = ["GRACE", "SMALL", "SegmentPile"]
+__all__ = ["GRACE", "SMALL", "SegmentStore"]
 
 RATIO = 4
 """A segment is merged with the newer ones unless it is so many times as large as they are together: there are
@@ -31,7 +31,7 @@ GRACE = 1.0
 """Seconds that a segment nobody is to use any more is kept for those who still do."""
 
 
-class SegmentPile:
+class SegmentStore:
     """Segments, the oldest first, of which the newest are small and soon merged.
 
     Args:
@@ -40,7 +40,7 @@ class SegmentPile:
         segments: What there is at first, oldest first.
 
     Attributes:
-        max_bytes: It may be changed; what is over goes at the next `tidy`.
+        max_bytes: It may be changed; what is over goes at the next `compact`.
         evicted: Tokens that went to make room.
 
     Example:
@@ -77,7 +77,7 @@ class SegmentPile:
         with self._lock:
             self._segments = (*self._segments, segment)
 
-    def tidy(self, most_tokens: int | None = None) -> bool:
+    def compact(self, most_tokens: int | None = None) -> bool:
         """Joins the newest segments, as many as are due, and then evicts.
 
         Args:
@@ -97,7 +97,7 @@ class SegmentPile:
             with self._lock:
                 at = self._segments.index(chosen[0])
                 self._segments = (*self._segments[:at], joined, *self._segments[at + len(chosen) :])
-                self._part_with(chosen)
+                self._retire(chosen)
         finally:
             with self._lock:
                 self._claimed -= claim
@@ -110,7 +110,7 @@ class SegmentPile:
         self._lock = threading.Lock()
         self._claimed = set()
 
-    def let_go(self) -> None:
+    def free_retired(self) -> None:
         """Gives the memory of segments back that left a while ago.
 
         That takes a while, and requests let go of a segment in the middle of a step: so the last one to let
@@ -150,9 +150,9 @@ class SegmentPile:
                 self.evicted += self._segments[gone].num_tokens
                 gone += 1
             if gone:
-                self._part_with(self._segments[:gone])
+                self._retire(self._segments[:gone])
                 self._segments = self._segments[gone:]
         return bool(gone)
 
-    def _part_with(self, segments: Sequence[Segment]) -> None:
+    def _retire(self, segments: Sequence[Segment]) -> None:
         self._leaving.append((time.monotonic() + GRACE, segments))

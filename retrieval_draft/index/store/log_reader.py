@@ -8,7 +8,7 @@ from typing import Any
 
 from redis.exceptions import NoPermissionError, ResponseError
 
-from retrieval_draft.index.store.mirror import Item
+from retrieval_draft.index.store.log_replica import Item
 
 __all__ = ["COUNT", "LogReader", "edge_ids"]
 

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from retrieval_draft.index.store.link import Link, server_run
 from retrieval_draft.index.store.log_reader import LogReader
-from retrieval_draft.index.store.mirror import Mirror, stream_id
+from retrieval_draft.index.store.log_replica import LogReplica, stream_id
+from retrieval_draft.index.store.reconnecting_worker import ReconnectingWorker, server_run
 
 __all__ = ["BLOCK", "Receiver"]
 
@@ -50,9 +50,9 @@ class Receiver:
     def __init__(
         self,
         keys: Mapping[str, bytes],
-        mirror: Mirror,
+        mirror: LogReplica,
         most: int,
-        link: Link,
+        link: ReconnectingWorker,
         is_cluster: bool,
         stopped: threading.Event,
         wake_merger: Callable[[], None],
@@ -152,7 +152,7 @@ class Receiver:
                 position = b"%d-0" % max(0, stream_id(position)[0] - OVERLAP)
             self._starts[key] = position
         if moved and self._lost_at is not None:
-            self._mirror.recent.suspect(self._lost_at)
+            self._mirror.recent.mark_lost(self._lost_at)
         self._lost_at = None
         self._run = run
 

@@ -15,10 +15,10 @@ from retrieval_draft.index.source import TokenArray
 from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.index.store.counts import StoreCounts
 from retrieval_draft.index.store.entry import EntryCodec
-from retrieval_draft.index.store.link import Link, server_run
-from retrieval_draft.index.store.mirror import FIELD, KEPT_SECONDS, Mirror, stream_id
+from retrieval_draft.index.store.log_replica import FIELD, KEPT_SECONDS, LogReplica, stream_id
 from retrieval_draft.index.store.outbox import Outbox
 from retrieval_draft.index.store.rate_limit import BURST, RateLimit
+from retrieval_draft.index.store.reconnecting_worker import ReconnectingWorker, server_run
 
 __all__ = ["Sender"]
 
@@ -86,9 +86,9 @@ class Sender:
         server: bytes,
         keys: Sequence[bytes],
         outbox: Outbox,
-        mirror: Mirror,
+        mirror: LogReplica,
         codec: EntryCodec,
-        link: Link,
+        link: ReconnectingWorker,
         config: StoreConfig,
         counts: StoreCounts,
         vocabulary: int,

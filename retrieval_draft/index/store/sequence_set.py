@@ -5,9 +5,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
-__all__ = ["MOST_GAPS", "SequenceSet"]
+__all__ = ["MAX_GAPS", "SequenceSet"]
 
-MOST_GAPS = 1024
+MAX_GAPS = 1024
 """Gaps remembered. A server leaves one only where Redis lost entries before it sent them again."""
 
 
@@ -15,7 +15,7 @@ class SequenceSet:
     """Sequence numbers, as ranges: one range for a server whose entries come in order.
 
     So an entry that is written twice, or read twice, or comes long after those behind it, comes in once.
-    Where there are more gaps than `MOST_GAPS`, the lowest is closed, and what it lacks counts as known.
+    Where there are more gaps than `MAX_GAPS`, the lowest is closed, and what it lacks counts as known.
 
     Args:
         bounds: First and last number of each range in turn, ascending.
@@ -60,7 +60,7 @@ class SequenceSet:
         else:
             firsts.insert(place, number)
             lasts.insert(place, number)
-            if len(firsts) > MOST_GAPS + 1:
+            if len(firsts) > MAX_GAPS + 1:
                 del firsts[1], lasts[0]
         return True
 

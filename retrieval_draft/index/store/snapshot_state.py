@@ -11,7 +11,7 @@ import xxhash
 from retrieval_draft.errors import DatastoreError
 from retrieval_draft.index.store.entry import ID_BYTES
 from retrieval_draft.index.store.keys import SHARDS
-from retrieval_draft.index.store.sequence_set import MOST_GAPS
+from retrieval_draft.index.store.sequence_set import MAX_GAPS
 
 __all__ = [
     "FORMAT_VERSION",
@@ -29,10 +29,10 @@ KIND = "retrieval_draft snapshot"
 FORMAT_VERSION = 1
 STATE = "log.json"
 
-MOST_STATE_BYTES = 1 << 28
+MAX_STATE_BYTES = 1 << 28
 """As many servers as are remembered, with some gaps each, take a tenth."""
 
-MOST_MILLISECONDS = 10**13 - 1
+MAX_MILLISECONDS = 10**13 - 1
 """Of a snapshot's time, which has 13 digits in its name: the year 2286."""
 
 _POSITION = re.compile(r"\d{1,20}-\d{1,20}")
@@ -66,7 +66,7 @@ class LogState(msgspec.Struct, frozen=True):
             DatastoreError: Says what was found and what is allowed.
         """
         _hold(0 <= self.entries < 2**63, where, "entries", self.entries, "0 to 2^63 - 1")
-        _hold(0 <= self.created <= MOST_MILLISECONDS, where, "created", self.created, "of 13 digits at most")
+        _hold(0 <= self.created <= MAX_MILLISECONDS, where, "created", self.created, "of 13 digits at most")
         _hold(_DIGEST.fullmatch(self.digest), where, "digest", self.digest, "1 to 16 hexadecimal digits")
         for shard, position in self.positions.items():
             known = shard in {str(each) for each in range(SHARDS)}
@@ -78,7 +78,7 @@ class LogState(msgspec.Struct, frozen=True):
             ascending = all(low <= high for low, high in zip(bounds[::2], bounds[1::2], strict=False))
             ascending &= all(high + 1 < low for high, low in zip(bounds[1::2], bounds[2::2], strict=False))
             inside = not bounds or (bounds[0] >= 0 and bounds[-1] < 2**63)
-            few = len(bounds) % 2 == 0 and len(bounds) <= 2 * (MOST_GAPS + 1)
+            few = len(bounds) % 2 == 0 and len(bounds) <= 2 * (MAX_GAPS + 1)
             _hold(ascending and inside and few, where, f"what came of {server}", bounds, "ascending ranges")
 
 

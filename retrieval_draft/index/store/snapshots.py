@@ -21,7 +21,7 @@ from retrieval_draft._files import cache_home, expanded, read_bounded, replace_f
 from retrieval_draft.errors import DatastoreError, InvalidInputError, RetrievalDraftError
 from retrieval_draft.index.segments.index_folder import (
     MANIFEST,
-    MOST_MANIFEST_BYTES,
+    MAX_MANIFEST_BYTES,
     IndexFolder,
     parse_manifest,
 )
@@ -29,7 +29,7 @@ from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.index.store.snapshot_state import (
     FORMAT_VERSION,
     KIND,
-    MOST_STATE_BYTES,
+    MAX_STATE_BYTES,
     STATE,
     LogState,
     SnapshotInfo,
@@ -242,9 +242,9 @@ class SnapshotPlace:
         """The state file, empty where it is missing."""
         if self._remote is None:
             path = self._local / name / STATE
-            return _read(path, MOST_STATE_BYTES) if path.exists() else b""
+            return _read(path, MAX_STATE_BYTES) if path.exists() else b""
         try:
-            return self._fetched(name, STATE, MOST_STATE_BYTES)
+            return self._fetched(name, STATE, MAX_STATE_BYTES)
         except FileNotFoundError:
             return b""
 
@@ -303,10 +303,10 @@ class SnapshotPlace:
                 raise DatastoreError(
                     f"{path} is a link; a snapshot holds files and folders.", "Remove the snapshot."
                 )
-        file = read_state(_read(folder / STATE, MOST_STATE_BYTES), folder.name)
+        file = read_state(_read(folder / STATE, MAX_STATE_BYTES), folder.name)
         if file.state.namespace != self._namespace:
             raise DatastoreError(f"It belongs to {file.state.namespace[:200]!r}, not to {self._namespace}.")
-        content = _read(folder / MANIFEST, MOST_MANIFEST_BYTES)
+        content = _read(folder / MANIFEST, MAX_MANIFEST_BYTES)
         _check_manifest(content, folder / MANIFEST, file)
         index = IndexFolder.open(folder)
         index.check(self._fingerprint, self._vocabulary)
@@ -341,7 +341,7 @@ class SnapshotPlace:
         try:
             folder = unfinished / name
             folder.mkdir()
-            content = self._fetched(name, MANIFEST, MOST_MANIFEST_BYTES)
+            content = self._fetched(name, MANIFEST, MAX_MANIFEST_BYTES)
             _check_manifest(content, f"{name}/{MANIFEST}", read_state(state, name))
             manifest = parse_manifest(content, f"{name}/{MANIFEST}")
             free = shutil.disk_usage(self._local).free

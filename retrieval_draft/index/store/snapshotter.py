@@ -15,8 +15,8 @@ from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.index.store.connector import Connector
 from retrieval_draft.index.store.counts import StoreCounts
 from retrieval_draft.index.store.keys import lock_key
-from retrieval_draft.index.store.link import FAILURES
-from retrieval_draft.index.store.mirror import Mirror
+from retrieval_draft.index.store.log_replica import LogReplica
+from retrieval_draft.index.store.reconnecting_worker import FAILURES
 from retrieval_draft.index.store.snapshots import SnapshotInfo, SnapshotPlace
 
 __all__ = ["Snapshotter"]
@@ -44,7 +44,7 @@ class Snapshotter:
     def __init__(
         self,
         connector: Connector,
-        mirror: Mirror,
+        mirror: LogReplica,
         config: StoreConfig,
         namespace: str,
         vocabulary: int,

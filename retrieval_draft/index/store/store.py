@@ -24,10 +24,10 @@ from retrieval_draft.index.store.counts import StoreCounts
 from retrieval_draft.index.store.entry import ID_BYTES, EntryCodec
 from retrieval_draft.index.store.health import Health
 from retrieval_draft.index.store.keys import SHARDS, stream_key
-from retrieval_draft.index.store.link import Link
-from retrieval_draft.index.store.mirror import Mirror
+from retrieval_draft.index.store.log_replica import LogReplica
 from retrieval_draft.index.store.outbox import Outbox
 from retrieval_draft.index.store.receiver import BLOCK, Receiver
+from retrieval_draft.index.store.reconnecting_worker import ReconnectingWorker
 from retrieval_draft.index.store.sender import Sender
 from retrieval_draft.index.store.snapshots import SnapshotInfo
 from retrieval_draft.index.store.snapshotter import Snapshotter
@@ -81,7 +81,7 @@ class SharedStore:
         self._url = parse_store_url(config.url, environ)
         self._codec = EntryCodec(self.namespace, config.key or environ.get(KEY_VARIABLE), config.max_tokens)
         self.counts = StoreCounts()
-        self.mirror = Mirror(vocabulary, self._codec, config, self.counts)
+        self.mirror = LogReplica(vocabulary, self._codec, config, self.counts)
         self._lock = threading.Lock()
         self._asleep = False
         self._start()
@@ -148,8 +148,8 @@ class SharedStore:
         self._finalizer.atexit = False
         self._asleep = False
 
-    def _link(self, channel: str, block: float) -> Link:
-        return Link(self._connector, channel, block, self.health, self.counts, self._stopped)
+    def _link(self, channel: str, block: float) -> ReconnectingWorker:
+        return ReconnectingWorker(self._connector, channel, block, self.health, self.counts, self._stopped)
 
     @property
     def segments(self) -> Segments:
@@ -282,13 +282,13 @@ def _after(begun: threading.Event, run: Callable[[], None]) -> None:
     run()
 
 
-def _merge(mirror: Mirror, wake: threading.Event, stopped: threading.Event) -> None:
+def _merge(mirror: LogReplica, wake: threading.Event, stopped: threading.Event) -> None:
     while not stopped.is_set():
         wake.wait(1.0)
         wake.clear()
-        while not stopped.is_set() and (mirror.sort() or mirror.pile.tidy()):
+        while not stopped.is_set() and (mirror.sort() or mirror.pile.compact()):
             pass
-        mirror.pile.let_go()
+        mirror.pile.free_retired()
 
 
 def _end(stopped: threading.Event, outbox: Outbox, merge: threading.Event, connector: Connector) -> None:

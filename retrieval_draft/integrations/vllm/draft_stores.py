@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from retrieval_draft.drafting.batch import ChainBatch
-from retrieval_draft.drafting.datastores import open_datastores
+from retrieval_draft.drafting.draft_stores import open_draft_stores
 from retrieval_draft.integrations.vllm.options import VllmOptions
 
 __all__ = ["DraftStores"]
@@ -31,7 +31,7 @@ class DraftStores:
 
     def __init__(self, options: VllmOptions, tokenizer: Any, vocabulary: int, most: int) -> None:
         config = options.draft_config()
-        self._stores = open_datastores(
+        self._stores = open_draft_stores(
             tokenizer, vocabulary, config, options.index, options.phrases, options.store_config()
         )
         self.chains = ChainBatch(self._stores, config, max_chain=most, threads=options.threads)

@@ -14,7 +14,7 @@ from weakref import ref
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval_draft.drafting.batch.chain_batch import MOST_CHAIN
+from retrieval_draft.drafting.batch.chain_batch import MAX_CHAIN
 from retrieval_draft.integrations.vllm.draft_stores import DraftStores
 from retrieval_draft.integrations.vllm.drafting_rank import DraftingRank
 from retrieval_draft.integrations.vllm.interface import check_interface
@@ -70,7 +70,7 @@ class RetrievalProposer:
         if not self._rank.drafts:
             return
         model = vllm_config.model_config
-        most = min(int(vllm_config.speculative_config.num_speculative_tokens), MOST_CHAIN)
+        most = min(int(vllm_config.speculative_config.num_speculative_tokens), MAX_CHAIN)
         vocabulary = int(model.get_vocab_size())
         tokenizer = _tokenizer(model) if self.options.needs_tokenizer else None
         self._stores = DraftStores(self.options, tokenizer, vocabulary, most)
@@ -82,7 +82,7 @@ class RetrievalProposer:
             vocabulary=vocabulary,
             eos=_eos(model),
             costs=StepCosts() if self.options.costs == "learned" else None,
-            floor=self.options.min_prob,
+            min_prob=self.options.min_prob,
         )
         self._stores.chains.warm_up()
         atexit.register(_close, ref(self))

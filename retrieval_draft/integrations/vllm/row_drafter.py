@@ -33,7 +33,7 @@ class Chains(Protocol):
         new_tokens: TokenArray,
         counts: NDArray[np.int32],
         max_tokens: NDArray[np.int32],
-        floor: float,
+        min_prob: float,
     ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
         """Takes in what each row emitted; returns chains, their lengths and path probabilities."""
         ...
@@ -54,8 +54,8 @@ class RowDrafter:
         vocabulary: Ids the model can embed; a draft ends before any other.
         eos: Tokens that end a reply. What comes behind one in the same step waits until its request comes
             again, as it does only where the end is ignored; so it never gets into the history.
-        costs: How long drafts pay; None to draft all that `floor` allows.
-        floor: A draft ends before its path probability falls below it.
+        costs: How long drafts pay; None to draft all that `min_prob` allows.
+        min_prob: A draft ends before its path probability falls below it.
         clock: Seconds.
 
     Attributes:
@@ -74,7 +74,7 @@ class RowDrafter:
         vocabulary: int,
         eos: Collection[int] = (),
         costs: StepCosts | None = None,
-        floor: float = 0.05,
+        min_prob: float = 0.05,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._chains = chains
@@ -83,7 +83,7 @@ class RowDrafter:
         self._vocabulary = vocabulary
         self._eos = frozenset(eos)
         self.costs = costs
-        self._floor = floor
+        self._floor = min_prob
         self._clock = clock
         self.tracker = RequestTracker(2 * max_rows + 2, self._over)
         self._held: dict[int, list[int]] = {}
@@ -148,15 +148,15 @@ class RowDrafter:
         emitted = self._until_ends(slots, sampled)
         limits = np.clip(self._max_length - ends - 1, 0, self._most)
         limits[self.tracker.ended[slots]] = 0
-        floor = self._floor
+        min_prob = self._floor
         if self.costs is not None:
-            floor = max(floor, self.costs.floor(len(slots), self._most))
+            min_prob = max(min_prob, self.costs.min_prob(len(slots), self._most))
         tokens, lengths, probs = self._chains.step(
             self.tracker.sessions[slots],
             np.fromiter(itertools.chain.from_iterable(emitted), np.int32),
             np.fromiter(map(len, emitted), np.int32, len(emitted)),
             limits.astype(np.int32),
-            floor,
+            min_prob,
         )
         if int(tokens.max(initial=0)) >= self._vocabulary:
             foreign = (tokens >= self._vocabulary) & (np.arange(tokens.shape[1]) < lengths[:, None])

@@ -66,7 +66,7 @@ class StepCosts:
         bucket = _bucket(rows)
         return self._curves[bucket].seconds_by_size() if bucket in self._curves else {}
 
-    def floor(self, rows: int, most: int) -> float:
+    def min_prob(self, rows: int, most: int) -> float:
         """Path probability that a draft must have to pay in any case: shorter chains are found sooner.
 
         The last draft of the best choice brings its path probability, and costs one more token at the rate
@@ -78,12 +78,12 @@ class StepCosts:
         """
         if self._is_due(_bucket(rows)):
             return 0.0
-        asked, floor = self._floors.get((rows, most), (FLOOR_STEPS, 0.0))
+        asked, min_prob = self._floors.get((rows, most), (FLOOR_STEPS, 0.0))
         if asked >= FLOOR_STEPS:
             seconds = self._curve(rows).seconds_up_to(rows * (most + 1))[rows - 1 :]
-            asked, floor = 0, float(rows / seconds[0] * np.diff(seconds).min())
-        self._floors[rows, most] = asked + 1, floor
-        return floor
+            asked, min_prob = 0, float(rows / seconds[0] * np.diff(seconds).min())
+        self._floors[rows, most] = asked + 1, min_prob
+        return min_prob
 
     def choose(
         self, path_probs: NDArray[np.float32], lengths: NDArray[np.int32], context: int

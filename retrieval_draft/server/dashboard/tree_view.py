@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from retrieval_draft.drafting.session import Plan
+from retrieval_draft.drafting.session import DraftPlan
 from retrieval_draft.server.scheduler.events import RowStep
 
 __all__ = ["tree_view"]
@@ -41,6 +41,6 @@ def tree_view(row: RowStep, text: Callable[[int], str]) -> dict[str, Any]:
     return {"nodes": nodes, "size": tree.num_draft_tokens, "accepted": len(row.path) - 1, "bonus": bonus}
 
 
-def _sources(plan: Plan, node: int) -> Sequence[str]:
+def _sources(plan: DraftPlan, node: int) -> Sequence[str]:
     bits = int(plan.tree.sources[node])
     return [proposal.source for bit, proposal in enumerate(plan.proposals) if bits >> bit & 1]

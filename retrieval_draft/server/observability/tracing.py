@@ -17,7 +17,7 @@ from retrieval_draft.server.scheduler.events import RequestEnd, RequestStart, St
 
 __all__ = ["Tracing"]
 
-_MOST_OPEN = 65536
+_MAX_OPEN = 65536
 _NANOSECONDS = 1_000_000_000
 
 
@@ -106,7 +106,7 @@ class Tracing:
         self._tracer.start_span("queued", inside, start_time=arrived).end(prefilled)
         self._tracer.start_span("prefill", inside, start_time=prefilled).end(now)
         decoding = self._tracer.start_span("decode", inside, start_time=now)
-        if len(self._open) >= _MOST_OPEN:  # ends that were never told must not pile up
+        if len(self._open) >= _MAX_OPEN:  # ends that were never told must not pile up
             self._open.pop(next(iter(self._open)))
         self._open[start.request_id, start.index] = _Open(span, decoding)
 

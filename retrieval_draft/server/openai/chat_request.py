@@ -15,9 +15,9 @@ from retrieval_draft.server.openai.generation_request import ContentPart, Genera
 
 __all__ = ["CHAT", "ChatRequest", "Message"]
 
-_MOST_MESSAGES = 4096
-_MOST_ARGUMENTS = 1 << 20
-_MOST_VARIABLES = 16 << 10
+_MAX_MESSAGES = 4096
+_MAX_ARGUMENTS = 1 << 20
+_MAX_VARIABLES = 16 << 10
 
 
 class _Function(Struct):
@@ -53,7 +53,7 @@ class Message(Struct, forbid_unknown_fields=True):
     cache_control: Raw = field(default_factory=Raw)
 
 
-_MESSAGES = Decoder(Annotated[list[Message], Meta(min_length=1, max_length=_MOST_MESSAGES)])
+_MESSAGES = Decoder(Annotated[list[Message], Meta(min_length=1, max_length=_MAX_MESSAGES)])
 _VARIABLES = Decoder(dict[str, Any])
 _PASSED_ON = ("role", "name", "tool_call_id", "reasoning_content", "reasoning", "thinking", "refusal")
 
@@ -145,8 +145,8 @@ class ChatRequest(GenerationFields):
         raw, name = self.chat_template_kwargs, "chat_template_kwargs"
         if is_absent(raw, b"{}"):
             return {}
-        if len(memoryview(raw)) > _MOST_VARIABLES:
-            raise ApiError(400, f"{name} has more than {_MOST_VARIABLES} bytes.", name)
+        if len(memoryview(raw)) > _MAX_VARIABLES:
+            raise ApiError(400, f"{name} has more than {_MAX_VARIABLES} bytes.", name)
         return decode_field(raw, _VARIABLES, name)
 
     @property
@@ -158,8 +158,8 @@ class ChatRequest(GenerationFields):
         """
         said = bytes(self.messages)
         for name, what in ((b'"role"', "messages"), (b'"function"', "calls of tools")):
-            if said.count(name) > _MOST_MESSAGES:
-                raise ApiError(400, f"messages has more than {_MOST_MESSAGES} {what}.", "messages")
+            if said.count(name) > _MAX_MESSAGES:
+                raise ApiError(400, f"messages has more than {_MAX_MESSAGES} {what}.", "messages")
         return [_plain(each) for each in decode_field(self.messages, _MESSAGES, "messages")]
 
 
@@ -183,9 +183,9 @@ def _plain(message: Message) -> dict[str, Any]:
 def _tool_call(call: _ToolCall) -> dict[str, Any]:
     """A call as templates want it: OpenAI's arguments are JSON text, theirs an object."""
     arguments: Any = call.function.arguments
-    if len(arguments) > _MOST_ARGUMENTS:
+    if len(arguments) > _MAX_ARGUMENTS:
         raise ApiError(
-            400, f"The arguments of a tool call have more than {_MOST_ARGUMENTS} bytes.", "messages"
+            400, f"The arguments of a tool call have more than {_MAX_ARGUMENTS} bytes.", "messages"
         )
     with suppress(msgspec.DecodeError, RecursionError):  # what is no object is shown as it is
         arguments = _VARIABLES.decode(arguments)

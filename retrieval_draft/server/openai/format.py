@@ -10,13 +10,13 @@ from retrieval_draft.engine.sampling.token_logprobs import TokenLogprobs
 from retrieval_draft.server.openai.reply import Reply
 from retrieval_draft.server.openai.token_text import TokenTexts
 
-__all__ = ["ChatShape", "CompletionShape", "Shape"]
+__all__ = ["ChatFormat", "CompletionFormat", "ResponseFormat"]
 
 _LEAST = -9999.0
 """JSON has no minus infinity."""
 
 
-class Shape(Protocol):
+class ResponseFormat(Protocol):
     """How one request is answered."""
 
     def begin(self, reply: Reply) -> list[dict[str, Any]]:
@@ -72,7 +72,7 @@ class _Common:
         return {"token_ids": list(tokens)} if self._with_ids else {}
 
 
-class CompletionShape(_Common):
+class CompletionFormat(_Common):
     """``text_completion``. Text offsets count from the beginning of the returned text."""
 
     kind = piece_kind = "text_completion"
@@ -136,7 +136,7 @@ class CompletionShape(_Common):
         }
 
 
-class ChatShape(_Common):
+class ChatFormat(_Common):
     """``chat.completion``."""
 
     kind = "chat.completion"

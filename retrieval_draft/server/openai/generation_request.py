@@ -23,7 +23,7 @@ _BIAS = Decoder(Bias)
 _STOPS = Decoder(list[Stop])
 _DOCUMENTS = Decoder(list[str])
 _TEXTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-_MOST_BIASED, _MOST_STOPS, _MOST_DOCUMENTS = 1024, 16, 64
+_MAX_BIASED, _MAX_STOPS, _MAX_DOCUMENTS = 1024, 16, 64
 _OFF = (b"false", b"[]", b"{}", b'""')
 _UNSUPPORTED = "is not supported by this server"
 
@@ -151,8 +151,8 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         """
         if is_absent(self.logit_bias, b"{}"):
             return {}
-        if bytes(self.logit_bias).count(b":") > _MOST_BIASED:
-            raise ApiError(400, f"logit_bias has more than {_MOST_BIASED} entries.", "logit_bias")
+        if bytes(self.logit_bias).count(b":") > _MAX_BIASED:
+            raise ApiError(400, f"logit_bias has more than {_MAX_BIASED} entries.", "logit_bias")
         return {
             int(token): bias for token, bias in decode_field(self.logit_bias, _BIAS, "logit_bias").items()
         }
@@ -164,7 +164,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         Raises:
             ApiError: They are something else, or too many.
         """
-        return [] if is_absent(self.stop, b"[]") else decode_texts(self.stop, _STOPS, "stop", _MOST_STOPS)
+        return [] if is_absent(self.stop, b"[]") else decode_texts(self.stop, _STOPS, "stop", _MAX_STOPS)
 
     @property
     def references(self) -> list[str]:
@@ -175,7 +175,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         """
         if is_absent(self.documents, b"[]"):
             return []
-        return decode_texts(self.documents, _DOCUMENTS, "documents", _MOST_DOCUMENTS)
+        return decode_texts(self.documents, _DOCUMENTS, "documents", _MAX_DOCUMENTS)
 
     @property
     def predicted(self) -> str | None:

@@ -11,7 +11,7 @@ import torch
 
 from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.errors import RetrievalDraftError
-from retrieval_draft.generation.requests import Prepared
+from retrieval_draft.generation.requests import DecodeRequests
 from retrieval_draft.server.errors import ApiError, from_library
 from retrieval_draft.server.openai.detokenize import Decode, ReplyText, StopTexts, stopping_specials
 from retrieval_draft.server.openai.generation_request import GenerationFields
@@ -20,7 +20,7 @@ from retrieval_draft.server.openai.prompt_logprobs import PromptLogprobs
 from retrieval_draft.server.openai.reply import Reply
 from retrieval_draft.server.settings import ServerSettings
 
-__all__ = ["Asked", "Asks", "Means", "ask", "tokenize"]
+__all__ = ["GenerationParams", "Means", "PreparedRequest", "prepare_request", "tokenize"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Means:
 
 
 @dataclass(frozen=True, slots=True)
-class Asks:
+class GenerationParams:
     """What a request asks for besides sampling.
 
     Attributes:
@@ -74,7 +74,7 @@ class Asks:
 
 
 @dataclass(slots=True)
-class Asked:
+class PreparedRequest:
     """What goes to the engine, and what will hold the replies.
 
     Attributes:
@@ -85,14 +85,14 @@ class Asked:
         predicted: Token ids of the prediction.
     """
 
-    prepared: list[Prepared] = field(default_factory=list)
+    prepared: list[DecodeRequests] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
     texts: list[ReplyText | None] = field(default_factory=list)
     prompt_tokens: int = 0
     predicted: Sequence[int] = ()
 
 
-def ask(asks: Asks, fields: GenerationFields, means: Means) -> Asked:
+def prepare_request(asks: GenerationParams, fields: GenerationFields, means: Means) -> PreparedRequest:
     """Prepares all prompts of a request. Takes milliseconds; not for the event loop's thread.
 
     Args:
@@ -117,7 +117,7 @@ def ask(asks: Asks, fields: GenerationFields, means: Means) -> Asked:
     for name, tokens in named.items():
         if tokens and max(tokens) >= vocabulary:
             raise ApiError(400, f"{name} names the token {max(tokens)}; ids end at {vocabulary - 1}.", name)
-    asked = Asked()
+    asked = PreparedRequest()
     documents, asked.predicted = _references(fields, means)
     for place, prompt in enumerate(asks.prompts):
         means.check()
@@ -225,9 +225,9 @@ def _room(length: int, wanted: int | None, positions: int | None, settings: Serv
 
 
 def _add(
-    asked: Asked,
-    prepared: Prepared,
-    asks: Asks,
+    asked: PreparedRequest,
+    prepared: DecodeRequests,
+    asks: GenerationParams,
     fields: GenerationFields,
     means: Means,
     place: int,

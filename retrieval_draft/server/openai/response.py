@@ -13,13 +13,13 @@ from starlette.types import Receive
 from retrieval_draft.http.event_stream import unless_gone
 from retrieval_draft.http.json_response import Json
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.openai.format import Shape
-from retrieval_draft.server.openai.prepare import Asked
+from retrieval_draft.server.openai.format import ResponseFormat
+from retrieval_draft.server.openai.prepare import PreparedRequest
 from retrieval_draft.server.openai.reply import Reply, drafting_metrics, predicted_tokens
 from retrieval_draft.server.scheduler.channel import Ended, Failed
 from retrieval_draft.server.scheduler.job import Job
 
-__all__ = ["DONE", "Answer", "event"]
+__all__ = ["DONE", "ResponseWriter", "event"]
 
 DONE = b"data: [DONE]\n\n"
 
@@ -30,7 +30,7 @@ def event(value: Any) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ResponseWriter:
     """What is sent back for one request.
 
     Attributes:
@@ -44,8 +44,8 @@ class Answer:
     """
 
     job: Job
-    asked: Asked
-    shape: Shape
+    asked: PreparedRequest
+    shape: ResponseFormat
     kept: int | None
     with_usage: bool
     with_metrics: bool

@@ -16,10 +16,16 @@ from retrieval_draft.server.json_body import read_body
 from retrieval_draft.server.openai.chat_request import CHAT
 from retrieval_draft.server.openai.chat_template import render_chat
 from retrieval_draft.server.openai.completions_request import COMPLETION
-from retrieval_draft.server.openai.format import ChatShape, CompletionShape, Shape
+from retrieval_draft.server.openai.format import ChatFormat, CompletionFormat, ResponseFormat
 from retrieval_draft.server.openai.generation_request import GenerationFields
-from retrieval_draft.server.openai.prepare import Asked, Asks, Means, ask, tokenize
-from retrieval_draft.server.openai.response import Answer
+from retrieval_draft.server.openai.prepare import (
+    GenerationParams,
+    Means,
+    PreparedRequest,
+    prepare_request,
+    tokenize,
+)
+from retrieval_draft.server.openai.response import ResponseWriter
 from retrieval_draft.server.service import Loaded, Service
 
 __all__ = ["make_router"]
@@ -80,7 +86,7 @@ def make_router(service: Service) -> APIRouter:
         samples = body.best_of or n
         _check_choices(service, samples * len(prompts))
 
-        def prepare(loaded: Loaded, means: Means) -> Asked:
+        def prepare(loaded: Loaded, means: Means) -> PreparedRequest:
             special = body.add_special_tokens is not False
             ids = [
                 prompt if isinstance(prompt, list) else tokenize(means, prompt, "prompt", special=special)
@@ -88,7 +94,7 @@ def make_router(service: Service) -> APIRouter:
             ]
             texts = [loaded.decode(each) if isinstance(given, list) else given
                      for given, each in zip(prompts, ids, strict=True)]  # fmt: skip
-            asks = Asks(
+            asks = GenerationParams(
                 ids,
                 _DEFAULT_COMPLETION if body.max_tokens is None else body.max_tokens,
                 samples,
@@ -96,10 +102,10 @@ def make_router(service: Service) -> APIRouter:
                 body.alternatives,
                 texts if body.echo else (),
             )
-            return ask(asks, body, means)
+            return prepare_request(asks, body, means)
 
-        def shape(loaded: Loaded, request_id: str) -> Shape:
-            return CompletionShape(
+        def shape(loaded: Loaded, request_id: str) -> ResponseFormat:
+            return CompletionFormat(
                 f"cmpl-{request_id}", service.settings.model_name, loaded.texts,
                 bool(body.return_token_ids), body.alternatives is not None,
             )  # fmt: skip
@@ -114,18 +120,18 @@ def make_router(service: Service) -> APIRouter:
         _check_choices(service, body.n or 1)
         conversation, variables = body.conversation, body.variables
 
-        def prepare(loaded: Loaded, means: Means) -> Asked:
+        def prepare(loaded: Loaded, means: Means) -> PreparedRequest:
             text = render_chat(
                 loaded.tokenizer, conversation, service.chat_template, variables, body.add_generation_prompt,
                 bool(body.continue_final_message),
             )  # fmt: skip
             ids = tokenize(means, text, "messages", special=False)
             top = (body.top_logprobs or 0) if body.logprobs else None
-            asks = Asks([ids], body.wanted_tokens, body.n or 1, False, top)
-            return ask(asks, body, means)
+            asks = GenerationParams([ids], body.wanted_tokens, body.n or 1, False, top)
+            return prepare_request(asks, body, means)
 
-        def shape(loaded: Loaded, request_id: str) -> Shape:
-            return ChatShape(
+        def shape(loaded: Loaded, request_id: str) -> ResponseFormat:
+            return ChatFormat(
                 f"chatcmpl-{request_id}", service.settings.model_name, loaded.texts,
                 bool(body.return_token_ids), bool(body.logprobs),
             )  # fmt: skip
@@ -139,8 +145,8 @@ async def _respond(
     service: Service,
     request: Request,
     fields: GenerationFields,
-    prepare: Callable[[Loaded, Means], Asked],
-    shape: Callable[[Loaded, str], Shape],
+    prepare: Callable[[Loaded, Means], PreparedRequest],
+    shape: Callable[[Loaded, str], ResponseFormat],
     kept: int | None,
 ) -> Response:
     """Hands a request to the engine, and its answer to the client."""
@@ -155,7 +161,7 @@ async def _respond(
         return Response(status_code=499)
     job, asked = submitted
     with_metrics = bool(fields.metrics) or "x-draft-metrics" in request.headers
-    answer = Answer(
+    answer = ResponseWriter(
         job, asked, shape(service.loaded, request_id), kept, fields.includes_usage, with_metrics,
         bool(fields.draft_marks),
     )  # fmt: skip

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from time import monotonic
 
 from retrieval_draft.drafter import RetrievalDrafter
-from retrieval_draft.drafting.session import Drafting
+from retrieval_draft.drafting.session import DraftSession
 from retrieval_draft.engine.decode import Batch
 from retrieval_draft.engine.row import Row
 from retrieval_draft.http.fair_pool import FairPool
 from retrieval_draft.server.errors import ApiError, from_library
 from retrieval_draft.server.scheduler.channel import Channel, Ended, Event, Failed, Tokens
 from retrieval_draft.server.scheduler.events import EngineListener
-from retrieval_draft.server.scheduler.job import Choice, Group, Job
+from retrieval_draft.server.scheduler.job import Choice, Job, SequenceGroup
 from retrieval_draft.server.scheduler.queue import JobQueue
 from retrieval_draft.server.scheduler.reports import Reports
 from retrieval_draft.server.settings import ServerSettings
@@ -39,18 +39,18 @@ _SLICE_SECONDS = 0.05
 
 _FIRST_CHUNK, _LEAST_CHUNK = 128, 16
 
-Draftings = list["Drafting | None"]
+Draftings = list["DraftSession | None"]
 
 
 @dataclass(slots=True, eq=False)
 class _Joining:
     """A group whose text is being indexed, and then its prompt passed."""
 
-    group: Group
+    group: SequenceGroup
     opening: Future[Draftings]
     began: float
     row: Row | None = None
-    draftings: Sequence[Drafting | None] = ()
+    draftings: Sequence[DraftSession | None] = ()
     passes: Iterator[None] = field(default_factory=lambda: iter(()))
     turn: int = 0
 
@@ -179,7 +179,7 @@ class ServingEngine:
 
     def _turn(self, batch: Batch) -> None:
         self._beat = monotonic()
-        self._weed(batch)
+        self._cancel_expired(batch)
         self._admit(batch)
         self._leave(batch)  # the first token may have been the last
         if batch.rows:
@@ -194,7 +194,7 @@ class ServingEngine:
         self._reports.queue(self._queue.waiting, self.running)
         self._deliver()
 
-    def _weed(self, batch: Batch) -> None:
+    def _cancel_expired(self, batch: Batch) -> None:
         """Takes out what was given up, or is out of time."""
         now = monotonic()
         for job in dict.fromkeys([*self._queue.jobs(), *self._jobs()]):
@@ -244,8 +244,8 @@ class ServingEngine:
                 self._begin(batch, joining)
             has_company = len(batch.rows) + len(self._joining) > 1
             chunk = min(self._chunk, self._settings.prefill_chunk)
-            leader = joining.group.choices[0].request
-            leader.prefill_chunk = chunk if has_company else self._settings.prefill_chunk
+            prefix_owner = joining.group.choices[0].request
+            prefix_owner.prefill_chunk = chunk if has_company else self._settings.prefill_chunk
             began = monotonic()
             more = next(joining.passes, self) is not self
             if has_company:
@@ -282,7 +282,7 @@ class ServingEngine:
         joining.turn = sum(self._turns.values())
         return joining
 
-    def _open(self, group: Group) -> Future[Draftings]:
+    def _open(self, group: SequenceGroup) -> Future[Draftings]:
         """Opens the sources for a group; beside the engine's thread where there is much to index."""
         opener = group.job.drafter.continuous
         stats = [choice.stats for choice in group.choices]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from retrieval_draft.drafting.session import Plan
+from retrieval_draft.drafting.session import DraftPlan
 from retrieval_draft.drafting.stats import DraftStats
 
 __all__ = ["EngineListener", "RequestEnd", "RequestStart", "RowStep", "StepReport"]
@@ -49,7 +49,7 @@ class RowStep:
 
     request_id: str
     index: int
-    plan: Plan
+    plan: DraftPlan
     path: Sequence[int]
     tokens: Sequence[int]
 

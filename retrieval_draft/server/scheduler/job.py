@@ -11,12 +11,12 @@ from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.row import Row
-from retrieval_draft.generation.requests import Prepared
+from retrieval_draft.generation.requests import DecodeRequests
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.openai.detokenize import ReplyText
 from retrieval_draft.server.scheduler.channel import Channel
 
-__all__ = ["Choice", "Group", "Job"]
+__all__ = ["Choice", "Job", "SequenceGroup"]
 
 
 @dataclass(slots=True, eq=False)
@@ -49,7 +49,7 @@ class Choice:
 
 
 @dataclass(slots=True, eq=False)
-class Group:
+class SequenceGroup:
     """Choices of one prompt, which join together.
 
     Attributes:
@@ -59,7 +59,7 @@ class Group:
     """
 
     job: Job
-    prepared: Prepared
+    prepared: DecodeRequests
     choices: list[Choice]
 
 
@@ -89,15 +89,15 @@ class Job:
     arrived: float = field(default_factory=monotonic)
     traceparent: str | None = None
     client_id: str | None = None
-    groups: list[Group] = field(default_factory=list)
+    groups: list[SequenceGroup] = field(default_factory=list)
     given_up: ApiError | None = None
     ended: int = 0
 
-    def add(self, prepared: Prepared) -> Sequence[Choice]:
+    def add(self, prepared: DecodeRequests) -> Sequence[Choice]:
         """Adds the choices of one prompt."""
         begin = self.size
         choices = [Choice(self, begin + place, request) for place, request in enumerate(prepared.requests)]
-        self.groups.append(Group(self, prepared, choices))
+        self.groups.append(SequenceGroup(self, prepared, choices))
         return choices
 
     @property

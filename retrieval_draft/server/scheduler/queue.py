@@ -6,7 +6,7 @@ import threading
 from collections import deque
 
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.scheduler.job import Group, Job
+from retrieval_draft.server.scheduler.job import Job, SequenceGroup
 
 __all__ = ["JobQueue"]
 
@@ -22,7 +22,7 @@ class JobQueue:
     def __init__(self, limit: int, most: int | None = None) -> None:
         self._limit = limit
         self._most = limit if most is None else most
-        self._groups: dict[str, deque[Group]] = {}
+        self._groups: dict[str, deque[SequenceGroup]] = {}
         self._waiting = 0
         self._changed = threading.Condition()
         self._refuses: ApiError | None = None
@@ -72,7 +72,7 @@ class JobQueue:
                 self._changed.wait()
             return bool(self._groups)
 
-    def next(self, places: int) -> Group | None:
+    def next(self, places: int) -> SequenceGroup | None:
         """The first group of the tenant whose turn it is, if it fits into so many places."""
         with self._changed:
             tenant = next(iter(self._groups), None)

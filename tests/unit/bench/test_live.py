@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from retrieval_draft.bench import live as live_module
-from retrieval_draft.bench.agreement import judge
-from retrieval_draft.bench.contestants import Run
+from retrieval_draft.bench.agreement import compare_outputs
+from retrieval_draft.bench.decoders import Run
 from retrieval_draft.bench.forward_passes import ForwardPasses
 from retrieval_draft.bench.live import live
 from retrieval_draft.bench.prompts import Prompt, random_prompts, read_prompts, spread
@@ -150,23 +150,23 @@ class TwoLogits(torch.nn.Module):
 
 
 def test_equal_replies_are_equal() -> None:
-    assert judge(None, [0], [1, 2], [1, 2]) == "equal"
+    assert compare_outputs(None, [0], [1, 2], [1, 2]) == "equal"
 
 
 def test_a_near_tie_excuses_a_difference() -> None:
-    assert judge(TwoLogits(1.0, 0.99995, 0.0), [0], [0, 0, 0], [0, 1, 0]) == "tie"
+    assert compare_outputs(TwoLogits(1.0, 0.99995, 0.0), [0], [0, 0, 0], [0, 1, 0]) == "tie"
 
 
 def test_a_clear_difference_is_not_excused() -> None:
-    assert judge(TwoLogits(1.0, 0.999, 0.0), [0], [0, 0, 0], [0, 1, 0]) == "different"
+    assert compare_outputs(TwoLogits(1.0, 0.999, 0.0), [0], [0, 0, 0], [0, 1, 0]) == "different"
 
 
 def test_a_tie_does_not_excuse_what_follows() -> None:
-    assert judge(TwoLogits(1.0, 0.99995, 0.0), [0], [0, 0, 0], [0, 1, 2]) == "different"
+    assert compare_outputs(TwoLogits(1.0, 0.99995, 0.0), [0], [0, 0, 0], [0, 1, 2]) == "different"
 
 
 def test_a_reply_that_ends_too_soon_differs() -> None:
-    assert judge(TwoLogits(1.0, 1.0), [0], [0, 0, 0], [0, 0]) == "different"
+    assert compare_outputs(TwoLogits(1.0, 1.0), [0], [0, 0, 0], [0, 0]) == "different"
 
 
 def test_prompts_are_read_with_turns_and_tasks(tmp_path: Path) -> None:

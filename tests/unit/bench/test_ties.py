@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from retrieval_draft.bench.agreement import judge
+from retrieval_draft.bench.agreement import compare_outputs
 from retrieval_draft.bench.ties import TIE, Ties, compare, count_ties, gaps, unit
 from retrieval_draft.engine.sampling.noise import GumbelNoise
 
@@ -73,7 +73,7 @@ def test_place_of_the_first_difference() -> None:
 
 def test_reply_is_excused_for_ties_alone() -> None:
     model = Says([1.0, 1.0, 0.0], torch.float32)
-    assert judge(model, [0], [0, 0, 0], [0, 0, 0]) == "equal"
-    assert judge(model, [0], [0, 0, 0], [0, 1, 0]) == "tie"
-    assert judge(model, [0], [0, 0, 0], [0, 1, 2]) == "different"
-    assert judge(model, [0], [0, 0, 0], [0, 0]) == "different"
+    assert compare_outputs(model, [0], [0, 0, 0], [0, 0, 0]) == "equal"
+    assert compare_outputs(model, [0], [0, 0, 0], [0, 1, 0]) == "tie"
+    assert compare_outputs(model, [0], [0, 0, 0], [0, 1, 2]) == "different"
+    assert compare_outputs(model, [0], [0, 0, 0], [0, 0]) == "different"

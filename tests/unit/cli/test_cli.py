@@ -178,7 +178,7 @@ def test_bench_live_table_and_random_ids(command: Command, tiny: str) -> None:
 def test_a_difference_exits_with_3(command: Command, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from retrieval_draft.bench import live as live_module
 
-    monkeypatch.setattr(live_module, "judge", lambda *_: "different")
+    monkeypatch.setattr(live_module, "compare_outputs", lambda *_: "different")
     words = ("--random-ids", "1", "--prompt-length", "5", "--max-new-tokens", "4", "--methods", "stock")
     assert command("bench", "live", "--model", tiny, *words)[0] == 3
 

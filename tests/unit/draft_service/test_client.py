@@ -108,10 +108,10 @@ def test_tokens_may_be_arrays_and_connections_are_reused() -> None:
 
     with scripted(answer) as (url, connections), DraftClient(url) as client:
         session = client.open(np.array([4, 5]))
-        draft = session.step(np.array([8, 9]), nodes=3, deepest=2, chain=True, floor=0.5)
+        draft = session.step(np.array([8, 9]), nodes=3, max_depth=2, chain=True, min_prob=0.5)
         assert (draft.tokens, draft.accepted, draft.num_draft_tokens) == ([9, 3], 1, 1)
         assert seen == [
-            wire.Step(session="s", tokens=[8, 9], at=2, nodes=3, deepest=2, chain=True, floor=0.5)
+            wire.Step(session="s", tokens=[8, 9], at=2, nodes=3, max_depth=2, chain=True, min_prob=0.5)
         ]
         session.close()
         assert seen[-1] == wire.Step(session="s", at=4, nodes=0, close="finished")

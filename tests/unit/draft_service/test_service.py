@@ -68,8 +68,8 @@ def test_what_steps_taught_is_learned_behind_the_reply() -> None:
         stepped(service, key, 9, nodes=8)
         stats = service.table.get("default", key).proposing.stats
         before = stats.drafted
-        service.settle()
-        service.settle()
+        service.apply_feedback()
+        service.apply_feedback()
         assert stats.drafted > before
         assert (stats.tokens, stats.steps) == (3, 2)
 
@@ -82,8 +82,8 @@ def test_a_chain_is_a_tree_of_one_path() -> None:
         assert draft.parents == list(range(-1, len(draft.tokens) - 1))
         assert draft.path_probs == sorted(draft.path_probs, reverse=True)
         assert stepped(service, key, 9, 4, 1).accepted == 2
-        assert len(stepped(service, key, 7, 8, nodes=3, chain=True, floor=1.0).tokens) == 1
-        assert len(stepped(service, key, nodes=9, chain=True, deepest=1).tokens) <= 2
+        assert len(stepped(service, key, 7, 8, nodes=3, chain=True, min_prob=1.0).tokens) == 1
+        assert len(stepped(service, key, nodes=9, chain=True, max_depth=1).tokens) <= 2
 
 
 def test_open_drafts_at_once_if_asked() -> None:
@@ -139,32 +139,34 @@ def test_what_a_session_said_is_history_for_the_next_of_its_tenant_only() -> Non
 def test_what_the_target_said_is_learned() -> None:
     with draft_service() as service:
         key = opened(service, 1, 2)
-        stepped(service, key, 3, said=wire.Said([[3, 20]], [[0.6, 0.3]]), nodes=8)
+        stepped(service, key, 3, top_logprobs=wire.TopLogprobs([[3, 20]], [[0.6, 0.3]]), nodes=8)
         draft = stepped(service, key, 1, 2, nodes=32)
         assert 20 in draft.tokens[1:], "an alternative that was never emitted"
         node = draft.tokens.index(20)
-        about = wire.Said([[50, 51]], [[0.5, 0.4]], nodes=[node])
-        stepped(service, key, 20, said=about, nodes=8)
+        about = wire.TopLogprobs([[50, 51]], [[0.5, 0.4]], nodes=[node])
+        stepped(service, key, 20, top_logprobs=about, nodes=8)
         assert {50, 51} & set(stepped(service, key, nodes=32).tokens[1:])
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("top_logprobs", "message"),
     [
-        (wire.Said([[1], [2]], [[0.5], [0.5]]), "2 rows for 1 tokens"),
-        (wire.Said([[1, 2]], [[0.5]]), "no table"),
-        (wire.Said([[]], [[]]), "no table"),
-        (wire.Said([[1] * 33], [[0.1] * 33]), "no table"),
-        (wire.Said([[99]], [[0.5]]), "token id 99"),
-        (wire.Said([[1]], [[0.5]], nodes=[0]), "tree has 0 nodes"),
-        (wire.Said([[1]], [[float("nan")]]), "no number"),
+        (wire.TopLogprobs([[1], [2]], [[0.5], [0.5]]), "2 rows for 1 tokens"),
+        (wire.TopLogprobs([[1, 2]], [[0.5]]), "no table"),
+        (wire.TopLogprobs([[]], [[]]), "no table"),
+        (wire.TopLogprobs([[1] * 33], [[0.1] * 33]), "no table"),
+        (wire.TopLogprobs([[99]], [[0.5]]), "token id 99"),
+        (wire.TopLogprobs([[1]], [[0.5]], nodes=[0]), "tree has 0 nodes"),
+        (wire.TopLogprobs([[1]], [[float("nan")]]), "no number"),
     ],
 )
-def test_what_is_no_table_is_refused_and_nothing_is_taken_in(said: wire.Said, message: str) -> None:
+def test_what_is_no_table_is_refused_and_nothing_is_taken_in(
+    top_logprobs: wire.TopLogprobs, message: str
+) -> None:
     with draft_service() as service:
         key = opened(service, 1, 2)
         with pytest.raises(InvalidInputError, match=message):
-            stepped(service, key, 3, said=said)
+            stepped(service, key, 3, top_logprobs=top_logprobs)
         assert stepped(service, key).length == 2
 
 

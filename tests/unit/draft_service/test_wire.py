@@ -29,9 +29,22 @@ def test_a_step_is_what_it_was_in_version_1() -> None:
 
 @pytest.mark.parametrize("json", [False, True])
 def test_messages_come_back(json: bool) -> None:
-    said = wire.Said([[1, 2]], [[0.5, 0.25]], [0])
-    request = wire.StepRequest(steps=[wire.Step(session="a", said=said, deepest=3, chain=True, floor=0.25)])
+    top_logprobs = wire.TopLogprobs([[1, 2]], [[0.5, 0.25]], [0])
+    request = wire.StepRequest(
+        steps=[wire.Step(session="a", top_logprobs=top_logprobs, max_depth=3, chain=True, min_prob=0.25)]
+    )
     assert wire.decode(wire.encode(request, json), wire.StepRequest, json) == request
+
+
+@pytest.mark.parametrize("json", [False, True])
+def test_former_field_names_are_read(json: bool) -> None:
+    top = {"tokens": [[1, 2]], "probs": [[0.5, 0.25]]}
+    old = {"session": "a", "tokens": [4], "deepest": 3, "chain": True, "floor": 0.25, "said": top}
+    body = msgspec.json.encode({"steps": [old]}) if json else packed(steps=[old])
+    (step,) = wire.decode(body, wire.StepRequest, json).steps
+    assert (step.max_depth, step.min_prob, step.deepest, step.floor, step.said) == (3, 0.25, None, None, None)
+    assert step.top_logprobs == wire.TopLogprobs([[1, 2]], [[0.5, 0.25]])
+    assert b"deepest" not in wire.encode(wire.StepRequest(steps=[step]), json)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +101,9 @@ def test_a_large_message_is_bounded_before_it_is_made(name: str, json: bool) -> 
 def test_large_messages_are_what_small_ones_are(json: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "SMALL", 0)
     opened = wire.OpenRequest(prompt=[1, 2], references=[[3], []], nodes=4, fingerprint="f", share="all")
-    said = wire.Said([[1], [2]], [[0.5], [0.25]], nodes=[0, 1])
+    top_logprobs = wire.TopLogprobs([[1], [2]], [[0.5], [0.25]], nodes=[0, 1])
     steps = wire.StepRequest(
-        steps=[wire.Step(session="a", tokens=[1, 2], at=3, said=said), wire.Step(session="b")]
+        steps=[wire.Step(session="a", tokens=[1, 2], at=3, top_logprobs=top_logprobs), wire.Step(session="b")]
     )
     assert wire.decode(wire.encode(opened, json), wire.OpenRequest, json) == opened
     assert wire.decode(wire.encode(steps, json), wire.StepRequest, json) == steps

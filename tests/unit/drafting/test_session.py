@@ -8,11 +8,11 @@ from retrieval_draft.drafting.budget import Budget
 from retrieval_draft.drafting.calibration import Calibration
 from retrieval_draft.drafting.cost import SIZES, CostModel
 from retrieval_draft.drafting.fusion import fuse
-from retrieval_draft.drafting.locality import RequestDrafts
 from retrieval_draft.drafting.predictions import Predictions
-from retrieval_draft.drafting.session import Drafting
+from retrieval_draft.drafting.session import DraftSession
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
+from tests.support.sources import sessions_of
 
 
 class Guesser:
@@ -46,7 +46,7 @@ def nothing_said(nodes: int) -> Predictions:
 def test_drafts_that_do_not_pay_are_not_verified_and_are_tried_again() -> None:
     cost = CostModel()
     cost.load({size: 1.0 + 0.3 * (size - 1) for size in SIZES})  # a pass where every token costs
-    drafting = Drafting(RequestDrafts([Guesser()]), fuse, Calibration().open(), 60, 100, DraftStats())
+    drafting = DraftSession(sessions_of(Guesser()), fuse, Calibration().open(), 60, 100, DraftStats())
     budget = Budget(cost)
 
     def steps(count: int, token: int) -> list[int]:
@@ -57,7 +57,10 @@ def test_drafts_that_do_not_pay_are_not_verified_and_are_tried_again() -> None:
             size = plan.tree.num_draft_tokens
             verified.append(size)
             emitted = np.full(1 if token != 1 else size + 1, token, np.int32)
-            drafting.learn(plan, emitted, np.ones(3, np.int32), nothing_said(size + 1))
+            drafting.observe(emitted)
+            top = nothing_said(size + 1)
+            contexts = plan.tree.contexts(np.ones(3, np.int32))
+            drafting.learn(plan, emitted, NodeLogits(contexts, top.top_tokens, top.top_probs))
         return verified
 
     assert steps(1, 1)[0] > 0

@@ -30,11 +30,11 @@ def test_transcript_grows_and_keeps_padding_in_ids_only() -> None:
 
 def test_nodes_too_deep_or_unknown_are_left_out_with_what_hangs_below() -> None:
     tree = tree_of([8, 9, 70, 3, 5, 6], [-1, 0, 0, 2, 1, 4])
-    kept = _usable(tree, deepest=2, vocabulary=50)
+    kept = _usable(tree, max_depth=2, vocabulary=50)
     assert kept.tokens.tolist() == [8, 9, 5]
     assert kept.parents.tolist() == [-1, 0, 1]
-    assert _usable(tree, deepest=0, vocabulary=99).tokens.tolist() == [8]
-    assert _usable(tree, deepest=9, vocabulary=99) is tree
+    assert _usable(tree, max_depth=0, vocabulary=99).tokens.tolist() == [8]
+    assert _usable(tree, max_depth=9, vocabulary=99) is tree
 
 
 def test_prompt_contexts() -> None:

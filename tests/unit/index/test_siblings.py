@@ -17,7 +17,7 @@ def tokens(*values: int) -> TokenArray:
 
 
 def test_a_sibling_is_offered_what_another_said() -> None:
-    one, other = SiblingSource().open_siblings(tokens(1, 2), (), 2)
+    one, other = SiblingSource().open_parallel(tokens(1, 2), (), 2)
     one.observe(tokens(3, 4, 5))
     other.observe(tokens(3))
     said = other.propose(4)
@@ -27,7 +27,7 @@ def test_a_sibling_is_offered_what_another_said() -> None:
 
 
 def test_the_first_tokens_of_a_reply_have_the_prompt_before_them() -> None:
-    one, other = SiblingSource().open_siblings(np.arange(100, dtype=np.int32), (), 2)
+    one, other = SiblingSource().open_parallel(np.arange(100, dtype=np.int32), (), 2)
     one.observe(tokens(7))
     said = other.propose(1)
     assert said.tokens.tolist() == [7]
@@ -41,7 +41,7 @@ def test_a_request_alone_proposes_nothing() -> None:
 
 
 def test_siblings_that_end_leave_their_text_to_the_others() -> None:
-    one, other = SiblingSource().open_siblings(tokens(1), (), 2)
+    one, other = SiblingSource().open_parallel(tokens(1), (), 2)
     one.observe(tokens(2, 3))
     one.close()
     other.observe(tokens(2))

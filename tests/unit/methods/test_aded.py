@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.methods.aded import METHOD, ROW_BYTES, AdedSession, TrigramMatrix, _Place
-from retrieval_draft.methods.method import Parts
+from retrieval_draft.methods.method import MethodContext
 
 
 def source(*corpora):
-    (made,) = METHOD.sources(Parts(DraftConfig(), Datastores(64, corpora=corpora)))
+    (made,) = METHOD.sources(MethodContext(DraftConfig(), DraftStores(64, corpora=corpora)))
     return made
 
 

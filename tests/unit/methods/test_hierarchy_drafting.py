@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.methods import hierarchy_drafting
 from retrieval_draft.methods.hierarchy_drafting import METHOD, ModelStore
-from retrieval_draft.methods.method import Parts
+from retrieval_draft.methods.method import MethodContext
 
 
 def ids(*tokens):
@@ -25,7 +25,7 @@ def source(*texts, vocabulary=200, **config):
     """One corpus of the texts given."""
     segments = (Segment.build([ids(*text) for text in texts], vocabulary),) if texts else ()
     corpora = (SimpleNamespace(segments=segments, nbytes=1),) if texts else ()
-    (made,) = METHOD.sources(Parts(DraftConfig(**config), Datastores(vocabulary, corpora=corpora)))
+    (made,) = METHOD.sources(MethodContext(DraftConfig(**config), DraftStores(vocabulary, corpora=corpora)))
     return made
 
 
@@ -144,7 +144,7 @@ def test_the_store_counts_as_brute_force_does():
 
 
 def test_the_rarest_go(monkeypatch):
-    monkeypatch.setattr(hierarchy_drafting, "MOST_STORED", 8)
+    monkeypatch.setattr(hierarchy_drafting, "MAX_STORED", 8)
     monkeypatch.setattr(hierarchy_drafting, "KEPT", 6)
     store = ModelStore()
     for first in (10, 10, 20, 30, 40, 50, 60, 70, 80):

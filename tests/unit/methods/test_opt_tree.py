@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.engine.draft_models.model_draft import ModelDraft
-from retrieval_draft.methods.method import Parts
+from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.registry import get_method
 from tests.support.models import make
 
 
 def test_the_largest_path_products_are_kept_closed_under_parents() -> None:
-    parts = Parts(DraftConfig(), Datastores(97), (ModelDraft(make("llama"), 97),))
+    parts = MethodContext(DraftConfig(), DraftStores(97), (ModelDraft(make("llama"), 97),))
     (source,) = get_method("opt_tree").sources(parts)
     session = source.open(np.arange(1, 20, dtype=np.int32))
     for budget in (5, 50):

@@ -29,7 +29,7 @@ def test_the_newest_phrases_come_first_and_old_ones_go() -> None:
 
 
 def test_tokens_used_longest_ago_are_forgotten(monkeypatch) -> None:
-    monkeypatch.setattr(ouroboros, "MOST_TOKENS", 2)
+    monkeypatch.setattr(ouroboros, "MAX_TOKENS", 2)
     pool = PhrasePool()
     for first in (1, 2, 3):
         pool.add([first, *range(10, 16)])

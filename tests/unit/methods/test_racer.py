@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.index.source import NodeLogits
 from retrieval_draft.methods.lookup import GuessTree
-from retrieval_draft.methods.method import Parts
+from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.racer import GRAM, METHOD, NODE_BYTES, GramTrie, breadths
 
 
 def source(vocabulary=64):
-    (made,) = METHOD.sources(Parts(DraftConfig(), Datastores(vocabulary)))
+    (made,) = METHOD.sources(MethodContext(DraftConfig(), DraftStores(vocabulary)))
     return made
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.index.segments.segment import Segment
-from retrieval_draft.methods.method import Parts
+from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.rest import CHOICES, METHOD, TextEnd, common_prefixes
 
 
@@ -25,7 +25,7 @@ def source(*segments, vocabulary=100):
     corpora = (
         (SimpleNamespace(segments=made, nbytes=sum(segment.nbytes for segment in made)),) if made else ()
     )
-    (rest,) = METHOD.sources(Parts(DraftConfig(), Datastores(vocabulary, corpora=corpora)))
+    (rest,) = METHOD.sources(MethodContext(DraftConfig(), DraftStores(vocabulary, corpora=corpora)))
     return rest
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.index.segments.segment import Segment
-from retrieval_draft.methods.method import Parts
+from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.sam_decoding import METHOD
 
 
@@ -22,7 +22,7 @@ def source(*segments, vocabulary=200):
     """One corpus with segments of the texts given."""
     made = tuple(Segment.build([ids(*text) for text in texts], vocabulary) for texts in segments)
     corpora = (SimpleNamespace(segments=made),) if made else ()
-    (sam,) = METHOD.sources(Parts(DraftConfig(), Datastores(vocabulary, corpora=corpora)))
+    (sam,) = METHOD.sources(MethodContext(DraftConfig(), DraftStores(vocabulary, corpora=corpora)))
     return sam
 
 

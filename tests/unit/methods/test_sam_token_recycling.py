@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.index.source import NodeLogits
-from retrieval_draft.methods.method import Parts
+from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.sam_token_recycling import METHOD
 
 
 def source(vocabulary=64):
-    (made,) = METHOD.sources(Parts(DraftConfig(), Datastores(vocabulary)))
+    (made,) = METHOD.sources(MethodContext(DraftConfig(), DraftStores(vocabulary)))
     return made
 
 

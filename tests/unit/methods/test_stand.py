@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.index.source import NodeLogits
-from retrieval_draft.methods.method import Parts
+from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.stand import METHOD, SHAPE, StandTable
 
 
 def source(rows=1024):
-    (made,) = METHOD.sources(Parts(DraftConfig(adjacency_rows=rows), Datastores(16)))
+    (made,) = METHOD.sources(MethodContext(DraftConfig(adjacency_rows=rows), DraftStores(16)))
     return made
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.index.suffix_automaton import SuffixAutomaton
 from retrieval_draft.methods import suffix_decoding
-from retrieval_draft.methods.method import Parts
+from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.suffix_decoding import METHOD, Replies, suffix_tree
 
 
@@ -21,7 +21,7 @@ def ids(*tokens):
 
 
 def source(**config):
-    (made,) = METHOD.sources(Parts(DraftConfig(**config), Datastores(100)))
+    (made,) = METHOD.sources(MethodContext(DraftConfig(**config), DraftStores(100)))
     return made
 
 
@@ -155,7 +155,7 @@ def _best_score(texts, end, budget):
 
 
 def test_the_oldest_quarter_goes(monkeypatch):
-    monkeypatch.setattr(suffix_decoding, "MOST_REPLIES", 8)
+    monkeypatch.setattr(suffix_decoding, "MAX_REPLIES", 8)
     replies = Replies(1 << 30)
     for number in range(9):
         replies.add(ids(50 + number, 7))

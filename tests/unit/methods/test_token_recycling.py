@@ -7,14 +7,14 @@ from collections import Counter
 import numpy as np
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.index.source import NodeLogits
-from retrieval_draft.methods.method import Parts
+from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.token_recycling import METHOD, TEMPLATE, RecycledTokens
 
 
 def source(vocabulary=16):
-    (made,) = METHOD.sources(Parts(DraftConfig(), Datastores(vocabulary)))
+    (made,) = METHOD.sources(MethodContext(DraftConfig(), DraftStores(vocabulary)))
     return made
 
 

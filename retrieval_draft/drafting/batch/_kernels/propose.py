@@ -11,7 +11,7 @@ from retrieval_draft.drafting.batch._kernels.adjacency_step import ask_keys, ask
 from retrieval_draft.drafting.batch._kernels.automaton_step import expand_automaton, follow_automaton
 from retrieval_draft.drafting.batch._kernels.candidates import add_children, choose
 from retrieval_draft.drafting.batch._kernels.segment_rows import advance_rows
-from retrieval_draft.drafting.batch._kernels.segment_step import MOST_RUNS, expand_segments, follow_segments
+from retrieval_draft.drafting.batch._kernels.segment_step import MAX_RUNS, expand_segments, follow_segments
 from retrieval_draft.drafting.batch._kernels.slots import (
     CHAIN,
     EDGES_AT,
@@ -77,7 +77,7 @@ def propose_rows(
     first_row: int,
     last_row: int,
     limits: NDArray[np.int32],
-    floor: float,
+    min_prob: float,
     slots: NDArray[np.int64],
     nodes: NDArray[np.int32],
     evidence: NDArray[np.float32],
@@ -113,7 +113,7 @@ def propose_rows(
     Args:
         ids: int64, shape (rows,).
         limits: int32, shape (rows,). The longest chain of each row.
-        floor: A chain ends before its path probability falls below it.
+        min_prob: A chain ends before its path probability falls below it.
         places: int64, shape (2,). See REQUEST and SEEN.
         keys, visits, row_tokens, row_probs, doubt: The adjacency matrix.
         segments: int64, shape (segments, SEGMENT_FIELDS). Those of group g are
@@ -139,8 +139,8 @@ def propose_rows(
     child_token = np.empty(CHILDREN, np.int32)
     child_prob = np.empty(CHILDREN, np.float64)
     child_length = np.empty(CHILDREN, np.int32)
-    run_child = np.empty(MOST_RUNS, np.int64)
-    run_weight = np.empty(MOST_RUNS, np.float64)
+    run_child = np.empty(MAX_RUNS, np.int64)
+    run_weight = np.empty(MAX_RUNS, np.float64)
     seen_in = np.empty(CHILDREN, np.int64)
     left = np.zeros(SOURCES, np.float64)
     context = np.empty(ORDERS, np.int32)
@@ -248,7 +248,7 @@ def propose_rows(
                 accepted, prior,
             )  # fmt: skip
             path *= prob
-            if path < floor:
+            if path < min_prob:
                 break
             token = nodes[slot, 0, node]
             chosen[slot, depth] = node

@@ -13,7 +13,7 @@ from retrieval_draft._kernels.jit import inner_kernel
 from retrieval_draft.index._kernels.segment_match import SEPARATOR, token_at
 from retrieval_draft.index._kernels.segment_tree import INSIDE, worth
 
-MOST_RUNS = 64
+MAX_RUNS = 64
 """Runs of equal tokens that are told apart in one context; what is beyond is counted, not proposed."""
 
 
@@ -46,7 +46,7 @@ def expand_segments(
         ranges: int16, shape (RANGES, 2). What of the pool agrees with the chain, for each range.
         depth: Tokens of the chain so far.
         needed: Probability below which a child is of no use.
-        run_child: int64, shape (MOST_RUNS,). Scratch, as is `run_weight`.
+        run_child: int64, shape (MAX_RUNS,). Scratch, as is `run_weight`.
         seen_in: int64. Scratch, as long as `tokens`.
         tokens: int32. Written, as are `probs` and `lengths`; their length is the most children there may be.
 

@@ -28,14 +28,14 @@ from retrieval_draft.engine.cpu._kernels.vector_tile import (
 )
 
 __all__ = [
-    "BLOCK", "JOB", "MOST_TOKENS", "SIGNATURE", "TILE", "linear", "linear_numpy", "widen_rows", "write",
+    "BLOCK", "JOB", "MAX_TOKENS", "SIGNATURE", "TILE", "linear", "linear_numpy", "widen_rows", "write",
 ]  # fmt: skip
 
 SIGNATURE = types.void(types.intp)
 JOB = 12
 """int64 fields of a job."""
 
-MOST_TOKENS = 64
+MAX_TOKENS = 64
 BLOCK = 24
 """Most weight rows that a thread claims at once: a multiple of every tile."""
 
@@ -48,7 +48,7 @@ _FETCHES = 3
 
 TILE, _TILE_FOR_TWO, _TILE_FOR_ONE = 3, 4, 8
 _TILE_OF_HALVES = 2
-_SUMS = MOST_TOKENS * BLOCK
+_SUMS = MAX_TOKENS * BLOCK
 _BAND = 2 * TILE
 _WIDE = _BAND * RUN
 
@@ -69,25 +69,25 @@ def _floats(
     """A tile of float32 weights with one group of tokens."""
     if rows == TILE:
         if tokens == 4:
-            _f3x4(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
+            _f3x4(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
         elif tokens == 3:
-            _f3x3(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
+            _f3x3(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
         elif tokens == 2:
-            _f3x2(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
+            _f3x2(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
         else:
-            _f3x1(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
+            _f3x1(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
     elif rows == _TILE_FOR_TWO:
-        _f4x2(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
+        _f4x2(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
     elif rows == _TILE_FOR_ONE:
-        _f8x1(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
+        _f8x1(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
     elif tokens == 4:
-        _f1x4(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
+        _f1x4(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
     elif tokens == 3:
-        _f1x3(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
+        _f1x3(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
     elif tokens == 2:
-        _f1x2(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
+        _f1x2(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
     else:
-        _f1x1(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
+        _f1x1(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
 
 
 @kernel
@@ -96,21 +96,21 @@ def _halves(
 ) -> None:
     """A tile of bfloat16 weights with the only group of tokens: each weight is widened in a register."""
     if rows == TILE:
-        _h3x3(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
+        _h3x3(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
     elif rows == _TILE_OF_HALVES:
-        _h2x4(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
+        _h2x4(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
     elif rows == _TILE_FOR_TWO:
-        _h4x2(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
+        _h4x2(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
     elif rows == _TILE_FOR_ONE:
-        _h8x1(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
+        _h8x1(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
     elif tokens == 4:
-        _h1x4(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
+        _h1x4(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
     elif tokens == 3:
-        _h1x3(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
+        _h1x3(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
     elif tokens == 2:
-        _h1x2(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
+        _h1x2(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
     else:
-        _h1x1(w, w_stride, x, x_stride, length, y, MOST_TOKENS, ahead)
+        _h1x1(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
 
 
 def linear(job: int) -> None:
@@ -121,7 +121,7 @@ def linear(job: int) -> None:
     Args:
         job: Address of int64[JOB], shared by the threads: [0] the next block, 0 at the start; addresses of
             [1] W, (rows, length), [2] x, float32 (tokens, length), [3] bias, (rows,), or 0, [4] y, (tokens,
-            rows), written; [5] tokens, 1 to MOST_TOKENS, [6] rows, [7] length, [8] rows of a block, at most
+            rows), written; [5] tokens, 1 to MAX_TOKENS, [6] rows, [7] length, [8] rows of a block, at most
             BLOCK, [9] elements from a row of W to the next; [10] whether W, bias and y are bfloat16, else
             they are float32; [11] elements from a row of x to the next. bias, y and the rows of W and x are
             contiguous. For bfloat16 each STEP elements of x have those at even places first, but for a last
@@ -132,7 +132,7 @@ def linear(job: int) -> None:
     length, size, stride, half, x_stride = field[7], field[8], field[9], field[10] != 0, field[11]
     bytes_each = 2 if half else 4
     sums_at, wide_at = stack_floats(_SUMS), stack_floats(_WIDE)
-    sums = carray(floats_at(sums_at), (BLOCK, MOST_TOKENS))
+    sums = carray(floats_at(sums_at), (BLOCK, MAX_TOKENS))
     groups = (tokens + _GROUP - 1) // _GROUP
     tile_rows = _TILE_FOR_ONE if tokens == 1 else _TILE_FOR_TWO if tokens == 2 else TILE
     if half and tokens == _GROUP:
@@ -177,7 +177,7 @@ def linear(job: int) -> None:
                     while line < end:
                         count = tile_rows if end - line >= tile_rows else 1
                         at = start + (line - row) * tile_stride * tile_bytes
-                        out = sums_at + ((line - first) * MOST_TOKENS + begin) * 4
+                        out = sums_at + ((line - first) * MAX_TOKENS + begin) * 4
                         if half and not widened:
                             _halves(count, after - begin, at, stride, given, x_stride, whole, out, ahead)
                         else:
@@ -188,7 +188,7 @@ def linear(job: int) -> None:
                         ahead = 0
                 if whole < part:
                     at = w + (row * stride + run) * bytes_each
-                    out = sums_at + (row - first) * MOST_TOKENS * 4
+                    out = sums_at + (row - first) * MAX_TOKENS * 4
                     _rest(end - row, tokens, at, stride, x + run * 4, x_stride, whole, part, out, half)
         for token in range(tokens):
             write(sums[: last - first, token], bias, y, token * rows + first, first, half)
@@ -231,7 +231,7 @@ def _rest(
     for token in range(tokens):
         given = carray(floats_at(x + token * x_stride * 4), (end,))
         for line in range(count):
-            out = carray(floats_at(y + (line * MOST_TOKENS + token) * 4), (1,))
+            out = carray(floats_at(y + (line * MAX_TOKENS + token) * 4), (1,))
             total = np.float32(0.0)
             if half:
                 for place in range(begin, end):

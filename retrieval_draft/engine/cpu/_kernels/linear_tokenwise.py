@@ -13,7 +13,7 @@ from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import kernel
-from retrieval_draft.engine.cpu._kernels.linear import BLOCK, JOB, MOST_TOKENS, write
+from retrieval_draft.engine.cpu._kernels.linear import BLOCK, JOB, MAX_TOKENS, write
 from retrieval_draft.engine.cpu._kernels.vector_tile import (
     LANES,
     STEP,
@@ -26,9 +26,9 @@ from retrieval_draft.engine.cpu._kernels.vector_tile import (
     widen,
 )
 
-__all__ = ["MOST_VECTORS", "RUN", "linear_tokenwise", "linear_tokenwise_numpy", "pack"]
+__all__ = ["MAX_VECTORS", "RUN", "linear_tokenwise", "linear_tokenwise_numpy", "pack"]
 
-MOST_VECTORS = MOST_TOKENS // LANES
+MAX_VECTORS = MAX_TOKENS // LANES
 
 RUN = 128 if LANES > 8 else 256
 """Most elements of a row that are multiplied at a time: a group of tokens' of them stay in the L1 cache."""
@@ -37,7 +37,7 @@ _TURNS = 8
 _GROUP = 4 if LANES > 8 else 2
 """Most vectors of tokens in a tile. With this many, and the rows below, the sums fill the registers."""
 
-_SUMS = MOST_TOKENS * BLOCK
+_SUMS = MAX_TOKENS * BLOCK
 _WIDE = BLOCK * RUN
 
 # Rows of a tile, by vectors; all divide BLOCK.
@@ -67,32 +67,32 @@ def _multiply(
     if whole:
         if rows == 1:
             if vectors == 1:
-                _line_1(w, w_stride, x, x_stride, whole, y, MOST_TOKENS, ahead)
+                _line_1(w, w_stride, x, x_stride, whole, y, MAX_TOKENS, ahead)
             elif vectors == 2:
-                _line_2(w, w_stride, x, x_stride, whole, y, MOST_TOKENS, ahead)
+                _line_2(w, w_stride, x, x_stride, whole, y, MAX_TOKENS, ahead)
             elif vectors == 3:
-                _line_3(w, w_stride, x, x_stride, whole, y, MOST_TOKENS, ahead)
+                _line_3(w, w_stride, x, x_stride, whole, y, MAX_TOKENS, ahead)
             else:
-                _line_4(w, w_stride, x, x_stride, whole, y, MOST_TOKENS, ahead)
+                _line_4(w, w_stride, x, x_stride, whole, y, MAX_TOKENS, ahead)
         elif vectors == 1:
-            _tile_1(w, w_stride, x, x_stride, whole, y, MOST_TOKENS, ahead)
+            _tile_1(w, w_stride, x, x_stride, whole, y, MAX_TOKENS, ahead)
         elif vectors == 2:
-            _tile_2(w, w_stride, x, x_stride, whole, y, MOST_TOKENS, ahead)
+            _tile_2(w, w_stride, x, x_stride, whole, y, MAX_TOKENS, ahead)
         elif vectors == 3:
-            _tile_3(w, w_stride, x, x_stride, whole, y, MOST_TOKENS, ahead)
+            _tile_3(w, w_stride, x, x_stride, whole, y, MAX_TOKENS, ahead)
         else:
-            _tile_4(w, w_stride, x, x_stride, whole, y, MOST_TOKENS, ahead)
+            _tile_4(w, w_stride, x, x_stride, whole, y, MAX_TOKENS, ahead)
     if rest:
         for row in range(rows):
-            at, out = rest_w + row * w_stride * 4, y + row * MOST_TOKENS * 4
+            at, out = rest_w + row * w_stride * 4, y + row * MAX_TOKENS * 4
             if vectors == 1:
-                _rest_1(at, w_stride, rest_x, x_stride, rest, out, MOST_TOKENS, ahead)
+                _rest_1(at, w_stride, rest_x, x_stride, rest, out, MAX_TOKENS, ahead)
             elif vectors == 2:
-                _rest_2(at, w_stride, rest_x, x_stride, rest, out, MOST_TOKENS, ahead)
+                _rest_2(at, w_stride, rest_x, x_stride, rest, out, MAX_TOKENS, ahead)
             elif vectors == 3:
-                _rest_3(at, w_stride, rest_x, x_stride, rest, out, MOST_TOKENS, ahead)
+                _rest_3(at, w_stride, rest_x, x_stride, rest, out, MAX_TOKENS, ahead)
             else:
-                _rest_4(at, w_stride, rest_x, x_stride, rest, out, MOST_TOKENS, ahead)
+                _rest_4(at, w_stride, rest_x, x_stride, rest, out, MAX_TOKENS, ahead)
 
 
 def linear_tokenwise(job: int) -> None:
@@ -102,14 +102,14 @@ def linear_tokenwise(job: int) -> None:
 
     Args:
         job: As that of `linear`, but for x, which is `pack`ed: (length, LANES · vectors), and [11] the number
-            of vectors, 1 to MOST_VECTORS.
+            of vectors, 1 to MAX_VECTORS.
     """
     field = carray(integers_at(job), (JOB,))
     w, x, bias, y, tokens, rows = field[1], field[2], field[3], field[4], field[5], field[6]
     length, size, stride, half, vectors = field[7], field[8], field[9], field[10] != 0, field[11]
     bytes_each = 2 if half else 4
     sums_at, wide_at = stack_floats(_SUMS), stack_floats(_WIDE)
-    sums = carray(floats_at(sums_at), (BLOCK, MOST_TOKENS))
+    sums = carray(floats_at(sums_at), (BLOCK, MAX_TOKENS))
     groups = (vectors + _GROUP - 1) // _GROUP
     blocks = (rows + size - 1) // size
     block = claim(job)
@@ -146,7 +146,7 @@ def linear_tokenwise(job: int) -> None:
                 while line < last:
                     count = tile_rows if last - line >= tile_rows else 1
                     at = start + (line - first) * tile_stride * 4
-                    out = sums_at + ((line - first) * MOST_TOKENS + begin * LANES) * 4
+                    out = sums_at + ((line - first) * MAX_TOKENS + begin * LANES) * 4
                     _multiply(count, after - begin, at, tile_stride, given, vectors * LANES, part, out, ahead)
                     line += count
                 begin, ahead = after, 0

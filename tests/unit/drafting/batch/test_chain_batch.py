@@ -10,7 +10,7 @@ import pytest
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafting.batch import ChainBatch
-from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.phrases import PhraseTable
 from retrieval_draft.proposer import Proposer
@@ -24,7 +24,7 @@ def _ids(*tokens: int) -> np.ndarray:
 
 def _batch(*sources: str, **options: object) -> ChainBatch:
     config = DraftConfig(sources=sources, adjacency_rows=1024)
-    return ChainBatch(Datastores(VOCABULARY), config, **options)  # type: ignore[arg-type]
+    return ChainBatch(DraftStores(VOCABULARY), config, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def batch() -> Iterator[ChainBatch]:
 
 def test_what_followed_before_is_proposed(batch: ChainBatch) -> None:
     session = batch.open(_ids(7, 8, 9, 4, 5, 6, 7, 8))
-    tokens, lengths, probs = batch.step([session], [9], [1], floor=0.0)
+    tokens, lengths, probs = batch.step([session], [9], [1], min_prob=0.0)
     assert tokens.shape == probs.shape == (1, 8)
     assert tokens[0, :3].tolist() == [4, 5, 6]
     size = int(lengths[0])
@@ -49,7 +49,7 @@ def test_what_followed_before_is_proposed(batch: ChainBatch) -> None:
 
 def test_token_0_is_a_token(batch: ChainBatch) -> None:
     session = batch.open(_ids(0, 3, 0, 3, 0))
-    tokens, lengths, _ = batch.step([session], [], [0], floor=0.0)
+    tokens, lengths, _ = batch.step([session], [], [0], min_prob=0.0)
     assert lengths[0] > 0
     assert tokens[0, :2].tolist() == [3, 0]
 
@@ -69,12 +69,12 @@ def test_limits_are_kept_by_row_and_by_floor(batch: ChainBatch) -> None:
     ids = [batch.open(text) for _ in range(3)]
     _, lengths, _ = batch.step(ids, [], [0, 0, 0], np.array([0, 3, 100]))
     assert lengths.tolist() == [0, 3, 8]
-    _, _, probs = batch.step(ids[:1], [], [0], floor=0.0)
-    floor = float(probs[0, 2])
-    _, lengths, cut = batch.step(ids[:1], [], [0], floor=floor)
+    _, _, probs = batch.step(ids[:1], [], [0], min_prob=0.0)
+    min_prob = float(probs[0, 2])
+    _, lengths, cut = batch.step(ids[:1], [], [0], min_prob=min_prob)
     assert lengths[0] >= 3
-    assert (cut[0, : lengths[0]] >= np.float32(floor)).all()
-    _, lengths, _ = batch.step(ids[:1], [], [0], floor=1.0)
+    assert (cut[0, : lengths[0]] >= np.float32(min_prob)).all()
+    _, lengths, _ = batch.step(ids[:1], [], [0], min_prob=1.0)
     assert lengths[0] == 0
 
 
@@ -85,7 +85,7 @@ def test_a_finished_request_is_drafted_from_by_the_next() -> None:
     batch.close(first)
     batch.flush()
     session = batch.open(_ids(9, 51, 52))
-    tokens, lengths, _ = batch.step([session], [53], [1], floor=0.0)
+    tokens, lengths, _ = batch.step([session], [53], [1], min_prob=0.0)
     assert lengths[0] >= 2
     assert tokens[0, :2].tolist() == [54, 55]
     batch.shut_down()
@@ -118,15 +118,15 @@ def test_requests_see_nothing_of_each_others_text() -> None:
 
 def test_references_are_drafted_from(batch: ChainBatch) -> None:
     session = batch.open(_ids(1), [_ids(30, 31, 32, 33)])
-    tokens, _, _ = batch.step([session], [30, 31], [2], floor=0.0)
+    tokens, _, _ = batch.step([session], [30, 31], [2], min_prob=0.0)
     assert tokens[0, :2].tolist() == [32, 33]
 
 
 def test_phrases_are_drafted_from() -> None:
     config = DraftConfig(sources=("phrases",))
-    batch = ChainBatch(Datastores(VOCABULARY, phrases=PhraseTable([_ids(5, 6, 7, 8, 9)])), config)
+    batch = ChainBatch(DraftStores(VOCABULARY, phrases=PhraseTable([_ids(5, 6, 7, 8, 9)])), config)
     session = batch.open(_ids(1))
-    tokens, _, _ = batch.step([session], [5, 6, 7], [3], floor=0.0)
+    tokens, _, _ = batch.step([session], [5, 6, 7], [3], min_prob=0.0)
     assert tokens[0, :2].tolist() == [8, 9]
     batch.shut_down()
 
@@ -138,7 +138,7 @@ def test_a_batch_of_a_proposer_shares_its_history() -> None:
         earlier.close()
         proposer.flush()
         session = batch.open(_ids(3))
-        tokens, _, _ = batch.step([session], [70, 71, 72], [3], floor=0.0)
+        tokens, _, _ = batch.step([session], [70, 71, 72], [3], min_prob=0.0)
         assert tokens[0, :2].tolist() == [73, 74]
         batch.shut_down()
         assert len(proposer.open(_ids(70, 71, 72)).propose(8)) > 1  # it is not closed with the batch
@@ -209,7 +209,7 @@ def test_bytes_are_given_back(batch: ChainBatch) -> None:
 
 
 def test_none_drafts_nothing() -> None:
-    batch = ChainBatch(Datastores(VOCABULARY), DraftConfig(method="none"))
+    batch = ChainBatch(DraftStores(VOCABULARY), DraftConfig(method="none"))
     session = batch.open(_ids(1, 2, 1, 2))
     assert batch.step([session], [1], [1])[1].tolist() == [0]
     batch.shut_down()
@@ -253,7 +253,7 @@ def test_what_is_wrong_is_refused_and_changes_nothing(batch: ChainBatch) -> None
 )
 def test_options_are_checked(options: dict[str, object]) -> None:
     with pytest.raises(InvalidInputError):
-        ChainBatch(Datastores(VOCABULARY), **options)  # type: ignore[arg-type]
+        ChainBatch(DraftStores(VOCABULARY), **options)  # type: ignore[arg-type]
 
 
 def test_an_empty_step_is_allowed(batch: ChainBatch) -> None:
@@ -264,12 +264,12 @@ def test_an_empty_step_is_allowed(batch: ChainBatch) -> None:
 
 def test_what_was_learned_is_kept_beside_the_history(tmp_path: Path) -> None:
     config = DraftConfig(sources=("automaton", "history"), history_folder=str(tmp_path))
-    batch = ChainBatch(Datastores(VOCABULARY), config)
+    batch = ChainBatch(DraftStores(VOCABULARY), config)
     session = batch.open(np.tile(_ids(11, 12, 13), 6))
     batch.step([session], [11], [1])
     batch.step([session], [99], [1])
     batch.shut_down()
-    again = ChainBatch(Datastores(VOCABULARY), config)
+    again = ChainBatch(DraftStores(VOCABULARY), config)
     fresh = _batch("automaton")
     np.testing.assert_allclose(again.calibration.accepted, batch.calibration.accepted, rtol=1e-6)
     assert (again.calibration.expected != fresh.calibration.expected).any()

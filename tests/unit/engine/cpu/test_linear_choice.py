@@ -72,7 +72,7 @@ def test_a_folder_that_cannot_be_written_costs_nothing_else(tmp_path: Path) -> N
 def test_out_of_time_the_rest_goes_to_our_kernel_and_is_not_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear_choice, "MOST_SECONDS", 0.0)
+    monkeypatch.setattr(linear_choice, "MAX_SECONDS", 0.0)
     choices = LinearChoices(1, tmp_path)
     choices.measure(choices.missing(WEIGHTS))
     assert set(choices.names(WEIGHTS[0]).values()) == {"tiled"}
@@ -99,7 +99,7 @@ def test_the_fastest_wins_and_the_first_among_equals(tmp_path: Path, monkeypatch
         "stock": taking({32: 1.0}),
     }
     monkeypatch.setattr(linear_choice, "KERNELS", kernels)
-    monkeypatch.setattr(linear_choice, "MOST_SECONDS", 1e9)
+    monkeypatch.setattr(linear_choice, "MAX_SECONDS", 1e9)
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     choices = LinearChoices(1, tmp_path)
     choices.measure(choices.missing(WEIGHTS[:1]))

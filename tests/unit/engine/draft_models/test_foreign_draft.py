@@ -95,7 +95,7 @@ def test_a_pair_is_translated_or_not_as_its_tokenizer_asks() -> None:
     target = model_of(TARGET)
     for tokenizer, kind in ((DRAFT, "ForeignModelDraft"), (byte_level(("ab", "abc", "de")), "ModelDraft")):
         drafter = RetrievalDrafter.for_model(target, TARGET, draft_model=(model_of(tokenizer), tokenizer))
-        names = [type(guarded.source).__name__ for guarded in drafter._supply._sources]
+        names = [type(source).__name__ for source in drafter._supply.sources]
         assert names[-1] == "PacedSource"
         assert type(drafter._supply._sources[-1].source.source).__name__ == kind
     with pytest.raises(InvalidInputError, match="mode is"):

@@ -96,7 +96,7 @@ def test_zst_with_a_long_window(tmp_path, window: int) -> None:
 
 
 def test_too_much_memory_is_named(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(_content, "_MOST_MEMORY", 1 << 20)
+    monkeypatch.setattr(_content, "_MAX_MEMORY", 1 << 20)
     assert read(written(tmp_path / "a", zst(TEXT, window_log=27))) == (b"", "unpacking takes too much memory")
     path = written(tmp_path / "b", lzma.compress(TEXT, preset=9))
     assert read(path) == (b"", "unpacking takes too much memory")

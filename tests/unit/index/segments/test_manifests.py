@@ -143,7 +143,7 @@ def test_what_is_no_manifest_is_refused(folder: Path, content: bytes) -> None:
 
 
 def test_a_manifest_that_is_no_file_or_has_no_end_is_refused(folder: Path, monkeypatch) -> None:
-    monkeypatch.setattr("retrieval_draft.index.segments.index_folder.MOST_MANIFEST_BYTES", 100)
+    monkeypatch.setattr("retrieval_draft.index.segments.index_folder.MAX_MANIFEST_BYTES", 100)
     assert not use(folder)
     (folder / "manifest.json").unlink()
     (folder / "manifest.json").mkdir()

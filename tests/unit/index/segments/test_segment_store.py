@@ -7,14 +7,14 @@ import pytest
 
 from retrieval_draft.index.segments import segment_store as segment_pile
 from retrieval_draft.index.segments.segment import Segment
-from retrieval_draft.index.segments.segment_store import SegmentPile
+from retrieval_draft.index.segments.segment_store import SegmentStore
 
 
 def of(tokens: int, first: int = 1) -> Segment:
     return Segment.build([np.full(tokens, first, np.int32)], 100)
 
 
-def sizes(pile: SegmentPile) -> list[int]:
+def sizes(pile: SegmentStore) -> list[int]:
     return [segment.num_tokens for segment in pile.segments]
 
 
@@ -30,26 +30,26 @@ def sizes(pile: SegmentPile) -> list[int]:
     ],
 )
 def test_the_newest_are_merged_by_size(before, after) -> None:
-    pile = SegmentPile(100, 1 << 20)
+    pile = SegmentStore(100, 1 << 20)
     for tokens in before:
         pile.add(of(tokens))
-    while pile.tidy():
+    while pile.compact():
         pass
     assert sizes(pile) == after
     assert pile.num_tokens == sum(before)
 
 
 def test_a_caller_in_a_hurry_joins_few_tokens() -> None:
-    pile = SegmentPile(100, 1 << 20)
+    pile = SegmentStore(100, 1 << 20)
     for tokens in (100, 20, 4, 2):
         pile.add(of(tokens))
-    assert pile.tidy(most_tokens=30)
+    assert pile.compact(most_tokens=30)
     assert sizes(pile) == [100, 26]
-    assert not pile.tidy(most_tokens=30)
+    assert not pile.compact(most_tokens=30)
 
 
 def test_what_is_being_merged_is_left_to_whoever_merges(monkeypatch) -> None:
-    pile = SegmentPile(100, 1 << 20)
+    pile = SegmentStore(100, 1 << 20)
     for tokens in (30, 20):
         pile.add(of(tokens))
     inside, go_on = threading.Event(), threading.Event()
@@ -62,12 +62,12 @@ def test_what_is_being_merged_is_left_to_whoever_merges(monkeypatch) -> None:
         return join(segments, vocabulary)
 
     monkeypatch.setattr(segment_pile, "join_segments", slow)
-    merging = threading.Thread(target=pile.tidy)
+    merging = threading.Thread(target=pile.compact)
     merging.start()
     assert inside.wait(10)
     for tokens in (3, 2):
         pile.add(of(tokens))
-    assert pile.tidy(most_tokens=1000)  # only the two that came after
+    assert pile.compact(most_tokens=1000)  # only the two that came after
     assert sizes(pile) == [30, 20, 5]
     go_on.set()
     merging.join()
@@ -75,42 +75,42 @@ def test_what_is_being_merged_is_left_to_whoever_merges(monkeypatch) -> None:
 
 
 def test_the_oldest_go_when_there_is_too_much() -> None:
-    pile = SegmentPile(100, 1 << 20)
+    pile = SegmentStore(100, 1 << 20)
     pile.add(of(70_000))
     pile.add(of(60_000))
-    while pile.tidy():
+    while pile.compact():
         pass
     pile.max_bytes = pile.nbytes - 1
-    assert pile.tidy()
+    assert pile.compact()
     assert sizes(pile) == [60_000]
     assert pile.evicted == 70_000
-    assert not pile.tidy()  # the last one stays
+    assert not pile.compact()  # the last one stays
 
 
 def test_memory_is_given_back_a_while_later(monkeypatch) -> None:
     monkeypatch.setattr(segment_pile, "GRACE", 0.0)
-    pile = SegmentPile(100, 1 << 20)
+    pile = SegmentStore(100, 1 << 20)
     for _ in range(2):
         pile.add(of(10))
-    assert pile.tidy()
+    assert pile.compact()
     assert pile._leaving
-    pile.let_go()
+    pile.free_retired()
     assert not pile._leaving
 
 
 def test_two_threads_that_tend_it_lose_and_double_nothing() -> None:
-    pile = SegmentPile(100, 1 << 30)
+    pile = SegmentStore(100, 1 << 30)
     done = threading.Event()
 
     def merge() -> None:
         while not done.is_set():
-            pile.tidy()
+            pile.compact()
 
     merger = threading.Thread(target=merge)
     merger.start()
     for number in range(3000):
         pile.add(of(2 + number % 7))
-        pile.tidy(most_tokens=64)
+        pile.compact(most_tokens=64)
     done.set()
     merger.join(30)
     assert not merger.is_alive()

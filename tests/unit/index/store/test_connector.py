@@ -12,8 +12,8 @@ from benchmarks.slow_proxy import SlowProxy
 from benchmarks.valkey_process import ValkeyProcess
 from retrieval_draft.errors import DatastoreError
 from retrieval_draft.index.store.connector import Connector
+from retrieval_draft.index.store.describe_store import describe_store
 from retrieval_draft.index.store.keys import SHARDS, stream_key
-from retrieval_draft.index.store.survey import survey
 from retrieval_draft.index.store.url import parse_store_url
 from tests.support.store_servers import SentinelSet, ValkeyCluster
 from tests.support.stores import FINGERPRINT, opened, runs, share, wait_same, wait_until
@@ -153,7 +153,7 @@ def test_a_cluster_spreads_the_shards(tmp_path) -> None:
         assert all(node.client().keys("k*") for node in cluster.nodes)
         assert direct.xadd("rd:stream", {"a": b"1"})
         assert [fields for _, fields in direct.xrange("rd:stream")] == [{b"a": b"1"}]
-        _, found = survey(parse_store_url(cluster.url, {}))
+        _, found = describe_store(parse_store_url(cluster.url, {}))
         assert (found[0].fingerprint, found[0].tenant) == (FINGERPRINT, "default")
         assert found[0].entries >= 67  # what was in doubt has been sent twice
 
@@ -183,7 +183,7 @@ def test_sentinels_name_the_new_master(tmp_path) -> None:
 def test_a_survey_lists_namespaces(tmp_path) -> None:
     with ValkeyProcess(tmp_path) as made:
         url = parse_store_url(made.url, {})
-        server, found = survey(url)
+        server, found = describe_store(url)
         assert found == []
         assert server["version"]
         with opened(made.url, 1) as (one,), opened(made.url, 1, tenant="b") as (two,):
@@ -192,10 +192,10 @@ def test_a_survey_lists_namespaces(tmp_path) -> None:
             wait_same([one], runs(1, 2))
             wait_same([two], runs(3))
         made.client().set("rd:odd:log", "no stream of ours")
-        _, found = survey(url)
+        _, found = describe_store(url)
         assert [(each.tenant, each.entries) for each in found] == [("b", 1), ("default", 2)]
         assert found[1].nbytes
         assert abs(found[1].newest / 1000 - time.time()) < 60
         assert not found[1].snapshotting
     with pytest.raises(DatastoreError, match="cannot be read"):
-        survey(url, timeout=0.3)
+        describe_store(url, timeout=0.3)

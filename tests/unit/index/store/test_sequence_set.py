@@ -25,7 +25,7 @@ def test_every_number_is_new_once(numbers) -> None:
 
 @given(st.lists(st.integers(0, 2**63 - 1), max_size=60))
 def test_few_gaps_are_kept_and_nothing_is_new_twice(numbers) -> None:
-    most, sequence_set.MOST_GAPS = sequence_set.MOST_GAPS, 4
+    most, sequence_set.MAX_GAPS = sequence_set.MAX_GAPS, 4
     try:
         found = SequenceSet()
         new = [number for number in numbers if found.add(number)]
@@ -33,11 +33,11 @@ def test_few_gaps_are_kept_and_nothing_is_new_twice(numbers) -> None:
         assert all(number in found for number in numbers)
         assert len(found.bounds) <= 10
     finally:
-        sequence_set.MOST_GAPS = most
+        sequence_set.MAX_GAPS = most
 
 
 def test_the_lowest_gap_is_closed_first(monkeypatch) -> None:
-    monkeypatch.setattr(sequence_set, "MOST_GAPS", 2)
+    monkeypatch.setattr(sequence_set, "MAX_GAPS", 2)
     found = SequenceSet()
     for number in (10, 20, 30, 40):
         found.add(number)

@@ -160,7 +160,7 @@ def test_sizes_are_asked_before_bytes_are_fetched(remote, tmp_path, monkeypatch)
 
 
 def test_a_state_without_end_is_not_read(remote, monkeypatch) -> None:
-    monkeypatch.setattr("retrieval_draft.index.store.snapshots.MOST_STATE_BYTES", 10)
+    monkeypatch.setattr("retrieval_draft.index.store.snapshots.MAX_STATE_BYTES", 10)
     assert remote.place.newest() is None
     assert remote.place.listing() == []
 

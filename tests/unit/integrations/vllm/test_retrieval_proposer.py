@@ -228,7 +228,7 @@ def test_what_cannot_be_used_is_said_when_it_is_built(tmp_path: Any) -> None:
         make(index=(str(tmp_path / "none"),))
 
 
-class Group:
+class SequenceGroup:
     """A tensor-parallel group of two."""
 
     def __init__(self, rank: int, wire: list[Any]) -> None:
@@ -247,7 +247,7 @@ def test_one_rank_drafts_for_all() -> None:
         config = vllm_config(ranks=2)
         config.parallel_config.distributed_executor_backend = backend
         first, second = (
-            RetrievalProposer(config, options=options, runner=FakeRunner, group=Group(rank, wire))
+            RetrievalProposer(config, options=options, runner=FakeRunner, group=SequenceGroup(rank, wire))
             for rank in (0, 1)
         )
         batch = FakeBatch(2, 256)

@@ -45,17 +45,17 @@ def test_plain_steps_come_first_and_now_and_then() -> None:
 
 
 def test_no_draft_below_the_floor_is_chosen() -> None:
-    assert StepCosts().floor(64, 8) > 0.3
+    assert StepCosts().min_prob(64, 8) > 0.3
     for rows, seconds in ((1, {1: 1.0, 4: 1.3, 9: 2.0}), (2, {2: 1.0, 4: 1.3, 8: 2.0, 16: 4.5})):
         costs = learned(seconds, rows)
-        floor = costs.floor(rows, 8)
-        assert 0.0 <= floor < 1.0
+        min_prob = costs.min_prob(rows, 8)
+        assert 0.0 <= min_prob < 1.0
         draw = np.random.default_rng(rows)
         for _ in range(200):
             probs = np.sort(draw.random((rows, 8), np.float32), 1)[:, ::-1].copy()
             lengths = costs.choose(probs, np.full(rows, 8, np.int32), 100)
             for row, length in enumerate(lengths.tolist()):
-                assert not length or probs[row, length - 1] >= floor
+                assert not length or probs[row, length - 1] >= min_prob
 
 
 def test_a_price_that_was_only_guessed_is_put_to_the_test() -> None:
@@ -65,8 +65,8 @@ def test_a_price_that_was_only_guessed_is_put_to_the_test() -> None:
     lengths = np.full(64, 2, np.int32)
     verified = []
     for _ in range(600):
-        floor = costs.floor(64, 2)
-        chosen = int(costs.choose(likely, lengths, 100).sum()) if floor <= 0.6 else 0
+        min_prob = costs.min_prob(64, 2)
+        chosen = int(costs.choose(likely, lengths, 100).sum()) if min_prob <= 0.6 else 0
         verified.append(chosen)
         costs.observe(64, 64 + chosen, 100, 1.0)
     assert sum(map(bool, verified[:70])) <= 1
@@ -78,7 +78,7 @@ def test_where_drafts_do_not_pay_they_are_seldom_tried() -> None:
     likely = np.full((64, 2), 0.6, np.float32)
     tried = 0
     for _ in range(4000):
-        due = costs.floor(64, 2) <= 0.6
+        due = costs.min_prob(64, 2) <= 0.6
         chosen = int(costs.choose(likely, np.full(64, 2, np.int32), 100).sum()) if due else 0
         tried += chosen > 0
         costs.observe(64, 64 + chosen, 100, 1.0 + chosen / 40)
@@ -116,7 +116,7 @@ class Scripted:
         self.opened += 1
         return self.opened
 
-    def step(self, ids, new_tokens, counts, max_tokens, floor):  # type: ignore[no-untyped-def]
+    def step(self, ids, new_tokens, counts, max_tokens, min_prob):  # type: ignore[no-untyped-def]
         rows = len(ids)
         tokens = np.full((rows, 4), -1, np.int32)
         tokens[:, : len(self.chain)] = self.chain

@@ -11,7 +11,7 @@ import torch
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.sampling.token_logprobs import token_logprobs
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.generation.requests import Prepared
+from retrieval_draft.generation.requests import DecodeRequests
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.openai.detokenize import ReplyText
 from retrieval_draft.server.openai.penalties import CountPenalty
@@ -60,7 +60,7 @@ def make_job(name: str, *sizes: int) -> Job:
     drafter: Any = None
     job = Job(name, "default", drafter, drafter, 60.0)
     for size in sizes:
-        job.add(Prepared([DecodeRequest(np.array([1], np.int32), 2) for _ in range(size)]))
+        job.add(DecodeRequests([DecodeRequest(np.array([1], np.int32), 2) for _ in range(size)]))
     return job
 
 

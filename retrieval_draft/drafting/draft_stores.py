@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.sources import Datastores
+from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.errors import InvalidInputError, TokenizerMismatchError
 from retrieval_draft.index.corpus import Corpus
 from retrieval_draft.index.phrase_files import read_phrases
@@ -18,17 +18,17 @@ from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.index.store.store import SharedStore
 from retrieval_draft.models.fingerprint import tokenizer_fingerprint, vocabulary_size
 
-__all__ = ["open_datastores"]
+__all__ = ["open_draft_stores"]
 
 
-def open_datastores(
+def open_draft_stores(
     tokenizer: Any,
     vocabulary: int,
     config: DraftConfig,
     corpora: Sequence[Any] | str | Path,
     phrases: Any,
     store: Any = None,
-) -> Datastores:
+) -> DraftStores:
     """Opens corpora, phrases and store, and checks that they speak the tokenizer's ids.
 
     Args:
@@ -53,7 +53,7 @@ def open_datastores(
             raise InvalidInputError(
                 f"{name} needs the model's tokenizer.", "Pass it to RetrievalDrafter.for_model."
             )
-        return Datastores(vocabulary)
+        return DraftStores(vocabulary)
     fingerprint = ""
     if corpora or config.history_folder is not None or store is not None:
         fingerprint = tokenizer_fingerprint(tokenizer)
@@ -65,7 +65,7 @@ def open_datastores(
     table = None if phrases is None else _phrases(phrases, tokenizer)
     shared = None if store is None else _shared(store, fingerprint, vocabulary_size(tokenizer))
     owned = not isinstance(store, SharedStore)
-    return Datastores(vocabulary, fingerprint, tuple(opened), table, shared, owned)
+    return DraftStores(vocabulary, fingerprint, tuple(opened), table, shared, owned)
 
 
 def _shared(store: Any, fingerprint: str, vocabulary: int) -> SharedStore:

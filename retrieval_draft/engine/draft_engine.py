@@ -11,10 +11,9 @@ from retrieval_draft.drafting.budget import Budget
 from retrieval_draft.drafting.calibration import Calibration
 from retrieval_draft.drafting.cost import CostModel
 from retrieval_draft.drafting.fusion import fuse
-from retrieval_draft.drafting.guard import GuardedSource
+from retrieval_draft.drafting.hierarchy import SourceHierarchy, SourceSessions
 from retrieval_draft.drafting.kept_calibration import calibration_file, keep_calibration, load_calibration
-from retrieval_draft.drafting.locality import Locality, RequestDrafts
-from retrieval_draft.drafting.session import Drafting, Fuse
+from retrieval_draft.drafting.session import DraftSession, Fuse
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.head_cost import HeadCost
 from retrieval_draft.engine.logits import LogitReader
@@ -23,13 +22,13 @@ from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.target import Target
 from retrieval_draft.index.source import DraftSource, TokenArray
 
-__all__ = ["DraftSupply", "Known"]
+__all__ = ["DraftEngine", "LearnedState"]
 
 _MEASURE_CONTEXT = 128
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class LearnedState:
     """What a supply learns and measures before and while it drafts.
 
     Attributes:
@@ -41,7 +40,7 @@ class Known:
     seconds: dict[int, float] = field(default_factory=dict)
 
 
-class DraftSupply:
+class DraftEngine:
     """Opens the drafting side of requests.
 
     Args:
@@ -68,8 +67,7 @@ class DraftSupply:
     ) -> None:
         self._target = target
         self._config = config
-        self._sources = [GuardedSource(source) for source in sources]
-        self._locality = Locality(self._sources)
+        self._hierarchy = SourceHierarchy(sources)
         fixed = config.nodes if config.nodes is not None or nodes is None else min(nodes, config.max_nodes)
         self._max_nodes = config.max_nodes if fixed is None else fixed
         self._by_cost = fixed is None
@@ -79,7 +77,7 @@ class DraftSupply:
         self._calibration: Any = None  # made by prepare
         self.budget = Budget()
         self._head: HeadCost | None = None
-        self._known = Known()
+        self._known = LearnedState()
         self.reader = LogitReader(config.top_k if self._drafts else 0)
 
     def prepare(self) -> None:
@@ -89,8 +87,7 @@ class DraftSupply:
         from retrieval_draft.engine.warm_up import compile_kernels
 
         compile_kernels(self._spare(), self._tree, self._config.top_k)
-        for source in self._sources:
-            source.prepare()
+        self._hierarchy.prepare()
         if self._config.prefill_logits == "auto":
             self._head = HeadCost.measure(self._target)
         if self._by_cost:
@@ -99,24 +96,23 @@ class DraftSupply:
         saved = self._known.calibration
         self._calibration = load_calibration(kept) if saved is None or (kept and kept.exists()) else saved
 
-    def start_from(self, known: Known) -> None:
+    def start_from(self, known: LearnedState) -> None:
         """Has `prepare` take what another process learned and measured; a history's calibration is newer."""
         self._known = known
 
-    def known(self) -> Known:
+    def known(self) -> LearnedState:
         """What this one learned and measured so far."""
         if self._calibration is None:
             return self._known
         cost = self.budget.cost_of_one
         seconds = cost.seconds_by_size() if isinstance(cost, CostModel) else self._known.seconds
-        return Known(self._calibration, seconds)
+        return LearnedState(self._calibration, seconds)
 
-    def prepare_like(self, other: DraftSupply) -> None:
+    def prepare_like(self, other: DraftEngine) -> None:
         """As `prepare`, with what a supply of the same model and configuration has measured."""
         if not self._drafts or self._calibration is not None:
             return
-        for source in self._sources:
-            source.prepare()
+        self._hierarchy.prepare()
         self._head, self.budget = other._head, other.budget
         self._calibration = load_calibration(calibration_file(self._config))
 
@@ -125,7 +121,7 @@ class DraftSupply:
         requests: Sequence[DecodeRequest],
         references: Sequence[TokenArray],
         stats: Sequence[DraftStats],
-    ) -> list[Drafting | None]:
+    ) -> list[DraftSession | None]:
         """Opens the sources for requests, and says how much of their prompts they should learn from.
 
         Args:
@@ -138,41 +134,46 @@ class DraftSupply:
         """
         if not self._drafts:
             return [None] * len(requests)
-        opened: dict[int, RequestDrafts] = {}
-        for leader in requests:
-            if leader.leader is None:
-                places = [i for i, r in enumerate(requests) if r is leader or r.leader is leader]
-                drafts = self._locality.open_siblings(leader.prompt, references, len(places))
-                opened.update(zip(places, drafts, strict=True))
+        opened: dict[int, SourceSessions] = {}
+        for owner in requests:
+            if owner.prefix_owner is None:
+                places = [i for i, r in enumerate(requests) if r is owner or r.prefix_owner is owner]
+                sessions = self._hierarchy.open_parallel(owner.prompt, references, len(places))
+                opened.update(zip(places, sessions, strict=True))
         return [
             self._drafting(request, opened[place], stats[place]) for place, request in enumerate(requests)
         ]
 
-    def _drafting(self, request: DecodeRequest, drafts: RequestDrafts, stats: DraftStats) -> Drafting:
+    def _drafting(self, request: DecodeRequest, drafts: SourceSessions, stats: DraftStats) -> DraftSession:
         length = len(request.prompt)
         if self._config.prefill_logits is True:
             request.prompt_rows = length
         elif self._config.prefill_logits == "auto" and self._head is not None:
             request.prompt_rows = self._head.rows_worth(request.max_length - length, length)
         noise = request.noise if self._config.known_noise else None
-        return Drafting(
+        return DraftSession(
             drafts, self._tree, self._calibration.open(noise), self._max_nodes, self._target.vocabulary, stats
         )
 
     def flush(self) -> None:
         """Waits until what finished requests said can be looked up, and keeps what calibration learned."""
-        self._locality.flush()
+        self._hierarchy.flush()
         self._save_calibration()
 
     def close(self) -> None:
         """Ends the sources, and keeps what calibration learned."""
-        self._locality.close()
+        self._hierarchy.close()
         self._save_calibration()
+
+    @property
+    def sources(self) -> Sequence[DraftSource]:
+        """The sources, nearest first."""
+        return self._hierarchy.sources
 
     @property
     def failures(self) -> int:
         """Calls in which a source raised so far."""
-        return sum(source.failures for source in self._sources)
+        return self._hierarchy.failures
 
     def _save_calibration(self) -> None:
         keep_calibration(self._calibration, calibration_file(self._config))

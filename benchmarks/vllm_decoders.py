@@ -11,7 +11,7 @@ from benchmarks.vllm_switch import Propose
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.integrations.vllm import RetrievalProposer, VllmOptions
 
-__all__ = ["METHODS", "PLAIN", "VllmContestant", "make_vllm_contestant"]
+__all__ = ["METHODS", "PLAIN", "VllmDecoder", "make_vllm_contestant"]
 
 PLAIN = "plain"
 """vLLM without speculation, in an engine of its own."""
@@ -21,7 +21,7 @@ METHODS = ("plain", "idle", "ngram-MIN-MAX-K", "suffix", "suffix-history", "cold
 
 
 @dataclass(slots=True, eq=False)
-class VllmContestant:
+class VllmDecoder:
     """A way to draft.
 
     Attributes:
@@ -61,7 +61,7 @@ class VllmContestant:
             self.made.close()
 
 
-def make_vllm_contestant(name: str, vllm_config: Any) -> VllmContestant:
+def make_vllm_contestant(name: str, vllm_config: Any) -> VllmDecoder:
     """A method by name.
 
     Args:
@@ -72,8 +72,8 @@ def make_vllm_contestant(name: str, vllm_config: Any) -> VllmContestant:
         InvalidInputError: There is no method of that name, or what it needs is not installed.
     """
     if name in (PLAIN, "idle"):
-        return VllmContestant(name)
-    made = VllmContestant(name, fresh=name in ("suffix", "cold"), config=vllm_config)
+        return VllmDecoder(name)
+    made = VllmDecoder(name, fresh=name in ("suffix", "cold"), config=vllm_config)
     if name.startswith("ngram-"):
         made.propose, made.made = _ngram(name, vllm_config)
     elif name in ("suffix", "suffix-history"):

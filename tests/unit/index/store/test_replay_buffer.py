@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from retrieval_draft.index.store import recent
-from retrieval_draft.index.store.recent import Recent
+from retrieval_draft.index.store import replay_buffer as recent
+from retrieval_draft.index.store.replay_buffer import ReplayBuffer
 
 
 @pytest.fixture(autouse=True)
@@ -13,8 +13,8 @@ def impatient(monkeypatch):
     monkeypatch.setattr(recent, "_PATIENCE", (0.0, 0.0))
 
 
-def filled(now: float) -> Recent:
-    made = Recent(5.0)
+def filled(now: float) -> ReplayBuffer:
+    made = ReplayBuffer(5.0)
     for number in range(10):
         made.note(b"s", number, b"%d" % number, now - 9 + number)
     return made
@@ -24,7 +24,7 @@ def test_what_is_not_seen_again_is_missing_once() -> None:
     now = time.monotonic()
     made = filled(now)
     assert not made.missing()
-    made.suspect(now)
+    made.mark_lost(now)
     assert made.is_suspicious
     for number in range(7):
         made.seen(b"s", number)
@@ -40,18 +40,18 @@ def test_old_entries_are_forgotten() -> None:
     now = time.monotonic()
     made = filled(now)
     assert made.nbytes == 6
-    made.suspect(now - 2)
+    made.mark_lost(now - 2)
     made.caught_up()
     assert made.missing() == [b"4", b"5", b"6", b"7", b"8", b"9"]
     made = filled(now)
-    made.suspect(now + 3)  # entries of more than five seconds before are safe
+    made.mark_lost(now + 3)  # entries of more than five seconds before are safe
     made.caught_up()
     assert made.missing() == [b"7", b"8", b"9"]
 
 
 def test_bytes_have_a_cap(monkeypatch) -> None:
-    monkeypatch.setattr(recent, "_MOST_BYTES", 10)
-    made = Recent(5.0)
+    monkeypatch.setattr(recent, "_MAX_BYTES", 10)
+    made = ReplayBuffer(5.0)
     for number in range(10):
         made.note(b"s", number, bytes(4), 0.0)
     assert made.nbytes == 8

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from retrieval_draft.drafting.sources import Datastores
-from retrieval_draft.engine.supply import DraftSupply
+from retrieval_draft.drafting.sources import DraftStores
+from retrieval_draft.engine.draft_engine import DraftEngine
 from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.methods.method import Parts
+from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.registry import get_method
 
-__all__ = ["make_supply"]
+__all__ = ["make_draft_engine"]
 
 
-def make_supply(target: Target, parts: Parts) -> DraftSupply:
+def make_draft_engine(target: Target, parts: MethodContext) -> DraftEngine:
     """The sources of the configured method, for one model.
 
     Args:
@@ -31,8 +31,8 @@ def make_supply(target: Target, parts: Parts) -> DraftSupply:
             f"The method {chosen.name!r} drafts with a model, and there is none.", "Pass draft_model=."
         )
     # Kernels are compiled with a history in memory, lest the user's be written.
-    spare = Parts(replace(parts.config, history_folder=None), Datastores(vocabulary=16))
-    return DraftSupply(
+    spare = MethodContext(replace(parts.config, history_folder=None), DraftStores(vocabulary=16))
+    return DraftEngine(
         target,
         parts.config,
         chosen.sources(parts),

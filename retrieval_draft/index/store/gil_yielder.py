@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-__all__ = ["Breather"]
+__all__ = ["GilYielder"]
 
 HOLD = 60e-6
 """Seconds of Python at a stretch. A thread that decodes waits no longer for the interpreter; without that it
@@ -14,8 +14,8 @@ _REST = 100e-6
 """Long enough for a thread that waits for the interpreter to wake up and take it."""
 
 
-class Breather:
-    """Call `breathe` every few microseconds of work: it sleeps a moment when the thread has run for long."""
+class GilYielder:
+    """Lets other threads run: `yield_gil`, called every few microseconds, sleeps a moment when due."""
 
     __slots__ = ("_since",)
 
@@ -26,7 +26,7 @@ class Breather:
         """The thread has just waited for something else."""
         self._since = time.perf_counter()
 
-    def breathe(self) -> None:
+    def yield_gil(self) -> None:
         """Sleeps if it is time to. Letting go and taking up again at once would wake nobody."""
         if time.perf_counter() - self._since > HOLD:
             time.sleep(_REST)

@@ -16,7 +16,7 @@ from retrieval_draft.index.store.connector import Connector
 from retrieval_draft.index.store.counts import StoreCounts
 from retrieval_draft.index.store.health import Health
 
-__all__ = ["FAILURES", "Link"]
+__all__ = ["FAILURES", "ReconnectingWorker"]
 
 FAILURES = (RedisError, RedisClusterException, OSError, DatastoreError)
 """What a call to a store may raise that is down, slow, full or not ours to use."""
@@ -24,7 +24,7 @@ FAILURES = (RedisError, RedisClusterException, OSError, DatastoreError)
 _log = logging.getLogger("retrieval_draft")
 
 
-class Link:
+class ReconnectingWorker:
     """Connects, lets the thread do its work, and connects again when that fails.
 
     Args:

@@ -16,10 +16,10 @@ from retrieval_draft.server.observability.request_log import RequestLog
 from retrieval_draft.server.scheduler.events import EngineListener
 from retrieval_draft.server.service import Loaded, Service
 
-__all__ = ["whole_app"]
+__all__ = ["create_full_app"]
 
 
-def whole_app(service: Service, listeners: Sequence[EngineListener] = ()) -> FastAPI:
+def create_full_app(service: Service, listeners: Sequence[EngineListener] = ()) -> FastAPI:
     """Makes the application that ``retrieval-draft serve`` runs.
 
     Args:

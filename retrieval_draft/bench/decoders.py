@@ -26,7 +26,7 @@ __all__ = [
     "STOCK",
     "STOCK_COMPILED",
     "STOCK_LOOKUP",
-    "Contestant",
+    "Decoder",
     "Run",
     "cudnn_attention",
     "make_contestant",
@@ -64,7 +64,7 @@ class Run:
     loop_seconds: float = 0.0
 
 
-class Contestant(Protocol):
+class Decoder(Protocol):
     """A way to decode."""
 
     name: str
@@ -87,7 +87,7 @@ def make_contestant(
     history: bool = False,
     corpora: Sequence[Path] = (),
     draft_model: Any = None,
-) -> Contestant:
+) -> Decoder:
     """``stock`` is `model.generate`, ``stock-pld`` its prompt lookup, all else a drafting method.
 
     ``stock-compiled`` is `model.generate` with a static cache and ``torch.compile`` ("reduce-overhead"; on
@@ -146,11 +146,11 @@ class _Stock:
         self._options = options
 
     def call(self, inputs: dict[str, Any]) -> Any:
-        """As `Contestant.call`."""
+        """As `Decoder.call`."""
         return self._model.generate(**inputs, **self._options)
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> Run:
-        """As `Contestant.generate`."""
+        """As `Decoder.generate`."""
         if "compile_config" in self._options:  # a hook would be compiled too, and count one pass for all
             tokens, seconds = _timed(self._model, self.call, ids, max_new_tokens)
             return Run(tokens, seconds, len(tokens) - 1, 0)
@@ -179,11 +179,11 @@ class _Drafted:
         self.drafter.warm_up()
 
     def call(self, inputs: dict[str, Any]) -> Any:
-        """As `Contestant.call`."""
+        """As `Decoder.call`."""
         return self.drafter.generate(**inputs)
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> Run:
-        """As `Contestant.generate`."""
+        """As `Decoder.generate`."""
         tokens, seconds = _timed(self._model, self.call, ids, max_new_tokens)
         stats = self.drafter.last_stats
         assert stats is not None
@@ -199,12 +199,12 @@ class _NoCudnn:
         self._inner = inner
 
     def call(self, inputs: dict[str, Any]) -> Any:
-        """As `Contestant.call`."""
+        """As `Decoder.call`."""
         with cudnn_attention(False):
             return self._inner.call(inputs)
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> Run:
-        """As `Contestant.generate`."""
+        """As `Decoder.generate`."""
         with cudnn_attention(False):
             run: Run = self._inner.generate(ids, max_new_tokens)
         return run

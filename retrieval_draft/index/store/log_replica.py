@@ -14,18 +14,18 @@ from numpy.typing import NDArray
 
 from retrieval_draft.index.segments.segment import Segment, text_dtype
 from retrieval_draft.index.segments.segment_session import Segments
-from retrieval_draft.index.segments.segment_store import SMALL, SegmentPile
-from retrieval_draft.index.store.breather import Breather
+from retrieval_draft.index.segments.segment_store import SMALL, SegmentStore
 from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.index.store.counts import StoreCounts
 from retrieval_draft.index.store.entry import Entry, EntryCodec, RejectedEntryError
+from retrieval_draft.index.store.gil_yielder import GilYielder
 from retrieval_draft.index.store.rate_limit import RateLimit
-from retrieval_draft.index.store.recent import Recent
+from retrieval_draft.index.store.replay_buffer import ReplayBuffer
 from retrieval_draft.index.store.sequence_set import SequenceSet
 from retrieval_draft.index.store.snapshots import LogState
 from retrieval_draft.index.store.stream_clock import StreamClock
 
-__all__ = ["FIELD", "KEPT_SECONDS", "Item", "Mirror", "stream_id"]
+__all__ = ["FIELD", "KEPT_SECONDS", "Item", "LogReplica", "stream_id"]
 
 KEPT_SECONDS = 5.0
 """What Redis accepted is kept so long: with appendfsync everysec a crash loses about two seconds of it, and a
@@ -38,7 +38,7 @@ Item = Sequence[Any]
 """What Redis returns of a stream entry: its id, and field and value in turn, or a dict of them (redis-py's
 client of a cluster), or None where it was deleted; of one that is too long and was not read, its size."""
 
-MOST_SERVERS = 1 << 16
+MAX_SERVERS = 1 << 16
 _BATCH_TOKENS = 1 << 19
 
 
@@ -54,7 +54,7 @@ class _Writer:
         self.shard = ""
 
 
-class Mirror:
+class LogReplica:
     """Takes entries of the log in, each once, whatever is read twice and in whatever order.
 
     Its state is a set of entries, those that `writers` know, and a position in each stream before which
@@ -77,7 +77,7 @@ class Mirror:
 
     def __init__(self, vocabulary: int, codec: EntryCodec, config: StoreConfig, counts: StoreCounts) -> None:
         self.lock = threading.Lock()
-        self.pile = SegmentPile(vocabulary, config.max_bytes)
+        self.pile = SegmentStore(vocabulary, config.max_bytes)
         self.positions: dict[str, bytes] = {}
         self.entries = 0
         self.digest = 0
@@ -93,10 +93,10 @@ class Mirror:
         self._separator = np.array([vocabulary], "<u4").tobytes()
         self._texts: list[NDArray[Any]] = []
         self._lengths: list[int] = []
-        self.recent = Recent(KEPT_SECONDS + config.timeout)
+        self.recent = ReplayBuffer(KEPT_SECONDS + config.timeout)
         self._unsorted: deque[tuple[NDArray[Any], NDArray[np.int32]]] = deque()
         self._sorting = threading.Lock()
-        self._breather = Breather()
+        self._breather = GilYielder()
 
     @property
     def segments(self) -> Segments:
@@ -147,7 +147,7 @@ class Mirror:
             now = time.monotonic()
             for number, item in enumerate(items):
                 if not number % 4:
-                    self._breather.breathe()
+                    self._breather.yield_gil()
                 at = stream_id(item[0])
                 again = known and at <= highest
                 seconds = clock.at(at[0] / 1000, now)
@@ -252,7 +252,7 @@ class Mirror:
         now = time.monotonic()
         for number, (entry, seconds, payload) in enumerate(read):
             if not number % 8:
-                self._breather.breathe()
+                self._breather.yield_gil()
             writer = self._writers.get(entry.server)
             if writer is None:
                 writer = self._new_writer(entry.server, seconds)
@@ -285,11 +285,11 @@ class Mirror:
         self._lengths.extend([len(run) // 4 + 1 for run in runs])
 
     def _new_writer(self, server: bytes, seconds: float) -> _Writer | None:
-        if len(self._writers) >= MOST_SERVERS:
+        if len(self._writers) >= MAX_SERVERS:
             # Entries of those who have been silent for so long have left the log.
             oldest = seconds - 2 * self._keep_seconds
             self._writers = {name: each for name, each in self._writers.items() if each.last >= oldest}
-            if len(self._writers) >= MOST_SERVERS:
+            if len(self._writers) >= MAX_SERVERS:
                 return None
         writer = _Writer(SequenceSet(), RateLimit(self._rate), seconds)
         self._writers[server] = writer
@@ -314,7 +314,9 @@ class Mirror:
             self._unsorted.append((joined, documents))
             return
         self.pile.add(Segment.join(joined, documents, self._vocabulary))
-        self.pile.tidy(SMALL)  # by the thread that receives, so that few entries at a time stay few segments
+        self.pile.compact(
+            SMALL
+        )  # by the thread that receives, so that few entries at a time stay few segments
 
 
 def stream_id(name: bytes) -> tuple[int, int]:

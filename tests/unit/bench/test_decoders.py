@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from retrieval_draft.bench.contestants import cudnn_attention, make_contestant
+from retrieval_draft.bench.decoders import cudnn_attention, make_contestant
 from retrieval_draft.errors import UnknownMethodError
 from tests.support.models import make
 

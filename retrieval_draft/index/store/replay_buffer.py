@@ -6,14 +6,14 @@ import random
 import time
 from collections import deque
 
-__all__ = ["Recent"]
+__all__ = ["ReplayBuffer"]
 
-_MOST_BYTES = 1 << 24
+_MAX_BYTES = 1 << 24
 _PATIENCE = (0.5, 2.5)
 """Seconds that the one who sent an entry, or another reader, has to send it again before we do."""
 
 
-class Recent:
+class ReplayBuffer:
     """Entries of the last seconds, as they stood in the log.
 
     A crash of Redis loses what it had taken but not yet synced. Whoever sent that sends it again; but where
@@ -48,12 +48,12 @@ class Recent:
         """Keeps an entry that came in."""
         self._kept.append((now, (server, sequence), payload))
         self._bytes += len(payload)
-        while self._kept[0][0] < now - self._seconds or self._bytes > _MOST_BYTES:
+        while self._kept[0][0] < now - self._seconds or self._bytes > _MAX_BYTES:
             self._bytes -= len(self._kept.popleft()[2])
             if not self._kept:
                 break
 
-    def suspect(self, lost: float) -> None:
+    def mark_lost(self, lost: float) -> None:
         """Redis went away at `lost`, and the log is about to be read again."""
         self._suspects |= {name: payload for at, name, payload in self._kept if at >= lost - self._seconds}
         self._due = float("inf")

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.locality import Locality, RequestDrafts
-from retrieval_draft.drafting.sources import REGISTRY, Datastores, make_sources
+from retrieval_draft.drafting.hierarchy import SourceHierarchy
+from retrieval_draft.drafting.sources import REGISTRY, DraftStores, make_sources
 from retrieval_draft.index.corpus import Corpus
 from retrieval_draft.index.phrases import PhraseTable
 from retrieval_draft.index.segments.index_folder import IndexFolder
 from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.index.source import Proposal
+from tests.support.sources import sessions_of
 
 
 class Fixed:
@@ -42,45 +43,43 @@ class Fixed:
 )
 def test_far_sources_are_asked_unless_a_near_one_fills_the_budget(probs: list[float], second: int) -> None:
     near, far = Fixed(probs), Fixed([0.5])
-    proposals = RequestDrafts([near, far]).propose(4)
+    proposals = sessions_of(near, far).propose(4)
     assert len(proposals) == 2  # in their places, for calibration
     assert (near.asked, far.asked) == ([4], [second])
 
 
 def test_no_budget_asks_nobody() -> None:
     near = Fixed([0.5])
-    assert RequestDrafts([near]).propose(0) == []
+    assert sessions_of(near).propose(0) == []
     assert near.asked == []
 
 
 @pytest.fixture
-def stores(tmp_path) -> Datastores:
+def stores(tmp_path) -> DraftStores:
     index = IndexFolder.create(tmp_path / "index", "f", 50)
     index.publish([index.write(Segment.build([np.array([7, 8, 9, 4], np.int32)], 50))])
     phrases = PhraseTable([np.array([1, 2, 3, 4, 5], np.int32)])
-    return Datastores(50, "f", (Corpus.open(index.path),), phrases)
+    return DraftStores(50, "f", (Corpus.open(index.path),), phrases)
 
 
 def test_every_source_answers_to_its_name(stores) -> None:
     sources = make_sources(DraftConfig(), stores)
     assert [source.name for source in sources] == [name for name in REGISTRY if name != "shared"]
-    locality = Locality(sources)
-    drafts = locality.open(np.array([3, 7, 8], np.int32), ())
+    hierarchy = SourceHierarchy(sources)
+    drafts = hierarchy.open(np.array([3, 7, 8], np.int32), ())
     by_name = {each.source: each for each in drafts.propose(8)}
     assert by_name["corpus"].tokens.tolist() == [9, 4]
     assert {each.level for each in by_name.values()} == {"request", "history", "corpus"}
-    for session in drafts._sessions:
-        assert len(session.propose(0)) == 0
     drafts.observe(np.array([9], np.int32))
     drafts.close()
-    locality.flush()
-    again = locality.open(np.array([7, 8], np.int32), ())
+    hierarchy.flush()
+    again = hierarchy.open(np.array([7, 8], np.int32), ())
     assert {each.source: each for each in again.propose(8)}["history"].tokens.tolist() == [9]
-    assert locality.nbytes > 0
-    locality.close()
+    assert hierarchy.nbytes > 0
+    hierarchy.close()
 
 
 def test_what_there_is_nothing_for_is_left_out() -> None:
-    names = [source.name for source in make_sources(DraftConfig(), Datastores(50))]
+    names = [source.name for source in make_sources(DraftConfig(), DraftStores(50))]
     assert names == ["automaton", "adjacency", "siblings", "history"]
-    assert make_sources(DraftConfig(method="none"), Datastores(50)) == []
+    assert make_sources(DraftConfig(method="none"), DraftStores(50)) == []

@@ -11,11 +11,11 @@ from redis.exceptions import NoPermissionError, ResponseError
 from retrieval_draft.errors import DatastoreError
 from retrieval_draft.index.store.connector import Connector
 from retrieval_draft.index.store.keys import SHARDS, lock_key, split_stream_key, stream_key
-from retrieval_draft.index.store.link import FAILURES
 from retrieval_draft.index.store.log_reader import edge_ids
+from retrieval_draft.index.store.reconnecting_worker import FAILURES
 from retrieval_draft.index.store.url import StoreURL
 
-__all__ = ["NamespaceSurvey", "survey"]
+__all__ = ["NamespaceSurvey", "describe_store"]
 
 
 class NamespaceSurvey(msgspec.Struct):
@@ -42,7 +42,7 @@ class NamespaceSurvey(msgspec.Struct):
     snapshotting: bool = False
 
 
-def survey(url: StoreURL, timeout: float = 2.0) -> tuple[Mapping[str, Any], list[NamespaceSurvey]]:
+def describe_store(url: StoreURL, timeout: float = 2.0) -> tuple[Mapping[str, Any], list[NamespaceSurvey]]:
     """Looks at a store. Changes nothing.
 
     Args:

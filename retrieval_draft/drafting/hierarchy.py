@@ -1,0 +1,225 @@
+"""The hierarchy of draft sources, nearest first; a source that fails costs drafts, never the generation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from retrieval_draft.index.source import (
+    DraftSource,
+    NodeLogits,
+    Proposal,
+    SourceSession,
+    TokenArray,
+    empty_proposal,
+)
+
+__all__ = ["SourceHierarchy", "SourceSessions", "open_parallel", "wants_hidden"]
+
+CERTAIN = 0.5
+"""A source that gives all of its nodes together this probability leaves no room for others."""
+
+_log = logging.getLogger("retrieval_draft")
+
+
+class _GuardedSource:
+    """A draft source, and how often it raised."""
+
+    def __init__(self, source: DraftSource) -> None:
+        self.source = source
+        self.failures = 0
+
+    def failed(self, call: str, error: Exception) -> None:
+        """Counts a failure, and warns of the first."""
+        self.failures += 1
+        if self.failures == 1:
+            _log.warning(
+                "Draft source %r raised in %s and is left out for this request: %r",
+                self.source.name, call, error, exc_info=error,
+            )  # fmt: skip
+
+
+class _Opened:
+    """A source in one request. `session` is None once a call of it has raised."""
+
+    __slots__ = ("guarded", "session")
+
+    def __init__(self, guarded: _GuardedSource, session: SourceSession | None) -> None:
+        self.guarded = guarded
+        self.session = session
+
+    def failed(self, call: str, error: Exception) -> None:
+        self.session = None
+        self.guarded.failed(call, error)
+
+
+class SourceSessions:
+    """Sessions of one request in all sources, asked and told together."""
+
+    def __init__(self, opened: Sequence[_Opened] = ()) -> None:
+        self._opened = tuple(opened)
+
+    def propose(self, budget: int) -> list[Proposal]:
+        """One proposal of at most `budget` nodes from each source, in their order; empty ones too.
+
+        Fusion and calibration know a source by its position, so the order is the same at every step. Where
+        the joint probability of a near source's full budget reaches `CERTAIN`, later sources are skipped.
+        """
+        if budget <= 0:
+            return []
+        proposals: list[Proposal] = []
+        is_full = False
+        for opened in self._opened:
+            proposal = None
+            if opened.session is not None:
+                try:
+                    proposal = opened.session.propose(0 if is_full else budget)
+                    is_full = is_full or _fills(proposal, budget)
+                except Exception as error:  # a store that fails must not fail the generation
+                    opened.failed("propose", error)
+            if proposal is None:
+                source = opened.guarded.source
+                proposal = empty_proposal(source.name, source.level)
+            proposals.append(proposal)
+        return proposals
+
+    def observe(self, tokens: TokenArray) -> None:
+        """Appends accepted tokens, int32, shape (m,), to the text of every source."""
+        for opened in self._opened:
+            if opened.session is not None:
+                try:
+                    opened.session.observe(tokens)
+                except Exception as error:  # as above
+                    opened.failed("observe", error)
+
+    def learn(self, logits: NodeLogits) -> None:
+        """Passes the target's predictions at verified nodes to every source."""
+        for opened in self._opened:
+            if opened.session is not None:
+                try:
+                    opened.session.learn(logits)
+                except Exception as error:  # as above
+                    opened.failed("learn", error)
+
+    @property
+    def wants_hidden(self) -> bool:
+        """Whether a session drafts from the target's hidden states."""
+        return any(wants_hidden(opened.session) for opened in self._opened)
+
+    def learn_hidden(self, hidden: Any) -> None:
+        """Passes the hidden state that chose the new root to the sessions that draft from it."""
+        for opened in self._opened:
+            if wants_hidden(opened.session):
+                head: Any = opened.session
+                try:
+                    head.learn_hidden(hidden)
+                except Exception as error:  # as above
+                    opened.failed("learn_hidden", error)
+
+    def close(self) -> None:
+        """Ends the request in every source."""
+        for opened in self._opened:
+            if opened.session is not None:
+                try:
+                    opened.session.close()
+                except Exception as error:  # as above
+                    opened.failed("close", error)
+
+
+class SourceHierarchy:
+    """Draft sources in order of locality, opened together for a request.
+
+    An exception in a source counts as a failure and leaves the source out for the rest of the request.
+
+    Args:
+        sources: Nearest first.
+    """
+
+    def __init__(self, sources: Sequence[DraftSource]) -> None:
+        self._guarded = [_GuardedSource(source) for source in sources]
+
+    @property
+    def sources(self) -> tuple[DraftSource, ...]:
+        """The sources, nearest first."""
+        return tuple(guarded.source for guarded in self._guarded)
+
+    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> SourceSessions:
+        """Starts a request in every source.
+
+        Args:
+            prompt: int32, shape (length,).
+            references: Texts that the reply may quote, int32 each.
+        """
+        return self.open_parallel(prompt, references, 1)[0]
+
+    def open_parallel(
+        self, prompt: TokenArray, references: Sequence[TokenArray], count: int
+    ) -> list[SourceSessions]:
+        """Starts `count` requests with one prompt, which draft from each other's replies where a source can.
+
+        Args:
+            prompt: int32, shape (length,).
+            references: Texts that the replies may quote, int32 each.
+            count: Requests to start.
+        """
+        opened: list[list[_Opened]] = [[] for _ in range(count)]
+        for guarded in self._guarded:
+            sessions: list[SourceSession | None] = [None] * count
+            try:
+                sessions = [*open_parallel(guarded.source, prompt, references, count)]
+            except Exception as error:  # as above
+                guarded.failed("open", error)
+            for request, session in zip(opened, sessions, strict=True):
+                request.append(_Opened(guarded, session))
+        return [SourceSessions(request) for request in opened]
+
+    def prepare(self) -> None:
+        """Lets sources do what precedes their first request, such as measuring kernels."""
+        for guarded in self._guarded:
+            prepare = getattr(guarded.source, "prepare", None)
+            if prepare is not None:
+                try:
+                    prepare()
+                except Exception as error:  # as above
+                    guarded.failed("prepare", error)
+
+    def flush(self) -> None:
+        """Waits until the texts of finished requests can be looked up in every source."""
+        for source in self.sources:
+            source.flush()
+
+    def close(self) -> None:
+        """Ends every source: queued texts are kept, background threads stop."""
+        for source in self.sources:
+            source.close()
+
+    @property
+    def failures(self) -> int:
+        """Calls in which a source raised so far."""
+        return sum(guarded.failures for guarded in self._guarded)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all sources, sessions excluded."""
+        return sum(source.nbytes for source in self.sources)
+
+
+def open_parallel(
+    source: DraftSource, prompt: TokenArray, references: Sequence[TokenArray], count: int
+) -> list[SourceSession]:
+    """A source's sessions of `count` requests with one prompt; it may have a way of its own to open them."""
+    together: Any = getattr(source, "open_parallel", None)
+    if together is not None and count > 1:
+        return list(together(prompt, references, count))
+    return [source.open(prompt, references) for _ in range(count)]
+
+
+def wants_hidden(session: object) -> bool:
+    """Whether a session has `learn_hidden` and a use for it."""
+    return bool(getattr(session, "wants_hidden", False))
+
+
+def _fills(proposal: Proposal, budget: int) -> bool:
+    """Whether a proposal has `budget` nodes and gives all of them together `CERTAIN` or more."""
+    return len(proposal) == budget and float(proposal.probs.prod()) >= CERTAIN
