@@ -13,6 +13,7 @@ from dataclasses import fields
 from functools import cache
 from typing import Any
 
+import torch
 import transformers
 from transformers import GenerationConfig, GenerationMixin, cache_utils
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -28,6 +29,7 @@ __all__ = [
     "hidden_arguments",
     "is_callers_own",
     "layer_kinds",
+    "makes_cache_anew",
     "output_cache_name",
     "query_length",
     "require_parts",
@@ -175,6 +177,25 @@ def empty_layer() -> Any:
     """A cache layer for a "dummy" of `layer_kinds`, which holds nothing."""
     kind: Any = cache_utils.DummyLayer
     return kind()
+
+
+def makes_cache_anew(model: Any, cache: Any, length: int) -> bool:
+    """Whether `model.generate` drops a cache of fewer tokens where the text has become `length` tokens long.
+
+    The model is asked: it does so, or does not, where it prepares the inputs of a pass. Phi-3 and PhiMoE up
+    to 5.19, and Phi-4-multimodal still in 5.24, then pass the last token alone, which forgets the text; here
+    they get the whole text, as Phi-3 does in 5.24.
+
+    Args:
+        model: Of transformers.
+        cache: An empty one, which is left empty.
+        length: Tokens.
+    """
+    ids = torch.zeros((1, length), dtype=torch.int64, device=model.device)
+    given = {cache_parameter(model): cache, "attention_mask": torch.ones_like(ids), "use_cache": True}
+    if "cache_position" in inspect.signature(model.prepare_inputs_for_generation).parameters:
+        given["cache_position"] = torch.arange(length, device=model.device)
+    return given_cache(model.prepare_inputs_for_generation(ids, **given)) is None
 
 
 def query_length(given: Any) -> int:

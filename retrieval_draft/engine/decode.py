@@ -190,13 +190,14 @@ class Batch:
         rows, inputs = list(prepared), list(prepared.values())
         packed = perf_counter()
         verified: list[_Verified] = []
-        if rows:
+        for places in self._shared(rows):
+            group = [rows[p] for p in places], [plans[p] for p in places]
             try:
-                verified = [self._verify(rows, plans, inputs)]
+                verified.append(self._verify(*group, [inputs[p] for p in places]))
             except Exception as error:
                 if self._failed is None:
                     raise
-                verified = self._verify_alone(rows, plans, error)
+                verified += self._verify_alone(*group, error)
         forward = sum(each.seconds for each in verified)
         rows = [row for each in verified for row in each.rows]
         plans = [plan for each in verified for plan in each.plans]
@@ -252,6 +253,13 @@ class Batch:
             raise error
         self.remove(row)
         self._failed(row, error)
+
+    def _shared(self, rows: Sequence[Row]) -> Sequence[Sequence[int]]:
+        """Places of the rows that share a pass: all, but where their rotary factors differ."""
+        rope = self._target.rope
+        if rope is not None:
+            return rope.shared([row.length for row in rows])
+        return [range(len(rows))] if rows else []
 
     def _verify(
         self, rows: Sequence[Row], plans: Sequence[DraftPlan], inputs: Sequence[TreeInputs]

@@ -70,6 +70,8 @@ def _compare(target: Target, length: int, siblings: int = 2) -> float:
 
     The more children, the further apart are a node's place in the pass and its position.
     """
+    if target.rope is not None and length < target.rope.length <= length + 2:
+        length = target.rope.length  # no tree reaches over it
     model, tokens = target.model, min(target.vocabulary, 1000)
     siblings = min(siblings, tokens - 1)
     ids = np.random.default_rng(0).integers(0, tokens, length + 3)

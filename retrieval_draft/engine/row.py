@@ -83,6 +83,7 @@ class Row:
         Yields after each pass but the last, when other rows may step.
         """
         request, begin = self.request, perf_counter()
+        self._renews_cache()
         fed = request.prompt[self.cache.get_seq_length() :]
         prompt = torch.from_numpy(fed.astype(np.int64)).to(self.target.device)
         reads_all = request.keep_prompt_logits or request.read_prompt is not None
@@ -140,13 +141,28 @@ class Row:
         if self.drafting is None:
             tree = DraftTree.root(root)
             return DraftPlan(tree, tree, ())
-        return self.drafting.propose(root, length, self.request.max_length - len(self.text) - 1)
+        max_depth, rope = self.request.max_length - len(self.text) - 1, self.target.rope
+        return self.drafting.propose(
+            root, length, max_depth if rope is None else rope.max_depth(length, max_depth)
+        )
 
     def prepare(self, plan: DraftPlan) -> TreeInputs:
         """Packs the tree for the model, and moves the last accepted path into place."""
         inputs = self.attention.prepare(plan.tree, len(self.text) - 1, self._moved)
         self._commit(inputs.moved)
+        if self._renews_cache():
+            text = torch.from_numpy(self.text.tokens[:-1].astype(np.int64)).to(self.target.device)
+            for _ in self.target.prefill_passes(self.cache, text, 1, self.request.prefill_chunk, further=1):
+                pass
         return inputs
+
+    def _renews_cache(self) -> bool:
+        """Empties the cache where its keys are others than those of the text as it is now."""
+        rope = self.target.rope
+        if rope is None or rope.fits(self.cache, len(self.text)):
+            return False
+        self.cache.reset()
+        return True
 
     def prepare_again(self, plan: DraftPlan) -> TreeInputs:
         """`prepare` after a pass that failed: what it staged goes, the committed text stays."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from retrieval_draft.engine.cache.kv_cache import SpeculativeCache, layer_window
 from retrieval_draft.engine.cache.packed_cache import PackedCache
 from retrieval_draft.engine.compat import cache_parameter
 from retrieval_draft.engine.cpu.attention import WIDE_ATTENTION
+from retrieval_draft.engine.rope_switch import RopeSwitch, rope_switch
 from retrieval_draft.engine.wrapped_models import check_layers, device_of, is_compiled, uncompiled, unwrap
 from retrieval_draft.errors import UnsupportedModelError
 
@@ -61,6 +62,7 @@ class Target:
         self.vocabulary = min(self.embedding_rows, int(text.vocab_size))
         limit = getattr(text, "max_position_embeddings", None)
         self.max_positions: int | None = limit if isinstance(limit, int) and limit > 0 else None
+        self.rope: RopeSwitch | None = rope_switch(model)
         self.device: torch.device = device_of(embedding)
         self.attention = TreeAttention(self.windows, model.dtype, self.device)
         self._kinds = [kind for kind, _ in layers]
@@ -115,12 +117,14 @@ class Target:
         prompt: Tensor,
         rows: int,
         chunk: int | Callable[[], int | None] | None = None,
+        further: int = 0,
     ) -> Iterator[Tensor | None]:
         """`prefill`, whose every pass yields: None where none of its positions is wanted.
 
-        `chunk` may be asked before each pass.
+        `chunk` may be asked before each pass. `further` tokens belong to the text and are passed elsewhere.
         """
         length, offset = len(prompt), cache.get_seq_length()
+        whole = offset + length + further
         together = max(16, _LOGIT_BYTES // (4 * self.vocabulary))
         done = 0
         while done < length:
@@ -131,7 +135,8 @@ class Target:
                 # Stop where at most `together` of the positions so far are wanted.
                 size = min(size, max(length - rows - done, 0) + together)
                 wanted = min(size, done + size - (length - rows))
-            logits = self._forward(cache, prompt[None, done : done + size], offset + done, max(wanted, 1))
+            part = prompt[None, done : done + size]
+            logits = self._forward(cache, part, offset + done, max(wanted, 1), whole)
             done += size
             yield logits if wanted > 0 else None
 
@@ -141,19 +146,32 @@ class Target:
         Yields:
             (1, vocabulary), float, logits after each run.
         """
+        whole = offset + len(text)
         for part in text.split(_APPENDED):
-            yield self._forward(cache, part[None], offset, 1)
+            yield self._forward(cache, part[None], offset, 1, whole)
             offset += len(part)
 
-    def _forward(self, cache: SpeculativeCache, ids: Tensor, offset: int, keep: int) -> Tensor:
-        positions = torch.arange(offset, offset + ids.shape[1], device=ids.device)[None]
-        return self._call(cache, ids, positions, None, keep)
+    def _forward(self, cache: SpeculativeCache, ids: Tensor, offset: int, keep: int, whole: int) -> Tensor:
+        """A pass over a part of a text of `whole` tokens."""
+        end = offset + ids.shape[1]
+        positions = torch.arange(offset, end, device=ids.device)[None]
+        extra = None if self.rope is None else self.rope.extra_position(end, whole)
+        if extra is None:
+            return self._call(cache, ids, positions, None, keep)
+        ids = torch.cat([ids, ids[:, -1:]], 1)
+        positions = torch.cat([positions, positions.new_tensor([[extra]])], 1)
+        logits = self._call(cache, ids, positions, None, keep + 1)[:-1]
+        kept = cache.keep(end)
+        assert kept, "a window layer holds one token more than it sees"
+        cache.made_for(whole)
+        return logits
 
     def _call(self, cache: Any, ids: Tensor, positions: Tensor, mask: Any, keep: int) -> Tensor:
         options = {self._cache_parameter: cache}
         if self._keeps_logits:
             options["logits_to_keep"] = keep
-        with uncompiled(self._compiled), cuda_attention(self.model, self.device):
+        factors = nullcontext() if self.rope is None else self.rope.as_new()
+        with uncompiled(self._compiled), cuda_attention(self.model, self.device), factors:
             out = self.model(
                 input_ids=ids,
                 attention_mask=mask,

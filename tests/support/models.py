@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -59,6 +60,51 @@ CONFIGS = {
     "gpt2": _gpt2,
 }
 
+SWITCH = 48
+"""Tokens of the longest text with the rotary factors of short ones, in models of `ROPES`."""
+
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "original_max_position_embeddings": SWITCH,
+}
+
+
+def _rope(name: str, *left_out: str, **extra: Any) -> Any:
+    shape = {key: value for key, value in _SHAPE.items() if key not in left_out}
+    return lambda **options: getattr(transformers, name)(**copy.deepcopy({**shape, **extra, **options}))
+
+
+_DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+_PHI3 = {"rope_parameters": _LONGROPE, "original_max_position_embeddings": SWITCH, "pad_token_id": 0}
+_MSCALES = {"short_mscale": 1.2, "long_mscale": 1.6}
+
+ROPES = {
+    "phi3": _rope("Phi3Config", "head_dim", **_PHI3),
+    "phi3-windowed": _rope("Phi3Config", "head_dim", **_PHI3, sliding_window=WINDOW),
+    "phimoe": _rope(
+        "PhimoeConfig", "head_dim", rope_parameters={**_LONGROPE, **_MSCALES}, num_local_experts=4,
+        num_experts_per_tok=2, original_max_position_embeddings=SWITCH,
+    ),
+    "llama-longrope": _rope("LlamaConfig", rope_parameters=_LONGROPE),
+    "gemma3-longrope": _rope(
+        "Gemma3TextConfig", query_pre_attn_scalar=8, tie_word_embeddings=False, **_WINDOWED,
+        rope_parameters={"sliding_attention": _DEFAULT, "full_attention": _LONGROPE},
+    ),
+    "gemma3-dynamic": _rope(
+        "Gemma3TextConfig", query_pre_attn_scalar=8, tie_word_embeddings=False, **_WINDOWED,
+        rope_parameters={"sliding_attention": _DYNAMIC, "full_attention": _DEFAULT},
+        max_position_embeddings=SWITCH,
+    ),
+    "llama-dynamic": _rope(
+        "LlamaConfig", rope_parameters=_DYNAMIC, max_position_embeddings=SWITCH,
+    ),
+}  # fmt: skip
+"""Models whose rotary factors depend on the longest position of a pass."""
+
 OTHERS = {
     "diffllama": _config("DiffLlamaConfig"),
     "gpt-neo": lambda **options: transformers.GPTNeoConfig(
@@ -71,9 +117,9 @@ OTHERS = {
 
 
 def make(name: str, *, attention: str = "sdpa", seed: int = 0, **options: Any) -> Any:
-    """A model of `CONFIGS` or `OTHERS` in float32, for inference."""
+    """A model of `CONFIGS`, `ROPES` or `OTHERS` in float32, for inference."""
     torch.manual_seed(seed)
-    config = {**CONFIGS, **OTHERS}[name](**options)
+    config = {**CONFIGS, **ROPES, **OTHERS}[name](**options)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     model.generation_config.eos_token_id = config.eos_token_id
     model.generation_config.pad_token_id = None

@@ -72,10 +72,14 @@ def adopt(
         batch = int(some.keys.shape[0])
         if batch != len(prompts):
             raise _other_rows(batch, len(prompts))
-        return [
+        rows = [
             _copied(given, row, left, prompt, target)
             for row, (prompt, left) in enumerate(zip(prompts, padding, strict=True))
         ]
+        for cache in rows:
+            # The longest row chose the rotary factors of all.
+            cache.made_for(int(given.get_seq_length()) - min(padding))
+        return rows
     raise UnsupportedGenerationError(
         f"The cache is a {type(given).__name__}, which cannot hold a draft tree.",
         "Pass a DynamicCache, or what an earlier call returned.",

@@ -285,7 +285,7 @@ class SpeculativeLayer(CacheLayerMixin):
         if self.length:
             old = self._view(self.first_visible, self.length)
             full = (torch.cat([old[0], full[0]], -2), torch.cat([old[1], full[1]], -2))
-        kept = min(self.window - 1, full[0].shape[-2])
+        kept = min(self.window, full[0].shape[-2])  # one more, so that one can be taken off
         self.length += new
         self.start, end = self.length - kept, self.length
         self.length = self.start
@@ -324,6 +324,7 @@ class SpeculativeCache(Cache):
         )
         self._attention = [layer for layer in self.layers if isinstance(layer, SpeculativeLayer)]
         self._staging = False
+        self._longest = 0
         self.text: TokenArray = np.zeros(0, np.int32)
 
     def stage(self, staging: bool) -> None:
@@ -363,6 +364,7 @@ class SpeculativeCache(Cache):
         )
         copy._attention = [layer for layer in copy.layers if isinstance(layer, SpeculativeLayer)]
         copy._staging = False
+        copy._longest = self._longest
         copy.text = self.text
         return copy
 
@@ -374,6 +376,7 @@ class SpeculativeCache(Cache):
         """
         if not all(layer.can_crop(length) for layer in self._attention if layer.is_initialized):
             return False
+        self._longest = self.longest
         for layer in self._attention:
             if layer.is_initialized:
                 layer.crop(length - layer.length)
@@ -382,6 +385,7 @@ class SpeculativeCache(Cache):
 
     def crop(self, tokens: int) -> None:
         """Removes tokens from the end of every layer; see `SpeculativeLayer.crop`."""
+        self._longest = self.longest
         super().crop(tokens)
         self.text = self.text[: self.get_seq_length()]
 
@@ -389,12 +393,22 @@ class SpeculativeCache(Cache):
         """Forgets the text and keeps the buffers."""
         for layer in self._attention:
             layer.reset()
+        self._longest = 0
         self.text = self.text[:0]
 
     def drop(self) -> None:
         """Drops all staged nodes."""
         for layer in self._attention:
             layer.staged = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text since it was empty, what was cut off and what was to come included."""
+        return max(self._longest, self.get_seq_length())
+
+    def made_for(self, length: int) -> None:
+        """Notes that the keys were made as those of a text of `length` tokens."""
+        self._longest = max(self._longest, length)
 
     @property
     def nbytes(self) -> int:
