@@ -18,17 +18,22 @@ _LONGEST_PROBE = 4096
 """The longest text that is tried; a window of a configuration above it is not seen."""
 
 
-_MANY = 48
-"""Children of a root, so that a window that counts places loses keys enough to be noticed."""
+_MANY = 256
+"""Children of a root, so that a window that counts places loses keys enough to be noticed in any dtype."""
+
+
+_WORDS = 8
+"""Different tokens of a probed text: few, so that a model that keeps the best keys finds equal ones in it."""
 
 
 @torch.no_grad()
 def probe(target: Target) -> float:
     """Compares a small tree's logits with those of its paths decoded token by token.
 
-    Costs one pass over a few prompt tokens, one over 4 nodes and 4 over one token; as much again on a text
-    beyond the windows that the model's configuration names and its layer types do not: models that cut keys
-    by their place in the pass, not by position, say something else only there (GPT-Neo, Doge).
+    Costs one pass over a few prompt tokens, one over 4 nodes and 4 over one token; as much again, with more
+    nodes, on a text beyond each window that the configuration names and its layer types do not: models that
+    choose keys by their place in the pass, not by position, say something else only there. GPT-Neo cuts a
+    window by place; Doge keeps the best keys, and of equal ones those that its search meets first.
 
     Args:
         target: The model.
@@ -42,12 +47,33 @@ def probe(target: Target) -> float:
     """
     windows = [window for window in target.windows.values() if window is not None and window <= _LONG_WINDOW]
     tried = [(max([_PROMPT, *(window + 2 for window in windows)]), 2)]
-    tried += [(window + 2, _MANY) for window in _own_windows(target)]
-    found = 0.0
-    for length, siblings in tried:
-        if target.max_positions is None or length + 4 <= target.max_positions:
-            found = max(found, _compare(target, length, siblings))
+    longest = 2 * _LONGEST_PROBE if target.max_positions is None else target.max_positions - 4
+    tried += [
+        (min(window + max(2, window // 4), longest), _MANY)
+        for window in _own_windows(target)
+        if window < longest
+    ]
+    found = max((_compare(target, *text) for text in tried if text[0] <= longest), default=0.0)
+    _refuse_fixed_masks(target)
     return found
+
+
+def _refuse_fixed_masks(target: Target) -> None:
+    """Refuses attention that cuts its mask from one for the longest text, by a token's place in the pass.
+
+    The last nodes of a tree have no place in it once the text nears its end. Attention that transformers can
+    exchange takes the mask that it is given, whatever else is kept in a layer.
+    """
+    longest = target.max_positions
+    if longest is None or getattr(target.model, "_supports_sdpa", False):
+        return
+    for name, buffer in target.model.named_buffers():
+        if buffer.shape[-2:] == (longest, longest):
+            raise UnsupportedModelError(
+                f"{type(target.model).__name__} has a mask of its own for {longest} places in a pass. "
+                f"Near the end of so long a text the nodes of a tree have no place in it ({name}).",
+                "Use model.generate for this model.",
+            )
 
 
 def _own_windows(target: Target) -> list[int]:
@@ -73,10 +99,12 @@ def _compare(target: Target, length: int, siblings: int = 2) -> float:
     if target.rope is not None and length < target.rope.length <= length + 2:
         length = target.rope.length  # no tree reaches over it
     model, tokens = target.model, min(target.vocabulary, 1000)
-    siblings = min(siblings, tokens - 1)
-    ids = np.random.default_rng(0).integers(0, tokens, length + 3)
-    prompt = torch.from_numpy(ids[:length]).to(target.device)
-    root, first, second = (int(token) for token in ids[length:])
+    places = tokens if target.max_positions is None else target.max_positions - length - 2
+    siblings = min(siblings, tokens - 1, places)
+    random = np.random.default_rng(0)
+    words = random.integers(0, tokens, _WORDS)
+    prompt = torch.from_numpy(random.choice(words, length)).to(target.device)
+    root, first, second = (int(token) for token in random.choice(words, 3))
     children = [(first + step) % tokens for step in range(siblings)]
     size = siblings + 2
     tree = DraftTree(
@@ -114,6 +142,7 @@ def _compare(target: Target, length: int, siblings: int = 2) -> float:
         raise UnsupportedModelError(
             f"{type(model).__name__} says something else for a tree than for its paths: the logits differ by "
             f"{difference:.2g} of their standard deviation, at most {limit:g} is allowed.",
-            "It ignores the tree mask or the positions, as ALiBi does; use model.generate for this model.",
+            "It ignores the tree mask or the positions, as ALiBi does, or chooses keys by their place in the "
+            "pass; use model.generate for this model.",
         )
     return difference

@@ -107,8 +107,9 @@ ROPES = {
 
 OTHERS = {
     "diffllama": _config("DiffLlamaConfig"),
-    "gpt-neo": lambda **options: transformers.GPTNeoConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_layers=2, attention_types=[[["global", "local"], 1]],
+    "doge": _config("DogeConfig"),
+    "gpt-neo": lambda vocab_size=VOCABULARY, **options: transformers.GPTNeoConfig(
+        vocab_size=vocab_size, hidden_size=32, num_layers=2, attention_types=[[["global", "local"], 1]],
         num_heads=4, intermediate_size=48, max_position_embeddings=512, initializer_range=0.3,
         bos_token_id=None, eos_token_id=None, **options,
     ),

@@ -99,6 +99,30 @@ def test_windows_by_place_in_the_pass_are_seen_on_texts_beyond_them(window: int)
         RetrievalDrafter.for_model(make("gpt-neo", attention="eager", window_size=window))
 
 
+@pytest.mark.parametrize("kept", [16, 256, 505])
+def test_best_keys_of_a_text_with_equal_ones_are_seen(kept: int) -> None:
+    model = make("doge", keep_window_size=kept, vocab_size=5000)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.A)  # zeros value all keys alike
+    with pytest.raises(UnsupportedModelError, match="for a tree than for its paths"):
+        RetrievalDrafter.for_model(model)
+
+
+def test_a_window_that_no_text_can_leave_does_no_harm() -> None:
+    RetrievalDrafter.for_model(make("doge", keep_window_size=512))
+
+
+def test_windows_by_place_in_the_pass_are_seen_in_half_precision() -> None:
+    model = make("gpt-neo", attention="eager", window_size=256, vocab_size=512).to(torch.bfloat16)
+    with pytest.raises(UnsupportedModelError, match="for a tree than for its paths"):
+        RetrievalDrafter.for_model(model)
+
+
+def test_a_mask_of_the_models_own_for_so_many_places_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="mask of its own for 512 places"):
+        RetrievalDrafter.for_model(make("gpt-neo", attention="eager", window_size=512))
+
+
 @pytest.mark.parametrize("given", ["small", 3, (MODEL,), [MODEL, "small"]])
 def test_what_is_no_draft_model_is_refused(given: Any) -> None:
     with pytest.raises(InvalidInputError, match="Pass a model"):
