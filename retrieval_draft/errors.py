@@ -7,9 +7,9 @@ RetrievalDraftError
   UnsupportedModelError(ValueError)      its cache cannot be rolled back, or masks are ignored
   UnsupportedGenerationError(ValueError) a generation mode this package does not do (beams, ...)
   UnsupportedEngineError(RuntimeError)   transformers or an engine in a version whose interface is not known
-  here NonFiniteLogitsError(ArithmeticError)  the model returned NaN ModelFileError(OSError)                a
-  model file is missing, torn or foreign DatastoreError(OSError)                a datastore's file is missing,
-  torn, foreign or in use
+  NonFiniteLogitsError(ArithmeticError)  the model returned NaN, or a score to draw by is infinite
+  ModelFileError(OSError)                a model file is missing, torn or foreign
+  DatastoreError(OSError)                a datastore's file is missing, torn, foreign or in use
 
 Messages say what failed, what was found, what is allowed and what to do next.
 """
@@ -69,7 +69,7 @@ class UnsupportedEngineError(RetrievalDraftError, RuntimeError):
 
 
 class NonFiniteLogitsError(RetrievalDraftError, ArithmeticError):
-    """The model returned NaN, so there is no next token to choose."""
+    """The model returned NaN, or a score to draw by is infinite: there is no next token to choose."""
 
 
 class ModelFileError(RetrievalDraftError, OSError):

@@ -98,6 +98,12 @@ class OracleSource:
         self.sessions.append(OracleSession(prompt, reply, *self.options))
         return self.sessions[-1]
 
+    def flush(self) -> None:
+        """Nothing waits."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
 
 class BrokenSource(OracleSource):
     """Raises in the given call after a few good ones."""

@@ -24,6 +24,15 @@ def byte_tokenizer() -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
 
 
+def letter_tokenizer(size: int) -> Any:
+    """A tokenizer of `size` printable letters, one token each."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:size]
+    inner = tokenizers.Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
 def save_tiny(folder: Path) -> Path:
     """Saves a tiny Llama and its tokenizer."""
     tokenizer = byte_tokenizer()

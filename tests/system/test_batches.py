@@ -222,6 +222,18 @@ def test_processors_know_their_row() -> None:
     assert PrefixConstrainedLogitsProcessor is not None
 
 
+def test_processors_know_the_prompt_of_a_sample() -> None:
+    model, prompts = make("llama"), ragged()[:2]
+    ids, mask = padded(prompts)
+    allowed = [set(range(0, 97, 2)), set(range(1, 97, 2))]
+    out = drafter_of(model, nodes=6).generate(
+        ids, mask, max_new_tokens=12, do_sample=True, num_return_sequences=3, pad_token_id=0, seed=1,
+        prefix_allowed_tokens_fn=lambda prompt, text: sorted(allowed[prompt]),
+    )  # fmt: skip
+    for row, reply in enumerate(out[:, ids.shape[1] :].tolist()):
+        assert set(reply) <= allowed[row // 3]
+
+
 def test_a_processor_that_keeps_state_keeps_it_row_by_row() -> None:
     class Rising(LogitsProcessor):
         """Bans the token that it was asked about last time."""

@@ -57,15 +57,16 @@ def choose(
         logprob: Whether to sum up the probabilities.
 
     Returns:
-        The token, or -1 where the row has NaN or +inf, or has them after division; 0 for a row of -inf, as
-        argmax has it. Its log probability, NaN unless asked for.
+        The token, or -1 where the row has NaN or +inf, or has them after division, or where one is to be
+        drawn from a row of -inf; without noise that is 0, as argmax has it. Its log probability, NaN unless
+        asked for.
     """
     largest, smallest = block_maxima(bits, order)
     top = maxima.max()
     if has_nan(largest, smallest) or top == np.inf:
         return -1, np.nan
     if top == -np.inf:
-        return 0, np.nan
+        return -1 if noisy else 0, np.nan
     held = (values, tokens, weights)
     temperature = np.float32(1.0)
     count = -1  # the first so many of values are kept; -1 for all of the row

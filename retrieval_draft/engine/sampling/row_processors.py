@@ -58,8 +58,8 @@ def criteria_of_row(criteria: StoppingCriteriaList, rows: int) -> StoppingCriter
 def _of_row(processor: Any, row: int, rows: int) -> Any:
     kind = type(processor)
     if kind is PrefixConstrainedLogitsProcessor:
-        allowed = processor._prefix_allowed_tokens_fn
-        return PrefixConstrainedLogitsProcessor(lambda _, text: allowed(row, text), 1)
+        allowed, prompt = processor._prefix_allowed_tokens_fn, row // processor._num_beams
+        return PrefixConstrainedLogitsProcessor(lambda _, text: allowed(prompt, text), 1)
     # Those of transformers replace what they remember and never grow it.
     mine = copy.copy(processor) if _is_of_transformers(processor) else _copied(processor)
     if isinstance(processor, RepetitionPenaltyLogitsProcessor):

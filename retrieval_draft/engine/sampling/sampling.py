@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,7 +13,12 @@ from retrieval_draft.engine.logits import non_finite
 from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.engine.sampling.token_logprobs import TokenLogprobs, token_logprobs
 from retrieval_draft.engine.sampling.warpers import Choice, Warpers, split
-from retrieval_draft.errors import UnsupportedGenerationError
+from retrieval_draft.errors import (
+    InvalidInputError,
+    NonFiniteLogitsError,
+    RetrievalDraftError,
+    UnsupportedGenerationError,
+)
 
 __all__ = ["Sampler", "non_finite"]
 
@@ -81,7 +87,8 @@ class Sampler:
             position: Of the token to be chosen, padding not counted.
 
         Raises:
-            NonFiniteLogitsError: A score is NaN.
+            NonFiniteLogitsError: A logit is NaN; or a token is to be drawn, and a score is infinite.
+            InvalidInputError: The processors leave no token.
             UnsupportedGenerationError: A processor returned other scores than those of one row.
         """
         # Processors write into their input; a copy of one row is what plain decoding makes too.
@@ -97,23 +104,37 @@ class Sampler:
         choice = self._warpers.choose(scores[0], key, self._keep_logprob)
         if choice is None:
             tailed = _checked(self._tail(ids.to(row.device), scores), scores.shape)
-            choice = self._choose_in_torch(tailed, position)
+            choice = self._choose_in_torch(tailed, position, row)
         if self._keep_logprob:
             self.logprobs.append(choice.logprob)
         if self._keep_top is not None:
             self.top.append(token_logprobs(row, choice.token, self._keep_top))
         return choice.token
 
-    def _choose_in_torch(self, scores: Tensor, position: int) -> Choice:
+    def _choose_in_torch(self, scores: Tensor, position: int, row: Tensor) -> Choice:
         keyed = scores if self._noise is None else scores + self._noise.at(position)
         best = keyed.argmax(-1)
-        columns = [best[0].double(), keyed.gather(-1, best[:, None]).isnan()[0, 0].double()]
+        columns = [best[0].double(), keyed.gather(-1, best[:, None])[0, 0].double()]
         if self._keep_logprob:
             columns.append(scores.log_softmax(-1).gather(-1, best[:, None])[0, 0].double())
-        token, lost, *logprob = torch.stack(columns).tolist()
-        if lost:
-            raise non_finite(position)
+        token, score, *logprob = torch.stack(columns).tolist()
+        # argmax finds something among infinite scores; they are no law to draw by.
+        if math.isnan(score) or (self._noise is not None and math.isinf(score)):
+            raise non_finite(position) if bool(row.isnan().any()) else _no_choice(position, score)
         return Choice(int(token), logprob[0] if logprob else float("nan"))
+
+
+def _no_choice(position: int, score: float) -> RetrievalDraftError:
+    """The error for what logits processors made of finite logits: the best score is NaN or infinite."""
+    if score == math.inf:
+        return NonFiniteLogitsError(
+            f"A score is infinite at position {position}, so the tokens have no probabilities to draw by.",
+            "Use a higher temperature, or do_sample=False; check the logits processors for infinity.",
+        )
+    return InvalidInputError(
+        f"The logits processors leave no token to choose at position {position}: they ban every one.",
+        "Ban fewer: see no_repeat_ngram_size, bad_words_ids, suppress_tokens and logits_processor.",
+    )
 
 
 def _checked(scores: Tensor, shape: torch.Size) -> Tensor:

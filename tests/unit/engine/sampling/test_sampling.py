@@ -20,7 +20,7 @@ from transformers.generation.logits_process import (
 
 from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.engine.sampling.sampling import Sampler
-from retrieval_draft.errors import NonFiniteLogitsError
+from retrieval_draft.errors import InvalidInputError, NonFiniteLogitsError
 
 CPU = torch.device("cpu")
 INTERPRETED = bool(os.environ.get("NUMBA_DISABLE_JIT"))
@@ -94,15 +94,38 @@ def test_greedy_takes_the_lowest_of_scores_that_division_made_equal() -> None:
 
 @pytest.mark.parametrize("greedy", [False, True])
 @pytest.mark.parametrize("name", ["nothing", "all warpers", "penalty"])
-def test_nan_is_reported_and_rows_of_infinity_are_not(name: str, greedy: bool) -> None:
+def test_scores_without_a_law_are_reported_and_infinity_has_an_argmax(name: str, greedy: bool) -> None:
     noise = None if greedy else GumbelNoise(6, VOCABULARY, CPU)
     sampler = Sampler(LogitsProcessorList(LISTS[name]), noise, keep_logprob=True)
     row, ids = step(0)
-    assert sampler.choose(torch.full_like(row, -float("inf")), ids, 5) == 0
+    banned = torch.full_like(row, -float("inf"))
     row[1000] = float("inf")
-    assert sampler.choose(row, ids, 5) == 1000
+    if greedy:
+        assert sampler.choose(banned, ids, 5) == 0
+        assert sampler.choose(row, ids, 5) == 1000
+    else:  # as torch.multinomial
+        with pytest.raises(InvalidInputError, match="no token to choose at position 5"):
+            sampler.choose(banned, ids, 5)
+        with pytest.raises(NonFiniteLogitsError, match="infinite at position 5"):
+            sampler.choose(row, ids, 5)
     row[[1000, 1100]] = torch.tensor([0.0, float("nan")])
     with pytest.raises(NonFiniteLogitsError, match="position 5"):
+        sampler.choose(row, ids, 5)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_processors_that_ban_every_token_are_told_from_a_model_that_returns_nan(greedy: bool) -> None:
+    class BanAll(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(scores, -float("inf"))
+
+    row, ids = step(0)
+    noise = None if greedy else GumbelNoise(6, VOCABULARY, CPU)
+    sampler = Sampler(LogitsProcessorList([BanAll(), LogitNormalization()]), noise)
+    with pytest.raises(InvalidInputError, match="ban every one"):
+        sampler.choose(row, ids, 5)
+    row[3] = float("nan")
+    with pytest.raises(NonFiniteLogitsError, match="model returned NaN"):
         sampler.choose(row, ids, 5)
 
 

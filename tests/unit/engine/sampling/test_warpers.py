@@ -80,7 +80,7 @@ def row_of(kind: str, vocabulary: int, generator: torch.Generator) -> torch.Tens
     if kind == "peaked":
         row[: vocabulary // 50 + 1] += 9
     elif kind == "masked":
-        row[torch.rand(vocabulary, generator=generator) < 0.9] = -float("inf")
+        row[1:][torch.rand(vocabulary - 1, generator=generator) < 0.9] = -float("inf")
     elif kind == "coarse":
         row = row.round()  # ties everywhere
     elif kind == "equal":
@@ -147,6 +147,14 @@ def test_rows_for_torch(bad: float) -> None:
     assert Warpers([TemperatureLogitsWarper(1e-39)]).choose(row + 30, key) is None
     row[299] = bad
     assert Warpers([TopKLogitsWarper(5)]).choose(row, key) is None
+
+
+def test_a_row_that_is_banned_whole_has_an_argmax_and_no_draw() -> None:
+    row = torch.full((300,), -float("inf"))
+    assert Warpers().choose(row, GumbelNoise(2, 300, CPU).key(0)) is None
+    greedy = Warpers().choose(row, None)
+    assert greedy is not None
+    assert greedy.token == 0
 
 
 def test_split_takes_the_longest_tail_that_is_known_exactly() -> None:
