@@ -42,7 +42,7 @@ class RopeSwitch:
     renews: bool = False
     rotary: Sequence[nn.Module] = field(default=(), repr=False)
 
-    def deepest(self, root: int, wanted: int) -> int:
+    def max_depth(self, root: int, wanted: int) -> int:
         """The depth that a tree may have, `wanted` at most, whose root stands at position `root`."""
         if root >= self.length:
             return 0 if self.rotary else wanted

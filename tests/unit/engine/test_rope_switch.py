@@ -12,9 +12,9 @@ from tests.support.models import CONFIGS, SWITCH, make
 
 def test_trees_end_below_the_switch_and_are_free_beyond() -> None:
     switch = RopeSwitch(48)
-    assert [switch.deepest(root, 6) for root in (10, 41, 42, 46, 47, 48, 90)] == [6, 6, 5, 1, 0, 6, 6]
+    assert [switch.max_depth(root, 6) for root in (10, 41, 42, 46, 47, 48, 90)] == [6, 6, 5, 1, 0, 6, 6]
     growing = RopeSwitch(48, rotary=(nn.Identity(),))
-    assert [growing.deepest(root, 6) for root in (10, 46, 47, 48, 90)] == [6, 1, 0, 0, 0]
+    assert [growing.max_depth(root, 6) for root in (10, 46, 47, 48, 90)] == [6, 1, 0, 0, 0]
 
 
 def test_rows_share_a_pass_on_one_side_only() -> None:
