@@ -50,3 +50,10 @@ def test_drafting_does_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[7, 8]\n"
+
+
+def test_the_package_has_few_rooms_and_no_circle() -> None:
+    script = ROOT / "scripts" / "rooms.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("no circle")
