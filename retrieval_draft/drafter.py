@@ -72,6 +72,11 @@ class RetrievalDrafter:
         last_stats: Those of the last request; None before the first.
         store: What servers share; None without.
         kernels: Faster layers for few tokens on the CPU, which the model uses while the drafter decodes.
+        target: The model as it is decoded with.
+        tokenizer: The model's, or None.
+        context: Configuration, datastores and draft models that the drafts are made from.
+        draft_engine: Opens drafts for requests.
+        lock: Held by the call that decodes.
 
     Example:
         drafter = RetrievalDrafter.for_model(model, tokenizer)
@@ -82,8 +87,8 @@ class RetrievalDrafter:
         self,
         target: Target,
         tokenizer: Any,
-        parts: MethodContext,
-        supply: DraftEngine,
+        context: MethodContext,
+        draft_engine: DraftEngine,
         beside: RetrievalDrafter | None = None,
     ) -> None:
         """Use `for_model`.
@@ -91,24 +96,24 @@ class RetrievalDrafter:
         Args:
             target: The model.
             tokenizer: The model's, or None.
-            parts: What `supply` was made from.
-            supply: What the drafter drafts from.
+            context: Configuration, datastores and draft models.
+            draft_engine: Made from `context`.
             beside: A drafter of the same model, with which this one takes turns.
         """
-        self.config = parts.config
-        self.store = parts.stores.shared
+        self.config = context.config
+        self.store = context.stores.shared
         self.stats = DraftStats()
         self.last_stats: DraftStats | None = None
-        self._target = target
-        self._tokenizer = tokenizer
-        self._supply = supply
-        self._parts = parts
+        self.target = target
+        self.tokenizer = tokenizer
+        self.draft_engine = draft_engine
+        self.context = context
         self.kernels: CpuKernels
-        self._lock: Any
+        self.lock: Any
         if beside is None:
-            self.kernels, self._lock = CpuKernels(target.model, parts.config.cpu_kernels), threading.RLock()
+            self.kernels, self.lock = CpuKernels(target.model, context.config.cpu_kernels), threading.RLock()
         else:
-            self.kernels, self._lock = beside.kernels, beside._lock
+            self.kernels, self.lock = beside.kernels, beside.lock
         self._state = ModelState.of(target.model)
         self._has_warned = False
         _drafters.add(self)
@@ -173,7 +178,7 @@ class RetrievalDrafter:
             tenant: Names its part of the store and of the history's folder.
             history_bytes: The most memory that its history may take.
         """
-        config, stores = self._parts.config, self._parts.stores
+        config, stores = self.context.config, self.context.stores
         folder = config.history_folder
         config = replace(
             config,
@@ -184,10 +189,10 @@ class RetrievalDrafter:
         if store is not None:
             store = SharedStore(replace(store.config, tenant=tenant), store.fingerprint, store.vocabulary)
         stores = replace(stores, shared=store, owns_shared=True)
-        parts = replace(self._parts, config=config, stores=stores)
-        supply = make_draft_engine(self._target, parts)
-        other = RetrievalDrafter(self._target, self._tokenizer, parts, supply, beside=self)
-        supply.prepare_like(self._supply)
+        parts = replace(self.context, config=config, stores=stores)
+        supply = make_draft_engine(self.target, parts)
+        other = RetrievalDrafter(self.target, self.tokenizer, parts, supply, beside=self)
+        supply.prepare_like(self.draft_engine)
         return other
 
     def generate(
@@ -250,11 +255,11 @@ class RetrievalDrafter:
             shown = options.pop("streamer")
             if shown is not streamer:
                 stack.enter_context(ending(shown))
-            self._check_model()
-            keep_best = best_of_options(best_of, self._target.model, config, options)
-            references = self._references(documents, prediction)
+            self.check_model()
+            keep_best = best_of_options(best_of, self.target.model, config, options)
+            references = self.references(documents, prediction)
             extras = DecodeOptions(shown, seed, sample, references, output_prompt_logits, keep_best, share)
-            self._check_share(share)
+            self.check_share(share)
             known = cache if cache is not None else past_key_values
 
             def run(
@@ -267,11 +272,11 @@ class RetrievalDrafter:
                 check_generation(config, processors, len(input_ids), model_inputs, self._own_config)
                 return self._run(input_ids, processors, criteria, config, model_inputs, known, extras)
 
-            return through_model(self._target, self._tokenizer, run, ids, mask, config, options)
+            return through_model(self.target, self.tokenizer, run, ids, mask, config, options)
 
     @property
     def _own_config(self) -> GenerationConfig:
-        model: Any = self._target.model
+        model: Any = self.target.model
         config: GenerationConfig = model.generation_config
         return config
 
@@ -298,18 +303,18 @@ class RetrievalDrafter:
         if draft_streamer is None:
             draft_streamer = shown_streamer(streamer)
         with ending(draft_streamer):
-            if model is not self._target.model:
+            if model is not self.target.model:
                 raise InvalidInputError(
                     "This drafter was made for another model.",
                     "Make one with RetrievalDrafter.for_model(model).",
                 )
-            self._check_model()
+            self.check_model()
             check_prompt(input_ids, model_inputs.get("attention_mask"))
             check_generation(
                 generation_config, logits_processor, len(input_ids), model_inputs, self._own_config
             )
-            self._check_share(draft_share)
-            references = self._references(draft_documents, draft_prediction)
+            self.check_share(draft_share)
+            references = self.references(draft_documents, draft_prediction)
             extras = DecodeOptions(draft_streamer, draft_seed, references=references, share=draft_share)
             cache = given_cache(model_inputs)
             if isinstance(cache, DynamicCache) and not is_callers_own(cache):
@@ -357,7 +362,7 @@ class RetrievalDrafter:
     @property
     def nbytes_by_source(self) -> dict[str, int]:
         """Bytes that each source holds, by its name; requests that run not included."""
-        return {source.name: source.nbytes for source in self._supply.sources}
+        return {source.name: source.nbytes for source in self.draft_engine.sources}
 
     @property
     def continuous(self) -> ContinuousDrafter:
@@ -371,23 +376,23 @@ class RetrievalDrafter:
             self.store.wait_ready()
 
     def _warm_up(self) -> None:
-        with self._lock, outside_inference():
-            self._check_model()
-            probe(self._target)
+        with self.lock, outside_inference():
+            self.check_model()
+            probe(self.target)
             self.kernels.prepare()
             with self.kernels.applied():
-                self._supply.prepare()
+                self.draft_engine.prepare()
 
     def flush(self) -> None:
         """Waits until what finished requests said can be drafted from; no request waits for that."""
-        self._supply.flush()
+        self.draft_engine.flush()
         if self.store is not None:
             self.store.flush()
 
     def close(self) -> None:
         """Keeps and sends what waits for the history's folder and the store, and stops background threads."""
-        self._supply.close()
-        if self.store is not None and self._parts.stores.owns_shared:
+        self.draft_engine.close()
+        if self.store is not None and self.context.stores.owns_shared:
             self.store.close()
 
     def __enter__(self) -> RetrievalDrafter:
@@ -404,7 +409,7 @@ class RetrievalDrafter:
         Raises:
             InvalidInputError: No copy of the model is being made.
         """
-        model = memo.get(id(self._target.model))
+        model = memo.get(id(self.target.model))
         if model is None:
             raise InvalidInputError("A drafter cannot be copied or pickled.", _NO_COPY)
         copied = object.__new__(type(self))
@@ -431,17 +436,31 @@ class RetrievalDrafter:
         self.stats = DraftStats()
         self.last_stats = None
 
-    def _check_model(self) -> None:
-        self._state.check(self._target.model)
-        check_modules(self._target.model)
+    def check_model(self) -> None:
+        """Refuses a model that has changed since `for_model` in a way that cannot be followed.
 
-    def _references(self, documents: Any, prediction: Any) -> list[TokenArray]:
-        rows = self._target.embedding_rows
+        Raises:
+            UnsupportedModelError: It was changed so; the message names the cause.
+        """
+        self._state.check(self.target.model)
+        check_modules(self.target.model)
+
+    def references(self, documents: Any, prediction: Any) -> list[TokenArray]:
+        """Token ids of reference texts: int32 each. A method without a use for them warns, once.
+
+        Args:
+            documents: Texts or token ids that the reply may quote, one or several; None for none.
+            prediction: The same for what the reply may look like.
+
+        Raises:
+            InvalidInputError: An id lies outside the vocabulary, or a text comes without a tokenizer.
+        """
+        rows = self.target.embedding_rows
         references = [
-            *reference_tokens(documents, self._tokenizer, rows),
-            *reference_tokens(prediction, self._tokenizer, rows),
+            *reference_tokens(documents, self.tokenizer, rows),
+            *reference_tokens(prediction, self.tokenizer, rows),
         ]
-        config = self._parts.config
+        config = self.context.config
         if references and not self._has_warned and not get_method(config.method).reads_references(config):
             self._has_warned = True
             _log.warning(
@@ -450,7 +469,12 @@ class RetrievalDrafter:
             )
         return references
 
-    def _check_share(self, share: str | None) -> None:
+    def check_share(self, share: str | None) -> None:
+        """Refuses a word that is no way to share, and sharing without a store.
+
+        Raises:
+            InvalidInputError: As above.
+        """
         if share is not None and check_share(share) != "none" and self.store is None:
             raise InvalidInputError(f"share={share!r} needs a store.", "Pass store= to for_model.")
 
@@ -464,17 +488,17 @@ class RetrievalDrafter:
         cache: Any,
         extras: DecodeOptions,
     ) -> Any:
-        target = self._target
+        target = self.target
         mask = model_inputs.get("attention_mask")
         prompts = strip_prompts(input_ids, mask, target.embedding_rows, target.max_positions)
         total = DraftStats()
         with ExitStack() as stack:
-            stack.enter_context(self._lock)
+            stack.enter_context(self.lock)
             stack.enter_context(outside_inference())
             stream = stream_rows(extras.streamer, input_ids, config)
             self.kernels.prepare()
             stack.enter_context(self.kernels.applied())
-            self._supply.prepare()
+            self.draft_engine.prepare()
             self.last_stats = total
             requests = make_requests(
                 target, prompts, input_ids, processors, criteria, config, cache, extras, stream
@@ -490,20 +514,20 @@ class RetrievalDrafter:
 
     def _decode(self, requests: list[DecodeRequest], extras: DecodeOptions, total: DraftStats) -> list[Row]:
         """Decodes a batch with sessions of the sources for each row, and counts it whatever happens."""
-        shared, failures = DraftStats(), self._supply.failures
+        shared, failures = DraftStats(), self.draft_engine.failures
         each = [DraftStats() for _ in requests]
         try:
             return decode(
-                self._target,
+                self.target,
                 requests,
-                self._supply.reader,
+                self.draft_engine.reader,
                 shared,
-                self._supply.open(requests, extras.references, each),
-                self._supply.budget,
+                self.draft_engine.open(requests, extras.references, each),
+                self.draft_engine.budget,
                 each,
             )
         finally:
-            shared.source_failures = self._supply.failures - failures
+            shared.source_failures = self.draft_engine.failures - failures
             for stats in (shared, *each):
                 total.add(stats)
             self.stats.add(total)
@@ -517,13 +541,13 @@ _NO_COPY = (
 
 def _drafter_like(drafter: RetrievalDrafter, model: Any) -> RetrievalDrafter:
     """A drafter for another model with the same tokenizer, which shares what is only read."""
-    parts = drafter._parts
+    parts = drafter.context
     config = replace(parts.config, history_folder=None)
     if parts.models and get_method(config.method).needs_model:
         config = replace(config, method="calibrated")
     return RetrievalDrafter.for_model(
         model,
-        drafter._tokenizer,
+        drafter.tokenizer,
         corpora=parts.stores.corpora,
         phrases=parts.stores.phrases,
         store=drafter.store,
@@ -539,7 +563,7 @@ def _after_fork() -> None:
     """A lock that another thread held at the fork would stay locked in the child."""
     locks: dict[int, Any] = {}  # drafters of one model take turns in the child too
     for drafter in _drafters:
-        drafter._lock = locks.setdefault(id(drafter._lock), threading.RLock())
+        drafter.lock = locks.setdefault(id(drafter.lock), threading.RLock())
 
 
 if hasattr(os, "register_at_fork"):

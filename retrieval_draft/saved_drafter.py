@@ -114,8 +114,8 @@ def save_drafter(drafter: RetrievalDrafter, folder: str | Path) -> None:
     """
     home = Path(folder)
     home.mkdir(parents=True, exist_ok=True)
-    parts, tokenizer = drafter._parts, drafter._tokenizer
-    known = drafter._supply.known()
+    parts, tokenizer = drafter.context, drafter.tokenizer
+    known = drafter.draft_engine.known()
     calibration = None if known.calibration is None else _write_calibration(known.calibration, home)
     config = parts.config
     if config.history_folder is not None:
@@ -126,7 +126,7 @@ def save_drafter(drafter: RetrievalDrafter, folder: str | Path) -> None:
         format_version=FORMAT_VERSION,
         library_version=__version__,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        vocabulary=drafter._target.embedding_rows,
+        vocabulary=drafter.target.embedding_rows,
         fingerprint="" if tokenizer is None else tokenizer_fingerprint(tokenizer),
         tokens=0 if tokenizer is None else vocabulary_size(tokenizer),
         config=config,
@@ -189,7 +189,7 @@ def load_drafter(
     costs, seconds = saved.costs, {}
     if costs is not None and costs.situation == _situation(drafter) and set(costs.seconds) == set(SIZES):
         seconds = costs.seconds
-    drafter._supply.start_from(LearnedState(calibration, seconds))
+    drafter.draft_engine.start_from(LearnedState(calibration, seconds))
     return drafter
 
 
@@ -323,7 +323,7 @@ def _store_config(saved: SavedStore) -> StoreConfig:
 
 def _situation(drafter: RetrievalDrafter) -> dict[str, str]:
     """What the costs of passes depend on."""
-    target = drafter._target
+    target = drafter.target
     model: Any = target.model
     weights = list(model.parameters())
     device = target.device

@@ -53,7 +53,7 @@ class ContinuousDrafter:
     @property
     def target(self) -> Target:
         """The model as it is decoded with."""
-        return self._drafter._target
+        return self._drafter.target
 
     def prepare(
         self,
@@ -89,11 +89,11 @@ class ContinuousDrafter:
             with ending(streamer):
                 raise InvalidInputError("prepare takes no streamer.", "Set `emit` of the requests.")
         ids, mask, config = arguments_of_generate((input_ids,), options)
-        drafter._check_model()
-        drafter._check_share(share)
-        target, tokenizer = drafter._target, drafter._tokenizer
+        drafter.check_model()
+        drafter.check_share(share)
+        target, tokenizer = drafter.target, drafter.tokenizer
         keep_best = best_of_options(best_of, target.model, config, options)
-        references = drafter._references(documents, prediction)
+        references = drafter.references(documents, prediction)
         extras = DecodeOptions(None, seed, 0, references, False, keep_best, share, top_logprobs)
 
         def collect(
@@ -121,12 +121,12 @@ class ContinuousDrafter:
             failed: Told of rows that raised, which have left the batch; None lets errors out.
         """
         drafter, shared = self._drafter, DraftStats()
-        supply = drafter._supply
-        with drafter._lock, outside_inference():
+        supply = drafter.draft_engine
+        with drafter.lock, outside_inference():
             drafter.kernels.prepare()
             with drafter.kernels.applied():
                 supply.prepare()
-                batch = Batch(drafter._target, supply.reader, shared, supply.budget, failed)
+                batch = Batch(drafter.target, supply.reader, shared, supply.budget, failed)
                 try:
                     yield batch
                 finally:
@@ -140,13 +140,13 @@ class ContinuousDrafter:
             prepared: About to join the batch of this drafter, or of one that this is a namespace of.
             stats: Counts to add to, one for each request.
         """
-        return self._drafter._supply.open(prepared.requests, prepared.references, stats)
+        return self._drafter.draft_engine.open(prepared.requests, prepared.references, stats)
 
     @property
     def opens_beside(self) -> bool:
         """Whether `open` may run beside the batch: no source passes anything through a model then."""
-        return not self._drafter._parts.models
+        return not self._drafter.context.models
 
     def plain_seconds(self, rows: int) -> float:
         """What a pass over one token of each row is measured to take; 0 where nothing is measured."""
-        return self._drafter._supply.budget.plain_seconds(rows)
+        return self._drafter.draft_engine.budget.plain_seconds(rows)

@@ -88,18 +88,18 @@ class Beginning:
     """
 
     def __init__(self, drafter: RetrievalDrafter) -> None:
-        supply = drafter._supply
+        supply = drafter.draft_engine
         self._drafter = drafter
         self._learned = deepcopy((supply._calibration, supply.budget))
 
     def restore(self) -> None:
         """Gives the drafter sources that have seen no text, as those of a process that was just started."""
         drafter = self._drafter
-        supply = make_draft_engine(drafter._target, drafter._parts)
-        supply.prepare_like(drafter._supply)
+        supply = make_draft_engine(drafter.target, drafter.context)
+        supply.prepare_like(drafter.draft_engine)
         supply._calibration, supply.budget = deepcopy(self._learned)
-        drafter._supply.close()
-        drafter._supply = supply
+        drafter.draft_engine.close()
+        drafter.draft_engine = supply
 
 
 class Decoder:

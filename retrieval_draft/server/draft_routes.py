@@ -56,5 +56,5 @@ def _proposer(service: Service, tenant: str) -> Proposer:
         drafter = service.loaded.tenants[tenant]
     except ApiError as error:
         raise error_of(error.status, error.message) from error
-    parts = drafter._parts
+    parts = drafter.context
     return Proposer(replace(parts.stores, owns_shared=False), replace(parts.config, history_folder=None))

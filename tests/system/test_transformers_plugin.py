@@ -30,7 +30,7 @@ def check(model: Any, plain_layers: int | None = None) -> RetrievalDrafter:
     """Generates as `model.generate` does, through `generate` and `custom_generate`, and takes drafts."""
     stock = model.generate(PROMPT, **OPTIONS)
     drafter = RetrievalDrafter.for_model(model, config=CONFIG)
-    assert near_ties(drafter._target.model, drafter.generate(PROMPT, **OPTIONS), stock) == 0
+    assert near_ties(drafter.target.model, drafter.generate(PROMPT, **OPTIONS), stock) == 0
     assert drafter.last_stats is not None
     assert drafter.last_stats.accepted > 0
     out = model.generate(input_ids=PROMPT, custom_generate=drafter, **OPTIONS)
@@ -171,7 +171,7 @@ def test_compiled_models_run_as_written_while_drafting(compiled: Any) -> None:
     assert torch.equal(drafter.generate(PROMPT, **OPTIONS), stock)
     assert torch.equal(model.generate(input_ids=PROMPT, custom_generate=drafter, **OPTIONS), stock)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations
-    assert is_compiled(drafter._target.model) == (compiled is not _compiled_model)
+    assert is_compiled(drafter.target.model) == (compiled is not _compiled_model)
 
 
 def test_a_compiled_model_is_compiled_for_others_afterwards() -> None:
@@ -235,7 +235,7 @@ def test_dispatched_model() -> None:
 def test_model_offloaded_to_memory() -> None:
     accelerate = pytest.importorskip("accelerate")
     drafter = check(accelerate.cpu_offload(wide(), execution_device=torch.device("cpu")), plain_layers=0)
-    assert drafter._target.device.type == "cpu"
+    assert drafter.target.device.type == "cpu"
 
 
 def test_model_offloaded_to_disk(tmp_path: Path) -> None:

@@ -68,14 +68,14 @@ def test_configuration_phrases_calibration_and_costs_come_back(tmp_path: Path) -
     with used(config=config, phrases=["the dog sat on the log", "x", "and the cat sat"]) as drafter:
         out = generated(drafter)
         drafter.save_pretrained(tmp_path / "drafter")
-        learned = drafter._supply.known()
+        learned = drafter.draft_engine.known()
     with loaded(tmp_path / "drafter") as again:
         assert again.config == config
-        table = again._parts.stores.phrases
+        table = again.context.stores.phrases
         assert table is not None
         assert len(table) == 2
         assert torch.equal(generated(again), out)
-        known = again._supply.known()
+        known = again.draft_engine.known()
         assert learned.calibration is not None
         assert known.calibration is not None
         for name in ("weights", "parameters", "expected", "accepted"):
@@ -105,9 +105,9 @@ def test_costs_of_another_machine_are_measured_again(tmp_path: Path) -> None:
     saved["costs"]["situation"]["machine"] = "another"
     (tmp_path / "drafter.json").write_text(json.dumps(saved))
     again = loaded(tmp_path)
-    assert not again._supply._known.seconds
+    assert not again.draft_engine._known.seconds
     generated(again)
-    assert again._supply.known().seconds
+    assert again.draft_engine.known().seconds
 
 
 def test_corpora_inside_the_folder_move_with_it(tmp_path: Path) -> None:
@@ -119,9 +119,9 @@ def test_corpora_inside_the_folder_move_with_it(tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     home.rename(moved)
     with loaded(moved) as again:
-        assert [corpus.folder.path for corpus in again._parts.stores.corpora] == [moved / "index", outside]
+        assert [corpus.folder.path for corpus in again.context.stores.corpora] == [moved / "index", outside]
     with loaded(moved, corpora=[]) as again:
-        assert not again._parts.stores.corpora
+        assert not again.context.stores.corpora
     shutil.rmtree(outside)
     with pytest.raises(DatastoreError, match="outside"):
         loaded(moved)
@@ -180,7 +180,7 @@ def test_the_history_folder_is_where_it_was_and_knows_better(tmp_path: Path) -> 
     with loaded(tmp_path / "saved") as again:
         generated(again)
         assert again.config.history_folder == str(tmp_path / "history")
-        assert again._supply._calibration is not again._supply._known.calibration
+        assert again.draft_engine._calibration is not again.draft_engine._known.calibration
 
 
 def test_saving_again_leaves_one_calibration(tmp_path: Path) -> None:

@@ -90,7 +90,9 @@ def test_phrases_are_drafted_from(tmp_path, model, tokenizer) -> None:
     (tmp_path / "p.txt").write_text("the cat sat on the mat and the dog\n")
     for phrases in (tmp_path / "p.txt", str(tmp_path / "p.txt"), ["the cat sat on the mat and the dog"]):
         drafter = RetrievalDrafter.for_model(model, tokenizer, config=only("phrases"), phrases=phrases)
-        session = drafter._supply._hierarchy.open(np.array(tokenizer("the cat sat")["input_ids"], np.int32))
+        session = drafter.draft_engine._hierarchy.open(
+            np.array(tokenizer("the cat sat")["input_ids"], np.int32)
+        )
         [proposal] = session.propose(4)
         assert tokenizer.decode(proposal.tokens.tolist()) == " on "
 

@@ -104,7 +104,7 @@ prompt = torch.arange(40)[None] % 17
 first = drafter.generate(prompt, max_new_tokens=12, do_sample=False)
 holding = threading.Event()
 def hold():
-    with drafter._lock:
+    with drafter.lock:
         holding.set()
         threading.Event().wait(2)
 threading.Thread(target=hold, daemon=True).start()

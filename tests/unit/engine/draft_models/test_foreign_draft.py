@@ -95,8 +95,8 @@ def test_a_pair_is_translated_or_not_as_its_tokenizer_asks() -> None:
     target = model_of(TARGET)
     for tokenizer, kind in ((DRAFT, "ForeignModelDraft"), (byte_level(("ab", "abc", "de")), "ModelDraft")):
         drafter = RetrievalDrafter.for_model(target, TARGET, draft_model=(model_of(tokenizer), tokenizer))
-        names = [type(source).__name__ for source in drafter._supply.sources]
+        names = [type(source).__name__ for source in drafter.draft_engine.sources]
         assert names[-1] == "PacedSource"
-        assert type(drafter._supply.sources[-1].source).__name__ == kind
+        assert type(drafter.draft_engine.sources[-1].source).__name__ == kind
     with pytest.raises(InvalidInputError, match="mode is"):
         ForeignModelDraft(model_of(DRAFT), DRAFT, TARGET, "letters")  # type: ignore[arg-type]
