@@ -82,7 +82,7 @@ def test_configuration_phrases_calibration_and_costs_come_back(tmp_path: Path) -
             was, now = (getattr(each.calibration, name) for each in (learned, known))
             assert was.shape == now.shape
         # As saved, in float32, and not as shipped.
-        fresh = loaded(tmp_path / "drafter")._supply._known
+        fresh = loaded(tmp_path / "drafter").draft_engine._known
         np.testing.assert_array_equal(
             fresh.calibration.expected, learned.calibration.expected.astype(np.float32)
         )
@@ -101,7 +101,7 @@ def test_costs_of_another_machine_are_measured_again(tmp_path: Path) -> None:
     with used() as drafter:
         drafter.save_pretrained(tmp_path)
     saved = description(tmp_path)
-    assert loaded(tmp_path)._supply._known.seconds
+    assert loaded(tmp_path).draft_engine._known.seconds
     saved["costs"]["situation"]["machine"] = "another"
     (tmp_path / "drafter.json").write_text(json.dumps(saved))
     again = loaded(tmp_path)
@@ -288,7 +288,7 @@ def test_a_description_may_say_anything(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(RetrievalDrafter, "for_model", lambda *given, **named: made.append(named) or drafter)
     made: list[dict[str, Any]] = []
     store = StoreConfig("redis://127.0.0.1:1", tenant="acme")
-    drafter = SimpleNamespace(_supply=SimpleNamespace(start_from=lambda known: None), _target=None)
+    drafter = SimpleNamespace(draft_engine=SimpleNamespace(start_from=lambda known: None), target=None)
     saved = SavedDrafter(
         format=FORMAT, format_version=1, library_version="1", created="now", vocabulary=300, fingerprint="",
         tokens=300, config=DraftConfig(), corpora=["index"], phrases=[[1, 2, 3]],

@@ -143,7 +143,7 @@ def test_calibration_is_kept_beside_the_history(tmp_path, caplog, model, tokeniz
     file = tmp_path / "calibration.safetensors"
     again = RetrievalDrafter.for_model(model, tokenizer, config=config)
     again.warm_up()
-    learned, known = (d._supply._calibration.expected for d in (drafter, again))
+    learned, known = (d.draft_engine._calibration.expected for d in (drafter, again))
     assert learned.sum() > 0
     np.testing.assert_allclose(known, learned, rtol=1e-5)
     again.close()
