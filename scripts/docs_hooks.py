@@ -1,6 +1,6 @@
 """Parts of the site that mkdocs does not make: every command's options, and pages from outside of docs/.
 
-mkdocs.yml names this file under `hooks`; functions that begin with ``on_`` are called while the site is built.
+mkdocs.yml names this file under `hooks`; those that begin with ``on_`` are called as it builds.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def _row(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
         name = parameter.name.upper()
     else:
-        name = ", ".join(f"{each}" for each in [*parameter.opts, *parameter.secondary_opts])
+        name = ", ".join([*parameter.opts, *parameter.secondary_opts])
     default = parameter.default
-    shown = "" if default is None or callable(default) or default == () else f"`{default}`"
+    shown = "" if default in (None, False, (), []) or callable(default) else f"`{default}`"
     if parameter.required:
         shown = "needed"
     text = (getattr(parameter, "help", None) or "").replace("|", "\\|").replace("\n", " ")

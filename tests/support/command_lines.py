@@ -14,6 +14,7 @@ from benchmarks.gpu_check import main as gpu_check
 from retrieval_draft.cli import app as commands
 from tests.support.pages import ROOT
 
+COMMANDS, BENCHMARKS = typer.main.get_command(commands), typer.main.get_command(benchmarks)
 EXTRAS = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE))
 PLACEHOLDER = re.compile(r"[A-Z_]+|\.\.\.")
 
@@ -52,12 +53,12 @@ def check(words: list[str], *, whole: bool = True) -> None:
     """
     program, *rest = words
     if program == "retrieval-draft":
-        _parse(typer.main.get_command(commands), rest, whole)
+        _parse(COMMANDS, rest, whole)
     elif Path(program).name == "python" and rest[:2] == ["-m", "benchmarks"]:
         if rest[2] == "gpu_check":
             gpu_check._parse([*rest[3:], "--out", "folder"])
         else:
-            _parse(typer.main.get_command(benchmarks), rest[2:], whole)
+            _parse(BENCHMARKS, rest[2:], whole)
     elif program == "python":
         assert (ROOT / rest[0]).is_file(), f"{rest[0]} does not exist"
     elif program == "pip":
