@@ -45,5 +45,6 @@ with RetrievalDrafter.for_model(model, tokenizer, config=config) as drafter:
         )
         cache = out.cache if "cache" in out else out.past_key_values  # its name before transformers 5.24
         reply = out.sequences[0, inputs["input_ids"].shape[1] :]
-        turns.append({"role": "assistant", "content": tokenizer.decode(reply, skip_special_tokens=True)})
+        text = tokenizer.decode(reply, skip_special_tokens=True).removesuffix("\nuser:").strip()
+        turns.append({"role": "assistant", "content": text})
         print(f"[{drafter.last_stats.tokens_per_step:.2f} tokens per step]\n> ", end="", flush=True)
