@@ -3,7 +3,7 @@
 python examples/own_source.py [MODEL]
 
 A source lives as long as the drafter, its session as long as a request; the protocols are `DraftSource` and
-`DraftSession` in retrieval_draft/index/source.py.
+`SourceSession` in retrieval_draft/index/source.py.
 """
 
 import sys

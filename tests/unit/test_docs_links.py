@@ -73,6 +73,11 @@ def test_the_readme_is_short_and_each_figure_has_its_command() -> None:
     assert all(re.search(r"`(retrieval-draft bench|python -m benchmarks) ", row) for row in rows)
 
 
+def test_the_changelog_begins_with_this_version() -> None:
+    versions = re.findall(r"^## \[([^\]]+)\]", prose_of("CHANGELOG.md"), re.MULTILINE)
+    assert versions[0] == retrieval_draft.__version__
+
+
 def test_all_pages_are_in_the_table_of_contents(hooks: ModuleType) -> None:
     named = re.findall(r"^ +- [^:\n]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
     named += re.findall(r"^  - [^:\n]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
