@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from retrieval_draft.index.store.store import SharedStore
     from retrieval_draft.proposer import Proposer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DraftConfig",
