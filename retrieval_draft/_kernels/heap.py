@@ -9,7 +9,8 @@ from retrieval_draft._kernels.jit import kernel
 
 BUCKETS = 72
 LOWEST = (1023 - 17) << 2
-"""Path probabilities fall into quarter octaves by the top bits of their float64; below 2**-17 is no guess."""
+"""Path probabilities fall into quarter octaves by the top bits of their float64; those below 2**-17 are
+dropped."""
 
 THRESHOLDS = np.array([(LOWEST + bucket) << 50 for bucket in range(BUCKETS)], np.int64).view(np.float64)
 
@@ -24,7 +25,14 @@ def _before(path_probs: NDArray[np.float64], first: int, second: int) -> bool:
 
 @kernel
 def push(heap: NDArray[np.int32], size: int, path_probs: NDArray[np.float64], item: int) -> None:
-    """Adds `item` to a binary heap ordered by `path_probs`."""
+    """Adds `item` to a binary heap ordered by `path_probs`.
+
+    Args:
+        heap: int32, shape (n,), n above `size`. Candidates; changed.
+        size: Candidates on it.
+        path_probs: float64, shape (candidates,).
+        item: The candidate.
+    """
     slot = size
     while slot > 0:
         above = (slot - 1) >> 1
@@ -37,7 +45,13 @@ def push(heap: NDArray[np.int32], size: int, path_probs: NDArray[np.float64], it
 
 @kernel
 def pop(heap: NDArray[np.int32], size: int, path_probs: NDArray[np.float64]) -> int:
-    """Takes the best item off a heap of `size` items."""
+    """Removes and returns the best item of a heap of `size` items.
+
+    Args:
+        heap: int32, shape (n,). Candidates; changed.
+        size: Candidates on it, at least 1.
+        path_probs: float64, shape (candidates,).
+    """
     best = heap[0]
     item = heap[size - 1]
     size -= 1
@@ -71,24 +85,24 @@ def admit(
     cut: NDArray[np.int64],
     budget: int,
 ) -> bool:
-    """Puts a candidate on the heap unless `budget` better ones are known, and raises the cut where it can.
+    """Adds a candidate to the heap unless `budget` better ones are known, and raises the cut if possible.
 
-    One whose path probability is no positive number is no candidate.
+    A candidate without a positive path probability is dropped.
 
     Args:
         item: The candidate; its path probability is in place.
         path_probs: float64, shape (candidates,).
-        path_bits: the same memory as int64.
-        heap: int32, of `waiting` candidates.
+        path_bits: int64, shape (candidates,). The memory of `path_probs`.
+        heap: int32, shape (n,). Holds `waiting` candidates.
         waiting: Candidates on the heap.
-        histogram: int64, shape (BUCKETS,). Candidates so far, on the heap or taken off it.
+        histogram: int64, shape (BUCKETS,). Candidates so far, on the heap or removed from it.
         cut: int64, shape (2,): CUT, ABOVE.
         budget: Nodes wanted.
 
     Returns:
         Whether it is on the heap now.
     """
-    if not path_probs[item] > 0.0:  # nor is NaN, whose bits are those of no bucket
+    if not path_probs[item] > 0.0:  # NaN too, whose bits match no bucket
         return False
     bucket = min((path_bits[item] >> 50) - LOWEST, BUCKETS - 1)
     if bucket < cut[CUT]:

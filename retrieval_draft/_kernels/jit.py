@@ -1,4 +1,4 @@
-"""The one way kernels are compiled here."""
+"""Compilation of all kernels of the package."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def kernel(function: Function) -> Function:
 
 
 def inner_kernel(function: Function) -> Function:
-    """As `kernel`, for what only kernels call: it compiles faster, and Python cannot call it."""
+    """Compiles a function that only kernels call: faster than `kernel`, and not callable from Python."""
     return _compiled(function, fastmath=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 def sum_kernel(function: Function) -> Function:
-    """As `kernel`, for sums that may be reordered so that they run in vector registers.
+    """Compiles a kernel whose sums may be reordered so that they run in vector registers.
 
-    NaN and infinity stay what they are, and one machine reorders the same way every time.
+    NaN and infinity are kept, and one machine reorders the same way every time.
     """
     return _compiled(function, fastmath={"reassoc", "contract"})
 
@@ -46,7 +46,7 @@ def sum_kernel(function: Function) -> Function:
 def c_function(function: Callable[..., object], signature: Any) -> Any:
     """Compiles now, for callers outside Python: `address` of the result is that of the machine code.
 
-    The caller keeps the result as long as the address is in use. Kept on disk as the other kernels are.
+    The caller keeps the result as long as the address is in use. Cached on disk as other kernels are.
     """
     arguments = (signature.args, signature.return_type)
     compiled: Any = CFunc(function, arguments, locals={}, options={"error_model": "numpy"})
@@ -58,17 +58,17 @@ def c_function(function: Callable[..., object], signature: Any) -> Any:
 def _compiled(function: Function, fastmath: bool | set[str], **options: bool) -> Function:
     jit: Any = njit
     compiled = jit(nogil=True, error_model="numpy", fastmath=fastmath, **options)(function)
-    if is_jitted(compiled):  # else compiling is switched off, and it is the function itself
+    if is_jitted(compiled):  # else compilation is off, and it is the function itself
         _keep_code(compiled, function)
     return cast(Function, compiled)
 
 
 class _KeptCode(FunctionCache):
-    """Machine code on disk as numba keeps it, where that works; else a function is compiled again."""
+    """numba's cache of machine code on disk; where a file is unusable the function is compiled again."""
 
     @contextmanager
     def _guard_against_spurious_io_errors(self) -> Iterator[None]:
-        # numba calls this around each access. Beside OSError: what unpacking an altered file ends with.
+        # numba calls this around each access. Beside OSError: errors of unpacking an altered file.
         try:
             yield
         except OSError as error:
@@ -81,15 +81,15 @@ class _KeptCode(FunctionCache):
 
 
 def _keep_code(compiled: Any, function: Callable[..., object]) -> None:
-    """Keeps machine code beside the module, else in the user's cache folder, else not at all."""
+    """Caches machine code beside the module, else in the user's cache folder, else not at all."""
     try:
         make: Any = _KeptCode
         kept = make(function)
     except (RuntimeError, OSError):  # no folder can be written: it is compiled in each process
         return
-    # numba takes kept machine code for fresh while the function's own file has its time and size. But kernels
-    # are compiled into each other across files, and wheels are built with one time for all files: an upgrade
-    # could run the last version's code. So the stamp is the text of all kernels.
+    # numba regards cached machine code as fresh while the function's own file has its time and size. But
+    # kernels are inlined across files, and wheels are built with one time for all files: an upgrade could run
+    # the last version's code. So the stamp is the text of all kernels.
     kept._cache_file._source_stamp = source_stamp()
     compiled._cache = kept
 
@@ -101,7 +101,7 @@ def kernel_files() -> list[Path]:
 
 @cache
 def source_stamp() -> str:
-    """A digest of the text of all kernels: what was compiled or measured under another one is out of date."""
+    """A digest of the text of all kernels: code or measurements with another one are out of date."""
     digest = sha256()
     for path in kernel_files():
         digest.update(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Reads through an address, so that one kernel can serve any number of arrays of different widths.
+"""Reads at an address, so that one kernel can read any number of arrays of different widths.
 
 The caller keeps the arrays alive and in place for as long as the kernel runs, and indices within them.
 """
@@ -37,7 +37,7 @@ def _loader(bits: int, result: Any, signed: bool) -> Any:
 
 
 def _reader(kind: type[Any], result: type[Any]) -> Any:
-    """The same in Python, for runs with NUMBA_DISABLE_JIT, which check that kernels are Python that works."""
+    """The same in Python, for tests with NUMBA_DISABLE_JIT."""
     size = ctypes.sizeof(kind)
 
     def load(address: int, index: int) -> Any:

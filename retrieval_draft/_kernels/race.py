@@ -4,9 +4,9 @@ Every token i of a position gets an arrival time E[i], independent, exponential 
 is -log E[i], and the argmax of log p + noise is the token that arrives first when time runs p[i] times as
 fast.
 
-Of a block of w tokens the first arrival is exponential with rate w, whose it is is uniform, and the others
-follow it after times that are exponential with rate 1 again: nothing is remembered. Drawn in this order, a
-whole block is known to be too late as soon as its first arrival is.
+Of a block of w tokens the first arrival is exponential with rate w, its token is uniform, and the others
+follow it after times that are exponential with rate 1 again (memorylessness). Drawn in this order, a whole
+block is known to be too late as soon as its first arrival is.
 
 All random numbers are SplitMix64 (Steele et al., 2014) of a counter, from a key of seed, sample, position.
 """
@@ -25,7 +25,7 @@ BLOCK = 256
 
 STEP = np.uint64(0x9E3779B97F4A7C15)
 BLOCKS = np.uint64(0xD1B54A32D192ED03)
-"""Sets the numbers that are drawn for blocks apart from those for tokens."""
+"""Separates the random numbers of blocks from those of tokens."""
 
 MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -48,7 +48,7 @@ def position_key(sample_key: np.uint64, position: int) -> np.uint64:
 
 @kernel
 def exponential(random: np.uint64) -> float:
-    """An exponential variable with rate 1 from 64 random bits; fine steps near 0, which decides."""
+    """An exponential variable with rate 1 from 64 random bits; fine steps near 0, where races are decided."""
     return -np.log1p(-((random >> np.uint64(11)) + 0.5) * RESOLUTION)
 
 
@@ -60,7 +60,7 @@ def _block_random(key: np.uint64, block: int) -> np.uint64:
 
 @kernel
 def first_arrival(key: np.uint64, block: int, width: int) -> tuple[float, int]:
-    """When the first token of a block arrives, and which of its `width` tokens it is."""
+    """Arrival time of a block's first token, and its index among the block's `width` tokens."""
     random = _block_random(key, block)
     chosen = mix(random + STEP) >> np.uint64(32)
     return exponential(random) / width, np.int64((chosen * np.uint64(width)) >> np.uint64(32))
@@ -68,7 +68,7 @@ def first_arrival(key: np.uint64, block: int, width: int) -> tuple[float, int]:
 
 @kernel
 def arrival(key: np.uint64, token: int, vocabulary: int) -> float:
-    """E[token] at the position that `key` stands for; the Gumbel noise is ``-log`` of it."""
+    """E[token] at the position of `key`; the Gumbel noise is ``-log`` of it."""
     block = token // BLOCK
     begin = block * BLOCK
     first, winner = first_arrival(key, block, min(BLOCK, vocabulary - begin))
@@ -84,7 +84,7 @@ def noise_of(key: np.uint64, tokens: NDArray[np.int64], vocabulary: int, out: ND
     Args:
         key: Of the position.
         tokens: int64, shape (n,).
-        vocabulary: Token ids.
+        vocabulary: Number of token ids.
         out: float32, shape (n,). Written.
     """
     for place in range(tokens.shape[0]):
@@ -103,8 +103,8 @@ def race(
     """The token with the largest score / temperature + noise, found without drawing most of the noise.
 
     A block whose largest score and first arrival together stay below the best so far holds no winner, and a
-    token whose own score does so with its block's first arrival is none. The block of the largest score comes
-    first, so that the best is high early.
+    token whose own score does so with its block's first arrival does not win. The block of the largest score
+    comes first, so that the best is high early.
 
     Args:
         row: float32, shape (vocabulary,). Scores without NaN, of which one is finite and none +inf.

@@ -1,1 +1,1 @@
-"""Turns proposals into accepted tokens. The only half that knows torch."""
+"""Verification of draft trees with the target model. `index` and `drafting` do without torch."""

@@ -1,8 +1,8 @@
-"""Differences between versions of transformers, 5.0 to the newest: the only module that knows them.
+"""Differences between versions of transformers, 5.0 to the newest: the only module that depends on them.
 
-Features are asked for, not version numbers, so that a release in between, or one of tomorrow that keeps a
-feature, works without a change here. In words of this package a "cache" is what `model.generate` calls
-``cache`` from 5.24 on and ``past_key_values`` before.
+Features are looked for, not version numbers, so that a release in between, or a later one that keeps a
+feature, works without a change here. In words of this package a "cache" is the argument that `model.generate`
+calls ``cache`` from 5.24 on and ``past_key_values`` before.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 """Names of the cache among the arguments of `generate` and of a model's forward pass, the newest first."""
 
 _NEEDED = ("AttentionInterface", "AttentionMaskInterface", "PreTrainedConfig")
-"""Parts of transformers 5 that this package stands on; 4.57 lacks the last."""
+"""Parts of transformers 5 that this package needs; 4.57 lacks the last."""
 
 
 def require_parts(module: Any) -> None:
@@ -49,7 +49,8 @@ def require_parts(module: Any) -> None:
         module: The package transformers.
 
     Raises:
-        UnsupportedEngineError: It lacks a part; says which version there is and how to get a newer one.
+        UnsupportedEngineError: It lacks a part; the message names the installed version and how to get a
+            newer one.
     """
     if not all(hasattr(module, name) for name in _NEEDED):
         raise UnsupportedEngineError(
@@ -73,15 +74,15 @@ def given_cache(arguments: Mapping[str, Any]) -> Any:
 
 
 def output_cache_name() -> str:
-    """Name of the cache in what `generate` returns, and among its arguments."""
+    """Name of the cache in the output of `generate`, and among its arguments."""
     names = {field.name for field in fields(GenerateDecoderOnlyOutput)}
     return next(name for name in CACHE_NAMES if name in names)
 
 
 def is_callers_own(cache: Any) -> bool:
-    """Whether a cache that a custom decoding loop was handed is its caller's, not one that `generate` made.
+    """True if the cache that a custom decoding loop received is its caller's, not made by `generate`.
 
-    Newer versions mark the caller's. In older ones the arguments of the calling `generate` say it; a cache
+    Newer versions mark the caller's. In older ones the arguments of the calling `generate` show it; a cache
     that reached the loop without any `generate` is the caller's.
     """
     if getattr(cache, "_is_user_defined", False):
@@ -111,8 +112,8 @@ def callers_model_inputs(model_inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Model inputs that the caller of `generate` gave; not those that transformers made or added.
 
     Args:
-        model_inputs: As handed to the custom decoding loop; they are returned as they are where no `generate`
-            called it.
+        model_inputs: As the custom decoding loop received them; they are returned unchanged where no
+            `generate` called it.
 
     Example:
         generate(ids, max_new_tokens=8, pixel_values=image)  ->  {"pixel_values": image}
@@ -138,8 +139,8 @@ def layer_kinds(text: Any) -> list[tuple[str, int | None]]:
 
     Returns:
         For each layer its type as in ``config.layer_types``, "dummy" for one without keys of its own, and its
-        window in tokens or None. Before 5.20 layers that share the keys of others are left out at the end,
-        where they stand.
+        window in tokens or None. Before 5.20 the layers that share the keys of others, which come last, are
+        left out.
 
     Example:
         Gemma 3 with a window of 512  ->  [("sliding_attention", 512), ..., ("full_attention", None), ...]
@@ -180,10 +181,10 @@ def empty_layer() -> Any:
 
 
 def makes_cache_anew(model: Any, cache: Any, length: int) -> bool:
-    """Whether `model.generate` drops a cache of fewer tokens where the text has become `length` tokens long.
+    """True if `model.generate` drops a cache of fewer tokens where the text has become `length` tokens long.
 
-    The model is asked: it does so, or does not, where it prepares the inputs of a pass. Phi-3 and PhiMoE up
-    to 5.19, and Phi-4-multimodal still in 5.24, then pass the last token alone, which forgets the text; here
+    The model's own preparation of a pass's inputs is tested for that. Phi-3 and PhiMoE up to 5.19, and
+    Phi-4-multimodal still in 5.24, then pass the last token alone, which forgets the text; here
     they get the whole text, as Phi-3 does in 5.24.
 
     Args:
@@ -199,5 +200,5 @@ def makes_cache_anew(model: Any, cache: Any, length: int) -> bool:
 
 
 def query_length(given: Any) -> int:
-    """Tokens of a pass, from what a cache layer is told: their number, or before 5.2 their positions."""
+    """Tokens of a pass, from the argument of a cache layer: their number, or before 5.2 their positions."""
     return given if isinstance(given, int) else int(given.shape[0])

@@ -1,4 +1,4 @@
-"""The decoding loop: rows of their own lengths, trees and ends behind one forward pass a step."""
+"""The decoding loop: one forward pass a step over rows that differ in length, tree and end."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ OnError = Callable[[Row, Exception], None]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one step did.
+    """Results and timings of one step.
 
     Attributes:
         rows: Those that stepped; ones that failed are left out.
-        plans: What was verified, one for each row.
+        plans: The verified drafts, one for each row.
         emitted: Tokens of each row.
         draft_seconds: Proposals and choice of the budget.
         commit_seconds: Packing and moving accepted paths.
         forward_seconds: The pass.
-        learn_seconds: What sources and calibration took note of.
+        learn_seconds: Updates of sources and calibration.
         seconds: All of it.
     """
 
@@ -86,11 +86,11 @@ class Batch:
 
     Args:
         target: The model.
-        reader: Reads logits; its `k` is what the sources learn from.
-        stats: Counts of what the rows share; their own are theirs.
-        budget: Shares draft nodes between the rows.
-        failed: Told of a row whose own part of a step raised, which leaves the batch; a pass that raises is
-            made again row by row, without drafts, to find out whose fault it is. None lets errors out.
+        reader: Reads logits; its `k` is the number of alternatives that the sources learn from.
+        stats: Counts that the rows share; rows have their own ones too.
+        budget: Splits draft nodes between the rows.
+        failed: Called with a row whose own part of a step raised, which leaves the batch; a pass that raises
+            is repeated row by row, without drafts, to find the row that causes it. None re-raises errors.
 
     Attributes:
         rows: In the order in which they joined.
@@ -118,7 +118,7 @@ class Batch:
         """Adds a request, and decodes its first token.
 
         Args:
-            request: What to decode.
+            request: The request to decode.
             drafting: Its drafts; None decodes one token a step.
             stats: Its counts.
             prefix_owner: A row that just joined with the same prompt and has not stepped since.
@@ -137,7 +137,7 @@ class Batch:
         """A row that has not joined yet.
 
         Args:
-            request: What to decode.
+            request: The request to decode.
             drafting: Its drafts; None decodes one token a step.
             stats: Its counts.
             beside: Whether there is another row that has not joined yet.
@@ -172,7 +172,7 @@ class Batch:
         return done
 
     def remove(self, row: Row) -> None:
-        """Takes out a row that is given up, between two steps."""
+        """Takes out a row that was aborted, between two steps."""
         self.rows = [other for other in self.rows if other is not row]
         row.forget()
 
@@ -239,7 +239,7 @@ class Batch:
     def _of_each(
         self, call: Callable[..., Any], rows: Sequence[Row], *given: Sequence[Any]
     ) -> dict[Row, Any]:
-        """What `call` returns for each row; a row in which it raises fails alone."""
+        """Results of `call` for each row; a row in which it raises fails alone."""
         out: dict[Row, Any] = {}
         for row, *arguments in zip(rows, *given, strict=True):
             try:
@@ -255,7 +255,7 @@ class Batch:
         self._failed(row, error)
 
     def _shared(self, rows: Sequence[Row]) -> Sequence[Sequence[int]]:
-        """Places of the rows that share a pass: all, but where their rotary factors differ."""
+        """Indices of the rows that share a pass: all, unless their rotary factors differ."""
         rope = self._target.rope
         if rope is not None:
             return rope.shared([row.length for row in rows])
@@ -264,7 +264,7 @@ class Batch:
     def _verify(
         self, rows: Sequence[Row], plans: Sequence[DraftPlan], inputs: Sequence[TreeInputs]
     ) -> _Verified:
-        """One pass over the trees of all rows, and what it says."""
+        """One pass over the trees of all rows, and its predictions."""
         began, caches, hidden = perf_counter(), [row.cache for row in rows], None
         if any(row.drafting is not None and row.drafting.wants_hidden for row in rows):
             with self._target.watching_hidden():
@@ -300,7 +300,7 @@ class Batch:
         return out
 
     def close(self) -> None:
-        """Ends what the rows hold, as after an error."""
+        """Closes the rows' drafting, as after an error."""
         for row in self.rows:
             row.forget()
         self.rows = []
@@ -329,11 +329,11 @@ def decode(
 
     Args:
         target: The model.
-        requests: What to decode. A leader comes before those it leads.
-        reader: Reads logits; its `k` is what the sources learn from.
-        stats: Counts to add what the rows share to.
-        draftings: Where each request's drafts come from; None for one token a step. Closed here.
-        budget: Shares draft nodes between rows; without one all of a tree is verified.
+        requests: Requests to decode. A leader comes before those it leads.
+        reader: Reads logits; its `k` is the number of alternatives that the sources learn from.
+        stats: Gets the counts that the rows share.
+        draftings: The drafting of each request; None for one token a step. Closed here.
+        budget: Splits draft nodes between rows; without one all of a tree is verified.
         each: Counts of each request; `stats` without.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What outlives a request: draft sources, calibration and measured costs."""
+"""State that outlives a request: draft sources, calibration and measured costs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MEASURE_CONTEXT = 128
 
 @dataclass(frozen=True, slots=True)
 class LearnedState:
-    """What a supply learns and measures before and while it drafts.
+    """Learned and measured state of a supply.
 
     Attributes:
         calibration: None for the shipped priors.
@@ -45,9 +45,9 @@ class DraftEngine:
 
     Args:
         target: The model.
-        config: How to draft.
+        config: The drafting configuration.
         sources: Draft sources, nearest first; empty for plain decoding.
-        tree: Makes one tree of what they propose: (root token, proposals, calibration, max_nodes).
+        tree: Makes one tree of their proposals: (root token, proposals, calibration, max_nodes).
         nodes: Draft nodes of a step where `config` names none; None lets the measured cost decide.
         spare: Makes sources like these, to be thrown away once they have compiled their kernels.
 
@@ -97,11 +97,11 @@ class DraftEngine:
         self._calibration = load_calibration(kept) if saved is None or (kept and kept.exists()) else saved
 
     def start_from(self, known: LearnedState) -> None:
-        """Has `prepare` take what another process learned and measured; a history's calibration is newer."""
+        """Has `prepare` take another process's state; a calibration beside the history takes precedence."""
         self._known = known
 
     def known(self) -> LearnedState:
-        """What this one learned and measured so far."""
+        """The state learned and measured so far."""
         if self._calibration is None:
             return self._known
         cost = self.budget.cost_of_one
@@ -109,7 +109,7 @@ class DraftEngine:
         return LearnedState(self._calibration, seconds)
 
     def prepare_like(self, other: DraftEngine) -> None:
-        """As `prepare`, with what a supply of the same model and configuration has measured."""
+        """Runs `prepare` with the measurements of a supply of the same model and configuration."""
         if not self._drafts or self._calibration is not None:
             return
         self._hierarchy.prepare()
@@ -122,11 +122,11 @@ class DraftEngine:
         references: Sequence[TokenArray],
         stats: Sequence[DraftStats],
     ) -> list[DraftSession | None]:
-        """Opens the sources for requests, and says how much of their prompts they should learn from.
+        """Opens the sources for requests, and sets how much of their prompts they should learn from.
 
         Args:
             requests: Their `prompt_rows` is set. Those with a leader and it draft from each other.
-            references: Texts the replies may quote.
+            references: int32, shape (length,) each. Texts that the replies may quote.
             stats: Counts to add to, one for each request.
 
         Returns:
@@ -156,12 +156,12 @@ class DraftEngine:
         )
 
     def flush(self) -> None:
-        """Waits until what finished requests said can be looked up, and keeps what calibration learned."""
+        """Waits until the replies of finished requests can be looked up, and saves the calibration."""
         self._hierarchy.flush()
         self._save_calibration()
 
     def close(self) -> None:
-        """Ends the sources, and keeps what calibration learned."""
+        """Closes the sources, and saves the calibration."""
         self._hierarchy.close()
         self._save_calibration()
 
@@ -191,13 +191,13 @@ class DraftEngine:
             return CostModel.measure(self._forward(), self._target.device, advance)
 
     def _forward(self) -> Callable[[int], None]:
-        """Passes over n nodes behind a short text, which leave nothing behind."""
+        """Passes over n nodes after a short text, which leave the cache unchanged."""
         run = tree_passes(self._target, _MEASURE_CONTEXT)
 
         def forward(nodes: int) -> None:
             logits = run(nodes)
             if self._target.device.type == "cuda":
-                # As in the loop, where the copy of the logits is what waits for the pass.
+                # As in the loop, where the copy of the logits waits for the pass.
                 self.reader.read(logits)
 
         return forward

@@ -1,4 +1,4 @@
-"""What the output head costs for one more position, and what a plain step costs."""
+"""Costs of the output head for one more position, and of a plain step."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class HeadCost:
     def rows_worth(self, new_tokens: int, prompt_length: int) -> int:
         """All prompt positions where the head over them costs less than it should save, else the last.
 
-        What a position saves does not depend on where it stands: a part never pays where the whole does not.
+        The saving of a position does not depend on its index: a part never pays where the whole does not.
         """
         pays = prompt_length * self.row < PRIOR_GAIN * new_tokens * self.step
         return prompt_length if pays else 1

@@ -96,7 +96,7 @@ class LogitReader:
     """Reads logits off the device. Scratch memory is kept between calls.
 
     Args:
-        k: How many alternatives to read for each node; 0 for the argmax alone.
+        k: Number of alternatives to read for each node; 0 for the argmax alone.
     """
 
     def __init__(self, k: int) -> None:

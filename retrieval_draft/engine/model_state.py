@@ -18,19 +18,20 @@ __all__ = ["ModelState", "check_modules", "outside_inference"]
 _ANEW = "Make the drafter anew with RetrievalDrafter.for_model(model)."
 _EVALUATE = "Call model.eval() before generating, and model.train() afterwards."
 _RANDOM = ("dropout", "drop_prob", "drop_path", "layerdrop", "layer_drop", "jitter")
-"""In names of a layer's attributes: probabilities with which it drops or disturbs values while it trains."""
+"""Parts of the names of a layer's attributes that hold probabilities of dropping or disturbing values in
+training."""
 _NO_MASKS = ("flash", "flex", "paged")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelState:
-    """Shapes, dtype and place of a model, which its drafter relies on.
+    """Shapes, dtype and device of a model, which its drafter relies on.
 
     Attributes:
-        embedding_rows: Token ids that it reads.
-        head_rows: Token ids that it says; None without an output head.
+        embedding_rows: Number of token ids that it reads.
+        head_rows: Number of token ids that it outputs; None without an output head.
         dtype: Of its weights, and of the masks that it is given.
-        device: Where it takes its inputs.
+        device: Device of its inputs.
     """
 
     embedding_rows: int
@@ -49,7 +50,7 @@ class ModelState:
         """Refuses a model that has changed. Takes microseconds.
 
         Raises:
-            UnsupportedModelError: Says what has changed, and from what to what.
+            UnsupportedModelError: Names the change, with both values.
         """
         now = ModelState.of(model)
         if now != self:
@@ -75,7 +76,7 @@ class ModelState:
 
 
 def check_modules(model: nn.Module) -> None:
-    """Refuses layers that would say something else than in model.generate, or something random.
+    """Refuses layers whose outputs would differ from those in model.generate, or be random.
 
     Args:
         model: Any.
@@ -111,6 +112,6 @@ def _refuse_randomness(name: str, module: nn.Module) -> None:
 
 @contextmanager
 def outside_inference() -> Iterator[None]:
-    """Without gradients and outside of torch.inference_mode: what is kept there can be written to later."""
+    """Turns gradients and torch.inference_mode off: tensors made inside can be written to later."""
     with torch.inference_mode(False), torch.no_grad():
         yield

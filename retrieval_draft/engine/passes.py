@@ -1,4 +1,4 @@
-"""Forward passes over made-up trees, to measure what they cost."""
+"""Forward passes over synthetic trees, to measure their cost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["tree_passes"]
 
 
 def tree_passes(target: Target, context: int) -> Callable[[int], Tensor]:
-    """Fills a cache with random text and returns what runs a pass over n nodes behind it, leaving nothing.
+    """Fills a cache with random text and returns a function that runs a pass over n nodes after it.
 
     Args:
         target: The model.

@@ -19,7 +19,7 @@ _LONGEST_PROBE = 4096
 
 
 _MANY = 256
-"""Children of a root, so that a window that counts places loses keys enough to be noticed in any dtype."""
+"""Children of a root, so that a window that counts slots loses keys enough to be noticed in any dtype."""
 
 
 _WORDS = 8
@@ -32,7 +32,7 @@ def probe(target: Target) -> float:
 
     Costs one pass over a few prompt tokens, one over 4 nodes and 4 over one token; as much again, with more
     nodes, on a text beyond each window that the configuration names and its layer types do not: models that
-    choose keys by their place in the pass, not by position, say something else only there. GPT-Neo cuts a
+    choose keys by their index in the pass, not by position, fail only there. GPT-Neo cuts a
     window by place; Doge keeps the best keys, and of equal ones those that its search meets first.
 
     Args:
@@ -42,7 +42,7 @@ def probe(target: Target) -> float:
         The largest difference found, RMS over the standard deviation of the logits.
 
     Raises:
-        UnsupportedModelError: The model fails on trees or says something else than for single tokens,
+        UnsupportedModelError: The model fails on trees or its logits differ from those for single tokens,
             as models with ALiBi or with code that ignores the mask do.
     """
     windows = [window for window in target.windows.values() if window is not None and window <= _LONG_WINDOW]
@@ -59,10 +59,10 @@ def probe(target: Target) -> float:
 
 
 def _refuse_fixed_masks(target: Target) -> None:
-    """Refuses attention that cuts its mask from one for the longest text, by a token's place in the pass.
+    """Refuses attention that cuts its mask from one for the longest text, by a token's index in the pass.
 
-    The last nodes of a tree have no place in it once the text nears its end. Attention that transformers can
-    exchange takes the mask that it is given, whatever else is kept in a layer.
+    Near its end it has no columns for the last nodes of a tree. Attention that transformers can exchange uses
+    the given mask, even if a layer keeps another one.
     """
     longest = target.max_positions
     if longest is None or getattr(target.model, "_supports_sdpa", False):
@@ -94,7 +94,7 @@ def _own_windows(target: Target) -> list[int]:
 def _compare(target: Target, length: int, siblings: int = 2) -> float:
     """`probe` of one text, with a tree of a root, its children, and last a child of the first of them.
 
-    The more children, the further apart are a node's place in the pass and its position.
+    The more children, the further apart are a node's index in the pass and its position.
     """
     if target.rope is not None and length < target.rope.length <= length + 2:
         length = target.rope.length  # no tree reaches over it

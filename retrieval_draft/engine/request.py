@@ -1,4 +1,4 @@
-"""What is to be decoded."""
+"""A decode request."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class DecodeRequest:
         prompt: int32, shape (length,), padding stripped.
         max_length: Prompt and reply together.
         eos: Tokens that end the reply.
-        criteria: Further stopping criteria, asked after each token.
+        criteria: Further stopping criteria, called after each token.
         sampler: Chooses tokens where processors or sampling take part; None for the argmax.
-        noise: What the sampler draws with; None for greedy.
+        noise: Noise that the sampler draws with; None for greedy.
         padded: int64, shape (1, length + padding). Needed by `criteria` and `sampler`.
         emit: Called with each new token, once and in order.
         ended: Called once the reply is complete.

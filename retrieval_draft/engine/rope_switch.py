@@ -20,19 +20,19 @@ __all__ = ["RopeSwitch", "rope_switch"]
 class RopeSwitch:
     """The length of text at which a model's rotary factors change.
 
-    Every pass has the factors of the pass that a row's text gets alone and undrafted. So
+    Every pass has the factors that the row's text gets alone and without drafts. So
 
     * a tree never reaches over the switch, and rows on different sides of it share no pass;
     * a text that is passed in parts has in each the factors of the whole: a part that ends too early gets one
-      more token behind it, which nothing sees and which is taken off again;
-    * a cache goes on only for texts with whose factors its keys were made.
+      more token after it, which no token sees and which is removed again;
+    * a cache is continued only for texts with the factors of its keys.
 
     Attributes:
         length: Tokens of the longest text with the factors of short ones.
-        renews: Whether a text that grows beyond it gets all of its keys anew, as Phi-3's does; otherwise keys
-            stay as they were made.
+        renews: Whether all keys of a text that grows beyond it are computed again, as in Phi-3; otherwise
+            keys stay as they were made.
         rotary: Modules whose frequencies change with every token beyond it, and which keep the longest text
-            seen (dynamic NTK); none where there are just two sets of factors (LongRoPE).
+            seen (dynamic NTK); none where there are two sets of factors only (LongRoPE).
 
     Example:
         of length 4096  ->  a root at position 4093 may have drafts of depth 2, one at 4096 of any depth
@@ -43,13 +43,13 @@ class RopeSwitch:
     rotary: Sequence[nn.Module] = field(default=(), repr=False)
 
     def max_depth(self, root: int, wanted: int) -> int:
-        """The depth that a tree may have, `wanted` at most, whose root stands at position `root`."""
+        """The largest depth, at most `wanted`, of a tree with its root at position `root`."""
         if root >= self.length:
             return 0 if self.rotary else wanted
         return min(wanted, self.length - 1 - root)
 
     def shared(self, roots: Sequence[int]) -> list[list[int]]:
-        """Rows that may share a pass, as places in `roots`, the positions of their trees' roots."""
+        """Rows that may share a pass, as indices in `roots`, the positions of their trees' roots."""
         groups: dict[int, list[int]] = {}
         for row, root in enumerate(roots):
             beyond = root >= self.length
@@ -57,7 +57,7 @@ class RopeSwitch:
         return [*groups.values()]
 
     def extra_position(self, end: int, whole: int) -> int | None:
-        """Where a further token gives a pass the factors of a text of `whole` tokens; None without need.
+        """Position of one more token that gives a pass the factors of a text of `whole` tokens, or None.
 
         Args:
             end: Tokens of the text up to the end of the pass.
@@ -68,18 +68,18 @@ class RopeSwitch:
         return whole - 1
 
     def fits(self, cache: SpeculativeCache, length: int) -> bool:
-        """Whether the keys of `cache` are those that begin a text of `length` tokens."""
+        """True if the keys of `cache` are those that begin a text of `length` tokens."""
         longest = cache.longest
         if longest == 0:
             return True
         if self.renews:
             return (longest > self.length) == (length > self.length)
-        # Keys stay as they were made, but not those of a text that was cut and would not make them again.
+        # Keys stay as they were made, unless the text was cut and would get other ones now.
         return longest == cache.get_seq_length() or max(longest, length) <= self.length
 
     @contextmanager
     def as_new(self) -> Iterator[None]:
-        """Inside, modules that keep the longest text seen have seen none; afterwards they are as before."""
+        """Resets modules that keep the longest text seen inside the context, and restores them afterwards."""
         if not self.rotary:
             yield
             return
@@ -96,7 +96,7 @@ class RopeSwitch:
 
 
 def _growth(module: Any) -> dict[str, tuple[Any, Any]]:
-    """What a rotary module keeps of earlier passes: names with the values now and at first."""
+    """State that a rotary module keeps of earlier passes: names with the present and the initial values."""
     found: dict[str, tuple[Any, Any]] = {}
     for original in [name for name in (*vars(module), *module._buffers) if name.endswith(_ORIGINAL)]:
         prefix, first = original.removesuffix(_ORIGINAL), module.original_max_seq_len
@@ -111,7 +111,7 @@ _ORIGINAL = "original_inv_freq"
 
 
 def rope_switch(model: Any) -> RopeSwitch | None:
-    """The switch of a model, read from its configuration; None for factors that depend on no pass.
+    """The switch of a model, read from its configuration; None for constant factors.
 
     Raises:
         UnsupportedModelError: Layers switch at different lengths.

@@ -37,8 +37,8 @@ class Row:
 
     Args:
         target: The model.
-        request: What to decode.
-        drafting: Where drafts come from; None decodes one token a step.
+        request: The request to decode.
+        drafting: Source of drafts; None decodes one token a step.
         attention: Masks that no other row uses.
         stats: The request's counts.
 
@@ -78,7 +78,7 @@ class Row:
         stats.prompt_tokens += len(request.prompt)
 
     def prefill(self, reader: LogitReader) -> Iterator[None]:
-        """Passes the prompt through the model, emits the first token, and tells the sources of both.
+        """Passes the prompt through the model, emits the first token, and passes both to the sources.
 
         Yields after each pass but the last, when other rows may step.
         """
@@ -116,7 +116,7 @@ class Row:
                 self.drafting.learn_hidden(self._hidden_end)
 
     def fork(self, prefix_owner: Row) -> None:
-        """Takes over what `prefill` of a row with the same prompt found, and emits its own first token."""
+        """Takes over the result of `prefill` of a row with the same prompt, and emits its own first token."""
         begin = perf_counter()
         assert prefix_owner._prompt_end is not None
         self.cache = prefix_owner.cache.clone(self._capacity)
@@ -136,7 +136,7 @@ class Row:
         self._path = ()
 
     def propose(self) -> DraftPlan:
-        """All that the sources have for the next step."""
+        """Drafts of all sources for the next step."""
         root, length = int(self.text.tokens[-1]), len(self.text) - 1
         if self.drafting is None:
             tree = DraftTree.root(root)
@@ -157,7 +157,7 @@ class Row:
         return inputs
 
     def _renews_cache(self) -> bool:
-        """Empties the cache where its keys are others than those of the text as it is now."""
+        """Empties the cache where its keys are not those of the present text."""
         rope = self.target.rope
         if rope is None or rope.fits(self.cache, len(self.text)):
             return False
@@ -165,16 +165,16 @@ class Row:
         return True
 
     def prepare_again(self, plan: DraftPlan) -> TreeInputs:
-        """`prepare` after a pass that failed: what it staged goes, the committed text stays."""
+        """Repeats `prepare` after a pass that failed: staged nodes are dropped, the committed text stays."""
         self.cache.stage(False)
         self.cache.drop()
         return self.attention.prepare(plan.tree, len(self.text) - 1, None)
 
     def accept(self, plan: DraftPlan, logits: Tensor, predictions: Predictions) -> list[int]:
-        """Emits what the target says along the tree, and notes which nodes to keep.
+        """Emits the target's choices along the tree, and notes which nodes to keep.
 
         Args:
-            plan: What was verified.
+            plan: The verified drafts.
             logits: (n + 1, vocabulary) or more, float, after each node.
             predictions: Their summary.
         """
@@ -185,7 +185,7 @@ class Row:
         while kept < len(path) and path[kept] == kept:
             kept += 1
         self._kept = kept
-        # They move with the next step's inputs, in the same copy up.
+        # They move with the next step's inputs, in the same copy to the device.
         self._moved = np.array(path[kept:], np.int64) if kept < len(path) else None
         stats.steps += 1
         return emitted
@@ -193,13 +193,13 @@ class Row:
     def learn(
         self, plan: DraftPlan, emitted: list[int], predictions: Predictions, hidden: Tensor | None
     ) -> None:
-        """Tells sources and calibration what the step showed.
+        """Updates sources and calibration with the step's result.
 
         Args:
-            plan: What was verified.
+            plan: The verified drafts.
             emitted: Tokens that `accept` returned.
             predictions: The target's predictions at the tree's nodes.
-            hidden: (n + 1, d) or more. What the head read at the nodes, if a source wants it.
+            hidden: (n + 1, d) or more. Inputs of the output head at the nodes, if a source wants them.
         """
         drafting = self.drafting
         if drafting is None:
@@ -275,7 +275,7 @@ class Row:
         if request.criteria:
             sampler = request.sampler
             scores = None if sampler is None or sampler.scores is None else tuple(sampler.scores)
-            # Asked even when done: criteria may keep state, and plain decoding asks all of them.
+            # Called even when done: criteria may keep state, and plain decoding calls all of them.
             self.done |= bool(request.criteria(text.ids, scores).all())
         if self.done and request.ended is not None:
             request.ended()
@@ -296,7 +296,7 @@ class Row:
         return len(self.text) - 1
 
     def forget(self) -> None:
-        """Releases what only the running batch needs."""
+        """Releases the state that only the running batch needs."""
         if self.drafting is not None:
             self.drafting.close()
             self.drafting = None

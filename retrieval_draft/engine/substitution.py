@@ -19,12 +19,12 @@ _lock = threading.Lock()
 
 
 def is_free(module: nn.Module) -> bool:
-    """Whether nobody else has replaced a module's ``forward``, as hooks that move weights do."""
+    """True if no other code has replaced a module's ``forward``, as hooks that move weights do."""
     return "forward" not in module.__dict__ or module in _users
 
 
 def is_ordinary_call(input: Any) -> bool:
-    """Whether a call can do without autograd, autocast, compilers and tensor subclasses."""
+    """True if a call can do without autograd, autocast, compilers and tensor subclasses."""
     return not (
         torch.is_grad_enabled()
         or type(input) is not Tensor
@@ -35,7 +35,7 @@ def is_ordinary_call(input: Any) -> bool:
 
 @contextmanager
 def lend_forwards(forwards: Iterable[tuple[nn.Module, Callable[[Tensor], Tensor]]]) -> Iterator[None]:
-    """Modules use these ``forward`` functions inside, and what they had before afterwards.
+    """Lends modules these ``forward`` functions for the duration of the context.
 
     Of several users of one module at a time the first decides and the last restores.
     """
@@ -59,15 +59,15 @@ def lend_forwards(forwards: Iterable[tuple[nn.Module, Callable[[Tensor], Tensor]
 
 @contextmanager
 def lend_attention(model: Any, name: str, over: Collection[str]) -> Iterator[str | None]:
-    """A model attends by `name` inside, and as before afterwards; the last of several users restores it.
+    """Lends a model the attention `name` inside the context; the last of several users restores its own.
 
     Args:
         model: Any model of transformers.
         name: An attention in transformers' registry.
-        over: Attentions that it can stand in for; a model with another one keeps it.
+        over: Attentions that it can replace; a model with another one keeps it.
 
     Yields:
-        The attention it stands in for; None where the model keeps its own.
+        The attention it replaces; None where the model keeps its own.
     """
     text = model.config.get_text_config(decoder=True)
     key = id(text), name

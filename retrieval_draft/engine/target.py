@@ -1,4 +1,4 @@
-"""The target model as the decoding loop sees it."""
+"""The target model in the decoding loop."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Target:
     """Forward passes over prompts and trees, through one reusable set of masks.
 
     Args:
-        model: Any causal language model of transformers that takes a 4-D mask and positions. What
-            torch.compile or PEFT put around it is taken off.
+        model: Any causal language model of transformers that takes a 4-D mask and positions. Wrappers of
+            torch.compile or PEFT are removed.
 
     Raises:
         UnsupportedModelError: The model cannot verify trees.
@@ -73,7 +73,7 @@ class Target:
 
     @contextmanager
     def watching_hidden(self, wanted: bool = True) -> Iterator[None]:
-        """Inside, `hidden` is what the output head read in the last pass: (n, d), a row for each logit."""
+        """Sets `hidden` to the output head's inputs of the last pass: (n, d), one for each row of logits."""
         head: Any = self.model.get_output_embeddings() if wanted else None
         if head is None:
             yield
@@ -99,7 +99,7 @@ class Target:
         """Appends `prompt` to the cache.
 
         Args:
-            cache: Where the keys go; the text that it holds comes before the prompt.
+            cache: Receives the keys; the text that it holds comes before the prompt.
             prompt: int64, shape (length,), on the model's device.
             rows: Last positions whose logits are wanted, at least 1.
             chunk: Tokens in one pass at most.
@@ -119,9 +119,10 @@ class Target:
         chunk: int | Callable[[], int | None] | None = None,
         further: int = 0,
     ) -> Iterator[Tensor | None]:
-        """`prefill`, whose every pass yields: None where none of its positions is wanted.
+        """Runs `prefill`, yielding after every pass: None where none of its positions is wanted.
 
-        `chunk` may be asked before each pass. `further` tokens belong to the text and are passed elsewhere.
+        `prompt` is int64, shape (length,). `chunk` may be a function that is called before each pass.
+        `further` tokens belong to the text and are passed elsewhere.
         """
         length, offset = len(prompt), cache.get_seq_length()
         whole = offset + length + further
@@ -141,7 +142,7 @@ class Target:
             yield logits if wanted > 0 else None
 
     def append(self, cache: SpeculativeCache, text: Tensor, offset: int) -> Iterator[Tensor]:
-        """Appends `text` behind `offset` cached tokens, in runs of `_APPENDED`.
+        """Appends `text`, int64, shape (length,), after `offset` cached tokens, in runs of `_APPENDED`.
 
         Yields:
             (1, vocabulary), float, logits after each run.
@@ -222,10 +223,10 @@ class Target:
         )
 
     def _settle_rows(self, caches: Sequence[SpeculativeCache], inputs: Sequence[TreeInputs]) -> Tensor:
-        """`verify_rows` in each way there is, until one says what the rows say alone; that one is kept.
+        """Tries each variant of `verify_rows` until one agrees with the rows alone, and keeps that one.
 
-        A model that changes its values between cache and attention (DiffLlama), or makes its own mask, says
-        something else where the rows' keys are found by what the cache was given.
+        A model that changes its values between cache and attention (DiffLlama), or makes its own mask, gives
+        other logits where the rows' keys are found by the tensors that the cache was given.
         """
         alone = self._one_by_one(caches, inputs)
         for way in (self._packed, self._joined):
@@ -279,7 +280,14 @@ class Target:
     def verify_tree(
         self, cache: SpeculativeCache, tree: DraftTree, length: int, moved: NDArray[np.int64] | None = None
     ) -> Tensor:
-        """`verify` of a tree without a pending commit, for probes and measurements."""
+        """Runs `verify` on a tree without a pending commit, for probes and measurements.
+
+        Args:
+            cache: Holds `length` committed tokens.
+            tree: The tree to verify, the root included.
+            length: Committed tokens; the root's position.
+            moved: int64, shape (m,). As for `TreeAttention.prepare`.
+        """
         return self.verify(cache, self.attention.prepare(tree, length, moved))
 
 
@@ -301,7 +309,7 @@ def _side_by_side(inputs: Sequence[TreeInputs]) -> tuple[Tensor, Tensor]:
 
 
 def _check(model: PreTrainedModel) -> None:
-    """Refuses what is known not to work, before anything runs."""
+    """Refuses models that are known not to work, before anything runs."""
     name = type(model).__name__
     if not isinstance(model, GenerationMixin):
         raise UnsupportedModelError(

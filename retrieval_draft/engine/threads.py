@@ -1,4 +1,4 @@
-"""Compiled work on torch's own threads, so that there is one pool and nothing to fight over."""
+"""Compiled work on torch's own threads, so that two thread pools do not compete for the cores."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _stale_thread: int | None = None
 
 
 def on_threads(function: int, threads: int) -> Callable[[Any], object]:
-    """Makes what calls a compiled function on several threads at once and returns when all calls have.
+    """Makes a function that calls a compiled one on several threads at once and returns when all calls have.
 
     The threads are those of torch's OpenMP pool, which the calling thread owns; they are counted by
     ``torch.set_num_threads`` and sleep or spin as torch's do. Where torch has no OpenMP, threads of our own.
 
     Args:
         function: Address of a C function of one pointer.
-        threads: How many calls.
+        threads: Number of calls.
 
     Returns:
         Takes the ctypes object whose address each call is given.
@@ -63,7 +63,7 @@ def _openmp() -> Any:
     """GOMP_parallel of the OpenMP library that torch runs on, or None."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        # A symbol is looked up in what the library itself is linked to: no second OpenMP is loaded.
+        # A symbol is looked up in the libraries that this one is linked to: no second OpenMP is loaded.
         parallel = ctypes.CDLL(str(library)).GOMP_parallel
     except (OSError, AttributeError):
         return None

@@ -13,7 +13,7 @@ __all__ = ["Transcript"]
 
 
 class Transcript:
-    """Prompt and reply in one growing buffer, without copies of what is already there.
+    """Prompt and reply in one growing buffer, without copies of earlier tokens.
 
     Args:
         prompt: int32, shape (length,), padding stripped.
@@ -38,7 +38,7 @@ class Transcript:
 
     @property
     def tokens(self) -> TokenArray:
-        """int32, shape (length,). A view that ends here and now."""
+        """int32, shape (length,). A view of the present text."""
         return self._tokens[: self._length]
 
     @property
@@ -48,7 +48,7 @@ class Transcript:
 
     @property
     def ids(self) -> Tensor | None:
-        """int64, shape (1, length + padding), a view; None if nobody needs it."""
+        """int64, shape (1, length + padding), a view; None if no processor or criterion needs it."""
         return None if self._ids is None else self._ids[:, : self._length + self._padding]
 
     def append(self, token: int) -> None:

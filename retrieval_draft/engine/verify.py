@@ -31,7 +31,8 @@ def walk(tree: DraftTree, choose: Callable[[int], int]) -> Iterator[tuple[int, i
     while True:
         wanted = choose(last)
         yield last, wanted
-        # Children come after their parent and siblings differ, so nobody is passed by.
+        # Children come after their parent and siblings differ, so one forward scan finds every accepted
+        # child.
         while node < size and (parents[node] != last or tokens[node] != wanted):
             node += 1
         if node == size:

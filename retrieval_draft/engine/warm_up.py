@@ -20,7 +20,7 @@ def compile_kernels(sources: Sequence[DraftSource], tree: Fuse, top_k: int) -> N
     """Runs each kernel of drafting and verification once, so that no request waits for numba.
 
     Args:
-        sources: Thrown away afterwards.
+        sources: Sources of the same kinds, discarded afterwards.
         tree: Unites their proposals.
         top_k: Next tokens that sources learn for each node.
     """

@@ -56,7 +56,7 @@ def unwrap(model: Any) -> Any:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile has been applied to a model or a part of it."""
+    """True if torch.compile has been applied to a model or a part of it."""
     return any(_compiled_itself(module) for module in model.modules())
 
 
@@ -70,10 +70,10 @@ def _compiled_itself(module: nn.Module) -> bool:
 
 @contextmanager
 def uncompiled(compiled: bool) -> Iterator[None]:
-    """Inside, compiled models run as they were written.
+    """Makes compiled models run uncompiled inside the context.
 
     Each step's tree has another size, and the cache state of its own: compiled code would be compiled again
-    for seconds, until torch gives up. Other threads are affected in speed only.
+    for seconds, until torch stops compiling. Other threads are affected in speed only.
 
     Args:
         compiled: False does nothing.
@@ -86,7 +86,7 @@ def uncompiled(compiled: bool) -> Iterator[None]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a layer computes: where its weights are, or where accelerate brings them when they are needed."""
+    """Device on which a layer computes: that of its weights, or the one to which accelerate moves them."""
     weight: Any = module.weight
     device: torch.device = weight.device
     if device.type != "meta":
@@ -122,12 +122,12 @@ def refuse_activated_adapter(name: str, module: nn.Module) -> None:
 
     Args:
         name: Of the layer.
-        module: It.
+        module: The layer.
 
     Raises:
         UnsupportedModelError: Names the adapter, or the adapters.
     """
-    # Asked of the class first: most layers have no adapters, and a module is slow to say so.
+    # Looked up on the class first: most layers have no adapters, and a failed lookup on a module is slow.
     layer: Any = module
     if not hasattr(type(module), "disable_adapters") or layer.disable_adapters:
         return

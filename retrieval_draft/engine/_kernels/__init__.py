@@ -1,1 +1,1 @@
-"""numba functions of the engine. Import where a kernel is about to run: it costs numba's import."""
+"""numba functions of the engine. Import them lazily: they import numba."""

@@ -52,5 +52,5 @@ def block_maxima(bits: NDArray[np.int32], order: NDArray[np.int32]) -> tuple[int
 
 @kernel
 def has_nan(largest: int, smallest: int) -> bool:
-    """Whether a row with these extremes, of `block_maxima`, holds NaN of either sign."""
+    """True if a row with these extremes, of `block_maxima`, holds NaN of either sign."""
     return largest > INFINITY or smallest < MINUS_INFINITY

@@ -83,6 +83,6 @@ def exp_sums(logits: NDArray[np.float32], best: NDArray[np.float32], out: NDArra
 
 
 def exp_sums_numpy(logits: NDArray[np.float32], best: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The same in numpy, exactly, for tests."""
+    """The same in numpy, exactly, for tests: float32, shape (n,), from (n, vocabulary) and (n,)."""
     sums: NDArray[np.float32] = np.exp(logits - best[:, None]).sum(-1, dtype=np.float64).astype(np.float32)
     return sums

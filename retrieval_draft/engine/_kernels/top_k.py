@@ -25,7 +25,7 @@ def top_k_rows(
     """The largest values of each row, and the first index of the largest.
 
     Floats are compared as integers of the same order, which vectorises without fast-math. Only
-    blocks whose maximum passes the k-th value so far are looked into again.
+    blocks whose maximum exceeds the k-th value so far are scanned again.
 
     Args:
         logits: float32, shape (n, vocabulary).

@@ -1,9 +1,10 @@
 """One draw from a row of scores under temperature, top-k, top-p and min-p, neither sorting nor copying it.
 
-Whatever these keep is a head of the tokens in decreasing order. So only a superset of that head is collected,
-by a floor that is known to be low enough: the k-th largest block maximum for top-k; for top-p a floor that is
-lowered until the mass above it suffices. The smallest token kept is found there by selection (Hoare, 1961,
-"Find"). Among equal scores the higher id counts as the larger, which is how a stable ascending sort has it.
+These keep a prefix of the tokens in decreasing order. So only a superset of that prefix is collected,
+above a threshold that is known to be low enough: the k-th largest block maximum for top-k; for top-p a
+threshold that is lowered until the mass above it suffices. The smallest token kept is found there by
+selection (Hoare, 1961, "Find"). Among equal scores the higher id counts as the larger, which is how a stable
+ascending sort has it.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def choose(
         row: float32, shape (vocabulary,).
         bits: int32, the memory of `row`.
         maxima, order: float32 and int32 of the same memory, shape (blocks,). Scratch.
-        kinds: int64, shape (n,). What is done, in this order; TEMPERATURE at most once.
+        kinds: int64, shape (n,). Operations, in this order; TEMPERATURE at most once.
         numbers: float64, shape (n,). Temperature, k, 1 - top_p or min_p.
         keeps: int64, shape (n,). Tokens that stay in any case, at least 1.
         values, tokens, weights: Shape (vocabulary,), or (0,) where TEMPERATURE is all there is. Scratch.
@@ -59,7 +60,7 @@ def choose(
     Returns:
         The token, or -1 where the row has NaN or +inf, or has them after division, or where one is to be
         drawn from a row of -inf; without noise that is 0, as argmax has it. Its log probability, NaN unless
-        asked for.
+        requested.
     """
     largest, smallest = block_maxima(bits, order)
     top = maxima.max()
@@ -122,7 +123,7 @@ def _gather(
     floor: np.float32,
     held: Held,
 ) -> int:
-    """Writes all scores from `floor` on, -inf left out, and says how many they are."""
+    """Writes all scores of at least `floor`, -inf left out, and returns their number."""
     values, tokens, _ = held
     floor = max(floor, LOWEST)
     count = 0
@@ -166,11 +167,11 @@ def _select(
     count: int,
     target: float,
 ) -> int:
-    """Moves the largest to the front and says how many of them it takes to weigh `target`; 1 at least.
+    """Moves the largest to the front and returns how many of them weigh `target` together; 1 at least.
 
     Args:
         held: Reordered; of equal values the higher token is the larger.
-        count: How many there are, at least 1.
+        count: Number of scores, at least 1.
         target: If all together weigh less, it takes all.
 
     Example:
@@ -218,7 +219,7 @@ def _count_floor(
 
 @kernel
 def _at_least(held: Held, count: int, k: int) -> int:
-    """Moves the k largest of `count` to the front; how many these are."""
+    """Moves the k largest of `count` to the front and returns their number."""
     weights = held[2]
     if k >= count:
         return count

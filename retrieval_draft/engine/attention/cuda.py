@@ -1,7 +1,7 @@
 """Attention on CUDA in half precision, by kernels that need no plan for each new number of keys.
 
 torch's own choice there is cuDNN first (torch 2.11 on an H200: 37 to 50 ms of host time for every number of
-keys that it has not met, and decoding meets a new one each step), and with a mask transformers copies all
+keys that it has not seen, and each decoding step brings a new one), and with a mask transformers copies all
 keys and values once for each query head that shares them. Here one token, or a prompt, goes to
 FlashAttention, which takes shared heads as they are, and a tree goes to the memory-efficient kernel with the
 heads that share keys as a batch, so that nothing is copied.
@@ -27,14 +27,14 @@ CUDA_ATTENTION = "retrieval_draft_cuda"
 """The name of this attention in transformers' registry."""
 
 _LARGEST_HEAD = 256
-"""FlashAttention knows heads of at most so many dimensions."""
+"""Largest head of FlashAttention, in dimensions."""
 
 _ALIGNED = 8
-"""Both kernels take heads, and rows of masks, of a multiple of so many numbers."""
+"""Divisor of the sizes of heads, and of rows of masks, that both kernels take."""
 
 
 def attend_unmasked(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> Tensor:
-    """Attention in which each query sees all keys, or with `causal` the keys up to its own place.
+    """Attention in which each query sees all keys, or with `causal` the keys up to its own position.
 
     Args:
         query: (1, heads, n, dim), half precision, on CUDA.
@@ -58,7 +58,7 @@ def attend_grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scal
         query: (1, heads, n, dim), half precision, on CUDA.
         key: (1, key heads, keys, dim).
         value: As `key`.
-        mask: Additive, of the query's dtype, or bool, true for what is seen: (1, 1, n, keys).
+        mask: Additive, of the query's dtype, or bool, true for visible keys: (1, 1, n, keys).
         scale: Of the products; None for 1 / sqrt(dim).
 
     Returns:
@@ -107,7 +107,7 @@ def _attend(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers' sdpa, by other kernels where they can."""
+    """Attention with the interface of transformers' sdpa, by the kernels of this module where they apply."""
     causal = query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if dropout or not _is_ours(query, key, value, attention_mask, bool(causal), kwargs):
         return sdpa_attention_forward(
@@ -152,13 +152,13 @@ AttentionMaskInterface.register(CUDA_ATTENTION, sdpa_mask)
 
 
 def cuda_attention(model: Any, device: torch.device) -> AbstractContextManager[Any]:
-    """A model on a card that has these kernels uses them inside, and its own attention again afterwards."""
+    """Lends a model on a card that has these kernels this attention for the duration of the context."""
     return lend_attention(model, CUDA_ATTENTION, ("sdpa",)) if _has_kernels(device) else nullcontext()
 
 
 @cache
 def _has_kernels(device: torch.device) -> bool:
-    """Whether a device is an NVIDIA card of compute capability 8.0 or more, as FlashAttention needs it."""
+    """True if a device is an NVIDIA card of compute capability 8.0 or more, as FlashAttention needs it."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)

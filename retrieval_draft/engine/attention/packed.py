@@ -29,7 +29,7 @@ _BASES = ("sdpa", WIDE_ATTENTION, CUDA_ATTENTION)
 
 
 class _Here(threading.local):
-    """The pass that this thread is in; other threads may use the same model plainly meanwhile."""
+    """The packed pass of this thread; other threads may use the same model without one meanwhile."""
 
     cache: PackedCache | None = None
     base: Callable[..., tuple[Tensor, Any]] = staticmethod(sdpa_attention_forward)
@@ -41,7 +41,7 @@ _here = _Here()
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """As the attention it stands in for, request by request where a packed pass is on."""
+    """Replaces the model's own attention; works request by request during a packed pass."""
     cache, base = _here.cache, _here.base
     layer = None if cache is None else cache.layer_of(key)
     if cache is None or layer is None:
@@ -60,14 +60,14 @@ AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
 
 
 def can_pack(model: Any) -> bool:
-    """Whether a model's attention, as it is set now, is one of those that this one can stand in for."""
+    """True if a model's attention, as it is set now, is one that this one can replace."""
     text = model.config.get_text_config(decoder=True)
     return text._attn_implementation in (*_BASES, PACKED_ATTENTION)
 
 
 @contextmanager
 def packed_attention(model: Any, cache: PackedCache) -> Iterator[None]:
-    """Inside, this thread's passes of the model attend as `cache` says."""
+    """Makes this thread's passes of the model attend to the keys of `cache` inside the context."""
     with lend_attention(model, PACKED_ATTENTION, _BASES) as before:
         assert before is not None, "can_pack says whether it can stand in"
         _here.cache, _here.base = cache, ALL_ATTENTION_FUNCTIONS[before]

@@ -1,4 +1,4 @@
-"""What the target model is told about a tree: tokens, positions and who sees whom."""
+"""Model inputs for a draft tree: tokens, positions and attention mask."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from retrieval_draft.drafting.tree import DraftTree
 __all__ = ["Mask", "TreeAttention", "TreeInputs", "padded_size"]
 
 Mask = Tensor | dict[str, Tensor | None] | None
-"""None where every given key is visible; else additive, or one such mask for each layer type."""
+"""A mask: None where every given key is visible; else additive, or one such mask for each layer type."""
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48)
 
@@ -33,7 +33,7 @@ class TreeInputs:
         position_ids: int64, shape (1, n).
         attention_mask: None where every given key is visible; else additive, shape
             (1, 1, n, keys), or one such mask (or None) for each layer type.
-        moved: int64. The path indices handed to `prepare`, on the device; None if there were none.
+        moved: int64. The path indices given to `prepare`, on the device; None if there were none.
     """
 
     input_ids: Tensor
@@ -109,7 +109,7 @@ class _Mask:
 def _pack(
     out: NDArray[np.int64], tree: DraftTree, nodes: int, length: int, moved: NDArray[np.int64] | None
 ) -> None:
-    """Writes tokens, positions, depths, path indices and the bytes of who is hidden from whom."""
+    """Writes tokens, positions, depths, path indices and the mask's bytes."""
     real = len(tree)
     out[: 3 * nodes] = 0
     out[:real] = tree.tokens
@@ -130,14 +130,14 @@ def _pack(
 class TreeAttention:
     """Turns draft trees into arguments of the model's forward pass.
 
-    On CUDA everything goes up in one copy from pinned memory, and trees are padded to a few sizes:
-    padded nodes sit at the root's position, are seen by nobody and never accepted.
+    On CUDA everything is copied to the device at once, from pinned memory, and trees are padded to a few
+    sizes: padded nodes have the root's position, are seen by no other node and never accepted.
 
     Args:
         windows: Layer types of the model with their windows. With more than one, masks come as a
             dictionary.
         dtype: Of the masks; the model's.
-        device: Where the model takes its inputs.
+        device: Device of the model's inputs.
     """
 
     def __init__(self, windows: dict[str, int | None], dtype: torch.dtype, device: torch.device) -> None:
@@ -153,25 +153,34 @@ class TreeAttention:
         return padded_size(nodes) if self.pads else nodes
 
     def prepare(self, tree: DraftTree, length: int, moved: NDArray[np.int64] | None = None) -> TreeInputs:
-        """Arguments for a forward pass over `tree` behind `length` committed tokens.
+        """Arguments for a forward pass over `tree` after `length` committed tokens.
 
         Args:
-            tree: What to verify, the root included.
+            tree: The tree to verify, the root included.
             length: Committed tokens; the root's position.
-            moved: int64, shape (m,). Indices for `SpeculativeCache.commit`, which ride along.
+            moved: int64, shape (m,). Indices for `SpeculativeCache.commit`, copied to the device with the
+                tree.
         """
         nodes = self.size(len(tree))
         extra = 0 if moved is None else len(moved)
         words = 3 * nodes + extra + (0 if nodes == 1 else -(-nodes * nodes // 8))
         if self._sent is not None and not self._sent.query():
-            # A pass that nobody read from, as a probe's, may still wait for its copy.
+            # A pass whose result was never read, as a probe's, may still wait for its copy.
             self._sent.synchronize()
         self._reserve(words)
         _pack(self._host.numpy()[:words], tree, nodes, length, moved)
         return self.unpack(self._send(words), nodes, extra, int(tree.depths.max()), length)
 
     def unpack(self, up: Tensor, nodes: int, extra: int, deepest: int, length: int) -> TreeInputs:
-        """The device's half of `prepare`: views of `up`, and the tree written into the masks."""
+        """The device's half of `prepare`: views of `up`, and the tree written into the masks.
+
+        Args:
+            up: int64, shape (words,). Tokens, positions, depths, path indices and mask bytes, on the device.
+            nodes: Nodes of the padded tree.
+            extra: Number of path indices.
+            deepest: Largest depth of a node.
+            length: Committed tokens.
+        """
         ids, positions, depths = up[:nodes], up[nodes : 2 * nodes], up[2 * nodes : 3 * nodes]
         masks: Mask = None
         if nodes > 1:

@@ -1,4 +1,4 @@
-"""Caches handed in and back: a conversation's keys and values from one call to the next."""
+"""Caches that callers pass in and get back: a conversation's keys and values from one call to the next."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["CacheRows", "adopt", "write_back"]
 
 
 class CacheRows(Cache):
-    """The caches of a batch, one for each row, to be handed back to the drafter.
+    """The caches of a batch, one for each row, to be passed to the drafter again.
 
     Args:
         rows: In the order of the sequences they belong to.
@@ -42,14 +42,14 @@ class CacheRows(Cache):
 def adopt(
     given: Any, prompts: Sequence[TokenArray], padding: Sequence[int], target: Target
 ) -> list[SpeculativeCache]:
-    """Caches that begin each row, from what a caller passed as ``cache`` or ``past_key_values``.
+    """Caches that begin each row, from the caller's ``cache`` or ``past_key_values``.
 
-    A cache that this package made knows its text: what the prompt does not share with that is taken off, so
-    that an edited conversation is right too. One of transformers is taken at its word, and copied.
+    A cache that this package made records its text: tokens beyond the common beginning with the prompt are
+    removed, so that an edited conversation is right too. A cache of transformers is trusted, and copied.
 
     Args:
         given: A `SpeculativeCache`, a `CacheRows` or a ``DynamicCache`` of transformers.
-        prompts: Whole texts, what is cached included, padding stripped.
+        prompts: int32, shape (length,) each. Whole texts, cached tokens included, padding stripped.
         padding: Tokens that were stripped from each.
         target: The model.
 
@@ -94,7 +94,7 @@ def _other_rows(found: int, wanted: int) -> InvalidInputError:
 
 
 def _trimmed(cache: SpeculativeCache, prompt: TokenArray, target: Target) -> SpeculativeCache:
-    """The cache with what the prompt begins with; a new one where a window has left that."""
+    """The cache cropped to the prompt's beginning; a new one where a window has left that."""
     cache.drop()
     known = min(len(cache.text), cache.get_seq_length(), len(prompt) - 1)
     differs = np.flatnonzero(cache.text[:known] != prompt[:known])
@@ -102,7 +102,7 @@ def _trimmed(cache: SpeculativeCache, prompt: TokenArray, target: Target) -> Spe
 
 
 def _keeps_all(given: DynamicCache) -> bool:
-    """Whether a cache was made without a configuration: it knows no windows, and keeps what has left them."""
+    """True if a cache was made without a configuration: it has no windows, and keeps all keys."""
     return not any(isinstance(layer, DynamicSlidingWindowLayer) for layer in given.layers)
 
 
@@ -134,12 +134,12 @@ def _copied(given: DynamicCache, row: int, left: int, prompt: TokenArray, target
 
 
 def write_back(cache: SpeculativeCache, given: DynamicCache, left: int) -> None:
-    """Gives a caller's own cache of transformers what one row's holds, as `model.generate` would.
+    """Writes one row's keys and values to a caller's own cache of transformers, as `model.generate` would.
 
     Args:
         cache: Finished.
         given: Empty, or the beginning of the same text.
-        left: Padding before the text, which gets slots of zeros: nobody attends to them.
+        left: Padding before the text, which gets slots of zeros: no token attends to them.
     """
     replicated: Any = getattr(given, "layer_class_to_replicate", None)
     while replicated is not None and len(given.layers) < len(cache.layers):

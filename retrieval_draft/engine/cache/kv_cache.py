@@ -59,7 +59,7 @@ class SpeculativeLayer(CacheLayerMixin):
     """Keys and values of one layer.
 
     Slot s of a buffer belongs to position `start + s`. Slots up to `length` are committed text;
-    `staged` slots behind them are nodes of the tree being verified.
+    the `staged` slots after them are nodes of the tree being verified.
 
     Args:
         window: Tokens that a position sees, itself included, or None for all.
@@ -116,7 +116,7 @@ class SpeculativeLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, staged: bool = False, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Writes new keys and values behind the committed ones.
+        """Writes new keys and values after the committed ones.
 
         Args:
             key_states: (batch, heads, new, dim).
@@ -180,7 +180,7 @@ class SpeculativeLayer(CacheLayerMixin):
         return -1 if self.window is None else self.window
 
     get_max_cache_shape = get_max_length
-    """Its name before transformers 5.17."""
+    """Name of `get_max_length` before transformers 5.17."""
 
     def clone(self, capacity: int = 0) -> SpeculativeLayer:
         """A copy of the committed text's keys and values, with room for `capacity` tokens in all."""
@@ -195,7 +195,7 @@ class SpeculativeLayer(CacheLayerMixin):
         Args:
             key_states: (batch, heads, tokens, dim).
             value_states: (batch, heads, tokens, dim of values).
-            start: Position of the first of them; what comes before has left the window.
+            start: Position of the first of them; earlier ones have left the window.
         """
         self.lazy_initialization(key_states, value_states)
         tokens = key_states.shape[-2]
@@ -210,7 +210,7 @@ class SpeculativeLayer(CacheLayerMixin):
         self.length = self.start = self.staged = 0
 
     def can_crop(self, length: int) -> bool:
-        """Whether `length` tokens can be all that is left: what they see is still here."""
+        """True if the cache can be cropped to `length` tokens: the keys they see are still here."""
         first = 0 if self.window is None else max(0, length - self.window + 1)
         return length >= 0 and first >= self.start
 
@@ -222,11 +222,11 @@ class SpeculativeLayer(CacheLayerMixin):
         """Removes tokens from the end, as layers of transformers do.
 
         Args:
-            tokens: How many, as a negative number; a positive one is the length that is left, as before
+            tokens: Their number, negated; a positive number is the length that is left, as before
                 transformers 5.23.
 
         Raises:
-            ValueError: A window has left what the last of the tokens that stay see.
+            ValueError: A window has left keys that the last of the remaining tokens see.
         """
         length = self.length + tokens if tokens <= 0 else min(tokens, self.length)
         if not self.can_crop(length):
@@ -250,7 +250,7 @@ class SpeculativeLayer(CacheLayerMixin):
         return max(self.window - 1, _GROWTH, new)
 
     def _reserve(self, new: int) -> None:
-        """Makes room for `new` slots behind the committed ones."""
+        """Makes room for `new` slots after the committed ones."""
         used = self.length - self.start
         if used + new <= self.capacity:
             return
@@ -305,11 +305,11 @@ class SpeculativeCache(Cache):
     Args:
         config: The model's configuration.
         capacity: Tokens to make room for at first.
-        keeps_all: Whether layers with a window keep what has left it.
+        keeps_all: Whether layers with a window keep keys that have left it.
 
     Attributes:
         text: int32. The first committed tokens, as far as they are known: all where a request has finished,
-            none of what other passes or a request that failed have added.
+            none that other passes or a failed request have added.
 
     Raises:
         UnsupportedModelError: A layer keeps state that a rejected draft token would spoil.
@@ -328,13 +328,13 @@ class SpeculativeCache(Cache):
         self.text: TokenArray = np.zeros(0, np.int32)
 
     def stage(self, staging: bool) -> None:
-        """Says whether the tokens of the next forward passes are tree nodes."""
+        """Sets whether the tokens of the next forward passes are tree nodes."""
         self._staging = staging
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Writes one layer's new keys and values; see `SpeculativeLayer.update`."""
+        """Writes one layer's new keys and values, (batch, heads, new, dim); see `SpeculativeLayer.update`."""
         layer: Any = self.layers[layer_idx]
         seen: tuple[Tensor, Tensor] = layer.update(
             key_states, value_states, *args, staged=self._staging, **kwargs
@@ -342,7 +342,7 @@ class SpeculativeCache(Cache):
         return seen
 
     def commit(self, moved: Tensor | None, kept: int, count: int) -> None:
-        """Keeps one path of the staged nodes in every layer; see `SpeculativeLayer.commit`."""
+        """Keeps one path of the staged nodes in every layer; for arguments see `SpeculativeLayer.commit`."""
         here: dict[torch.device, Tensor] = {}
         for layer in self._attention:
             indices = moved
@@ -369,10 +369,10 @@ class SpeculativeCache(Cache):
         return copy
 
     def keep(self, length: int) -> bool:
-        """Takes everything behind the first `length` tokens off.
+        """Removes everything after the first `length` tokens.
 
         Returns:
-            False, with nothing changed, where a window has left what the last of them see.
+            False, with nothing changed, where a window has left keys that the last of them see.
         """
         if not all(layer.can_crop(length) for layer in self._attention if layer.is_initialized):
             return False
@@ -403,11 +403,11 @@ class SpeculativeCache(Cache):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text since it was empty, what was cut off and what was to come included."""
+        """Tokens of the longest text since it was empty, cropped and expected ones included."""
         return max(self._longest, self.get_seq_length())
 
     def made_for(self, length: int) -> None:
-        """Notes that the keys were made as those of a text of `length` tokens."""
+        """Records that the keys were made for a text of `length` tokens."""
         self._longest = max(self._longest, length)
 
     @property

@@ -1,4 +1,4 @@
-"""Several requests' caches behind one forward pass, their new tokens side by side in one row."""
+"""Several requests' caches in one forward pass, their new tokens side by side in one row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["PackedCache", "PackedLayer"]
 
 
 class PackedLayer:
-    """What attention needs to know of one layer in one pass.
+    """Inputs of attention for one layer in one pass.
 
     Attributes:
         views: For each request its keys and values, (1, heads, its tokens, dim) each.
@@ -34,16 +34,16 @@ class PackedLayer:
 
 
 class PackedCache(Cache):
-    """Hands each request its part of a pass over the trees of several, all staged.
+    """Gives each request its part of a pass over the trees of several, all staged.
 
-    Linear layers then work on real tokens only, whatever the lengths and trees of the requests; each
+    Linear layers then work on real tokens only, for any lengths and trees of the requests; each
     request's attention reads its own keys and no others.
 
     Args:
         caches: One for each request.
         inputs: Their trees, prepared.
         kinds: The layer type of each layer, as keys of the masks.
-        joined: False for attention request by request, which takes what it needs by `layer_of`. True for
+        joined: False for attention request by request, which finds its inputs by `layer_of`. True for
             any attention there is: it gets all keys in one row, and must be given `joined_mask`.
 
     Example:
@@ -75,9 +75,9 @@ class PackedCache(Cache):
         Args:
             key_states: (1, heads, new tokens of all requests, dim).
             value_states: (1, heads, new tokens of all requests, dim of values).
-            layer_idx: Which layer.
-            *args: Handed on.
-            **kwargs: Handed on.
+            layer_idx: Index of the layer.
+            *args: Passed on.
+            **kwargs: Passed on.
 
         Returns:
             All keys and values of all requests where the pass is joined; else the new ones, by which
@@ -100,17 +100,17 @@ class PackedCache(Cache):
         return key_states, value_states
 
     def layer_of(self, keys: Tensor) -> PackedLayer | None:
-        """The layer whose new keys these are; None if they are not what `update` returned."""
+        """The layer with these new keys, (1, heads, new, dim), as `update` returned them; else None."""
         self._unread.discard(id(keys))
         return self._layers.get(id(keys))
 
     @property
     def is_read(self) -> bool:
-        """Whether attention asked for every layer that was updated."""
+        """True if attention asked for every layer that was updated."""
         return not self._unread
 
     def joined_mask(self) -> Mask:
-        """One mask for all requests: nobody sees a token of another.
+        """One mask for all requests, in which no request sees a token of another.
 
         Returns:
             Additive, shape (1, 1, nodes of all, keys of all), or one such mask for each layer type.
@@ -146,7 +146,7 @@ class PackedCache(Cache):
 
     @property
     def first_device(self) -> torch.device:
-        """Where the first mask or layer is."""
+        """Device of the first mask or layer."""
         for mask in self._masks:
             for tensor in mask.values() if isinstance(mask, dict) else (mask,):
                 if tensor is not None:
@@ -156,6 +156,6 @@ class PackedCache(Cache):
         return device
 
     def drop(self) -> None:
-        """Drops what is staged in every request."""
+        """Drops the staged nodes of every request."""
         for cache in self._caches:
             cache.drop()

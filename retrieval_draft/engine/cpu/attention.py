@@ -24,7 +24,7 @@ _MAX_TOKENS = 64
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """As transformers' sdpa; few bfloat16 queries are computed in float32, keys and values widened for it."""
+    """Attention with the interface of transformers' sdpa; few bfloat16 queries are computed in float32."""
     if query.dtype is torch.bfloat16 and query.shape[2] <= _MAX_TOKENS and is_ordinary_call(query):
         if attention_mask is not None and attention_mask.dtype is torch.bfloat16:
             attention_mask = attention_mask.float()
@@ -40,7 +40,7 @@ AttentionMaskInterface.register(WIDE_ATTENTION, sdpa_mask)
 
 
 def is_worthwhile(model: Any) -> bool:
-    """Whether a model's attention is torch's, in bfloat16 on a CPU without instructions for it."""
+    """True if a model's attention is torch's, in bfloat16 on a CPU without instructions for it."""
     return (
         model.dtype is torch.bfloat16
         and model.device.type == "cpu"
@@ -49,5 +49,5 @@ def is_worthwhile(model: Any) -> bool:
 
 
 def wide_attention(model: Any) -> AbstractContextManager[str | None]:
-    """A model that uses torch's attention uses this one inside, and its own again afterwards."""
+    """Lends a model that uses torch's attention this one for the duration of the context."""
     return lend_attention(model, WIDE_ATTENTION, ("sdpa",))

@@ -1,4 +1,4 @@
-"""All that makes a forward pass over few tokens faster on the CPU, for as long as the drafter decodes."""
+"""Faster kernels for forward passes over few tokens on the CPU, in use while the drafter decodes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["CpuKernels"]
 
 
 class CpuKernels:
-    """A model's layers, which can be told to use faster kernels for a while.
+    """A model's layers, which can use faster kernels for a while.
 
     Modules keep their class and weights; calls under autograd, autocast or a compiler run as ever. While the
-    kernels are applied, every user of the model gets them, whatever its thread: results differ in the last
+    kernels are applied, every user of the model gets them, in any thread: results differ in the last
     bits only.
 
     Args:
@@ -37,7 +37,7 @@ class CpuKernels:
 
     @property
     def is_active(self) -> bool:
-        """Whether `applied` changes anything now."""
+        """True if `applied` changes anything now."""
         return (
             self._enabled
             and any(parameter.device.type == "cpu" for parameter in self._model.parameters())
@@ -52,7 +52,7 @@ class CpuKernels:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model uses the kernels inside, and what it had before afterwards."""
+        """Lends the model the kernels for the duration of the context."""
         with ExitStack() as stack:
             if self.is_active:
                 stack.enter_context(lend_forwards(chain(self.linear.forwards(), self._norm.forwards())))

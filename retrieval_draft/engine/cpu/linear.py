@@ -20,8 +20,8 @@ __all__ = ["CpuLinear"]
 class CpuLinear:
     """Faster ``forward`` functions for a model's linear layers.
 
-    Layers on other devices, quantised or wrapped ones, and those whose ``forward`` was replaced by someone
-    else are left alone.
+    Layers on other devices, quantised or wrapped ones, and those whose ``forward`` other code replaced are
+    left alone.
 
     Args:
         model: Any model.
@@ -32,7 +32,7 @@ class CpuLinear:
         self._choices: LinearChoices | None = None
 
     def prepare(self) -> None:
-        """Measures what is not known yet of this model's shapes with the present number of threads."""
+        """Times the kernels on those of this model's shapes not yet measured with this number of threads."""
         weights = [_weight(layer) for layer in self._layers()]
         wanted = self._current().missing(weights) if weights else {}
         if wanted:
@@ -40,13 +40,13 @@ class CpuLinear:
                 self._current().measure(wanted, advance)
 
     def choices(self) -> dict[str, dict[int, str]]:
-        """The chosen kernel by shape and number of tokens, of what `prepare` measured."""
+        """The chosen kernel by shape and number of tokens, as `prepare` measured them."""
         weights = [_weight(layer) for layer in self._layers()]
         choices = self._current()
         return {shape_key(weight): choices.names(weight) for weight in weights if choices.has(weight)}
 
     def forwards(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-        """Each measured layer with what it may use."""
+        """Each measured layer with its fastest ``forward``."""
         choices = self._current()
         for layer in self._layers():
             weight, bias = _weight(layer), layer._parameters.get("bias")
@@ -69,7 +69,7 @@ def _weight(layer: nn.Module) -> Tensor:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a module is a linear layer as torch makes them, with weights that our kernels can read."""
+    """True if a module is a linear layer as torch makes them, with weights that our kernels can read."""
     if type(module) is not nn.Linear or not is_free(module):
         return False
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")

@@ -1,4 +1,4 @@
-"""Which linear kernel is fastest on this machine, by weight shape and number of tokens."""
+"""The fastest linear kernel on this machine, by weight shape and number of tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from retrieval_draft.engine.cpu.linear_kernels import KERNELS, OURS, Linear, is_
 __all__ = ["SIZES", "LinearChoices", "machine", "shape_key"]
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 256)
-"""Numbers of tokens measured; one in between goes by the next larger, one beyond by the last."""
+"""Numbers of tokens measured; one in between uses the choice of the next larger, one beyond that of the
+last."""
 
 FORMAT_VERSION = 1
 ROUNDS = 3
@@ -42,16 +43,16 @@ MEASURED_BYTES = 192 << 20
 """Weights read in one timing: more than caches hold, as in a forward pass."""
 
 MANY_TOKENS = 64
-"""Above, arithmetic decides and not memory: an eighth of the weights shows as much."""
+"""Above, arithmetic is the limit and not memory: an eighth of the weights shows as much."""
 
 MAX_SECONDS = 12.0
-"""After so long what is left goes unmeasured, to our kernel."""
+"""Seconds after which the remaining shapes are not measured and use our kernel."""
 
 _LOG = logging.getLogger("retrieval_draft")
 
 
 def shape_key(weight: Tensor) -> str:
-    """How a weight's choices are filed."""
+    """Key of a weight's shape and dtype in the file of choices."""
     return f"{str(weight.dtype).removeprefix('torch.')} {weight.shape[0]}x{weight.shape[1]}"
 
 
@@ -61,8 +62,8 @@ class LinearChoices:
     A file that cannot be read or written costs a measurement, never a generation.
 
     Args:
-        threads: What torch may use.
-        folder: Where the file is; by default ``linear`` in the user's cache folder.
+        threads: Number of threads that torch may use.
+        folder: Folder of the file; by default ``linear`` in the user's cache folder.
     """
 
     def __init__(self, threads: int, folder: Path | None = None) -> None:
@@ -73,11 +74,11 @@ class LinearChoices:
         self._names = self._read()
 
     def has(self, weight: Tensor) -> bool:
-        """Whether a weight's shape has been measured."""
+        """True if a weight's shape has been measured."""
         return shape_key(weight) in self._names
 
     def missing(self, weights: Sequence[Tensor]) -> dict[str, list[Tensor]]:
-        """Those of `weights` whose shape has not been measured, by shape."""
+        """The `weights` whose shape has not been measured, by shape."""
         wanted: dict[str, list[Tensor]] = {}
         for weight in weights:
             key = shape_key(weight)
@@ -90,7 +91,12 @@ class LinearChoices:
         return self._names[shape_key(weight)]
 
     def layers(self, weight: Tensor, bias: Tensor | None = None) -> list[Linear]:
-        """The layer for each number of tokens, 0 to the last of `SIZES`, which also stands for more."""
+        """The layer for each number of tokens, 0 to the last of `SIZES`, which is used for more too.
+
+        Args:
+            weight: (rows, length), float32 or bfloat16, of a measured shape.
+            bias: (rows,), or None.
+        """
         names = self.names(weight)
         made = {name: KERNELS[name](weight, bias) for name in set(names.values())}
         by_tokens: list[Linear] = [made[names[SIZES[0]]]]
@@ -99,7 +105,7 @@ class LinearChoices:
         return by_tokens
 
     def measure(self, wanted: dict[str, list[Tensor]], advance: Callable[[], object] | None = None) -> None:
-        """Times every kernel on each shape of `missing` and keeps what is fastest.
+        """Times every kernel on each shape of `missing` and keeps the fastest ones.
 
         Args:
             wanted: Weights by shape; as many of a shape are read in turn as a cache does not hold.
@@ -162,7 +168,7 @@ class LinearChoices:
 
 
 def _enough(weights: Sequence[Tensor], most: int) -> list[Tensor]:
-    """As many weights as come to `most` bytes; of a larger one that many bytes of rows."""
+    """The first weights that come to `most` bytes together; of a larger one that many bytes of rows."""
     each = weights[0].nbytes
     if each > most:
         rows = max(1, weights[0].shape[0] * most // each)
@@ -199,7 +205,7 @@ def _fastest(weights: Sequence[Tensor], tokens: int, skipped: set[str]) -> tuple
 
 
 def machine(threads: int) -> dict[str, object]:
-    """What a measurement on the CPU depends on."""
+    """Properties of the machine that a measurement on the CPU depends on."""
     features = llvmlite.binding.get_host_cpu_features()
     return {
         "processor": llvmlite.binding.get_host_cpu_name(),

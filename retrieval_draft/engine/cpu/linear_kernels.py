@@ -20,14 +20,14 @@ from retrieval_draft.engine.threads import on_threads
 __all__ = ["KERNELS", "OURS", "Linear", "is_tiled_available", "stock", "tiled", "tokenwise", "transposed"]
 
 Linear = Callable[[Tensor], Tensor]
-"""From (..., length) to (..., rows), of the weight's dtype."""
+"""A layer from (..., length) to (..., rows), of the weight's dtype."""
 
 _TILED_TYPES = (torch.float32, torch.bfloat16)
 _THREAD_BYTES = 1 << 16
 """Weights that are worth waking another thread for."""
 
 _HUGE_BYTES = 4 << 20
-"""What numpy asks huge pages for."""
+"""Size from which numpy asks for huge pages."""
 
 
 def tiled(weight: Tensor, bias: Tensor | None = None) -> Linear:
@@ -65,7 +65,7 @@ def tokenwise(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
 
 def _compiled_layer(name: str, weight: Tensor, bias: Tensor | None) -> Linear:
-    """What `tiled` and `tokenwise` share: all but the order of x and of the sums."""
+    """Layer of `tiled` and `tokenwise`, which differ in the order of x and of the sums."""
     from retrieval_draft.engine.cpu._kernels import linear as kernels
     from retrieval_draft.engine.cpu._kernels.linear_tokenwise import pack
     from retrieval_draft.engine.cpu._kernels.vector_tile import LANES
@@ -115,7 +115,12 @@ def _compiled_layer(name: str, weight: Tensor, bias: Tensor | None) -> Linear:
 
 
 def transposed(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """The same product with the operands' roles exchanged, which some BLAS libraries do much faster."""
+    """The same product with the operands' roles exchanged, which some BLAS libraries do much faster.
+
+    Args:
+        weight: (rows, length), any floating dtype.
+        bias: (rows,), of the weight's dtype, or None.
+    """
 
     def call(x: Tensor) -> Tensor:
         y = torch.mm(weight, x.reshape(-1, weight.shape[1]).t()).t().contiguous()
@@ -126,7 +131,7 @@ def transposed(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
 
 def stock(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """What torch does."""
+    """The product as torch computes it; weight (rows, length) and bias (rows,) of any floating dtype."""
     return lambda x: linear(x, weight, bias)
 
 
@@ -147,15 +152,15 @@ KERNELS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {
     "transposed": transposed,
     "stock": stock,
 }
-"""By name. Of those about equally fast the first is used."""
+"""Kernels by name. Of those about equally fast the first is used."""
 
 
 OURS = ("tiled", "tokenwise")
-"""Those that need `is_tiled_available`."""
+"""Kernels that need `is_tiled_available`."""
 
 
 def is_tiled_available(weight: Tensor) -> bool:
-    """Whether `tiled` can read a weight, and this Python may compile."""
+    """True if `tiled` can read a weight, a tensor of any shape and dtype, and this Python may compile."""
     return (
         not getattr(numba_config, "DISABLE_JIT", 0)
         and weight.dtype in _TILED_TYPES

@@ -34,7 +34,7 @@ class CpuNorm:
         self._rules: dict[tuple[type, torch.dtype], tuple[float, bool] | None] = {}
 
     def forwards(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-        """Each RMS norm with what it may use."""
+        """Each RMS norm with its faster ``forward``."""
         if getattr(numba_config, "DISABLE_JIT", 0):
             return
         for module in self._model.modules():
@@ -67,7 +67,7 @@ def _eps(module: nn.Module) -> float | None:
 
 
 def _rule(module: nn.Module, weight: Tensor, eps: float) -> tuple[float, bool] | None:
-    """What is added to the weight, and whether rows are rounded before scaling; None for another rule."""
+    """Offset of the weight, and whether rows are rounded before scaling; None for another rule."""
     random = np.random.default_rng(0).standard_normal((8, len(weight)), np.float32)
     x = torch.from_numpy(random).mul_(3).to(weight.dtype)
     own: Any = type(module).forward

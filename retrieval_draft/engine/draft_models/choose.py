@@ -1,4 +1,4 @@
-"""What a user may pass as `draft_model`, as draft sources."""
+"""Draft sources from the argument `draft_model`."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _LONG = 64
 
 @dataclass(frozen=True, slots=True)
 class ExpansionLimits:
-    """How far a draft model's tree grows.
+    """Limits on the growth of a draft model's tree.
 
     Attributes:
         top_k: Children of a node, and nodes expanded in one level.
@@ -32,7 +32,7 @@ class ExpansionLimits:
         entropy_stop: Children of a node are not expanded where ``sqrt(0.15 * H)`` of its distribution exceeds
             this, H in nats (SVIP, arXiv:2411.18462); None expands them all.
         gain_stop: A level ends the expansion where it adds less than this to the expected accepted tokens
-            (OPT-Tree, arXiv:2406.17276); None goes on to `depth`.
+            (OPT-Tree, arXiv:2406.17276); None continues to `depth`.
     """
 
     top_k: int = 8
@@ -43,7 +43,7 @@ class ExpansionLimits:
 
 @dataclass(frozen=True, slots=True)
 class ModelTree:
-    """What a draft model guesses, best path first.
+    """Tree of a draft model's guesses, best path first.
 
     Attributes:
         tokens: int32, shape (n,).
@@ -62,12 +62,12 @@ _SVIP = 0.15
 class Expansion:
     """A draft model with its cache of one text.
 
-    The cache holds text only. Nodes are staged behind it and dropped: each level passes the expanded part of
+    The cache holds text only. Nodes are staged after it and dropped: each level passes the expanded part of
     the tree again, which costs ``1 + top_k * level`` tokens a pass and keeps one kind of mask.
 
     Args:
         target: The draft model.
-        limits: How far the tree grows.
+        limits: Limits on the growth of the tree.
         applied: Entered around forward passes.
         slack: Last tokens of the text that are not kept in the cache, since they may still change.
 
@@ -140,11 +140,11 @@ class Expansion:
 
     @torch.no_grad()
     def review(self, text: TokenArray, chain: TokenArray) -> Tensor:
-        """What the model thinks of a chain of guesses.
+        """Scores a chain of guesses.
 
         Args:
             text: int32, shape (length,), at least one token.
-            chain: int32, shape (n,). Guesses behind it.
+            chain: int32, shape (n,). Guesses after it.
 
         Returns:
             (n + 1, vocabulary), float: log probabilities after the text and after each guess.
@@ -159,11 +159,11 @@ class Expansion:
             return rows.float().log_softmax(-1)
 
     def close(self) -> None:
-        """Lets go of the cache."""
+        """Frees the cache."""
         self._cache, self._cached = None, np.empty(0, np.int32)
 
     def _root(self, text: TokenArray) -> Tensor:
-        """Logits after the last token, (1, vocabulary); what is missing of the text enters the cache."""
+        """Logits after the last token, (1, vocabulary); text that is missing in the cache enters it."""
         target = self._target
         same = len(self._cached)
         if same >= len(text) or not np.array_equal(self._cached, text[:same]):
@@ -182,7 +182,7 @@ class Expansion:
         if keep > same:
             self._cache.commit(None, keep - same, keep - same)
         self._cached = text[:keep].copy()
-        # What is not kept stands between cache and root in every later pass of this step.
+        # Tokens that are not kept stand between cache and root in every later pass of this step.
         self._between = text[keep:-1]
         return logits[-1:]
 

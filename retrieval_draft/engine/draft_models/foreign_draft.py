@@ -1,7 +1,7 @@
 """Drafts from a model with another tokenizer.
 
-What is drafted never decides what is emitted: the target's own tokens are, where they match (rule B of
-sample-and-match verification). So translation may be wrong without harm to the output.
+Drafts never decide the output: the target's own tokens are emitted, and drafts count where they match (rule B
+of sample-and-match verification). So a wrong translation does no harm to the output.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray, empty
 __all__ = ["ForeignModelDraft", "ForeignSession"]
 
 SLACK = 8
-"""Last draft tokens that are not cached: with more text they may be cut otherwise."""
+"""Last draft tokens that are not cached: with more text they may be tokenized differently."""
 
 LOOK_BEHIND = 8
-"""Tokens of the target before a draft that its text is cut together with."""
+"""Tokens of the target before a draft, tokenized together with its text."""
 
 TEXT_DEPTH = 10
 
@@ -38,7 +38,7 @@ class ForeignSession:
         self._expansion = source.expansion()
 
     def propose(self, budget: int) -> Proposal:
-        """What the draft model guesses after the same text, in the target's tokens."""
+        """The draft model's guesses after the same text, in the target's tokens."""
         if budget <= 0 or not len(self._text):
             return empty_proposal("model", "model")
         own = self._source.to_draft(self._text)
@@ -57,14 +57,14 @@ class ForeignSession:
         return _proposal(tokens, parents, np.full(len(tokens), each, np.float32))
 
     def observe(self, tokens: TokenArray) -> None:
-        """Appends accepted tokens."""
+        """Appends accepted tokens, int32, shape (m,)."""
         self._text = np.concatenate((self._text, np.asarray(tokens, np.int32)))
 
     def learn(self, logits: NodeLogits) -> None:
-        """Nothing: the model does not learn."""
+        """Does nothing: the model does not learn."""
 
     def close(self) -> None:
-        """Lets go of the cache."""
+        """Frees the cache."""
         self._expansion.close()
 
 
@@ -83,16 +83,17 @@ def _proposal(tokens: TokenArray, parents: np.ndarray[Any, Any], probs: np.ndarr
 class ForeignModelDraft:
     """Drafts with a causal model whose tokenizer is not the target's.
 
-    "intersection" drafts trees of tokens that both vocabularies have, the others' probability being shared
-    out among them (TLI, arXiv:2502.05202); "text" drafts a chain in the draft model's own tokens, decodes it
-    and cuts the text anew into the target's, together with the last tokens before it (SLEM, same paper).
+    "intersection" drafts trees of tokens that both vocabularies have, to which the other tokens' probability
+    is distributed (TLI, arXiv:2502.05202); "text" drafts a chain in the draft model's own tokens, decodes it
+    and tokenizes the text again with the target's tokenizer, together with the last tokens before it (SLEM,
+    same paper).
 
     Args:
         model: The draft model.
         draft_tokenizer: Its tokenizer.
         target_tokenizer: The target's.
         mode: "intersection" or "text".
-        limits: How far its trees grow.
+        limits: Limits on the growth of its trees.
 
     Raises:
         InvalidInputError: `mode` is neither.
@@ -140,18 +141,18 @@ class ForeignModelDraft:
         """
         words = self._target_tokenizer.decode(text.tolist(), skip_special_tokens=True)
         ids = self._draft_tokenizer(words)["input_ids"]
-        # A tokenizer that ends every text with a special token would have the model go on behind it.
+        # A tokenizer that ends every text with a special token would make the model continue after it.
         ends = {getattr(self._draft_tokenizer, name, None) for name in ("eos_token_id", "sep_token_id")}
         while len(ids) > 1 and ids[-1] in ends:
             ids = ids[:-1]
         return np.array(ids, np.int32)
 
     def to_target(self, behind: TokenArray, own: TokenArray, drafted: TokenArray) -> TokenArray:
-        """Drafted tokens as the target would write them behind its last ones.
+        """Drafted tokens as the target would write them after its last ones.
 
         Args:
             behind: int32. The target's last tokens.
-            own: int32. The text in draft tokens; the draft's text is what it adds to these.
+            own: int32. The text in draft tokens, to which the drafted tokens are appended for decoding.
             drafted: int32. Draft tokens.
         """
         decode = self._draft_tokenizer.decode
@@ -165,21 +166,21 @@ class ForeignModelDraft:
         cut = np.array(ids, np.int32)
         if np.array_equal(cut[: len(behind)], behind):
             return cut[len(behind) :]
-        # The first of the look-behind may have been cut anew, for want of what stands before it.
+        # The first of the look-behind tokens may differ, as the text before them is missing.
         for end in range(len(cut) - 1, 0, -1):
             if end >= 2 and np.array_equal(cut[end - 2 : end], behind[-2:]):
                 return cut[end:]
         return np.empty(0, np.int32)
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> ForeignSession:
-        """Starts a request; reference texts are not read."""
+        """Starts a request with `prompt`, int32, shape (length,); reference texts are not read."""
         return ForeignSession(self, prompt)
 
     def flush(self) -> None:
-        """Nothing waits."""
+        """Does nothing: no text waits to be looked up."""
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing: there is no thread or file to close."""
 
     @property
     def nbytes(self) -> int:

@@ -16,10 +16,10 @@ __all__ = ["DraftHead", "HeadDraft", "HeadSession"]
 
 
 class DraftHead(Protocol):
-    """What a trained head looks like from here."""
+    """Interface of a trained head."""
 
     def propose(self, hidden: Tensor, token: int, budget: int) -> ModelTree:
-        """Guesses what follows `token`.
+        """Guesses the tokens after `token`.
 
         Args:
             hidden: (d,), the input of the target's output head at the position that chose `token`.
@@ -56,15 +56,15 @@ class HeadSession:
         return Proposal(tree.tokens, tree.parents, np.clip(tree.probs, 1e-6, 1.0), zeros, "model", "model")
 
     def observe(self, tokens: TokenArray) -> None:
-        """Moves on; the hidden state of before no longer fits."""
+        """Drops the hidden state, which does not belong to the text with `tokens`, int32, shape (m,)."""
         if len(tokens):
             self._root, self._hidden = int(tokens[-1]), None
 
     def learn(self, logits: NodeLogits) -> None:
-        """Nothing: a head learns elsewhere."""
+        """Does nothing: a head is trained elsewhere."""
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Does nothing: there is nothing to free."""
 
 
 class HeadDraft:
@@ -84,14 +84,14 @@ class HeadDraft:
         self.head = head
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> HeadSession:
-        """Starts a request."""
+        """Starts a request with `prompt`, int32, shape (length,); reference texts are not read."""
         return HeadSession(self.head, prompt)
 
     def flush(self) -> None:
-        """Nothing waits."""
+        """Does nothing: no text waits to be looked up."""
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing: there is no thread or file to close."""
 
     @property
     def nbytes(self) -> int:

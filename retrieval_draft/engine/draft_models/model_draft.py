@@ -23,9 +23,10 @@ __all__ = ["ModelDraft", "ModelSession", "SelfDraft"]
 
 
 RERANKED = 4
-"""Nodes that a model offers for each node of the budget. Which are verified is decided when what the others
-say is known, and a node that the model knows and does not offer looks better than it is: on tiny models the
-fused tree accepts 2% less than the model alone with 1, and as much with 4, where both accept more."""
+"""Nodes that a model offers for each node of the budget. Fusion chooses when the other sources' proposals are
+known, and a node for which the model has a probability and does not offer it looks better than it is: on tiny
+models the fused tree accepts 2% less than the model alone with 1, and as much with 4, where both accept
+more."""
 
 
 class ModelSession:
@@ -59,14 +60,14 @@ class ModelSession:
         return Proposal(tree.tokens, tree.parents, np.clip(tree.probs, 1e-6, 1.0), zeros, "model", "model")
 
     def observe(self, tokens: TokenArray) -> None:
-        """Appends accepted tokens; the model sees them at its next proposal."""
+        """Appends accepted tokens, int32, shape (m,); the model sees them at its next proposal."""
         self._text = np.concatenate((self._text, np.asarray(tokens, np.int32)))
 
     def learn(self, logits: NodeLogits) -> None:
-        """Nothing: the model does not learn."""
+        """Does nothing: the model does not learn."""
 
     def close(self) -> None:
-        """Lets go of the cache."""
+        """Frees the cache."""
         self._expansion.close()
 
 
@@ -75,8 +76,8 @@ class ModelDraft:
 
     Args:
         model: Any model of transformers that could be a target itself.
-        vocabulary: Token ids of the target; the draft model's may be more or fewer.
-        limits: How far its trees grow.
+        vocabulary: Number of token ids of the target; the draft model's may be more or fewer.
+        limits: Limits on the growth of its trees.
         cpu_kernels: Whether its layers use faster kernels for few tokens on the CPU.
 
     Raises:
@@ -121,12 +122,12 @@ class ModelDraft:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """What a pass of the draft model needs."""
+        """Context that a pass of the draft model needs."""
         with self._kernels.applied():
             yield
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> ModelSession:
-        """Starts a request; reference texts are not read.
+        """Starts a request with `prompt`, int32, shape (length,); reference texts are not read.
 
         Raises:
             TokenizerMismatchError: The prompt has a token that the draft model does not know.
@@ -140,10 +141,10 @@ class ModelDraft:
         return ModelSession(self.expansion(), prompt, self._allowed)
 
     def flush(self) -> None:
-        """Nothing waits."""
+        """Does nothing: no text waits to be looked up."""
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing: there is no thread or file to close."""
 
     @property
     def nbytes(self) -> int:
@@ -161,7 +162,7 @@ class SelfDraft(ModelDraft):
         model: The target.
         skip: Layers to leave out. Without them, every second one of the middle: neither the first and last
             quarter nor the first layer, whose keys count the text.
-        limits: How far its trees grow.
+        limits: Limits on the growth of its trees.
 
     Raises:
         InvalidInputError: A layer does not exist, is the first, or the model's layers are not found.
@@ -189,7 +190,7 @@ class SelfDraft(ModelDraft):
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The layers are left out inside, in this thread; others go on using the whole model."""
+        """Skips the layers in this thread inside the context; other threads use the whole model."""
         skipped = ((layer, _skipped(layer, self._in_tuple)) for layer in self._skipped)
         with super().applied(), lend_forwards(skipped):
             _drafting.active = True
@@ -212,12 +213,12 @@ def _skipped(layer: Any, in_tuple: bool) -> Callable[..., Any]:
 
 
 class _Seen(Exception):
-    """Ends a pass whose rest is not needed."""
+    """Ends a pass early."""
 
 
 @torch.no_grad()
 def _returns_tuple(model: Any, layer: torch.nn.Module) -> bool:
-    """Whether a decoder layer returns its hidden states in a tuple, as some of older transformers do."""
+    """True if a decoder layer returns its hidden states in a tuple, as some of older transformers do."""
     found: list[bool] = []
 
     def look(module: torch.nn.Module, args: Any, output: Any) -> None:

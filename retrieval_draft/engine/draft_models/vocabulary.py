@@ -14,7 +14,7 @@ from retrieval_draft.index.source import TokenArray
 __all__ = ["VocabularyMap"]
 
 _SPACES = ("\u0120", "\u2581")
-"""What byte-level and SentencePiece vocabularies write for a space before a word."""
+"""Characters that byte-level and SentencePiece vocabularies write for a space before a word."""
 
 
 def _plain(token: str) -> str:
@@ -27,7 +27,7 @@ def _plain(token: str) -> str:
 
 
 class VocabularyMap:
-    """Which token of one vocabulary is which of the other: those of the same text.
+    """Map from the tokens of one vocabulary to those of another with the same text.
 
     The set is the intersection of token-level intersection (TLI; Timor et al., arXiv:2502.05202, section 3).
 
@@ -65,7 +65,7 @@ class VocabularyMap:
             )
 
     def allowed(self, rows: int) -> Tensor:
-        """bool, shape (rows,): which of the draft model's tokens the target has."""
+        """Mask of the draft model's tokens that the target has: bool, shape (rows,)."""
         mask = torch.zeros(rows, dtype=torch.bool, device="cpu")
         size = min(rows, len(self.to_target))
         mask[:size] = torch.from_numpy(self.to_target[:size] >= 0)

@@ -45,7 +45,7 @@ def _mixed(value: Tensor) -> Tensor:
 
 
 def _exponential(random: Tensor) -> Tensor:
-    """Exponential variables with rate 1: float64. Fine steps near 0, which decides."""
+    """Exponential variables with rate 1: float64. Fine steps near 0, where races are decided."""
     return -torch.log1p(-(_shift(random, 11).double() + 0.5) * 2.0**-53)
 
 
@@ -60,11 +60,11 @@ class GumbelNoise:
     Args:
         seed: Any integer.
         vocabulary: Token ids.
-        device: Where `at` makes the noise.
-        sample: Which of several samples of one prompt this is.
+        device: Device on which `at` makes the noise.
+        sample: Index of the sample among those of one prompt.
 
     Attributes:
-        sample_key: What seed and sample come to; position keys are made of it.
+        sample_key: Hash of seed and sample; position keys are made of it.
         vocabulary: Token ids.
     """
 
@@ -95,7 +95,7 @@ class GumbelNoise:
         return (-torch.log(arrival)).flatten().narrow(0, 0, self.vocabulary).float().to(self._device)
 
     def _make_steps(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What is added to the key for each block and token, places in a block, widths of blocks: int64."""
+        """Key offsets of blocks and of tokens, indices in a block, widths of blocks: int64."""
         blocks = -(-self.vocabulary // _BLOCK)
         counts = torch.arange(1, blocks * _BLOCK + 1, device=self._maker)
         begins = torch.arange(0, self.vocabulary, _BLOCK, device=self._maker)

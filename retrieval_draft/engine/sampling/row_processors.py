@@ -22,14 +22,14 @@ __all__ = ["criteria_of_row", "processors_of_row"]
 
 
 def processors_of_row(processors: LogitsProcessorList, row: int, rows: int) -> LogitsProcessorList:
-    """Processors that see one row only, and say of it what those of the batch would.
+    """Processors for one row only, with the results that those of the batch would have for it.
 
-    Rows do not advance together, so each has its own copies: what a processor remembers of a text stays with
-    that text. What model.generate prepared for the whole batch is cut to the row.
+    Rows do not advance together, so each has its own copies: a processor's state of a text stays with that
+    text. Arguments that model.generate prepared for the whole batch are cut to the row.
 
     Args:
         processors: As model.generate prepared them.
-        row: Which row.
+        row: Index of the row.
         rows: Of the batch.
 
     Raises:
@@ -60,13 +60,13 @@ def _of_row(processor: Any, row: int, rows: int) -> Any:
     if kind is PrefixConstrainedLogitsProcessor:
         allowed, prompt = processor._prefix_allowed_tokens_fn, row // processor._num_beams
         return PrefixConstrainedLogitsProcessor(lambda _, text: allowed(prompt, text), 1)
-    # Those of transformers replace what they remember and never grow it.
+    # Those of transformers replace their state and never change it in place.
     mine = copy.copy(processor) if _is_of_transformers(processor) else _copied(processor)
     if isinstance(processor, RepetitionPenaltyLogitsProcessor):
         ignored = processor.prompt_ignore_length
         if isinstance(ignored, Tensor) and len(ignored) > 1:
             mine.prompt_ignore_length = ignored[row : row + 1]
-    # These two were made of the prompts before each became a row for each of its samples.
+    # These two were made from the prompts before each was repeated for its samples.
     if isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
         prompt = row // (rows // processor.batch_size)
         mine.batch_size, mine.generated_ngrams = 1, processor.generated_ngrams[prompt : prompt + 1]
@@ -81,7 +81,7 @@ def _is_of_transformers(given: Any) -> bool:
 
 
 def _copied(given: Any) -> Any:
-    """A copy that shares nothing that changes; models and tokenizers, which are only asked, stay the same."""
+    """A copy that shares nothing mutable; models and tokenizers, which are only read, stay the same."""
     asked = {
         id(value): value
         for value in getattr(given, "__dict__", {}).values()

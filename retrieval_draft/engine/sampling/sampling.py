@@ -35,14 +35,14 @@ class Sampler:
         keep_scores: Whether to keep processed scores in `scores`.
         keep_logits: Whether to keep raw logits in `logits`.
         keep_logprob: Whether to keep log probabilities of the chosen tokens, under the processed scores.
-        keep_top: How many alternatives to keep of each token, with log probabilities under the raw logits;
+        keep_top: Number of alternatives to keep of each token, with log probabilities under the raw logits;
             None for nothing.
 
     Attributes:
         scores: Processed scores, each float32, shape (1, vocabulary), or None.
         logits: Raw logits, each float32, shape (1, vocabulary), or None.
         logprobs: Natural logarithms of the chosen tokens' probabilities, in order; empty unless kept.
-        top: What `keep_top` asks for, in order; empty unless kept.
+        top: The alternatives of `keep_top`, in order; empty unless kept.
 
     Example:
         With a temperature of 0.5 and logits ``[1.0, 0.0]``, token 0 is drawn with probability 0.88; where it
@@ -91,7 +91,7 @@ class Sampler:
             InvalidInputError: The processors leave no token.
             UnsupportedGenerationError: A processor returned other scores than those of one row.
         """
-        # Processors write into their input; a copy of one row is what plain decoding makes too.
+        # Processors write into their input; plain decoding copies the row too.
         copied = len(self._head) > 0 or self.scores is not None
         scores = row[None].to(torch.float32, copy=copied)
         if self.logits is not None:
@@ -118,14 +118,14 @@ class Sampler:
         if self._keep_logprob:
             columns.append(scores.log_softmax(-1).gather(-1, best[:, None])[0, 0].double())
         token, score, *logprob = torch.stack(columns).tolist()
-        # argmax finds something among infinite scores; they are no law to draw by.
+        # argmax finds a token among infinite scores, which are no distribution to draw from.
         if math.isnan(score) or (self._noise is not None and math.isinf(score)):
             raise non_finite(position) if bool(row.isnan().any()) else _no_choice(position, score)
         return Choice(int(token), logprob[0] if logprob else float("nan"))
 
 
 def _no_choice(position: int, score: float) -> RetrievalDraftError:
-    """The error for what logits processors made of finite logits: the best score is NaN or infinite."""
+    """The error for logits processors that turn finite logits into NaN or an infinite best score."""
     if score == math.inf:
         return NonFiniteLogitsError(
             f"A score is infinite at position {position}, so the tokens have no probabilities to draw by.",

@@ -1,4 +1,4 @@
-"""How probable a chosen token was, and what else was."""
+"""Log probabilities of a chosen token and of the most probable ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class TokenLogprobs:
     """Natural logarithms of probabilities at one position, under the model's own logits.
 
     Attributes:
-        token: The token that stands there.
+        token: The token at that position.
         logprob: Its own.
         top: The most probable tokens, best first.
         top_logprobs: Theirs.
@@ -32,11 +32,11 @@ def token_logprobs(logits: Tensor, token: int, k: int) -> TokenLogprobs:
 
     Args:
         logits: (vocabulary,), any floating dtype, before processors and temperature.
-        token: Which token was chosen.
-        k: How many others to name.
+        token: The chosen token.
+        k: Number of most probable tokens to return.
 
     Example:
-        logits log([0.5, 0.25, 0.25]), token 1, k 1  ->  -1.39, and of the best, token 0, -0.69
+        logits log([0.5, 0.25, 0.25]), token 1, k 1  ->  -1.39, and the best, token 0, with -0.69
     """
     row = logits.float()
     total = torch.logsumexp(row, -1)

@@ -26,7 +26,7 @@ class Choice:
 
     Attributes:
         token: Its id.
-        logprob: Natural logarithm of its probability; NaN unless asked for.
+        logprob: Natural logarithm of its probability; NaN unless requested.
     """
 
     token: int
@@ -34,7 +34,7 @@ class Choice:
 
 
 def split(processors: Iterable[Any]) -> tuple[list[Any], list[Any]]:
-    """Cuts off the longest tail that `Warpers` can stand for.
+    """Cuts off the longest tail that `Warpers` can replace.
 
     Args:
         processors: Logits processors in their order.
@@ -51,12 +51,12 @@ def split(processors: Iterable[Any]) -> tuple[list[Any], list[Any]]:
 
 
 class Warpers:
-    """Chooses a token of a row as if warpers of transformers had run on it, which the row needs no copy for.
+    """Chooses a token of a row as if warpers of transformers had run on it, without a copy of the row.
 
-    Keeps what they keep (transformers/generation/logits_process.py): top-k all that equal the k-th value,
-    top-p what is left when the smallest tokens that sum up to 1 - p at most are gone, min-p what has min_p
-    times the probability of the best. Which of equal scores top-p keeps is open there; here it is those with
-    higher ids.
+    Keeps the same tokens (transformers/generation/logits_process.py): top-k all that equal the k-th value,
+    top-p all but the smallest tokens that sum up to 1 - p at most, min-p those with at least min_p times the
+    probability of the best. transformers leaves open which of equal scores top-p keeps; here it keeps those
+    with higher ids.
 
     Args:
         tail: Of `split`. Without any, the row is drawn from as it is.

@@ -1,4 +1,4 @@
-"""y = x Wᵀ + b for few tokens: each weight is read from memory once, whatever the number of tokens.
+"""y = x Wᵀ + b for few tokens: each weight is read from memory once, for any number of tokens.
 
 The rows of W are cut into blocks, which the threads of a job claim one after the other. A thread keeps a
 block's sums on its stack and walks the block in tiles of a few weight rows, all tokens for each tile: the
@@ -44,7 +44,7 @@ RUN = 640
 
 _GROUP = 4
 _FETCHES = 3
-"""Groups after which the next tile has been asked for; one is too few, as busy cores drop prefetches."""
+"""Groups after which the next tile has been prefetched; one is too few, as busy cores drop prefetches."""
 
 TILE, _TILE_FOR_TWO, _TILE_FOR_ONE = 3, 4, 8
 _TILE_OF_HALVES = 2
@@ -124,7 +124,7 @@ def linear(job: int) -> None:
             rows), written; [5] tokens, 1 to MAX_TOKENS, [6] rows, [7] length, [8] rows of a block, at most
             BLOCK, [9] elements from a row of W to the next; [10] whether W, bias and y are bfloat16, else
             they are float32; [11] elements from a row of x to the next. bias, y and the rows of W and x are
-            contiguous. For bfloat16 each STEP elements of x have those at even places first, but for a last
+            contiguous. For bfloat16 each STEP elements of x have those at even indices first, but for a last
             part of fewer.
     """
     field = carray(integers_at(job), (JOB,))
@@ -137,7 +137,7 @@ def linear(job: int) -> None:
     tile_rows = _TILE_FOR_ONE if tokens == 1 else _TILE_FOR_TWO if tokens == 2 else TILE
     if half and tokens == _GROUP:
         tile_rows = _TILE_OF_HALVES
-    # With several groups of tokens two tiles share what of x is in the L1 cache.
+    # With several groups of tokens two tiles share the part of x in the L1 cache.
     band = tile_rows if groups == 1 else _BAND
     run_length = _run_length(length)
     blocks = (rows + size - 1) // size
@@ -227,7 +227,7 @@ def _rest(
     y: int,
     half: bool,
 ) -> None:
-    """What a tile leaves of a row whose length is no multiple of its step."""
+    """Adds the products of the last elements of a row whose length is no multiple of a tile's step."""
     for token in range(tokens):
         given = carray(floats_at(x + token * x_stride * 4), (end,))
         for line in range(count):
@@ -245,7 +245,16 @@ def _rest(
 
 @kernel
 def write(sums: NDArray[np.float32], bias: int, y: int, offset: int, first: int, half: bool) -> None:
-    """Adds the bias to a token's sums and writes them in the type of the weights."""
+    """Adds the bias to a token's sums and writes them in the type of the weights.
+
+    Args:
+        sums: float32, shape (count,).
+        bias: Address of the bias, or 0.
+        y: Address of the output.
+        offset: Elements of y before the first sum.
+        first: Elements of the bias before that of the first sum.
+        half: Whether bias and y are bfloat16; else they are float32.
+    """
     count = sums.shape[0]
     if half:
         for place in range(count):
@@ -270,6 +279,14 @@ def linear_numpy(
 
     numpy has no fused multiply-add: products are formed in float64, where they are exact, and each sum is
     rounded to float32, which differs from fusing only where two roundings meet.
+
+    Args:
+        x: float32, shape (tokens, length).
+        w: float32, shape (rows, length).
+        bias: float32, shape (rows,), or None.
+
+    Returns:
+        float32, shape (tokens, rows).
     """
     tokens, length = x.shape
     out = np.zeros((tokens, w.shape[0]), np.float32)

@@ -174,7 +174,16 @@ def pack(source: int, target: int, tokens: int, length: int, width: int) -> None
 def linear_tokenwise_numpy(
     x: NDArray[np.float32], w: NDArray[np.float32], bias: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
-    """The kernel's twin: in each run of a row a chain of multiply-adds, rounded as in `linear_numpy`."""
+    """The kernel's twin: in each run of a row a chain of multiply-adds, rounded as in `linear_numpy`.
+
+    Args:
+        x: float32, shape (tokens, length).
+        w: float32, shape (rows, length).
+        bias: float32, shape (rows,), or None.
+
+    Returns:
+        float32, shape (tokens, rows).
+    """
     out = np.zeros((len(x), len(w)), np.float32)
     for run in range(0, x.shape[1], RUN):
         end = min(run + RUN, x.shape[1])

@@ -40,7 +40,7 @@ def rms_norm_float32(x: int, y: int, scale: NDArray[np.float32], rows: int, eps:
 def rms_norm_bfloat16(
     x: int, y: int, scale: NDArray[np.float32], rows: int, eps: float, wide: NDArray[np.float32], twice: bool
 ) -> None:
-    """As `rms_norm_float32`, from and to bfloat16.
+    """RMS norm as in `rms_norm_float32`, from and to bfloat16.
 
     Args:
         wide: float32, shape (length + 1,), scratch.
@@ -67,7 +67,7 @@ def rms_norm_bfloat16(
 
 
 def rms_norm_numpy(x: NDArray[np.float32], scale: NDArray[np.float32], eps: float) -> NDArray[np.float32]:
-    """The kernels' twin."""
+    """The kernels' twin: float32, shape (rows, length), from `x` of that shape and `scale`, (length,)."""
     given: Any = x.astype(np.float64)
     factor = 1.0 / np.sqrt((given * given).mean(-1, keepdims=True) + eps)
     return (given * factor * scale).astype(np.float32)

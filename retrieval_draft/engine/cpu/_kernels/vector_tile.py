@@ -1,9 +1,9 @@
-"""Register tiles for products of few tokens, as LLVM vectors: what numba's own loops do not promise.
+"""Register tiles for products of few tokens, as LLVM vectors, which numba's own loops do not guarantee.
 
-numba turns a plain loop into vector code as LLVM sees fit. How many accumulators stay in registers decides
-the speed here, so tiles are written out: accumulators of `LANES` floats, each updated by one fused
-multiply-add a step. LANES is eight, of which LLVM makes what the machine has (one AVX register, two of NEON),
-or sixteen where there is AVX-512.
+numba leaves the vectorisation of a plain loop to LLVM. The number of accumulators in registers decides the
+speed here, so tiles are written out: accumulators of `LANES` floats, each updated by one fused multiply-add a
+step. LANES is eight, which LLVM maps to the machine's registers (one of AVX, two of NEON), or sixteen where
+there is AVX-512.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LANES = 16 if llvm.get_host_cpu_features().get("avx512f") else 8
 STEP = 2 * LANES
 """Elements of a row that one turn of the loop takes: two vectors."""
 
-# numba has no types for these; what `intrinsic` makes takes the arguments after the first.
+# numba has no types for these; the result of `intrinsic` takes the arguments after the first.
 intrinsic: Any = _intrinsic
 cgutils: Any = _cgutils
 types: Any = _types
@@ -51,13 +51,12 @@ def dot_tile(rows: int, tokens: int, half: bool = False) -> Any:
     """Makes ``tile(w, w_stride, x, x_stride, length, y, y_stride, ahead)``, dot products in registers.
 
     The compiled function adds to y[r, t] the dot product of weight row r and token t, for r < rows and
-    t < tokens; with three tokens it writes a fourth's place too, and changes nothing there. Each sum runs in
-    one fixed order, whatever the tile: a token's result does not depend on the tokens beside it.
+    t < tokens; with three tokens it writes the slot of a fourth too, and changes nothing there. Each sum runs
+    in one fixed order, for every tile: a token's result does not depend on the tokens beside it.
 
     Addresses are intp. Strides are in elements, `length` is a multiple of `STEP`; `ahead` is the distance in
-    bytes from w to what will be read next, which is fetched into the cache meanwhile (0: nothing is). With
-    `half` the weights are bfloat16, all else is float32, and of each `STEP` elements of x those at even
-    places come first.
+    bytes from w to the weights that are read next and prefetched (0: none are). With `half` the weights are
+    bfloat16, all else is float32, and of each `STEP` elements of x those at even indices come first.
     """
 
     @intrinsic
@@ -149,7 +148,7 @@ def outer_tile(rows: int, vectors: int, turns: int) -> Any:
 
     The compiled function adds to y[r, t] the dot product of weight row r and token t, for r < rows and
     t < vectors · LANES. Tokens lie side by side, x is (length, x_stride): nothing is summed across lanes, and
-    a sum is one chain along the row, whatever the tile.
+    a sum is one chain along the row, for every tile.
 
     All is float32. Addresses are intp. Strides are in elements, `length` is a multiple of `turns` and not
     0, `ahead` as in `dot_tile`.
@@ -271,7 +270,7 @@ def _shuffled(builder: Any, one: Any, other: Any, lanes: Sequence[int]) -> Any:
 
 @intrinsic
 def widen(context: Any, source: Any, target: Any, length: Any, ahead: Any) -> Any:
-    """``widen(source, target, length, ahead)``: bfloat16 to float32, even places of a step first."""
+    """``widen(source, target, length, ahead)``: bfloat16 to float32, even indices of a step first."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, target, length, ahead = arguments
@@ -373,7 +372,7 @@ def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
 
 
 def _load_halves(builder: Any, address: Any) -> tuple[Any, Any]:
-    """A step of bfloat16 as two vectors of float32, those at even places and those at odd ones.
+    """A step of bfloat16 as two vectors of float32, those at even indices and those at odd ones.
 
     A bfloat16 is the upper half of a float32's bits: of each pair one is moved up, the other is in place.
     """
