@@ -1,4 +1,4 @@
-"""Shares draft nodes between the rows of a batch."""
+"""Splits draft nodes between the rows of a batch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,24 @@ __all__ = ["Budget", "Costs"]
 
 
 class Costs(Protocol):
-    """What a budget asks of a cost model."""
+    """Interface of a cost model, as a budget uses it."""
 
     def choose(self, path_probs: NDArray[np.float32], context_length: int, rows: int = 1) -> int:
-        """The number of draft nodes with the most expected tokens a second."""
+        """The number of draft nodes with the most expected tokens a second.
+
+        Args:
+            path_probs: float32, shape (n,). Path probabilities of the draft nodes, best first.
+            context_length: Tokens in the cache.
+            rows: Rows that share the pass.
+        """
         ...
 
     def observe(self, nodes: int, context_length: int, seconds: float) -> None:
-        """Notes what a pass over `nodes` nodes, the roots included, took."""
+        """Records the time of a pass over `nodes` nodes, the roots included."""
         ...
 
     def note_step(self, emitted: int, seconds: float, forward_seconds: float) -> None:
-        """Notes what a whole step yielded and took."""
+        """Records tokens and time of a whole step."""
         ...
 
     def for_rows(self, rows: int) -> Costs:
@@ -33,16 +39,16 @@ class Costs(Protocol):
         ...
 
     def seconds(self, tokens: int) -> float:
-        """What a pass over so many tokens takes."""
+        """Seconds of a pass over so many tokens."""
         ...
 
 
 class Budget:
-    """How many nodes of each row's tree a step verifies.
+    """Number of nodes of each row's tree that a step verifies.
 
-    A node brings its path probability in tokens, whichever row it is of, and costs what one more node costs
-    in a pass over all rows. So the nodes of all rows compete, and the measured cost of passes with that many
-    rows says where to stop. Costs are kept by number of rows, rounded up to a power of two.
+    A node yields its path probability in tokens, in whichever row, and costs the time of one more node in a
+    pass over all rows. So the nodes of all rows compete, and the measured cost of passes with that many rows
+    sets their number. Costs are kept by number of rows, rounded up to a power of two.
 
     Args:
         cost: Of a pass over one row's tree; None to verify all of every tree.
@@ -76,17 +82,17 @@ class Budget:
         return shares
 
     def timed(self, rows: int, nodes: int, length: int, seconds: float) -> None:
-        """Takes note of a pass: over how many rows and nodes, roots included, and what it took."""
+        """Records the time of a pass over `rows` rows and `nodes` nodes, roots included."""
         if self._costs:
             self._cost(rows).observe(nodes, length, seconds)
 
     def note_step(self, rows: int, emitted: int, seconds: float, forward_seconds: float) -> None:
-        """Takes note of what a whole step yielded and took."""
+        """Records tokens and time of a whole step."""
         if self._costs:
             self._cost(rows).note_step(emitted, seconds, forward_seconds)
 
     def plain_seconds(self, rows: int) -> float:
-        """What a pass over one token of each of `rows` rows takes; 0 where nothing is measured."""
+        """Seconds of a pass over one token of each of `rows` rows; 0 where nothing is measured."""
         return self._cost(rows).seconds(rows) if self._costs and rows else 0.0
 
     @property

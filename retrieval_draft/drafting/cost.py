@@ -1,4 +1,4 @@
-"""What a forward pass over n tokens costs here, and how many draft nodes are worth it."""
+"""Measured cost of a forward pass over n tokens, and the number of draft nodes that pays best."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ REMEMBERED = 24.0
 
 STEP_MEMORY = 0.99
 SETTLED = 16
-"""The tokens a second of the last hundred steps, whatever request they belong to, are what a node's time is
-weighed against, once there were some steps. On simulated CPUs this yields 1 to 6% more tokens a second than
-each step's own best rate, on a simulated GPU as much; request by request it would yield less."""
+"""A node's time is weighed against the tokens a second of the last hundred steps of all requests, after so
+many steps. On simulated CPUs this yields 1 to 6% more tokens a second than each step's own best rate, on a
+simulated GPU as much; request by request it would yield less."""
 
 OUTLIER = 0.7
-"""Natural log of the largest correction one step can ask for: a stalled machine is not a slow model."""
+"""Natural log of the largest correction by one step: a stalled machine is not a slow model."""
 
 
 class CostModel:
     """t(n): seconds of a verification pass over n tokens, root included.
 
     Measured once on the user's model, device and dtype, then refined from every real step: mostly the sizes
-    next to it, since a measurement under load gets the shape wrong and the shape is what decides.
+    next to it, since a measurement under load gets the shape wrong, and the shape decides.
 
     Example:
         t(1) = 1, t(2) = 1.7, t(5) = 2.8; path probabilities [.95, .9, .85, .8]:
@@ -60,7 +60,7 @@ class CostModel:
 
     @property
     def is_measured(self) -> bool:
-        """Whether `measure` or `load` has run."""
+        """True if `measure` or `load` has run."""
         return self._log_seconds is not None
 
     @classmethod
@@ -72,11 +72,11 @@ class CostModel:
     ) -> CostModel:
         """Times `forward(n)` for n = 1, 2, 4, ..., 64, sizes alternating, and keeps the least of each.
 
-        The least, since other work on the machine can only add. Two rounds, or as many as fit a second.
+        The least, since other work on the machine can only add time. Two rounds, or as many as fit a second.
 
         Args:
-            forward: Runs a pass over n tokens and returns when its result is there.
-            device: Where the model runs, for the record.
+            forward: Runs a pass over n tokens and returns when its result is ready.
+            device: The model's device, for the record.
             progress: Called after each pass of the first rounds, `ROUNDS` times the number of sizes in all.
         """
         forward(SIZES[0])
@@ -103,7 +103,7 @@ class CostModel:
         self._table = np.empty(0, np.float64)
 
     def seconds_by_size(self) -> dict[int, float]:
-        """The curve as it stands: seconds by number of tokens."""
+        """The present curve: seconds by number of tokens."""
         if self._log_seconds is None:
             return {}
         return dict(zip(self._sizes, np.exp(np.maximum.accumulate(self._log_seconds)).tolist(), strict=True))
@@ -111,8 +111,8 @@ class CostModel:
     def for_rows(self, rows: int) -> CostModel:
         """A model of passes over `rows` rows that starts from this one.
 
-        Linear layers, where the time goes, see only how many nodes there are. What the rows' attention adds,
-        and sizes beyond those measured, are learned from real passes.
+        The time of linear layers, the larger part, depends on the number of nodes only. The cost of the rows'
+        attention, and of sizes beyond those measured, is learned from real passes.
         """
         model = CostModel()
         model.device = self.device
@@ -128,16 +128,16 @@ class CostModel:
         return float(self._curve(tokens)[tokens - 1])
 
     def choose(self, path_probs: NDArray[np.float32], context_length: int = 0, rows: int = 1) -> int:
-        """How many draft nodes to verify, for the most tokens a second. 0 is a choice.
+        """Number of draft nodes to verify for the most tokens a second; 0 is possible.
 
-        The time that a node costs could be spent on steps like those of late, so it pays if it brings more
-        than their tokens a second. And never more nodes are taken than make this step's own rate, (1 + sum of
-        path probabilities) / t(n), the best: estimates that look best are often too good.
+        The time of a node could be spent on steps like the recent ones, so it pays if it yields more than
+        their tokens a second. And n is never larger than the one that maximises this step's own rate, (1 +
+        sum of path probabilities) / t(n): the highest estimates are often too high.
 
         Args:
             path_probs: float32, shape (n,). Path probabilities of the draft nodes, best first, root excluded.
             context_length: Tokens in the cache. The curve follows it through `observe`.
-            rows: Rows that share the pass; each brings a root, which is a token for certain.
+            rows: Rows that share the pass; each has a root, which is a certain token.
 
         Returns:
             n in 0..len(path_probs).
@@ -156,12 +156,12 @@ class CostModel:
         return int(np.argmax(expected - rate * seconds))
 
     def note_step(self, emitted: int, seconds: float, forward_seconds: float) -> None:
-        """Takes note of a whole step.
+        """Records a whole step.
 
         Args:
             emitted: Tokens it yielded.
-            seconds: What it took, drafting and bookkeeping included.
-            forward_seconds: What of that the forward pass took.
+            seconds: Its duration, drafting and bookkeeping included.
+            forward_seconds: The part of it in the forward pass.
         """
         if seconds <= 0:
             return
@@ -177,7 +177,7 @@ class CostModel:
         Args:
             tokens: Tokens in the pass, roots included.
             context_length: Tokens in the cache.
-            seconds: What it took.
+            seconds: Its duration.
         """
         if self._log_seconds is None or seconds <= 0:
             return
@@ -198,9 +198,9 @@ class CostModel:
         if self._log_seconds is None:
             raise RuntimeError("the cost model was asked before it was measured")
         if len(self._table) < tokens:
-            # The next pass that is timed makes it stale, so it reaches no further than was asked for.
+            # The next timed pass makes it stale, so it extends no further than `tokens`.
             reach = _log2_up_to(max(64, 1 << (tokens - 1).bit_length()))
-            # Made monotone only here: a size that looked dear for a moment must not teach the larger ones.
+            # Made monotone only here: one slow pass of a small size must not raise the larger ones for good.
             known = np.maximum.accumulate(self._log_seconds)
             logs = np.interp(reach, self._log_sizes, known)
             slope = (known[-1] - known[-2]) / (self._log_sizes[-1] - self._log_sizes[-2])

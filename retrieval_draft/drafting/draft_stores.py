@@ -1,4 +1,4 @@
-"""What a drafter drafts from besides the request: opened, and held to the tokenizer."""
+"""Opening of datastores, and the check that they belong to the tokenizer."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ def open_draft_stores(
     phrases: Any,
     store: Any = None,
 ) -> DraftStores:
-    """Opens corpora, phrases and store, and checks that they speak the tokenizer's ids.
+    """Opens corpora, phrases and store, and checks that their ids are the tokenizer's.
 
     Args:
         tokenizer: The model's; None only where nothing here needs one.
         vocabulary: Rows of the model's embedding.
-        config: Says whether a history is kept on disk.
+        config: The drafting configuration; its history may be on disk.
         corpora: Folders or opened `Corpus` objects; one or several.
         phrases: A file, or texts, or a table of their tokens; None for none.
-        store: A URL, a `StoreConfig` or an opened `SharedStore`; None for none. It is not waited for.
+        store: A URL, a `StoreConfig` or an opened `SharedStore`; None for none. The call does not wait for
+            its connection.
 
     Raises:
         InvalidInputError: Something needs a tokenizer and there is none.

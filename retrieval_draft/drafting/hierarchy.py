@@ -18,13 +18,13 @@ from retrieval_draft.index.source import (
 __all__ = ["SourceHierarchy", "SourceSessions", "open_parallel", "wants_hidden"]
 
 CERTAIN = 0.5
-"""A source that gives all of its nodes together this probability leaves no room for others."""
+"""Later sources are skipped after one that gives all of its nodes together this probability."""
 
 _log = logging.getLogger("retrieval_draft")
 
 
 class _GuardedSource:
-    """A draft source, and how often it raised."""
+    """A draft source and its count of exceptions."""
 
     def __init__(self, source: DraftSource) -> None:
         self.source = source
@@ -55,7 +55,7 @@ class _Opened:
 
 
 class SourceSessions:
-    """Sessions of one request in all sources, asked and told together."""
+    """Sessions of one request in all sources, called together."""
 
     def __init__(self, opened: Sequence[_Opened] = ()) -> None:
         self._opened = tuple(opened)
@@ -63,7 +63,7 @@ class SourceSessions:
     def propose(self, budget: int) -> list[Proposal]:
         """One proposal of at most `budget` nodes from each source, in their order; empty ones too.
 
-        Fusion and calibration know a source by its position, so the order is the same at every step. Where
+        Fusion and calibration identify a source by its index, so the order is the same at every step. Where
         the joint probability of a near source's full budget reaches `CERTAIN`, later sources are skipped.
         """
         if budget <= 0:
@@ -104,7 +104,7 @@ class SourceSessions:
 
     @property
     def wants_hidden(self) -> bool:
-        """Whether a session drafts from the target's hidden states."""
+        """True if a session drafts from the target's hidden states."""
         return any(wants_hidden(opened.session) for opened in self._opened)
 
     def learn_hidden(self, hidden: Any) -> None:
@@ -149,7 +149,7 @@ class SourceHierarchy:
 
         Args:
             prompt: int32, shape (length,).
-            references: Texts that the reply may quote, int32 each.
+            references: int32, shape (length,) each. Texts that the reply may quote.
         """
         return self.open_parallel(prompt, references, 1)[0]
 
@@ -160,7 +160,7 @@ class SourceHierarchy:
 
         Args:
             prompt: int32, shape (length,).
-            references: Texts that the replies may quote, int32 each.
+            references: int32, shape (length,) each. Texts that the replies may quote.
             count: Requests to start.
         """
         opened: list[list[_Opened]] = [[] for _ in range(count)]
@@ -175,7 +175,7 @@ class SourceHierarchy:
         return [SourceSessions(request) for request in opened]
 
     def prepare(self) -> None:
-        """Lets sources do what precedes their first request, such as measuring kernels."""
+        """Runs the sources' preparations before the first request, such as measuring kernels."""
         for guarded in self._guarded:
             prepare = getattr(guarded.source, "prepare", None)
             if prepare is not None:
@@ -190,7 +190,7 @@ class SourceHierarchy:
             source.flush()
 
     def close(self) -> None:
-        """Ends every source: queued texts are kept, background threads stop."""
+        """Closes every source: queued texts are written, background threads stop."""
         for source in self.sources:
             source.close()
 
@@ -208,7 +208,14 @@ class SourceHierarchy:
 def open_parallel(
     source: DraftSource, prompt: TokenArray, references: Sequence[TokenArray], count: int
 ) -> list[SourceSession]:
-    """A source's sessions of `count` requests with one prompt; it may have a way of its own to open them."""
+    """A source's sessions of `count` requests with one prompt; uses its `open_parallel` if it has one.
+
+    Args:
+        source: The source.
+        prompt: int32, shape (length,).
+        references: int32, shape (length,) each. Texts that the replies may quote.
+        count: Number of requests.
+    """
     together: Any = getattr(source, "open_parallel", None)
     if together is not None and count > 1:
         return list(together(prompt, references, count))
@@ -216,10 +223,10 @@ def open_parallel(
 
 
 def wants_hidden(session: object) -> bool:
-    """Whether a session has `learn_hidden` and a use for it."""
+    """True if a session has `learn_hidden` and a use for it."""
     return bool(getattr(session, "wants_hidden", False))
 
 
 def _fills(proposal: Proposal, budget: int) -> bool:
-    """Whether a proposal has `budget` nodes and gives all of them together `CERTAIN` or more."""
+    """True if a proposal has `budget` nodes and gives all of them together `CERTAIN` or more."""
     return len(proposal) == budget and float(proposal.probs.prod()) >= CERTAIN

@@ -1,4 +1,4 @@
-"""Calibration that stays beside the history's folder from one process to the next."""
+"""Calibration saved in the history's folder from one process to the next."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from retrieval_draft.errors import DatastoreError
 __all__ = ["CALIBRATION", "calibration_file", "keep_calibration", "load_calibration"]
 
 CALIBRATION = "calibration.safetensors"
-"""Its file in the history's folder."""
+"""Name of the calibration's file in the history's folder."""
 
 _log = logging.getLogger("retrieval_draft")
 
 
 def calibration_file(config: DraftConfig) -> Path | None:
-    """Where it is kept; None where there is no history folder."""
+    """Path of the saved calibration; None without a history folder."""
     folder = config.history_folder
     return None if folder is None or "history" not in config.sources else Path(folder, CALIBRATION)
 
 
 def load_calibration(path: Path | None) -> Calibration:
-    """What was learned before, or the shipped priors; a torn file costs only that.
+    """The saved calibration, or the shipped priors where there is none or the file is torn.
 
     Args:
-        path: As `calibration_file` says.
+        path: From `calibration_file`.
     """
     calibration = Calibration()
     if path is not None and path.exists():
@@ -39,11 +39,11 @@ def load_calibration(path: Path | None) -> Calibration:
 
 
 def keep_calibration(calibration: Calibration | None, path: Path | None) -> None:
-    """Writes what was learned. A full disk costs that, nothing else.
+    """Saves a calibration. On a full disk it is lost, and nothing else fails.
 
     Args:
         calibration: None where nothing was drafted yet.
-        path: As `calibration_file` says.
+        path: From `calibration_file`.
     """
     if path is not None and calibration is not None:
         try:

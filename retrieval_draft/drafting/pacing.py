@@ -1,4 +1,4 @@
-"""Asks a source that costs time only while that pays."""
+"""Calls to a costly source only while they pay."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRIAL = 8
 """Steps in which an arm is tried before the two are compared."""
 
 MEMORY = 0.97
-"""Share of what was seen that an arm keeps at each step of its own."""
+"""Decay factor of an arm's sums at each of its steps."""
 
 MARGIN = 1.02
 FIRST_WAIT = 32
@@ -31,10 +31,10 @@ LAST_WAIT = 1024
 
 
 class Pacer:
-    """Two ways to make a step, with and without the costly source: which yields more tokens a second.
+    """Comparison of steps with and without a costly source by tokens a second.
 
-    The measure is the whole step, so that it does not matter why one is better. Neither is given up: the
-    loser is tried again, ever more seldom while it goes on losing.
+    The measure is the whole step, so that it does not matter why one is better. Neither is dropped for good:
+    the loser is tried again, at doubling intervals while it loses.
 
     Example:
         with: 3 tokens in 0.2 s a step, without: 2 in 0.1 s; after 8 steps of each it goes without, and
@@ -51,7 +51,7 @@ class Pacer:
 
     @property
     def asks(self) -> bool:
-        """Whether the source is asked in the next step."""
+        """True if the source is called in the next step."""
         return self._arm == 1
 
     def rate(self, asked: bool) -> float:
@@ -67,11 +67,11 @@ class Pacer:
         if self._left > 0:
             return
         self._tries += 1
-        if self._tries == 1:  # the other one's first trial
+        if self._tries == 1:  # the other arm's first trial
             self._arm, self._left = 0, TRIAL
             return
         best = int(self.rate(True) * MARGIN >= self.rate(False))
-        if self._tries % 2 == 0:  # a trial of the loser so far has ended
+        if self._tries % 2 == 0:  # a trial of the present loser has ended
             self._wait = min(self._wait * 2, LAST_WAIT) if best != arm and self._tries > 2 else FIRST_WAIT
             self._arm, self._left = best, self._wait
         else:
@@ -116,11 +116,11 @@ class _PacedSession:
 
 
 class PacedSource:
-    """A draft source that is asked only in steps where its time is well spent.
+    """A draft source that is called only in steps where it pays.
 
     Args:
         source: The source.
-        clock: Seconds.
+        clock: Returns seconds.
     """
 
     def __init__(self, source: DraftSource, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -131,17 +131,17 @@ class PacedSource:
         self._clock = clock
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> SourceSession:
-        """Starts a request; what is known of the source's worth is kept from request to request."""
+        """Starts a request with `prompt`, int32, shape (length,); the comparison continues over requests."""
         return _PacedSession(self, self.source.open(prompt, references), self._clock)
 
     def prepare(self) -> None:
-        """What the source wants to do before its first request."""
+        """Runs the source's preparation before its first request."""
         prepare: Callable[[], None] | None = getattr(self.source, "prepare", None)
         if prepare is not None:
             prepare()
 
     def flush(self) -> None:
-        """Waits until what finished requests said can be looked up."""
+        """Waits until the replies of finished requests can be looked up."""
         self.source.flush()
 
     def close(self) -> None:

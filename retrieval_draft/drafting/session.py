@@ -1,4 +1,4 @@
-"""One request's drafts: the tree to verify next, and what the sources learn from the result."""
+"""Drafting of one request: plans of the next step, and updates from its result."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ __all__ = ["DraftPlan", "DraftSession", "Fuse", "count_names", "prompt_contexts"
 
 
 class Calibrates(Protocol):
-    """What drafting asks of a calibration."""
+    """Interface of a calibration, as drafting uses it."""
 
     noise: Any
-    """What tokens will be drawn with, where that is known."""
+    """Noise that tokens will be drawn with, where it is known."""
 
     position: int
-    """Where in the text the first drafted token would stand."""
+    """Position in the text of the first drafted token."""
 
     def observe(self, tree: DraftTree, proposals: Sequence[Proposal], emitted: TokenArray) -> object:
-        """Notes which of the proposed nodes the target took."""
+        """Records which of the proposed nodes the target accepted; `emitted` is int32, shape (m,)."""
         ...
 
 
@@ -47,9 +47,9 @@ class DraftPlan:
     """One step's drafts.
 
     Attributes:
-        tree: What to verify.
+        tree: The tree to verify.
         fused: The whole fused tree, of which `tree` is the best part.
-        proposals: One of each source; bit s of ``tree.sources`` means ``proposals[s]``.
+        proposals: The sources' proposals; bit s of ``tree.sources`` means ``proposals[s]``.
     """
 
     tree: DraftTree
@@ -69,9 +69,9 @@ class DraftSession:
     Args:
         sessions: Those of this request, in all sources.
         fuse: Unites proposals into a tree: (root token, proposals, calibration, max_nodes).
-        calibration: Learns what evidence is worth.
+        calibration: Learns the weights of the evidence.
         max_nodes: Draft nodes at most.
-        vocabulary: Token ids the model can embed.
+        vocabulary: Number of token ids that the model can embed.
         stats: Counts to add to.
     """
 
@@ -92,12 +92,12 @@ class DraftSession:
         self._stats = stats
 
     def propose(self, root: int, length: int, max_depth: int, nodes: int | None = None) -> DraftPlan:
-        """All that could be verified in the next step; the budget cuts it.
+        """Drafts of the next step before the budget cuts them.
 
         Args:
             root: The last accepted token.
             length: Committed tokens before it.
-            max_depth: Tokens that may still be emitted after the next one; deeper nodes are useless.
+            max_depth: Tokens that may still be emitted after the next one; deeper nodes are left out.
             nodes: Draft nodes at most in this step; None for as many as in any.
         """
         most = self._max_nodes if nodes is None else nodes
@@ -125,12 +125,12 @@ class DraftSession:
         self._sessions.observe(emitted)
 
     def learn(self, plan: DraftPlan, emitted: TokenArray, logits: NodeLogits) -> None:
-        """Passes on what a step showed besides its tokens; now, or a step later.
+        """Passes on a step's result besides its tokens; now, or a step later.
 
         Args:
             plan: The step's drafts.
             emitted: int32, shape (m,). Tokens accepted in this step, the bonus token last.
-            logits: The target's predictions, at nodes of the tree or anywhere in the text.
+            logits: The target's predictions, at nodes of the tree or elsewhere in the text.
         """
         self._sessions.learn(logits)
         if plan.proposals:
@@ -138,7 +138,7 @@ class DraftSession:
 
     @property
     def wants_hidden(self) -> bool:
-        """Whether a source drafts from the target's hidden states."""
+        """True if a source drafts from the target's hidden states."""
         return self._sessions.wants_hidden
 
     def learn_hidden(self, hidden: Any) -> None:
@@ -151,7 +151,7 @@ class DraftSession:
         Args:
             first: int32, shape (1,). The token after the prompt.
             prompt: int32, shape (length,).
-            predictions: At the last positions of the prompt; None if the sources know them already.
+            predictions: At the last positions of the prompt; None if the sources have them already.
         """
         begin = time.perf_counter()
         self._sessions.observe(first)
@@ -161,13 +161,13 @@ class DraftSession:
         self._stats.learn_seconds += time.perf_counter() - begin
 
     def close(self) -> None:
-        """Ends the request in every source. Once is enough, twice does no harm."""
+        """Ends the request in every source. Further calls do nothing."""
         sessions, self._sessions = self._sessions, SourceSessions()
         sessions.close()
 
 
 def proposed_nodes(nodes: int, noisy: bool) -> int:
-    """Nodes to ask each source for, if `nodes` are verified: more where noise may favour the unlikely."""
+    """Nodes to request from each source for `nodes` verified ones: more where tokens are sampled."""
     return max(nodes, min(NOISY_CHOICE * nodes, MAX_CHOICE)) if noisy else nodes
 
 

@@ -1,4 +1,4 @@
-"""What drafting did, counted."""
+"""Drafting counters and timings."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class DraftStats:
         drafted_by_level: The same by locality.
         accepted_by_source: Accepted nodes by the sources that named them; agreement counts for each.
         accepted_by_level: The same by locality.
-        nodes: How many steps verified so many draft nodes.
+        nodes: Number of steps by the number of draft nodes they verified.
         source_failures: Calls in which a draft source raised.
         prefill_seconds: Prompt passes.
         draft_seconds: Proposals, fusion and choice of the budget.
         forward_seconds: Passes over trees; on CUDA with the wait for them.
         accept_seconds: Reading logits and walking the tree.
         commit_seconds: Packing inputs, masks and moving the accepted path.
-        learn_seconds: What sources, calibration and cost take note of.
+        learn_seconds: Updates of sources, calibration and cost.
     """
 
     requests: int = 0

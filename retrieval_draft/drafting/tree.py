@@ -14,7 +14,7 @@ __all__ = ["DraftTree"]
 
 @dataclass(frozen=True, slots=True)
 class DraftTree:
-    """Node 0 is the last accepted token, the root; every other node is a guess below it.
+    """A draft tree: node 0 is the last accepted token, the root; every other node is a guess below it.
 
     Parents come before their children, siblings hold different tokens, and path probabilities do
     not increase along the arrays. So every prefix of the arrays is again a tree, and the best one
@@ -27,7 +27,7 @@ class DraftTree:
         probs: float32, shape (n + 1,). P(accepted | parent accepted); 1 for the root.
         path_probs: float32, shape (n + 1,). Product of probs from the root.
         sources: int64, shape (n + 1,). Bit s is set where proposal s named the node.
-        evidence: float32, shape (n + 1, columns). What calibration learns from, where there is any.
+        evidence: float32, shape (n + 1, columns). Features that calibration learns from, where there are any.
 
     Example:
         root 8, guesses "9 4" (0.8, 0.5) and "3" (0.1):
@@ -79,7 +79,7 @@ class DraftTree:
         )
 
     def ancestors(self) -> NDArray[np.bool_]:
-        """Which node sees which: bool, shape (n + 1, n + 1), [i, j] true if j is i or above i.
+        """Ancestor matrix: bool, shape (n + 1, n + 1), [i, j] true if j is i or above i.
 
         Example:
             parents [-1, 0, 1, 0]  ->  T...   TT..   TTT.   T..T
@@ -115,7 +115,7 @@ class DraftTree:
         """Follows `tokens` down from the root as far as the tree goes.
 
         Args:
-            tokens: int32, shape (length,). What the target emitted after the root.
+            tokens: int32, shape (length,). Tokens that the target emitted after the root.
 
         Returns:
             Nodes passed, root first.

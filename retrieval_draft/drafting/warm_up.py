@@ -19,10 +19,10 @@ def compile_drafting(sources: Sequence[DraftSource], tree: Fuse, top_k: int) -> 
     """Runs each kernel once, so that no request waits for numba.
 
     Takes seconds after a fresh install, and a fraction of one from then on: the machine code is kept beside
-    the modules, or where ``NUMBA_CACHE_DIR`` says. A progress bar shows it.
+    the modules, or in ``NUMBA_CACHE_DIR``. A progress bar shows it.
 
     Args:
-        sources: Thrown away afterwards.
+        sources: Sources of the same kinds, discarded afterwards.
         tree: Unites their proposals.
         top_k: Next tokens that sources learn for each node.
     """

@@ -30,8 +30,8 @@ def best_chain(
         parents: int32, shape (n + 1,), parents before children.
         depths: int32, shape (n + 1,).
         path_probs: float32, shape (n + 1,).
-        max_depth: Longest chain.
-        min_prob: Nodes with a lower path probability are left out.
+        max_depth: Largest length of a chain.
+        min_prob: Smallest path probability of a node in the chain.
         gains: float32, shape (n + 1,). Scratch.
         chain: int32, shape (deepest,). Nodes of the chain, root excluded, are written here.
 

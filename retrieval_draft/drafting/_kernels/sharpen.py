@@ -1,4 +1,4 @@
-"""What the noise that will draw a token says about who wins, where the law it is drawn from is guessed."""
+"""Acceptance probabilities conditioned on the known Gumbel noise, for a guessed distribution."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from retrieval_draft._kernels.race import arrival, position_key
 __all__ = ["COLUMNS", "sharpen", "sharpened", "teach_sharpness"]
 
 COLUMNS = 2
-"""Columns of evidence: the log odds without regard to the noise, and what the noise adds to them."""
+"""Columns of evidence: the log odds without regard to the noise, and the shift that the noise adds to
+them."""
 
 MAX_SHIFT = 6.0
 LEAST_LEFT = 0.001
@@ -22,7 +23,7 @@ MAX_WEIGHT = 3.0
 
 @kernel
 def sharpened(odds: float, shift: float, weight: float, bias: float) -> float:
-    """Probability at log odds shifted by what the noise says, as far as it is believed."""
+    """Probability at log odds with the shift of the noise, scaled by a learned weight, and a learned bias."""
     prob = 1.0 / (1.0 + np.exp(-(odds + weight * shift + bias)))
     return min(max(prob, UNLIKELY), CERTAIN)
 
@@ -43,11 +44,11 @@ def sharpen(
 ) -> None:
     """Replaces marginal probabilities of all children of one parent by those given the noise.
 
-    The target takes the token with the least arrival time E / p. Were the guesses m the law p, a child's odds
-    to be it would rise with m / E against the others' m / E and the mass that nobody named, whose noise is
-    not known and counts as 1. At E = 1 these are the odds of m alone; the difference is what the noise says.
-    A guess may stand for "is this source right at all" instead, of which the noise knows nothing: how much
-    of the difference counts is learned for each set of sources.
+    The target takes the token with the least arrival time E / p. If the guesses m were the distribution p, a
+    child's odds of being that token would rise with m / E against the others' m / E and the mass of tokens
+    that no source named, whose noise is not known and counts as 1. At E = 1 these are the odds of m alone;
+    the difference is the shift of the noise. A guess may estimate whether the source is right at all instead,
+    which does not depend on the noise: the weight of the shift is learned for each set of sources.
 
     Args:
         first: The first child.
@@ -57,14 +58,14 @@ def sharpen(
         sample_key: Of the seed and sample.
         position: Of the children's tokens in the text.
         vocabulary: Ids that noise is drawn for.
-        weights: float64, shape (sets, 2). How far the noise is believed, and a bias.
+        weights: float64, shape (sets, 2). The weight of the shift, and a bias.
         probs: float64. Marginal, then given the noise.
         evidence: float32, shape (nodes, columns). Written from `column` on.
         column: First of `COLUMNS` columns.
 
     Example:
         Two children of 0.5 and 0.4 with E 2 and 0.5 have strengths 0.25 and 0.8 against 0.1 unnamed: the
-        second one's log odds rise from -0.41 to log(0.8 / 0.35) = 0.83, if the noise is wholly believed.
+        second one's log odds rise from -0.41 to log(0.8 / 0.35) = 0.83, if the weight is 1.
     """
     key = position_key(sample_key, position)
     named, strength = 0.0, 0.0
@@ -94,7 +95,16 @@ def sharpen(
 def teach_sharpness(
     odds: float, shift: float, taken: bool, rate: float, mask: int, weights: NDArray[np.float64]
 ) -> None:
-    """One step of logistic regression for what a set of sources makes of the noise."""
+    """One step of logistic regression on the noise weights of a set of sources.
+
+    Args:
+        odds: Log odds without the noise.
+        shift: Shift by the noise.
+        taken: Whether the node was accepted.
+        rate: Learning rate.
+        mask: The set of sources.
+        weights: float64, shape (sets, 2). The weight of the shift, and a bias; changed.
+    """
     error = taken - sharpened(odds, shift, weights[mask, 0], weights[mask, 1])
     weights[mask, 0] = min(max(weights[mask, 0] + rate * error * shift, 0.0), MAX_WEIGHT)
     weights[mask, 1] += rate * error

@@ -27,7 +27,7 @@ from retrieval_draft.index.source import CONTEXT, DraftSource, NodeLogits, Token
 __all__ = ["ChainBatch"]
 
 NEEDED = 0.05
-"""A source's guess of less is not looked at."""
+"""Probability below which a source's guess is not considered."""
 
 SAMPLE = 8
 """Occurrences read for one context in segments: a chain needs the likeliest continuation, not all."""
@@ -42,30 +42,30 @@ class ChainBatch:
     """Sessions that are drafted for together, each a chain of tokens a step.
 
     The sources, fusion and calibration of `Proposer`, for engines that verify one chain for each of many
-    requests. At each node of a chain every source is asked what comes next, what they say is mixed as in
-    `engine.fusion`, and the chain goes on with the most probable token. A step is one call for all rows:
-    first calibration and the adjacency matrix learn from what all rows emitted, in their order; then each row
-    is looked up and proposed for, apart from the others. So results depend on what was asked in which order,
-    not on threads or time. A row's own text is drafted from by that row alone.
+    requests. At each node of a chain every source proposes next tokens, their estimates are mixed as in
+    `drafting.fusion`, and the chain continues with the most probable token. A step is one call for all rows:
+    first calibration and the adjacency matrix learn from the emitted tokens of all rows, in their order; then
+    each row is looked up and proposed for, independently. So results depend on the calls and their order, not
+    on threads or time. Only the row itself drafts from its own text.
 
-    Every method may be called from any thread; calls are served one after the other. What grows with the rows
+    Every method may be called from any thread; calls run one after the other. Work that grows with the rows
     runs without the GIL.
 
     Args:
-        stores: What is drafted from besides the requests.
-        config: How to draft; its `sources` without siblings. None for the defaults.
+        stores: Data to draft from besides the requests.
+        config: The drafting configuration; its `sources` without siblings. None for the defaults.
         max_chain: The longest chain, 1 to 64.
         sources: Made sources to use, such as those of a `Proposer`; None to make them from `config`.
-        calibration: Its own copy is the default; a batch goes on learning in what it is given.
-        threads: That propose at once, in batches of 16 rows or more.
+        calibration: A copy of the batch's own by default; a given one is updated in place.
+        threads: Number that propose at once, in batches of 16 rows or more.
 
     Attributes:
         counts: Of all sessions.
-        calibration: What is learned about the sources.
+        calibration: Learned weights of the sources.
 
     Raises:
-        InvalidInputError: `max_chain` or `threads` is out of range, or the configuration's method drafts
-            otherwise.
+        InvalidInputError: `max_chain` or `threads` is out of range, or the configuration's method cannot
+            draft chains.
 
     Example:
         batch = ChainBatch(Datastores(vocabulary=32000))
@@ -121,14 +121,14 @@ class ChainBatch:
 
     @classmethod
     def of(cls, proposer: Any, *, max_chain: int = 16, threads: int = 1) -> ChainBatch:
-        """A batch over the sources of a `Proposer`: each drafts from what the other's sessions said.
+        """A batch over the sources of a `Proposer`: each drafts from the texts of the other's sessions.
 
         Calibration is the batch's own.
 
         Args:
-            proposer: It stays the caller's to close, after the batch.
+            proposer: The caller closes it, after the batch.
             max_chain: The longest chain, 1 to 64.
-            threads: That propose at once.
+            threads: Number that propose at once.
 
         Raises:
             InvalidInputError: As above.
@@ -152,10 +152,10 @@ class ChainBatch:
 
         Args:
             prompt: int32, shape (length,). All of the text so far.
-            references: Texts the reply may quote, int32 each.
+            references: int32, shape (length,) each. Texts that the reply may quote.
 
         Returns:
-            Its id. No id comes twice.
+            Its id. No id is used twice.
 
         Raises:
             InvalidInputError: The prompt is empty, or an id lies outside the vocabulary.
@@ -180,19 +180,20 @@ class ChainBatch:
         max_tokens: ArrayLike | None = None,
         min_prob: float = 0.05,
     ) -> tuple[TokenArray, NDArray[np.int32], NDArray[np.float32]]:
-        """Takes in what each row emitted, and proposes what comes next.
+        """Appends the emitted tokens of each row, and proposes the next ones.
 
         Args:
             ids: int64, shape (rows,). Sessions, each once.
-            new_tokens: int32, shape (total,). What each row emitted since its last step, row after row.
-            counts: int32, shape (rows,). How many of them each row has; one without any is proposed for only.
-            max_tokens: The longest chain, of all rows or of each, shape (rows,); 0 to take in only. None for
-                `max_chain`, which no chain is longer than.
-            min_prob: A chain ends before its path probability falls below it.
+            new_tokens: int32, shape (total,). Tokens that each row emitted since its last step, row after
+                row.
+            counts: int32, shape (rows,). Number of new tokens of each row; 0 only proposes.
+            max_tokens: The longest chain, of all rows or of each, shape (rows,); 0 only appends. None for
+                `max_chain`, the limit of all chains.
+            min_prob: Smallest path probability of a chain's node.
 
         Returns:
-            int32, shape (rows, max_chain), the chains, -1 behind each; int32, shape (rows,), their lengths;
-            float32, shape (rows, max_chain), P(this token and all before it are accepted), 0 behind each.
+            int32, shape (rows, max_chain), the chains, -1 after each; int32, shape (rows,), their lengths;
+            float32, shape (rows, max_chain), P(this token and all before it are accepted), 0 after each.
 
         Raises:
             InvalidInputError: A session is not open or comes twice, shapes do not fit, or an id lies outside
@@ -215,12 +216,13 @@ class ChainBatch:
             return self._propose(rows, limits, float(min_prob))
 
     def close(self, session: int, *, finished: bool = True, share: str | None = None) -> None:
-        """Ends a session: its text joins the history, and, if finished, the shared store.
+        """Ends a session: adds its text to the history, and, if finished, to the shared store.
 
         Args:
             session: Its id.
-            finished: False where the request was given up: other servers learn nothing of it then.
-            share: What other servers may learn of it: "none", "reply" or "all"; None for what the store says.
+            finished: False where the request was aborted: other servers learn nothing of it then.
+            share: Parts of it that other servers may learn: "none", "reply" or "all"; None for the store's
+                default.
 
         Raises:
             InvalidInputError: The session is not open, or `share` is something else.
@@ -241,7 +243,7 @@ class ChainBatch:
             return np.concatenate(self._slots.text(self._slot(session)))
 
     def warm_up(self) -> None:
-        """Compiles what the first step would wait for; milliseconds where the kernels are on disk."""
+        """Compiles the kernels of the first step; takes milliseconds where they are cached on disk."""
         config = DraftConfig(sources=("automaton", "adjacency", "history"), adjacency_rows=16)
         spare = ChainBatch(DraftStores(vocabulary=16), config)
         text = np.array([5, 6, 7, 8, 9, 5, 6, 7, 8], np.int32)
@@ -255,13 +257,13 @@ class ChainBatch:
             self._lookups.store.wait_ready()
 
     def flush(self) -> None:
-        """Waits until what finished sessions said can be drafted from, and keeps what was learned."""
+        """Waits until finished sessions' texts can be drafted from, and saves the calibration."""
         for source in self._lookups.sources:
             source.flush()
         self._keep()
 
     def shut_down(self) -> None:
-        """Gives open sessions up, keeps what waits, and stops background threads."""
+        """Aborts open sessions, writes pending data, and stops background threads."""
         with self._lock:
             for slot in self._slots.used:
                 self._slots.close(int(slot))
@@ -273,7 +275,7 @@ class ChainBatch:
         self._keep()
 
     def _keep(self) -> None:
-        """Keeps what was learned beside the history, unless that is another one's to do."""
+        """Saves the calibration beside the history, unless another object owns it."""
         if self._owned:
             keep_calibration(self.calibration, calibration_file(self.config))
 
@@ -291,7 +293,7 @@ class ChainBatch:
             )
         if tight:
             slots.make_room(rows & slots.mask, np.asarray(sizes, np.int64))
-        # Texts are looked up where they were when the segments changed, then brought to their new end.
+        # New segments are searched for the texts as they were, then all lookups advance to the new ends.
         self._table.refresh(slots)
         counts = self.counts
         counts.steps += 1
@@ -333,7 +335,7 @@ class ChainBatch:
         return out
 
     def _share(self, rows: Any, limits: Any, min_prob: float, full: Any, out: Any) -> int:
-        """Proposes for all rows, on several threads where that pays. Returns how many did not fit."""
+        """Proposes for all rows, on several threads where that pays. Returns the number that did not fit."""
         count = len(rows)
         if self._pool is None or count < THREADED:
             return self._run(rows, limits, min_prob, full, out, 0, count)

@@ -1,4 +1,4 @@
-"""What a batch did so far, in numbers."""
+"""Counters of a batch."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ __all__ = ["ChainCounts"]
 
 @dataclass(slots=True)
 class ChainCounts:
-    """What a batch did so far.
+    """Counters of a batch since it was made.
 
     Attributes:
         requests: Sessions opened.
         steps: Calls of `step`.
         rows: Rows of all steps.
-        tokens: Emitted tokens taken in.
+        tokens: Emitted tokens appended.
         drafted: Tokens of chains whose outcome was seen.
-        accepted: Of these, how many were emitted.
+        accepted: Those of them that were emitted.
     """
 
     requests: int = 0

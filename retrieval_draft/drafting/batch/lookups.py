@@ -1,4 +1,4 @@
-"""What a batch draws on besides each request's own text."""
+"""Data that a batch drafts from besides each request's own text."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ __all__ = ["Lookups"]
 
 
 class Lookups:
-    """Draft sources taken apart into what kernels can read: an adjacency matrix and segments.
+    """Draft sources as arrays that kernels can read: an adjacency matrix and segments.
 
-    Phrases are looked up in a segment of their own. Sources of other kinds, siblings among them, are not
-    asked.
+    Phrases are looked up in a segment of their own. Sources of other kinds, siblings among them, are left
+    out.
 
     Args:
-        sources: In the order in which calibration knows them.
-        vocabulary: Ids are below it.
+        sources: In the calibration's order.
+        vocabulary: Number of token ids.
 
     Attributes:
         sources: As given.
         request: Whether requests draft from their own text.
-        matrix: What learns from every token, or None.
-        store: What servers share, or None.
-        supplies: For each source of segments, what returns them.
-        places: int64, shape (2,). Where automaton and matrix stand among the sources of a calibration; -1
-            for none.
+        matrix: The adjacency matrix, which learns from every token, or None.
+        store: The shared store, or None.
+        supplies: For each source of segments, a function that returns them.
+        places: int64, shape (2,). Indices of automaton and matrix among the sources of a calibration; -1 for
+            none.
         group_places: int64, one for each of `supplies`.
     """
 
@@ -69,15 +69,15 @@ class Lookups:
 
     @property
     def arrays(self) -> tuple[NDArray[Any], ...]:
-        """Of the matrix, or of an empty one."""
+        """Arrays of the matrix, or of an empty one."""
         return self._arrays
 
     def reading(self) -> AbstractContextManager[Any]:
-        """Nobody else writes to the matrix meanwhile."""
+        """Keeps other threads from writing to the matrix."""
         return nullcontext() if self.matrix is None else self.matrix.lock
 
     def keep(self, prompt: TokenArray, reply: TokenArray, finished: bool, share: str | None) -> None:
-        """Hands a request's text over to history and store."""
+        """Adds a request's text to history and store."""
         if finished and self.store is not None:
             self.store.share(prompt, reply, share)
         if self._history is not None:

@@ -1,4 +1,4 @@
-"""The segments that a batch's sessions are looked up in, and where each session's text ends in them."""
+"""The segments that a batch's sessions are looked up in, and the lookup state of each session's text end."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ class SegmentTable:
     changes only between kernels.
 
     Args:
-        supplies: For each source, what returns its segments: a new tuple whenever they have changed.
+        supplies: For each source, a function that returns its segments: a new tuple whenever they have
+            changed.
 
     Attributes:
         rows: int64, shape (segments, SEGMENT_FIELDS).
-        starts: int64, shape (sources + 1,). Where each source's segments start.
+        starts: int64, shape (sources + 1,). Index of each source's first segment.
         chain: int32, shape (slots, segments, LONGEST + 1, 2). See `segment_match`.
         longest: int32, shape (slots, segments).
     """
@@ -56,10 +57,10 @@ class SegmentTable:
             self.chain, self.longest = chain, longest
 
     def refresh(self, slots: Slots) -> bool:
-        """Takes up segments that are new and drops those that are gone.
+        """Adds new segments and drops those that are gone.
 
         Args:
-            slots: Their texts, as far as they were looked up before, are found in what is new.
+            slots: Their texts, as far as they were looked up before, are looked up in the new segments.
 
         Returns:
             Whether anything changed.

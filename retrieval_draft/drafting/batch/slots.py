@@ -15,21 +15,21 @@ __all__ = ["Slots"]
 
 FIRST = 8
 RESERVE = 512
-"""Tokens of a reply that there is room for from the start."""
+"""Tokens of a reply for which room is reserved at the start."""
 
 GROWTH = 1.25
 
 
 class Slots:
-    """Sessions side by side, so that a kernel goes over all of them. Slots are used again.
+    """Sessions side by side, so that a kernel iterates over all of them. Slots are reused.
 
     Args:
         max_chain: The longest chain.
-        most: Candidates that a node of a chain has at most.
+        most: Maximum number of candidates of a node of a chain.
 
     Attributes:
         fields: int64, shape (slots, SLOT_FIELDS). See `_kernels.slots`.
-        nodes: int32, shape (slots, 2, nodes). Tokens and parents of what is proposed.
+        nodes: int32, shape (slots, 2, nodes). Tokens and parents of the proposals.
         evidence: float32, shape (slots, nodes, EVIDENCE).
         chosen: int32, shape (slots, max_chain). Nodes of the chain.
         request: float64, shape (slots, SOURCES). Calibration of the request alone.
@@ -66,7 +66,7 @@ class Slots:
 
     @property
     def capacity(self) -> int:
-        """Slots there are."""
+        """Number of slots."""
         return len(self.fields)
 
     @property
@@ -87,11 +87,11 @@ class Slots:
 
         Args:
             prompt: int32, shape (length,).
-            references: Texts the reply may quote.
-            indexed: Whether an automaton over all of that is wanted.
+            references: int32, shape (length,) each. Texts that the reply may quote.
+            indexed: Whether to build an automaton over all of them.
 
         Returns:
-            The session's id, which never comes again.
+            The session's id, which is never used again.
         """
         automaton = SuffixAutomaton(
             len(prompt) + sum(len(text) + 1 for text in references) + RESERVE if indexed else 0
@@ -137,14 +137,14 @@ class Slots:
         self._free.append(slot)
 
     def text(self, slot: int) -> tuple[TokenArray, TokenArray]:
-        """Prompt and reply so far: views that the next step may write behind."""
+        """Prompt and reply so far: views; the next step may append after them."""
         text = self._texts[slot]
         assert text is not None
         length, prompt = int(self.fields[slot, self._kernels.LENGTH]), self._prompts[slot]
         return text[:prompt], text[prompt:length]
 
     def make_room(self, slots: NDArray[np.int64], more: NDArray[np.int64]) -> None:
-        """Sees to it that so many tokens fit behind the text of each slot."""
+        """Makes room for so many tokens after the text of each slot."""
         kernels = self._kernels
         needed = self.fields[slots, kernels.LENGTH] + more
         for place in np.flatnonzero(needed > self.fields[slots, kernels.TEXT_ROOM]):
@@ -167,7 +167,7 @@ class Slots:
         self._address(slot)
 
     def _address(self, slot: int) -> None:
-        """Notes where a slot's arrays are."""
+        """Records the addresses of a slot's arrays."""
         kernels = self._kernels
         automaton, text, fields = self._automata[slot], self._texts[slot], self.fields[slot]
         assert automaton is not None

@@ -1,4 +1,4 @@
-"""One node of a chain in the adjacency matrix, in parts, so that memory is fetched while others work."""
+"""One node of a chain in the adjacency matrix, in parts, so that rows overlap their memory fetches."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from retrieval_draft.index._kernels.adjacency import NO_ROW, ORDERS, find_row, k
 
 @inner_kernel
 def ask_keys(keys: NDArray[np.uint64], context: NDArray[np.int32], hashes: NDArray[np.uint64]) -> None:
-    """Hashes a context, and has the places fetched where its rows would be.
+    """Hashes a context, and prefetches the table entries of its hashes.
 
     Args:
+        keys: uint64, shape (table rows,). The matrix's keys.
         context: int32, shape (4,). Oldest first, -1 where the text is shorter.
         hashes: uint64, shape (4,). Written: of the last 4, 3, 2 and 1 tokens, 0 where there are fewer.
     """
@@ -36,9 +37,14 @@ def ask_rows(
     hashes: NDArray[np.uint64],
     rows: NDArray[np.int64],
 ) -> None:
-    """Finds the rows of hashes, and has them fetched.
+    """Finds the rows of hashes, and prefetches them.
 
     Args:
+        keys: uint64, shape (table rows,), as for the next three: see `index._kernels.adjacency`.
+        visits: int32, shape (table rows,).
+        row_tokens: int32, shape (table rows, k).
+        row_probs: float32, shape (table rows, k).
+        hashes: uint64, shape (4,). From `ask_keys`.
         rows: int64, shape (4,). Written: NO_ROW where there is none.
     """
     width = row_tokens.shape[1]
@@ -65,14 +71,20 @@ def expand_adjacency(
     probs: NDArray[np.float64],
     lengths: NDArray[np.int32],
 ) -> int:
-    """What the rows of the last 4, 3, 2 and 1 tokens say comes next, blended as in `adjacency.propose`.
+    """Next tokens from the rows of the last 4, 3, 2 and 1 tokens, blended as in `adjacency.propose`.
 
-    Tokens that are merely frequent are left out: none of them is likely enough to go on with.
+    Tokens that are merely frequent are left out: none of them is likely enough to continue the chain.
 
     Args:
+        visits: int32, shape (table rows,).
+        row_tokens: int32, shape (table rows, k).
+        row_probs: float32, shape (table rows, k).
+        doubt: float64, shape (5,). Back-off constant of each order.
         rows: int64, shape (4,). From `ask_rows`.
         needed: Probability below which a child is of no use.
-        tokens: int32. Written, as are `probs` and `lengths`; their length is the most children there may be.
+        tokens: int32, shape (children,), their limit. Written, as are the next two.
+        probs: float64, shape (children,).
+        lengths: int32, shape (children,). Match lengths.
 
     Returns:
         Children written.

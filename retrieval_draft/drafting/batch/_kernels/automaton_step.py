@@ -1,4 +1,4 @@
-"""One node of a chain in a suffix automaton: what may follow, and where one goes on."""
+"""One node of a chain in a suffix automaton: its children, and the state after a child."""
 
 from __future__ import annotations
 
@@ -30,7 +30,16 @@ def follow_automaton(
     length: int,
     token: int,
 ) -> tuple[int, int]:
-    """The longest suffix of the context and `token` that the text holds: its state and length."""
+    """The longest suffix of the context and `token` that the text holds: its state and length.
+
+    Args:
+        states: int32, shape (room, STATE_FIELDS).
+        edges: int32, shape (room, EDGE_FIELDS).
+        table: int32, shape (size,).
+        state: Of the context.
+        length: Its tokens.
+        token: The token after it.
+    """
     while state >= 0:
         edge = find_edge(states, edges, table, state, token)
         if edge >= 0:
@@ -53,14 +62,18 @@ def expand_automaton(
     probs: NDArray[np.float64],
     lengths: NDArray[np.int32],
 ) -> int:
-    """What followed a context, blended over its suffixes by the rule of `automaton_tree.propose`.
+    """Tokens that followed a context, blended over its suffixes by the rule of `automaton_tree.propose`.
 
     Args:
+        states: int32, shape (room, STATE_FIELDS).
+        edges: int32, shape (room, EDGE_FIELDS).
         state: Of the context.
         length: Its tokens.
-        params: float64: escape factor, order cap, recency.
+        params: float64, shape (3,): escape factor, order cap, recency.
         needed: Probability below which a child is of no use.
-        tokens: int32. Written, as are `probs` and `lengths`; their length is the most children there may be.
+        tokens: int32, shape (children,), their limit. Written, as are the next two.
+        probs: float64, shape (children,).
+        lengths: int32, shape (children,). Match lengths.
 
     Returns:
         Children written.

@@ -1,4 +1,4 @@
-"""What may follow one node of a chain: the sources' children united, weighed, and the best of them chosen."""
+"""Candidates after one node of a chain: the sources' children united and weighed, and the best one chosen."""
 
 from __future__ import annotations
 
@@ -52,13 +52,14 @@ def add_children(
 
     Args:
         place: Of the source, below SOURCES.
-        found: Its children, in any order, which is lost.
+        found: Number of its children; they are reordered.
         needed: Probability below which a child is left out.
         first: The node's first candidate.
         size: Candidates so far, those of other nodes included.
         tokens: int32, shape (candidates,).
         evidence: float32, shape (candidates, EVIDENCE).
-        left: float64, shape (SOURCES,). Gets the log of what the source leaves for tokens it does not name.
+        left: float64, shape (SOURCES,). Gets the log of the probability that the source leaves for other
+            tokens.
 
     Returns:
         Candidates now.
@@ -75,7 +76,7 @@ def add_children(
         token, prob, length = child_token[best], child_prob[best], child_length[best]
         if prob < needed:
             break
-        for other in range(best, rank, -1):  # equal ones stay in order
+        for other in range(best, rank, -1):  # a stable order
             child_token[other] = child_token[other - 1]
             child_prob[other] = child_prob[other - 1]
             child_length[other] = child_length[other - 1]
@@ -117,7 +118,7 @@ def choose(
         first: The node's first candidate; its last is ``size - 1``.
         depth: Of the candidates below the root.
         evidence: float32, shape (candidates, EVIDENCE). Completed here.
-        left: float64, shape (SOURCES,). From `add_children`; 0 for a source that said nothing.
+        left: float64, shape (SOURCES,). From `add_children`; 0 for a source without children.
     """
     best = first
     best_prob = -1.0

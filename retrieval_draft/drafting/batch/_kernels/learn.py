@@ -1,4 +1,4 @@
-"""Takes in what the rows of a batch emitted: calibration learns from it, one row after the other."""
+"""Updates the calibration and the texts with the tokens that the rows of a batch emitted, row by row."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ UNKNOWN_ID, TWICE = range(2)
 def check_rows(
     ids: NDArray[np.int64], slots: NDArray[np.int64], starts: NDArray[np.int64], stamp: int
 ) -> tuple[int, int, int]:
-    """Whether every row is an open session, and none comes twice.
+    """True if every row is an open session, and none comes twice.
 
     Args:
         ids: int64, shape (rows,).
         slots: int64, shape (slots, SLOT_FIELDS).
-        starts: int64, shape (rows + 1,). Where each row's new tokens start.
+        starts: int64, shape (rows + 1,). Index of the first new token of each row.
         stamp: Of this step; larger than that of any step before.
 
     Returns:
-        The first row that is wrong or ALL_FIT, what is wrong with it, and how many rows have too little room
-        for their text.
+        The first wrong row or ALL_FIT, the code of the fault, and the number of rows with too little room for
+        their text.
     """
     tight = 0
     for row in range(len(ids)):
@@ -73,19 +73,19 @@ def learn_rows(
     sharpness: NDArray[np.float64],
     contexts: NDArray[np.int32],
 ) -> tuple[int, int]:
-    """Scores what was proposed for each row by what it emitted, and appends that to its text.
+    """Scores each row's proposals against its emitted tokens, and appends these to its text.
 
     Args:
         ids: int64, shape (rows,).
         starts: int64, shape (rows + 1,).
-        tokens: int32. What the rows emitted, one row after the other.
+        tokens: int32, shape (tokens,). The emitted tokens, one row after the other.
         slots: int64, shape (slots, SLOT_FIELDS).
-        nodes: int32, shape (slots, 2, nodes). Tokens and parents of what was proposed.
+        nodes: int32, shape (slots, 2, nodes). Tokens and parents of the proposals.
         evidence: float32, shape (slots, nodes, EVIDENCE).
         chosen: int32, shape (slots, max_chain). Nodes of each chain.
         weights, parameters, expected, accepted, switches, sharpness: As `fusion.score` takes them.
         request: float64, shape (slots, SOURCES).
-        contexts: int32, shape (tokens, width). Gets what each token stood behind, -1 where there is less.
+        contexts: int32, shape (tokens, width). Gets the tokens before each token, -1 where there are fewer.
 
     Returns:
         Tokens of the chains whose outcome was seen, and how many of them were emitted.

@@ -34,13 +34,13 @@ from retrieval_draft.index._kernels.segment_match import TOKENS, WIDTH, locate
 from retrieval_draft.index._kernels.segment_tree import CONTEXTS, DEEPEST, POOL, RANGES, gather
 
 CHILDREN = 24
-"""Children of one source looked at for one node; of the automaton half as many."""
+"""Children of one source considered for one node; of the automaton half as many."""
 
 GROUPS = SOURCES
 """Sources that are looked up in segments, at most."""
 
 REQUEST, SEEN = range(2)
-"""Fields of `places`: where automaton and adjacency matrix stand among the sources; -1 for neither."""
+"""Fields of `places`: the indices of automaton and adjacency matrix among the sources; -1 if absent."""
 
 
 @kernel
@@ -54,11 +54,11 @@ def relocate(
     longest: NDArray[np.int32],
     tail: NDArray[np.int32],
 ) -> None:
-    """Carries every slot's lookups over to another table of segments, and finds its text in what is new.
+    """Copies every slot's lookups to another table of segments, and looks its text up in the new ones.
 
     Args:
-        slots: int64. Slots to carry over.
-        moved: int64, shape (segments,). Where each segment was before, or -1.
+        slots: int64, shape (slots,). Slots to copy.
+        moved: int64, shape (segments,). Index of each segment in the old table, or -1.
         old_chain: int32, shape (slots, segments before, LONGEST + 1, 2).
         chain: The same of the new table; written, as is `longest`.
     """
@@ -108,26 +108,26 @@ def propose_rows(
     out_lengths: NDArray[np.int32],
     out_probs: NDArray[np.float32],
 ) -> int:
-    """Proposes for rows first_row..last_row-1. Rows do not touch each other, so threads may share a batch.
+    """Proposes for rows first_row..last_row-1. Rows are independent, so threads may split a batch.
 
     Args:
         ids: int64, shape (rows,).
         limits: int32, shape (rows,). The longest chain of each row.
-        min_prob: A chain ends before its path probability falls below it.
+        min_prob: Smallest path probability of a chain's node.
         places: int64, shape (2,). See REQUEST and SEEN.
         keys, visits, row_tokens, row_probs, doubt: The adjacency matrix.
         segments: int64, shape (segments, SEGMENT_FIELDS). Those of group g are
             group_starts[g]..group_starts[g + 1] - 1.
-        group_places: int64, shape (groups,). Where each group stands among the sources.
+        group_places: int64, shape (groups,). Index of each group among the sources.
         segment_params: float64: escape factor, order cap, gain beyond it, occurrences read for one context.
         chain, longest, tail: Of all slots, see `segment_match`.
         weights, parameters, request, expected, accepted, prior: Of the calibration.
-        needed: Probability below which a child is not looked at.
-        full: uint8, shape (rows,). Gets 1 where a text did not fit its automaton: nothing else is done
-            then, and the row is to come again with more room.
-        out_tokens: int32, shape (rows, max_chain). -1 behind each chain.
+        needed: Probability below which a child is not considered.
+        full: uint8, shape (rows,). Gets 1 where a text did not fit its automaton: nothing else is done then,
+            and the call is repeated for the row with more room.
+        out_tokens: int32, shape (rows, max_chain). -1 after each chain.
         out_lengths: int32, shape (rows,).
-        out_probs: float32, shape (rows, max_chain). Path probabilities, 0 behind each chain.
+        out_probs: float32, shape (rows, max_chain). Path probabilities, 0 after each chain.
 
     Returns:
         Rows that did not fit.
@@ -198,7 +198,7 @@ def propose_rows(
                     for place in range(ranges[group, item, 0], ranges[group, item, 1]):
                         prefetch(tokens_at + token_width * pool[group, place])
 
-        size = np.int64(1)  # literals would compile what is called twice
+        size = np.int64(1)  # literals would compile the callees twice
         node = np.int64(0)
         path = 1.0
         depth = np.int64(0)

@@ -1,8 +1,8 @@
 """Brings the segment lookups of many rows to the ends of their texts, side by side.
 
-A binary search waits for memory at every step. Those of all rows, segments and lengths go in step here: each
-round makes one step of each of them, so that their waits overlap. What they find is what
-`segment_match.find_short` finds.
+A binary search waits for memory at every step. Those of all rows, segments and lengths advance together here:
+each round makes one step of each of them, so that their waits overlap. Their results are those of
+`segment_match.find_short`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from retrieval_draft.index._kernels.segment_match import (
 from retrieval_draft.index._kernels.sizes import STRIDE
 
 SHORT = 3
-"""Lengths below that of a key which are looked up with it: `segment_tree.gather` asks for these first."""
+"""Lengths below that of a key which are looked up with it: `segment_tree.gather` reads these first."""
 
 TOGETHER = 512
-"""Lookups that go in step, about."""
+"""Approximate number of lookups that advance together."""
 
 SEGMENT, TOKENS_ASKED, SHIFT, FIRST, LAST, PLACE = range(6)
 QUERY_FIELDS = 6
@@ -45,7 +45,7 @@ QUERY_FIELDS = 6
 def _halve(
     queries: NDArray[np.int64], prefixes: NDArray[np.uint64], query: int, key: int, above: bool
 ) -> bool:
-    """One step of a query's binary search, by the key in the middle. Returns whether there is another."""
+    """One step of a query's binary search, by the key in the middle. Returns whether another step follows."""
     first, last = queries[query, FIRST], queries[query, LAST]
     middle = (first + last) >> 1
     right = key < prefixes[query] or (above and key == prefixes[query])
@@ -117,7 +117,8 @@ def find_together(
     Args:
         segments: int64, shape (segments, SEGMENT_FIELDS).
         queries: int64, shape (queries, QUERY_FIELDS). SEGMENT, TOKENS_ASKED and SHIFT are given: tokens of
-            the prefix, and bits of a key behind it. The rest is scratch, and so is `low`.
+            the prefix, and bits of a key after it. The rest is scratch.
+            low: int64, shape (queries,). Scratch.
         prefixes: uint64, shape (queries,). Tokens packed as the upper bits of a key are.
         entries: int32, shape (queries, 2). Written: entries of a chain, see `segment_match`.
         count: Queries.
@@ -132,7 +133,7 @@ def find_together(
         queries[query, FIRST] = max((sample - 1) * STRIDE + 1, 0)
         queries[query, LAST] = min(sample * STRIDE, segments[queries[query, SEGMENT], SIZE])
     _search_suffixes(segments, queries, prefixes, count, False)
-    # The end of an interval lies behind its beginning; there is none where the beginning has another prefix.
+    # The end of an interval follows its beginning; there is none where the beginning has another prefix.
     for query in range(count):
         segment = queries[query, SEGMENT]
         shift = np.uint64(queries[query, SHIFT])
@@ -180,11 +181,11 @@ def advance_rows(
     longest: NDArray[np.int32],
     tail: NDArray[np.int32],
 ) -> None:
-    """Does for rows first_row..last_row-1 what `segment_match.advance` does for one text.
+    """Applies `segment_match.advance` to the texts of rows first_row..last_row-1.
 
-    The shortest length that is kept up, that of a key, is looked up first, at the text's end. Where it does
-    not occur no longer one does, whatever the tokens on the way there were: they are passed over. Where it
-    does, `advance` goes token by token.
+    The shortest length with an entry in the chain, that of a key, is looked up first, at the text's end.
+    Where it does not occur no longer one does, so the tokens before the end are skipped. Where it does,
+    `advance` goes token by token.
 
     Args:
         ids: int64, shape (rows,).
@@ -255,9 +256,9 @@ def advance_rows(
 
 @kernel
 def _asked(segments: NDArray[np.int64], segment: int, text: NDArray[np.int32]) -> tuple[int, bool]:
-    """How many short lengths of a text's end are looked up, 1, 2, ..., and whether that of a key is.
+    """Number of short lengths of a text's end to look up, 1, 2, ..., and whether that of a key is among them.
 
-    None that holds a token which the segment cannot hold, nor one that is longer than the text.
+    Ends with a token that the segment cannot hold, or longer than the text, are left out.
     """
     bits, separator = segments[segment, BITS], segments[segment, SEPARATOR]
     count = 64 // bits
@@ -279,7 +280,7 @@ def _ask(
     prefixes: NDArray[np.uint64],
     asked: int,
 ) -> int:
-    """Adds the lookups of a text's end in a segment. Returns how many there are now."""
+    """Adds the lookups of a text's end in a segment. Returns the number of lookups."""
     bits = segments[segment, BITS]
     count = 64 // bits
     short, whole = _asked(segments, segment, text)

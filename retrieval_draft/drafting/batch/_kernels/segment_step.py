@@ -1,7 +1,7 @@
 """One node of a chain in suffix-sorted segments.
 
 Contexts and ranges are those of `segment_tree`: of each context's occurrences a sample is read once, at the
-root, and the ranges of the sample shrink to what agrees with the chain as it grows.
+root, and the ranges of the sample shrink to the occurrences that agree with the chain as it grows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from retrieval_draft.index._kernels.segment_match import SEPARATOR, token_at
 from retrieval_draft.index._kernels.segment_tree import INSIDE, worth
 
 MAX_RUNS = 64
-"""Runs of equal tokens that are told apart in one context; what is beyond is counted, not proposed."""
+"""Runs of equal tokens that are kept separate in one context; further ones are counted, not proposed."""
 
 
 @inner_kernel
@@ -38,17 +38,28 @@ def expand_segments(
     probs: NDArray[np.float64],
     lengths: NDArray[np.int32],
 ) -> int:
-    """What follows the chain in its contexts' occurrences, blended by the rule of `segment_tree.propose`.
+    """Tokens after the chain in its contexts' occurrences, blended by the rule of `segment_tree.propose`.
 
     Args:
         segments: int64, shape (segments, SEGMENT_FIELDS).
-        pool: int64. Where the sampled occurrences go on, from `segment_tree.gather`.
-        ranges: int16, shape (RANGES, 2). What of the pool agrees with the chain, for each range.
+        pool: int64. Text positions after the sampled occurrences, from `segment_tree.gather`.
+        ranges: int16, shape (RANGES, 2). The part of the pool that agrees with the chain, for each range.
+        range_segment: int64, shape (RANGES,). Segment of each range, from `segment_tree.gather` as the next
+            three.
+        range_scale: float64, shape (RANGES,).
+        range_context: int64, shape (RANGES,).
+        num_ranges: Number of ranges.
+        context_length: int64, shape (CONTEXTS + 1,).
+        contexts: Number of contexts.
+        params: float64: escape factor, order cap, gain beyond it.
         depth: Tokens of the chain so far.
         needed: Probability below which a child is of no use.
-        run_child: int64, shape (MAX_RUNS,). Scratch, as is `run_weight`.
+        run_child: int64, shape (MAX_RUNS,). Scratch.
+        run_weight: float64, shape (MAX_RUNS,). Scratch.
         seen_in: int64. Scratch, as long as `tokens`.
-        tokens: int32. Written, as are `probs` and `lengths`; their length is the most children there may be.
+        tokens: int32, shape (children,), their limit. Written, as are the next two.
+        probs: float64, shape (children,).
+        lengths: int32, shape (children,). Match lengths.
 
     Returns:
         Children written.
@@ -125,10 +136,19 @@ def follow_segments(
     depth: int,
     token: int,
 ) -> bool:
-    """Keeps of each range what has `token` next.
+    """Narrows each range to the occurrences with `token` next.
+
+    Args:
+        segments: int64, shape (segments, SEGMENT_FIELDS).
+        pool: int64. Text positions after the sampled occurrences, from `segment_tree.gather`.
+        ranges: int16, shape (RANGES, 2). Changed.
+        range_segment: int64, shape (RANGES,).
+        num_ranges: Number of ranges.
+        depth: Tokens of the chain so far.
+        token: The next one.
 
     Returns:
-        Whether anything has.
+        Whether any occurrence has.
     """
     left = False
     for item in range(num_ranges):

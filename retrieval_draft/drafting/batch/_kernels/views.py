@@ -1,4 +1,4 @@
-"""Arrays of any length at addresses, so that one kernel serves requests that each have arrays of their own.
+"""Arrays of any length at addresses, so that one kernel reads separate arrays of each request.
 
 The caller keeps the arrays alive and in place for as long as the kernel runs.
 """
@@ -58,13 +58,13 @@ prefetch: Any
 int32_row: Any
 int32_rows: Any
 int64_row: Any
-if getattr(config, "DISABLE_JIT", 0):  # the same in Python, which checks that kernels are Python that works
+if getattr(config, "DISABLE_JIT", 0):  # the same in plain Python, for tests
 
     def _array(kind: type[Any], address: int, size: int) -> NDArray[Any]:
         return np.ctypeslib.as_array((kind * int(size)).from_address(int(address)))
 
     def prefetch(address: int) -> None:
-        """Nothing: there is no cache to fill ahead of use."""
+        """Does nothing: Python has no prefetch."""
 
     def int32_row(address: int, size: int) -> NDArray[np.int32]:
         """int32, shape (size,)."""
@@ -84,7 +84,7 @@ else:
 
     @kernel
     def prefetch(address: int) -> None:
-        """Has the memory at an address fetched while other work goes on; it may be any address."""
+        """Prefetches the memory at an address, which need not be valid."""
         _prefetch(address)
 
     @kernel
