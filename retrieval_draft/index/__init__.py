@@ -1,1 +1,1 @@
-"""Looks tokens up. numpy and numba, never torch."""
+"""Lookup structures for token sequences, with numpy and numba and without torch."""

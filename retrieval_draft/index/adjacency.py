@@ -1,8 +1,8 @@
-"""n-gram adjacency matrix: what the target model said comes after the last 1, 2, 3 and 4 tokens.
+"""n-gram adjacency matrix: the target model's predictions after the last 1, 2, 3 and 4 tokens.
 
 Token Recycling (arXiv:2408.08696) keeps the last top-8 of every token; STAND (arXiv:2506.04708) averages
 n-gram rows. Here rows of four orders are averaged, filled from every verified node, accepted or not, and
-blended when asked, together with the tokens that are frequent anywhere.
+blended for a proposal, together with the tokens that are frequent in any context.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArr
 __all__ = ["AdjacencyMatrix", "AdjacencySession", "AdjacencySource"]
 
 DOUBT = (300.0, 30.0, 16.0, 8.0, 4.0)
-"""A row of order o seen v times claims v / (v + DOUBT[o]) of the probability that reaches it; order 0 is
-what is frequent anywhere, in the place of visits the sum of its counts. On traces of two models, halving or
-doubling doubts changes the result by less than 0.5%, a tenth accepts 1 to 3% fewer tokens, and leaving out
+"""A row of order o seen v times takes v / (v + DOUBT[o]) of the probability that reaches it; order 0 holds
+the tokens frequent in any context, with the sum of their counts for visits. On traces of two models, halving
+or doubling doubts changes the result by less than 0.5%, a tenth accepts 1 to 3% fewer tokens, and leaving out
 order 0 4 to 10% fewer."""
 
 VISITS = 16
-"""After so many observations a row turns from the mean of all into a moving average."""
+"""Observations after which a row's mean becomes a moving average."""
 
 
 class AdjacencyMatrix:
@@ -72,7 +72,7 @@ class AdjacencyMatrix:
 
     @property
     def lock(self) -> Lock:
-        """Hold it while a kernel reads `arrays`."""
+        """Lock to hold while a kernel reads `arrays`."""
         return self._lock
 
     @property
@@ -100,13 +100,14 @@ class AdjacencyMatrix:
             )
 
     def row(self, context: TokenArray) -> tuple[TokenArray, np.ndarray[Any, np.dtype[np.float32]], int]:
-        """The row kept for exactly these tokens.
+        """The row of exactly these tokens.
 
         Args:
             context: int32, shape (order,), 1 to 4 tokens.
 
         Returns:
-            Next tokens and probabilities, best first, and observations in the row; empty and 0 if unknown.
+            Next tokens and probabilities, best first, and observations in the row; empty and 0 if there is
+            none.
         """
         padded = np.full(CONTEXT, -1, np.int32)
         padded[CONTEXT - len(context) :] = context
@@ -158,7 +159,7 @@ class AdjacencyMatrix:
 
 
 class AdjacencySession:
-    """One request's place in the matrix: its last four tokens."""
+    """One request's context in the matrix: its last four tokens."""
 
     def __init__(self, matrix: AdjacencyMatrix, prompt: TokenArray) -> None:
         self._matrix = matrix
@@ -167,11 +168,11 @@ class AdjacencySession:
         self.observe(prompt[-CONTEXT:])
 
     def propose(self, budget: int) -> Proposal:
-        """What the model said came next, earlier, after the same tokens."""
+        """The model's earlier predictions after the same tokens, as a tree."""
         return self._matrix.propose(self._tail, budget, self._workspace)
 
     def observe(self, tokens: TokenArray) -> None:
-        """Moves on. Accepted tokens teach through `learn`, which sees their whole distribution."""
+        """Appends accepted tokens, int32, shape (m,), to the context. The matrix learns in `learn`."""
         kept = np.asarray(tokens[-CONTEXT:], np.int32)
         if len(kept):
             self._tail = np.concatenate((self._tail[len(kept) :], kept))
@@ -199,14 +200,14 @@ class AdjacencySource:
         self.matrix = AdjacencyMatrix(rows, top_k)
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> AdjacencySession:
-        """Starts at the end of the prompt; reference texts carry no predictions and are not used."""
+        """Starts at the end of the prompt, int32, shape (length,); references have no predictions."""
         return AdjacencySession(self.matrix, prompt)
 
     def flush(self) -> None:
-        """Does nothing: what was learned is there at once."""
+        """Does nothing: learned predictions can be looked up at once."""
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing: there is no thread or file to close."""
 
     @property
     def nbytes(self) -> int:

@@ -26,7 +26,7 @@ class Corpus:
 
     @classmethod
     def open(cls, path: str | Path) -> Corpus:
-        """Opens an index that ``index build`` wrote; ``folder.check`` holds it to a tokenizer.
+        """Opens an index that ``index build`` wrote; ``folder.check`` checks its tokenizer.
 
         Raises:
             DatastoreError: No index, or a torn one.
@@ -55,18 +55,18 @@ class CorpusSource:
 
     @property
     def segments(self) -> Segments:
-        """Of all corpora."""
+        """Segments of all corpora."""
         return self._segments
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> SegmentSession:
-        """Starts a request; references are the request's own and are not looked up here."""
+        """Starts a request with `prompt`, int32, shape (length,); references are not used."""
         return SegmentSession(lambda: self._segments, prompt, self.name, self.level)
 
     def flush(self) -> None:
         """Does nothing: an index does not change."""
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing: there is no thread or file to close."""
 
     @property
     def nbytes(self) -> int:

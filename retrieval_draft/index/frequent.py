@@ -1,4 +1,4 @@
-"""The tokens that the model says most often: what to guess where no context is known."""
+"""The tokens that the model predicts most often, as guesses where no context is known."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ __all__ = ["FrequentTokens"]
 
 KEPT = 64
 FADE = 20000.0
-"""Counts are halved when they sum to this: some dozens of replies back a word counts half. On the traces
+"""Counts are halved when they sum to this: after some dozens of replies a count is halved. On the traces
 5,000 and 100,000, and 128 tokens kept, change the result by less than 0.3%."""
 
 MAX_IDS = 1 << 24
-"""Ids from here on are of no vocabulary, and are not counted: there is room for each id up to the largest."""
+"""Smallest id that is not counted, as no vocabulary has it: arrays have an entry for each id up to the
+largest."""
 
 
 class FrequentTokens:
-    """Counts of all tokens, and which are the largest.
+    """Counts of all tokens, and the tokens with the largest.
 
     Not thread-safe: the adjacency matrix, which owns it, holds a lock.
 

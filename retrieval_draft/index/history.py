@@ -1,7 +1,7 @@
 """Earlier requests of this process, as segments that are merged and evicted in the background.
 
-What a finished request said becomes a small segment at once, and segments of like size are merged into larger
-ones, so there are never more than a handful.
+The text of a finished request becomes a small segment at once, and segments of similar size are merged into
+larger ones, so there are never more than a few.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 __all__ = ["History", "HistorySource"]
 
 QUEUE_TOKENS = 1 << 22
-"""Tokens that may wait for the background thread. Beyond them the oldest request waiting is dropped."""
+"""Tokens that may wait for the background thread. Beyond it the oldest waiting request is dropped."""
 
 _log = logging.getLogger("retrieval_draft")
 
@@ -38,10 +38,10 @@ class History:
     """Texts of finished requests.
 
     Args:
-        vocabulary: Ids are below it.
-        max_bytes: The oldest segments go when all together take more.
-        folder: Where to keep it, or None to forget it at exit. One process at a time writes there;
-            a second one reads what is there and keeps its own texts in memory.
+        vocabulary: Number of token ids.
+        max_bytes: Limit of all segments together; the oldest are evicted.
+        folder: Folder to save it in, or None to lose it at exit. One process at a time writes there;
+            a second one reads its contents and keeps its own texts in memory.
         fingerprint: Of the tokenizer, which the folder is checked against.
 
     Attributes:
@@ -83,21 +83,21 @@ class History:
 
     @property
     def evicted(self) -> int:
-        """Tokens that went to make room."""
+        """Tokens evicted to make room."""
         return self._pile.evicted
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all segments and of what waits."""
+        """Bytes of all segments and of waiting requests."""
         return self._pile.nbytes + 4 * self._waiting_tokens
 
     def add(self, prompt: TokenArray, reply: TokenArray) -> None:
-        """Takes a finished request in; it can be looked up a little later. Never waits.
+        """Adds a finished request; it can be looked up a little later. Never blocks.
 
         Args:
-            prompt: int32. Of it only what is not known yet is kept, so that a long conversation, which
-                comes again with every turn, is stored once. May be empty.
-            reply: int32. Kept whole, for how often something was said counts. May be empty.
+            prompt: int32, shape (n,). Only its new parts are kept, so that a long conversation, which is
+                repeated with every turn, is stored once. May be empty.
+            reply: int32, shape (m,). Kept whole, as the number of occurrences counts. May be empty.
         """
         if len(prompt) + len(reply) == 0:
             return
@@ -118,20 +118,20 @@ class History:
             self._changed.notify_all()
 
     def limit(self, max_bytes: int) -> None:
-        """Changes how many bytes are kept; what is over goes when the next request comes in."""
+        """Changes the limit in bytes; segments beyond it are evicted with the next request."""
         self._pile.max_bytes = max_bytes
 
     def flush(self, timeout: float | None = None) -> bool:
         """Waits until everything added can be looked up.
 
         Returns:
-            False where `timeout` seconds were not enough.
+            False after `timeout` seconds.
         """
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout)
 
     def close(self) -> None:
-        """Keeps what waits, and stops the background thread. What is in memory stays usable."""
+        """Adds waiting requests, and stops the background thread. Segments in memory stay usable."""
         if self._worker is not None:
             self.flush()
         with self._changed:
@@ -140,10 +140,10 @@ class History:
         self._stack.close()
 
     def _attach(self, folder: Path, fingerprint: str) -> None:
-        """Maps what a folder holds, and keeps it open for writing where that is possible.
+        """Maps a folder's segments, and keeps it open for writing where that is possible.
 
         Raises:
-            DatastoreError: It holds something else, or is torn.
+            DatastoreError: It holds other files, or is torn.
             TokenizerMismatchError: It belongs to another tokenizer.
         """
         try:
@@ -151,7 +151,7 @@ class History:
         except DatastoreError as error:
             if not isinstance(error.__cause__, OSError) or (folder / MANIFEST).exists():
                 raise
-            # Nothing is there and nothing can be: requests are served all the same.
+            # The folder is missing and cannot be made: requests are served without it.
             _log.warning("The history is kept in memory only: %s", error.message)
             return
         try:
@@ -165,7 +165,7 @@ class History:
         self._entries.update(zip(self.segments, index.manifest.segments, strict=True))
 
     def _take(self) -> list[tuple[TokenArray, TokenArray]]:
-        """Waits for requests, and takes all there are."""
+        """Waits for requests, and takes all waiting ones."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed, timeout=1.0)
             taken = list(self._waiting)
@@ -189,7 +189,7 @@ class History:
         self._persist(self.segments)
 
     def _persist(self, segments: Segments) -> None:
-        """Brings the folder to what is in memory. Failing costs the copy on disk, nothing else."""
+        """Writes the segments in memory to the folder. A failure loses the copy on disk only."""
         index = self._index
         if index is None:
             return
@@ -205,17 +205,17 @@ class History:
             self.failures += 1
 
     def _serve(self) -> bool:
-        """One round of the background thread.
+        """Runs one round of the background thread.
 
         Returns:
-            Whether there may be another.
+            Whether another round may follow.
         """
         taken = self._take()
         self._pile.free_retired()
         if taken:
             try:
                 self._ingest(taken)
-            except Exception as error:  # a request's text is lost, the process goes on
+            except Exception as error:  # a request's text is lost, the process continues
                 self.failures += 1
                 _log.warning("A request's text could not be added to the history: %r", error, exc_info=error)
             finally:
@@ -236,11 +236,11 @@ class HistorySession:
         self._lookup = SegmentSession(lambda: history.segments, prompt, "history", "history")
 
     def propose(self, budget: int) -> Proposal:
-        """What followed the text's end in earlier requests."""
+        """The tokens after the text's end in earlier requests, as a tree."""
         return self._lookup.propose(budget)
 
     def observe(self, tokens: TokenArray) -> None:
-        """Appends accepted tokens."""
+        """Appends accepted tokens, int32, shape (m,)."""
         if self._keep_reply:
             self._reply.append(np.array(tokens, np.int32))
         self._lookup.observe(tokens)
@@ -249,7 +249,7 @@ class HistorySession:
         """Does nothing: only text is kept here."""
 
     def close(self) -> None:
-        """Hands the request's text to the history."""
+        """Adds the request's text to the history."""
         self._lookup.close()
         reply = np.concatenate(self._reply) if self._reply else np.empty(0, np.int32)
         self._reply = []
@@ -257,10 +257,10 @@ class HistorySession:
 
 
 class HistorySource:
-    """Drafts from what earlier requests of this process said.
+    """Drafts from the texts of earlier requests of this process.
 
     Args:
-        history: Where they are kept.
+        history: The store of their texts.
         prompts: Whether prompts join it.
         replies: Whether replies join it.
     """
@@ -274,18 +274,18 @@ class HistorySource:
         self._replies = replies
 
     def keep(self, prompt: TokenArray, reply: TokenArray) -> None:
-        """Takes a request in that was not opened here: of its text what the source was told to keep."""
+        """Adds the kept parts of a request that was not opened here: int32, shape (n,) and (m,)."""
         nothing = np.empty(0, np.int32)
         self.history.add(prompt if self._prompts else nothing, reply if self._replies else nothing)
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> HistorySession:
-        """Starts a request; references are the request's own and stay out of the history."""
+        """Starts a request with `prompt`, int32, shape (length,); references stay out of the history."""
         return HistorySession(self.history, prompt, self._prompts, self._replies)
 
     def open_parallel(
         self, prompt: TokenArray, references: Sequence[TokenArray], count: int
     ) -> list[HistorySession]:
-        """Starts requests with one prompt, which joins the history once."""
+        """Starts requests with one prompt, int32, shape (length,), which is added to the history once."""
         return [
             HistorySession(self.history, prompt, self._prompts and each == 0, self._replies)
             for each in range(count)
@@ -296,7 +296,7 @@ class HistorySource:
         self.history.flush()
 
     def close(self) -> None:
-        """Keeps what waits, and stops the background thread."""
+        """Adds waiting requests, and stops the background thread."""
         self.history.close()
 
     @property
@@ -306,8 +306,8 @@ class HistorySource:
 
 
 def _work(history: Callable[[], History | None]) -> None:
-    """The background thread: runs until the history is closed or nobody holds it any more."""
-    with suppress(OSError, AttributeError):  # leave the cores to whoever decodes
+    """The background thread: runs until the history is closed or garbage."""
+    with suppress(OSError, AttributeError):  # leave the cores to decoding
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
     while True:
         mine = history()
@@ -320,7 +320,7 @@ _histories: WeakSet[History] = WeakSet()
 
 
 def _after_fork() -> None:
-    """The thread stays with the parent, and so does the folder: a child keeps its own texts in memory."""
+    """Resets histories in a forked child: thread and folder are the parent's, texts stay in memory only."""
     for history in _histories:
         history._changed = threading.Condition()
         history._worker = None
@@ -333,7 +333,7 @@ def _after_fork() -> None:
 
 @atexit.register
 def _at_exit() -> None:
-    """What waits is written before the process ends."""
+    """Writes waiting requests before the process ends."""
     for history in list(_histories):
         if history._index is not None:
             history.close()

@@ -16,10 +16,10 @@ def read_phrases(path: Path) -> list[str]:
     """Reads phrases from a file.
 
     Args:
-        path: ``.json``, a list of strings, or ``.jsonl``, one on each line, where an object with ``text``
-            will do for a string. Any other file is text: lines of nothing but three or more dashes separate
-            the phrases, whose line breaks at both ends are left out; without such a line every line is one.
-            Blank phrases are skipped.
+        path: ``.json``, a list of strings, or ``.jsonl``, one on each line, where an object with ``text`` may
+            replace a string. Any other file is text: lines of nothing but three or more dashes separate the
+            phrases, whose line breaks at both ends are left out; without such a line every line is one. Blank
+            phrases are skipped.
 
     Raises:
         InvalidInputError: The file cannot be read, is not UTF-8, not of that form, or holds no phrase.
@@ -75,7 +75,7 @@ def _text(record: Any, where: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """Name of a JSON value's type."""
     if isinstance(value, dict):
         return f"an object with {', '.join(map(repr, list(value)[:5])) or 'no keys'}"
     return f"a list of {len(value)}" if isinstance(value, list) else f"the value {json.dumps(value)[:40]}"

@@ -1,4 +1,4 @@
-"""Phrases: fixed texts that the user names, and the rest of one as soon as its words come up."""
+"""Phrases: fixed texts from the user, whose rest is proposed once their first words occur."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ LONGEST = 32
 """Tokens of the text that are compared with a phrase."""
 
 KEPT = 64
-"""Occurrences kept of one trigger, and looked at in one step."""
+"""Occurrences kept of one trigger, and read in one step."""
 
 CAP = 16
-"""Match length from which on nothing becomes surer. Below it, an occurrence weighs twice as much for each
-token of its match."""
+"""Match length from which on the probability stays the same. Below it, an occurrence weighs twice as much for
+each token of its match."""
 
 SURE = [1 - 0.65 * 0.775**length for length in range(CAP + 1)]
-"""Probability that the text goes on as the phrases do, by match length: .61 after 2 tokens, .70 after 3, .95
+"""Probability that the text continues like the phrases, by match length: .61 after 2 tokens, .70 after 3, .95
 after 10, .99 after 16."""
 
 _TOKEN = 4  # bytes: texts are kept as bytes, which Python compares, sorts and slices without a loop
 
 
 class PhraseTable:
-    """An Aho-Corasick automaton over the n-grams of phrases, and where each occurs.
+    """An Aho-Corasick automaton over the n-grams of phrases, and their occurrences.
 
     Besides the n-grams, each phrase's first 2 to `trigger` - 1 tokens start it; no single token does. Of an
     n-gram that occurs more than 64 times, 64 occurrences spread over all are kept, and those of twice its
@@ -45,13 +45,13 @@ class PhraseTable:
     The table never changes; it takes 100 to 180 bytes a token, more the fewer n-grams repeat.
 
     Args:
-        phrases: For each int32, shape (length,), ids of 0 and above. Those of less than 3 tokens are ignored.
+        phrases: int32, shape (length,) each, ids of 0 and above. Those of less than 3 tokens are ignored.
         trigger: Tokens of an n-gram, 2 to 32.
 
     Attributes:
-        ignored: How many phrases were too short.
+        ignored: Number of phrases that were too short.
         flat: The others, one after the other, as the bytes of int32.
-        ends: Where each of them ends, in tokens.
+        ends: End of each of them, in tokens.
 
     Raises:
         InvalidInputError: A phrase is no row of token ids, or `trigger` is out of range.
@@ -112,7 +112,7 @@ class PhraseTable:
             return []
         letters = _letters(tail[-self._reach * _TOKEN :])
         groups = [group for place, group in self._automaton.iter(letters) if place == len(letters) - 1]
-        positions: dict[int, None] = {}  # the longest trigger comes first, and is the one that may fill it
+        positions: dict[int, None] = {}  # the longest trigger comes first, and may fill it
         for group in groups:
             positions.update(dict.fromkeys(self._positions[self._groups[group] : self._groups[group + 1]]))
         found = []
@@ -124,7 +124,7 @@ class PhraseTable:
         return found
 
     def _phrase(self, position: int) -> tuple[int, int]:
-        """Where the phrase begins and ends that `position` lies in or ends; no phrase begins there."""
+        """Begin and end of the phrase that contains `position` or ends at it; no phrase begins there."""
         number = bisect_left(self.ends, position)
         return (self.ends[number - 1] if number else 0), self.ends[number]
 
@@ -168,7 +168,7 @@ class PhraseTable:
 
 
 class _Continuations:
-    """What may follow, sorted: a tree node is a range of rows, and forks where neighbours differ.
+    """Continuations, sorted: a tree node is a range of rows, and forks where neighbours differ.
 
     A row weighs 2 to the power of its match length, 16 at most. A child gets its share of the weight of all
     rows at its parent, those that end there included, times `SURE` of their longest match.
@@ -181,7 +181,7 @@ class _Continuations:
         self._lengths = [length for _, length in self._rows]
         self._weights = [0, *accumulate(1 << min(length, CAP) for length in self._lengths)]
         self._common = [0, *map(_common_start, texts, texts[1:])]  # with the row above
-        # Of each node to come: -path probability, -longest match, rows, depth, where it forks, parent,
+        # Of each pending node: -path probability, -longest match, rows, depth, depth of its fork, parent,
         # probability. Longer matches win ties; no two nodes hold the same first row, so nothing else decides.
         self._heap: list[tuple[float, int, int, int, int, int, int, float]] = []
 
@@ -235,11 +235,11 @@ class PhraseSession:
         self.observe(prompt)
 
     def propose(self, budget: int) -> Proposal:
-        """The rest of the phrases that the text is in."""
+        """The rest of the phrases that the text's end matches."""
         return self._table.propose(self._tail, budget)
 
     def observe(self, tokens: TokenArray) -> None:
-        """Appends accepted tokens.
+        """Appends accepted tokens, int32, shape (m,).
 
         Raises:
             InvalidInputError: An id is negative.
@@ -253,7 +253,7 @@ class PhraseSession:
         """Does nothing: phrases are given."""
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Does nothing: there is nothing to free."""
 
 
 class PhraseSource:
@@ -270,14 +270,14 @@ class PhraseSource:
         self.table = table
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> PhraseSession:
-        """Starts at the end of the prompt; reference texts are the request's own and are not used."""
+        """Starts at the end of the prompt, int32, shape (length,); references are not used."""
         return PhraseSession(self.table, prompt)
 
     def flush(self) -> None:
         """Does nothing: the phrases do not change."""
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing: there is no thread or file to close."""
 
     @property
     def nbytes(self) -> int:
@@ -301,7 +301,7 @@ def _checked(phrase: TokenArray, number: int) -> TokenArray:
 
 
 def _letters(tokens: bytes) -> tuple[int, ...]:
-    """Two letters for each token, the first from 256 on, so that neither can be taken for the other.
+    """Two letters for each token, the first from 256 on, so that the two ranges are disjoint.
 
     pyahocorasick searches a node's edges one by one: with a letter a token, the root's alone would take 40
     microseconds where phrases hold 50,000 different tokens. This way it has one edge for 256 of them.
@@ -310,14 +310,14 @@ def _letters(tokens: bytes) -> tuple[int, ...]:
 
 
 def _common_start(one: bytes, other: bytes) -> int:
-    """How many tokens two texts start alike. The lowest bit in which they differ says it, without a loop."""
+    """Length of the common start of two texts in tokens, from their lowest differing bit, without a loop."""
     size = min(len(one), len(other))
     differ = int.from_bytes(one[:size], "little") ^ int.from_bytes(other[:size], "little")
     return ((differ & -differ).bit_length() - 1) // (8 * _TOKEN) if differ else size // _TOKEN
 
 
 def _common_end(one: bytes, other: bytes) -> int:
-    """How many tokens two texts of one length end alike: the highest bit in which they differ says it."""
+    """Length of the common end of two texts of equal length in tokens, from their highest differing bit."""
     differ = int.from_bytes(one, "little") ^ int.from_bytes(other, "little")
     return len(one) // _TOKEN - (-(-differ.bit_length() // (8 * _TOKEN)))
 

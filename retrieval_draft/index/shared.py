@@ -1,4 +1,4 @@
-"""Drafts from what all servers of a tenant said, their own replies among them."""
+"""Drafts from the replies of all servers of a tenant, this one's among them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["SharedSource"]
 
 
 class SharedSource:
-    """Looks the shared datastore up; what goes into it is handed to the store at the end of a request.
+    """Looks up the shared datastore; a request's text is added to the store at its end.
 
     Args:
-        store: The server's copy of the log. Lookups are local. Whoever opened it closes it.
+        store: The server's copy of the log. Lookups are local. The code that opened it closes it.
 
     Example:
-        another server has said 7 8 9 4; prompt 5 7 8: propose(2)  ->  tokens [9, 4], level "shared"
+        another server has generated 7 8 9 4; prompt 5 7 8: propose(2)  ->  tokens [9, 4], level "shared"
     """
 
     name = "shared"
@@ -28,18 +28,18 @@ class SharedSource:
         self.store = store
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> SegmentSession:
-        """Starts a request; references are the request's own and are not used."""
+        """Starts a request with `prompt`, int32, shape (length,); references are not used."""
         store = self.store
         return SegmentSession(lambda: store.segments, prompt, self.name, self.level)
 
     def flush(self) -> None:
-        """Waits until what finished requests shared can be looked up here, unless the store is down."""
+        """Waits until texts of finished requests can be looked up here, unless the store is down."""
         self.store.flush()
 
     def close(self) -> None:
-        """Does nothing: the store may serve other drafters, and takes runs where nothing is drafted."""
+        """Does nothing: the store may serve other drafters, and accepts texts without drafting."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of shared text and of what waits to be sent."""
+        """Bytes of shared text and of texts waiting to be sent."""
         return self.store.nbytes

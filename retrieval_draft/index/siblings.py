@@ -1,4 +1,4 @@
-"""Several replies to one prompt, decoded side by side: each drafts from what the others have said."""
+"""Several replies to one prompt, decoded in parallel: each drafts from the others' text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from retrieval_draft.index.suffix_automaton import SuffixAutomaton
 __all__ = ["SiblingSession", "SiblingSource"]
 
 LED_TO = 32
-"""Tokens of the prompt that go before each reply, so that its first tokens have a context."""
+"""Tokens of the prompt before each reply, so that its first tokens have a context."""
 
 
 class SiblingSession:
@@ -27,7 +27,7 @@ class SiblingSession:
         self._workspace = None if automaton is None else SuffixAutomaton.workspace()
 
     def propose(self, budget: int) -> Proposal:
-        """What followed the reply's last tokens in any of the replies, as a tree."""
+        """The tokens after the reply's last tokens in any of the replies, as a tree."""
         if self._automaton is None or self._workspace is None:
             return empty_proposal(SiblingSource.name, SiblingSource.level)
         self._automaton.place = self._place
@@ -35,7 +35,7 @@ class SiblingSession:
         return replace(said, source=SiblingSource.name, level=SiblingSource.level)
 
     def observe(self, tokens: TokenArray) -> None:
-        """Appends accepted tokens; the others can draft from them at once."""
+        """Appends accepted tokens, int32, shape (m,); the others can draft from them at once."""
         if self._automaton is not None:
             self._automaton.place = self._place
             self._automaton.insert(tokens)
@@ -45,24 +45,24 @@ class SiblingSession:
         """Does nothing: only text is kept here."""
 
     def close(self) -> None:
-        """Leaves what was said to the siblings that go on."""
+        """Keeps the text for the siblings that continue."""
 
 
 class SiblingSource:
     """Drafts from other samples of the same prompt in the same call.
 
-    Samples agree over some stretches, and counts over all of them say where: the consensus of parallel paths
+    Samples agree in parts, and counts over all of them show where: the consensus of parallel paths
     (arXiv:2503.05330) in one suffix automaton, which the replies extend in turns.
 
     Example:
-        after the prompt 1 2 one sample has said 3 4, another 3: it is offered 4
+        after the prompt 1 2 one sample is 3 4, another 3: the latter gets the draft 4
     """
 
     name = "siblings"
     level = "request"
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> SiblingSession:
-        """A request without siblings has nothing to draft from here."""
+        """Starts a request without siblings, for which this source proposes nothing; no argument is read."""
         return SiblingSession(None)
 
     def open_parallel(
@@ -72,18 +72,18 @@ class SiblingSource:
 
         Args:
             prompt: int32, shape (length,).
-            references: Not used: the request's own automaton holds them.
-            count: How many.
+            references: int32 each. Not used: the request's own automaton holds them.
+            count: Number of requests.
         """
         automaton = SuffixAutomaton()
         automaton.insert(prompt[-LED_TO:])
         return [SiblingSession(automaton) for _ in range(count)]
 
     def flush(self) -> None:
-        """Does nothing: nothing is kept between requests."""
+        """Does nothing: no state outlives a request."""
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing: there is no thread or file to close."""
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""What every draft source is: a thing that opens requests and proposes small trees for them."""
+"""Protocols of draft sources, which open requests and propose small trees for them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ TokenArray = NDArray[np.int32]
 """Token ids, int32, one axis. -1 means none; 0 is a token like any other."""
 
 CONTEXT = 4
-"""How many tokens of context `NodeLogits` carries for each node."""
+"""Number of context tokens of each node in `NodeLogits`."""
 
 _MAX_PROB = 1.01
-"""Sums over a vocabulary are rounded."""
+"""Largest valid probability; above 1, as sums over a vocabulary are rounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Proposal:
         tokens: int32, shape (n,).
         parents: int32, shape (n,). -1 for children of the root.
         probs: float32, shape (n,). The source's estimate of P(accepted | parent accepted), in (0, 1].
-        match_lengths: int32, shape (n,). Tokens of context that the guess rests on.
+        match_lengths: int32, shape (n,). Number of context tokens that the guess is based on.
         source: The name of the source.
         level: Its locality: "request", "history", "shared", "corpus" or "model".
 
@@ -62,10 +62,10 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class NodeLogits:
-    """What the target model said at some positions, accepted or not.
+    """The target model's predictions at some positions, accepted or not.
 
-    A position where a probability is none (no number, negative, more than 1) says nothing, and is left out:
-    whatever learns from these keeps what it learned.
+    A position with an invalid probability (not a number, negative, more than 1) is left out, so that it
+    cannot spoil learned state.
 
     Attributes:
         contexts: int32, shape (m, 4). The last tokens up to and including the position itself,
@@ -96,15 +96,15 @@ class SourceSession(Protocol):
     """A source's view of one request. Not thread-safe; one decoding loop owns it."""
 
     def propose(self, budget: int) -> Proposal:
-        """Returns at most `budget` nodes that may follow the text so far. Changes nothing a user can see."""
+        """Returns at most `budget` nodes that may follow the text so far. Has no visible side effects."""
         ...
 
     def observe(self, tokens: TokenArray) -> None:
-        """Appends accepted tokens to the request's text."""
+        """Appends accepted tokens, int32, shape (m,), to the request's text."""
         ...
 
     def learn(self, logits: NodeLogits) -> None:
-        """Takes note of the target's predictions at verified nodes. Sources of plain text ignore it."""
+        """Learns from the target's predictions at verified nodes. Sources of plain text ignore them."""
         ...
 
     def close(self) -> None:
@@ -113,7 +113,7 @@ class SourceSession(Protocol):
 
 
 class DraftSource(Protocol):
-    """A place to look continuations up in. It lives with the drafter, its sessions with a request."""
+    """A lookup structure for continuations. It lives with the drafter, its sessions with a request."""
 
     name: str
     level: str
@@ -123,16 +123,17 @@ class DraftSource(Protocol):
 
         Args:
             prompt: int32, shape (length,).
-            references: Texts the reply may quote; they never continue into the prompt.
+            references: int32, shape (length,) each. Texts that the reply may quote; none continues into the
+                prompt.
         """
         ...
 
     def flush(self) -> None:
-        """Waits until what finished requests said can be looked up."""
+        """Waits until the replies of finished requests can be looked up."""
         ...
 
     def close(self) -> None:
-        """Ends the source: what waits is kept, background threads stop."""
+        """Closes the source: pending data is written, background threads stop."""
         ...
 
     @property

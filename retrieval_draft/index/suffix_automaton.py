@@ -1,4 +1,4 @@
-"""Suffix automaton of one request's text: grows token by token, proposes what followed before.
+"""Suffix automaton of one request's text, which grows token by token and proposes earlier continuations.
 
 Online construction after Blumer et al. (1985), as used for drafting by SAM-Decoding (arXiv:2411.10666);
 counts, recency and the tree over the whole suffix-link chain are this project's.
@@ -26,11 +26,11 @@ count more for the continuation seen last. On replies of two models the result m
 escapes of 2 and 4, caps of 10 and 16 and recencies of 0 and 1; a cap of 6 costs up to 2% where text loops."""
 
 GROWTH = 1.125
-"""Arrays grow by an eighth, not by half or double: memory is what a long context is short of."""
+"""Arrays grow by an eighth, not by half or double: a long context is short of memory."""
 
 
 class SuffixAutomaton:
-    """All substrings of a text, with how often each was followed by what.
+    """All substrings of a text, with the counts of the tokens after each.
 
     Args:
         capacity: Tokens to make room for at once. It grows as needed.
@@ -79,16 +79,17 @@ class SuffixAutomaton:
 
     @property
     def match_length(self) -> int:
-        """Tokens of the longest suffix that was followed by something earlier; the text's own end was not."""
+        """Tokens of the longest suffix that was followed by a token earlier; the text's own end was not."""
         state = self._kernels.matched_state(self._states, self._meta)
         return int(self._states[state, self._kernels.LENGTH])
 
     @property
     def place(self) -> int:
-        """Stands for the current text. Set it back to go on with that text after another was continued.
+        """State of the current text. Set it back to continue that text after another was continued.
 
-        Texts that begin alike can grow in turns: each insertion extends the text that is current, and a
-        continuation counts for all texts that end alike (a suffix automaton of a trie, Mohri et al. 2009).
+        Texts with the same beginning can grow in turns: each insertion extends the current text, and a
+        continuation counts for all texts with the same end (a suffix automaton of a trie, Mohri et al.
+        2009).
         """
         return int(self._meta[self._kernels.LAST])
 
@@ -111,7 +112,7 @@ class SuffixAutomaton:
         self._insert(array)
 
     def end_text(self) -> None:
-        """Ends the current text. What is inserted next starts a new one and continues nothing."""
+        """Ends the current text. The next insertion starts a new one."""
         self._insert(np.array([-1], np.int32))
 
     def _insert(self, tokens: TokenArray) -> None:
@@ -131,10 +132,10 @@ class SuffixAutomaton:
                 kernels.rebuild_table(self._edges, self._table, self._meta, self._states)
 
     def followers(self, context: TokenArray) -> dict[int, int]:
-        """How often each token followed `context`.
+        """Counts of the tokens after `context`.
 
         Args:
-            context: int32, shape (length,). Empty means the start of every substring.
+            context: int32, shape (length,). Empty counts all tokens.
 
         Returns:
             Next token to count; empty if `context` does not occur or is not followed.
@@ -216,18 +217,18 @@ class AutomatonSession:
         self._workspace = SuffixAutomaton.workspace()
 
     def propose(self, budget: int) -> Proposal:
-        """What followed the text's last tokens before, as a tree."""
+        """The tokens after earlier occurrences of the text's last tokens, as a tree."""
         return self.automaton.propose(budget, self._workspace)
 
     def observe(self, tokens: TokenArray) -> None:
-        """Appends accepted tokens."""
+        """Appends accepted tokens, int32, shape (m,)."""
         self.automaton.insert(tokens)
 
     def learn(self, logits: NodeLogits) -> None:
         """Does nothing: only text is kept here."""
 
     def close(self) -> None:
-        """Nothing to release: the automaton goes with the session."""
+        """Does nothing: the automaton is freed with the session."""
 
 
 class AutomatonSource:
@@ -237,14 +238,14 @@ class AutomatonSource:
     level = "request"
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> AutomatonSession:
-        """Indexes the prompt and the references."""
+        """Indexes the prompt, int32, shape (length,), and the references, int32 each."""
         return AutomatonSession(prompt, references)
 
     def flush(self) -> None:
-        """Does nothing: nothing is kept between requests."""
+        """Does nothing: no state outlives a request."""
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing: there is no thread or file to close."""
 
     @property
     def nbytes(self) -> int:

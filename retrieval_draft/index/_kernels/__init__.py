@@ -1,1 +1,1 @@
-"""numba functions over flat arrays. Import only where a kernel is about to run: it costs numba's import."""
+"""numba functions over flat arrays. Import them lazily: they import numba."""

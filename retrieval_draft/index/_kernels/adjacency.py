@@ -2,7 +2,7 @@
 
 keys[r]    hash of (order, last `order` tokens), 0 where the row is free
 visits[r]  observations averaged into the row, capped
-used[r]    when the row was last written, for eviction
+used[r]    time of the row's last write, for eviction
 tokens[r]  top-k next tokens, most probable first, -1 where there are fewer
 probs[r]   their averaged probabilities
 """
@@ -17,14 +17,19 @@ from retrieval_draft._kernels.jit import kernel
 
 ORDERS = 4
 WINDOW = 8
-"""Slots a key may lie in; the oldest of them is evicted when all are taken."""
+"""Slots that can hold a key; the oldest of them is evicted when all are taken."""
 
 NO_ROW = -1
 
 
 @kernel
 def key_of(context: NDArray[np.int32], order: int) -> np.uint64:
-    """Hash of the last `order` tokens of `context`, never 0 (0 marks a free row)."""
+    """Hash of the last `order` tokens of `context`, never 0 (0 marks a free row).
+
+    Args:
+        context: int32, shape (length,), of which `order` tokens are read.
+        order: 1 to 4.
+    """
     mixed = np.uint64(order) * np.uint64(0x9E3779B97F4A7C15)
     for place in range(len(context) - order, len(context)):
         mixed ^= np.uint64(context[place]) + np.uint64(0x632BE59BD9B4E019)
@@ -35,7 +40,7 @@ def key_of(context: NDArray[np.int32], order: int) -> np.uint64:
 
 @kernel
 def find_row(keys: NDArray[np.uint64], key: np.uint64) -> int:
-    """The row of `key`, or NO_ROW."""
+    """The row of `key` in `keys`, uint64, shape (rows,), or NO_ROW."""
     mask = np.uint64(len(keys) - 1)
     start = key >> np.uint64(17)
     for step in range(WINDOW):
@@ -47,7 +52,13 @@ def find_row(keys: NDArray[np.uint64], key: np.uint64) -> int:
 
 @kernel
 def find_context(keys: NDArray[np.uint64], context: NDArray[np.int32], order: int) -> int:
-    """The row of the last `order` tokens of `context`, or NO_ROW."""
+    """The row of the last `order` tokens of `context`, or NO_ROW.
+
+    Args:
+        keys: uint64, shape (rows,).
+        context: int32, shape (length,), of which `order` tokens are read.
+        order: 1 to 4.
+    """
     return find_row(keys, key_of(context, order))
 
 
@@ -55,7 +66,14 @@ def find_context(keys: NDArray[np.uint64], context: NDArray[np.int32], order: in
 def take_row(
     keys: NDArray[np.uint64], used: NDArray[np.int64], visits: NDArray[np.int32], key: np.uint64
 ) -> int:
-    """The row of `key`; a free one or the least recently written of its window if it has none yet."""
+    """The row of `key`; a free one or the least recently written one of its window if it has none.
+
+    Args:
+        keys: uint64, shape (rows,), a power of two. Changed for a new row, as is `visits`.
+        used: int64, shape (rows,).
+        visits: int32, shape (rows,).
+        key: From `key_of`.
+    """
     mask = np.uint64(len(keys) - 1)
     start = key >> np.uint64(17)
     oldest = np.int64(start & mask)
@@ -89,6 +107,18 @@ def learn(
     """Averages one observed distribution for each context into the rows of its orders 1 to 4.
 
     The n-th observation weighs 1/n until `cap`, then 1/cap, so that an old row still follows the text.
+
+    Args:
+        keys: uint64, shape (rows,), a power of two. Changed, as are the next four.
+        used: int64, shape (rows,).
+        visits: int32, shape (rows,).
+        tokens: int32, shape (rows, k).
+        probs: float32, shape (rows, k).
+        contexts: int32, shape (m, 4). Oldest token first, -1 where there are fewer.
+        top_tokens: int32, shape (m, j). Observed next tokens, -1 where there are fewer.
+        top_probs: float32, shape (m, j). Their probabilities.
+        cap: Observations after which the mean becomes a moving average.
+        now: Time of the write, for eviction.
     """
     width = tokens.shape[1]
     seen = top_tokens.shape[1]
@@ -163,18 +193,27 @@ def propose(
 ) -> int:
     """Best-first tree over the rows of the last 4, 3, 2 and 1 tokens and of none, blended.
 
-    A row of order o seen v times claims ``v / (v + doubt[o])`` of the mass that reaches it and leaves the
-    rest to the next shorter one. What is left by all goes to the tokens that are frequent anywhere.
+    A row of order o seen v times takes ``v / (v + doubt[o])`` of the mass that reaches it and leaves the rest
+    to the next shorter one. The mass left by all rows goes to the tokens that are frequent in any context.
 
     Args:
-        doubt: float64, shape (5,), by order.
-        counts: float32. How often each token was said.
+        keys: uint64, shape (rows,), a power of two.
+        visits: int32, shape (rows,).
+        row_tokens: int32, shape (rows, k).
+        row_probs: float32, shape (rows, k).
+        doubt: float64, shape (5,). Back-off constant of each order.
+        counts: float32, shape (ids,). Decayed count of each token.
         frequent: int32. Tokens with the largest counts, in any order, -1 at the end where there are fewer.
         total: float64, shape (1,). Sum of all counts.
         context: int32, shape (4,). The text's last tokens, oldest first, -1 where there are fewer.
         work_int: int32, shape (candidates, 7): parent node, token, order of the row, context of four.
         work_float: float64, shape (2, candidates): path probability, probability given the parent.
-        work_bits: the same memory as int64.
+        work_bits: int64. The memory of `work_float`.
+        heap: int32, shape (candidates,). Scratch.
+        tokens: int32, shape (budget,). Written, as are the next three.
+        parents: int32, shape (budget,). -1 for children of the root.
+        probs: float32, shape (budget,). Probability given the parent.
+        lengths: int32, shape (budget,). Match lengths.
 
     Returns:
         Nodes written to `tokens`, `parents`, `probs` and `lengths`.

@@ -6,12 +6,12 @@ Layout, one row an item, so that a visit touches one cache line:
     edges[e]  = source, token, target, next_edge, previous_edge, count
     table[h]  = an edge, or -1; open addressing, holds only the edges of states with more than SMALL of them
     meta      = states, edges, tokens, last state, edges in the table, and the sizes of the arrays
-                that the token which did not fit asks for
+                that the token which did not fit needs
 
-State 0 is the root. The strings of a state end at the same places (Blumer et al., 1985), so following
-an edge from any of them leads to the same state. Counts are of occurrences that are followed by a token, so
-the text's own end, which nothing follows yet, is in none of them: ``edges[e].count`` is how often the token
-followed, ``states[s].count`` their sum. The first edge of a list is the one taken last.
+State 0 is the root. The strings of a state end at the same positions (Blumer et al., 1985), so following an
+edge from any of them leads to the same state. Counts are of occurrences that are followed by a token, so the
+end of the text, which no token follows yet, is in none of them: ``edges[e].count`` is the number of times the
+token followed, ``states[s].count`` their sum. The first edge of a list is the one taken last.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ STATES, EDGES, TOKENS, LAST, TABLED, NEED_STATES, NEED_EDGES, NEED_TABLE = range
 META_FIELDS = 8
 
 SMALL = 4
-"""A state with at most this many edges is searched by its list, one with more through the table."""
+"""A state with at most this many edges is searched by its list, one with more in the table."""
 
 WALK = 64
-"""How far up the suffix links one insertion counts; a run of one token has a chain as long as itself."""
+"""Suffix links along which one insertion counts; a run of one token has a chain as long as itself."""
 
 
 @kernel
@@ -51,7 +51,15 @@ def slot_of(source: int, token: int, mask: int) -> int:
 def find_edge(
     states: NDArray[np.int32], edges: NDArray[np.int32], table: NDArray[np.int32], state: int, token: int
 ) -> int:
-    """The edge of `state` labelled `token`, or -1."""
+    """The edge of `state` labelled `token`, or -1.
+
+    Args:
+        states: int32, shape (room, STATE_FIELDS).
+        edges: int32, shape (room, EDGE_FIELDS).
+        table: int32, shape (size,), a power of two.
+        state: Index of the state.
+        token: Label of the edge.
+    """
     if states[state, DEGREE] <= SMALL:
         edge = states[state, FIRST_EDGE]
         while edge >= 0 and edges[edge, TOKEN] != token:
@@ -80,7 +88,14 @@ def _enter(edges: NDArray[np.int32], table: NDArray[np.int32], meta: NDArray[np.
 def rebuild_table(
     edges: NDArray[np.int32], table: NDArray[np.int32], meta: NDArray[np.int64], states: NDArray[np.int32]
 ) -> None:
-    """Fills an empty `table` with the edges of every state that has more than SMALL."""
+    """Fills an empty `table` with the edges of every state that has more than SMALL.
+
+    Args:
+        edges: int32, shape (room, EDGE_FIELDS).
+        table: int32, shape (size,), a power of two, all -1. Written.
+        meta: int64, shape (META_FIELDS,). Changed.
+        states: int32, shape (room, STATE_FIELDS).
+    """
     meta[TABLED] = 0
     for edge in range(meta[EDGES]):
         if states[edges[edge, SOURCE], DEGREE] > SMALL:
@@ -167,7 +182,7 @@ def _clone(
     tail = states[original, FIRST_EDGE]
     while tail >= 0 and edges[tail, NEXT] >= 0:
         tail = edges[tail, NEXT]
-    while tail >= 0:  # from the back, since an added edge goes to the front: the order stays
+    while tail >= 0:  # from the back, since an added edge goes to the front: this keeps the order
         _add_edge(
             states, edges, table, meta, clone, edges[tail, TOKEN], edges[tail, TARGET], edges[tail, TAKEN]
         )
@@ -193,11 +208,19 @@ def insert(
 ) -> int:
     """Appends ``tokens[start:]`` to the current text.
 
-    Stops early when an array could overflow on the next token; the caller grows it and calls again.
-    A token of -1 ends the current text: nothing that follows continues it.
+    Stops early when an array could overflow on the next token; the caller grows it and calls again. A token
+    of -1 ends the current text: later tokens do not continue it.
+
+    Args:
+        states: int32, shape (room, STATE_FIELDS). Changed, as are the next three.
+        edges: int32, shape (room, EDGE_FIELDS).
+        table: int32, shape (size,), a power of two.
+        meta: int64, shape (META_FIELDS,).
+        tokens: int32, shape (length,).
+        start: Index of the first one to append.
 
     Returns:
-        How many of `tokens` are in; ``len(tokens)`` when all are.
+        Number of tokens appended; ``len(tokens)`` for all.
     """
     for index in range(start, len(tokens)):
         token = tokens[index]
@@ -222,7 +245,7 @@ def insert(
         if edge >= 0:
             target = edges[edge, TARGET]
             if states[parent, LENGTH] + 1 != states[target, LENGTH]:
-                # One more than it has now: it may lie on the way up itself and get an edge first.
+                # One more than it has now: it may be on the suffix path itself and get an edge first.
                 more_edges += states[target, DEGREE] + 1
                 more_tabled += states[target, DEGREE] + 1
         meta[NEED_STATES] = meta[STATES] + 2
@@ -246,12 +269,12 @@ def insert(
             if states[parent, LENGTH] + 1 != states[target, LENGTH]:
                 target = _clone(states, edges, table, meta, target, parent, token)
             if current < 0:
-                current = target  # only after a text end: the string is known already
+                current = target  # only after a text end: the string has a state already
             else:
                 states[current, LINK] = target
         meta[LAST] = current
 
-        # Shorter suffixes have been followed by this token before: one more time, a bounded way up.
+        # Shorter suffixes have been followed by this token before: count once more, along a bounded path.
         steps = 0
         while parent >= 0 and steps < WALK:
             edge = find_edge(states, edges, table, parent, token)
@@ -266,9 +289,13 @@ def insert(
 
 @kernel
 def matched_state(states: NDArray[np.int32], meta: NDArray[np.int64]) -> int:
-    """The state of the longest suffix that was followed by something earlier; the root if none was.
+    """The state of the longest suffix that was followed by a token earlier; the root if none was.
 
-    The whole text's own state counts only if another text holds it, since nothing follows its end yet.
+    The whole text's own state counts only if another text holds it, since no token follows its end yet.
+
+    Args:
+        states: int32, shape (room, STATE_FIELDS).
+        meta: int64, shape (META_FIELDS,).
     """
     state = meta[LAST]
     while state > 0 and states[state, FIRST_EDGE] < 0:

@@ -45,19 +45,27 @@ def propose(
 ) -> int:
     """Best-first tree over the blended counts of all matched contexts.
 
-    A node's children come from every context that ends at it, the longest first. A context that was
-    continued `total` times, in `distinct` ways, claims a part of the probability mass that reaches it
-    and leaves ``(e*distinct / (total + e*distinct)) ** orders`` to the shorter ones (escape of PPM-C,
-    Moffat 1990, with a factor e), `orders` being how many context lengths the state stands for.
+    A node's children come from every context that ends at it, the longest first. A context that was followed
+    by `total` tokens, `distinct` of them different, takes a part of the probability mass that reaches it and
+    leaves ``(e*distinct / (total + e*distinct)) ** orders`` to the shorter ones (escape of PPM-C, Moffat
+    1990, with a factor e), `orders` being the number of context lengths of the state.
 
-    A candidate matters only while fewer than `budget` better ones are known, so the mass below which
-    nothing can enter the tree rises as candidates come in, and contexts with less are not read.
+    A candidate matters only while fewer than `budget` better ones are known, so the mass needed to enter the
+    tree rises with the candidates, and contexts with less are not read.
 
     Args:
-        params: float64: escape factor, order cap, recency.
+        states: int32, shape (room, STATE_FIELDS).
+        edges: int32, shape (room, EDGE_FIELDS).
+        meta: int64, shape (META_FIELDS,).
+        params: float64, shape (3,): escape factor, order cap, recency.
         work_int: int32, shape (candidates, 4): parent node, token, state, match length.
         work_float: float64, shape (2, candidates): path probability, probability given the parent.
-        work_bits: the same memory as int64.
+        work_bits: int64. The memory of `work_float`.
+        heap: int32, shape (candidates,). Scratch.
+        tokens: int32, shape (budget,). Written, as are the next three.
+        parents: int32, shape (budget,). -1 for children of the root.
+        probs: float32, shape (budget,). Probability given the parent.
+        lengths: int32, shape (budget,). Match lengths.
 
     Returns:
         Nodes written to `tokens`, `parents`, `probs` and `lengths`.
@@ -104,7 +112,7 @@ def propose(
                 mass *= leave
                 read = 0
                 unread = total + recency
-                # Stop where all that is still unread could not carry one more child into the tree.
+                # Stop where the unread mass cannot add one more child to the tree.
                 while edge >= 0 and read < CHILDREN and claim * unread * path > needed:
                     token = edges[edge, TOKEN]
                     weight = edges[edge, TAKEN] + (recency if read == 0 else 0.0)

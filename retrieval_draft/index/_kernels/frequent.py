@@ -1,7 +1,7 @@
 """The tokens seen most often, kept up to date without sorting.
 
-counts[t]    how often token t was said, fading
-slots[t]     where t stands in `frequent`, -1 where it does not
+counts[t]    decayed count of token t
+slots[t]     index of t in `frequent`, -1 if absent
 frequent[s]  the most frequent tokens, in no order, -1 where there are fewer
 total[0]     sum of all counts
 """
@@ -24,15 +24,20 @@ def count(
     probs: NDArray[np.float32],
     fade: float,
 ) -> None:
-    """Adds `probs` to the counts of `tokens`; what has the largest counts stays in `frequent`.
+    """Adds `probs` to the counts of `tokens`; those with the largest counts stay in `frequent`.
 
     Invariant: no token outside `frequent` has a larger count than one inside. Counts only grow between
-    fades, and a fade scales all alike, so the token that has just grown need only beat the least inside.
+    fades, and a fade scales all alike, so the token whose count has just grown is compared with the least
+    inside only.
 
     Args:
+        counts: float32, shape (ids,). Changed, as are the next three.
+        slots: int32, shape (ids,).
+        frequent: int32, shape (kept,).
+        total: float64, shape (1,).
         tokens: int32, shape (m, k), below len(counts); -1 where a row has fewer.
         probs: float32, shape (m, k).
-        fade: The total at which all counts are halved.
+        fade: Total at which all counts are halved.
     """
     for row in range(tokens.shape[0]):
         for place in range(tokens.shape[1]):

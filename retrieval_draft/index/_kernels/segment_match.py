@@ -1,16 +1,16 @@
-"""Where the end of a text occurs in suffix-sorted segments, for every length of that end, token by token.
+"""Occurrences of a text's end in suffix-sorted segments, for every length of that end, token by token.
 
 A segment is described by a row of int64: see the fields below. For each segment a session keeps, for
 length = 1..LONGEST, the interval of the suffix array whose suffixes begin with the last `length` tokens:
 
     chain[segment, length] = first, last + 1      several occurrences, or none where both are equal
     chain[segment, length] = position, SINGLE     one occurrence, which begins at `position`
-    chain[segment, length] = 0, UNKNOWN           not looked up (short lengths only, rarely asked for)
+    chain[segment, length] = 0, UNKNOWN           not looked up (short lengths only, rarely needed)
 
 Invariant: after `advance`, ``longest[segment]`` is the longest length that occurs, and every entry from
 the segment's key length up to it is known. The interval of length + 1 after a token is the part of the
 interval of length before it whose suffixes have the token next, so a token costs one binary search for
-each length that still matches. Up to the key length there is nothing to narrow: the interval is found by
+each length that still matches. Up to the key length no interval is narrowed: it is found by
 the packed key itself, first among the keys of every STRIDE-th suffix, which stay in the processor's cache.
 """
 
@@ -31,7 +31,7 @@ address and number of the sampled keys; bits of a token in a key."""
 SEGMENT_FIELDS = 9
 
 LONGEST = 32
-"""Tokens of context that are told apart."""
+"""Tokens of context that are compared."""
 
 SINGLE = -1
 UNKNOWN = -2
@@ -39,9 +39,14 @@ UNKNOWN = -2
 
 @kernel
 def token_at(segments: NDArray[np.int64], segment: int, place: int) -> int:
-    """The token at a place of a segment's text.
+    """The token at a position of a segment's text.
 
-    A suffix array that was altered on disk may point anywhere: what is outside reads as the end of a text.
+    A suffix array that was altered on disk may hold any position: one outside reads as the end of a text.
+
+    Args:
+        segments: int64, shape (segments, SEGMENT_FIELDS).
+        segment: Index of the segment.
+        place: Position in its text.
     """
     if place < 0 or place >= segments[segment, LENGTH]:
         return segments[segment, SEPARATOR]
@@ -50,7 +55,7 @@ def token_at(segments: NDArray[np.int64], segment: int, place: int) -> int:
 
 @kernel
 def prefix_at(segments: NDArray[np.int64], segment: int, place: int, size: int) -> Any:
-    """uint64: the next `size` tokens packed, at most those of a key; zeros behind the end of the text."""
+    """uint64: the next `size` tokens packed, at most those of a key; zeros after the end of the text."""
     bits, separator = segments[segment, BITS], segments[segment, SEPARATOR]
     prefix = np.uint64(0)
     for ahead in range(size):
@@ -69,7 +74,13 @@ def key_at(segments: NDArray[np.int64], segment: int, place: int) -> Any:
 
 @kernel
 def sample_keys(segments: NDArray[np.int64], segment: int, keys: NDArray[np.uint64]) -> None:
-    """Fills `keys` with the key of every STRIDE-th suffix."""
+    """Fills `keys` with the key of every STRIDE-th suffix.
+
+    Args:
+        segments: int64, shape (segments, SEGMENT_FIELDS).
+        segment: Index of the segment.
+        keys: uint64, shape (samples,). Written.
+    """
     for sample in range(len(keys)):
         keys[sample] = key_at(segments, segment, load_int32(segments[segment, SUFFIXES], sample * STRIDE))
 
@@ -120,7 +131,10 @@ def find_short(
     """Looks the last `length` tokens up by their key; `length` is at most that of a key.
 
     Args:
-        tail: int32. The text's end.
+        segments: int64, shape (segments, SEGMENT_FIELDS).
+        segment: Index of the segment.
+        tail: int32, shape (n,). The text's end.
+        length: Tokens to look up.
         entry: int32, shape (2,). The chain's entry, written.
     """
     bits = segments[segment, BITS]
@@ -128,7 +142,7 @@ def find_short(
     prefix = np.uint64(0)
     for place in range(len(tail) - length, len(tail)):
         token = tail[place]
-        if token == separator or token >> bits != 0:  # no token of this segment, so nowhere in it
+        if token == separator or token >> bits != 0:  # no token of this segment, so it does not occur
             entry[0] = 0
             entry[1] = 0
             return
@@ -169,7 +183,15 @@ def find_short(
 
 @kernel
 def enter(segments: NDArray[np.int64], segment: int, entry: NDArray[np.int32], low: int, high: int) -> None:
-    """Writes the entry of a chain for suffixes low..high-1."""
+    """Writes the entry of a chain for suffixes low..high-1.
+
+    Args:
+        segments: int64, shape (segments, SEGMENT_FIELDS).
+        segment: Index of the segment.
+        entry: int32, shape (2,). Written.
+        low: Rank of the first suffix.
+        high: Rank after the last one.
+    """
     if high - low == 1:
         entry[0] = load_int32(segments[segment, SUFFIXES], low)
         entry[1] = SINGLE
@@ -207,7 +229,7 @@ def _narrow(
             low = middle + 1
         else:
             high = middle
-    # Most intervals end soon: look near before far.
+    # Most intervals end soon: search near before far.
     step = 1
     high = low
     while high < end and token_at(segments, segment, load_int32(suffixes, high) + depth) == token:
@@ -243,6 +265,7 @@ def advance(
         chain: int32, shape (segments, LONGEST + 1, 2).
         longest: int32, shape (segments,).
         tail: int32, shape (LONGEST,). The text's end, -1 where it is shorter.
+        tokens: int32, shape (m,).
     """
     for token in tokens:
         for place in range(LONGEST - 1):
@@ -280,10 +303,17 @@ def locate(
     longest: NDArray[np.int32],
     tail: NDArray[np.int32],
 ) -> None:
-    """Finds the text's end in one segment from nothing, as `advance` would have left it.
+    """Finds the text's end in one segment from scratch, with the result of `advance`.
 
-    Each length is looked up by the key it begins with and narrowed by what follows, until one does not occur:
+    Each length is looked up by its first key and narrowed by the tokens after it, until one does not occur:
     then no longer one does.
+
+    Args:
+        segments: int64, shape (segments, SEGMENT_FIELDS).
+        segment: Index of the segment.
+        chain: int32, shape (segments, LONGEST + 1, 2). Its row is written.
+        longest: int32, shape (segments,). Its entry is written.
+        tail: int32, shape (LONGEST,). The text's end, -1 where it is shorter.
     """
     count = 64 // segments[segment, BITS]
     for length in range(LONGEST + 1):
@@ -320,7 +350,16 @@ def occurrences(
     tail: NDArray[np.int32],
     length: int,
 ) -> int:
-    """How often the last `length` tokens occur in a segment; looks it up where it is not known yet."""
+    """Number of occurrences of the last `length` tokens in a segment; looks them up where unknown.
+
+    Args:
+        segments: int64, shape (segments, SEGMENT_FIELDS).
+        segment: Index of the segment.
+        chain: int32, shape (segments, LONGEST + 1, 2). An unknown entry is written.
+        longest: int32, shape (segments,).
+        tail: int32, shape (LONGEST,). The text's end, -1 where it is shorter.
+        length: 1 to LONGEST.
+    """
     count = 64 // segments[segment, BITS]
     if length >= count and length > longest[segment]:
         return 0
@@ -344,7 +383,16 @@ def match_lengths(
     tokens: NDArray[np.int32],
     lengths: NDArray[np.int32],
 ) -> None:
-    """Appends `tokens` one by one and notes how long the text's end occurs in some segment after each."""
+    """Appends `tokens` one by one and writes the longest matched length over all segments after each.
+
+    Args:
+        segments: int64, shape (segments, SEGMENT_FIELDS).
+        chain: int32, shape (segments, LONGEST + 1, 2). Changed, as are the next two.
+        longest: int32, shape (segments,).
+        tail: int32, shape (LONGEST,).
+        tokens: int32, shape (m,).
+        lengths: int32, shape (m,). Written.
+    """
     for place in range(len(tokens)):
         advance(segments, chain, longest, tail, tokens[place : place + 1])
         lengths[place] = 0

@@ -1,4 +1,4 @@
-"""Best-first draft trees from what followed the text's end in suffix-sorted segments.
+"""Best-first draft trees from the tokens after the text's end in suffix-sorted segments.
 
 The contexts are the lengths of the end that occur, longest first; a length whose occurrences are those of
 the longer one is no context of its own. Of each context's occurrences at most SAMPLE are read, spread
@@ -25,13 +25,13 @@ from retrieval_draft.index._kernels.segment_match import (
 from retrieval_draft.index._kernels.suffix_sort import DEPTH
 
 CHILDREN = 24
-"""Candidates a node may add, in the mean; a node with more takes from those with fewer."""
+"""Candidates that a node may add, on average; a node with more uses the share of those with fewer."""
 
 CONTEXTS = 3
 """Contexts blended."""
 
 RANGES = 24
-"""Ranges of one node: contexts times the segments that know them."""
+"""Ranges of one node: contexts times the segments that hold them."""
 
 SAMPLE = 32
 """Occurrences read for one context."""
@@ -42,11 +42,11 @@ DEEPEST = DEPTH - LONGEST
 """Levels of a tree: deeper the continuations would not be in order."""
 
 INSIDE = 3
-"""Where only one context knows a path, ends of the path itself up to so many tokens are taken to occur
-elsewhere too, so that the context does not speak for them. On the traces 2 to 6 differ by less than 0.3%."""
+"""Length up to which ends of a path that only one context holds are assumed to occur elsewhere too, so that
+the context does not count for them. On the traces 2 to 6 differ by less than 0.3%."""
 
 ENOUGH = 256
-"""A context that occurs so often needs no shorter one beside it."""
+"""Occurrences of a context from which on shorter ones are left out."""
 
 
 @kernel
@@ -71,11 +71,16 @@ def propose(
 
     Args:
         segments, chain, longest, tail: As `segment_match.advance` left them.
-        params: float64: escape factor, order cap, gain beyond it.
+        params: float64, shape (3,): escape factor, order cap, gain beyond it.
         work_int: int32, shape (candidates, 4): parent node, token, depth, match length.
         work_range: int16, shape (candidates + 1, RANGES, 2): ranges of the pool; the last row is the root's.
         work_float: float64, shape (2, candidates): path probability, probability given the parent.
-        work_bits: the same memory as int64.
+        work_bits: int64. The memory of `work_float`.
+        heap: int32, shape (candidates,). Scratch.
+        tokens: int32, shape (budget,). Written, as are the next three.
+        parents: int32, shape (budget,). -1 for children of the root.
+        probs: float32, shape (budget,). Probability given the parent.
+        lengths: int32, shape (budget,). Match lengths.
 
     Returns:
         Nodes written to `tokens`, `parents`, `probs` and `lengths`.
@@ -127,7 +132,7 @@ def propose(
             runs = 0
             total = 0.0
             distinct = 0
-            fresh = found  # children below it were named by longer contexts
+            fresh = found  # children below it came from longer contexts
             while item < ranges and range_context[item] == context:
                 begin, end = work_range[row, item, 0], work_range[row, item, 1]
                 segment = range_segment[item]
@@ -159,7 +164,7 @@ def propose(
                 item += 1
             if runs == 0:
                 continue
-            # A child that two segments name is one of the distinct children, found in several runs.
+            # A child in two segments is one of the distinct children, found in several runs.
             distinct = found - fresh
             for run in range(runs):
                 if run_child[run] < fresh:
@@ -169,7 +174,7 @@ def propose(
                     if not again:
                         distinct += 1
             once = escape * distinct / (total + escape * distinct)
-            # It stands for all lengths down to the next context that knows this path.
+            # It counts for all lengths down to the next context that holds this path.
             below = min(depth, INSIDE)
             if depth == 0:
                 below = context_length[context + 1]
@@ -239,7 +244,20 @@ def gather(
     context_length: NDArray[np.int64],
     sample: int,
 ) -> tuple[int, int]:
-    """Reads where the contexts' occurrences continue, `sample` of each context at most.
+    """Collects the positions after the contexts' occurrences, `sample` of each context at most.
+
+    Args:
+        segments: int64, shape (segments, SEGMENT_FIELDS).
+        chain: int32, shape (segments, LONGEST + 1, 2). Unknown entries are looked up.
+        longest: int32, shape (segments,).
+        tail: int32, shape (LONGEST,).
+        pool_place: int64, shape (POOL,). Written: positions in the segments' texts, range by range.
+        root_ranges: int16, shape (RANGES, 2). Written: begin and end of each range in the pool.
+        range_segment: int64, shape (RANGES,). Written: segment of each range.
+        range_scale: float64, shape (RANGES,). Written: occurrences for each sampled one.
+        range_context: int64, shape (RANGES,). Written: context of each range.
+        context_length: int64, shape (CONTEXTS + 1,). Written.
+        sample: Occurrences of one context to read.
 
     Returns:
         Ranges, and contexts. ``context_length[c]`` is the length of context c, and one entry more that of the

@@ -1,9 +1,9 @@
 """Suffix sorting to a bounded depth, by keys of several tokens at a time.
 
 Suffixes are bucketed by their first token; a bucket is sorted by a key of the next few tokens packed into
-64 bits, and so is each run of equal keys, until all differ, a text ends, or DEPTH tokens are equal. What is
-equal that far stays in the order of the text. Lookups use no more than DEPTH tokens, so they see no
-difference from a full sort, and text that repeats itself costs DEPTH / (tokens per key) passes at most.
+64 bits, and so is each run of equal keys, until all differ, a text ends, or DEPTH tokens are equal. Suffixes
+equal that far stay in the order of the text. Lookups use no more than DEPTH tokens, so they see no difference
+from a full sort, and text that repeats itself costs DEPTH / (tokens per key) passes at most.
 
 Every text ends in a separator, a value no token has, so that no key reaches beyond the array.
 """
@@ -28,10 +28,10 @@ _RADIX = 256
 
 @kernel
 def count_tokens(address: int, width: int, length: int, separator: int, starts: NDArray[np.int64]) -> None:
-    """Where each token's suffixes start in the suffix array: ``starts[t]``, and their number at the end.
+    """Writes the start of each token's suffixes in the suffix array, ``starts[t]``, and last their number.
 
     Args:
-        address: Where the tokens are, `length` of them, `width` bytes each.
+        address: Address of the tokens, `length` of them, `width` bytes each.
         starts: int64, shape (largest token + 2,), zeros; overwritten.
     """
     for place in range(length):
@@ -58,15 +58,18 @@ def sort_buckets(
     spare: NDArray[np.int32],
     heads: NDArray[np.uint8],
 ) -> None:
-    """Sorts the suffixes that begin with the tokens first..last-1 into their places.
+    """Sorts the suffixes that begin with the tokens first..last-1.
 
     Args:
-        address: Where the tokens are, `length` of them, `width` bytes each. The last should be a separator;
-            behind it another one is taken to stand.
+        address: Address of the tokens, `length` of them, `width` bytes each. The last should be a separator;
+            another one is assumed after it.
         bits: Bits of a token in a key; the separator fits too.
         starts: From `count_tokens`.
         suffixes: int32, shape (starts[-1],). Written between starts[first] and starts[last].
-        keys: Scratch, as long as the largest bucket in the range; so are `spare_keys`, `spare` and `heads`.
+        keys: uint64, shape (bucket,), the largest bucket in the range. Scratch, as are the next three.
+        spare_keys: uint64, shape (bucket,).
+        spare: int32, shape (bucket,).
+        heads: uint8, shape (bucket,).
     """
     cursor = starts[first : last + 1].copy()
     for position in range(length):
@@ -101,7 +104,7 @@ def _finish_runs(
     heads: NDArray[np.uint8],
     histogram: NDArray[np.int32],
 ) -> None:
-    """Sorts every run of a bucket whose first key left equal, each to its end before the next is begun."""
+    """Sorts every run of a bucket with equal first keys, each to its end before the next is begun."""
     count = 64 // bits
     begin = 0
     while begin < len(bucket):
@@ -145,13 +148,13 @@ def _sort_run(
     heads: NDArray[np.uint8],
     histogram: NDArray[np.int32],
 ) -> bool:
-    """Sorts suffixes that agree in `depth` tokens by the key that follows.
+    """Sorts suffixes that agree in `depth` tokens by the next key.
 
-    Marks in `heads` where keys begin to differ: 1, or 2 where a text ends within the key, so that what is
-    equal is equal for good; 0 for what equals its predecessor.
+    Marks in `heads` where keys begin to differ: 1, or 2 where a text ends within the key, so that equal
+    suffixes are equal for good; 0 for a suffix equal to its predecessor.
 
     Returns:
-        Whether some are equal that may still differ further on.
+        Whether equal suffixes remain that may differ further on.
     """
     size = len(run)
     count = 64 // bits

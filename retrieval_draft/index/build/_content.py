@@ -1,4 +1,4 @@
-"""The content of files as bytes: unpacked, in UTF-8, and as far as it goes."""
+"""The content of files as bytes: unpacked, in UTF-8, and up to the first error."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ _ZST_STEP = 1 << 7
 
 
 class BadContentError(Exception):
-    """What is wrong with a file's content, in two or three words."""
+    """Bad content of a file; the message names the fault in two or three words."""
 
 
 class Content(io.BufferedReader):
-    """Blocks of bytes as a stream that ends where no more can be had.
+    """Blocks of bytes as a stream that ends at the first error.
 
-    What came before a tear is read like any other content; `why` then tells the tear from an end.
+    Content before the error is read like any other; `why` tells the error from a plain end.
 
     Args:
         blocks: May raise BadContentError or OSError.
 
     Attributes:
-        head: The first 64 KB, or all there is; reading begins at them.
+        head: The first 64 KB or fewer; reading begins with them.
     """
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
@@ -56,7 +56,7 @@ class Content(io.BufferedReader):
 
     @property
     def why(self) -> str:
-        """What ended the stream early; empty where nothing did so far."""
+        """Error that ended the stream early; empty if none did so far."""
         return self._blocks.why
 
 
@@ -87,7 +87,7 @@ class _Blocks(io.RawIOBase):
         return size
 
     def _next(self) -> bytes:
-        """The next block that is not empty; empty at the end, for whatever reason."""
+        """The next block that is not empty; empty at the end of the content or after an error."""
         try:
             for block in self._blocks:
                 if block:
@@ -102,12 +102,12 @@ class _Blocks(io.RawIOBase):
 
 @contextmanager
 def open_content(path: str, is_stream: bool = False) -> Iterator[Content]:
-    """A file's content, unpacked where its first bytes say that it is packed, UTF-16 and UTF-32 as UTF-8.
+    """A file's content, unpacked if its first bytes mark a packed format, UTF-16 and UTF-32 as UTF-8.
 
     Args:
         path: "-" for stdin.
-        is_stream: Whether a pipe, a device or a socket is meant. Else only a regular file is read: whatever
-            took its place since may never end, or never begin.
+        is_stream: Whether a pipe, a device or a socket is meant. Else only a regular file is read: reading
+            anything else may never end, or never begin.
 
     Raises:
         BadContentError: It is no regular file, or stdin is closed.
@@ -126,11 +126,11 @@ def open_content(path: str, is_stream: bool = False) -> Iterator[Content]:
 
 
 def check_regular(path: str) -> None:
-    """Refuses what may never end, or never begin.
+    """Refuses files whose reading may never end, or never begin.
 
     Raises:
         BadContentError: It is a pipe, a device, a socket or a folder.
-        OSError: There is nothing, or it may not be seen.
+        OSError: The file does not exist or may not be read.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 (a str on purpose)
         raise BadContentError("no regular file")
@@ -178,7 +178,7 @@ def _as_utf8(blocks: Iterator[bytes]) -> Iterator[bytes]:
     if name is None:
         yield from blocks
         return
-    # Half a surrogate pair passes, and is found where lines and records are known.
+    # Half a surrogate pair passes here, and is found when lines and records are read.
     decoder = codecs.getincrementaldecoder(name)("surrogatepass")
     try:
         for block in chain(blocks, (b"",)):
@@ -201,7 +201,7 @@ def _unpacked(blocks: Iterator[bytes]) -> Iterator[bytes]:
         return _members(
             blocks, partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, memlimit=_MAX_MEMORY), _feed_sized
         )
-    # A frame, or one that is to be passed over, as parallel packers write before the first.
+    # A frame, or a skippable one, as parallel packers write before the first.
     if head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5):
         packed = needed("zstandard", ".zst files").ZstdDecompressor(max_window_size=_MAX_MEMORY)
         return _members(blocks, packed.decompressobj, _feed_zst)
@@ -209,15 +209,15 @@ def _unpacked(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _members(blocks: Iterator[bytes], start: Callable[[], Any], feed: Feed) -> Iterator[bytes]:
-    """Unpacks members that follow each other, with zeros between them or not.
+    """Unpacks consecutive members, with or without zeros between them.
 
     Args:
         blocks: Packed bytes.
         start: Makes a decompressor for one member.
-        feed: Yields what a decompressor makes of a block, and returns what is behind the member's end.
+        feed: Yields a decompressor's output for a block, and returns the bytes after the member's end.
 
     Raises:
-        BadContentError: Behind what was yielded there is something else, or an end too early.
+        BadContentError: After the yielded bytes there is other content, or an end too early.
     """
     member = start()
     for block in blocks:
@@ -234,7 +234,7 @@ def _members(blocks: Iterator[bytes], start: Callable[[], Any], feed: Feed) -> I
                 raise BadContentError("torn") from error
             except MemoryError as error:
                 raise BadContentError("unpacking takes too much memory") from error
-            except Exception as error:  # that of zstandard cannot be named without it
+            except Exception as error:  # zstandard's exception type needs its import
                 why = "unpacking takes too much memory" if "memory" in str(error).lower() else "torn"
                 raise BadContentError(why) from error
             if member.eof:
@@ -250,7 +250,7 @@ def _feed_gz(member: Any, block: memoryview) -> Generator[bytes, None, memoryvie
         try:
             unpacked = member.decompress(piece)
         except zlib.error:
-            # What the call had unpacked before the tear is lost with it: byte by byte nothing is.
+            # A call that raises loses its unpacked bytes: byte by byte none are lost.
             for place in range(len(piece)):
                 yield before.decompress(piece[place : place + 1])
             raise
@@ -261,7 +261,7 @@ def _feed_gz(member: Any, block: memoryview) -> Generator[bytes, None, memoryvie
 
 
 def _feed_sized(member: Any, block: memoryview) -> Generator[bytes, None, memoryview]:
-    """For bz2 and xz, which take everything at once and hand it out in small pieces: a tear costs one."""
+    """Feeds bz2 and xz, which take all input at once and return small pieces: an error loses one piece."""
     waiting = block
     while True:
         yield member.decompress(waiting, _SIZED_STEP)
@@ -273,7 +273,7 @@ def _feed_sized(member: Any, block: memoryview) -> Generator[bytes, None, memory
 
 
 def _feed_zst(member: Any, block: memoryview) -> Generator[bytes, None, memoryview]:
-    """Small pieces: a few bytes may stand for megabytes, and a tear costs what its piece gave."""
+    """Feeds zstd in small pieces: a few bytes may unpack to megabytes, and an error loses its piece."""
     for begin in range(0, len(block), _ZST_STEP):
         piece = block[begin : begin + _ZST_STEP]
         yield member.decompress(piece)

@@ -1,4 +1,4 @@
-"""Readers of the formats that documents come in. All of them stream, and pass over what is broken."""
+"""Readers of document formats. All of them stream, and skip broken records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 DOCUMENT_CHARACTERS = 1 << 20
-"""A longer text becomes several documents, cut behind a line."""
+"""A longer text becomes several documents, cut after a line."""
 
 LINE_BYTES = 1 << 26
 SEARCHED = 1000
@@ -32,14 +32,14 @@ _ROWS = 1024
 _SHOWN = 20
 
 Texts = Iterator[tuple[str, str]]
-"""Where in its file a text stands, such as "line 3", and the text."""
+"""Location of a text in its file, such as "line 3", and the text."""
 
 Skip = Callable[[str, str], None]
-"""Takes note of what is left out: where in its file, and why."""
+"""Records a skipped item: its location in the file, and the reason."""
 
 
 class NoTextColumnError(InvalidInputError):
-    """A table, or a file of records, without the field that the text is expected in."""
+    """A table, or a file of records, without the expected text field."""
 
     def __init__(self, path: str, column: str, names: Sequence[str]) -> None:
         shown = ", ".join(map(repr, names[:_SHOWN])) + (", ..." if len(names) > _SHOWN else "")
@@ -60,7 +60,7 @@ def parse_json(content: bytes) -> Any:
             return json.loads(content)
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise
-        except ValueError:  # an integer of more digits than Python reads; nobody needs them here
+        except ValueError:  # an integer of more digits than Python reads
             return json.loads(content, parse_int=float)
     except RecursionError as error:
         raise BadContentError("nested too deeply") from error
@@ -71,11 +71,11 @@ def parse_json(content: bytes) -> Any:
 def read_text(content: Content, skip: Skip) -> Texts:
     """Plain text, UTF-8 with or without a byte order mark.
 
-    A line that is not UTF-8, or holds NUL, is left out. Where most lines are, the text ends: it is something
-    else.
+    A line that is not UTF-8, or holds NUL, is left out. Where most lines are, reading ends: the file is no
+    text.
 
     Raises:
-        BadContentError: Most lines are no text; what came before has been yielded.
+        BadContentError: Most lines are no text; earlier lines have been yielded.
     """
     text, rest, other = "", b"", ""
     lines = 0
@@ -83,7 +83,7 @@ def read_text(content: Content, skip: Skip) -> Texts:
         block = content.read(BLOCK)
         block += content.readline(BLOCK)
         if not block and content.why:
-            break  # a letter that was torn in two
+            break  # a character cut in two
         if not lines and not rest:
             block = block.removeprefix(codecs.BOM_UTF8)
         joined = rest + block
@@ -109,13 +109,13 @@ def read_text(content: Content, skip: Skip) -> Texts:
 
 
 def is_binary(head: bytes) -> bool:
-    """Whether most lines at the beginning of a file are no text, and some hold NUL."""
+    """True if most lines at the beginning of a file are no text, and some hold NUL."""
     lines = _split(head)
     return b"\0" in head and 2 * sum(bool(_why_bad(line)) for line in lines) > len(lines)
 
 
 def _good_lines(block: bytes, before: int, skip: Skip) -> tuple[str, str]:
-    """The lines that are text; or, where most are not, what comes before the first bad byte, and why."""
+    """The lines that are text; or, where most are not, the part before the first bad byte, and the reason."""
     lines = _split(block)
     bad = {number: why for number, line in enumerate(lines) if (why := _why_bad(line))}
     if 2 * len(bad) > len(lines):
@@ -153,7 +153,7 @@ def read_lines(content: Content, path: str, is_json: bool, column: str, skip: Sk
         path: For messages.
         is_json: Whether one object on the only line is no record without a text, but a text itself.
         column: The field.
-        skip: Takes note of records that are left out.
+        skip: Records those that are left out.
 
     Raises:
         NoTextColumnError: None of the first 1,000 records has the field.
@@ -172,7 +172,7 @@ def read_lines(content: Content, path: str, is_json: bool, column: str, skip: Sk
             return
         more = iter(partial(content.read, BLOCK), b"")
         if is_json and not _is_json(rest.split(b"\n", 1)[0]):
-            # No value, and no lines of values: JSON with comments, or a torn value. It is text all the same.
+            # No value, and no lines of values: JSON with comments, or a torn value. It is read as text.
             yield from read_text(Content(chain((line, rest), more)), skip)
             return
         skip(f"line {number}", str(error))
@@ -188,7 +188,7 @@ def read_lines(content: Content, path: str, is_json: bool, column: str, skip: Sk
 
 
 def _lines(content: Content, before: int, skip: Skip) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines, blank ones and too long ones passed over."""
+    """Numbered lines, without blank ones and too long ones."""
     number = before
     while line := content.readline(LINE_BYTES + 1):
         number += 1
@@ -208,7 +208,7 @@ def _records(lines: Iterator[tuple[int, bytes]], content: Content, skip: Skip) -
         try:
             yield f"line {number}", parse_json(line)
         except BadContentError as error:
-            if line.endswith(b"\n") or not content.why:  # else the tear is named for the file
+            if line.endswith(b"\n") or not content.why:  # else the error is reported for the file
                 skip(f"line {number}", str(error))
 
 
@@ -244,12 +244,12 @@ def _picked(
     """The texts of records.
 
     Args:
-        records: With where each stands.
+        records: Each with its location.
         path: For messages.
         column: The field.
-        skip: Takes note of records without a text.
-        names: Fields to name where no record has the one; those of the first record by default.
-        many: Whether some record is known to have it.
+        skip: Records those without a text.
+        names: Fields to list in the error; those of the first record by default.
+        many: Whether a record with the field was found before.
 
     Raises:
         NoTextColumnError: None of the first 1,000 records has the field.
@@ -285,7 +285,7 @@ def _text_of(record: Any, column: str) -> str | None:
     """A record's text: itself, or its field; lists of texts and of chat messages are joined by lines.
 
     Returns:
-        None where there is no such field, or something else than text in it; empty for null.
+        None where there is no such field, or no text in it; empty for null.
 
     Raises:
         UnicodeDecodeError: It is bytes that are not UTF-8.
@@ -316,7 +316,7 @@ def read_columns(path: str, kind: str, column: str, skip: Skip) -> Texts:
 
     Raises:
         NoTextColumnError: There is no such column, or no text in its first 1,000 rows.
-        BadContentError: The file is torn; what came before has been yielded.
+        BadContentError: The file is torn; earlier rows have been yielded.
     """
     arrow = needed("pyarrow", f"{kind} files")
     try:
@@ -334,13 +334,13 @@ def read_columns(path: str, kind: str, column: str, skip: Skip) -> Texts:
 
 
 def _batches(arrow: Any, path: str, kind: str, column: str) -> tuple[list[str], Iterator[Any]]:
-    """Names of all columns, and batches of rows with the one that is asked for."""
+    """Names of all columns, and batches of rows with the requested one."""
     if kind == "parquet":
         file = needed("pyarrow.parquet", "parquet files").ParquetFile(path)
         names = list(file.schema_arrow.names)
         top = column if column in names else column.split(".")[0]
         return names, file.iter_batches(_ROWS, columns=[top])
-    # Not mapped: a mapped file that somebody shortens ends the process.
+    # Not mapped: truncating a mapped file kills the process.
     file = arrow.OSFile(path)
     try:
         stream = arrow.ipc.open_stream(file)

@@ -1,4 +1,4 @@
-"""Builds an index: documents are read, tokenised and sorted into segments, in bounded memory."""
+"""Index builds: documents are read, tokenised and sorted into segments, in bounded memory."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ __all__ = [
 ]
 
 RUN_TOKENS = 1 << 24
-"""Tokens read at a time: as many are read again at most when a build is interrupted."""
+"""Tokens read at a time; after an interruption at most as many are read again."""
 
 MAX_SEGMENT_TOKENS = 1 << 27
 _MEMORY_SHARE = 64
 
 
 def segment_tokens_here() -> int:
-    """Tokens of a segment on this machine.
+    """Default tokens of a segment on this machine.
 
     Fewer and larger segments are looked up faster; sorting one takes about 13 bytes a token, so a fifth of
     the memory at most.
@@ -61,13 +61,13 @@ _BATCH_TEXTS = 1024
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """How to read and how to sort.
+    """Options of reading and sorting.
 
     Attributes:
         text_column: Field or column with the text.
         skip: Documents to leave out at the beginning.
         limit: Documents to take at most; None for all.
-        segment_tokens: Tokens of a segment at most; 0 for what suits this machine's memory.
+        segment_tokens: Tokens of a segment at most; 0 for a size that suits this machine's memory.
         workers: Threads that sort.
     """
 
@@ -89,13 +89,13 @@ class BuildOptions:
 
     @property
     def most(self) -> int:
-        """Places of a segment, separators included."""
+        """Largest length of a segment, separators included."""
         return self.segment_tokens or segment_tokens_here()
 
 
 @dataclass(slots=True)
 class BuildState:
-    """How far a build is, for a display.
+    """Progress of a build, for a display.
 
     Attributes:
         report: Documents read and skipped.
@@ -134,16 +134,16 @@ def build_index(
 ) -> BuildState:
     """Adds documents to an index. Readers see the old index until all is done.
 
-    Interrupted, the same call goes on behind the last finished run, if the files did not change; and where
-    all was published already, it does nothing more.
+    After an interruption the same call continues after the last finished run, if the files did not change;
+    where all was published already, it does nothing.
 
     Args:
-        index: Where to; its tokenizer is the encoder's.
-        files: What to read.
+        index: The index to extend; its tokenizer is the encoder's.
+        files: Files to read.
         encoder: The tokenizer.
-        options: How.
-        watch: Called now and then with the state.
-        replace: Leave out what the index holds so far.
+        options: Options of reading and sorting.
+        watch: Called regularly with the state.
+        replace: Whether to drop the present contents of the index.
 
     Raises:
         DatastoreError: Another process changes the index, or the disk is full: it stays as it was.
@@ -157,7 +157,7 @@ def build_index(
         names = [entry.name for entry in base]
         key = work_key(files, options.text_column, options.skip, options.limit, options.segment_tokens)
         if any(file.is_stream for file in files):
-            Journal.remove(index.path)  # what comes on a pipe may be something else this time
+            Journal.remove(index.path)  # a pipe may yield other data this time
         journal = Journal.load(index.path, key, names, index.manifest)
         index.sweep(journal.names)
         if journal.is_published:
@@ -173,7 +173,7 @@ def build_index(
 
 
 def publish(index: IndexFolder, journal: Journal, segments: list[SegmentEntry]) -> None:
-    """Makes `segments` the index and forgets the journal, which until then says what was to be published."""
+    """Makes `segments` the index and removes the journal, which until then names the segments to publish."""
     journal.result = [entry.name for entry in segments]
     save_journal(index, journal)
     index.publish(segments)
@@ -207,7 +207,7 @@ def _read_all(
 
 
 def check_columns(state: BuildState) -> None:
-    """Refuses to end a build with nothing where all texts may stand in another column.
+    """Refuses an empty build where all texts may be in another column.
 
     Raises:
         InvalidInputError: Nothing was read, and some file lacks the column.
@@ -217,7 +217,7 @@ def check_columns(state: BuildState) -> None:
 
 
 def _sort_all(index: IndexFolder, options: BuildOptions, journal: Journal) -> None:
-    """Sorts runs into segments, as many at a time as fit into one."""
+    """Sorts runs into segments, as many runs as fit into each."""
     while journal.runs:
         count, size = 0, 0
         while count < len(journal.runs):
@@ -237,14 +237,14 @@ def _sort_all(index: IndexFolder, options: BuildOptions, journal: Journal) -> No
 def _all_segments(
     index: IndexFolder, base: list[SegmentEntry], added: list[SegmentEntry], options: BuildOptions
 ) -> list[SegmentEntry]:
-    """What to publish; what was added often and little is joined, a first build is left as it is."""
+    """Segments to publish; small additions are joined, the segments of a first build are kept."""
     if not base:
         return added
     return compacted(index, [*base, *added], options.most, options.workers)
 
 
 def save_journal(index: IndexFolder, journal: Journal) -> None:
-    """Saves a journal, and says what to do where it cannot be."""
+    """Saves a journal; an error names a remedy."""
     try:
         journal.save(index.path)
     except OSError as error:
@@ -266,11 +266,11 @@ def read_runs(
     state: BuildState,
     watch: Watch | None = None,
 ) -> Iterator[Run]:
-    """Reads and tokenises, one run ahead of whoever takes them.
+    """Reads and tokenises, one run ahead of the caller.
 
     Yields:
-        Texts in one array as `Segment.join` takes them, at most `size` places; where each starts; and the
-        position behind them.
+        Texts in one array as `Segment.join` takes them, at most `size` long; their start indices; and the
+        position after them.
     """
     with ThreadPoolExecutor(1) as ahead:
         filled = _fill(files, encoder, options, size, start, state, watch)
@@ -323,7 +323,7 @@ def _encoded(
     files: Sequence[DocumentFile],
     state: BuildState,
 ) -> list[TokenArray]:
-    """Ids of each text; a text that the tokenizer cannot take is left out, and has none."""
+    """Ids of each text; empty for a text that the tokenizer cannot encode."""
     try:
         return encoder.encode(texts)
     except Exception:
@@ -393,7 +393,7 @@ def _next(
 
 
 class _Buffer:
-    """Texts of one run while they come in."""
+    """Texts of one run while it is filled."""
 
     def __init__(self, size: int, vocabulary: int) -> None:
         self._size = size
@@ -405,7 +405,7 @@ class _Buffer:
 
     @property
     def is_full(self) -> bool:
-        """Less than two places are left, of which the end takes one."""
+        """True if fewer than two slots are left, of which the separator takes one."""
         return self.places + 1 >= self._size
 
     def take(self, tokens: TokenArray) -> int:
@@ -418,7 +418,7 @@ class _Buffer:
         return count
 
     def empty(self) -> tuple[NDArray[Any], NDArray[np.int32]]:
-        """Hands over what is in it."""
+        """Returns its contents and empties it."""
         filled = self._array[: self.places], np.array(self._starts, np.int32)
         self._array = np.empty(self._size, self._dtype)
         self._starts = []

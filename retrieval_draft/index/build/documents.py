@@ -1,4 +1,4 @@
-"""What a user names on the command line, as documents."""
+"""Documents in the paths that a user names on the command line."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class DocumentFile:
         path: Absolute; "-" for stdin.
         kind: text, json, jsonl, parquet or arrow.
         nbytes: Its size; 0 for a stream.
-        is_stream: Whether it is stdin, a pipe or a device: read once, and something else the next time.
+        is_stream: Whether it is stdin, a pipe or a device, which can be read once.
     """
 
     path: str
@@ -61,15 +61,15 @@ class DocumentFile:
 
 
 class ReadReport(msgspec.Struct):
-    """What was read, and what was left out and why.
+    """Counts of documents read and skipped, with reasons.
 
     Attributes:
         documents: Texts read.
         characters: Of those texts.
         skipped: Files and records left out.
-        reasons: How many for which reason.
+        reasons: Number of skipped items by reason.
         named: The first 20, as "path, line 3: reason".
-        no_column: What is the matter with the first file that lacks the column; empty without one.
+        no_column: Message about the first file that lacks the column; empty without one.
     """
 
     documents: int = 0
@@ -80,15 +80,15 @@ class ReadReport(msgspec.Struct):
     no_column: str = ""
 
     def skip(self, where: str, reason: str) -> None:
-        """Counts and names something that is left out."""
+        """Counts and lists a skipped item."""
         self.skipped += 1
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
         if len(self.named) < _NAMED:
-            # Names of files may be bytes that are no text; what is said of them is.
+            # Names of files may be bytes that are no text; messages must be text.
             self.named.append(f"{where}: {reason}".encode("utf-8", "backslashreplace").decode())
 
     def merge(self, other: ReadReport) -> None:
-        """Adds what another reader saw."""
+        """Adds the counts of another reader."""
         self.documents += other.documents
         self.characters += other.characters
         self.skipped += other.skipped
@@ -98,7 +98,7 @@ class ReadReport(msgspec.Struct):
         self.no_column = self.no_column or other.no_column
 
     def left_out(self) -> ReadReport:
-        """A copy of what was left out, without what was read."""
+        """A copy with the skipped items only."""
         return ReadReport(0, 0, self.skipped, dict(self.reasons), list(self.named), self.no_column)
 
 
@@ -116,7 +116,7 @@ def find_files(
             indexes of ours in them are left out, and links to folders are not followed.
         include: Globs for the path below a walked folder, or the file's name; one must match.
         exclude: The same; none may match.
-        report: What cannot be read is counted in it.
+        report: Unreadable files are counted in it.
 
     Raises:
         InvalidInputError: A path does not exist, or there is no file at all.
@@ -147,7 +147,7 @@ def find_files(
                     whole = str(file.resolve())
                     found.setdefault(whole, DocumentFile(whole, _kind(file), status.st_size))
                 elif named is not None and file == place:
-                    # Not resolved: what a pipe's name in /dev/fd stands for has no path.
+                    # Not resolved: the target of a pipe's name in /dev/fd has no path.
                     whole = str(file.absolute())
                     found[whole] = DocumentFile(whole, _kind(file), 0, is_stream=True)
                 else:
@@ -162,7 +162,7 @@ def find_files(
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """None where there is nothing, or it may not be seen."""
+    """Status of a file; None where it does not exist or may not be read."""
     try:
         return path.stat()
     except (OSError, ValueError):  # ValueError: a NUL in the name
@@ -172,16 +172,16 @@ def _status(path: Path) -> os.stat_result | None:
 def read_documents(
     file: DocumentFile, report: ReadReport, *, text_column: str = "text", start: int = 0
 ) -> Iterator[tuple[int, str]]:
-    """Reads a file's documents, whatever its size in bounded memory.
+    """Reads a file's documents in bounded memory.
 
-    What cannot be read is counted, named and left out; what stands before and behind it is read.
+    Unreadable parts are counted, listed and skipped; the parts before and after them are read.
 
     Args:
         file: From `find_files`.
         report: Counts are added to it.
         text_column: Field or column with the text; a dot reaches into an object.
-        start: Documents to pass over. Numbers count what is yielded, so reading with ``start=n`` goes on
-            behind the n-th document.
+        start: Documents to skip. Numbers count the yielded documents, so reading with ``start=n`` continues
+            after the n-th document.
 
     Yields:
         A document's number, from 0, and its text, which is valid Unicode.
@@ -207,7 +207,7 @@ def read_documents(
 
 
 def _why_not(text: str) -> str:
-    """Why a text cannot be indexed; empty where it can."""
+    """Reason that a text cannot be indexed; empty if it can."""
     if not text.strip():
         return "empty"
     try:
@@ -243,7 +243,7 @@ def _texts(file: DocumentFile, report: ReadReport, text_column: str) -> Texts:
 
 
 def _is_record(head: bytes) -> bool:
-    """Whether the first line is a JSON object; of a line longer than `head`, whether it begins like one."""
+    """True if the first line is a JSON object, or, where it is longer than `head`, begins like one."""
     line, end, _ = head.lstrip().partition(b"\n")
     if not line.startswith(b"{"):
         return False
@@ -254,7 +254,7 @@ def _is_record(head: bytes) -> bool:
 
 
 def _walk(folder: Path, include: Sequence[str], exclude: Sequence[str], report: ReadReport) -> Iterator[Path]:
-    """What is in a folder and below, sorted; links to folders are not followed, so there are no cycles."""
+    """Files in and below a folder, sorted; links to folders are not followed, so there are no cycles."""
     waiting = [folder]
     while waiting:
         here = waiting.pop()
@@ -337,7 +337,7 @@ def _saved_split(folder: Path, report: ReadReport) -> list[Path] | None:
 
 
 def _plain(names: Sequence[object], folder: Path, report: ReadReport) -> Iterator[str]:
-    """Those of some names in a file that name something right in its folder, and nothing elsewhere."""
+    """The names, as found in a file, that are plain names of files in its folder."""
     for name in names:
         if isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name:
             yield name

@@ -19,12 +19,12 @@ _PIECE = 1 << 21
 
 
 class Encoder:
-    """A tokenizer as an index needs it: batches of texts in, runs of ids out, no special tokens added.
+    """A tokenizer for index builds: encodes batches of texts to runs of ids, without special tokens.
 
     Attributes:
-        name: How the tokenizer was named.
+        name: Name of the tokenizer, as given.
         fingerprint: Of its vocabulary.
-        vocabulary: Its ids, added tokens included; ids are below it.
+        vocabulary: Number of its ids, added tokens included.
     """
 
     def __init__(self, tokenizer: Any, name: str) -> None:
@@ -49,7 +49,7 @@ class Encoder:
 
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more exact
+        except Exception as error:  # the library raises no narrower type
             raise InvalidInputError(
                 f"{path} is not a tokenizer: {error}.",
                 "Name a tokenizer.json, a model's folder, or a hub name.",
@@ -77,7 +77,7 @@ class Encoder:
         return str(self._fast.to_str())
 
     def encode(self, texts: Sequence[str]) -> list[TokenArray]:
-        """int32 ids of each text. Long ones are cut behind a line, for tokenizers take many times a text."""
+        """int32 ids of each text. Long ones are cut after a line, as tokenizers need many times a text."""
         if max(map(len, texts), default=0) > _PIECE:
             return [np.concatenate([self._ids([piece])[0] for piece in _pieces(text)]) for text in texts]
         return self._ids(texts)
@@ -90,7 +90,7 @@ class Encoder:
         return [np.array(ids, np.int32) for ids in found]
 
     def decode(self, tokens: TokenArray) -> str:
-        """The text of some ids."""
+        """The text of some ids, int32, shape (n,)."""
         return str(self._tokenizer.decode([int(token) for token in tokens]))
 
 

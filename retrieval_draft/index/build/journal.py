@@ -1,4 +1,4 @@
-"""What an unfinished build has done so far, so that the same command goes on from there."""
+"""Journal of an unfinished build, from which the same command resumes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Position(msgspec.Struct, frozen=True):
         record: Number of the document within it.
         offset: Tokens of it that are done already.
         documents: Documents taken before it.
-        left_out: What was left out of the files before that one.
+        left_out: Items skipped in the files before that one.
     """
 
     file: int = 0
@@ -38,16 +38,16 @@ class Position(msgspec.Struct, frozen=True):
 
 
 class Journal(msgspec.Struct, kw_only=True):
-    """What is finished but not published.
+    """Finished but unpublished work of a build.
 
     Attributes:
-        key: Says what work it is, see `work_key`.
+        key: Digest of the work, see `work_key`.
         base: Names of the segments that the index had when the work began.
         runs: Texts that are read but not sorted, in order.
         segments: Texts that are sorted, which come before the runs.
         shards: For builds in shards, which are done: their number to the segments of each.
-        position: Where reading goes on.
-        all_read: Whether there is nothing more to read.
+        position: The next document to read.
+        all_read: Whether all documents are read.
         result: Names of the segments that are about to be published; empty before.
         is_published: Whether they were.
     """
@@ -64,13 +64,13 @@ class Journal(msgspec.Struct, kw_only=True):
 
     @classmethod
     def load(cls, folder: Path, key: str, base: Sequence[str], manifest: Manifest) -> Journal:
-        """The journal of this very work, or a new one where there is none or one of other work.
+        """The journal of the work `key`, or a new one where there is none or one of other work.
 
         Args:
             folder: The index.
             key: From `work_key`.
             base: Names of the segments that are to be kept.
-            manifest: Of the index: it tells whether a process ended between publishing and saying so.
+            manifest: Of the index: shows whether a process ended between publishing and updating the journal.
         """
         try:
             found = msgspec.json.decode((folder / _NAME).read_bytes(), type=cls)
@@ -85,7 +85,7 @@ class Journal(msgspec.Struct, kw_only=True):
         return cls(key=key, base=list(base))
 
     def _is_whole(self, folder: Path) -> bool:
-        """Whether it says what `save` can have written, and all that it names is there."""
+        """True if its values are ones that `save` can have written, and all named folders exist."""
         try:
             for entry in self._entries:
                 entry.check(folder / _NAME)
@@ -117,22 +117,22 @@ class Journal(msgspec.Struct, kw_only=True):
 
     @staticmethod
     def exists(folder: Path) -> bool:
-        """Whether an interrupted build left one."""
+        """True if an interrupted build left one."""
         return (folder / _NAME).exists()
 
     @staticmethod
     def remove(folder: Path) -> None:
-        """Forgets it: the work is published."""
+        """Removes the journal after the work is published."""
         (folder / _NAME).unlink(missing_ok=True)
 
 
 def work_key(files: Sequence[DocumentFile], *settings: object) -> str:
-    """A digest of what is indexed and how; files count by path, size and time of change."""
+    """A digest of files and settings; files count by path, size and time of change."""
     digest = xxhash.xxh3_128(repr(settings).encode())
     for file in files:
         changed = 0
         if not file.is_stream:
-            with suppress(OSError):  # gone since it was found: reading it will say so
+            with suppress(OSError):  # gone since it was found: reading it will report that
                 changed = Path(file.path).stat().st_mtime_ns
         digest.update(
             f"{file.path}\0{file.kind}\0{file.nbytes}\0{changed}\n".encode("utf-8", "surrogateescape")

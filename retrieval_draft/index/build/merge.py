@@ -1,4 +1,4 @@
-"""Joins indexes, and small segments into larger ones."""
+"""Merging of indexes, and of small segments into larger ones."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from retrieval_draft.index.segments.segment import Segment
 __all__ = ["RATIO", "compacted", "join_segments", "joined_texts", "merge_indexes"]
 
 RATIO = 4
-"""A segment is left alone when it is so many times as large as all newer ones together."""
+"""A segment is kept when it is so many times as large as all newer ones together."""
 
 
 def joined_texts(
     parts: Sequence[tuple[NDArray[Any], NDArray[np.int32]]],
 ) -> tuple[NDArray[Any], NDArray[np.int32]]:
-    """One array of texts, and where each starts, from several."""
+    """Concatenates arrays of texts; returns one array and int32 start indices of its texts."""
     shifts = np.cumsum([0, *(len(texts) for texts, _ in parts)])
     documents = [starts + np.int32(shift) for (_, starts), shift in zip(parts, shifts[:-1], strict=True)]
     return np.concatenate([texts for texts, _ in parts]), np.concatenate(documents)
 
 
 def join_segments(segments: Sequence[Segment], vocabulary: int, threads: int = 1) -> Segment:
-    """One segment with the texts of several, in their order."""
+    """Merges segments into one with all their texts, in order."""
     parts = [(segment.texts(vocabulary), segment.documents) for segment in segments]
     return Segment.join(*joined_texts(parts), vocabulary, threads)
 
@@ -40,10 +40,10 @@ def join_segments(segments: Sequence[Segment], vocabulary: int, threads: int = 1
 def compacted(
     index: IndexFolder, entries: Sequence[SegmentEntry], most: int, threads: int
 ) -> list[SegmentEntry]:
-    """Joins the newest segments while they are small beside what they would join.
+    """Joins the newest segments while the next older one is small relative to them.
 
     Args:
-        index: Where they are, and where joined ones are written.
+        index: The index that holds them and gets the joined ones.
         entries: Oldest first.
         most: Tokens of a segment at most.
         threads: Workers that sort.
@@ -72,14 +72,14 @@ def merge_indexes(
     threads: int = 1,
     watch: Callable[[int], object] | None = None,
 ) -> None:
-    """Puts the texts of all `sources` behind those of `target`, in as few segments as `most` allows.
+    """Appends the texts of all `sources` to those of `target`, in as few segments as `most` allows.
 
     Args:
-        target: May be empty. It changes at one point in time, at the end.
+        target: May be empty. It changes atomically, at the end.
         sources: For the same tokenizer; they do not change.
         most: Tokens of a segment at most.
         threads: Workers that sort.
-        watch: Called with the tokens of each segment that is done.
+        watch: Called with the tokens of each finished segment.
 
     Raises:
         TokenizerMismatchError: A source is for another tokenizer.
@@ -126,7 +126,7 @@ def _copied(source: IndexFolder, target: IndexFolder, entry: SegmentEntry) -> Se
     unfinished = place.with_name(f"{entry.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        if place.exists():  # joined once already
+        if place.exists():  # merged before
             return entry
         unfinished.mkdir()
         for name in entry.files:

@@ -1,4 +1,4 @@
-"""Builds an index in shards, on a Ray cluster: each task reads, tokenises and sorts some of the files."""
+"""Index builds in shards on a Ray cluster: each task reads, tokenises and sorts some of the files."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def build_shard(
         files: The shard.
         tokenizer: From `Encoder.to_json`.
         name: Of the tokenizer.
-        options: How.
+        options: Options of reading and sorting.
 
     Returns:
-        Its segments, what was read and skipped, and tokens.
+        Its segments, counts of documents read and skipped, and tokens.
     """
     index = IndexFolder.open(Path(path))
     encoder = Encoder.from_json(tokenizer, name)
@@ -80,19 +80,19 @@ def build_on_ray(
     watch: Callable[[BuildState], object] | None = None,
     replace: bool = False,
 ) -> BuildState:
-    """As `build_index`, with shards as tasks of a Ray cluster. Interrupted, finished shards are kept.
+    """Runs `build_index` with shards as tasks of a Ray cluster. An interruption keeps finished shards.
 
     Args:
         index: On a disk that all machines share.
         files: The same on all machines.
         encoder: The tokenizer.
-        options: How; workers are CPUs of a task.
+        options: Options of reading and sorting; workers are CPUs of a task.
         address: Of the cluster, or None for the one that Ray finds, else a local one.
         watch: Called after each shard.
-        replace: Leave out what the index holds so far.
+        replace: Whether to drop the present contents of the index.
 
     Raises:
-        InvalidInputError: Ray is not installed, or skip, limit or a pipe are asked for.
+        InvalidInputError: Ray is not installed, or skip, limit or a pipe are given.
     """
     if options.skip or options.limit is not None or any(file.is_stream for file in files):
         raise InvalidInputError(
@@ -155,7 +155,7 @@ def _run(
     encoder: Encoder,
     options: BuildOptions,
 ) -> Any:
-    """Yields each unfinished shard's number and result, as they come in."""
+    """Yields each unfinished shard's number and result, in order of completion."""
     task = ray.remote(build_shard).options(num_cpus=options.workers)
     tokenizer = ray.put(encoder.to_json())
     path = str(index.path.resolve())

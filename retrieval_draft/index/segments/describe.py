@@ -1,4 +1,4 @@
-"""What an index is like inside: how long its texts repeat themselves, and in how many ways they go on."""
+"""Statistics of an index: lengths of repeated text, and numbers of different continuations."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _READ = 1024
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """Measured on a sample of positions.
+    """Statistics of a sample of positions.
 
     Attributes:
-        sampled: Positions.
-        match_lengths: int64, shape (65,). How many positions continue exactly so many tokens like another one
-            of their segment; the last stands for 64 and more.
-        branching: For some context lengths, how many different next tokens each sampled context has.
+        sampled: Number of positions.
+        match_lengths: int64, shape (65,). Number of positions whose next so many tokens equal those of
+            another one of their segment; the last counts 64 and more.
+        branching: For some context lengths, the number of different next tokens of each sampled context.
     """
 
     sampled: int
@@ -34,14 +34,14 @@ class Description:
 
     @property
     def median_match(self) -> int:
-        """Half of the positions repeat at least so many tokens."""
+        """Median number of repeated tokens over the positions."""
         if not self.sampled:
             return 0
         return int(np.searchsorted(np.cumsum(self.match_lengths), self.sampled / 2))
 
 
 def describe(segments: Sequence[Segment], samples: int = 2000, seed: int = 0) -> Description:
-    """Samples positions of all segments, each as likely as the other.
+    """Samples positions of all segments uniformly.
 
     Args:
         segments: Of one index or several.
@@ -49,8 +49,8 @@ def describe(segments: Sequence[Segment], samples: int = 2000, seed: int = 0) ->
         seed: The same seed samples the same positions.
 
     Example:
-        texts 7 8 9 and 7 8 5: of the six positions two repeat two tokens, two one, the others none; 8 goes on
-        in two ways, 7 in one
+        texts 7 8 9 and 7 8 5: of the six positions two repeat two tokens, two one, the others none; 8 has two
+        continuations, 7 has one
     """
     random = np.random.default_rng(seed)
     sizes = np.array([segment.num_tokens for segment in segments], np.float64)

@@ -1,4 +1,4 @@
-"""A folder of segments and the manifest that says which of them count."""
+"""A folder of segments and the manifest that lists the valid ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PREFIX = "segment-"
 _RUN = "run-"
 
 MAX_MANIFEST_BYTES = 1 << 26
-"""Of a manifest or journal: a hundred thousand segments."""
+"""Largest size of a manifest or journal: a hundred thousand segments."""
 
 _AGAIN = "Restore it from a copy, or build the index again."
 
@@ -60,13 +60,13 @@ class SegmentEntry(msgspec.Struct, frozen=True):
     files: dict[str, dict[str, Any]]
 
     def check(self, where: object) -> None:
-        """Holds every name and number to what `IndexFolder.write` can have written.
+        """Checks that every name and number is one that `IndexFolder.write` can have written.
 
         Args:
-            where: The file that it stands in, for the message.
+            where: The file that holds it, for the message.
 
         Raises:
-            DatastoreError: Says what was found and what is allowed.
+            DatastoreError: Names the found and the allowed value.
         """
         _check_name(where, self.name, _PREFIX)
         _check_number(where, f"{self.name}: tokens", self.tokens, 0, MAX_TOKENS)
@@ -96,23 +96,23 @@ class RunEntry(msgspec.Struct, frozen=True):
     documents: int
 
     def check(self, where: object) -> None:
-        """As `SegmentEntry.check`, for what `IndexFolder.write_run` writes."""
+        """Checks the entry as `SegmentEntry.check` does, by the rules of `IndexFolder.write_run`."""
         _check_name(where, self.name, _RUN)
         _check_number(where, f"{self.name}: tokens", self.tokens, 0, MAX_TOKENS)
         _check_number(where, f"{self.name}: documents", self.documents, 0, MAX_TOKENS)
 
 
 class Manifest(msgspec.Struct, kw_only=True):
-    """What an index is, as its manifest.json holds it.
+    """Contents of an index's manifest.json.
 
     Attributes:
         kind: Always `KIND`.
         format_version: Of the folder's layout.
         fingerprint: Of the tokenizer; empty where there is none.
-        vocabulary_size: Ids are below it.
+        vocabulary_size: Number of token ids.
         segments: Oldest first.
-        tokenizer: How the tokenizer was named when the index was built.
-        library_version: What wrote it.
+        tokenizer: Name of the tokenizer, as given when the index was built.
+        library_version: Version that wrote it.
         created: UTC.
         changed: UTC.
         xxh3: Of the manifest itself, without this field.
@@ -146,7 +146,7 @@ class Manifest(msgspec.Struct, kw_only=True):
 
 
 class IndexFolder:
-    """An index on disk. What the manifest names is there, whole; anything else is left over and ignored.
+    """An index on disk. Segments in the manifest are complete; anything else is left over and ignored.
 
     Args:
         path: The folder.
@@ -159,7 +159,7 @@ class IndexFolder:
 
     @classmethod
     def create(cls, path: Path, fingerprint: str, vocabulary_size: int, tokenizer: str = "") -> IndexFolder:
-        """Makes an empty index, or opens the one that is there.
+        """Makes an empty index, or opens an existing one.
 
         Raises:
             DatastoreError: The folder holds other things, or cannot be written.
@@ -202,7 +202,7 @@ class IndexFolder:
         """Reads the manifest and nothing else.
 
         Raises:
-            DatastoreError: No index, a torn or altered manifest, or a format this version does not know.
+            DatastoreError: No index, a torn or altered manifest, or an unknown format version.
         """
         path = expanded(path)
         return cls(path, _read_manifest(path / MANIFEST))
@@ -215,7 +215,7 @@ class IndexFolder:
         """Refuses another tokenizer.
 
         Raises:
-            TokenizerMismatchError: Says what the index has and what was asked for.
+            TokenizerMismatchError: Names both tokenizers.
         """
         mine = self.manifest
         if mine.fingerprint != fingerprint or mine.vocabulary_size != vocabulary_size:
@@ -238,7 +238,7 @@ class IndexFolder:
         """Maps one segment.
 
         Raises:
-            DatastoreError: A file is missing or torn, or the manifest says something else than the files.
+            DatastoreError: A file is missing or torn, or the manifest disagrees with the files.
         """
         entry.check(self.path / MANIFEST)
         folder = self.path / entry.name
@@ -260,10 +260,10 @@ class IndexFolder:
         return segment
 
     def write(self, segment: Segment) -> SegmentEntry:
-        """Writes a segment's files. It counts only once it is published.
+        """Writes a segment's files. The segment is part of the index only after `publish`.
 
         Raises:
-            DatastoreError: The disk is full or the folder cannot be written; nothing is left behind.
+            DatastoreError: The disk is full or the folder cannot be written; no files are left.
         """
         name = f"{_PREFIX}{uuid.uuid4().hex[:16]}"
         with self._new_folder(name) as folder:
@@ -282,10 +282,10 @@ class IndexFolder:
 
         Args:
             texts: As `Segment.join` takes them.
-            documents: int32. Where they start.
+            documents: int32, shape (texts,). Start index of each.
 
         Raises:
-            DatastoreError: The disk is full or the folder cannot be written; nothing is left behind.
+            DatastoreError: The disk is full or the folder cannot be written; no files are left.
         """
         name = f"{_RUN}{uuid.uuid4().hex[:16]}"
         with self._new_folder(name) as folder:
@@ -295,10 +295,10 @@ class IndexFolder:
         return RunEntry(name=name, tokens=len(texts) - len(documents), documents=len(documents))
 
     def read_run(self, entry: RunEntry) -> tuple[NDArray[Any], NDArray[np.int32]]:
-        """Maps what `write_run` wrote.
+        """Maps the arrays that `write_run` wrote.
 
         Raises:
-            DatastoreError: A file is missing, torn, or holds something else than was written.
+            DatastoreError: A file is missing, torn, or was altered.
         """
         entry.check(self.path)
         folder = self.path / entry.name
@@ -316,7 +316,7 @@ class IndexFolder:
 
     @contextmanager
     def _new_folder(self, name: str) -> Iterator[Path]:
-        """A path to fill with a folder, which gets its name when it is whole."""
+        """A temporary path for a folder, which is renamed when it is complete."""
         unfinished = self.path / f"{name}.tmp"
         try:
             yield unfinished
@@ -331,7 +331,7 @@ class IndexFolder:
             ) from error
 
     def publish(self, segments: Sequence[SegmentEntry]) -> None:
-        """Makes `segments` the index, at one point in time: before it readers see the old one.
+        """Makes `segments` the index, atomically: before that readers see the old one.
 
         Raises:
             DatastoreError: It cannot be written; the old index stays.
@@ -354,7 +354,7 @@ class IndexFolder:
         named = {entry.name for entry in self.manifest.segments} | set(keep)
         for path in (*self.path.glob(f"{_PREFIX}*"), *self.path.glob(f"{_RUN}*")):
             if path.name not in named:
-                # One by one: a segment's folder holds files alone, and what else is there is not ours.
+                # One by one: a segment's folder holds files only, and anything else in it is not ours.
                 with suppress(OSError):
                     for file in path.iterdir():
                         file.unlink()
@@ -364,7 +364,7 @@ class IndexFolder:
         """Compares every file with its checksum.
 
         Returns:
-            What is wrong, a line for each file; empty if nothing is.
+            A line for each faulty file; empty if there is none.
         """
         found = []
         for entry in self.manifest.segments:
@@ -383,10 +383,10 @@ class IndexFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Only one process at a time changes an index; readers need no lock.
+        """Locks the index for changes by this process; readers need no lock.
 
         Raises:
-            DatastoreError: Another process has it, or the folder cannot be written.
+            DatastoreError: Another process has the lock, or the folder cannot be written.
         """
         lock = FileLock(str(self.path / _LOCK))
         try:
@@ -429,7 +429,7 @@ def parse_manifest(content: bytes, path: object) -> Manifest:
         path: Its name, for messages.
 
     Raises:
-        DatastoreError: It is torn, altered, or of a format this version does not know.
+        DatastoreError: It is torn, altered, or of an unknown format version.
     """
     try:
         header = msgspec.json.decode(content)

@@ -1,4 +1,4 @@
-"""What of a request is worth keeping: text that is not known yet, and every reply."""
+"""Texts of a request that are stored: new parts of the prompt, and every reply."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from retrieval_draft.index.source import TokenArray
 __all__ = ["new_texts"]
 
 _UNTOLD = 3
-"""Matches shorter than a sort key (4 tokens at most) are not told apart from none."""
+"""Shorter matches than a sort key (4 tokens at most) count as none."""
 
 
 def new_texts(segments: Segments, prompt: TokenArray, reply: TokenArray) -> list[TokenArray]:
-    """What a request adds: the parts of the prompt that are not known, and the reply with what led to it.
+    """Texts that a request adds: new parts of the prompt, and the reply, each with the context before it.
 
     Args:
-        segments: What is known.
-        prompt: int32; may be empty.
-        reply: int32; may be empty.
+        segments: The known texts.
+        prompt: int32, shape (n,); may be empty.
+        reply: int32, shape (m,); may be empty.
 
     Example:
-        with prompt 1 2 3 4 known, prompt 1 2 3 4 5 and reply 6: the text 1 2 3 4 5 6; at most 31 tokens that
-        are known lead to what is new
+        with prompt 1 2 3 4 known, prompt 1 2 3 4 5 and reply 6: the text 1 2 3 4 5 6; at most 31 known tokens
+        precede the new ones
     """
     from retrieval_draft.index._kernels import segment_match as kernels
 
@@ -37,8 +37,8 @@ def new_texts(segments: Segments, prompt: TokenArray, reply: TokenArray) -> list
         )
         lengths = np.empty(len(prompt), np.int32)
         kernels.match_lengths(rows, *match_state(len(segments)), prompt, lengths)
-        # A position is known where the 32 tokens that end there are, or all that there are; what leads to a
-        # new one is kept with it.
+        # A position is known if the 32 tokens that end there, or all of fewer, are; a new one is kept with
+        # its context.
         enough = np.minimum(np.arange(len(prompt)) + 1, kernels.LONGEST)
         enough[:_UNTOLD] = 0
         fresh = np.concatenate((lengths < enough, [bool(len(reply))]))

@@ -29,12 +29,12 @@ class Segment:
     """Texts with their suffix array.
 
     Attributes:
-        tokens: uint16 or uint32, shape (n,). Texts one after the other, a separator behind each.
-        suffixes: int32, shape (n - texts,). Positions of tokens, ordered by what starts there.
-        documents: int32, shape (texts,). Where each text starts.
-        samples: uint64. Keys of every 128th suffix.
+        tokens: uint16 or uint32, shape (n,). Texts one after the other, a separator after each.
+        suffixes: int32, shape (n - texts,). Positions of tokens, ordered by the text from there on.
+        documents: int32, shape (texts,). Start index of each text.
+        samples: uint64, shape (samples,). Keys of every 128th suffix.
         separator: The value between texts; no token of them.
-        row: int64. What kernels need to know, addresses among it: keep the segment while they use it.
+        row: int64, shape (SEGMENT_FIELDS,). Sizes and addresses for kernels: keep the segment while they run.
 
     Example:
         texts 7 8 9 and 7 8 5: tokens 7 8 9 S 7 8 5 S, suffixes 6 4 0 5 1 2, documents 0 4;
@@ -63,8 +63,8 @@ class Segment:
         """Sorts texts into a segment.
 
         Args:
-            texts: int32 each; empty ones are left out.
-            vocabulary: Ids are below it.
+            texts: int32, shape (length,) each; empty ones are left out.
+            vocabulary: Number of token ids.
             threads: Workers that sort.
 
         Raises:
@@ -90,12 +90,13 @@ class Segment:
     def join(
         cls, joined: NDArray[Any], documents: NDArray[np.int32], vocabulary: int, threads: int = 1
     ) -> Segment:
-        """As `build`, for texts that are in one array already.
+        """Sorts texts that are in one array already into a segment.
 
         Args:
-            joined: `text_dtype`, shape (n,). The value `vocabulary` behind each text. The segment keeps it.
-            documents: int32. Where texts start.
-            vocabulary: Ids are below it.
+            joined: `text_dtype`, shape (n,). The value `vocabulary` after each text. The segment keeps the
+                array.
+            documents: int32, shape (texts,). Start index of each text.
+            vocabulary: Number of token ids.
             threads: Workers that sort.
         """
         _check_ids(0, int(joined.max(initial=0)), vocabulary + 1)
@@ -105,7 +106,7 @@ class Segment:
                 "Build the index that they come from again.",
             )
         separator, tokens = vocabulary, joined
-        if vocabulary == 2**16:  # no value of 16 bits is left over, but hardly a segment has all of them
+        if vocabulary == 2**16:  # all values of 16 bits are ids, but hardly a segment has all of them
             free = np.flatnonzero(np.bincount(joined, minlength=2**16)[: 2**16] == 0)
             if len(free):
                 separator = int(free[-1])
@@ -120,18 +121,18 @@ class Segment:
     def open(cls, folder: Path, separator: int, bits: int, sizes: dict[str, int]) -> Segment:
         """Maps a segment that `write` made. Reads nothing but the headers.
 
-        All that kernels take for granted is compared: kinds, shapes, lengths, the manifest's numbers. Values
-        within the arrays may be anything; kernels bound what they read by them.
+        All that kernels rely on is checked: dtypes, shapes, lengths, the manifest's numbers. Values in the
+        arrays are not checked; kernels bound every read by them.
 
         Args:
             folder: The segment's folder.
-            separator: From the manifest, as are `bits`.
+            separator: From the manifest, as is `bits`.
             bits: Bits of a token in a key.
-            sizes: Bytes each file must have, by its name.
+            sizes: Expected bytes of each file, by its name.
 
         Raises:
-            DatastoreError: A file is missing, torn, or not an array of the kind expected, or a number is not
-                one that goes with the arrays.
+            DatastoreError: A file is missing, torn, or not an array of the kind expected, or a number does
+                not match the arrays.
         """
         tokens, suffixes, documents, samples = (
             map_array(folder / f"{name}.npy", sizes.get(f"{name}.npy", -1)) for name in _FILES
@@ -189,7 +190,7 @@ class Segment:
         return sum(int(getattr(self, name).nbytes) for name in _FILES)
 
     def texts(self, vocabulary: int) -> NDArray[Any]:
-        """All texts as `join` takes them, `vocabulary` behind each; maybe the segment's own array."""
+        """All texts as `join` takes them, `vocabulary` after each; may be the segment's own array."""
         if self.separator == vocabulary:
             return self.tokens
         joined = self.tokens.astype(text_dtype(vocabulary))
@@ -197,14 +198,14 @@ class Segment:
         return joined
 
     def count(self, context: TokenArray) -> int:
-        """How often `context` (1 to 32 tokens) occurs."""
+        """Number of occurrences of `context`: int32, 1 to 32 tokens."""
         return self._find(context)[0]
 
     def followers(self, context: TokenArray, most: int = 1 << 20) -> dict[int, int]:
-        """How often each token follows `context`; from a sample where it occurs more than `most` times.
+        """Counts of the tokens after `context`; from a sample where it occurs more than `most` times.
 
         Args:
-            context: int32, 1 to 32 tokens.
+            context: int32, shape (length,), 1 to 32 tokens.
             most: Occurrences to read.
 
         Returns:
@@ -226,7 +227,7 @@ class Segment:
         return {int(value): int(number) for value, number in zip(values, counts, strict=True)}
 
     def _find(self, context: TokenArray) -> tuple[int, int, bool]:
-        """Occurrences of a context; the first one's rank or the only one's position; whether it is one."""
+        """Occurrences of a context; the first one's rank or the only one's position; True for a position."""
         from retrieval_draft.index._kernels import segment_match as kernels
 
         chain, longest, tail = match_state(1)
@@ -273,7 +274,7 @@ def map_array(path: Path, nbytes: int | None = None) -> NDArray[Any]:
         array: NDArray[Any] | None = None
         if nbytes is None or found == nbytes:
             array = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # numpy reads the header as Python's text, and raises what it likes
+    except Exception as error:  # numpy evaluates the header as Python, which can raise anything
         raise DatastoreError(f"{path} cannot be read: {error or type(error).__name__}.", _BROKEN) from error
     if array is None:
         raise DatastoreError(f"{path} is torn: found {found} bytes, expected {nbytes}.", _BROKEN)
@@ -291,7 +292,7 @@ def match_state(segments: int) -> tuple[NDArray[np.int32], NDArray[np.int32], ND
 
 
 def save_array(path: Path, array: NDArray[Any]) -> None:
-    """Writes a .npy file and makes sure that it is on disk."""
+    """Writes an array of any shape and dtype but objects as a .npy file, and syncs it to disk."""
     with path.open("wb") as file:
         np.save(file, array, allow_pickle=False)
         file.flush()
@@ -299,7 +300,7 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
 
 
 def text_dtype(vocabulary: int) -> type[np.uint16] | type[np.uint32]:
-    """What holds ids below `vocabulary`, and `vocabulary` itself between texts."""
+    """Smallest dtype for ids below `vocabulary`, and for `vocabulary` itself between texts."""
     return np.uint16 if vocabulary < 2**16 else np.uint32
 
 

@@ -16,19 +16,20 @@ __all__ = ["SegmentSession", "Segments"]
 ESCAPE = 5.0
 ORDER_CAP = 4
 GAIN = 1.0
-"""As in the automaton, but text of others is worth less than the request's own, so shorter contexts get more.
-Beyond ORDER_CAP a context counts for GAIN lengths more with each doubling, so that a long match drafts deep.
-On replayed code and chat escapes of 2 to 8, caps of 4 to 10 and gains of 0 to 2 differ by less than 3%."""
+"""Larger than in the automaton: other texts predict less well than the request's own, so shorter contexts get
+more. Beyond ORDER_CAP a context counts for GAIN lengths more with each doubling, so that a long match drafts
+deep. On replayed code and chat escapes of 2 to 8, caps of 4 to 10 and gains of 0 to 2 differ by less than
+3%."""
 
 Segments = tuple[Segment, ...]
-"""Oldest first. A new tuple whenever something changes, so that readers need no lock."""
+"""Segments, oldest first. A new tuple with every change, so that readers need no lock."""
 
 
 class SegmentSession:
-    """Keeps, for a growing text, where its end occurs in each segment.
+    """Tracks the occurrences of a growing text's end in each segment.
 
     Args:
-        segments: Returns the segments there are now; asked at every step.
+        segments: Returns the present segments; called at every step.
         prompt: int32, shape (length,).
         source: The source's name, for proposals.
         level: Its locality.
@@ -61,12 +62,12 @@ class SegmentSession:
         return int(self._longest.max(initial=0))
 
     def observe(self, tokens: TokenArray) -> None:
-        """Appends accepted tokens."""
+        """Appends accepted tokens, int32, shape (m,)."""
         self._refresh()
         self._match.advance(self._rows, self._chain, self._longest, self._tail, np.array(tokens, np.int32))
 
     def propose(self, budget: int) -> Proposal:
-        """What followed the text's end in the segments, as a tree of the `budget` most probable nodes."""
+        """The tokens after the text's end in the segments, as a tree of the `budget` most probable nodes."""
         self._refresh()
         self._workspace.fit(budget)
         if len(self._ranges) != len(self._workspace.heap) + 1:
@@ -100,12 +101,12 @@ class SegmentSession:
         """Does nothing: only text is kept here."""
 
     def close(self) -> None:
-        """Lets go of the segments."""
+        """Releases the segments."""
         self._supply = tuple
         self._refresh()
 
     def _refresh(self) -> None:
-        """Takes up segments that are new, and drops those that are gone."""
+        """Adds new segments, and drops those that are gone."""
         segments = self._supply()
         if segments is self._segments:
             return

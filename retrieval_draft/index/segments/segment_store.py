@@ -1,7 +1,7 @@
 """Segments that are merged by size and evicted by age: a log-structured store in memory.
 
-Everything is immutable; readers take the current tuple and need no lock. One thread adds; the same or another
-merges meanwhile.
+Segments are immutable; readers take the current tuple and need no lock. One thread adds; the same or another
+merges concurrently.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ RATIO = 4
 about log(tokens) / log(4) segments, and a token is sorted about three times as often as that."""
 
 SHARE = 8
-"""A segment with 1 / 8 of the bytes allowed is merged no more, so that eviction has pieces."""
+"""A segment with 1 / 8 of the allowed bytes is not merged further, so that eviction has small units."""
 
 SMALL = 1 << 16
 """Tokens that are sorted in some 3 ms."""
 
 GRACE = 1.0
-"""Seconds that a segment nobody is to use any more is kept for those who still do."""
+"""Seconds that a replaced segment is kept for sessions that still use it."""
 
 
 class SegmentStore:
     """Segments, the oldest first, of which the newest are small and soon merged.
 
     Args:
-        vocabulary: Ids are below it.
-        max_bytes: The oldest segments go when all together take more.
-        segments: What there is at first, oldest first.
+        vocabulary: Number of token ids.
+        max_bytes: Limit of all segments together; the oldest are evicted.
+        segments: The initial segments, oldest first.
 
     Attributes:
-        max_bytes: It may be changed; what is over goes at the next `compact`.
-        evicted: Tokens that went to make room.
+        max_bytes: May be changed; segments beyond it are evicted by the next `compact`.
+        evicted: Tokens evicted to make room.
 
     Example:
         segments of 100, 20 and 4 tokens, and one of 2 is added: tidy() joins 4 + 2, as 4 < 4 * 2, and with
@@ -53,7 +53,7 @@ class SegmentStore:
         self.evicted = 0
         self._vocabulary = vocabulary
         self._segments = segments
-        self._claimed: set[int] = set()  # ids of those being merged: whoever claimed them replaces them
+        self._claimed: set[int] = set()  # ids of those being merged, by the thread that replaces them
         self._leaving: deque[tuple[float, Sequence[Segment]]] = deque()
         self._lock = threading.Lock()
 
@@ -73,7 +73,7 @@ class SegmentStore:
         return segments_nbytes(self._segments)
 
     def add(self, segment: Segment) -> None:
-        """Puts a segment behind the others; it can be looked up at once."""
+        """Appends a segment; it can be looked up at once."""
         with self._lock:
             self._segments = (*self._segments, segment)
 
@@ -81,7 +81,7 @@ class SegmentStore:
         """Joins the newest segments, as many as are due, and then evicts.
 
         Args:
-            most_tokens: Join no more tokens than that, for a caller in a hurry; None for all.
+            most_tokens: Limit of the joined tokens, to bound the time; None for all.
 
         Returns:
             Whether anything changed.
@@ -106,21 +106,21 @@ class SegmentStore:
         return True
 
     def after_fork(self) -> None:
-        """In the child of a fork: no other thread merges, and none holds the lock."""
+        """Resets locks and claims in the child of a fork, which has no other thread."""
         self._lock = threading.Lock()
         self._claimed = set()
 
     def free_retired(self) -> None:
-        """Gives the memory of segments back that left a while ago.
+        """Frees segments that were replaced or evicted some time ago.
 
-        That takes a while, and requests let go of a segment in the middle of a step: so the last one to let
-        go is whoever calls this.
+        Freeing takes time, and a session releases a segment in the middle of a step: so the last reference is
+        kept here, and dropped by the caller of this method.
         """
         while self._leaving and self._leaving[0][0] <= time.monotonic():
             self._leaving.popleft()
 
     def _due(self, most_tokens: int | None) -> tuple[Segment, ...]:
-        """The newest segments that are to be one; none that another thread is merging."""
+        """The newest segments to be merged; none that another thread is merging."""
         segments = self._segments
         free = 1 + max((at for at, each in enumerate(segments) if id(each) in self._claimed), default=-1)
         most = self.max_bytes // SHARE

@@ -12,22 +12,22 @@ __all__ = ["key_bits", "sort_suffixes"]
 
 
 def key_bits(separator: int, largest: int) -> int:
-    """Bits that a token takes in a sort key: 16 up to 65,535, as few as hold both values from there on."""
+    """Bits of a token in a sort key: 16 up to 65,535, as few as hold both values from there on."""
     return max(16, int(max(separator, largest)).bit_length())
 
 
 def sort_suffixes(tokens: NDArray[Any], separator: int, bits: int, threads: int = 1) -> NDArray[np.int32]:
-    """Positions of all tokens, ordered by what starts there; separators are left out.
+    """Positions of all tokens, ordered by the text from there on; separators are left out.
 
-    Suffixes are compared up to the end of their text or 96 tokens, whichever is first; what is equal so
-    far is in the order of the text. Beyond the result it takes 21 bytes for each suffix of the most
-    frequent token and thread.
+    Suffixes are compared up to the end of their text or 96 tokens, whichever is first; suffixes equal so far
+    are in the order of the text. Beyond the result it takes 21 bytes for each suffix of the most frequent
+    token and thread.
 
     Args:
         tokens: uint16 or uint32, shape (n,). Each text ends in `separator`; so does the last.
         separator: A value that is no token of a text.
         bits: From `key_bits`.
-        threads: Workers; they hold no lock that Python code waits for.
+        threads: Workers; they release the GIL.
 
     Returns:
         int32, shape (n - separators,).

@@ -1,4 +1,4 @@
-"""How long to wait before trying again."""
+"""Waits between attempts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Backoff"]
 
 
 class Backoff:
-    """Doubling waits with jitter, so that many servers do not come back at once.
+    """Doubling waits with jitter, so that many servers do not reconnect at once.
 
     Args:
         first: Seconds of the first wait.
@@ -25,11 +25,11 @@ class Backoff:
         self.failures = 0
 
     def reset(self) -> None:
-        """After a success."""
+        """Resets the wait after a success."""
         self.failures = 0
 
     def wait(self, stopped: threading.Event) -> None:
-        """Waits, or until `stopped`. The first failure costs no wait: it may be an old connection."""
+        """Waits, at most until `stopped`. The first failure costs no wait: it may be an old connection."""
         self.failures += 1
         if self.failures > 1:
             longest = min(self._most, self._first * 2.0 ** min(self.failures, 16))

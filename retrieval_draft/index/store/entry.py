@@ -1,4 +1,4 @@
-"""An entry of the shared log: a token run, who sent it, and proof that it is whole."""
+"""An entry of the shared log: a token run, its sender, and a signature."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _MOST = 2**63
 
 
 class Entry(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """What stands in the log, as a MessagePack array.
+    """An entry of the log, as a MessagePack array.
 
     Attributes:
         version: Of the format.
         namespace: Tokenizer fingerprint and tenant, ``fingerprint:tenant``.
         server: 16 bytes that a server draws when it starts.
-        sequence: The server's entries count up from 0. With `server` it tells an entry from all others.
+        sequence: The server's entries count up from 0. With `server` it identifies an entry.
         created: Milliseconds since the epoch, by the server's clock.
         tokens: The run, uint32, little-endian.
         signature: HMAC-SHA256 of the entry without it; empty where there is no key.
@@ -41,10 +41,10 @@ class Entry(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class RejectedEntryError(Exception):
-    """An entry that is not for us. It never leaves this package.
+    """An entry that this reader drops. Never raised outside this package.
 
     Args:
-        reason: What it is counted as.
+        reason: The counted reason, one of `REASONS`.
     """
 
     def __init__(self, reason: str) -> None:
@@ -77,12 +77,12 @@ class EntryCodec:
         self._decoder = msgspec.msgpack.Decoder(Entry)
 
     def encode(self, server: bytes, sequence: int, tokens: TokenArray) -> bytes:
-        """One entry.
+        """Encodes one entry.
 
         Args:
-            server: Who sends it.
-            sequence: How many it sent before.
-            tokens: int32, ids of 0 and above.
+            server: Id of the sender.
+            sequence: Number of entries it sent before.
+            tokens: int32, shape (length,), ids of 0 and above.
         """
         run = np.asarray(tokens).astype("<u4").tobytes()
         created = time.time_ns() // 1_000_000
@@ -95,7 +95,7 @@ class EntryCodec:
         """Reads an entry and checks all that does not depend on other entries.
 
         Args:
-            payload: What stood in the log.
+            payload: The value from the log.
 
         Raises:
             RejectedEntryError: It is malformed, of another format version or namespace, too long, unsigned or
@@ -131,7 +131,7 @@ class EntryCodec:
         return hmac.digest(self._key, unsigned, hashlib.sha256)
 
     def _misfit(self, payload: bytes) -> str:
-        """Why an entry does not fit: another version may have other fields."""
+        """Reason that an entry cannot be decoded: another version may have other fields."""
         try:
             found = msgspec.msgpack.decode(payload)
         except (

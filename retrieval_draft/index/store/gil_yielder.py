@@ -1,4 +1,4 @@
-"""Lets other threads run Python while this one works through a batch."""
+"""Releases the GIL regularly during long work in Python, for threads that decode."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import time
 __all__ = ["GilYielder"]
 
 HOLD = 60e-6
-"""Seconds of Python at a stretch. A thread that decodes waits no longer for the interpreter; without that it
-would wait for the switch interval, five milliseconds."""
+"""Seconds for which a thread holds the GIL. A thread that decodes waits no longer for it; otherwise it would
+wait for the switch interval, five milliseconds."""
 
 _REST = 100e-6
-"""Long enough for a thread that waits for the interpreter to wake up and take it."""
+"""Seconds in which a waiting thread wakes up and takes the GIL."""
 
 
 class GilYielder:
-    """Lets other threads run: `yield_gil`, called every few microseconds, sleeps a moment when due."""
+    """Sleeps briefly after `HOLD` seconds of work. Call `yield_gil` every few microseconds of work."""
 
     __slots__ = ("_since",)
 
@@ -23,11 +23,11 @@ class GilYielder:
         self._since = time.perf_counter()
 
     def rested(self) -> None:
-        """The thread has just waited for something else."""
+        """Restarts the interval, after a wait for something else."""
         self._since = time.perf_counter()
 
     def yield_gil(self) -> None:
-        """Sleeps if it is time to. Letting go and taking up again at once would wake nobody."""
+        """Sleeps if the interval is over. Releasing the GIL and taking it at once would wake no thread."""
         if time.perf_counter() - self._since > HOLD:
             time.sleep(_REST)
             self._since = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What state the connection to Redis is in: one log line for each change."""
+"""State of the connection to Redis, with one log line for each change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["STATES", "Health"]
 
 STATES = ("connected", "connecting", "refusing", "unreachable", "denied", "closed")
 """``refusing``: Redis answers with errors, as when it is full or read-only. ``denied``: it does not accept
-user or password, or they may not do what is needed."""
+user or password, or the user lacks permissions."""
 
 _SAID = {
     "refusing": "refuses what is sent",
@@ -27,13 +27,13 @@ class Health:
     """The worse of the states of sending and receiving.
 
     Args:
-        store: What to call the store in the log; without a password.
+        store: Name of the store in log lines, without a password.
 
     Attributes:
         state: One of `STATES`.
         reason: Of the last failure; empty while connected.
         changes: Of state so far.
-        since: When it changed, by ``time.time()``.
+        since: Time of the last change, by ``time.time()``.
     """
 
     def __init__(self, store: str) -> None:
@@ -47,11 +47,11 @@ class Health:
         self.since = time.time()
 
     def worked(self, channel: str) -> None:
-        """Sending or receiving worked."""
+        """Records that sending or receiving worked."""
         self._set(channel, "connected", "")
 
     def failed(self, channel: str, error: Exception) -> None:
-        """Sending or receiving failed."""
+        """Records that sending or receiving failed."""
         if isinstance(error, AuthenticationError | AuthorizationError | NoPermissionError):
             state = "denied"
         elif isinstance(error, ResponseError):
@@ -61,7 +61,7 @@ class Health:
         self._set(channel, state, str(error) or type(error).__name__)
 
     def close(self) -> None:
-        """Nothing is logged any more."""
+        """Ends logging."""
         with self._changed:
             self.state = "closed"
             self._changed.notify_all()

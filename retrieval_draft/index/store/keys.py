@@ -11,7 +11,7 @@ SHARDS = 4
 
 
 _STREAM = re.compile(rb"rd:([A-Za-z0-9]{1,64}):([A-Za-z0-9._-]{1,64}):\{([0-9])\}:log")
-"""Nothing else comes to a terminal that shows what is in a store."""
+"""Valid names; others are not shown on a terminal."""
 
 
 def stream_key(namespace: str, shard: str) -> bytes:
@@ -24,11 +24,11 @@ def stream_key(namespace: str, shard: str) -> bytes:
 
 
 def lock_key(namespace: str) -> str:
-    """What the server that writes a snapshot holds."""
+    """Key of the lock of the server that writes a snapshot."""
     return f"rd:{namespace}:{{0}}:snapshot-lock"
 
 
 def split_stream_key(key: bytes) -> tuple[str, str, str] | None:
-    """Fingerprint, tenant and shard of a stream's name; None where it is no such name."""
+    """Fingerprint, tenant and shard of a stream's name; None for another name."""
     found = _STREAM.fullmatch(key)
     return None if found is None else (found[1].decode(), found[2].decode(), found[3].decode())

@@ -1,4 +1,4 @@
-"""Reads streams without fetching what is too long to be an entry."""
+"""Reads of streams without fetching items too long to be entries."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from retrieval_draft.index.store.log_replica import Item
 __all__ = ["COUNT", "LogReader", "edge_ids"]
 
 COUNT = 48
-"""Entries of a read: parsing the answer holds the interpreter."""
+"""Entries of a read: parsing the answer holds the GIL."""
 
 FEW = 4
 """Entries of a read where Redis is not asked for sizes first."""
 
 _ROOM = 1 << 23
-"""Bytes of a read, from which on no more is read into it."""
+"""Bytes from which on a read is full."""
 
 _WARY_SECONDS = 600.0
 _POLL_SECONDS = 0.02
-"""For how long after an entry that was too long Redis is asked again and again, and how often, rather than
-left to send what comes."""
+"""Seconds after an entry that was too long in which streams are polled, and the interval of polling, instead
+of blocking reads."""
 
 _READ = """
 local out, room = {}, tonumber(ARGV[3])
@@ -46,9 +46,9 @@ for place, key in ipairs(KEYS) do
 end
 return out
 """
-"""For each stream what stands behind a position: at most ARGV[1] entries, of each its id and fields, or in
-the place of these its size where that is more than ARGV[2]; and whether there may be more. One entry at a
-time is held, and after one that is too long no other is read in the same call."""
+"""For each stream the entries after a position: at most ARGV[1], of each its id and fields, or instead of
+these its size where that is more than ARGV[2]; and whether there may be more. One entry at a time is held,
+and after one that is too long no other is read in the same call."""
 
 _LAST = """
 local found = redis.call('XINFO', 'STREAM', KEYS[1])
@@ -65,15 +65,14 @@ return first[1] and last[1] and {first[1][1], last[1][1]} or {}
 
 
 class LogReader:
-    """Streams as one client reads them.
+    """Reader of streams with one client.
 
-    Redis sends whole entries, of any size, and whoever may write to it decides how long they are. So a script
-    looks at the size of each and sends only those that may be one of ours. Where scripts are not permitted a
-    few entries are read at a time.
+    Redis sends whole entries of any size, chosen by the writer. So a script checks the size of each and sends
+    only those that may be valid. Where scripts are not permitted a few entries are read at a time.
 
     Args:
         client: Of redis-py.
-        most: Bytes that an entry of ours may have.
+        most: Largest size of a valid entry in bytes.
     """
 
     def __init__(self, client: Any, most: int) -> None:
@@ -85,13 +84,13 @@ class LogReader:
             client.set_response_callback(command, _as_it_comes)
 
     def read(self, starts: Mapping[bytes, bytes]) -> tuple[list[tuple[bytes, list[Item]]], bool]:
-        """What stands behind positions, at once.
+        """Entries after the given positions, without waiting.
 
         Args:
-            starts: For each stream the id behind which to read.
+            starts: For each stream the id after which to read.
 
         Returns:
-            Streams that have something, with their entries, and whether any may have more.
+            Streams with new entries, these entries, and whether any may have more.
         """
         if self._scripts:
             room = max(_ROOM, self._most)
@@ -111,9 +110,10 @@ class LogReader:
         return found, any(len(items) == FEW for _, items in found)
 
     def wait(self, starts: Mapping[bytes, bytes], seconds: float) -> list[tuple[bytes, list[Item]]]:
-        """The first entry that comes, or nothing after a while. Everything before must have been read.
+        """Waits for the next entry, at most `seconds`. Everything before must have been read.
 
-        What is waited for comes whole: one entry at a time, and after one that was too long none for a while.
+        A blocking read returns entries whole: one at a time, and after one that was too long none for a
+        while.
         """
         end = time.monotonic() + seconds
         while self._scripts and time.monotonic() < self._wary_until:
@@ -126,14 +126,14 @@ class LogReader:
         except ResponseError as error:
             if not _is_other(error):
                 raise
-            time.sleep(_POLL_SECONDS)  # what stands in the place of a stream does not keep the others from us
+            time.sleep(_POLL_SECONDS)  # a key of another type must not block the other streams
             return []
         if any(_size(item) > self._most for _, items in found for item in items):
             self._wary_until = time.monotonic() + _WARY_SECONDS
         return found
 
     def last_id(self, key: bytes) -> bytes | None:
-        """The last id that a stream gave out; 0-0 of one that is not there, None where it is not known."""
+        """The last id that a stream assigned; 0-0 for a missing stream, None where it is not known."""
         try:
             if self._scripts:
                 return bytes(self._client.eval(_LAST, 1, key))
@@ -167,16 +167,16 @@ def edge_ids(client: Any, key: bytes) -> tuple[bytes, bytes] | None:
 
 
 def _is_other(error: ResponseError) -> bool:
-    """Whether a key holds no stream."""
+    """True if a key holds no stream."""
     return "wrongtype" in str(error).lower() or "wrong kind" in str(error).lower()
 
 
 def _as_it_comes(reply: Any, **options: Any) -> Any:
-    """Instead of redis-py's parsing, which holds the interpreter for long."""
+    """Replaces redis-py's parsing, which holds the GIL for long."""
     return reply
 
 
 def _streams(reply: Any) -> list[tuple[bytes, list[Item]]]:
-    """Streams and their entries, of what RESP2 or RESP3 returns."""
+    """Streams and their entries, from a reply in RESP2 or RESP3."""
     pairs: Sequence[Any] = list(reply.items()) if isinstance(reply, dict) else reply or ()
     return [(key, items) for key, items in pairs if items]

@@ -28,22 +28,22 @@ from retrieval_draft.index.store.stream_clock import StreamClock
 __all__ = ["FIELD", "KEPT_SECONDS", "Item", "LogReplica", "stream_id"]
 
 KEPT_SECONDS = 5.0
-"""What Redis accepted is kept so long: with appendfsync everysec a crash loses about two seconds of it, and a
-failover what the replica did not have yet."""
+"""Seconds for which accepted entries are kept: with appendfsync everysec a crash loses about two seconds of
+them, and a failover those that the replica did not have yet."""
 
 FIELD = b"e"
 """The only field of a stream entry."""
 
 Item = Sequence[Any]
-"""What Redis returns of a stream entry: its id, and field and value in turn, or a dict of them (redis-py's
-client of a cluster), or None where it was deleted; of one that is too long and was not read, its size."""
+"""A stream entry as Redis returns it: its id, and field and value in turn, or a dict of them (redis-py's
+client of a cluster), or None where it was deleted; for one that is too long and was not read, its size."""
 
 MAX_SERVERS = 1 << 16
 _BATCH_TOKENS = 1 << 19
 
 
 class _Writer:
-    """What is known of a server that writes to the log."""
+    """State of a server that writes to the log."""
 
     __slots__ = ("known", "last", "rate", "shard")
 
@@ -55,24 +55,24 @@ class _Writer:
 
 
 class LogReplica:
-    """Takes entries of the log in, each once, whatever is read twice and in whatever order.
+    """Adds entries of the log, each once, even if read twice or in another order.
 
-    Its state is a set of entries, those that `writers` know, and a position in each stream before which
-    nothing is missing. Both change together under `lock`.
+    Its state is a set of entries, those in `writers`, and a position in each stream before which none is
+    missing. Both change together under `lock`.
 
     Args:
-        vocabulary: Ids are below it.
+        vocabulary: Number of token ids.
         codec: Reads the entries.
         config: Limits.
-        counts: To count in.
+        counts: Counters to add to.
 
     Attributes:
         pile: The text, for lookups.
-        positions: For each shard the id of the last entry that is in.
-        batch_tokens: Tokens that make a segment, where many come in at once.
-        entries: That are in, with those of a snapshot.
-        digest: Sum of the hashes of all entries that are in, below 2^64: two mirrors of the same entries have
-            the same, in whatever order they came.
+        positions: For each shard the id of the last added entry.
+        batch_tokens: Tokens of a segment, where many arrive at once.
+        entries: Number of entries added, those of a snapshot included.
+        digest: Sum of the hashes of all added entries, below 2^64: two mirrors of the same entries have the
+            same, in any order of arrival.
     """
 
     def __init__(self, vocabulary: int, codec: EntryCodec, config: StoreConfig, counts: StoreCounts) -> None:
@@ -81,7 +81,7 @@ class LogReplica:
         self.positions: dict[str, bytes] = {}
         self.entries = 0
         self.digest = 0
-        self.batch_tokens = min(_BATCH_TOKENS, config.max_bytes // 64)  # so that eviction has pieces
+        self.batch_tokens = min(_BATCH_TOKENS, config.max_bytes // 64)  # so that eviction has small units
         self._vocabulary = vocabulary
         self._codec = codec
         self._rate = config.tokens_per_second
@@ -105,14 +105,14 @@ class LogReplica:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what can be looked up, and of what is about to."""
+        """Bytes of texts that can be looked up, and of those about to be."""
         unsorted = sum(text.nbytes for text, _ in tuple(self._unsorted))
         waiting = sum(text.nbytes for text in self._texts)
         return self.pile.nbytes + waiting + unsorted + self.recent.nbytes
 
     @property
     def waiting_tokens(self) -> int:
-        """Tokens taken in that `publish` has not made a segment of."""
+        """Added tokens that `publish` has not made a segment of."""
         return sum(map(len, self._texts))
 
     @property
@@ -121,26 +121,26 @@ class LogReplica:
         return len(self._unsorted)
 
     def seen(self, server: bytes, sequence: int) -> bool:
-        """Whether an entry is in."""
+        """True if an entry was added."""
         writer = self._writers.get(server)
         return writer is not None and sequence in writer.known
 
     def writers(self) -> Mapping[bytes, SequenceSet]:
-        """What is in of each server; a copy of the table."""
+        """Sequence numbers added from each server; a copy of the table."""
         return {server: writer.known for server, writer in list(self._writers.items())}
 
     def take(self, shard: str, items: Sequence[Item]) -> None:
-        """Takes entries of one stream in, in their order.
+        """Adds entries of one stream, in their order.
 
         Args:
-            shard: Whose stream.
+            shard: The stream's shard.
             items: At least one.
         """
         with self.lock:
             self._breather.rested()
             first, last = stream_id(items[0][0]), stream_id(items[-1][0])
             highest = self._highest.get(shard, (-1, -1))
-            known = first <= highest  # read again: what is dropped again is not counted again
+            known = first <= highest  # read again: repeated drops are not counted
             read: list[tuple[Entry, float, bytes]] = []
             suspicious = self.recent.is_suspicious
             clock = self._clocks.setdefault(shard, StreamClock())
@@ -168,16 +168,16 @@ class LogReplica:
             self._highest[shard] = max(highest, last)
 
     def after_fork(self) -> None:
-        """In the child of a fork: a lock that another thread held would stay locked."""
+        """Renews locks in the child of a fork: one that another thread held would stay locked."""
         self.lock, self._sorting = threading.Lock(), threading.Lock()
         self.pile.after_fork()
 
     def reread(self, shard: str, from_start: bool) -> None:
-        """Notes that a stretch of a stream is going to be read again.
+        """Prepares for reading a part of a stream again.
 
         Args:
-            shard: Whose stream.
-            from_start: It is another stream than before, whose entries count again.
+            shard: The stream's shard.
+            from_start: Whether it is another stream than before, whose entries count again.
         """
         self._counts.rereads += 1
         if from_start:
@@ -185,9 +185,9 @@ class LogReplica:
             self._clocks.setdefault(shard, StreamClock()).restart()
 
     def publish(self) -> None:
-        """Makes what came in since the last time a segment, so that it can be looked up.
+        """Makes the entries added since the last call a segment, so that they can be looked up.
 
-        Few tokens at once; many are left to the thread that calls `sort`.
+        Sorts few tokens at once; many are left to the thread that calls `sort`.
         """
         with self.lock:
             self._publish()
@@ -206,7 +206,7 @@ class LogReplica:
         return True
 
     def snapshot(self, namespace: str) -> tuple[Segments, LogState]:
-        """The text and where in the log it stands, both of one moment."""
+        """The text and its position in the log, both of one moment."""
         with self.lock:
             self._publish()
             while self.sort():
@@ -222,7 +222,7 @@ class LogReplica:
             return self.pile.segments, state
 
     def restore(self, segments: Segments, state: LogState) -> None:
-        """Starts from a snapshot instead of from nothing."""
+        """Starts from a snapshot instead of an empty state."""
         with self.lock:
             for segment in segments:
                 self.pile.add(segment)
@@ -263,7 +263,7 @@ class LogReplica:
                 self._counts.duplicates += 1
                 continue
             writer.last = seconds
-            if writer.shard != shard:  # each stream has a time of its own
+            if writer.shard != shard:  # each stream has its own time
                 writer.shard = shard
                 writer.rate.restart(seconds)
             if not writer.rate.allows(len(entry.tokens) // 4, seconds):
@@ -286,7 +286,7 @@ class LogReplica:
 
     def _new_writer(self, server: bytes, seconds: float) -> _Writer | None:
         if len(self._writers) >= MAX_SERVERS:
-            # Entries of those who have been silent for so long have left the log.
+            # The log has no more entries of servers that were silent for so long.
             oldest = seconds - 2 * self._keep_seconds
             self._writers = {name: each for name, each in self._writers.items() if each.last >= oldest}
             if len(self._writers) >= MAX_SERVERS:
@@ -302,7 +302,7 @@ class LogReplica:
         documents = np.cumsum(lengths, dtype=np.int32) - lengths
         joined = np.concatenate(self._texts)
         self._texts, self._lengths = [], []
-        # Long runs may come by the dozen in one answer: still no segment is so large that it fills the cap.
+        # Many long runs may arrive in one answer: still no segment may fill the cap.
         cuts = np.flatnonzero(np.diff(documents // (2 * self.batch_tokens))) + 1
         for part in np.split(documents, cuts):
             begin, end = int(part[0]), int(part[-1]) + int(lengths[len(part) - 1])
@@ -310,17 +310,15 @@ class LogReplica:
             self._add(joined if len(part) == len(documents) else joined[begin:end].copy(), part - part[0])
 
     def _add(self, joined: NDArray[Any], documents: NDArray[np.int32]) -> None:
-        if len(joined) > SMALL or self._unsorted:  # the oldest go first, so older ones are not overtaken
+        if len(joined) > SMALL or self._unsorted:  # eviction follows age, so the order is kept
             self._unsorted.append((joined, documents))
             return
         self.pile.add(Segment.join(joined, documents, self._vocabulary))
-        self.pile.compact(
-            SMALL
-        )  # by the thread that receives, so that few entries at a time stay few segments
+        self.pile.compact(SMALL)  # in the receiving thread, to keep segments few
 
 
 def stream_id(name: bytes) -> tuple[int, int]:
-    """A stream entry's id as numbers: milliseconds, and how manieth of them.
+    """A stream entry's id as numbers: milliseconds, and its index within them.
 
     Example:
         b"1763972285000-2"  ->  (1763972285000, 2)

@@ -17,8 +17,8 @@ class Run(NamedTuple):
     """A finished request.
 
     Attributes:
-        prompt: int32; what of it others may see, maybe empty.
-        reply: int32; maybe empty.
+        prompt: int32, shape (n,). The shared part of it; may be empty.
+        reply: int32, shape (m,). May be empty.
     """
 
     prompt: TokenArray
@@ -26,12 +26,12 @@ class Run(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Of both."""
+        """Tokens of prompt and reply."""
         return len(self.prompt) + len(self.reply)
 
 
 class Outbox:
-    """A queue that never makes the one who fills it wait: what is over goes at the old end, and is counted.
+    """A bounded queue that never blocks `put`: the oldest runs beyond the limit are dropped and counted.
 
     Args:
         max_tokens: Tokens that may wait.
@@ -55,11 +55,11 @@ class Outbox:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what waits."""
+        """Bytes of waiting runs."""
         return 4 * self._tokens
 
     def put(self, prompt: TokenArray, reply: TokenArray) -> None:
-        """Takes a run, copied."""
+        """Adds a copy of a run: prompt and reply, int32, shape (n,) and (m,)."""
         run = Run(np.array(prompt, np.int32), np.array(reply, np.int32))
         if not run.num_tokens:
             return
@@ -74,11 +74,11 @@ class Outbox:
             self._changed.notify_all()
 
     def take(self, runs: int, tokens: int, timeout: float) -> list[Run]:
-        """The oldest runs, taken out.
+        """Removes and returns the oldest runs.
 
         Args:
-            runs: At most so many.
-            tokens: No more once there are so many.
+            runs: Limit of their number.
+            tokens: Number of tokens from which on no run is added.
             timeout: Seconds to wait for the first.
         """
         taken: list[Run] = []
@@ -93,7 +93,7 @@ class Outbox:
         return taken
 
     def finish(self, runs: int) -> None:
-        """Notes that runs which were taken are taken care of."""
+        """Records that taken runs are finished."""
         with self._changed:
             self.unfinished -= runs
 

@@ -1,21 +1,21 @@
-"""How many tokens a second one server may add to the log."""
+"""Limit of the tokens a second that one server may add to the log."""
 
 from __future__ import annotations
 
 __all__ = ["BURST", "RateLimit"]
 
 BURST = 4.0
-"""Seconds' worth of tokens that may come at once."""
+"""Seconds' worth of tokens that may arrive at once."""
 
 
 class RateLimit:
-    """A token bucket. Its clock is whatever the caller passes, so that every reader of a log decides alike.
+    """A token bucket. The caller passes the time, so that every reader of a log decides the same.
 
     Args:
         rate: Tokens a second.
 
     Attributes:
-        room: Tokens that may come now.
+        room: Tokens that may arrive now.
 
     Example:
         rate 100: 400 tokens at second 0 pass, 1 more does not; at second 1 another 100 do
@@ -29,10 +29,10 @@ class RateLimit:
         self.room = rate * BURST
 
     def allows(self, tokens: int, seconds: float) -> bool:
-        """Takes `tokens` out of the bucket if they are in it.
+        """Takes `tokens` out of the bucket if it holds as many.
 
         Args:
-            tokens: How many.
+            tokens: Number of tokens.
             seconds: The time; one earlier than the last counts as that.
         """
         self._fill(seconds)
@@ -42,11 +42,11 @@ class RateLimit:
         return True
 
     def restart(self, seconds: float) -> None:
-        """Goes on by another clock, which says `seconds` now."""
+        """Changes to another clock, which shows `seconds` now."""
         self._at = seconds
 
     def wait(self, tokens: int, seconds: float) -> float:
-        """Takes `tokens` out, and returns the seconds after which they may be sent; more than fit will do."""
+        """Takes `tokens` out, even more than there are, and returns the seconds until they may be sent."""
         self._fill(seconds)
         self.room -= tokens
         return max(0.0, -self.room / self._rate)

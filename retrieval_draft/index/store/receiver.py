@@ -1,4 +1,4 @@
-"""Reads the log as it grows."""
+"""The thread that reads the log as it grows."""
 
 from __future__ import annotations
 
@@ -14,36 +14,38 @@ from retrieval_draft.index.store.reconnecting_worker import ReconnectingWorker, 
 __all__ = ["BLOCK", "Receiver"]
 
 BLOCK = 0.5
-"""Seconds that a read waits in Redis. An idle server asks so often whether the streams are still the same."""
+"""Seconds that a read waits in Redis. An idle server checks at this interval that the streams are still the
+same."""
 
 _SECONDS = 0.02
-"""While there is more to read, a segment is made of what came in that time, or of enough tokens."""
+"""Interval in seconds at which a segment is made while there is more to read, unless enough tokens arrive
+before."""
 
 _SEGMENTS = 24
-"""Where there are more segments, or many tokens to sort, reading waits for the thread that does that."""
+"""Number of segments above which, as with many tokens to sort, reading waits for the thread that merges."""
 
 OVERLAP = 60_000
 """Milliseconds of the log that are read again after Redis restarted or another server took over. Its clock
-may be behind, and then entries come in front of those already read."""
+may be slow, and then new entries come before those already read."""
 
 
 class Receiver:
     """Tails streams into a mirror.
 
-    A position is kept for each stream, and the next read starts behind it. Where Redis restarts, fails over
-    or is wiped, the streams may be shorter than they were and go on with ids that are already behind us: then
-    the last minute is read again, or all of a stream whose last id is lower than our position. The mirror
-    takes nothing in twice.
+    A position is kept for each stream, and the next read starts after it. Where Redis restarts, fails over or
+    is wiped, the streams may be shorter than they were and continue with ids before our position: then the
+    last minute is read again, or all of a stream whose last id is lower than our position. The mirror adds no
+    entry twice.
 
     Args:
         keys: For each shard its stream.
-        mirror: Where entries go.
-        most: Bytes that an entry may have.
+        mirror: Receives the entries.
+        most: Largest size of an entry in bytes.
         link: To Redis.
         is_cluster: Whether it is a cluster.
-        stopped: Ends everything.
-        wake_merger: Called when segments came in.
-        lost: Called when the connection failed.
+        stopped: Ends the thread when set.
+        wake_merger: Called after new segments.
+        lost: Called after a failed connection.
         put_back: Called with entries that Redis has lost.
     """
 
@@ -77,7 +79,7 @@ class Receiver:
         self.caught_up = threading.Event()
 
     def run(self) -> None:
-        """The thread: until stopped."""
+        """Runs the thread until stopped."""
         self._link.run(self._work, self._fail)
 
     def _fail(self) -> None:
@@ -88,13 +90,13 @@ class Receiver:
         self._lost()
 
     def _work(self, client: Any) -> None:
-        """Reads once, after finding out where to start if the connection is new."""
+        """Reads once; on a new connection finds the start positions first."""
         if client is not self._client or self._reader is None:
             self._reader = LogReader(client, self._most)
             self._find_starts(client, self._reader)
             self._client = client
             self._since = time.monotonic()
-        # Only who has read all there is, and made it a segment, waits for more.
+        # Wait for more only after everything is read and is in a segment.
         waiting = bool(self._mirror.waiting_tokens)
         at_end = self.caught_up.is_set() and not waiting
         found, more = self._reader.read(self._starts)
@@ -138,7 +140,7 @@ class Receiver:
         self._since = time.monotonic()
 
     def _find_starts(self, client: Any, reader: LogReader) -> None:
-        """Behind what is in; further back where the streams may not be those that we read from."""
+        """Starts after the last added entries; earlier where the streams may be other ones than before."""
         run = server_run(client, self._is_cluster)
         moved = run is None or run != self._run
         for key, shard in self._shards.items():
@@ -157,7 +159,7 @@ class Receiver:
         self._run = run
 
     def _check_reset(self, reader: LogReader) -> None:
-        """Notices that streams were deleted, and that new ones have started below our position."""
+        """Detects streams that were deleted and new ones that start before our position."""
         for key, shard in self._shards.items():
             last = reader.last_id(key)
             if last is not None and stream_id(last) < stream_id(self._starts[key]):

@@ -1,4 +1,4 @@
-"""A connection of one background thread, made again whenever it fails."""
+"""The connection of one background thread, which reconnects after failures."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from retrieval_draft.index.store.health import Health
 __all__ = ["FAILURES", "ReconnectingWorker"]
 
 FAILURES = (RedisError, RedisClusterException, OSError, DatastoreError)
-"""What a call to a store may raise that is down, slow, full or not ours to use."""
+"""Exceptions of calls to a store that is down, slow, full or denies access."""
 
 _log = logging.getLogger("retrieval_draft")
 
 
 class ReconnectingWorker:
-    """Connects, lets the thread do its work, and connects again when that fails.
+    """Connects, runs the thread's work, and reconnects after a failure.
 
     Args:
         connector: Makes clients.
         channel: "sending" or "receiving".
         block: Seconds that a reading call may block in Redis.
-        health: Told of every success and failure.
-        counts: To count in.
-        stopped: Ends everything.
+        health: Records every success and failure.
+        counts: Counters to add to.
+        stopped: Ends `run` when set.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class ReconnectingWorker:
                 while not self._stopped.is_set():
                     work(client)
             except Exception as error:
-                if not isinstance(error, FAILURES):  # a defect of ours must not end the thread
+                if not isinstance(error, FAILURES):  # a bug must not end the thread
                     _log.warning("The shared store goes on after an error: %r", error, exc_info=error)
                 self._counts.failures += 1
-                if self._backoff.failures:  # the first may be no more than an old connection
+                if self._backoff.failures:  # the first may only be an old connection
                     self._health.failed(self._channel, error)
                 lost()
             finally:
@@ -83,13 +83,13 @@ class ReconnectingWorker:
                 self._backoff.wait(self._stopped)
 
     def worked(self) -> None:
-        """The thread's own work succeeded: a server that answers a ping may still refuse that."""
+        """Records that the thread's own work succeeded: a server that answers a ping may still refuse it."""
         self._backoff.reset()
         self._health.worked(self._channel)
 
 
 def server_run(client: Any, cluster: bool) -> str | None:
-    """What changes when Redis restarts or another server takes over; None where it is not known."""
+    """Id that changes when Redis restarts or another server takes over; None where it is not known."""
     if cluster:
         return None
     try:

@@ -1,4 +1,4 @@
-"""URLs of stores that may be written down."""
+"""URLs of stores without secrets, for logs and files."""
 
 from __future__ import annotations
 

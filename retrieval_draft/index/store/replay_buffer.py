@@ -1,4 +1,4 @@
-"""What came in lately, to be put back where Redis has lost it."""
+"""Recently received entries, to be put back where Redis has lost them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ __all__ = ["ReplayBuffer"]
 
 _MAX_BYTES = 1 << 24
 _PATIENCE = (0.5, 2.5)
-"""Seconds that the one who sent an entry, or another reader, has to send it again before we do."""
+"""Seconds that the sender of an entry, or another reader, has to send it again before this reader does."""
 
 
 class ReplayBuffer:
-    """Entries of the last seconds, as they stood in the log.
+    """Entries of the last seconds, as in the log.
 
-    A crash of Redis loses what it had taken but not yet synced. Whoever sent that sends it again; but where
-    the sender has died as well, only those know it who have read it. So each reader looks, after a crash,
-    which of the entries it read lately are in the log it reads again, and puts the others back.
+    A crash of Redis loses accepted entries that were not yet synced. Their sender sends them again; but if
+    the sender has died as well, only readers have them. So after a crash each reader checks which of its
+    recent entries are in the log that it reads again, and puts the others back.
 
     Args:
-        seconds: How long entries are kept.
+        seconds: Time for which entries are kept.
 
     Example:
         note(a), note(b), suspect, seen(a), caught up: two seconds later missing() returns b, once
@@ -36,7 +36,7 @@ class ReplayBuffer:
 
     @property
     def is_suspicious(self) -> bool:
-        """Whether entries are looked for."""
+        """True if entries are being looked for."""
         return bool(self._suspects)
 
     @property
@@ -45,7 +45,7 @@ class ReplayBuffer:
         return self._bytes
 
     def note(self, server: bytes, sequence: int, payload: bytes, now: float) -> None:
-        """Keeps an entry that came in."""
+        """Keeps a received entry."""
         self._kept.append((now, (server, sequence), payload))
         self._bytes += len(payload)
         while self._kept[0][0] < now - self._seconds or self._bytes > _MAX_BYTES:
@@ -54,16 +54,16 @@ class ReplayBuffer:
                 break
 
     def mark_lost(self, lost: float) -> None:
-        """Redis went away at `lost`, and the log is about to be read again."""
+        """Marks entries as possibly lost: Redis was lost at `lost`, and the log is about to be read again."""
         self._suspects |= {name: payload for at, name, payload in self._kept if at >= lost - self._seconds}
         self._due = float("inf")
 
     def seen(self, server: bytes, sequence: int) -> None:
-        """An entry stands in the log."""
+        """Records that an entry is in the log."""
         self._suspects.pop((server, sequence), None)
 
     def caught_up(self) -> None:
-        """The log has been read to its end."""
+        """Records that the log has been read to its end."""
         if self._suspects and self._due == float("inf"):
             self._due = time.monotonic() + random.uniform(*_PATIENCE)
 

@@ -1,4 +1,4 @@
-"""Sends what this server has said."""
+"""The thread that sends this server's texts."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = ["Sender"]
 _KEPT_BYTES = 1 << 24
 _RUNS = 128
 _TOKENS = 1 << 17
-"""Of one pipeline."""
+"""Tokens of one pipeline."""
 
 _OVERLAP = 31
 """Tokens that a run cut in two has in both parts; no lookup needs a longer context."""
 
 _PACE = 0.8
-"""Of what readers allow: what is sent evenly may arrive in lumps."""
+"""Share of the readers' rate limit: entries sent evenly may arrive in bursts."""
 
 _TRIM_SECONDS = 2.0
 
@@ -54,30 +54,30 @@ for round = 1, 2 do
 end
 return 1
 """
-"""Gives a stream ids again. One entry with the largest id that there is, and nobody could add to it any more:
-all entries go into a new stream of that name, in their order, with their ids or, where those are among the
-last that there are, with new ones. Readers notice that ids have gone back, and take nothing in twice."""
+"""Makes a stream writable again. After one entry with the largest possible id no other can be added: all
+entries go into a new stream of that name, in their order, with their ids or, where those are among the
+largest possible, with new ones. Readers notice that ids have decreased, and add no entry twice."""
 
 
 class Sender:
     """Appends entries to one stream, in the order of their sequence numbers.
 
-    Invariant: an entry is dropped from `_unsent` only when Redis has accepted it and all before it; it stays
-    in `_kept` for a while then. When another Redis answers than before, what is kept goes again. So readers
-    get every accepted entry at least once, and take it in once.
+    Invariant: an entry is dropped from `_unsent` only when Redis has accepted it and all before it; it then
+    stays in `_kept` for a while. When another Redis answers than before, kept entries are sent again. So
+    readers get every accepted entry at least once, and add it once.
 
     Args:
         server: This server's id.
-        keys: The stream, and those to turn to where something else stands in its place.
+        keys: The stream, and the ones to use where its key has another type.
         outbox: Runs to send.
-        mirror: Tells which part of a prompt is known already.
+        mirror: Finds the part of a prompt that is known already.
         codec: Writes entries.
         link: To Redis.
         config: Limits.
-        counts: To count in.
-        vocabulary: Ids are below it.
+        counts: Counters to add to.
+        vocabulary: Number of token ids.
         is_cluster: Whether Redis is one.
-        stopped: Ends everything.
+        stopped: Ends the thread when set.
         stream_bytes: Cap of the stream.
     """
 
@@ -114,11 +114,11 @@ class Sender:
         self._kept: deque[tuple[float, bytes]] = deque()
         self._kept_bytes = 0
         self._returned: deque[bytes] = deque()
-        self._again = 0  # of `_unsent`, how many were accepted before
+        self._again = 0  # number of entries in `_unsent` that were accepted before
         self._run: str | None = None
         self._client: Any = None
         self._look_again = False
-        self._lost: float | None = None  # since when another Redis may be there
+        self._lost: float | None = None  # time since which Redis may be another one
         self._keep_seconds = KEPT_SECONDS + config.timeout
         self._trimmed = 0.0
         self._measures = True  # until that is denied
@@ -131,20 +131,20 @@ class Sender:
 
     @property
     def idle(self) -> bool:
-        """Whether everything was accepted."""
+        """True if everything was accepted."""
         return not self._outbox.unfinished and not self._unsent
 
     @property
     def nbytes(self) -> int:
-        """Bytes of entries on their way or kept."""
+        """Bytes of entries being sent or kept."""
         return self._kept_bytes + sum(map(len, tuple(self._unsent)))
 
     def run(self) -> None:
-        """The thread: until stopped."""
+        """Runs the thread until stopped."""
         self._link.run(self._work, self._fail)
 
     def look_again(self) -> None:
-        """Another connection was lost: Redis may have restarted since the last entry."""
+        """Notes that another connection was lost: Redis may have restarted since the last entry."""
         self._note_loss()
         self._look_again = True
         self._outbox.wake()
@@ -168,7 +168,7 @@ class Sender:
             self._look_again = False
             self._find_what_may_be_lost(client)
             self._client = client
-            if not self._unsent:  # else only sending it shows that it works
+            if not self._unsent:  # else only sending shows that the connection works
                 self._link.worked()
         if not self._unsent:
             taken = self._outbox.take(_RUNS, _TOKENS, timeout=1.0)
@@ -194,7 +194,7 @@ class Sender:
                     self.sequence += 1
 
     def _send(self, client: Any) -> None:
-        """Sends what is unsent, in pipelines; raises what Redis answered to the first it did not take."""
+        """Sends unsent entries, in pipelines; raises Redis' answer to the first one it refused."""
         while self._unsent and not self._stopped.is_set():
             batch = [self._unsent[place] for place in range(min(_RUNS, len(self._unsent)))]
             tokens = sum(map(len, batch)) // 4
@@ -210,7 +210,7 @@ class Sender:
                         client.eval(_REVIVE, 1, self._key)
                     elif str(reply).startswith(("WRONGTYPE", "Operation against a key")):
                         self._keys.rotate(-1)
-                    raise reply  # and it is sent again
+                    raise reply  # and the entry is sent again
                 self._accept(now)
                 self._last_seconds = stream_id(reply)[0] / 1000
             self._link.worked()
@@ -231,7 +231,7 @@ class Sender:
                 break
 
     def _find_what_may_be_lost(self, client: Any) -> None:
-        """Puts what was accepted lately back in front, where another Redis answers than took it."""
+        """Queues recently accepted entries again where another Redis answers than the one that took them."""
         run = server_run(client, self._is_cluster)
         lost, self._lost = self._lost, None
         if lost is None or (run is not None and self._run == run):
@@ -245,9 +245,10 @@ class Sender:
         self._kept_bytes = 0
 
     def _trim(self, client: Any) -> None:
-        """Keeps the stream below its cap, and nothing that is too old, now and then.
+        """Trims the stream to its cap and age limit, at intervals.
 
-        What is too old by one clock only stays: ids are of Redis' clock, and either may be wrong by days.
+        Entries that are too old by one clock only stay: ids are of Redis' clock, and either may be wrong by
+        days.
         """
         if time.monotonic() - self._trimmed < _TRIM_SECONDS:
             return
@@ -268,9 +269,9 @@ class Sender:
             pass
 
     def _redis_seconds(self, client: Any) -> float:
-        """The clock of Redis, in seconds; of a cluster that of the node which is furthest behind.
+        """The clock of Redis, in seconds; of a cluster that of the slowest node.
 
-        Where it may not be asked for, the id of the last entry, which is no earlier.
+        Where TIME is not permitted, the time in the id of the last entry.
         """
         try:
             found = client.time()

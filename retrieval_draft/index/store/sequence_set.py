@@ -1,4 +1,4 @@
-"""Which entries of a server have come in."""
+"""Sequence numbers of a server's received entries."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ MAX_GAPS = 1024
 class SequenceSet:
     """Sequence numbers, as ranges: one range for a server whose entries come in order.
 
-    So an entry that is written twice, or read twice, or comes long after those behind it, comes in once.
-    Where there are more gaps than `MAX_GAPS`, the lowest is closed, and what it lacks counts as known.
+    So an entry that is written twice, or read twice, or arrives long after its successors, is added once.
+    Where there are more gaps than `MAX_GAPS`, the lowest is closed, and its numbers count as known.
 
     Args:
         bounds: First and last number of each range in turn, ascending.
@@ -36,7 +36,7 @@ class SequenceSet:
         return [bound for pair in zip(self._firsts, self._lasts, strict=True) for bound in pair]
 
     def add(self, number: int) -> bool:
-        """Notes that a number came.
+        """Adds a number.
 
         Returns:
             Whether it is the first time.
@@ -65,7 +65,7 @@ class SequenceSet:
         return True
 
     def __contains__(self, number: int) -> bool:
-        """Whether a number came, or counts as known."""
+        """True if a number was added, or counts as known."""
         place = bisect_right(self._firsts, number)
         return place > 0 and number <= self._lasts[place - 1]
 

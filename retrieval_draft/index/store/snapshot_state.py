@@ -1,4 +1,4 @@
-"""The file of a snapshot that says where in the log it stands."""
+"""The file of a snapshot with its position in the log."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ FORMAT_VERSION = 1
 STATE = "log.json"
 
 MAX_STATE_BYTES = 1 << 28
-"""As many servers as are remembered, with some gaps each, take a tenth."""
+"""Largest size of the file; all remembered servers, with some gaps each, take a tenth."""
 
 MAX_MILLISECONDS = 10**13 - 1
-"""Of a snapshot's time, which has 13 digits in its name: the year 2286."""
+"""Largest time of a snapshot, which has 13 digits in its name: the year 2286."""
 
 _POSITION = re.compile(r"\d{1,20}-\d{1,20}")
 _SERVER = re.compile(rf"(?:[0-9a-f]{{2}}){{1,{ID_BYTES}}}")
@@ -41,13 +41,13 @@ _DIGEST = re.compile(r"[0-9a-f]{1,16}")
 
 
 class LogState(msgspec.Struct, frozen=True):
-    """Where in the log a set of segments stands.
+    """Position of a set of segments in the log.
 
     Attributes:
         namespace: ``fingerprint:tenant``.
-        positions: For each shard the id of the last entry that is in.
+        positions: For each shard the id of the last entry in them.
         writers: For each server, in hex, the bounds of its `SequenceSet`.
-        entries: That are in.
+        entries: Number of entries in them.
         digest: Of all of them, in hex.
         created: Milliseconds since the epoch.
     """
@@ -60,10 +60,10 @@ class LogState(msgspec.Struct, frozen=True):
     created: int
 
     def check(self, where: str) -> None:
-        """Holds every name and number to what a mirror can have said.
+        """Checks that every name and number is one that a mirror can have written.
 
         Raises:
-            DatastoreError: Says what was found and what is allowed.
+            DatastoreError: Names the found and the allowed value.
         """
         _hold(0 <= self.entries < 2**63, where, "entries", self.entries, "0 to 2^63 - 1")
         _hold(0 <= self.created <= MAX_MILLISECONDS, where, "created", self.created, "of 13 digits at most")
@@ -83,12 +83,12 @@ class LogState(msgspec.Struct, frozen=True):
 
 
 class StateFile(msgspec.Struct, frozen=True):
-    """What the file holds.
+    """Contents of the file.
 
     Attributes:
         kind: Always `KIND`.
         format_version: Of the snapshot's layout.
-        state: Where in the log it stands.
+        state: Its position in the log.
         manifest: xxh3 of the manifest, so that a mixture of two snapshots is noticed.
         tokens: Of all segments.
         nbytes: Of all files.
@@ -111,7 +111,7 @@ class SnapshotInfo:
     Attributes:
         name: Its folder.
         created: Milliseconds since the epoch.
-        entries: Of the log that are in.
+        entries: Number of log entries in it.
         tokens: Of all segments.
         nbytes: Of all files.
     """
@@ -157,7 +157,7 @@ def _hold(sound: object, where: str, what: str, found: object, allowed: str) -> 
 
 
 def sealed(file: StateFile) -> StateFile:
-    """The same with its checksum."""
+    """Copy of the file's contents with its checksum."""
     return msgspec.structs.replace(file, xxh3=_checksum(file))
 
 
@@ -166,5 +166,5 @@ def _checksum(file: StateFile) -> str:
 
 
 def describe(name: str, file: StateFile) -> SnapshotInfo:
-    """What a listing says of a snapshot."""
+    """Summary of a snapshot for listings."""
     return SnapshotInfo(name, file.state.created, file.state.entries, file.tokens, file.nbytes)

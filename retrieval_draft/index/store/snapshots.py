@@ -1,4 +1,4 @@
-"""Snapshots of the shared log: segments as files, and where in the log they stand."""
+"""Snapshots of the shared log: segments as files, and their position in the log."""
 
 from __future__ import annotations
 
@@ -46,10 +46,12 @@ _NAME = re.compile(r"snapshot-(\d{13})-[0-9a-f]{8}")
 _UNFINISHED = ".unfinished-"
 _STALE_SECONDS = 3600
 _STALE_UPLOAD_SECONDS = 86400
-"""An upload shows its parts while it goes on, and may take long."""
+"""Age in seconds at which an unfinished snapshot is removed: uploads are visible in parts, and may take
+long."""
 
 _AHEAD_SECONDS = 3600
-"""Clocks of servers may differ by that; a snapshot from further ahead counts as older than all others."""
+"""Seconds by which servers' clocks may differ; a snapshot from further ahead counts as older than all
+others."""
 
 _log = logging.getLogger("retrieval_draft")
 
@@ -59,8 +61,8 @@ class Snapshot:
     """A snapshot that can be looked up.
 
     Attributes:
-        info: What it is.
-        state: Where in the log it stands.
+        info: Its summary.
+        state: Its position in the log.
         segments: Mapped, oldest first.
     """
 
@@ -70,21 +72,21 @@ class Snapshot:
 
 
 class _UnreachableError(DatastoreError):
-    """It is the place that fails, not one snapshot in it."""
+    """Failure of the storage itself, not of one snapshot in it."""
 
 
 class SnapshotPlace:
-    """Where snapshots of one namespace are kept.
+    """Storage for snapshots of one namespace.
 
-    Each is a folder, an index like those of ``index build``, with a file that says where in the log it
-    stands. That one is written last: without it a snapshot does not count.
+    Each is a folder, an index like those of ``index build``, with a file that holds its position in the log.
+    That one is written last: without it a snapshot does not count.
 
     Args:
         place: A folder, or any URL of fsspec.
         namespace: ``fingerprint:tenant``.
         fingerprint: Of the tokenizer.
-        vocabulary: Ids are below it.
-        cache: Where snapshots of a URL are kept here; the user's cache folder by default.
+        vocabulary: Number of token ids.
+        cache: Local folder for snapshots of a URL; the user's cache folder by default.
 
     Raises:
         InvalidInputError: The tenant is no name.
@@ -123,10 +125,10 @@ class SnapshotPlace:
 
         Args:
             segments: Oldest first; there may be none.
-            state: Where in the log they stand.
+            state: Their position in the log.
 
         Raises:
-            DatastoreError: The disk is full, or the place cannot be written; nothing is left behind.
+            DatastoreError: The disk is full, or the storage cannot be written; no files are left.
         """
         name = f"snapshot-{state.created:013d}-{uuid.uuid4().hex[:8]}"
         unfinished = Path()
@@ -144,7 +146,7 @@ class SnapshotPlace:
                 sync_folder(self._local)
         except DatastoreError:
             raise
-        except Exception as error:  # of whatever file system the URL names
+        except Exception as error:  # any type: it depends on the file system of the URL
             raise DatastoreError(
                 f"Cannot write the snapshot {name}: {error}.", "Free space, or permit it."
             ) from error
@@ -154,17 +156,17 @@ class SnapshotPlace:
         return info
 
     def newest(self) -> Snapshot | None:
-        """Maps the newest snapshot that is whole; None where there is none.
+        """Maps the newest complete snapshot; None where there is none.
 
         Raises:
-            DatastoreError: The place cannot be read.
+            DatastoreError: The storage cannot be read.
         """
         for name in self._names():
             try:
                 if self._remote is not None:
                     state = self._state_of(name)
                     if not state:
-                        continue  # it is still being uploaded, or is being removed
+                        continue  # it is being uploaded or removed
                     self._download(name, state)
                 found = self._open(self._local / name)
             except _UnreachableError:
@@ -178,10 +180,10 @@ class SnapshotPlace:
         return None
 
     def listing(self) -> list[SnapshotInfo]:
-        """Snapshots that are whole as far as their state files say, newest first.
+        """Complete snapshots by their state files, newest first.
 
         Raises:
-            DatastoreError: The place cannot be read.
+            DatastoreError: The storage cannot be read.
         """
         found = []
         for name in self._names():
@@ -196,7 +198,7 @@ class SnapshotPlace:
         return found
 
     def prune(self, keep: int = 2) -> int:
-        """Removes all but the newest snapshots, and what crashed writers left.
+        """Removes all but the newest snapshots, and leftovers of crashed writers.
 
         Returns:
             Snapshots removed. One that cannot be removed stays.
@@ -220,7 +222,7 @@ class SnapshotPlace:
         return removed
 
     def _is_unfinished(self, name: str) -> bool:
-        """Whether no version of this library can use it, as it has no state file."""
+        """True if no version of this library can use it, as it has no state file."""
         try:
             return not self._state_of(name)
         except OSError:
@@ -229,11 +231,11 @@ class SnapshotPlace:
     def _remove(self, name: str) -> None:
         if self._remote is not None:
             with suppress(FileNotFoundError):
-                # The state file goes first, so that nobody starts on half of it.
+                # The state file is removed first, so that no reader starts on an incomplete snapshot.
                 self._remote.rm_file(f"{self._root}/{name}/{STATE}")
             self._remote.rm(f"{self._root}/{name}", recursive=True)
         else:
-            # All of it goes at once, also when this process is killed.
+            # Removal is atomic, even if this process is killed.
             gone = self._local / f"{_UNFINISHED}{uuid.uuid4().hex}"
             (self._local / name).rename(gone)
             shutil.rmtree(gone)
@@ -249,7 +251,7 @@ class SnapshotPlace:
             return b""
 
     def _fetched(self, name: str, part: str, most: int) -> bytes:
-        """A small file of a snapshot at a URL; of one that is larger than `most` no more than that is read.
+        """A small file of a snapshot at a URL; of a larger one than `most` only so many bytes are read.
 
         Raises:
             FileNotFoundError: It is missing.
@@ -259,7 +261,7 @@ class SnapshotPlace:
             content = bytes(self._remote.cat_file(f"{self._root}/{name}/{part}", start=0, end=most + 1))
         except FileNotFoundError:
             raise
-        except Exception as error:  # of whatever file system the URL names
+        except Exception as error:  # any type: it depends on the file system of the URL
             raise _UnreachableError(f"Snapshots cannot be read: {error}.", "Check the place.") from error
         if len(content) > most:
             raise DatastoreError(f"{name}/{part} has more than {most} bytes.", "Remove the snapshot.")
@@ -273,11 +275,11 @@ class SnapshotPlace:
                 names = [path.rstrip("/").rsplit("/", 1)[-1] for path in paths]
             else:
                 names = [path.name for path in self._local.iterdir()] if self._local.exists() else []
-        except Exception as error:  # of whatever file system the URL names
+        except Exception as error:  # any type: it depends on the file system of the URL
             raise DatastoreError(
                 f"Snapshots cannot be listed: {error}.", "Check the place and its rights."
             ) from error
-        # One from the future says when somebody's clock was wrong, not what is newest.
+        # A time in the future comes from a wrong clock and does not show the newest one.
         latest = f"snapshot-{int((time.time() + _AHEAD_SECONDS) * 1000):013d}-~"
         names = [name for name in names if _NAME.fullmatch(name)]
         return sorted(names, key=lambda name: (name < latest, name), reverse=True)
@@ -326,10 +328,10 @@ class SnapshotPlace:
             raise
 
     def _download(self, name: str, state: bytes) -> None:
-        """Copies a snapshot here, once, and compares its checksums.
+        """Downloads a snapshot, once, and compares its checksums.
 
-        Only what the manifest names is asked for, and only if it has the size that the manifest says: what
-        else stands at the place, under whatever name, is not looked at.
+        Only files in the manifest are requested, and only if they have the size in the manifest: other files
+        in the storage are not read.
         """
         if (self._local / name).exists():
             with suppress(OSError, RetrievalDraftError):
@@ -371,17 +373,17 @@ class SnapshotPlace:
             try:
                 folder.rename(self._local / name)
             except OSError:
-                if not (self._local / name).exists():  # else another process has just put it there
+                if not (self._local / name).exists():  # else another process has just downloaded it
                     raise
         except (FileNotFoundError, RetrievalDraftError):  # it was pruned, or is damaged
             raise
-        except Exception as error:  # of whatever file system the URL names
+        except Exception as error:  # any type: it depends on the file system of the URL
             raise _UnreachableError(f"{name} cannot be copied: {error}.", "Check the place.") from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
     def _keep_only(self, name: str) -> None:
-        """Removes copies of what is gone from the place; who has mapped one keeps it until it ends."""
+        """Removes local copies of removed snapshots; a process that has mapped one keeps it until it ends."""
         there = self._names()
         for path in self._local.glob("snapshot-*"):
             if path.name != name and path.name not in there:
@@ -418,7 +420,7 @@ def _file_system(url: str) -> tuple[Any, str]:
             f"Snapshots cannot be kept at {url.partition('://')[0]}://...: fsspec does not know that.",
             "Name a folder, or a URL of fsspec.",
         ) from None
-    except Exception as error:  # of whatever file system the URL names: some connect at once
+    except Exception as error:  # any type: some file systems connect at once
         raise DatastoreError(
             f"Snapshots cannot be kept at {url.partition('://')[0]}://...: {type(error).__name__}.",
             "Check the place, and what its file system needs.",

@@ -1,4 +1,4 @@
-"""Writes snapshots of a mirror, one server at a time, and starts from them."""
+"""Snapshots of a mirror: written by one server at a time, restored at start."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from retrieval_draft.index.store.snapshots import SnapshotInfo, SnapshotPlace
 __all__ = ["Snapshotter"]
 
 _LOCK_SECONDS = 120.0
-"""A server that dies while it writes holds the others up so long. One that takes longer has company, which
-does no harm: snapshots have names of their own, and each is whole."""
+"""Seconds for which a server that dies while it writes delays the others. If writing takes longer, two
+servers write, which does no harm: each snapshot has its own name."""
 
 _log = logging.getLogger("retrieval_draft")
 
@@ -32,13 +32,13 @@ class Snapshotter:
     """Takes part in the election of the server that writes the next snapshot.
 
     Args:
-        connector: To Redis, where the lock is.
-        mirror: What to write.
-        config: Where to, and how often.
+        connector: To Redis, which holds the lock.
+        mirror: The mirror to write.
+        config: The storage and the interval.
         namespace: Of the log.
-        vocabulary: Ids are below it.
-        counts: To count in.
-        stopped: Ends everything.
+        vocabulary: Number of token ids.
+        counts: Counters to add to.
+        stopped: Ends the thread when set.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Snapshotter:
             self._place = SnapshotPlace(config.snapshots, namespace, fingerprint, vocabulary)
 
     def restore(self) -> None:
-        """Puts the newest snapshot into the mirror, if there is one that can be read."""
+        """Restores the mirror from the newest readable snapshot, if there is one."""
         if self._place is None:
             return
         try:
@@ -80,7 +80,7 @@ class Snapshotter:
         """Writes one now, and removes those that two newer ones replace.
 
         Raises:
-            DatastoreError: There is no place for it, or it cannot be written.
+            DatastoreError: No storage is configured, or it cannot be written.
         """
         if self._place is None:
             raise DatastoreError(
@@ -90,15 +90,15 @@ class Snapshotter:
         info = self._place.write(segments, state)
         self._counts.snapshots += 1
         self._wrote = time.monotonic()
-        with suppress(DatastoreError):  # the next one will try again
+        with suppress(DatastoreError):  # the next snapshot tries again
             self._place.prune()
         return info
 
     def run(self, begun: threading.Event) -> None:
-        """The thread: restores, and then writes when it is time to and no other server does.
+        """Runs the thread: restores, and then writes at intervals when no other server does.
 
         Args:
-            begun: Set once the mirror has what it starts from.
+            begun: Set once the mirror is restored.
         """
         try:
             if not self._mirror.entries:
@@ -119,14 +119,14 @@ class Snapshotter:
         return min(60.0, self._seconds / 4) * random.uniform(0.5, 1.0)
 
     def _due(self) -> bool:
-        """Whether the newest snapshot is old enough, and there is something new to write."""
+        """True if the newest snapshot is old enough, and there is something new to write."""
         assert self._place is not None
         listed = self._place.listing()
         if not listed:
             return self._mirror.entries > 0
         newest = listed[0]
         age = time.time() - newest.created / 1000
-        # One from the future does not tell its age: then as often as our own clock says.
+        # The age of one from the future is unknown: then our own clock decides.
         is_old = age >= self._seconds or age < -self._seconds
         rested = time.monotonic() - self._wrote >= self._seconds
         return bool(is_old and rested and self._mirror.entries > newest.entries)
@@ -138,7 +138,7 @@ class Snapshotter:
             if not lock.acquire(blocking=False):
                 return
             try:
-                if self._due():  # whoever held the lock a moment ago may have written it
+                if self._due():  # the last holder of the lock may just have written it
                     self.write()
             finally:
                 with suppress(LockError, *FAILURES):

@@ -1,4 +1,4 @@
-"""The shared datastore as one server has it: it sends, receives, and is looked up in."""
+"""The shared datastore of one server: sends and receives texts, and serves lookups."""
 
 from __future__ import annotations
 
@@ -40,24 +40,23 @@ _CLOSE_SECONDS = 2.0
 
 
 class SharedStore:
-    """What servers of one tenant and tokenizer share, through Redis.
+    """Datastore that servers of one tenant and tokenizer share through Redis.
 
-    Everything that waits for Redis, a disk or a merge does so in background threads. A store that is down,
-    slow, full or wiped costs what others would have added, and nothing else; what this server has to add
-    waits in a bounded queue.
+    Everything that waits for Redis, a disk or a merge runs in background threads. While Redis is down, slow,
+    full or wiped only the texts of other servers are missing; those of this server wait in a bounded queue.
 
     Args:
-        config: Where it is, and limits.
+        config: Address and limits.
         fingerprint: Of the tokenizer.
-        vocabulary: Ids are below it; of the tokenizer, so that all servers have the same.
-        environ: Where user, password and key come from when the configuration has none.
+        vocabulary: Number of token ids; the tokenizer's, so that all servers have the same.
+        environ: Environment with user, password and key where the configuration has none.
 
     Attributes:
         config: As given.
-        server: 16 bytes that tell this server's entries.
-        counts: What happened so far.
+        server: 16 bytes that identify this server's entries.
+        counts: Counters since the start.
         health: The state of the connection.
-        mirror: What came in.
+        mirror: The received texts.
 
     Raises:
         InvalidInputError: The URL or a setting cannot be used.
@@ -88,7 +87,7 @@ class SharedStore:
         _stores.add(self)
 
     def _start(self) -> None:
-        """Makes what belongs to one process: threads, connections, and the server's id."""
+        """Makes the state of one process: threads, connections, and the server's id."""
         config = self.config
         self.server = os.urandom(ID_BYTES)
         self.health = Health(str(self._url))
@@ -131,7 +130,7 @@ class SharedStore:
         ]
         self._snapshotter = Snapshotter(self._connector, self.mirror, config, self.namespace, self.vocabulary,
                                         self.counts, self._stopped)  # fmt: skip
-        # No thread holds the store itself, so that one that nobody closed ends when nobody uses it.
+        # No thread references the store itself, so that an unclosed store ends with its last user.
         work: list[tuple[str, Callable[[], None], int]] = [
             ("sender", self._sender.run, 0),
             *(("receiver", partial(_after, begun, receiver.run), 0) for receiver in self._receivers),
@@ -153,23 +152,23 @@ class SharedStore:
 
     @property
     def segments(self) -> Segments:
-        """All that was shared, for lookups: segments that never change, oldest first."""
+        """All shared texts, for lookups: immutable segments, oldest first."""
         if self._asleep:
             self._wake()
         return self.mirror.segments
 
     @property
     def nbytes(self) -> int:
-        """Bytes of shared text and of what waits to be sent."""
+        """Bytes of shared text and of texts waiting to be sent."""
         return self.mirror.nbytes + self._outbox.nbytes + self._sender.nbytes
 
     def share(self, prompt: TokenArray, reply: TokenArray, share: str | None = None) -> None:
-        """Hands a finished request over to be sent. Never waits.
+        """Queues a finished request to be sent. Never blocks.
 
         Args:
-            prompt: int32. Sent only with "all", and of it only what the store does not hold.
-            reply: int32.
-            share: "none", "reply" or "all"; None for what the configuration says.
+            prompt: int32, shape (n,). Sent only with "all", and only its parts that the store does not hold.
+            reply: int32, shape (m,).
+            share: "none", "reply" or "all"; None for the configured value.
 
         Raises:
             InvalidInputError: `share` is something else.
@@ -182,7 +181,7 @@ class SharedStore:
         self._outbox.put(prompt if chosen == "all" else np.empty(0, np.int32), reply)
 
     def wait_ready(self, timeout: float = 5.0) -> bool:
-        """Waits until the log has been read to its end once, or it is clear that it cannot be now.
+        """Waits until the log has been read to its end once, or is known to be unreadable now.
 
         Returns:
             Whether it has been read.
@@ -197,10 +196,10 @@ class SharedStore:
         return False
 
     def flush(self, timeout: float = 2.0) -> bool:
-        """Waits until what was handed over can be looked up here, unless Redis is down.
+        """Waits until shared texts can be looked up here, unless Redis is down.
 
         Returns:
-            False where it is down, or `timeout` seconds were not enough.
+            False where it is down, or after `timeout` seconds.
         """
         end = time.monotonic() + timeout
         while time.monotonic() < end and not self._stopped.is_set():
@@ -216,15 +215,15 @@ class SharedStore:
         return False
 
     def snapshot(self) -> SnapshotInfo:
-        """Writes a snapshot now, whoever else may be doing so.
+        """Writes a snapshot now, even if another server does.
 
         Raises:
-            DatastoreError: There is no place for one, or it cannot be written.
+            DatastoreError: No storage is configured, or it cannot be written.
         """
         return self._snapshotter.write()
 
     def status(self) -> dict[str, Any]:
-        """State and counts, for people and metrics."""
+        """State and counts, for users and metrics."""
         return {
             "store": str(self._url),
             "namespace": self.namespace,
@@ -246,7 +245,7 @@ class SharedStore:
         }
 
     def close(self, timeout: float = _CLOSE_SECONDS) -> None:
-        """Sends what waits if Redis answers, and ends the threads. What came in stays usable."""
+        """Sends waiting texts if Redis answers, and ends the threads. Received texts stay usable."""
         with self._lock:
             if self._stopped.is_set() or self._asleep:
                 return
@@ -265,7 +264,7 @@ class SharedStore:
                 self._connector.close()
 
     def _wake(self) -> None:
-        """In a child of a fork, where the parent's threads are not."""
+        """Restarts in a child of a fork, which does not have the parent's threads."""
         with self._lock:
             if self._asleep:
                 self._start()
@@ -292,7 +291,7 @@ def _merge(mirror: LogReplica, wake: threading.Event, stopped: threading.Event) 
 
 
 def _end(stopped: threading.Event, outbox: Outbox, merge: threading.Event, connector: Connector) -> None:
-    """Ends the threads; they are not waited for."""
+    """Ends the threads without waiting for them."""
     stopped.set()
     outbox.wake()
     merge.set()
@@ -302,7 +301,7 @@ def _end(stopped: threading.Event, outbox: Outbox, merge: threading.Event, conne
 
 def _nicely(run: Callable[[], None], nice: int) -> None:
     if nice:
-        with suppress(OSError, AttributeError):  # leave the cores to whoever decodes
+        with suppress(OSError, AttributeError):  # leave the cores to decoding
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
     run()
 
@@ -311,7 +310,7 @@ _stores: WeakSet[SharedStore] = WeakSet()
 
 
 def _after_fork() -> None:
-    """A child that uses the store is a server of its own: with its own id, connections and threads."""
+    """Resets stores in a child of a fork, which is a server with its own id, connections and threads."""
     for store in list(_stores):
         store._lock = threading.Lock()
         store.mirror.after_fork()
@@ -321,7 +320,7 @@ def _after_fork() -> None:
 
 @atexit.register
 def _at_exit() -> None:
-    """What waits is sent before the process ends."""
+    """Sends waiting texts before the process ends."""
     for store in list(_stores):
         store.close()
 

@@ -1,4 +1,4 @@
-"""The URL of a store: which Redis, how to get there, and who we are. It never shows a secret."""
+"""The URL of a store: address, options and user. It never shows a secret."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SCHEMES = {
     "rediss+sentinel": ("sentinel", True),
     "embedded": ("embedded", False),
 }
-"""Kind and TLS of each. ``valkey`` and ``valkeys`` may stand for ``redis`` and ``rediss``."""
+"""Kind and TLS of each. ``valkey`` and ``valkeys`` may replace ``redis`` and ``rediss``."""
 
 _TLS_OPTIONS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname")
 _SENTINEL_OPTIONS = ("sentinel_username", "sentinel_password")
@@ -41,14 +41,14 @@ class StoreURL:
 
     Attributes:
         kind: "redis", "unix", "cluster", "sentinel" or "embedded".
-        shown: The URL without secrets; what `str` gives.
+        shown: The URL without secrets, as `str` returns it.
         hosts: Hosts and ports, for "redis", "cluster" and "sentinel".
         path: The socket of "unix", or the folder of "embedded".
         service: The master's name at Sentinel.
         database: Number.
         tls: redis-py's arguments for TLS; None without TLS.
         username: Of an ACL.
-        password: Of it.
+        password: Of that user.
         sentinel: redis-py's arguments for the Sentinels themselves.
     """
 
@@ -68,13 +68,13 @@ class StoreURL:
 
 
 def parse_store_url(url: str, environ: Mapping[str, str] = os.environ) -> StoreURL:
-    """Takes a store's URL apart.
+    """Parses a store's URL.
 
     Args:
-        url: ``redis://host:port/db``, ``rediss://`` with TLS, ``unix:///path``, ``redis+cluster://host:port``,
-            ``redis+sentinel://host:port,host:port/service/db`` or ``embedded://folder``. Options of TLS and
-            Sentinel follow a question mark, by redis-py's names.
-        environ: Where user and password come from when the URL has none.
+        url: ``redis://host:port/db``, ``rediss://`` with TLS, ``unix:///path``,
+            ``redis+cluster://host:port``, ``redis+sentinel://host:port,host:port/service/db`` or
+            ``embedded://folder``. Options of TLS and Sentinel follow a question mark, by redis-py's names.
+        environ: Environment with user and password where the URL has none.
 
     Raises:
         InvalidInputError: It is none of these; the message holds no secret.
@@ -150,7 +150,7 @@ def _embedded(url: str, environ: Mapping[str, str]) -> StoreURL:
 
 
 def _check_encoding(parts: SplitResult, options: Mapping[str, str], kind: str, name: str) -> None:
-    """User and password that are not percent-encoded end early, and their rest would be shown."""
+    """Refuses user and password that are not percent-encoded: they end early, and the rest would be shown."""
     others = [key + value for key, value in options.items() if key not in (*_TLS_OPTIONS, *_SENTINEL_OPTIONS)]
     path = "" if kind == "unix" else parts.path
     if parts.fragment or "@" in "".join((path, *others)):
@@ -168,7 +168,7 @@ def _check_options(options: Mapping[str, str], has_tls: bool, kind: str, has_sec
             hint = f"Allowed: {', '.join(allowed) or 'none'}."
             if option in _TLS_OPTIONS:
                 hint = "Write rediss:// for TLS."
-            # The name of an option may be a piece of a password with & in it.
+            # The name of an option may be part of a password with & in it.
             hidden = has_secret or any(key in options for key in _SENTINEL_OPTIONS)
             named = "" if hidden else f" {option!r}"
             _refuse(f"The store's URL has an option{named} that does not belong there.", hint)
