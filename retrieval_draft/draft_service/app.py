@@ -25,7 +25,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Authenticate = Callable[["str | None"], "str | None"]
-"""The tenant of a request by its Authorization header; None if it has to be refused."""
+"""The tenant of a request by its Authorization header; None if it is to be refused."""
 
 Reply = wire.Info | wire.OpenReply | wire.StepReply
 Result = TypeVar("Result")
@@ -39,17 +39,16 @@ _log = logging.getLogger("retrieval_draft")
 class DraftApp:
     """``/v1/draft``, by itself or mounted.
 
-    ``GET /v1/draft`` says what the service is, ``POST /v1/draft/open`` starts a session and
-    ``POST /v1/draft/step`` takes in and hands out for one or many. A step of one session is made on the event
-    loop if nobody else drafts, as handing it to a thread takes about as long as making it; all else goes to
-    a thread.
+    ``GET /v1/draft`` describes the service, ``POST /v1/draft/open`` starts a session and ``POST
+    /v1/draft/step`` makes a step of one or many. A step of one session runs on the event loop if no other
+    runs, as moving it to a thread takes about as long as the step; all else runs on threads.
 
     Args:
-        service: Does the work. It is not closed here.
-        authenticate: Whose key it is; None where whoever stands before it says so in ``state["tenant"]``, and
-            all are the tenant "default" if nobody does.
-        max_body: Bytes of a request at most.
-        body_seconds: That a request's body may take to come.
+        service: The drafting service. It is not closed here.
+        authenticate: Returns the tenant of a key; None to read it from ``state["tenant"]``, which an outer
+            application sets, and to use "default" without one.
+        max_body: Limit of a request in bytes.
+        body_seconds: Limit for receiving a request's body.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class DraftApp:
                 self.service.apply_feedback()
 
     def close(self) -> None:
-        """Ends the threads; what they do is finished first."""
+        """Ends the threads, after their running calls."""
         self._pool.close(wait=True)
 
     def _tenant(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
@@ -172,7 +171,7 @@ class DraftApp:
 
 
 class _LeftError(Exception):
-    """The client hung up before it had said everything."""
+    """The client hung up before the end of its request."""
 
 
 class _Alarm:

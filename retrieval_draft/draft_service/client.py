@@ -1,4 +1,4 @@
-"""The engine's side of the drafting service: neither torch nor numpy, and no wait without an end."""
+"""The engine's client of the drafting service, without torch and numpy, and with bounded waits."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _KEPT_CONNECTIONS = 16
 
 
 class DraftClient:
-    """Asks a drafting service. Several threads may share one; each session belongs to one at a time.
+    """Client of a drafting service. Several threads may share one; each session belongs to one at a time.
 
-    Connections are kept open and reused. Nothing waits longer than `timeout`. With ``on_error="empty"`` the
-    engine never learns what the service or the network does: it gets empty drafts and decodes plainly, the
-    service is left alone for `retry_seconds`, and sessions go on where they were once it answers again.
+    Connections are kept open and reused. No call takes longer than `timeout`. With ``on_error="empty"`` the
+    engine sees no failure of the service or the network: it gets empty drafts and decodes plainly, the
+    service is not called for `retry_seconds`, and sessions continue once it answers again.
 
     Args:
         url: ``http://HOST:PORT``, ``https://...`` or ``unix:///PATH/TO/SOCKET``.
-        api_key: Where the service wants one.
+        api_key: API key, if the service requires one.
         timeout: Seconds for a whole call.
-        on_error: "raise", or "empty" to go on without drafts.
-        retry_seconds: With "empty", how long the service is left alone after it did not answer.
+        on_error: "raise", or "empty" to continue without drafts.
+        retry_seconds: With "empty", time without calls after the service did not answer.
 
     Raises:
         InvalidInputError: `url`, `on_error` or `api_key` cannot be used.
@@ -79,14 +79,14 @@ class DraftClient:
         self._lock = threading.Lock()
         self._closed = False
         self.failures = 0
-        """Calls that did not work, those that nobody was told of included."""
+        """Failed calls, suppressed ones included."""
 
     def info(self) -> Info:
-        """What the service is. Raises whatever `on_error` says.
+        """Describes the service. Raises for every `on_error`.
 
         Raises:
             ServiceUnavailableError: It does not answer.
-            DraftServiceError: It says no.
+            DraftServiceError: It refuses the request.
         """
         return self._call("GET", "", b"", Info)
 
@@ -107,17 +107,18 @@ class DraftClient:
         Args:
             prompt: All of the text so far, one token at least.
             references: Texts that the reply may quote.
-            share: What other servers may learn: "none", "reply" or "all"; None for what the service does.
-            fingerprint: Of the engine's tokenizer, to be sure that it is the service's.
+            share: Parts that other servers may learn: "none", "reply" or "all"; None for the service's
+                default.
+            fingerprint: Of the engine's tokenizer, to check that it is the service's.
             nodes: Of a first draft, in ``session.draft``; 0 for none, as the first token comes from the
                 prompt's own pass.
             max_depth: As `RemoteSession.step`, like the rest.
             chain: A chain instead of a tree.
-            min_prob: Where a chain ends.
+            min_prob: Smallest path probability of a chain's tokens.
 
         Raises:
             InvalidInputError: The prompt is empty.
-            RetrievalDraftError: As `on_error` says.
+            RetrievalDraftError: The call failed, and `on_error` is "raise".
         """
         text = plain(prompt)
         if not text:
@@ -154,17 +155,17 @@ class DraftClient:
         """Steps of many sessions in one round trip.
 
         Args:
-            steps: Sessions, each once, and what their engine emitted.
+            steps: Sessions, each once, and the tokens that their engine emitted.
             nodes: As `RemoteSession.step`, like the rest.
-            max_depth: Longest path that is of use.
+            max_depth: Largest useful length of a path.
             chain: Chains instead of trees.
-            min_prob: Where a chain ends.
+            min_prob: Smallest path probability of a chain's tokens.
 
         Returns:
             Their drafts. One that failed is empty, with the reason in ``error``.
 
         Raises:
-            RetrievalDraftError: As `on_error` says, where the whole call did not work.
+            RetrievalDraftError: The whole call failed, and `on_error` is "raise".
         """
         want = wire.Want(nodes=nodes, max_depth=max_depth, chain=chain, min_prob=min_prob)
         for start in range(0, len(steps), wire.MAX_STEPS):
@@ -175,7 +176,7 @@ class DraftClient:
         return [session.draft for session, _ in steps]
 
     def close(self) -> None:
-        """Hangs up. Open sessions are left to expire."""
+        """Closes the connections. Open sessions are left to expire."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
@@ -195,7 +196,7 @@ class DraftClient:
         top_logprobs: TopLogprobs | None = None,
         close: Literal["finished", "dropped"] | None = None,
     ) -> None:
-        """Sends what waits, and gives every session its draft."""
+        """Sends the waiting tokens, and gives every session its draft."""
         alive = [session for session in sessions if session.alive]
         if not alive or not self._may_call():
             return
@@ -204,7 +205,7 @@ class DraftClient:
                 session=session._key,
                 tokens=session._pending,
                 at=session.length - len(session._pending),
-                # Rows for tokens that wait from earlier steps are not there.
+                # There are no rows for tokens that wait from earlier steps.
                 top_logprobs=top_logprobs if session._fresh == len(session._pending) else None,
                 close=close,
                 nodes=want.nodes,
@@ -231,7 +232,7 @@ class DraftClient:
         return time.monotonic() >= self._rest_until
 
     def _failed(self, error: RetrievalDraftError) -> None:
-        """Counts a failure; raises it unless nobody wants to know."""
+        """Counts a failure; raises it if `on_error` is "raise"."""
         self.failures += 1
         if not self._silent:
             raise error
@@ -243,7 +244,7 @@ class DraftClient:
         try:
             if status == 200:
                 return wire.decode(answer, kind)
-            # What stands before the service, such as a check of keys, may speak JSON.
+            # A layer before the service, such as a check of keys, may answer in JSON.
             failure = wire.decode(answer, wire.ErrorReply, json=answer[:1] == b"{").error
         except (msgspec.DecodeError, RecursionError) as error:
             raise ServiceUnavailableError(
@@ -268,7 +269,7 @@ class DraftClient:
                 if connection is not None:
                     connection.close()
                 if kept and isinstance(error, ConnectionError) and not isinstance(error, RetrievalDraftError):
-                    continue  # hung up on while it waited; the service takes no token in twice
+                    continue  # closed by the service while idle; the service ignores repeated tokens
                 if isinstance(error, OSError) and not isinstance(error, RetrievalDraftError):
                     raise ServiceUnavailableError(
                         f"The drafting service at {self._address.url} does not answer: {error}.",

@@ -31,8 +31,8 @@ class RemoteSession:
     Attributes:
         length: Tokens of the text, as the engine has it.
         draft: The last one.
-        alive: Whether there may still be drafts. False once the service does not know the session, which lets
-            the request go on without.
+        alive: Whether further drafts are possible. False once the service does not know the session; the
+            request then continues without drafts.
     """
 
     def __init__(self, client: DraftClient, length: int, last: int) -> None:
@@ -47,7 +47,7 @@ class RemoteSession:
 
     @property
     def alive(self) -> bool:
-        """Whether there may still be drafts."""
+        """True if further drafts are possible."""
         return bool(self._key) and not self._over
 
     def step(
@@ -60,24 +60,24 @@ class RemoteSession:
         min_prob: float = 0.0,
         top_logprobs: TopLogprobs | None = None,
     ) -> Draft:
-        """Says what the engine emitted, and what to verify next, in one round trip.
+        """Sends the emitted tokens, and returns the next draft, in one round trip.
 
         Args:
             tokens: Emitted since the last step, in order, the bonus token included. After a failure they are
                 kept, and sent with the next ones.
             nodes: Draft nodes at most, the root not counted.
-            max_depth: Longest path that is of use; None for any.
+            max_depth: Largest useful length of a path; None for any.
             chain: One path instead of a tree, of at most `nodes` tokens.
-            min_prob: A chain ends before a token whose path probability is lower.
+            min_prob: Smallest path probability of a chain's tokens.
             top_logprobs: The target's best tokens at each of `tokens`, or at nodes of the last tree.
 
         Returns:
-            The draft; its root alone where nothing is known.
+            The draft; its root alone where no source has a guess.
 
         Raises:
-            UnknownSessionError: The service does not know the session, or not any more.
+            UnknownSessionError: The service does not know the session, or no longer.
             ServiceUnavailableError: It does not answer.
-            DraftServiceError: It says no.
+            DraftServiceError: It refuses the step.
         """
         self._note(plain(tokens))
         if not self.alive and not self._client._silent:
@@ -90,14 +90,15 @@ class RemoteSession:
         return self.draft
 
     def close(self, *, finished: bool = True, tokens: Tokens = ()) -> None:
-        """Ends the session. Twice does no harm.
+        """Ends the session. Further calls do nothing.
 
         Args:
             finished: Whether others may learn from it.
             tokens: Emitted since the last step.
 
         Raises:
-            RetrievalDraftError: As `on_error` says; not where the session is gone already.
+            RetrievalDraftError: The call failed, and `on_error` is "raise"; not where the session is gone
+                already.
         """
         self._note(plain(tokens))
         if not self.alive:
@@ -113,7 +114,7 @@ class RemoteSession:
         self.close(finished=kind is None)
 
     def _note(self, tokens: list[int]) -> None:
-        """Adds to what is sent next."""
+        """Adds tokens to those that are sent next."""
         self.draft = self._empty()
         self._fresh = len(tokens)
         if tokens:
@@ -125,7 +126,7 @@ class RemoteSession:
             self._over = len(self._pending) > _MAX_PENDING
 
     def _take(self, draft: Draft) -> None:
-        """The service's answer."""
+        """Handles the service's answer."""
         if draft.error is None:
             self._pending = []
             if draft.tokens:
@@ -138,7 +139,7 @@ class RemoteSession:
 
     def _fail(self, error: RetrievalDraftError) -> None:
         if isinstance(error, DraftServiceError):
-            # What was refused once would be refused again with every later token.
+            # A refused token would be refused again with every later one.
             self._over = error.status < 500 and not isinstance(error, ServiceFullError)
 
     def _empty(self) -> Draft:

@@ -1,8 +1,8 @@
-"""What can go wrong between an engine and the drafting service.
+"""Errors between an engine and the drafting service.
 
 RetrievalDraftError
-  DraftServiceError                          the service said no; `status` is the HTTP status
-    UnknownSessionError(LookupError)         404: closed, expired, of another tenant, or never there
+  DraftServiceError                          refused by the service; `status` is the HTTP status
+    UnknownSessionError(LookupError)         404: closed, expired, of another tenant, or never open
     OutOfStepError                           409: the engine's text is not the one that the service has
     ServiceFullError                         429: too many sessions or tokens
     NotAllowedError(PermissionError)         401: no key, or a wrong one
@@ -25,14 +25,14 @@ __all__ = [
 
 
 class DraftServiceError(RetrievalDraftError):
-    """The service said no."""
+    """The service refused a request."""
 
     status = 400
     kind = "invalid_request_error"
 
 
 class UnknownSessionError(DraftServiceError, LookupError):
-    """No such session: closed, expired, of another tenant, or never there."""
+    """No such session: closed, expired, of another tenant, or never open."""
 
     status = 404
     kind = "not_found_error"
@@ -83,7 +83,7 @@ _BY_STATUS: dict[int, type[DraftServiceError]] = {
 
 
 def error_of(status: int, message: str, hint: str = "") -> DraftServiceError:
-    """The error that a status stands for."""
+    """The error of an HTTP status."""
     error = _BY_STATUS.get(status, DraftServiceError)(message, hint)
     error.status = status
     return error

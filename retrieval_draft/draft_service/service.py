@@ -1,4 +1,4 @@
-"""Opens sessions, takes in what engines emitted, and hands out trees."""
+"""The drafting service: opens sessions, receives the tokens that engines emitted, and returns draft trees."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ _log = logging.getLogger("retrieval_draft")
 
 
 class DraftObserver(Protocol):
-    """Told what the service does, on the thread that does it."""
+    """Receives the service's events, on the thread that causes them."""
 
     def session_opened(self, seconds: float) -> None:
-        """A session was opened; how long it took."""
+        """Receives the opening of a session and its duration."""
         ...
 
     def session_closed(self, reason: str) -> None:
-        """A session ended: "finished", "dropped", "expired" or "shutdown"."""
+        """Receives the end of a session: "finished", "dropped", "expired" or "shutdown"."""
         ...
 
     def stepped(self, emitted: int, accepted: int, nodes: int, seconds: float) -> None:
-        """Tokens that came in, how many of them had been drafted, nodes that went out."""
+        """Receives a step: new tokens, drafted ones among them, nodes of the draft, and seconds."""
         ...
 
     def failed(self, status: int) -> None:
-        """A request or a step did not work."""
+        """Receives the failure of a request or a step."""
         ...
 
 
 class _Nobody:
-    """Is told, and tells nobody."""
+    """Observer that does nothing."""
 
     def session_opened(self, seconds: float) -> None:
         pass
@@ -66,9 +66,9 @@ class DraftService:
     """Sessions of engines that keep their own model. Safe to use from several threads.
 
     Args:
-        proposers: What drafts, for each tenant. Closed with the service.
-        limits: How much may be open at once.
-        observer: Is told what happens.
+        proposers: The proposer of each tenant. Closed with the service.
+        limits: Limits on open sessions.
+        observer: Receives the service's events.
 
     Attributes:
         table: The open sessions.
@@ -87,7 +87,7 @@ class DraftService:
         self._sweeper.start()
 
     def info(self, tenant: str) -> wire.Info:
-        """What the service is."""
+        """Describes the service for a tenant."""
         proposer, limits = self.proposers.get(tenant), self.table.limits
         return wire.Info(
             vocabulary=proposer.stores.vocabulary,
@@ -103,9 +103,9 @@ class DraftService:
         """Starts a session.
 
         Raises:
-            InvalidInputError: An id lies outside the vocabulary, or there is nothing to share with.
+            InvalidInputError: An id lies outside the vocabulary, or there is no store to share with.
             OutOfStepError: The engine's tokenizer is another one.
-            ServiceFullError: Too much is open.
+            ServiceFullError: Too many sessions or tokens are open.
             TooLargeError: The texts are too long.
         """
         begin = time.perf_counter()
@@ -130,12 +130,12 @@ class DraftService:
         session = self.table.add(tenant, proposing, prompt[-CONTEXT:], size)
         session.tree = drafted
         self.observer.session_opened(time.perf_counter() - begin)
-        if self._stopped.is_set():  # `close` may have looked before it was there
+        if self._stopped.is_set():  # `close` may have run before it was added
             self._drop(session, "shutdown")
         return wire.OpenReply(session.key, _draft(drafted, 0, proposing.length))
 
     def step(self, tenant: str, step: wire.Step) -> wire.Draft:
-        """Takes in what a session's engine emitted and says what to verify next.
+        """Appends the tokens that a session's engine emitted and returns the next draft.
 
         Raises:
             UnknownSessionError: The tenant has no such session.
@@ -161,11 +161,11 @@ class DraftService:
         return reply
 
     def steps(self, tenant: str, steps: list[wire.Step]) -> list[wire.Draft]:
-        """Steps of several sessions; one that fails says so in its draft, the others go on."""
+        """Steps of several sessions; one that fails has the error in its draft, the others continue."""
         return [self._try_step(tenant, step) for step in steps]
 
     def apply_feedback(self) -> None:
-        """Learns what the steps so far showed besides their tokens; no reply has to wait for that."""
+        """Learns from the results of the last steps besides their tokens; no reply waits for that."""
         while self._unsettled:
             with suppress(IndexError):  # another thread was faster
                 session = self._unsettled.popleft()
@@ -176,7 +176,7 @@ class DraftService:
                         session.lock.release()
 
     def is_free(self, tenant: str, key: str) -> bool:
-        """Whether a step of the session would wait for nobody, as far as can be seen.
+        """True if a step of the session would probably not wait for another thread.
 
         Raises:
             UnknownSessionError: The tenant has no such session.
@@ -198,7 +198,7 @@ class DraftService:
         self.proposers.close()
 
     def expire(self) -> int:
-        """Closes sessions that nobody used for too long; says how many."""
+        """Closes sessions that were idle for too long; returns their number."""
         over = self.table.expired()
         for session in over:
             self._drop(session, "expired")
@@ -213,7 +213,7 @@ class DraftService:
             return wire.Draft(error=failure)
 
     def _take(self, session: OpenSession, step: wire.Step) -> tuple[int, int]:
-        """Takes a step's tokens in; says how many were new, and how many had been drafted."""
+        """Appends a step's tokens; returns the numbers of new tokens, and of those that had been drafted."""
         tokens = _ids(step.tokens)
         at = session.proposing.length
         if step.at is not None and step.at != at:
@@ -265,7 +265,7 @@ class DraftService:
 
 
 def failure_of(error: RetrievalDraftError) -> wire.Failure:
-    """What the engine is told of an error."""
+    """The error as a message to the engine."""
     if isinstance(error, DraftServiceError):
         kind = error.kind if error.status < 500 else "server_error"
         return wire.Failure(error.message, kind, error.status, hint=error.hint)

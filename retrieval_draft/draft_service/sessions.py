@@ -1,4 +1,4 @@
-"""The open sessions of the drafting service: bounded, and closed when nobody comes back for them."""
+"""The open sessions of the drafting service: bounded, and closed when idle."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NONE = np.empty(0, np.int32)
 
 @dataclass(frozen=True, slots=True)
 class SessionLimits:
-    """How much may be open at once.
+    """Limits on open sessions.
 
     Attributes:
         max_sessions: Of all tenants.
@@ -51,17 +51,17 @@ class SessionLimits:
 
 
 class OpenSession:
-    """One session, and what its service remembers of it. `lock` guards everything but the table's fields.
+    """One session and its state in the service. `lock` guards everything but the table's fields.
 
     Attributes:
-        lock: Held by whoever works with the session.
-        proposing: What drafts.
-        tail: int32. The last tokens of the text.
-        tree: The tree that was handed out last; None before the first, and after tokens came in.
+        lock: Held by the thread that works with the session.
+        proposing: The proposer's session.
+        tail: int32, shape (n,). The last tokens of the text.
+        tree: The last returned tree; None before the first, and after new tokens.
         last_at: Length of the text before `last_tokens`.
-        last_tokens: int32. What the last step brought.
-        last_accepted: How many of those had been drafted.
-        closed: Whether it is over.
+        last_tokens: int32, shape (m,). Tokens of the last step.
+        last_accepted: Number of those that had been drafted.
+        closed: Whether it has ended.
     """
 
     __slots__ = (
@@ -83,11 +83,11 @@ class OpenSession:
 
 
 class SessionTable:
-    """Sessions by name, the one that waits longest first. Safe to use from several threads.
+    """Sessions by name, the longest idle one first. Safe to use from several threads.
 
     Args:
-        limits: How much may be open at once.
-        clock: Seconds that never go back.
+        limits: Limits on open sessions.
+        clock: Returns seconds of a monotonic clock.
 
     Attributes:
         limits: As given.
@@ -110,11 +110,11 @@ class SessionTable:
         return self._by_tenant[tenant]
 
     def reserve(self, tokens: int) -> None:
-        """Makes sure that a session of so many tokens has a place; `add` or `give_back` must follow.
+        """Reserves room for a session of so many tokens; `add` or `give_back` must follow.
 
         Raises:
-            TooLargeError: It would never have one.
-            ServiceFullError: There is none now.
+            TooLargeError: It exceeds the limits on its own.
+            ServiceFullError: There is no room now.
         """
         limits = self.limits
         if tokens > limits.max_session_tokens:
@@ -132,13 +132,13 @@ class SessionTable:
             self.tokens += tokens
 
     def give_back(self, tokens: int) -> None:
-        """The session that was reserved for is not opened after all."""
+        """Releases a reservation whose session is not opened."""
         with self._lock:
             self._opening -= 1
             self.tokens -= tokens
 
     def add(self, tenant: str, proposing: ProposerSession, tail: TokenArray, tokens: int) -> OpenSession:
-        """Names a session that was reserved for."""
+        """Adds a session with a reservation, under a new name. `tail` is int32, the end of its text."""
         session = OpenSession(secrets.token_urlsafe(_ID_BYTES), tenant, proposing, tail, tokens)
         with self._lock:
             self._opening -= 1
@@ -162,7 +162,7 @@ class SessionTable:
         return session
 
     def grow(self, session: OpenSession, tokens: int) -> None:
-        """Counts tokens that a session takes in.
+        """Counts new tokens of a session.
 
         Raises:
             TooLargeError: The session would be too long.
@@ -183,19 +183,19 @@ class SessionTable:
             self.tokens += tokens
 
     def shrink(self, session: OpenSession, tokens: int) -> None:
-        """Tokens that were counted were not taken in after all."""
+        """Uncounts tokens that were not appended."""
         with self._lock:
             if session.key in self._sessions:
                 session.tokens -= tokens
                 self.tokens -= tokens
 
     def remove(self, session: OpenSession) -> bool:
-        """Takes a session out; False if it was not in."""
+        """Removes a session; False if it was not in the table."""
         with self._lock:
             return self._remove(session)
 
     def expired(self) -> list[OpenSession]:
-        """Sessions that nobody used for too long; they are taken out."""
+        """Removes and returns the sessions that were idle for too long."""
         over = []
         with self._lock:
             end = self._clock() - self.limits.idle_seconds
@@ -231,7 +231,7 @@ class SessionTable:
 
 
 def unknown(key: str) -> UnknownSessionError:
-    """What is said of a session that is not there."""
+    """The error for a session that is not open."""
     return UnknownSessionError(
         f"There is no session {key!r}.", "It was closed, or not used for too long. Open another one."
     )

@@ -25,8 +25,8 @@ class StandaloneApp:
     """``/v1/draft``, ``/health`` and ``/metrics``. Closes the service when the server ends.
 
     Args:
-        drafts: What answers ``/v1/draft``.
-        metrics: What answers ``/metrics``; None for nothing.
+        drafts: Answers ``/v1/draft``.
+        metrics: Answers ``/metrics``; None for no metrics.
     """
 
     def __init__(self, drafts: DraftApp, metrics: ServerMetrics | None = None) -> None:
@@ -34,7 +34,7 @@ class StandaloneApp:
         self._with_head = HeadAsGet(self._serve)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request, or lives through the server's life."""
+        """Answers one request, or handles the server's lifespan events."""
         await self._with_head(scope, receive, send)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,13 +79,13 @@ class StandaloneApp:
 
 
 def serve(app: StandaloneApp, *, host: str | None, port: int, unix_socket: Path | None) -> None:
-    """Serves until SIGINT or SIGTERM; what runs is finished.
+    """Serves until SIGINT or SIGTERM, and finishes running requests.
 
     Args:
-        app: What answers.
+        app: The application.
         host: Address to listen on; None with a socket.
         port: With `host`; 0 for a free one.
-        unix_socket: A path instead; only this user may connect. One that nobody listens on is replaced.
+        unix_socket: A path instead; only this user may connect. A stale one is replaced.
     """
     import uvicorn
 
@@ -103,7 +103,7 @@ def serve(app: StandaloneApp, *, host: str | None, port: int, unix_socket: Path 
     where = f"unix://{name}" if unix_socket is not None else _url(name[0], name[1])
     try:
         print(f"Drafts at {where}", flush=True)
-        # uvicorn raises the signal that ended it once more, which must not keep us from cleaning up.
+        # uvicorn raises the signal that ended it again, which must not prevent the clean-up.
         signal.signal(signal.SIGTERM, lambda *_: None)
         uvicorn.Server(config).run(sockets=[listener])
     finally:
@@ -139,7 +139,7 @@ def _url(host: str, port: int) -> str:
 
 
 def _clear(path: Path) -> None:
-    """Removes a socket that its server left behind."""
+    """Removes a socket without a server."""
     if not path.is_socket():
         return
     with socket.socket(socket.AF_UNIX) as probe:

@@ -20,11 +20,11 @@ __all__ = ["Proposers"]
 
 
 class Proposers:
-    """Makes a tenant's proposer when the tenant first comes. Safe to use from several threads.
+    """Makes a tenant's proposer at its first request. Safe to use from several threads.
 
     Args:
         make: Makes the proposer of a tenant.
-        most: Tenants at most; there are as many as API keys.
+        most: Limit of tenants, of which there are at most as many as API keys.
         fingerprint: Of the tokenizer; empty where there is none.
 
     Attributes:
@@ -54,17 +54,17 @@ class Proposers:
         most: int = 1024,
         default: str = "default",
     ) -> Proposers:
-        """Proposers that share corpora, and nothing else.
+        """Proposers that share corpora only.
 
         Args:
             tokenizer: As for `Proposer.for_tokenizer`, like the rest.
-            vocabulary: Ids are below it.
+            vocabulary: Number of token ids.
             corpora: Opened once, for all.
             phrases: Fixed texts that the model often repeats.
             store: Each tenant has a namespace of its own in it.
             config: A history folder gets a folder for each tenant but `default`.
-            most: Tenants at most.
-            default: The tenant that `store` and the history folder are for as they are.
+            most: Limit of tenants.
+            default: The tenant that uses `store` and the history folder directly.
         """
         opened = [Corpus.open(corpus) for corpus in corpora]
         settings = config if config is not None else DraftConfig()
@@ -85,7 +85,7 @@ class Proposers:
         return cls(make, most, "" if tokenizer is None else tokenizer_fingerprint(tokenizer))
 
     def get(self, tenant: str = "default") -> Proposer:
-        """The tenant's proposer; made now if it is the first time.
+        """The tenant's proposer; made at the first call.
 
         Raises:
             InvalidInputError: There are too many tenants.
@@ -101,7 +101,7 @@ class Proposers:
             return self._made[tenant]
 
     def made(self) -> dict[str, Proposer]:
-        """Those there are, by tenant."""
+        """Proposers made so far, by tenant."""
         return dict(self._made)
 
     @property
@@ -110,7 +110,7 @@ class Proposers:
         return sum(proposer.nbytes for proposer in self.made().values())
 
     def close(self) -> None:
-        """Closes all, whatever one of them says."""
+        """Closes all, even if one of them raises."""
         with self._lock, ExitStack() as stack:
             for proposer in self._made.values():
                 stack.callback(proposer.close)

@@ -1,4 +1,4 @@
-"""The top log probabilities of an engine's model, as sources learn from them."""
+"""Top log probabilities of an engine's model, in the form that sources learn from."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ __all__ = ["node_logits"]
 def node_logits(
     top_logprobs: TopLogprobs | None, emitted: TokenArray, session: OpenSession, vocabulary: int
 ) -> NodeLogits | None:
-    """A step's `top_logprobs`, with the text that each row continues.
+    """A step's `top_logprobs`, with the context of each row.
 
     Args:
-        top_logprobs: As it came; None for nothing.
+        top_logprobs: As received; None without any.
         emitted: int32, shape (m,). The step's tokens.
-        session: Before it takes them in.
-        vocabulary: Ids are below it.
+        session: Its state before these tokens.
+        vocabulary: Number of token ids.
 
     Raises:
-        InvalidInputError: It is no table, or its rows belong to nothing.
+        InvalidInputError: It is no table, or its rows match no positions.
     """
     if top_logprobs is None or not top_logprobs.tokens:
         return None
@@ -75,7 +75,7 @@ def _table(top_logprobs: TopLogprobs) -> tuple[NDArray[np.int32], NDArray[np.flo
 
 
 def _contexts(tail: TokenArray, emitted: TokenArray) -> NDArray[np.int32]:
-    """What each token of `emitted` followed: int32, shape (m, CONTEXT), -1 where the text is shorter.
+    """Context before each token of `emitted`: int32, shape (m, CONTEXT), -1 where the text is shorter.
 
     Example:
         tail [5, 6], emitted [7, 8]  ->  [[-1, -1, 5, 6], [-1, 5, 6, 7]]

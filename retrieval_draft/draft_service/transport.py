@@ -1,4 +1,4 @@
-"""One kept-alive HTTP connection, reduced to what a round trip of a millisecond leaves time for."""
+"""A minimal kept-alive HTTP connection, for round trips of a millisecond."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_BODY = 1 << 28
 
 
 class Address:
-    """Where a service is.
+    """Address of a service.
 
     Args:
         url: ``http://HOST[:PORT]``, ``https://...`` or ``unix:///PATH/TO/SOCKET``.
@@ -68,10 +68,10 @@ class Address:
 
 
 class Connection:
-    """Sends a request and waits for its answer, again and again. One thread at a time may use it.
+    """A connection for a sequence of requests and answers. One thread at a time may use it.
 
     Args:
-        address: Where to.
+        address: The service's.
         headers: Lines that every request has, each with its end.
         timeout: Seconds to connect.
     """
@@ -93,8 +93,8 @@ class Connection:
             deadline: By ``time.monotonic()``.
 
         Raises:
-            ServiceUnavailableError: What came is no HTTP that this understands.
-            OSError: The connection broke, or the time is over.
+            ServiceUnavailableError: The answer is not supported HTTP.
+            OSError: The connection broke, or the deadline has passed.
         """
         head = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._headers}Content-Length: {len(body)}\r\n\r\n"
         self._wait_until(deadline)
@@ -118,10 +118,10 @@ class Connection:
         return status, parts[0] if len(parts) == 1 else b"".join(parts)
 
     reusable = True
-    """Whether the service keeps the connection open."""
+    """True if the service keeps the connection open."""
 
     def close(self) -> None:
-        """Hangs up."""
+        """Closes the connection."""
         self._socket.close()
 
     def _receive(self, deadline: float) -> bytes:

@@ -1,7 +1,7 @@
-"""What engines and the drafting service say to each other, as MessagePack or JSON.
+"""Messages between engines and the drafting service, as MessagePack or JSON.
 
 Every message carries the version of this format, and is checked when it is read: types, ranges, lengths,
-and that there is nothing in it that is not known. Token ids travel as plain numbers, so that an engine in any
+and the absence of unknown fields. Token ids travel as plain numbers, so that an engine in any
 language needs nothing but a MessagePack library.
 """
 
@@ -41,10 +41,10 @@ MAX_TEXTS = 1024
 """References of one session."""
 
 MAX_ROWS = 1 << 16
-"""Rows that all steps of a request say together."""
+"""Rows of predictions in all steps of a request together."""
 
 SMALL = 64 << 10
-"""Bytes of a message that is read in one go."""
+"""Largest size in bytes of a message that is decoded in one call."""
 
 Token = Annotated[int, Meta(ge=0, le=MAX_LENGTH)]
 Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
@@ -57,7 +57,7 @@ class TopLogprobs(Struct, forbid_unknown_fields=True, omit_defaults=True):
     Attributes:
         tokens: One row for each position, best first; all rows of one length.
         probs: Their probabilities under the target's softmax.
-        nodes: Nodes of the last tree that the rows are about, 0 being its root; None where row i is the
+        nodes: Nodes of the last tree that the rows belong to, 0 being its root; None where row i is the
             distribution that the i-th token of the step was drawn from.
     """
 
@@ -67,13 +67,13 @@ class TopLogprobs(Struct, forbid_unknown_fields=True, omit_defaults=True):
 
 
 class Want(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
-    """What drafts an engine wants.
+    """Requested properties of a draft.
 
     Attributes:
         nodes: Draft nodes at most, the root not counted; 0 for none. Of a chain: its length at most.
-        max_depth: Longest path that is of use; None for any.
-        chain: One path instead of a tree: the one of which most is accepted on average.
-        min_prob: A chain ends before a token whose path probability is lower.
+        max_depth: Largest useful length of a path; None for any.
+        chain: One path instead of a tree: the one with the most accepted tokens on average.
+        min_prob: Smallest path probability of a chain's tokens.
         deepest: The former name of `max_depth`, still read.
         floor: The former name of `min_prob`, still read.
     """
@@ -98,7 +98,7 @@ class OpenRequest(Want, kw_only=True):
     Attributes:
         prompt: All of the text so far, one token at least.
         references: Texts that the reply may quote.
-        share: What other servers may learn: "none", "reply" or "all"; None for what the service does.
+        share: Parts that other servers may learn: "none", "reply" or "all"; None for the service's default.
         fingerprint: Of the engine's tokenizer; another one than the service's is refused. Empty: not checked.
         version: Of this format.
     """
@@ -112,14 +112,13 @@ class OpenRequest(Want, kw_only=True):
 
 
 class Step(Want, kw_only=True):
-    """What a session's engine emitted, and what it wants next.
+    """A step of a session: its emitted tokens, and the next draft that it wants.
 
     Attributes:
-        session: As the service called it.
+        session: Its name from the service.
         tokens: Emitted since the last step, in order, the bonus token included.
         at: Length of the text before `tokens`, as the engine has it. Tokens that the service has already are
-            not taken in twice, so a step whose answer was lost can be sent again; a gap is an error. None:
-            not checked.
+            ignored, so a step whose answer was lost can be sent again; a gap is an error. None: not checked.
         top_logprobs: The target's best tokens, if the engine has them.
         said: The former name of `top_logprobs`, still read.
         close: Ends the session after `tokens`: "finished" lets others learn from it, "dropped" does not.
@@ -146,7 +145,7 @@ class StepRequest(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_onl
 
 
 class Failure(Struct, omit_defaults=True):
-    """Why something did not work, in the shape of OpenAI's errors."""
+    """An error, in the format of OpenAI's errors."""
 
     message: str
     type: str = "invalid_request_error"
@@ -156,15 +155,15 @@ class Failure(Struct, omit_defaults=True):
 
 
 class Draft(Struct, omit_defaults=True):
-    """What to verify next. Node 0 is the last token of the text; parents come before their children.
+    """A draft to verify. Node 0 is the last token of the text; parents come before their children.
 
     Attributes:
         tokens: The root's, then those of the draft nodes, the most probable paths first.
         parents: Of each node; -1 for the root.
         path_probs: P(the node and all above it are accepted); 1 for the root.
-        accepted: How many of the step's tokens had been drafted, from the first on.
+        accepted: Number of the step's tokens that had been drafted, from the first on.
         length: Tokens of the text.
-        error: Why there is no draft; None where all went well.
+        error: Reason that there is no draft; None without an error.
     """
 
     tokens: list[int] = []
@@ -181,7 +180,7 @@ class Draft(Struct, omit_defaults=True):
 
 
 class OpenReply(Struct):
-    """The session's name, and its first draft if one was asked for."""
+    """The session's name, and its first draft if one was requested."""
 
     session: str
     draft: Draft
@@ -196,10 +195,10 @@ class StepReply(Struct):
 
 
 class Info(Struct):
-    """What the service is.
+    """Description of the service.
 
     Attributes:
-        vocabulary: Ids are below it.
+        vocabulary: Number of token ids.
         fingerprint: Of the tokenizer; empty where it has none.
         sessions: Open ones of the tenant.
         max_sessions: Open at once, of all tenants.
@@ -219,7 +218,7 @@ class Info(Struct):
 
 
 class ErrorReply(Struct):
-    """A whole request that did not work."""
+    """Answer to a request that failed as a whole."""
 
     error: Failure
 
@@ -253,7 +252,7 @@ def decode(body: bytes, kind: type[Message], json: bool = False) -> Message:
 
 
 class _SentOpen(Want, kw_only=True):
-    """An `OpenRequest` whose lists were left as they came."""
+    """An `OpenRequest` whose lists were left undecoded."""
 
     prompt: Raw
     references: Raw = msgspec.field(default_factory=Raw)
@@ -264,7 +263,7 @@ class _SentOpen(Want, kw_only=True):
 
 
 class _SentStep(Want, kw_only=True):
-    """A `Step` whose lists were left as they came."""
+    """A `Step` whose lists were left undecoded."""
 
     session: Annotated[str, Meta(max_length=64)]
     tokens: Raw = msgspec.field(default_factory=Raw)
@@ -275,7 +274,7 @@ class _SentStep(Want, kw_only=True):
 
 
 class _SentSteps(Struct, forbid_unknown_fields=True, kw_only=True):
-    """A `StepRequest` whose lists were left as they came."""
+    """A `StepRequest` whose lists were left undecoded."""
 
     steps: Annotated[list[_SentStep], Meta(min_length=1, max_length=MAX_STEPS)]
     version: Version = 1
@@ -292,7 +291,7 @@ _large: dict[tuple[Any, bool], Any] = {
 
 
 def _decode_large(body: bytes, kind: Any, json: bool) -> Any:
-    """Reads a message list by list, each bounded before it is made: no byte becomes a list of its own."""
+    """Reads a message list by list, each bounded before it is decoded, as each byte could become a list."""
     sent = _large[_SENT[kind], json].decode(body)
     if isinstance(sent, _SentOpen):
         texts = _list(sent.references, _Texts, MAX_TEXTS, json) if len(memoryview(sent.references)) else []
@@ -322,7 +321,7 @@ def _decode_large(body: bytes, kind: Any, json: bool) -> Any:
 
 
 def _list(raw: Raw, kind: Any, most: int, json: bool, least: int = 0) -> Any:
-    # MessagePack says how long a list is before it begins; JSON has to be counted.
+    # MessagePack has the length before a list; JSON has to be counted.
     separators = b"[" if kind is _Texts else b","
     if json and bytes(raw).count(separators) > most:
         raise msgspec.ValidationError(f"Expected `array` of length <= {most}")

@@ -1,4 +1,4 @@
-"""Checks at the edge: what a caller hands in, and what to say when it cannot be used."""
+"""Checks of callers' arguments, with errors that name the option and a remedy."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def arguments_of_generate(
 
     Args:
         given: Those by position: prompts; mask and configuration, or configuration; logits processors and
-            what follows them in model.generate.
-        options: Keyword arguments for model.generate, which are changed in place: what is returned is taken
-            out, what was given by position is added.
+            the next arguments of model.generate.
+        options: Keyword arguments for model.generate, changed in place: returned ones are removed, positional
+            ones are added.
 
     Returns:
         Prompts, mask and configuration.
@@ -53,7 +53,7 @@ def arguments_of_generate(
     if len(given) > 1 and isinstance(given[1], GenerationConfig):
         names.remove("attention_mask")
     elif len(given) > 2 and isinstance(given[2], list):
-        # Nothing stands for the configuration.
+        # No argument can be the configuration.
         names = ["input_ids", "generation_config"]
     of_model = list(inspect.signature(inspect.unwrap(GenerationMixin.generate)).parameters)
     names += of_model[of_model.index("logits_processor") :]
@@ -77,7 +77,7 @@ def arguments_of_generate(
 
 
 def check_prompt(input_ids: Any, attention_mask: Tensor | None) -> None:
-    """Checks types and shapes of a batch of prompts; `strip_prompts` checks what they hold.
+    """Checks types and shapes of a batch of prompts; `strip_prompts` checks their content.
 
     Args:
         input_ids: Integers, shape (batch, length).
@@ -110,7 +110,7 @@ def check_prompt(input_ids: Any, attention_mask: Tensor | None) -> None:
 def strip_prompts(
     input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int, max_positions: int | None
 ) -> list[TokenArray]:
-    """Takes the left padding off a batch of prompts, and checks what they hold.
+    """Removes the left padding from a batch of prompts, and checks their content.
 
     Args:
         input_ids: Integers, shape (batch, length).
@@ -172,7 +172,7 @@ def check_new_tokens(generation_config: GenerationConfig | None, options: dict[s
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Refuses keyword arguments of model.generate that would be lost on the way to our loop.
+    """Refuses keyword arguments of model.generate that would not reach our loop.
 
     Raises:
         UnsupportedGenerationError: Names the option and the alternative.
@@ -196,7 +196,7 @@ def check_options(options: dict[str, Any]) -> None:
 def best_of_options(
     best_of: int | None, model: Any, config: GenerationConfig | None, options: dict[str, Any]
 ) -> int | None:
-    """Has model.generate expand each prompt to as many samples as are to be drawn.
+    """Makes model.generate expand each prompt to as many samples as are drawn.
 
     Args:
         best_of: Samples of each prompt, or None.
@@ -205,10 +205,10 @@ def best_of_options(
         options: Keyword arguments for model.generate; ``num_return_sequences`` is changed in place.
 
     Returns:
-        How many of them are to be returned; None for all.
+        Number of samples to return; None for all.
 
     Raises:
-        InvalidInputError: Fewer samples than are to be returned, or nothing is sampled.
+        InvalidInputError: Fewer samples than are to be returned, or no sampling.
     """
     if best_of is None:
         return None
@@ -234,14 +234,14 @@ def check_generation(
 ) -> None:
     """Refuses generation modes that drafted decoding does not do.
 
-    What the model's own configuration says about caches and assistants, which changes no text, is left out.
+    Settings of caches and assistants in the model's own configuration, which change no text, are ignored.
 
     Args:
         config: As prepared by model.generate.
         processors: As prepared by model.generate.
         rows: Of the batch.
-        model_inputs: What model.generate would hand to the model. What transformers itself adds passes; what
-            the caller gave and would change the output is refused by name.
+        model_inputs: Inputs that model.generate would pass to the model. Those that transformers adds are
+            accepted; those of the caller that would change the output are refused by name.
         own: The model's own configuration.
 
     Raises:
@@ -302,7 +302,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _are_usual(model_inputs: dict[str, Any]) -> bool:
-    """Whether positions count the tokens that are not padding, as they would if they were left out."""
+    """True if positions count the tokens that are not padding, as they would if they were left out."""
     positions, mask = model_inputs.get("position_ids"), model_inputs.get("attention_mask")
     if positions is None:
         return True
@@ -314,7 +314,7 @@ def _are_usual(model_inputs: dict[str, Any]) -> bool:
 
 
 def check_tokenizer(tokenizer: Any, model: Any, vocabulary: int) -> None:
-    """Refuses a tokenizer whose ids mean something else to the model.
+    """Refuses a tokenizer whose ids have other meanings for the model.
 
     Args:
         tokenizer: Any transformers tokenizer.
@@ -352,7 +352,7 @@ def reference_tokens(texts: Any, tokenizer: Any, vocabulary: int) -> list[TokenA
         vocabulary: Rows of the model's embedding.
 
     Raises:
-        InvalidInputError: It is something else, a string without a tokenizer, or an unknown id.
+        InvalidInputError: It has another type, is a string without a tokenizer, or has an unknown id.
     """
     if texts is None:
         return []

@@ -1,4 +1,4 @@
-"""Has model.generate prepare what is to be decoded, so that its options mean what they mean there."""
+"""Preparation of requests by model.generate, so that its options keep their meaning."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def through_model(
     config: GenerationConfig | None,
     options: dict[str, Any],
 ) -> Any:
-    """Checks the options, and returns what `decode` makes of what model.generate prepares of them.
+    """Checks the options, has model.generate prepare them, and returns the result of `decode`.
 
     Args:
         target: The model.
-        tokenizer: For stop strings and token healing; one in `options` goes first.
-        decode: What to do in place of model.generate's own loop.
+        tokenizer: For stop strings and token healing; one in `options` takes precedence.
+        decode: Replaces model.generate's own loop.
         input_ids: Integers, shape (batch, length); None to begin with the bos token.
-        attention_mask: Zeros mark left padding.
+        attention_mask: 0 and 1, shape (batch, length). Zeros mark left padding; None for no padding.
         config: The caller's.
         options: Keyword arguments for model.generate, changed in place.
 

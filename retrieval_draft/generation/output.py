@@ -1,4 +1,4 @@
-"""What generation returns: finished rows in the shapes that model.generate gives them."""
+"""Outputs of generation: finished rows in the shapes of model.generate's outputs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["GenerateOutput", "best_rows", "make_output", "pad_replies"]
 
 @dataclass
 class GenerateOutput(GenerateDecoderOnlyOutput):
-    """As of model.generate, and what else was asked for.
+    """Output of model.generate with further fields on request.
 
     Attributes:
-        prompt_logits: For each row float32, shape (its prompt, vocabulary): what the model says after each
-            token of the prompt. Without the tokens that a cache handed in held already.
-        logprobs: For each row float32, shape (its reply,): log probability of each token under the law it
-            was drawn from, after all processors. Given with ``best_of``.
+        prompt_logits: For each row float32, shape (its prompt, vocabulary): the model's logits after each
+            token of the prompt. Without the tokens that a given cache held already.
+        logprobs: For each row float32, shape (its reply,): log probability of each token under the
+            distribution it was drawn from, after all processors. Given with ``best_of``.
     """
 
     prompt_logits: tuple[Tensor, ...] | None = None
@@ -35,7 +35,7 @@ class GenerateOutput(GenerateDecoderOnlyOutput):
 
 
 def make_output(rows: Sequence[Row], input_ids: Tensor, config: GenerationConfig) -> Any:
-    """Sequences, or with ``return_dict_in_generate`` all that was kept on the way.
+    """Sequences, or with ``return_dict_in_generate`` all that was kept while decoding.
 
     Scores and logits come position by position, shape (batch, vocabulary) each, as from model.generate. A
     row that has ended has zeros from there on.
@@ -46,7 +46,7 @@ def make_output(rows: Sequence[Row], input_ids: Tensor, config: GenerationConfig
         config: As prepared by model.generate.
     """
     replies = [torch.from_numpy(row.text.reply.astype(np.int64)) for row in rows]
-    # As of model.generate, whatever the prompts are.
+    # The dtype of model.generate, for any dtype of the prompts.
     sequences = pad_replies(input_ids.long(), replies, config)
     if not config.return_dict_in_generate:
         return sequences
@@ -82,12 +82,12 @@ def _by_position(kept: Sequence[list[Tensor]]) -> tuple[Tensor, ...]:
 
 
 def best_rows(rows: Sequence[Row], sampled: int, kept: int) -> list[int]:
-    """Which samples of each prompt to return, by mean log probability of a token, the best first.
+    """Indices of the samples of each prompt to return, by mean log probability of a token, the best first.
 
     Args:
         rows: `sampled` of each prompt, one prompt after the other.
         sampled: Samples of a prompt.
-        kept: How many of them to keep.
+        kept: Number of them to keep.
 
     Example:
         means [-2, -1, -3, -1, -5, -4], three samples each, one kept  ->  [1, 3]

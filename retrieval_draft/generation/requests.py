@@ -1,4 +1,4 @@
-"""From what model.generate prepared to the requests of the decoding loop."""
+"""Requests of the decoding loop, from the arguments that model.generate prepared."""
 
 from __future__ import annotations
 
@@ -38,18 +38,19 @@ Seeds = int | Sequence[int] | None
 
 @dataclass(frozen=True, slots=True)
 class DecodeOptions:
-    """What a caller can ask for that model.generate does not know.
+    """Options of a call beyond those of model.generate.
 
     Attributes:
-        streamer: Sees the prompt once, then each new token.
+        streamer: Receives the prompt once, then each new token.
         seeds: One for all prompts, or one for each; None draws them from torch's global generator.
-        sample: Which sample of its prompt and seed the first one is.
+        sample: Sample index of the first one among those of its prompt and seed.
         references: Texts that the replies may quote.
         keep_prompt_logits: Whether the logits at the prompts' positions are returned.
         best_of: Sequences of each prompt to return, the most probable first, of those that are sampled; None
             for all.
-        share: What other servers may learn: "none", "reply" or "all"; None for what the store says.
-        top_logprobs: How many alternatives of each token to keep with log probabilities; None for nothing.
+        share: Parts that other servers may learn: "none", "reply" or "all"; None for the store's default.
+        top_logprobs: Number of alternatives of each token to keep with log probabilities; None for no log
+            probabilities.
     """
 
     streamer: Any = None
@@ -64,7 +65,7 @@ class DecodeOptions:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRequests:
-    """What is ready to join a batch.
+    """Requests that are ready to join a batch.
 
     Attributes:
         requests: Those of one prompt; the first leads the others.
@@ -86,10 +87,10 @@ def make_requests(
     extras: DecodeOptions,
     stream: StreamRows | None = None,
 ) -> list[DecodeRequest]:
-    """One request for each row. Rows with the same prompt share its pass, and draw noise of their own.
+    """One request for each row. Rows with the same prompt share its pass, with noise of their own.
 
-    Noise is keyed by seed, the how-manieth row of the same seed and prompt it is, position and token: not by
-    the row's place, so that a row draws what its prompt would draw alone.
+    Noise is keyed by seed, sample index among the rows of the same seed and prompt, position and token: not
+    by the row's index, so that a row draws the tokens that its prompt would draw alone.
 
     Args:
         target: The model.
@@ -98,13 +99,13 @@ def make_requests(
         processors: As prepared by model.generate.
         criteria: As prepared by model.generate.
         config: As prepared by model.generate.
-        cache: A cache handed in, or None.
-        extras: What else was asked for.
+        cache: The caller's cache, or None.
+        extras: Options of the call beyond those of model.generate.
         stream: Takes the rows' new tokens.
 
     Raises:
         InvalidInputError: There are not as many seeds as prompts.
-        UnsupportedGenerationError: Something of the caller's cannot be copied for each row.
+        UnsupportedGenerationError: A processor or criterion cannot be copied for each row.
     """
     returned = config.num_return_sequences or 1
     dictionary = bool(config.return_dict_in_generate)
@@ -148,7 +149,7 @@ def make_requests(
 
 
 def _leaders(prompts: Sequence[TokenArray]) -> list[int]:
-    """For each row the first with the same prompt."""
+    """Index of the first row with the same prompt, for each row."""
     first: dict[bytes, int] = {}
     return [first.setdefault(prompt.tobytes(), row) for row, prompt in enumerate(prompts)]
 
@@ -214,12 +215,12 @@ def set_limits(
 def share_when_finished(
     store: SharedStore | None, requests: Sequence[DecodeRequest], share: str | None
 ) -> None:
-    """Lets each request go to the store as soon as it is complete; one that fails before does not.
+    """Shares each request through the store as soon as it is complete; one that fails before is not shared.
 
     Args:
         store: None for no sharing.
         requests: Their `finished` is set.
-        share: "none", "reply" or "all"; None for what the store says.
+        share: "none", "reply" or "all"; None for the store's default.
     """
     if store is None:
         return

@@ -1,4 +1,4 @@
-"""Between model.generate and the decoding loop: what needs a tokenizer, streamers for one row or several."""
+"""Stop strings and token healing with the caller's tokenizer, and streamers for one row or several."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def take_stop_strings(
         model: Of transformers; its own generation configuration may hold stop strings too.
         config: The caller's, left as it is.
         options: Keyword arguments for model.generate, changed in place.
-        tokenizer: Decodes what is said.
+        tokenizer: Decodes the reply.
 
     Returns:
         The configuration without stop strings.
@@ -58,7 +58,7 @@ def take_stop_strings(
 def heal_tokens(
     model: Any, input_ids: Any, config: GenerationConfig | None, options: dict[str, Any], tokenizer: Any
 ) -> tuple[Any, GenerationConfig | None]:
-    """Heals the prompts' last tokens where that is asked for, as model.generate does with its tokenizer.
+    """Heals the prompts' last tokens on request, as model.generate does with its tokenizer.
 
     Args:
         model: Of transformers.
@@ -105,7 +105,7 @@ def effective(model: Any, config: GenerationConfig | None, options: dict[str, An
 def _without(
     model: Any, config: GenerationConfig | None, options: dict[str, Any], name: str
 ) -> GenerationConfig | None:
-    """The caller's configuration without one option; where the model's own has it, an argument undoes it."""
+    """The caller's configuration without one option; an argument overrides it in the model's own."""
     options.pop(name, None)
     if config is not None and getattr(config, name, None) is not None:
         config = copy.deepcopy(config)
@@ -116,14 +116,14 @@ def _without(
 
 
 class StreamRows:
-    """Hands a streamer the tokens of rows that do not advance together, as model.generate would.
+    """Passes a streamer the tokens of rows that do not advance together, as model.generate would.
 
-    One row's tokens go on at once, shape (1,). Of several, a position goes on when every row has it or has
-    ended before it; ended rows are padded: shape (rows,).
+    One row's tokens are passed on at once, shape (1,). Of several, a position is passed on when every row has
+    it or has ended before it; ended rows are padded: shape (rows,).
 
     Args:
         streamer: Anything with `put`.
-        rows: How many.
+        rows: Number of rows.
         pad: Token for rows that have ended.
     """
 
@@ -134,7 +134,7 @@ class StreamRows:
         self._pad = pad
 
     def taker(self, row: int) -> Callable[[int], None]:
-        """What takes the tokens of one row."""
+        """Returns a function that receives the tokens of one row."""
         if len(self._waiting) == 1:
             return lambda token: self._streamer.put(torch.tensor([token], dtype=torch.int64, device="cpu"))
 
@@ -145,7 +145,7 @@ class StreamRows:
         return take
 
     def end(self, row: int) -> None:
-        """Says that a row has ended."""
+        """Records that a row has ended."""
         self._ended[row] = True
         if len(self._waiting) > 1:
             self._pass_on()
@@ -170,7 +170,7 @@ class ShownPrompt:
         self._begun = False
 
     def put(self, tokens: Tensor) -> None:
-        """Passes on all but the prompt."""
+        """Passes tokens on, int64, shape (rows,); the prompt, (rows, length), is dropped."""
         if self._begun:
             self._streamer.put(tokens)
         self._begun = True
@@ -184,7 +184,7 @@ def shown_streamer(streamer: Any = None) -> ShownPrompt | None:
     """The streamer of the calling ``model.generate``, which has seen the prompt; None without.
 
     Args:
-        streamer: It, should transformers hand it on.
+        streamer: The streamer, if transformers passes it on.
     """
     found = streamer if streamer is not None else (hidden_arguments() or {}).get("streamer")
     return None if found is None else ShownPrompt(found)
@@ -192,7 +192,7 @@ def shown_streamer(streamer: Any = None) -> ShownPrompt | None:
 
 @contextlib.contextmanager
 def ending(streamer: Any) -> Iterator[None]:
-    """Ends a streamer afterwards in any case: somebody may wait for that in another thread.
+    """Ends a streamer afterwards in any case: another thread may wait for that.
 
     Args:
         streamer: Anything with `end`, or None.
@@ -205,7 +205,13 @@ def ending(streamer: Any) -> Iterator[None]:
 
 
 def stream_rows(streamer: Any, input_ids: Tensor, config: GenerationConfig) -> StreamRows | None:
-    """Hands the prompt to a streamer, and returns what takes the tokens of its rows; None without one."""
+    """Passes the prompt to a streamer, and returns the receiver of its rows' tokens; None without one.
+
+    Args:
+        streamer: Anything with `put`, or None.
+        input_ids: int64, shape (batch, length).
+        config: Holds the pad token.
+    """
     if streamer is None:
         return None
     streamer.put(input_ids.cpu())

@@ -1,4 +1,4 @@
-"""Headers that say how a body is to be read."""
+"""Headers that describe a body."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def media_type(content_type: bytes) -> str:
 
 
 def unreadable(headers: Iterable[tuple[bytes, bytes]], kinds: Collection[str]) -> str | None:
-    """Says why a body with such headers is not read; None where it is.
+    """Returns the reason to refuse a body with such headers; None if it can be read.
 
-    A type that a browser may send to another origin without asking is none of `kinds`, or any page could use
-    a server on the same machine.
+    `kinds` has no type that a browser sends to another origin without a preflight request, or any page could
+    use a server on the same machine.
 
     Args:
         headers: Of the request, names in lower case.
-        kinds: Media types that are understood, the first of them to be named; "" for a body without a type.
+        kinds: Supported media types, the first of which is named in the reason; "" for a body without a type.
     """
     types = [value for name, value in headers if name == b"content-type"]
     encodings = [value for name, value in headers if name == b"content-encoding"]

@@ -25,11 +25,11 @@ async def wait_disconnect(receive: Receive) -> None:
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """What `work` returns; None if the client hangs up before, and `work` is cancelled then.
+    """Result of `work`; None if the client hangs up before, and `work` is cancelled then.
 
     Args:
-        receive: Tells of the client, whose body has been read.
-        work: What it waits for.
+        receive: Receives events of the client, whose body has been read.
+        work: The work to wait for.
     """
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(wait_disconnect(receive))
@@ -45,9 +45,9 @@ class EventStream(Response):
     """Sends events until they end, the client leaves, or one of them cannot be sent in time.
 
     Args:
-        events: Whole events, ``data: ...`` with an empty line behind it.
-        gone: Called when no more events are wanted, for whatever reason.
-        seconds: That one event may take to be sent.
+        events: Whole events, ``data: ...`` with an empty line after it.
+        gone: Called when no more events are wanted, for any reason.
+        seconds: Limit for sending one event.
     """
 
     media_type = "text/event-stream"

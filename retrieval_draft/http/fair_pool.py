@@ -1,4 +1,4 @@
-"""Threads that nobody can keep for himself."""
+"""A thread pool that is fair between lanes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Result = TypeVar("Result")
 class FairPool:
     """Runs calls on threads: one of each lane at a time, the lanes in turns.
 
-    What a call of one lane takes, no other lane waits for: each has a thread, and the operating system shares
-    the processors between them in slices of milliseconds wherever the GIL is released. May be used from any
+    No lane waits for a call of another lane: each has a thread, and the operating system shares the
+    processors between them in slices of milliseconds wherever the GIL is released. May be used from any
     thread.
 
     Args:
         threads: At most; beyond it lanes take turns.
-        name: Begins the names of the threads.
+        name: Prefix of the threads' names.
 
     Example:
         pool.submit("a", slow), pool.submit("a", slow), pool.submit("b", quick)
@@ -37,14 +37,14 @@ class FairPool:
         self._busy: set[Hashable] = set()
 
     def submit(self, lane: Hashable, call: Callable[[], Result]) -> Future[Result]:
-        """Has `call` run once its lane is free and has its turn.
+        """Runs `call` on a thread once its lane is free and has its turn.
 
         Args:
-            lane: Whose call it is.
-            call: What to do.
+            lane: Lane of the call.
+            call: The function to run.
 
         Returns:
-            Its result. Cancelled before it runs, it is dropped at once, and what it holds with it.
+            Its result. Cancelled before it runs, the call is dropped at once with everything it references.
         """
         future: Future[Result] = Future()
         with self._lock:
@@ -54,10 +54,10 @@ class FairPool:
         return future
 
     def close(self, wait: bool = False) -> None:
-        """Runs nothing more.
+        """Stops running calls.
 
         Args:
-            wait: Whether to wait for what runs.
+            wait: Whether to wait for running calls.
         """
         with self._lock:
             waiting = [future for lane in self._lanes.values() for future, _ in lane]
@@ -75,7 +75,7 @@ class FairPool:
                 waiting = self._lanes.pop(lane)
                 future, call = waiting.popleft()
                 if waiting:
-                    self._lanes[lane] = waiting  # behind the others
+                    self._lanes[lane] = waiting  # after the others
                 self._busy.add(lane)
                 try:
                     self._pool.submit(self._run, lane, future, call)

@@ -1,4 +1,4 @@
-"""HEAD: what GET says, without its body."""
+"""HEAD: the answer of GET without its body."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class HeadAsGet:
     """Middleware that answers HEAD wherever GET is answered.
 
     Args:
-        app: What comes behind it; sees GET alone.
+        app: The next application; receives GET only.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -30,7 +30,7 @@ class HeadAsGet:
                 return
             await send(message)
             if message["type"] == "http.response.start":
-                # A stream would go on for as long as somebody seems to read it.
+                # A stream would continue for as long as a client seems to read it.
                 ended = True
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -1,4 +1,4 @@
-"""API keys, and which tenant each belongs to."""
+"""API keys and their tenants."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class KeyRing:
-    """Finds the tenant of a key in a time that tells nothing about the keys.
+    """Finds the tenant of a key in a time that does not depend on the keys.
 
     Args:
         keys: Tenant by key; empty for no authentication.
-        default: The tenant of everybody without keys.
+        default: The tenant of all requests without keys.
     """
 
     def __init__(self, keys: Mapping[str, str], default: str = "default") -> None:
-        # Digests have one length, so that a comparison does not tell that of a key.
+        # Digests have one length, so that a comparison does not reveal that of a key.
         self._tenants = [(_digest(key), tenant) for key, tenant in keys.items()]
         self.default = default
 
@@ -40,7 +40,7 @@ class KeyRing:
         return bool(self._tenants)
 
     def tenant(self, authorization: str | None) -> str | None:
-        """The tenant of a request; None if it has to be refused.
+        """The tenant of a request; None if it is to be refused.
 
         Args:
             authorization: The header of that name, ``Bearer KEY``.
@@ -63,11 +63,11 @@ def read_keys(
     Args:
         given: ``KEY`` or ``KEY=TENANT``.
         file: The same, one a line; ``#`` begins a comment.
-        default: The tenant of keys that name none.
+        default: The tenant of keys without one.
         environ: The environment.
 
     Raises:
-        InvalidInputError: A key is empty, too short or twice there, a tenant is no name, or the file cannot
+        InvalidInputError: A key is empty, too short or given twice, a tenant is no name, or the file cannot
             be read.
     """
     words = [*given, *(word for word in environ.get(KEYS_VARIABLE, "").split(",") if word.strip())]
@@ -94,7 +94,7 @@ def read_keys(
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
+    """True if only this machine can reach `host`."""
     if host == "localhost":
         return True
     try:

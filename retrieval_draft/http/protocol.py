@@ -1,4 +1,4 @@
-"""HTTP/1 as uvicorn speaks it, with heads that are bounded, and upgrades that are declined."""
+"""HTTP/1 of uvicorn with bounded heads and declined upgrades."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 __all__ = ["HEAD_BYTES", "HEAD_SECONDS", "BoundedProtocol", "http_config"]
 
 HEAD_BYTES = 64 << 10
-"""Request line and headers of one request at most."""
+"""Largest size of the request line and headers of one request."""
 
 HEAD_SECONDS = 30.0
-"""From the first byte, or from the connection, to the end of a head."""
+"""Limit in seconds from the first byte, or from the connection, to the end of a head."""
 
 _REASONS = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}
 _FRAMING = (b"content-length", b"transfer-encoding")
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """A connection of a client that is trusted with nothing.
+    """A connection of an untrusted client.
 
     * A head longer than `HEAD_BYTES` is answered with 431, one that takes longer than `HEAD_SECONDS` ends the
-      connection, and so does a connection that says nothing.
+      connection, and so does a silent connection.
     * An offer to upgrade (``Upgrade: h2c``) is declined: the request and its body are read as if it had not
       been made, so that no body is ever taken for the next request.
-    * What is no HTTP ends the connection once the requests before it are answered.
+    * Data that is not HTTP ends the connection once the requests before it are answered.
     * A client of HTTP/1.0 gets bodies without chunks, and no body follows a HEAD.
     """
 
@@ -50,17 +50,17 @@ class BoundedProtocol(HttpToolsProtocol):
         self.app = serve
 
     def connection_made(self, transport: Any) -> None:
-        """A client has connected."""
+        """Handles a new connection."""
         super().connection_made(transport)
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client has gone."""
+        """Handles the loss of the connection."""
         self._head_is_there()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of requests."""
+        """Handles bytes of requests."""
         if self._bad or self.transport.is_closing():
             return
         if self._in_head:
@@ -83,8 +83,8 @@ class BoundedProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as offer:
-            # The parser has stopped behind the head. Another one reads on from there: it is given a head that
-            # frames the body as this one did, and offers nothing.
+            # The parser has stopped after the head. Another one continues from there: it gets a head with the
+            # same framing of the body and without the offer.
             rest = data[offer.args[0] :]
             framing = [name + b": " + value for name, value in self.headers if name in _FRAMING]
             last = self.parser.should_keep_alive()
@@ -96,26 +96,26 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._feed(rest)
 
     def on_message_begin(self) -> None:
-        """A request begins."""
+        """Handles the begin of a request."""
         if self._resumes:
             return
         self._head_bytes = 0
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
-        """A part of the request's target."""
+        """Handles a part of the request's target."""
         if not self._resumes:
             self._count(len(url))
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header."""
+        """Handles one header."""
         if not self._resumes:
             self._count(len(name) + len(value) + 4)
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """A head is complete."""
+        """Handles the end of a head."""
         if self._resumes:
             self._resumes = False
             return
@@ -126,7 +126,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        """A request is complete."""
+        """Handles the end of a request."""
         if self.parser.should_upgrade():
             return  # its body is still to be read
         self._in_head, self._counted = True, 0
@@ -134,10 +134,10 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """An answer was given."""
+        """Handles the end of an answer."""
         super().on_response_complete()
         if not self._in_head and not self.transport.is_closing():
-            self._await_head()  # what still comes of the body is read, but not for ever
+            self._await_head()  # the rest of the body is read, for a limited time
 
     def _should_upgrade(self) -> bool:
         return False
@@ -166,7 +166,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _end(self) -> None:
-        """Closes the connection, behind what is being answered."""
+        """Closes the connection, after the running answers."""
         self._bad = True
         if self._is_answering:
             self.flow.pause_reading()
@@ -175,10 +175,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answers what is no request, unless another answer is on its way: it would stand in its middle."""
+        """Answers an invalid request, unless another answer is being sent, into which this one would fall."""
         self._head_is_there()
         if self._is_answering and self.cycle.more_body:
-            # It is the body of this request that is wrong: nobody should wait for its rest.
+            # The body of this request is wrong: the application must not wait for its rest.
             self.cycle.disconnected = True
             self.cycle.message_event.set()
             if self.pipeline:
@@ -205,11 +205,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self._end()
 
     async def _serve(self, scope: Any, receive: Any, send: Any) -> None:
-        """Runs the application; a client of HTTP/1.0 knows no chunks."""
+        """Runs the application; a client of HTTP/1.0 gets no chunks."""
         if scope.get("http_version") != "1.0":
             await self._served(scope, receive, send)
             return
-        cycle: Any = send.__self__  # uvicorn sends by a method of what knows about the body
+        cycle: Any = send.__self__  # uvicorn sends by a method of the object that reads the body
 
         async def bare(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
@@ -225,7 +225,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 def http_config(app: Any, **options: Any) -> Config:
-    """A configuration of uvicorn that speaks HTTP as `BoundedProtocol` does, and nothing else.
+    """A configuration of uvicorn with `BoundedProtocol` and no other protocol.
 
     Args:
         app: The ASGI application.

@@ -1,13 +1,13 @@
-"""ADED (Adaptix): sentences that a tree search finds in a trigram matrix which follows the text.
+"""ADED (Adaptix): sentences from a tree search over a trigram matrix that is updated with the text.
 
 "Adaptix", or "ADED" (2024, arXiv:2407.12021): a matrix of the 12 most probable third tokens of each pair,
 made from a corpus; at each step the trigrams of the text's last 16 tokens gain 0.04, up to 3.0; 150 rounds of
 a tree search over sentences of 4 tokens; the 24 most visited ones, each with its most probable fifth token,
 are merged into at most 64 nodes.
 
-Pairs are read from the corpora's segments when they are needed; without a corpus, from what earlier requests
-of this process said. Not public in what was read, and chosen here: a round goes to a sentence's end at once
-and is worth the mean value of its tokens; the most visited nodes are kept.
+Pairs are read from the corpora's segments when they are needed; without a corpus, from the texts of earlier
+requests of this process. Not in the public material, and chosen here: a round extends a sentence to its end
+at once and has the mean value of its tokens; the most visited nodes are kept.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ __all__ = ["METHOD", "AdedSession", "TrigramMatrix"]
 KEPT, GAIN, MAX_VALUE, WINDOW = 12, 0.04, 3.0, 16
 ITERATIONS, LENGTH, SENTENCES, NODES = 150, 4, 24, 64
 ROWS, ROW_BYTES = 1 << 16, 1000
-"""Pairs kept at most, and about what one takes in CPython."""
+"""Limit of kept pairs, and approximate bytes of one in CPython."""
 
 
 class TrigramMatrix:
     """Values of third tokens by the two before. Safe for sessions in several threads.
 
     Args:
-        segments: Texts to count in; without any, `remember` fills the matrix.
-        rows: Pairs kept at most; the least recently used ones are evicted.
+        segments: Texts to count trigrams in; without any, `remember` fills the matrix.
+        rows: Limit of kept pairs; the least recently used ones are evicted.
 
     Example:
         remember 7 8 5, 7 8 9, 7 8 9: row(7, 8)  ->  9 .67, 5 .33; gain 7 8 5  ->  9 .67, 5 .37
@@ -100,14 +100,14 @@ def _raise(row: dict[int, float], token: int, by: float) -> None:
 
 
 class _Place:
-    """A sentence's beginning: its ways on, and how often each was taken."""
+    """A sentence's beginning: its next tokens, and the number of visits of each."""
 
     def __init__(self, options: Sequence[tuple[int, float]]) -> None:
         self.options, self.below = options, dict[int, _Place]()
         self.visits, self.wins = [0] * len(options), [0.0] * len(options)
 
     def choose(self) -> int:
-        """The way with the best W/N + (32 + ln((N_parent + 9)/8)) * P * sqrt(N_parent)/(1 + N)."""
+        """The next token with the best W/N + (32 + ln((N_parent + 9)/8)) * P * sqrt(N_parent)/(1 + N)."""
         visited = sum(self.visits)
         scale = (32 + math.log((visited + 9) / 8)) * math.sqrt(visited)
         best, choice = -1.0, 0
@@ -124,11 +124,11 @@ class AdedSession(LookupSession):
     Args:
         matrix: Shared by all requests.
         prompt: int32, shape (length,).
-        references: Texts of this request alone, whose trigrams go first.
+        references: Texts of this request only, whose trigrams take precedence.
 
     Example:
         rows "7 8": 9 .75, 5 .25; "8 9": 1; "8 5": 2; "9 1": 3, text .. 7 8
-        ->  sentences 9 1 3 and 5 2, of which 9 1 3 is visited more: tokens [9, 1, 3, 5, 2]
+        ->  sentences 9 1 3 and 5 2, of which 9 1 3 has more visits: tokens [9, 1, 3, 5, 2]
     """
 
     def __init__(
@@ -153,12 +153,12 @@ class AdedSession(LookupSession):
         return tree.proposal(min(budget, NODES))
 
     def observe(self, tokens: TokenArray) -> None:
-        """Appends accepted tokens; the trigrams of the last 16 tokens gain."""
+        """Appends accepted tokens, int32, shape (m,); the trigrams of the last 16 tokens gain."""
         super().observe(tokens)
         self._matrix.gain(self.text[-WINDOW:])
 
     def close(self) -> None:
-        """Leaves the text to later requests."""
+        """Adds the text to the matrix for later requests."""
         self._matrix.remember(self.text)
 
     def _row(self, sentence: tuple[int, ...]) -> list[tuple[int, float]]:

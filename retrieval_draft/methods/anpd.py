@@ -1,12 +1,12 @@
-"""ANPD: the most frequent next token of the last n-gram, over and over.
+"""ANPD: the most frequent next token of the last n-gram, repeatedly.
 
 Ou et al. (2024), "Lossless Acceleration of Large Language Model via Adaptive N-gram Parallel Decoding"
-(arXiv:2404.08698): levels of n = 3 and 2 tokens count what followed the last n-1 of them in the request's
-own text; the highest level that knows the context predicts its most frequent next token; K predictions are a
-chain. Accepted tokens are counted as they come.
+(arXiv:2404.08698): levels of n = 3 and 2 tokens count the tokens after each context of n-1 in the request's
+own text; the highest level with the context predicts its most frequent next token; K predictions are a chain.
+Accepted tokens are counted at once.
 
-What K the published runs use could not be found; here it is 10, as in prompt lookup. Nor how ties are broken:
-here the token that reached the count first stays.
+K of the published runs could not be found; here it is 10, as in prompt lookup. The rule for ties is not
+published either: here the token that reached the count first stays.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class AnpdSession(LookupSession):
         return tree.proposal(budget)
 
     def observe(self, tokens: TokenArray) -> None:
-        """Counts accepted tokens."""
+        """Counts accepted tokens, int32, shape (m,)."""
         known = len(self.text)
         super().observe(tokens)
         self._count(known)

@@ -1,4 +1,4 @@
-"""This project's own method: every source, one tree of what each is worth, as large as it pays."""
+"""This project's own method: every source, one tree by calibrated probabilities, as large as it pays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["METHOD"]
 
 
 def _sources(parts: MethodContext) -> Sequence[DraftSource]:
-    # A model's time counts only where the budget is free to follow it.
+    # A model's time counts only where the budget may depend on it.
     paced = parts.config.nodes is None
     models = [PacedSource(model) if paced else model for model in parts.models]
     return [*make_sources(parts.config, parts.stores), *models]

@@ -2,11 +2,11 @@
 
 Chen et al. (NeurIPS 2024, arXiv:2312.11462), the setting of LLaMA-7B with a 160M draft model: the base
 copies 10 tokens after the longest earlier occurrence of the text's end, or takes them from a table of
-bigrams. The draft model reviews them (vertical cascade, lenience 3: a token stays while its probability
-is more than a third of the best one's) and puts its own behind the last that stays, until 13 tokens
-stand; later positions, less likely to be reached, are the base's alone (horizontal cascade): 10 more. The
-target reviews with lenience 1, which is the verification of this engine. Bigrams are those of earlier
-text here, the newest first.
+bigrams. The draft model reviews them (vertical cascade, lenience 3: a token is kept while its probability
+is more than a third of the best one's) and adds its own after the last one kept, until there are 13 tokens;
+later positions, less likely to be reached, are the base's only (horizontal cascade): 10 more. The target
+reviews with lenience 1, which is the verification of this engine. Bigrams are those of earlier text here, the
+newest first.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ REVIEWED = 13
 BEHIND = 10
 LENIENCE = 3.0
 LONGEST = 10
-"""Tokens of the text's end that are looked up at most; the paper sets no limit, longer ones say the same."""
+"""Limit of the text's end that is looked up; the paper has none, and longer ends find the same."""
 
 
 class CascadeSession(LookupSession):
     """The text's n-grams, and the draft model.
 
     Example:
-        text 7 8 9 4 7 8: the base copies 9 4 7 8; the model keeps 9 4, puts 5 behind, ...
+        text 7 8 9 4 7 8: the base copies 9 4 7 8; the model keeps 9 4, adds 5, ...
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class CascadeSession(LookupSession):
         self._indexed = 0
 
     def propose(self, budget: int) -> Proposal:
-        """One chain."""
+        """Proposes one chain."""
         tree = GuessTree("cascade", "model")
         if not self.text or budget <= 0:
             return tree.proposal(0)
@@ -63,7 +63,7 @@ class CascadeSession(LookupSession):
         return tree.proposal(budget)
 
     def observe(self, tokens: TokenArray) -> None:
-        """Appends accepted tokens."""
+        """Appends accepted tokens, int32, shape (m,)."""
         super().observe(tokens)
         self._copied.extend(tokens.tolist())
 
@@ -83,7 +83,7 @@ class CascadeSession(LookupSession):
         self._indexed = max(self._indexed, len(self._copied) - 1)
 
     def _review(self, chain: Sequence[int], cheap: Sequence[int]) -> list[int]:
-        """What the draft model leaves of `cheap`, and its own token behind."""
+        """The part of `cheap` that the draft model keeps, and its own token after it."""
         guesses = np.array([*chain, *cheap], np.int32)
         logs = self._expansion.review(np.array(self.text, np.int32), guesses)[len(chain) :]
         best, tokens = logs.max(-1)
@@ -95,7 +95,7 @@ class CascadeSession(LookupSession):
         return [*kept, int(tokens[len(kept)])]
 
     def close(self) -> None:
-        """Lets go of the draft model's cache."""
+        """Frees the draft model's cache."""
         self._expansion.close()
 
 

@@ -1,4 +1,4 @@
-"""What the published methods with a draft model share."""
+"""Shared parts of the published methods with a draft model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def expansions(parts: MethodContext, name: str, limits: ExpansionLimits) -> Call
     Args:
         parts: With a draft model that has the target's tokenizer.
         name: The method's.
-        limits: How far it expands.
+        limits: Limits of the expansion.
 
     Raises:
         InvalidInputError: There is no such model.

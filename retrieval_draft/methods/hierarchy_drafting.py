@@ -2,14 +2,15 @@
 
 Cho et al. (2025), "Lossless Acceleration of Large Language Models with Hierarchical Drafting based on
 Temporal Locality in Speculative Decoding" (arXiv:2502.05609): 7 guesses of 4 tokens for the last token,
-verified in parallel. W, the context: those last seen behind that token in prompt and output. If they are
+verified in parallel. W, the context: those last seen after that token in prompt and output. If they are
 fewer than 7, S, the model: the most frequent of the 100,000 most frequent 5-grams of its own outputs. If
 still fewer, L, statistics: the most frequent continuations in a corpus, looked up as in REST.
 
 Differences: W also takes guesses of a Jacobi window, which runs on further positions of the target; a lookup
 does not have them, so it is left out, and W offers less than published. S is made of this process's earlier
-outputs and not of a data set's; beyond 100,000 5-grams the rarest go, of equal ones the oldest. Guesses that
-begin alike share nodes, newer ones come first, and W, S and L are filled up to 7 together.
+outputs and not of a data set's; beyond 100,000 5-grams the rarest are removed, of equal ones the oldest.
+Guesses with the same beginning share nodes, newer ones come first, and W, S and L are filled up to 7
+together.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ GUESSES = 7
 COPIED = 4
 MAX_STORED = 100_000
 KEPT = 75_000
-"""What is left when there are more: the rarest are found by sorting all, so not for one at a time."""
+"""5-grams kept when there are more: the rarest are found by sorting all, so many are removed at a time."""
 ENTRY_BYTES = 240
 """A 5-gram's Python objects, measured."""
 
@@ -39,14 +40,14 @@ Guess = tuple[int, ...]
 
 
 class ModelStore:
-    """How often the model said each 5-gram. Safe for sessions in several threads.
+    """Counts of the 5-grams in the model's outputs. Safe for sessions in several threads.
 
     Example:
         add 1 2 3 4 5 1 2 3 4 6 1 2 3 4 5  ->  best(1) is [(2, 3, 4, 5), (2, 3, 4, 6)]
     """
 
     def __init__(self) -> None:
-        self._counts: dict[int, dict[Guess, tuple[int, int]]] = {}  # how often, when last
+        self._counts: dict[int, dict[Guess, tuple[int, int]]] = {}  # count, time of the last
         self._best: dict[int, list[Guess]] = {}  # the first of each token's
         self._size = 0
         self._time = 0
@@ -75,7 +76,7 @@ class ModelStore:
                     self._forget()
 
     def best(self, token: int) -> list[Guess]:
-        """What followed `token` most often, of equals the newest first: 2 * GUESSES at most."""
+        """The most frequent continuations of `token`, of equals the newest first: 2 * GUESSES at most."""
         with self._lock:
             return list(self._best.get(token, ()))
 
@@ -133,13 +134,13 @@ class HierarchyDraftingSession(LookupSession):
         return _merged(guesses, level).proposal(budget)
 
     def observe(self, tokens: TokenArray) -> None:
-        """Appends accepted tokens."""
+        """Appends accepted tokens, int32, shape (m,)."""
         super().observe(tokens)
         self._end.observe(tokens)
         self._index()
 
     def close(self) -> None:
-        """Hands the output over to the model's store."""
+        """Adds the output to the model's store."""
         self._model.add(self.text[self._prompted :])
 
     def _index(self) -> None:
@@ -162,7 +163,7 @@ def _fill(guesses: dict[Guess, int], more: Sequence[Guess], match: int) -> None:
 
 
 def _merged(guesses: dict[Guess, int], level: str) -> GuessTree:
-    """One tree of all guesses; a node's chance is its share of the guesses that reach its parent."""
+    """One tree of all guesses; a node's probability is its share of the guesses that reach its parent."""
     tree = GuessTree("hierarchy_drafting", level)
     reached = Counter(guess[:depth] for guess in guesses for depth in range(COPIED + 1))
     for guess, match in guesses.items():

@@ -1,13 +1,13 @@
-"""LogitSpec: the logits that chose the last token also rank guesses of the token after it.
+"""LogitSpec: the logits that chose the last token also rank guesses for the token after it.
 
 "LogitSpec" (2025, arXiv:2507.01449): first the continuation of the longest n-gram (3, 2, 1 tokens) that ends
 in the last accepted token; then, best first, each other token of the logits that chose it, as a guess of the
 token after it, with the continuation of the longest n-gram that ends in the guess: 4 tokens in all for the
-ranks up to 8, 3 up to 32, 1 behind; until there are 64 nodes. Continuations are of 20 tokens at most.
+ranks up to 8, 3 up to 32, 1 after that; until there are 64 nodes. Continuations are of 20 tokens at most.
 
 Differences: equal branches are one node; there are as many ranks as the decoding loop reads (``top_k``, their
-64 where it is that large). A later occurrence replaces one whose continuation is no longer, so it is the last
-occurrence with 20 tokens behind it that counts, or else the first one.
+64 where it is that large). A later occurrence replaces one whose continuation is not longer, so the last
+occurrence with 20 tokens after it counts, or else the first one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NODES = 64
 
 
 class LogitSpecSession(LookupSession):
-    """Where the n-grams of the text ended, and what the target said last.
+    """Ends of the text's n-grams, and the target's last predictions.
 
     Args:
         prompt: int32, shape (length,).
@@ -80,7 +80,7 @@ class LogitSpecSession(LookupSession):
         return young
 
     def _continuation(self, tail: Sequence[int], young: dict[tuple[int, ...], int]) -> tuple[list[int], int]:
-        """What followed the longest n-gram at the end of `tail`, and the tokens of the n-gram."""
+        """Tokens after the longest n-gram at the end of `tail`, and the length of the n-gram."""
         for size in range(min(LONGEST, len(tail)), 0, -1):
             gram = tuple(tail[len(tail) - size :])
             end = self._ends.get(gram, young.get(gram))
@@ -89,7 +89,7 @@ class LogitSpecSession(LookupSession):
         return [], 0
 
     def _ranking(self) -> list[tuple[int, int, float]]:
-        """Rank, token and probability of what the last token was chosen from, itself left out."""
+        """Rank, token and probability of the last token's alternatives."""
         if self._said is None:
             return []
         before = ([-1] * CONTEXT + self.text[:-1])[-CONTEXT:]

@@ -1,4 +1,4 @@
-"""What the published lookup methods share: a source with one session a request, and a small tree to fill."""
+"""Shared parts of the published lookup methods: a source with one session a request, and a small tree."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class GuessTree:
 
     Args:
         source: The method's name.
-        level: Locality of what it looked up.
+        level: Locality of the looked-up text.
 
     Example:
         add_path([9, 4]); add_path([9, 3])  ->  tokens [9, 4, 3], parents [-1, 0, 0]
@@ -35,7 +35,7 @@ class GuessTree:
         return len(self.tokens)
 
     def add(self, parent: int, token: int, prob: float = 1.0, match_length: int = 0) -> int:
-        """The node of `token` below `parent` (-1 for the root), new or known."""
+        """The node of `token` below `parent` (-1 for the root), made if new."""
         node = self._nodes.setdefault((parent, token), len(self.tokens))
         if node == len(self.tokens):
             self.tokens.append(token)
@@ -70,9 +70,9 @@ class GuessTree:
 
 
 def after_references(prompt: TokenArray, references: Sequence[TokenArray]) -> TokenArray:
-    """A prompt as if reference texts had been said before it: int32, shape (length of all,).
+    """The reference texts and then the prompt as one text: int32, shape (length of all,).
 
-    What is found across the border of two texts is a wrong draft like any other.
+    A match across the border of two texts only gives a wrong draft.
     """
     return np.concatenate([*references, prompt]) if references else prompt
 
@@ -92,18 +92,18 @@ class LookupSession:
         raise NotImplementedError
 
     def observe(self, tokens: TokenArray) -> None:
-        """Appends accepted tokens."""
+        """Appends accepted tokens, int32, shape (m,)."""
         self.text.extend(int(token) for token in tokens)
 
     def learn(self, logits: NodeLogits) -> None:
-        """Nothing, unless a method learns from the target's predictions."""
+        """Does nothing, unless a method learns from the target's predictions."""
 
     def close(self) -> None:
-        """Nothing, unless a method keeps what the request said."""
+        """Does nothing, unless a method keeps the request's text."""
 
 
 class MethodSource:
-    """A source that holds nothing itself, or whose sessions share what `open_session` closes over.
+    """A source without state of its own; its sessions share the state that `open_session` closes over.
 
     Args:
         name: The method's name.
@@ -124,14 +124,14 @@ class MethodSource:
         self._nbytes = nbytes
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> SourceSession:
-        """Starts a request."""
+        """Starts a request with `prompt`, int32, shape (length,), and reference texts, int32 each."""
         return self._open(prompt, references)
 
     def flush(self) -> None:
-        """Nothing waits."""
+        """Does nothing: no text waits."""
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing: there is no thread or file to close."""
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Makes what a method drafts from."""
+"""Draft sources of a method for a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def make_draft_engine(target: Target, parts: MethodContext) -> DraftEngine:
 
     Args:
         target: The model.
-        parts: What the sources are made from.
+        parts: Parts that the sources are made from.
 
     Raises:
         UnknownMethodError: No method of that name.
@@ -30,7 +30,7 @@ def make_draft_engine(target: Target, parts: MethodContext) -> DraftEngine:
         raise InvalidInputError(
             f"The method {chosen.name!r} drafts with a model, and there is none.", "Pass draft_model=."
         )
-    # Kernels are compiled with a history in memory, lest the user's be written.
+    # Kernels are compiled with a history in memory, so that the user's is not written.
     spare = MethodContext(replace(parts.config, history_folder=None), DraftStores(vocabulary=16))
     return DraftEngine(
         target,

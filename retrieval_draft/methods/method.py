@@ -1,4 +1,4 @@
-"""What a drafting method is: sources, a rule that makes the tree, and how large it may be."""
+"""Drafting methods: sources, a rule that makes the tree, and its size."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TreeRule = Callable[[int, Sequence[Proposal], Any, int], DraftTree]
 
 @dataclass(frozen=True, slots=True)
 class MethodContext:
-    """What a method can be made from.
+    """Parts that a method can be made from.
 
     Attributes:
-        config: What the user set.
+        config: The user's configuration.
         stores: Corpora, phrases, vocabulary.
         models: Draft models, the best first; empty without one.
     """
@@ -38,9 +38,9 @@ class Method:
 
     Attributes:
         name: As in ``DraftConfig.method``.
-        paper: Where it was published.
+        paper: Its publication.
         sources: Makes its sources, nearest locality first.
-        tree: Makes one tree of what they propose.
+        tree: Makes one tree of their proposals.
         nodes: Draft nodes of a step as published; None lets the measured cost decide.
         calibrates: Whether acceptance is learned.
         needs_model: Whether it drafts with a draft model.
@@ -57,18 +57,18 @@ class Method:
     reads_text: bool = True
 
     def reads_references(self, config: DraftConfig) -> bool:
-        """Whether it drafts from reference texts as it is configured."""
+        """True if it drafts from reference texts as it is configured."""
         return self.reads_text and (not self.calibrates or "automaton" in config.sources)
 
 
 def as_proposed(
     root_token: int, proposals: Sequence[Proposal], calibration: object, max_nodes: int
 ) -> DraftTree:
-    """The first proposal itself, cut to `max_nodes`: what published systems verify.
+    """The first proposal itself, cut to `max_nodes`, as published systems verify it.
 
     Args:
         root_token: The last accepted token.
-        proposals: Of one source.
+        proposals: The proposal of one source.
         calibration: Not used.
         max_nodes: The most draft nodes to keep.
 

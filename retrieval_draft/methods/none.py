@@ -1,4 +1,4 @@
-"""Plain decoding through the same loop: the reference that drafted runs are held to."""
+"""Plain decoding through the same loop: the reference for drafted runs."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 Wang et al. (TACL 2025, arXiv:2406.17276): each layer keeps the n best extensions of the nodes before; the
 expansion stops where a layer adds less than delta to the expected number of accepted tokens; of all nodes the
 50 with the largest path products are verified. Published settings: depth 10, delta 0.5. Here a layer expands
-ten nodes into ten children, as their draft models do, and ties go to the shallower node, so that a tree is
-closed under them, which the released selection is not.
+ten nodes into ten children, as their draft models do, and ties go to the shallower node, so that a parent is
+never left out, unlike in the released selection.
 """
 
 from __future__ import annotations

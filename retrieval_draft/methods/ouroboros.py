@@ -1,11 +1,11 @@
 """Ouroboros: a draft model's chain, extended by phrases of a pool.
 
-Zhao et al. (EMNLP 2024, arXiv:2402.13720): the pool keeps for each token the 20 newest phrases of 6
-tokens behind it and outlives the request; the draft's last token is extended by the 3 newest of them, and
-all is verified in one pass. Published, the draft model itself decodes with lookahead over the pool, which
-makes drafting faster and leaves the draft as it is; here it decodes plainly. The pool takes phrases from
-drafts and from text that was verified; published ones also come from the lookahead's own guesses. The
-draft's length is per task there; 8 here.
+Zhao et al. (EMNLP 2024, arXiv:2402.13720): the pool keeps for each token the 20 newest phrases of 6 tokens
+after it and outlives the request; the draft's last token is extended by the 3 newest of them, and all is
+verified in one pass. Published, the draft model itself decodes with lookahead over the pool, which makes
+drafting faster and leaves the draft as it is; here it decodes plainly. The pool takes phrases from drafts and
+from text that was verified; published ones also come from the lookahead's own guesses. The draft's length is
+per task there; 8 here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PHRASE = 6
 KEPT = 20
 EXTENDED = 3
 MAX_TOKENS = 100_000
-"""Tokens that the pool keeps phrases for; the one used longest ago goes first."""
+"""Limit of tokens with phrases in the pool; the least recently used one is evicted first."""
 
 
 class PhrasePool:
@@ -44,7 +44,7 @@ class PhrasePool:
         self._lock = Lock()
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Takes every phrase of a run of tokens, whole ones only."""
+        """Adds every phrase of a run of tokens, complete ones only."""
         with self._lock:
             for start in range(len(tokens) - PHRASE):
                 phrase = tuple(tokens[start + 1 : start + 1 + PHRASE])
@@ -57,7 +57,7 @@ class PhrasePool:
                 self._phrases.popitem(last=False)
 
     def newest(self, token: int) -> list[tuple[int, ...]]:
-        """The newest phrases behind `token`, newest first."""
+        """The newest phrases after `token`, newest first."""
         with self._lock:
             return list(self._phrases.get(token, ()))[: -EXTENDED - 1 : -1]
 
@@ -87,7 +87,7 @@ class OuroborosSession(LookupSession):
         pool.add(self.text)
 
     def propose(self, budget: int) -> Proposal:
-        """The model's greedy chain, then three phrases behind its last token."""
+        """The model's greedy chain, then three phrases after its last token."""
         tree = GuessTree("ouroboros", "model")
         if not self.text or budget <= 0:
             return tree.proposal(0)
@@ -101,13 +101,13 @@ class OuroborosSession(LookupSession):
         return tree.proposal(budget)
 
     def observe(self, tokens: TokenArray) -> None:
-        """Appends accepted tokens; their phrases enter the pool."""
+        """Appends accepted tokens, int32, shape (m,); their phrases enter the pool."""
         before = len(self.text)
         super().observe(tokens)
         self._pool.add(self.text[max(0, before - PHRASE) :])
 
     def close(self) -> None:
-        """Lets go of the draft model's cache."""
+        """Frees the draft model's cache."""
         self._expansion.close()
 
 

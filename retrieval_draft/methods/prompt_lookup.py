@@ -1,4 +1,4 @@
-"""Prompt lookup decoding: copy what followed the text's last tokens before.
+"""Prompt lookup decoding: copies the tokens after an earlier occurrence of the text's last tokens.
 
 Saxena (2023), "Prompt Lookup Decoding", as in Spec-Bench's implementation: of the last 3, 2 and 1 tokens, the
 first that occurred before; its left-most occurrence; the next 10 tokens as one chain.
@@ -19,10 +19,10 @@ COPIED = 10
 
 
 class PromptLookupSession(LookupSession):
-    """Where each n-gram of the text first ended.
+    """First end of each n-gram of the text.
 
     Example:
-        prompt 7 8 9 4 7 8: the last 3 tokens are new, "7 8" stood at the start  ->  9 4 7 8
+        prompt 7 8 9 4 7 8: the last 3 tokens are new, "7 8" occurred at the start  ->  9 4 7 8
     """
 
     def __init__(self, prompt: TokenArray) -> None:
@@ -31,7 +31,7 @@ class PromptLookupSession(LookupSession):
         self._indexed = 0
 
     def propose(self, budget: int) -> Proposal:
-        """The tokens behind the left-most earlier occurrence."""
+        """The tokens after the left-most earlier occurrence."""
         text, tree = self.text, GuessTree("prompt_lookup")
         for end in range(self._indexed + 1, len(text)):  # the text's own end is not an earlier occurrence
             for size in range(1, LONGEST + 1):

@@ -1,12 +1,12 @@
 """RACER: the most frequent continuations of every matched suffix, then a tree of recycled tokens.
 
 "RACER" (2026, arXiv:2604.14885): a trie of all 10-grams of prompts and replies with their counts, of at most
-10,000 nodes, the least recently used ones evicted; of what follows the matched suffixes of 2 tokens and more
-the 64 most frequent nodes, merged; what is left of 64 nodes goes to a tree from the adjacency matrix.
+10,000 nodes, the least recently used ones evicted; of the continuations of the matched suffixes of 2 tokens
+and more the 64 most frequent nodes, merged; the rest of 64 nodes is a tree from the adjacency matrix.
 
-Differences: their fail links point to the root after an insertion or a lookup, so that shorter suffixes get
+Differences: their fail links point to the root after an insertion or a lookup, so that shorter suffixes are
 lost during generation; here each suffix is walked from the root, which finds all of them. Not public, and
-chosen here: among equal counts the longer suffix, then the shallower node goes first; the adjacency tree is
+chosen here: among equal counts the longer suffix, then the shallower node is first; the adjacency tree is
 filled level by level, the root being depth 0; rows hold the 8 best tokens.
 """
 
@@ -30,7 +30,7 @@ MAX_NODES = 10_000
 NODES = 64
 BREADTH = 8
 NODE_BYTES = 400
-"""About what a trie node takes in CPython, its place in two dicts included."""
+"""Approximate bytes of a trie node in CPython, its entries in two dicts included."""
 
 
 class _Node:
@@ -45,7 +45,7 @@ class GramTrie:
     """10-grams with counts. Safe for sessions in several threads.
 
     Args:
-        most: Nodes at most, the root not counted.
+        most: Limit of nodes, the root not counted.
 
     Example:
         with 3-grams of 7 8 9 7 8 5: after "7 8" come 9 and 5, after "8" too; counts 7: 2, 7 8: 2, 7 8 9: 1
@@ -83,8 +83,8 @@ class GramTrie:
 
         Args:
             text: Ends with the last accepted token.
-            most: Nodes to take; those that merge count too.
-            tree: Filled.
+            most: Nodes to take; merged ones count too.
+            tree: Gets the nodes.
         """
         with self._lock:
             waiting: list[tuple[int, int, int, int, int, _Node]] = []
@@ -118,7 +118,7 @@ class GramTrie:
 
 
 def breadths(breadth: int, depth: int) -> list[int]:
-    """Breadths of the children of a node: as many as its own breadth says.
+    """Breadths of the children of a node, as many as its own breadth.
 
     Example:
         the root, depth 0, breadth 8  ->  [4, 2, 1, 1, 1, 1, 1, 1]; its first child  ->  [4, 2, 1, 1]
@@ -134,11 +134,11 @@ class RacerSession(LookupSession):
         trie: Shared by all requests.
         matrix: Shared by all requests.
         prompt: int32, shape (length,).
-        references: Texts of this request alone, whose 10-grams go first.
+        references: Texts of this request only, whose 10-grams take precedence.
 
     Example:
         the trie has 7 8 9 .. twice and 7 8 5 .. once, the row of 8 is 5 6, text .. 7 8
-        ->  9 and 5 with what follows them, then 6
+        ->  9 and 5 with their continuations, then 6
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class RacerSession(LookupSession):
         return tree.proposal(min(budget, NODES))
 
     def observe(self, tokens: TokenArray) -> None:
-        """Appends accepted tokens and counts the 10-grams that they complete."""
+        """Appends accepted tokens, int32, shape (m,), and counts the 10-grams that they complete."""
         super().observe(tokens)
         self._insert()
 

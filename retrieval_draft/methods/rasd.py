@@ -1,9 +1,9 @@
 """RASD: a draft model's tree and a retrieval tree, pruned by the model and joined by longest prefix.
 
-Quan et al. (Findings of ACL 2025, arXiv:2503.03434; no code). The draft model grows an EAGLE-2 tree; of what
-retrieval finds, continuations whose first token is not among the model's best at the root are dropped; the
-others are joined to the tree along equal tokens. How many of the best, and how large the trees are, was not
-published: 10, and half of the nodes each, what one of them leaves going to the other. Retrieval here is the
+Quan et al. (Findings of ACL 2025, arXiv:2503.03434; no code). The draft model grows an EAGLE-2 tree;
+retrieved continuations whose first token is not among the model's best at the root are dropped; the others
+are joined to the tree along equal tokens. The number of the best, and the sizes of the trees, were not
+published: here 10, and half of the nodes each, where one may use the other's rest. Retrieval here is the
 request's suffix automaton, history and corpora.
 """
 
@@ -33,7 +33,7 @@ def join(model: Proposal, found: Sequence[Proposal], budget: int) -> GuessTree:
 
     Args:
         model: The draft model's nodes, best first.
-        found: Of each retrieval source, best first.
+        found: Proposals of each retrieval source, best first.
         budget: The most nodes.
 
     Example:
@@ -87,7 +87,7 @@ class RasdSession(LookupSession):
         return join(model, self._drafts.propose(budget), budget).proposal(budget)
 
     def observe(self, tokens: TokenArray) -> None:
-        """Appends accepted tokens."""
+        """Appends accepted tokens, int32, shape (m,)."""
         super().observe(tokens)
         self._drafts.observe(tokens)
 
@@ -109,15 +109,15 @@ class RasdSource:
         self._hierarchy = SourceHierarchy(names)
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> RasdSession:
-        """Starts a request."""
+        """Starts a request with `prompt`, int32, shape (length,), and reference texts, int32 each."""
         return RasdSession(self._start(), self._hierarchy.open(prompt, references), prompt)
 
     def flush(self) -> None:
-        """Waits until what finished requests said can be looked up."""
+        """Waits until the replies of finished requests can be looked up."""
         self._hierarchy.flush()
 
     def close(self) -> None:
-        """Ends the retrieval sources."""
+        """Closes the retrieval sources."""
         self._hierarchy.close()
 
     @property

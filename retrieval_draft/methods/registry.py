@@ -12,7 +12,7 @@ __all__ = ["get_method"]
 
 
 def get_method(name: str) -> Method:
-    """The method of that name; its module is imported only now.
+    """The method of that name; its module is imported here.
 
     Raises:
         UnknownMethodError: There is none.

@@ -1,9 +1,10 @@
-"""REST: what followed the text's end elsewhere, counted and verified as one tree.
+"""REST: continuations of the text's end in a datastore, counted and verified as one tree.
 
 He et al. (2024), "REST: Retrieval-Based Speculative Decoding" (NAACL 2024): of the last 16, 15, .. 2 tokens,
 the first that occur in the datastore; the next 10 tokens of at most 5000 occurrences, in the order of the
 suffix array; of all their prefixes the 64 most frequent. The released code then drops the longest prefixes
-until the lengths of those left add up to 64, although they share nodes. So it is here: about 20 are left.
+until the lengths of those left add up to 64, although they share nodes. The same is done here: about 20 are
+left.
 
 Differences: drafts stop at the end of a document; of equal counts the shorter prefix is first, then that
 first in the suffix array (theirs is random); segments are read one after the other up to 5000 occurrences.
@@ -32,15 +33,15 @@ MAX_MATCHES = 5000
 CHOICES = 64
 
 Places = list[tuple[Segment, NDArray[np.int64]]]
-"""For each segment, places in its tokens."""
+"""For each segment, positions in its tokens."""
 Counted = tuple[tuple[int, ...], int]
 
 
 class TextEnd:
-    """Where the end of a growing text, which begins with `prompt`, occurs in segments.
+    """Occurrences of the end of a growing text, which begins with `prompt`, in segments.
 
     Example:
-        one segment with the text 7 8 9 4, prompt 5 7 8: behind(2)  ->  place 2, where 9 stands
+        one segment with the text 7 8 9 4, prompt 5 7 8: behind(2) -> position 2, that of 9
     """
 
     def __init__(self, segments: Segments, prompt: TokenArray) -> None:
@@ -55,17 +56,17 @@ class TextEnd:
 
     @property
     def length(self) -> int:
-        """Tokens of the text's end that occur, up to 32. Less than a sort key's (4 at most) are told as 0."""
+        """Tokens of the text's end that occur, up to 32. Fewer than a sort key's (4 at most) count as 0."""
         return int(self._longest.max(initial=0))
 
     def observe(self, tokens: TokenArray) -> None:
-        """Appends accepted tokens."""
+        """Appends accepted tokens, int32, shape (m,)."""
         if self._segments:
             tokens = np.array(tokens, np.int32)
             self._kernels.advance(self._rows, self._chain, self._longest, self._tail, tokens)
 
     def behind(self, length: int, most: int = MAX_MATCHES) -> Places:
-        """The places behind at most `most` occurrences of the last `length` tokens (1 to 32)."""
+        """The positions after at most `most` occurrences of the last `length` tokens (1 to 32)."""
         kernels, found = self._kernels, []
         for number, segment in enumerate(self._segments):
             count = kernels.occurrences(self._rows, number, self._chain, self._longest, self._tail, length)
@@ -77,7 +78,7 @@ class TextEnd:
             else:
                 starts = segment.suffixes[first : min(last, first + most)].astype(np.int64)
             most -= len(starts)
-            # Files that were altered may point anywhere; the last token is a separator.
+            # Altered files may hold any position; the last token is a separator.
             found.append((segment, np.clip(starts + length, 0, len(segment.tokens) - 1)))
         return found
 
@@ -86,7 +87,7 @@ def common_prefixes(places: Places, copied: int, number: int, shortest: int = 1)
     """The `number` most frequent prefixes of `shortest` to `copied` tokens at `places`, with their counts.
 
     Example:
-        places before 9 4 and before 9 3, copied 2, number 2  ->  (9): 2, (9 3): 1
+        positions before 9 4 and before 9 3, copied 2, number 2  ->  (9): 2, (9 3): 1
     """
     if not places:
         return []
@@ -97,7 +98,7 @@ def common_prefixes(places: Places, copied: int, number: int, shortest: int = 1)
         part[np.logical_or.accumulate(part == segment.separator, axis=1)] = -1
         parts.append(part)
     rows = np.concatenate(parts)
-    if len(parts) > 1:  # those of one segment are in order as they come
+    if len(parts) > 1:  # those of one segment are in order already
         keys = np.ascontiguousarray((rows + 1).astype(">u4")).view(f"S{4 * copied}")[:, 0]
         rows = rows[np.argsort(keys, kind="stable")]
     changes = np.logical_or.accumulate(rows[1:] != rows[:-1], axis=1)
@@ -108,17 +109,17 @@ def common_prefixes(places: Places, copied: int, number: int, shortest: int = 1)
         counts.append(np.diff(begins, append=len(rows))[whole].astype(np.int16))
         firsts.append(begins[whole])
         depths.append(np.full(len(firsts[-1]), depth))
-    # As int16 they are sorted by radix.
+    # int16 arrays are sorted by radix.
     best = np.argsort(-np.concatenate(counts), kind="stable")[:number]
     chosen = (np.concatenate(part)[best].tolist() for part in (firsts, depths, counts))
     return [(tuple(rows[first, :depth].tolist()), count) for first, depth, count in zip(*chosen, strict=True)]
 
 
 class RestSession(LookupSession):
-    """Where one request's text ends in the datastore.
+    """Occurrences of one request's text end in the datastore.
 
     Args:
-        segments: The datastore as it is for this request.
+        segments: The datastore for this request.
         prompt: int32, shape (length,).
         history: Keeps the request's text, or None.
 
@@ -132,7 +133,7 @@ class RestSession(LookupSession):
         self._history = history
 
     def propose(self, budget: int) -> Proposal:
-        """The most frequent prefixes of what followed."""
+        """The most frequent prefixes of the continuations."""
         tree = GuessTree("rest", "history" if self._history else "corpus")
         for span in range(min(LONGEST, max(self._end.length, 4)), SHORTEST - 1, -1):
             places = self._end.behind(span)
@@ -145,13 +146,13 @@ class RestSession(LookupSession):
         return tree.proposal(budget)
 
     def observe(self, tokens: TokenArray) -> None:
-        """Appends accepted tokens."""
+        """Appends accepted tokens, int32, shape (m,)."""
         self._end.observe(tokens)
         if self._history:
             self._history.observe(tokens)
 
     def close(self) -> None:
-        """Ends the request; without a corpus its text joins the datastore."""
+        """Ends the request; without a corpus its text is added to the datastore."""
         if self._history:
             self._history.close()
 
@@ -166,7 +167,7 @@ def _cut(prefixes: list[Counted]) -> dict[tuple[int, ...], int]:
 
 
 class RestSource(MethodSource):
-    """The corpora; without one, what earlier requests said."""
+    """The corpora; without one, the texts of earlier requests."""
 
     def __init__(self, parts: MethodContext) -> None:
         segments = tuple(part for corpus in parts.stores.corpora for part in corpus.segments)
@@ -188,7 +189,7 @@ class RestSource(MethodSource):
         self._store.flush()
 
     def close(self) -> None:
-        """Keeps what waits."""
+        """Adds waiting requests, and closes the datastore."""
         self._store.close()
 
 

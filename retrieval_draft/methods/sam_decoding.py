@@ -3,11 +3,11 @@
 Hu et al. (2024), "SAM Decoding: Speculative Decoding via Suffix Automaton" (arXiv:2411.10666), the released
 `samd_sam_only`: the longest suffix of the text that occurred in it before, against the longest that occurs in
 the corpora less 5 tokens; ties to the text. A match of m tokens drafts min(60, 1 + 4 m). From the text one
-chain, from behind the oldest occurrence; from the corpora a tree grown best first on the product of count
-ratios, at most 8 children a node. There is no least length and no other drafter: one token is enough, and
-where there is no match nothing is drafted.
+chain, from the position after the oldest occurrence; from the corpora a tree grown best first on the product
+of count ratios, at most 8 children a node. There is no minimum length and no other drafter: one token is
+enough, and without a match there is no draft.
 
-Differences: what is not there is not padded with zeros; a match stops at the end of a document and is at most
+Differences: missing tokens are not padded with zeros; a match stops at the end of a document and is at most
 32 tokens in a corpus, where at most 5000 occurrences are read; equal counts are in the order of token ids.
 """
 
@@ -31,18 +31,18 @@ MOST = 60
 PER_TOKEN = 4
 CHILDREN = 8
 BIAS = 5
-"""Tokens that a match in a corpus must be longer to be worth as much."""
+"""Tokens by which a match in a corpus must be longer to have the same weight."""
 
 
 class SamDecodingSession(LookupSession):
-    """A request's automaton and text, and where it ends in the corpora.
+    """A request's automaton and text, and the occurrences of its end in the corpora.
 
     Args:
         segments: Of the corpora; may be none.
         prompt: int32, shape (length,).
 
     Example:
-        text 7 8 9 4 7 8 5 7 8: "7 8" first stood at the start  ->  chain 9 4 7 8 5 7 8
+        text 7 8 9 4 7 8 5 7 8: "7 8" first occurred at the start  ->  chain 9 4 7 8 5 7 8
     """
 
     def __init__(self, segments: Segments, prompt: TokenArray) -> None:
@@ -67,15 +67,15 @@ class SamDecodingSession(LookupSession):
         return tree.proposal(budget)
 
     def observe(self, tokens: TokenArray) -> None:
-        """Appends accepted tokens."""
+        """Appends accepted tokens, int32, shape (m,)."""
         self._automaton.insert(tokens)
         self._corpora.observe(tokens)
         self._bytes += np.asarray(tokens, np.int32).tobytes()
 
     def _oldest_end(self, length: int) -> int:
-        """Where the oldest occurrence of the last `length` tokens ends."""
-        # Of the first `_looked` tokens the last `_length` first ended at `_end`. Mostly the text has gone on
-        # as it did then, so it is not searched again.
+        """End of the oldest occurrence of the last `length` tokens."""
+        # Of the first `_looked` tokens the last `_length` first ended at `_end`. Mostly the text has
+        # continued as it did then, so it is not searched again.
         text, grown = self._bytes, len(self._bytes) // 4 - self._looked
         went_on = text[4 * self._end : 4 * (self._end + grown)] == text[4 * self._looked :]
         if went_on and length == self._length + grown:
@@ -95,10 +95,10 @@ def _size(match: int) -> int:
 
 
 def _best_first(places: Places, size: int, match: int) -> GuessTree:
-    """The `size` most probable nodes by the counts of what stands at `places`.
+    """The `size` most probable nodes by the counts of the texts at `places`.
 
     Example:
-        places before 9 4, 9 4 and 9 3, size 2  ->  9 (3 of 3), 9 4 (2 of 3)
+        positions before 9 4, 9 4 and 9 3, size 2  ->  9 (3 of 3), 9 4 (2 of 3)
     """
     tree = GuessTree("sam_decoding", "corpus")
     heap: list[tuple[float, int, int, int, float, Places]] = []  # path, order, parent, token, share, places
@@ -115,7 +115,7 @@ def _best_first(places: Places, size: int, match: int) -> GuessTree:
 
 
 def _children(places: Places) -> list[tuple[int, int, Places]]:
-    """The CHILDREN most frequent tokens at `places`: token, count, the places behind it."""
+    """The CHILDREN most frequent tokens at `places`: token, count, the positions after it."""
     counts: dict[int, int] = {}
     behind: dict[int, Places] = {}
     for segment, found in places:

@@ -1,8 +1,8 @@
-"""SAM[Token Recycling]: copy behind a long match, else the tree of recycled tokens.
+"""SAM[Token Recycling]: a copy after a long match, else the tree of recycled tokens.
 
 Hu et al. (2024), "SAM Decoding: Speculative Decoding via Suffix Automaton" (arXiv:2411.10666), with Token
 Recycling as the other drafter: where the longest suffix of the text that occurred before has 5 tokens or
-more, one chain of the 40 tokens behind its oldest occurrence; else the tree. Never both.
+more, one chain of the 40 tokens after its oldest occurrence; else the tree. Never both.
 
 Differences: their second automaton, over a fixed corpus, is left out; where fewer than 40 tokens follow,
 those are the chain (their code pads with zeros or takes a shorter match); the tree is `token_recycling`'s.
@@ -35,7 +35,7 @@ class SamTokenRecyclingSession:
         prompt: int32, shape (length,).
 
     Example:
-        text 1 2 3 4 5 8 9 1 2 3 4 5: the last five stood at the start  ->  chain 8 9 1 2 3 4 5;
+        text 1 2 3 4 5 8 9 1 2 3 4 5: the last five occurred at the start  ->  chain 8 9 1 2 3 4 5;
         text 8 2 3 4 5 8 9 1 2 3 4 5: only four did  ->  the template below 5
     """
 
@@ -47,7 +47,7 @@ class SamTokenRecyclingSession:
         self.observe(prompt)
 
     def propose(self, budget: int) -> Proposal:
-        """The chain behind a long match, or the tree."""
+        """The chain after a long match, or the tree."""
         length = self._automaton.match_length
         if length < LONG:
             return self._matrix.propose(self._last, budget, NAME)
@@ -58,7 +58,7 @@ class SamTokenRecyclingSession:
         return tree.proposal(budget)
 
     def observe(self, tokens: TokenArray) -> None:
-        """Appends accepted tokens."""
+        """Appends accepted tokens, int32, shape (m,)."""
         if len(tokens):
             self._automaton.insert(tokens)
             self._bytes += np.asarray(tokens, np.int32).tobytes()
@@ -69,10 +69,10 @@ class SamTokenRecyclingSession:
         self._matrix.learn(logits)
 
     def close(self) -> None:
-        """The rows stay for later requests, the automaton goes."""
+        """Frees the automaton; the rows stay for later requests."""
 
     def _first_end(self, length: int) -> int:
-        """Where the oldest occurrence of the last `length` tokens ends."""
+        """End of the oldest occurrence of the last `length` tokens."""
         suffix = self._bytes[-4 * length :]
         found = self._bytes.find(suffix)
         while found % 4:  # bytes of two neighbours that look like the token

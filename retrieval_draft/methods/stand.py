@@ -7,8 +7,8 @@ has a row.
 
 Differences: children are the most probable ones, as greedy decoding wants them; the published Gumbel noise
 is for sampling and is added elsewhere. The published tree of 80 nodes was cut from 625 on AIME samples and is
-not public, so this one follows a rule, see `shape`. How an unseen n-gram is drafted is not public either:
-here its node stays a leaf. Rows stay for later requests, and the least recently written ones make room.
+not public, so this one follows a rule, see `shape`. The drafting of an unseen n-gram is not public either:
+here its node stays a leaf. Rows stay for later requests, and the least recently written ones are evicted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KEPT = 10
 NODES = 80
 ORDERS = (4, 3, 2)
 EXPONENT = 2.3
-"""To a tenth the one with which the 80 nodes of `shape` reach the published depth of 13."""
+"""Exponent, to a tenth, with which the 80 nodes of `shape` reach the published depth of 13."""
 
 NO_CAP = 2**31 - 1
 
@@ -65,13 +65,13 @@ SHAPE = shape()
 class StandTable(AdjacencyMatrix):
     """Rows of n-grams that average everything they have seen. Safe for sessions in several threads.
 
-    The rows of one token that it keeps besides are not looked up.
+    Its rows of one token are not looked up.
 
     Args:
-        rows: Rows at most; 100 bytes each.
+        rows: Limit of rows; 100 bytes each.
 
     Example:
-        after 5 7 the target says 9 with .6, then 9 with .2 and 4 with .5: the row of "5 7" is 9 .4, 4 .25
+        after 5 7 the target predicts 9 with .6, then 9 with .2 and 4 with .5: the row of "5 7" is 9 .4, 4 .25
     """
 
     def __init__(self, rows: int) -> None:
@@ -141,7 +141,7 @@ class StandSession(LookupSession):
         return tree.proposal(budget)
 
     def observe(self, tokens: TokenArray) -> None:
-        """Moves on. Accepted tokens teach through `learn`, which sees their whole distribution."""
+        """Appends accepted tokens, int32, shape (m,), to the context. Rows learn in `learn`."""
         super().observe(tokens[-CONTEXT:])
         self.text = self.text[-CONTEXT:]
 

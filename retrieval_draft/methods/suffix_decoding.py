@@ -1,18 +1,19 @@
-"""SuffixDecoding: a tree of what followed the text's end, as large as the match is long.
+"""SuffixDecoding: a tree of the continuations of the text's end, as large as the match is long.
 
 Oliaro et al. (2024), "SuffixDecoding: Extreme Speculative Decoding for Emerging AI Applications"
 (arXiv:2411.04975), as in Arctic Inference: for every suffix of the text that is in a tree of suffixes, of m
-tokens, the min(budget, m) best nodes behind it, grown best first on the product of count ratios while that is
+tokens, the min(budget, m) best nodes after it, grown best first on the product of count ratios while that is
 0.1 or more; of all suffixes the one with the largest sum of products, the longer in a tie. One tree holds the
 request's prompt and output, one the outputs of earlier requests; the better of them, the request's in a tie.
 Match and draft have 64 tokens together at most. The text's own end counts as an occurrence, as published, so
-what followed k times has a ratio of k / (k + 1) in the request's tree.
+k occurrences have a ratio of k / (k + 1) in the request's tree.
 
 The engine plug-in verifies paths of 16 tokens; for trees only the depth is given: 64 nodes here.
 
-Differences: automata instead of trees. Suffixes that occur at the same places have the same tree behind them
-and are tried once, at the greatest length that leaves room for a chain. The ends of earlier outputs, which
-nothing followed, do not count. Beyond 10,000 outputs or `history_bytes` the oldest quarter goes at once.
+Differences: automata instead of trees. Suffixes that occur at the same positions have the same tree after
+them and are tried once, at the greatest length that leaves room for a chain. The ends of earlier outputs,
+which no token followed, do not count. Beyond 10,000 outputs or `history_bytes` the oldest quarter is removed
+at once.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ Scored = tuple[GuessTree, float]
 
 
 def suffix_tree(automaton: SuffixAutomaton, end: Sequence[int], budget: int, level: str) -> Scored:
-    """The best tree behind a suffix of `end`, and its score: the tokens it expects to be accepted.
+    """The best tree after a suffix of `end`, and its score: the tokens it expects to be accepted.
 
     Args:
         automaton: Of the texts to look up in.
@@ -84,7 +85,7 @@ def _matches(automaton: SuffixAutomaton, end: Sequence[int]) -> Iterator[tuple[i
 
 
 def _grow(automaton: SuffixAutomaton, state: int, length: int, size: int, level: str) -> Scored:
-    """The `size` most probable nodes behind a suffix of `length` tokens, and the sum of their products."""
+    """The `size` most probable nodes after a suffix of `length` tokens, and the sum of their products."""
     from retrieval_draft.index._kernels import automaton as kernels
 
     states, edges = automaton._states, automaton._edges
@@ -95,7 +96,7 @@ def _grow(automaton: SuffixAutomaton, state: int, length: int, size: int, level:
     while True:
         left = int(states[state, kernels.COUNT]) if depth < DEPTH - length else 0
         edge = int(states[state, kernels.FIRST_EDGE])
-        while edge >= 0 and path * left / total >= MIN_PROB:  # else what is left is too rare
+        while edge >= 0 and path * left / total >= MIN_PROB:  # else the rest is too rare
             _, token, target, edge, _, taken = edges[edge].tolist()
             left -= taken
             share = taken / total
@@ -129,7 +130,7 @@ class Replies:
         return self._automaton.nbytes + 4 * len(self._automaton)
 
     def add(self, text: TokenArray) -> None:
-        """Takes an output in, and forgets the oldest quarter if they are too many or too large."""
+        """Adds an output, int32, shape (n,); removes the oldest quarter if they are too many or too large."""
         with self._writing:
             self._texts.append(text)
             with self._reading:
@@ -146,7 +147,7 @@ class Replies:
                     self._automaton = made
 
     def behind(self, end: Sequence[int], budget: int) -> Scored:
-        """The best tree behind a suffix of `end`, and its score."""
+        """The best tree after a suffix of `end`, and its score."""
         with self._reading:
             return suffix_tree(self._automaton, end, budget, "history")
 
@@ -155,7 +156,7 @@ class SuffixDecodingSession(LookupSession):
     """A request's automaton beside `replies`, which all requests share.
 
     Example:
-        text 7 8 9 4 7 8, no earlier outputs: two nodes behind "7 8", 9 and 4  ->  parents [-1, 0]
+        text 7 8 9 4 7 8, no earlier outputs: two nodes after "7 8", 9 and 4  ->  parents [-1, 0]
     """
 
     def __init__(self, replies: Replies, prompt: TokenArray) -> None:
@@ -173,12 +174,12 @@ class SuffixDecodingSession(LookupSession):
         return (own if own_score >= others_score else others).proposal(budget)
 
     def observe(self, tokens: TokenArray) -> None:
-        """Appends accepted tokens."""
+        """Appends accepted tokens, int32, shape (m,)."""
         super().observe(tokens)
         self._automaton.insert(tokens)
 
     def close(self) -> None:
-        """Hands the output over to later requests."""
+        """Adds the output for later requests."""
         self._replies.add(np.array(self.text[self._prompted :], np.int32))
 
 

@@ -1,11 +1,12 @@
-"""Token Recycling: what the target once ranked behind a token is drafted behind it again.
+"""Token Recycling: the target's earlier predictions after a token are drafted after it again.
 
 Luo et al. (2024), "Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token
 Recycling" (arXiv:2408.08696): a matrix of the 8 most probable next tokens of each token, overwritten at every
 verified node, and one fixed tree of ranks with 8, 21, 25, 15, 8 and 3 nodes in its levels.
 
-Their tree's branches are not under a licence, so this one is grown by a rule of its own, see `template`. Two
-more differences: rows start empty, not as eight times token 0, and predictions at the prompt fill rows too.
+Their tree's branches are not under a licence, so this one is grown by a rule of this project, see `template`.
+Two more differences: rows start empty, not as eight times token 0, and predictions at the prompt fill rows
+too.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ __all__ = ["METHOD", "RecycledTokens", "TokenRecyclingSession", "template"]
 BREADTH = 8
 LEVELS = (8, 21, 25, 15, 8, 3)
 MAX_TOKENS = 1 << 20
-"""Ids that may have a row. No vocabulary is as large, and a stray id must not allocate gigabytes."""
+"""Limit of ids with a row. No vocabulary is as large, and an invalid id must not allocate gigabytes."""
 
 ZIPF = tuple(1 / (rank + 1) / sum(1 / (other + 1) for other in range(BREADTH)) for rank in range(BREADTH))
-"""Assumed chance of each rank to be the next token."""
+"""Assumed probability that each rank is the next token."""
 
 Template = tuple[tuple[int, int, float], ...]
 """Nodes as (parent, rank, chance); parent -1 is the root."""
@@ -104,7 +105,7 @@ class RecycledTokens:
         return [int(following) for following in found if following >= 0]
 
     def propose(self, token: int, budget: int, name: str) -> Proposal:
-        """The template below `token`, filled from the rows. Ranks a row does not have stay out.
+        """The template below `token`, filled from the rows. Ranks that a row does not have are left out.
 
         Args:
             token: The last accepted token.
@@ -145,7 +146,7 @@ class TokenRecyclingSession(LookupSession):
         return self._matrix.propose(self.text[-1] if self.text else -1, budget, "token_recycling")
 
     def observe(self, tokens: TokenArray) -> None:
-        """Moves on to the last accepted token."""
+        """Moves to the last of the accepted tokens, int32, shape (m,)."""
         if len(tokens):
             self.text = [int(tokens[-1])]
 

@@ -44,8 +44,8 @@ def create_app(
     """Makes the application of a service, which starts with it and ends with it.
 
     Args:
-        service: What stands behind it.
-        listeners: Told what the engine does.
+        service: The served service.
+        listeners: Receive the engine's events.
         extra_routers: More routes: metrics, the drafting service, a dashboard.
         public: Paths that need no API key.
     """
@@ -68,7 +68,7 @@ def create_app(
     app.add_middleware(HeadAsGet)
     app.add_middleware(AuthMiddleware, service=service, public=public)
     if service.settings.cors_origins:
-        # Before the gate: browsers ask whether they may send a key without sending it.
+        # Before authentication: browsers send preflight requests without the key.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(service.settings.cors_origins),

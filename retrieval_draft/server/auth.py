@@ -1,4 +1,4 @@
-"""What every request passes first: an id, the key, and whether there is room for it."""
+"""Authentication and admission of every request: its id, its key, and the limits of open requests."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ _log = logging.getLogger("retrieval_draft.server")
 
 
 class AuthMiddleware:
-    """Middleware: request ids, API keys, and refusal of what the server has no room for.
+    """Middleware: request ids, API keys, and refusal of requests beyond the limits.
 
-    ``scope["state"]`` gets ``request_id``, the server's own, ``client_id``, what the client sent as
-    ``X-Request-Id`` if that is a name, and ``tenant``. The client's id is echoed and logged, and decides
-    nothing.
+    ``scope["state"]`` gets ``request_id``, the server's own, ``client_id``, the client's ``X-Request-Id`` if
+    that is a name, and ``tenant``. The client's id is echoed and logged, and has no other use.
 
     Args:
-        app: What comes behind it.
-        service: Knows the keys, and whether the server stops.
+        app: The next application.
+        service: Has the keys and the state of the server.
         public: Paths that need no key.
     """
 
@@ -44,7 +43,7 @@ class AuthMiddleware:
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
-        # What the server does is filed under an id of its own: a client's may be another client's too.
+        # The server uses an id of its own: two clients may send the same one.
         request_id = secrets.token_hex(12)
         client_id = given if _ID.fullmatch(given) else None
         state: dict[str, Any] = scope.setdefault("state", {})

@@ -1,4 +1,4 @@
-"""Refuses bodies that are too long without keeping them."""
+"""Refusal of bodies that are too long, without keeping them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ __all__ = ["BodyLimit"]
 
 _DRAINED_BYTES = 64 << 20
 _DRAINED_SECONDS = 5.0
-"""A client that is still sending would not see the answer, so that much is read and dropped first."""
+"""Seconds for which a long body is read and dropped first: a client that is still sending would not see the
+answer."""
 
 
 class BodyLimit:
     """Middleware that answers 413 to long bodies, announced or not.
 
     Args:
-        app: What comes behind it.
+        app: The next application.
         limit: Bytes.
-        seconds: That a body may take to come.
+        seconds: Limit for receiving a body.
     """
 
     def __init__(self, app: ASGIApp, limit: int, seconds: float = 60.0) -> None:
@@ -67,7 +68,7 @@ class BodyLimit:
 
 
 async def _drop(receive: Receive) -> None:
-    """Reads what still comes, for a while, and keeps none of it."""
+    """Reads the rest of a body for a limited time, and drops it."""
     dropped, until = 0, monotonic() + _DRAINED_SECONDS
     while dropped < _DRAINED_BYTES and monotonic() < until:
         try:

@@ -27,7 +27,7 @@ def mounted_drafts(service: Service, observer: DraftObserver) -> tuple[DraftServ
 
     Args:
         service: Of the server; its model need not be loaded yet.
-        observer: Is told what happens.
+        observer: Receives the service's events.
 
     Returns:
         The drafting service, and a router that ends it with the application.

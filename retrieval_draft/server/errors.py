@@ -24,11 +24,11 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """What a client is told.
+    """An error in the response to a client.
 
     Args:
         status: Of HTTP; also the `code` in the body.
-        message: For the client: what was found, what is allowed.
+        message: For the client: the found and the allowed value.
         param: The field it is about.
         retry_after: Seconds, where trying again may help.
     """
@@ -46,12 +46,12 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
 
     def headers(self) -> dict[str, str]:
-        """Headers that go with it."""
+        """Headers of the error response."""
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
 
 
 def from_library(error: Exception) -> ApiError:
-    """What a client is told of an exception: its words if it was raised on purpose, else none of them."""
+    """Error response for an exception, with its message only if it is one of this library's."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RetrievalDraftError) and isinstance(error, ValueError):

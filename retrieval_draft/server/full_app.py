@@ -1,4 +1,4 @@
-"""The application with all that belongs to it: OpenAI's endpoints, drafts for others, metrics, dashboard."""
+"""The full application: OpenAI's endpoints, the drafting service, metrics, dashboard."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def create_full_app(service: Service, listeners: Sequence[EngineListener] = ()) 
     """Makes the application that ``retrieval-draft serve`` runs.
 
     Args:
-        service: What stands behind it.
-        listeners: Who else is told what the engine does, such as `Tracing`.
+        service: The served service.
+        listeners: Further listeners to the engine's events, such as `Tracing`.
     """
     metrics = ServerMetrics(model_name=service.settings.model_name)
 

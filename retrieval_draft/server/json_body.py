@@ -1,4 +1,4 @@
-"""Reads the JSON body of a request, and stops at the first thing in it that is wrong."""
+"""Decoding of JSON request bodies, which stops at the first error."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _MAX_SHOWN = 100
 async def read_body(request: Request, decoder: msgspec.json.Decoder[Body]) -> Body:
     """The body of a request.
 
-    One pass of msgspec makes nothing of fields that are read later (`msgspec.Raw`) and ends at the first
+    One pass of msgspec leaves fields that are read later undecoded (`msgspec.Raw`) and ends at the first
     error, so that a wrong body costs no more than a right one.
 
     Raises:
-        ApiError: It is no JSON, or no such body (400), or its headers say something else (415).
+        ApiError: It is no JSON, or no such body (400), or its headers declare another type (415).
     """
     error = unreadable(request.headers.raw, _KINDS)
     if error is not None:
@@ -42,7 +42,7 @@ async def read_body(request: Request, decoder: msgspec.json.Decoder[Body]) -> Bo
 
 
 def decode_body(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
-    """A body that was read.
+    """Decodes a body.
 
     Raises:
         ApiError: It is no JSON, or no such body.
@@ -58,10 +58,10 @@ def decode_body(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
 
 
 def decode_field(raw: Raw, decoder: msgspec.json.Decoder[Body], name: str) -> Body:
-    """A field that was left as it came.
+    """Decodes a field that was left raw.
 
     Raises:
-        ApiError: It is something else.
+        ApiError: It has another type.
     """
     try:
         return decoder.decode(raw)
@@ -74,21 +74,21 @@ def decode_field(raw: Raw, decoder: msgspec.json.Decoder[Body], name: str) -> Bo
 
 
 def decode_texts(raw: Raw, decoder: msgspec.json.Decoder[list[str]], name: str, most: int) -> list[str]:
-    """A list of texts that was left as it came, or a text that stands for a list of one.
+    """Decodes a raw list of texts, or a single text as a list of one.
 
     Args:
-        raw: As it came.
+        raw: The undecoded value.
         decoder: Of a list.
         name: Of the field.
         most: Texts at most.
 
     Raises:
-        ApiError: It is something else, or longer.
+        ApiError: It has another type, or is longer.
     """
     said = bytes(raw)
     if said.startswith(b'"'):
         return decode_field(Raw(b"[" + said + b"]"), decoder, name)
-    # This stands between two texts, and at most once within one: a quote that is text has a backslash.
+    # This separates two texts, and occurs at most once within one: a quote within text has a backslash.
     if said.count(b'","') > 2 * most:
         raise ApiError(400, f"{name} has more than {most} entries.", name)
     found = decode_field(raw, decoder, name)
@@ -98,10 +98,10 @@ def decode_texts(raw: Raw, decoder: msgspec.json.Decoder[list[str]], name: str, 
 
 
 def is_absent(raw: Raw, *also: bytes) -> bool:
-    """Whether a field is absent, or says what its absence says.
+    """True if a field is absent, or has the meaning of its absence.
 
     Args:
-        raw: As it came.
+        raw: The undecoded value.
         *also: Values besides null that change nothing, as JSON.
     """
     view = memoryview(raw)
@@ -109,7 +109,7 @@ def is_absent(raw: Raw, *also: bytes) -> bool:
 
 
 def _refuse(message: str, name: str) -> NoReturn:
-    """Raises what msgspec says, with the field in front."""
+    """Raises msgspec's message, with the field in front."""
     found = _PLACE.search(message)
     said, place = (message[: found.start()], found[1]) if found else (message, "")
     field = _FIELD.search(said)

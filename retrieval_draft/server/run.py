@@ -1,4 +1,4 @@
-"""Runs the application until it is told to stop, and lets what runs finish first."""
+"""Running of the application until a signal, after which open requests finish first."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["DrainingServer", "run"]
 _log = logging.getLogger("retrieval_draft.server")
 _POLL_SECONDS = 0.05
 _LAST_WORDS_SECONDS = 2.0
-"""For streams to be told that the server stops."""
+"""Seconds in which streams end with a last event when the server stops."""
 
 
 class DrainingServer(uvicorn.Server):
-    """A server that stops in two steps: it refuses requests until those that run are done, then it ends.
+    """A server that stops in two steps: it refuses requests until the running ones are done, then it ends.
 
     Args:
         config: Of uvicorn.
-        service: What it serves.
+        service: The served service.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
@@ -38,7 +38,7 @@ class DrainingServer(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: Any = None) -> None:
-        """Starts to listen."""
+        """Starts listening."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
@@ -47,8 +47,8 @@ class DrainingServer(uvicorn.Server):
             self._watch = asyncio.create_task(self._end_if_not_loaded())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal begins to drain, the second ends at once."""
-        # uvicorn would raise the signal again at the end; being told to stop is no failure here.
+        """Starts draining at the first signal, ends at once at the second."""
+        # uvicorn would raise the signal again at the end; a stop by a signal is no failure here.
         if self._service.is_draining:
             self.should_exit = self.force_exit = True
             return
@@ -89,18 +89,18 @@ class DrainingServer(uvicorn.Server):
 def run(
     app: Any, service: Service, *, host: str = "127.0.0.1", port: int = 8000, socket: Path | None = None
 ) -> None:
-    """Serves until a signal comes.
+    """Serves until a signal.
 
     Args:
         app: Of `create_app`.
-        service: What it serves.
+        service: The served service.
         host: Address to listen on.
         port: 0 for any that is free.
-        socket: A unix socket to listen on, in place of both.
+        socket: A unix socket to listen on, instead of both.
 
     Raises:
         RetrievalDraftError: The address cannot be listened on.
-        Exception: What loading the model raised.
+        Exception: The error of loading the model.
     """
     config = http_config(
         app,
@@ -117,7 +117,7 @@ def run(
     except SystemExit as error:  # uvicorn ends the process where it cannot listen
         place = str(socket) if socket is not None else f"{host}:{port}"
         raise RetrievalDraftError(f"The server cannot listen on {place}.", "Is the port taken?") from error
-    except OSError as error:  # it leaves those of unix sockets as they are
+    except OSError as error:  # uvicorn does not handle those of unix sockets
         if socket is None or server.started:
             raise
         raise RetrievalDraftError(

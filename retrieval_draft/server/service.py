@@ -1,4 +1,4 @@
-"""What stands behind the HTTP server: model, tokenizer, engine and tenants, and the state they are in."""
+"""The service of the HTTP server: model, tokenizer, engine and tenants, and their state."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _log = logging.getLogger("retrieval_draft.server")
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What there is once the model is loaded.
+    """Objects of a loaded model.
 
     Attributes:
         drafter: Of the default tenant.
@@ -45,7 +45,7 @@ class Loaded:
         decode: Token ids to text.
         texts: Single tokens as text.
         longest: Characters of the longest token.
-        overrides: Options in place of what the model's own generation configuration says.
+        overrides: Options that override the model's own generation configuration.
         tenants: Drafters by tenant.
         engine: Decodes.
     """
@@ -61,22 +61,22 @@ class Loaded:
 
 
 class Service:
-    """Loads the model in the background, prepares requests and hands them to the engine.
+    """Loads the model in the background, prepares requests and submits them to the engine.
 
     Args:
         settings: Limits.
         load: Makes drafter and tokenizer; called once, on a thread.
-        keys: Who may ask.
-        chat_template: In place of the tokenizer's own.
+        keys: API keys of the tenants.
+        chat_template: Replaces the tokenizer's own.
 
     Attributes:
         settings: As given.
         keys: As given.
         chat_template: As given.
-        listeners: Told what the engine does; may grow until `start`.
-        when_loaded: Called with what was loaded, on the loading thread; may grow until `start`.
-        created: When the service was made, in seconds since 1970.
-        error: Why the model could not be loaded.
+        listeners: Receive the engine's events; may grow until `start`.
+        when_loaded: Called with the loaded objects, on the loading thread; may grow until `start`.
+        created: Time at which the service was made, in seconds since 1970.
+        error: Error of loading the model, or None.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Service:
         self._preparing = FairPool(_PREPARING, "retrieval-draft-prepare")
 
     def start(self) -> None:
-        """Begins to load. Once is enough, twice does no harm."""
+        """Starts loading. Further calls do nothing."""
         if self._thread.ident is None:
             self._thread.start()
 
@@ -109,7 +109,7 @@ class Service:
         """Waits until the model is loaded.
 
         Raises:
-            Exception: What loading raised.
+            Exception: The error of loading.
         """
         self._thread.join(timeout)
         if self.error is not None:
@@ -140,10 +140,10 @@ class Service:
 
     @property
     def loaded(self) -> Loaded:
-        """What there is.
+        """The loaded objects.
 
         Raises:
-            ApiError: There is no model yet, or never will be (503).
+            ApiError: The model is not loaded yet, or cannot be loaded (503).
         """
         if self._loaded is not None:
             return self._loaded
@@ -160,21 +160,21 @@ class Service:
         client_id: str | None = None,
         size: int = 0,
     ) -> tuple[Job, PreparedRequest]:
-        """Prepares a request on a thread, and lets it wait for its place in the batch.
+        """Prepares a request on a thread, and queues it.
 
-        Tenants do not wait for each other here, nor short requests for long ones. Cancelled, what has not
-        begun is dropped at once, and what has begun at the next text.
+        Tenants do not wait for each other here, nor short requests for long ones. When cancelled, work that
+        has not begun is dropped at once, and work that has begun at its next text.
 
         Args:
             request_id: Of the HTTP request.
-            tenant: Whose.
-            prepare: Makes what is asked for; may take its time.
+            tenant: Its tenant.
+            prepare: Makes the prepared request; may be slow.
             traceparent: W3C's header of the request, for traces.
-            client_id: What the client calls the request, for logs.
+            client_id: The client's id of the request, for logs.
             size: Bytes of the request.
 
         Raises:
-            ApiError: It cannot be done, or not now.
+            ApiError: It is not supported, or beyond a limit.
         """
         loaded, loop, is_gone = self.loaded, asyncio.get_running_loop(), False
         if self._is_draining:
@@ -195,7 +195,7 @@ class Service:
         try:
             asked = await asyncio.wrap_future(self._preparing.submit((tenant, size > _SHORT_BYTES), run))
         finally:
-            is_gone = True  # nobody waits for what still runs
+            is_gone = True  # the result of the running call is not used
         job: Job
 
         def slow() -> None:
@@ -212,13 +212,13 @@ class Service:
         return job, asked
 
     def leave(self, job: Job) -> None:
-        """Says that nobody waits for a job any more. Ends nothing that is over."""
+        """Ends a job whose client has left. No-op if already finished."""
         job.channel.close()
         if self._loaded is not None:
             self._loaded.engine.give_up(job, ApiError(499, "The client has left."))
 
     def health(self) -> tuple[int, dict[str, Any]]:
-        """Status of HTTP, and what to say."""
+        """HTTP status, and the body of the response."""
         body: dict[str, Any] = {"status": "ok", "model": self.settings.model_name}
         loaded = self._loaded
         if loaded is None:
@@ -230,7 +230,7 @@ class Service:
         if stores:
             body["store"] = loaded.drafter.store.health.state if loaded.drafter.store else "none"
             if any(store.health.state != "connected" for store in stores):
-                # What is not shared costs speed, and nothing else.
+                # A store that is down costs speed only.
                 body["status"] = "degraded"
         if engine.is_stuck:
             body["status"] = "stuck"
@@ -242,33 +242,33 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the model is loaded."""
+        """True if the model is loaded."""
         return self._loaded is not None
 
     @property
     def is_draining(self) -> bool:
-        """Whether the server is about to stop."""
+        """True if the server is about to stop."""
         return self._is_draining
 
     def drain(self) -> None:
-        """Takes no more requests; what runs goes on."""
+        """Refuses further requests; running ones continue."""
         self._is_draining = True
         if self._loaded is not None:
             self._loaded.engine.refuse()
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing runs or waits."""
+        """True if no request runs or waits."""
         engine = None if self._loaded is None else self._loaded.engine
         return engine is None or not (engine.running or engine.waiting)
 
     def abort(self) -> None:
-        """Gives up whatever runs or waits."""
+        """Aborts all running and waiting requests."""
         if self._loaded is not None:
             self._loaded.engine.give_up_all(ApiError(503, "The server stops.", retry_after=5))
 
     def close(self, timeout: float = 10.0) -> None:
-        """Ends the engine, and keeps what was learned."""
+        """Ends the engine, and saves learned state."""
         self.drain()
         self._preparing.close()
         loaded = self._loaded
@@ -290,7 +290,7 @@ class Service:
         return self._share(self.choices_limit)
 
     def _share(self, limit: int) -> int:
-        """What one tenant may have of something: not all of it, where there are others."""
+        """Share of a limit that one tenant may use: not all of it, where there are others."""
         return limit if len(self.keys.tenants) < 2 else max(limit // 2, 1)
 
     def extend(self, listeners: Sequence[EngineListener]) -> None:

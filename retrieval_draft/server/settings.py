@@ -14,26 +14,26 @@ _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s,?#*]+")
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """What a server allows its clients.
+    """Limits for the clients of a server.
 
     Attributes:
-        model_name: What clients call the model.
+        model_name: Name of the model for clients.
         max_batch: Rows decoded together.
-        max_queue: Choices that may wait for a place; more are refused with 429.
+        max_queue: Limit of waiting choices; more are refused with 429.
         max_choices: Choices of one request at most; never more than `max_queue`.
         max_body_bytes: Of a request.
-        max_prompt_tokens: Of one prompt; None for what the model allows.
+        max_prompt_tokens: Of one prompt; None for the model's limit.
         max_reference_tokens: Of the documents and the prediction of one request.
-        max_tokens: Of one reply, whatever the request says.
+        max_tokens: Of one reply, even if the request asks for more.
         max_tenants: Namespaces at most.
         history_bytes: Memory for the history of each tenant but the default one.
-        prefill_chunk: Prompt tokens in one pass at most; other rows step between two of them. Fewer where it
-            takes longer than others should wait.
+        prefill_chunk: Prompt tokens in one pass at most; other rows step between two of them. Fewer where a
+            pass would delay others too long.
         request_seconds: From arrival to the end of the reply.
-        stuck_seconds: A step that takes longer makes /health say so.
+        stuck_seconds: A step that takes longer turns /health unhealthy.
         unread_tokens: Tokens that may wait for a client that does not read its stream.
-        send_seconds: How long one piece of a stream may take to be sent.
-        grace_seconds: For what runs when the server is told to stop.
+        send_seconds: Limit for sending one piece of a stream.
+        grace_seconds: Time for running requests to finish when the server stops.
         cors_origins: Web pages' origins that may use the server from a browser; "*" for any. None by default.
     """
 

@@ -1,4 +1,4 @@
-"""A drafter for each tenant: one model, and nothing learned from one that another could see."""
+"""A drafter for each tenant, over one model; learned state is not shared between tenants."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Tenants"]
 
 
 class Tenants:
-    """Makes the drafters of tenants when they are first needed. May be used from any thread.
+    """Makes the drafters of tenants when they are first needed. Thread-safe.
 
     Args:
         drafter: Of the default tenant; the others share its model, corpora and measurements.
@@ -39,7 +39,7 @@ class Tenants:
             return self._drafters[tenant]
 
     def when_made(self, call: Callable[[str, RetrievalDrafter], object]) -> None:
-        """Has `call` told of every tenant and its drafter, those that there are at once."""
+        """Calls `call` with every tenant and its drafter, at once for existing ones."""
         with self._lock:
             self._watchers.append(call)
             for tenant, drafter in self._drafters.items():
@@ -47,11 +47,11 @@ class Tenants:
 
     @property
     def made(self) -> Mapping[str, RetrievalDrafter]:
-        """Those that there are, by tenant."""
+        """Drafters made so far, by tenant."""
         return dict(self._drafters)
 
     def close(self) -> None:
-        """Keeps what they learned, and sends what waits for the store."""
+        """Saves their learned state, and sends texts that wait for the store."""
         for drafter in self.made.values():
             drafter.flush()
             drafter.close()

@@ -1,1 +1,1 @@
-"""One page that shows what the engine does while it does it."""
+"""The dashboard: one page that shows the running engine."""

@@ -1,4 +1,4 @@
-"""Sends snapshots to the pages that are open: the latest one, to as many as may be."""
+"""The feed of snapshots to open pages: always the latest one, to a limited number of pages."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from retrieval_draft.server.errors import ApiError
 __all__ = ["Feed"]
 
 _QUIET_SECONDS = 5.0
-"""A comment is sent so often while nothing changes, or nobody would notice that a page has gone."""
+"""Seconds between comments while nothing changes: without them a closed page would go unnoticed."""
 
 _log = logging.getLogger("retrieval_draft.server")
 
 
 class _Subscriber:
-    """One page. Holds the latest snapshot and no other, so that a slow reader costs nothing."""
+    """One page. Holds the latest snapshot only, so that a slow reader costs no memory."""
 
     def __init__(self, tenant: str) -> None:
         self.tenant = tenant
@@ -36,14 +36,14 @@ class _Subscriber:
 
 
 class Feed:
-    """Makes a snapshot for each tenant that watches, so often, on a thread of its own.
+    """Makes snapshots for each watching tenant, at an interval, on a thread of its own.
 
     Args:
-        snapshot: What a tenant may see, plain types for JSON. Called on the feed's thread.
+        snapshot: Returns the state that a tenant may see, plain types for JSON. Called on the feed's thread.
         is_over: Whether the server is about to stop, and streams are to end.
-        idle: Called in place of `snapshot` while nobody watches.
+        idle: Called instead of `snapshot` while no page is open.
         seconds: Between two snapshots.
-        most: Subscribers at once.
+        most: Limit of subscribers.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class Feed:
         return len(self._subscribers)
 
     def subscribe(self, tenant: str) -> tuple[AsyncIterator[bytes], Callable[[], None]]:
-        """Server-sent events for one page, and what ends them.
+        """Server-sent events for one page, and a function that ends them.
 
         Raises:
-            ApiError: Too many watch already (429).
+            ApiError: Too many pages are open (429).
         """
         subscriber = _Subscriber(tenant)
         with self._lock:

@@ -1,4 +1,4 @@
-"""Tokens a second, and what they would have been without drafts."""
+"""Tokens a second, with drafts and estimated without."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ class _Second:
 class Rates:
     """Sums of the last seconds.
 
-    A rate is tokens over the time that steps took, so that a server without work is not a slow one. The plain
-    estimate is what the same tokens would have taken at one token a row and pass, each pass at the time that
-    was measured for it.
+    A rate is tokens over the time that steps took, so that idle time does not count. The plain estimate is
+    the time of the same tokens at one token a row and pass, each pass at its measured time.
 
     Args:
-        seconds: How far back.
+        seconds: Length of the kept period.
     """
 
     def __init__(self, seconds: int = 90) -> None:
@@ -38,7 +37,7 @@ class Rates:
         """Counts a step.
 
         Args:
-            now: Seconds that never go back.
+            now: Seconds of a monotonic clock.
             report: The step.
         """
         number = int(now)

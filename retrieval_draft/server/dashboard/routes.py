@@ -1,4 +1,4 @@
-"""The dashboard's routes: one page, its style and script, and a feed of what happens."""
+"""The dashboard's routes: one page, its style and script, and a feed of events."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FILES = {
     "/dashboard/dashboard.js": ("dashboard.js", "text/javascript"),
 }
 PUBLIC = frozenset(_FILES)
-"""Paths that need no key: they show nothing of their own, and the page asks for the key."""
+"""Paths that need no key: they hold no data, and the page asks for the key."""
 
 HEADERS = {
     "Content-Security-Policy": (
@@ -38,7 +38,7 @@ HEADERS = {
 
 
 class Dashboard:
-    """The page and what it watches.
+    """The page, its watcher and its feed.
 
     Args:
         service: Of the server; its model need not be loaded yet.

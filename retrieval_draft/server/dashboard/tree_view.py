@@ -1,4 +1,4 @@
-"""A verified tree as the page draws it."""
+"""A verified tree as data for the page."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def tree_view(row: RowStep, text: Callable[[int], str]) -> dict[str, Any]:
 
     Args:
         row: The step of one row.
-        text: Of a token.
+        text: Returns the text of a token.
 
     Returns:
-        Plain types for JSON. Accepted nodes are there however improbable they were.
+        Plain types for JSON. Accepted nodes are included even if improbable.
     """
     tree, accepted = row.plan.tree, set(row.path)
     shown = [node for node in range(len(tree)) if node < _MOST or node in accepted]

@@ -1,4 +1,4 @@
-"""Remembers what the engine did lately, and says so in snapshots."""
+"""Recent events of the engine, summarised in snapshots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from retrieval_draft.server.scheduler.events import RequestEnd, RequestStart, Ro
 __all__ = ["Watcher"]
 
 _WAITING = 4096
-"""Reports that may wait to be counted; beyond it the oldest go, and the page shows a little less."""
+"""Limit of reports that wait to be counted; beyond it the oldest are dropped, and the page counts fewer."""
 
 _TIMES = ("draft", "forward", "commit", "learn")
 
@@ -26,8 +26,8 @@ class Watcher:
     """An `EngineListener` for the dashboard. The engine's thread only leaves reports; `snapshot` counts them.
 
     Args:
-        text: Of a token.
-        clock: Seconds that never go back.
+        text: Returns the text of a token.
+        clock: Returns seconds of a monotonic clock.
     """
 
     def __init__(self, text: Callable[[int], str], clock: Callable[[], float] = time.monotonic) -> None:
@@ -46,19 +46,19 @@ class Watcher:
         self._ended: Counter[str] = Counter()
 
     def queue_changed(self, waiting: int, running: int) -> None:
-        """Requests that wait for a place, and rows in the batch."""
+        """Records the number of waiting requests, and of rows in the batch."""
         self._queue = (waiting, running)
 
     def request_started(self, start: RequestStart) -> None:
-        """A row joined the batch."""
+        """Records a row that joined the batch."""
         self._waiting.append((self._clock(), start))
 
     def step(self, report: StepReport) -> None:
-        """A forward pass was verified."""
+        """Records a verified forward pass."""
         self._waiting.append((self._clock(), report))
 
     def request_ended(self, end: RequestEnd) -> None:
-        """A choice is complete or given up."""
+        """Records a choice that is complete or aborted."""
         self._waiting.append((self._clock(), end))
 
     def watch(self, tenant: str, drafter: Any) -> None:
@@ -66,21 +66,21 @@ class Watcher:
         self._drafters[tenant] = weakref.ref(drafter)
 
     def count(self) -> None:
-        """Counts what waits. Called now and then on a thread that nobody waits for."""
+        """Counts waiting reports. Called regularly on a background thread."""
         with self._lock:
             for _ in range(len(self._waiting)):
                 when, event = self._waiting.popleft()
                 if isinstance(event, StepReport):
                     self._count_step(when, event)
                 elif isinstance(event, RequestStart):
-                    if len(self._tenants) > _WAITING:  # ends that were never told
+                    if len(self._tenants) > _WAITING:  # ends that were never reported
                         self._tenants.clear()
                     self._tenants[event.request_id] = event.tenant
                 else:
                     self._ended[event.reason] += 1
 
     def snapshot(self, tenant: str) -> dict[str, Any]:
-        """What a tenant may see: sums over all, but texts only of its own requests."""
+        """State that a tenant may see: sums over all, but texts only of its own requests."""
         self.count()
         with self._lock:
             tree = self._trees.get(tenant)

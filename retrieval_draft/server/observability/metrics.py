@@ -24,13 +24,13 @@ _POSITIONS = 32
 
 
 class ServerMetrics:
-    """An `EngineListener` that counts, and says so to Prometheus.
+    """An `EngineListener` that counts for Prometheus.
 
     On the engine's thread a step costs a few additions: rows are summed first, and children of labels are
-    bound once. What stores and indexes hold is read when it is asked for.
+    bound once. The state of stores and indexes is read at each scrape.
 
     Args:
-        registry: Where the metrics are registered; None for one of their own.
+        registry: Registry of the metrics; None for a new one.
         model_name: A label of every metric of the engine.
 
     Attributes:
@@ -85,7 +85,7 @@ class ServerMetrics:
         )
 
     def watch(self, tenant: str, drafter: Any) -> None:
-        """Reports what a drafter or proposer holds, and the state of its store, from now on.
+        """Reports the memory of a drafter or proposer, and the state of its store, from now on.
 
         Args:
             tenant: A label.
@@ -98,21 +98,21 @@ class ServerMetrics:
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
     def queue_changed(self, waiting: int, running: int) -> None:
-        """Requests that wait for a place, and rows in the batch."""
+        """Records the number of waiting requests, and of rows in the batch."""
         self._waiting.set(waiting)
         self._running.set(running)
 
     def request_started(self, start: RequestStart) -> None:
-        """A row joined the batch."""
+        """Counts a row that joined the batch."""
         if start.index == 0:
             self._prompt.inc(start.prompt_tokens)
             self._prompts.observe(start.prompt_tokens)
             self._prefill.observe(start.prefill_seconds)
         self._queued.observe(start.queued_seconds)
-        self._generated.inc()  # the prompt's pass says the first token
+        self._generated.inc()  # the prompt's pass yields the first token
 
     def step(self, report: StepReport) -> None:
-        """A forward pass was verified."""
+        """Counts a verified forward pass."""
         drafts = drafted = accepted = emitted = 0
         for row in report.rows:
             nodes, taken = row.plan.tree.num_draft_tokens, len(row.path) - 1
@@ -140,7 +140,7 @@ class ServerMetrics:
         self._plain.set(report.plain_seconds)
 
     def request_ended(self, end: RequestEnd) -> None:
-        """A choice is complete or given up."""
+        """Counts a choice that is complete or aborted."""
         self._child(self._ended, end.reason).inc()
         self._latency.observe(end.seconds)
         if end.first_token_seconds > 0:

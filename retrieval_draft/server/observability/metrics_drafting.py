@@ -18,10 +18,10 @@ __all__ = ["DraftingMetrics"]
 
 
 class DraftingMetrics(Collector):
-    """A `DraftObserver` that counts, and says so to Prometheus.
+    """A `DraftObserver` that counts for Prometheus.
 
     Args:
-        registry: Where the metrics are registered, such as that of `ServerMetrics`.
+        registry: Registry of the metrics, such as that of `ServerMetrics`.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -43,20 +43,20 @@ class DraftingMetrics(Collector):
         registry.register(self)
 
     def watch(self, service: DraftService) -> None:
-        """Reports how many sessions and tokens are open, from now on."""
+        """Reports the number of open sessions and tokens, from now on."""
         self._service = service
 
     def session_opened(self, seconds: float) -> None:
-        """A session was opened."""
+        """Counts an opened session."""
         self._opened.inc()
         self._open_seconds.observe(seconds)
 
     def session_closed(self, reason: str) -> None:
-        """A session ended."""
+        """Counts a session that ended."""
         self._closed.labels(reason).inc()
 
     def stepped(self, emitted: int, accepted: int, nodes: int, seconds: float) -> None:
-        """A step was answered."""
+        """Counts an answered step."""
         self._steps.inc()
         self._emitted.inc(emitted)
         self._accepted.inc(accepted)
@@ -64,11 +64,11 @@ class DraftingMetrics(Collector):
         self._seconds.observe(seconds)
 
     def failed(self, status: int) -> None:
-        """A request or a step did not work."""
+        """Counts a failed request or step."""
         self._errors.labels(str(status)).inc()
 
     def collect(self) -> Iterator[Metric]:
-        """What is open now."""
+        """Numbers of open sessions and tokens."""
         table = None if self._service is None else self._service.table
         sessions = GaugeMetricFamily(f"{PREFIX}drafting_sessions", "Open sessions.")
         sessions.add_metric((), 0 if table is None else len(table))

@@ -1,4 +1,4 @@
-"""What stores and indexes hold, read when Prometheus asks."""
+"""State of stores and indexes, read at each scrape."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _GAUGES = {
 
 
 class StateCollector(Collector):
-    """Asks what it watches, once for each scrape. What is gone is left out; what fails too, and is logged."""
+    """Reads the watched objects at each scrape, without those that are gone or fail; failures are logged."""
 
     def __init__(self) -> None:
         self._watched: dict[str, weakref.ref[Any]] = {}
         self._lock = threading.Lock()
 
     def watch(self, tenant: str, drafter: Any) -> None:
-        """Reports on a drafter or proposer under a tenant's name; a new one takes the place of the old."""
+        """Reports on a drafter or proposer under a tenant's name; a new one replaces the old."""
         with self._lock:
             self._watched[tenant] = weakref.ref(drafter)
 
@@ -97,7 +97,7 @@ def _store_families(statuses: dict[str, dict[str, Any]]) -> Iterator[Metric]:
 
 
 def _nbytes(drafter: Any) -> dict[str, int]:
-    """Bytes by source, or in one sum where the sources are not told."""
+    """Bytes by source, or in one sum where sources are not known."""
     by_source = getattr(drafter, "nbytes_by_source", None)
     if by_source is not None:
         return dict(by_source)

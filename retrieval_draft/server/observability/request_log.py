@@ -1,4 +1,4 @@
-"""One log line for each choice that ends: how it went, and nothing of what it says."""
+"""One log line for each choice that ends: result and timings, without any text."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class RequestLog:
     """An `EngineListener` that writes the log."""
 
     def queue_changed(self, waiting: int, running: int) -> None:
-        """Not logged."""
+        """Does nothing: not logged."""
 
     def request_started(self, start: RequestStart) -> None:
-        """Not logged."""
+        """Does nothing: not logged."""
 
     def step(self, report: StepReport) -> None:
-        """Not logged."""
+        """Does nothing: not logged."""
 
     def request_ended(self, end: RequestEnd) -> None:
-        """One line."""
+        """Writes one line."""
         fields = {
             "request_id": end.request_id,
             **({} if end.client_id is None else {"client_id": end.client_id}),
@@ -52,7 +52,7 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record, its fields beside the message."""
+        """Formats the record, its fields beside the message."""
         fields: dict[str, Any] = getattr(record, "fields", {})
         line: dict[str, Any] = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
@@ -73,7 +73,7 @@ def start_logging(style: str, level: int) -> logging.handlers.QueueListener:
         level: Of our own loggers.
 
     Returns:
-        Started; to be stopped at the end.
+        The listener, started; to be stopped at the end.
     """
     lines: queue.Queue[Any] = queue.Queue(10_000)
     handler = logging.StreamHandler(sys.stderr)
@@ -90,12 +90,12 @@ def start_logging(style: str, level: int) -> logging.handlers.QueueListener:
 
 
 class _Dropping(logging.handlers.QueueHandler):
-    """Drops lines that nobody reads fast enough."""
+    """Drops lines when stderr is not read fast enough."""
 
     def enqueue(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(queue.Full):
             self.queue.put_nowait(record)
 
     def prepare(self, record: logging.LogRecord) -> Any:
-        # The formatter runs on the other thread, in this process: nothing needs to be flattened.
+        # The formatter runs on the other thread, in this process: records need no flattening.
         return record

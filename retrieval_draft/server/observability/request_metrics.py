@@ -1,4 +1,4 @@
-"""What a response says about its own drafts: ``metrics.speculative_decoding``, in vLLM's words."""
+"""Draft counts in a response: ``metrics.speculative_decoding``, with vLLM's keys."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def speculative_decoding(
 
     Args:
         stats: Counts of the request.
-        accepted_steps: How many of the steps with drafts accepted so many of them; None where that was not
+        accepted_steps: Number of steps with drafts by the number of accepted ones; None where that was not
             counted, and the histogram is left out.
 
     Returns:

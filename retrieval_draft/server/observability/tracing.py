@@ -31,12 +31,12 @@ class _Open:
 class Tracing:
     """An `EngineListener` that makes a span for each choice, with children for its phases.
 
-    Attributes follow the semantic conventions for generative AI (``gen_ai.*``); what drafting did has names
-    of its own (``retrieval_draft.*``). Spans end on the engine's thread and are exported on another.
+    Attributes follow the semantic conventions for generative AI (``gen_ai.*``); drafting counts have names of
+    their own (``retrieval_draft.*``). Spans end on the engine's thread and are exported on another.
 
     Args:
         tracer: Makes the spans.
-        model_name: What clients call the model.
+        model_name: Name of the model for clients.
 
     Example:
         tracing = Tracing.to_otlp("http://localhost:4318", model_name="gemma3-270m")
@@ -49,11 +49,11 @@ class Tracing:
 
     @classmethod
     def to_otlp(cls, endpoint: str, *, model_name: str = "") -> Tracing:
-        """Spans go to a collector, by OTLP over HTTP.
+        """Exports spans to a collector, by OTLP over HTTP.
 
         Args:
             endpoint: ``http://HOST:4318``.
-            model_name: What clients call the model.
+            model_name: Name of the model for clients.
 
         Raises:
             RetrievalDraftError: The exporter is not installed.
@@ -79,10 +79,10 @@ class Tracing:
         return tracing
 
     def queue_changed(self, waiting: int, running: int) -> None:
-        """Not traced."""
+        """Does nothing: not traced."""
 
     def request_started(self, start: RequestStart) -> None:
-        """A row joined the batch: what came before is known by now."""
+        """Starts the span of a row that joined the batch, with its earlier phases."""
         now = time.time_ns()
         prefilled = now - int(start.prefill_seconds * _NANOSECONDS)
         arrived = prefilled - int(start.queued_seconds * _NANOSECONDS)
@@ -106,19 +106,19 @@ class Tracing:
         self._tracer.start_span("queued", inside, start_time=arrived).end(prefilled)
         self._tracer.start_span("prefill", inside, start_time=prefilled).end(now)
         decoding = self._tracer.start_span("decode", inside, start_time=now)
-        if len(self._open) >= _MAX_OPEN:  # ends that were never told must not pile up
+        if len(self._open) >= _MAX_OPEN:  # ends that were never reported must not accumulate
             self._open.pop(next(iter(self._open)))
         self._open[start.request_id, start.index] = _Open(span, decoding)
 
     def step(self, report: StepReport) -> None:
-        """Steps are counted, not traced: there are hundreds in a second."""
+        """Counts a step. Steps are not traced: there are hundreds in a second."""
         for row in report.rows:
             found = self._open.get((row.request_id, row.index))
             if found is not None:
                 found.steps += 1
 
     def request_ended(self, end: RequestEnd) -> None:
-        """A choice is complete or given up."""
+        """Ends the span of a choice that is complete or aborted."""
         found = self._open.pop((end.request_id, end.index), None)
         if found is None:
             return
@@ -151,13 +151,13 @@ class Tracing:
         found.span.end()
 
     def close(self) -> None:
-        """Exports what waits."""
+        """Exports waiting spans."""
         if self._provider is not None:
             self._provider.shutdown()
 
 
 def _parent(start: RequestStart) -> Any:
-    """The span of whoever sent the request, as W3C's ``traceparent`` says; None for none."""
+    """The parent span by W3C's ``traceparent``; None without one."""
     if not start.traceparent:
         return None
     return TraceContextTextMapPropagator().extract({"traceparent": start.traceparent})

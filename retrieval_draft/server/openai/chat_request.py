@@ -36,7 +36,7 @@ class _ToolCall(Struct):
 
 
 class Message(Struct, forbid_unknown_fields=True):
-    """One message of a conversation: what clients send, and what they send back of replies."""
+    """A message of a conversation, with the fields of replies that clients send back."""
 
     role: Annotated[str, Meta(min_length=1, max_length=64)]
     content: str | list[ContentPart] | None = None
@@ -66,9 +66,10 @@ class ChatRequest(GenerationFields):
         max_tokens: Of the reply; the older name.
         max_completion_tokens: The same.
         logprobs: Whether tokens come with log probabilities.
-        top_logprobs: How many alternatives of each to name.
-        add_generation_prompt: Extension of vLLM: whether the prompt ends where the assistant begins to speak.
-        continue_final_message: Extension of vLLM: whether the reply goes on with the last message.
+        top_logprobs: Number of alternatives of each token to return.
+        add_generation_prompt: Extension of vLLM: whether the prompt ends with the start of an assistant
+            message.
+        continue_final_message: Extension of vLLM: whether the reply continues the last message.
         chat_template_kwargs: Extension of vLLM: variables of the chat template.
         tools: Not supported, as are those after it.
     """
@@ -107,7 +108,7 @@ class ChatRequest(GenerationFields):
     add_special_tokens: Raw = field(default_factory=Raw)
 
     def check(self) -> None:
-        """Refuses what cannot be done.
+        """Refuses unsupported fields and values.
 
         Raises:
             ApiError: Names the field.
@@ -132,7 +133,7 @@ class ChatRequest(GenerationFields):
 
     @property
     def wanted_tokens(self) -> int | None:
-        """Tokens of the reply at most, if the request says so."""
+        """Limit of the reply's tokens, if the request has one."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
@@ -140,7 +141,7 @@ class ChatRequest(GenerationFields):
         """Variables of the chat template.
 
         Raises:
-            ApiError: They are something else, or too long.
+            ApiError: They are no object, or too long.
         """
         raw, name = self.chat_template_kwargs, "chat_template_kwargs"
         if is_absent(raw, b"{}"):
@@ -154,7 +155,7 @@ class ChatRequest(GenerationFields):
         """Messages for a chat template: their content as plain text, the arguments of tools as objects.
 
         Raises:
-            ApiError: A message is none, or there are too many.
+            ApiError: A message is invalid, or there are too many.
         """
         said = bytes(self.messages)
         for name, what in ((b'"role"', "messages"), (b'"function"', "calls of tools")):
@@ -164,7 +165,7 @@ class ChatRequest(GenerationFields):
 
 
 CHAT = Decoder(ChatRequest)
-"""Reads a body."""
+"""Decodes a body."""
 
 
 def _plain(message: Message) -> dict[str, Any]:
@@ -181,13 +182,13 @@ def _plain(message: Message) -> dict[str, Any]:
 
 
 def _tool_call(call: _ToolCall) -> dict[str, Any]:
-    """A call as templates want it: OpenAI's arguments are JSON text, theirs an object."""
+    """A call in the form of chat templates: OpenAI's arguments are JSON text, theirs an object."""
     arguments: Any = call.function.arguments
     if len(arguments) > _MAX_ARGUMENTS:
         raise ApiError(
             400, f"The arguments of a tool call have more than {_MAX_ARGUMENTS} bytes.", "messages"
         )
-    with suppress(msgspec.DecodeError, RecursionError):  # what is no object is shown as it is
+    with suppress(msgspec.DecodeError, RecursionError):  # text that is no object stays as it is
         arguments = _VARIABLES.decode(arguments)
     function = {"name": call.function.name, "arguments": arguments}
     said: dict[str, Any] = {"type": call.type, "function": function}

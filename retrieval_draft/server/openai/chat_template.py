@@ -1,4 +1,4 @@
-"""Conversations as the model was trained to read them."""
+"""Prompts of conversations by the model's chat template."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ def render_chat(
     begins: bool | None = None,
     goes_on: bool = False,
 ) -> str:
-    """The prompt of a conversation, up to where the assistant speaks.
+    """The prompt of a conversation, up to the start of the reply.
 
-    The role "developer" is "system" where the template knows of no developer.
+    The role "developer" becomes "system" where the template has no developer.
 
     Args:
         tokenizer: The model's.
         conversation: Messages with ``role`` and ``content``.
-        template: In place of the tokenizer's own.
+        template: Replaces the tokenizer's own.
         variables: Of the template.
-        begins: Whether the prompt ends where the assistant begins to speak; None for yes, unless `goes_on`.
-        goes_on: Whether the reply goes on with the last message.
+        begins: Whether the prompt ends with the start of an assistant message; None for yes, unless
+            `goes_on`.
+        goes_on: Whether the reply continues the last message.
 
     Raises:
         ApiError: There is no template, or it refuses the conversation.

@@ -35,9 +35,9 @@ class CompletionRequest(GenerationFields):
         prompt: A text, texts, token ids, or lists of those; read by `prompts`.
         max_tokens: Of the reply.
         echo: Whether the response begins with the prompt.
-        logprobs: How many alternatives of each token to name, with log probabilities; false for none.
+        logprobs: Number of alternatives of each token to return, with log probabilities; false for none.
         best_of: Samples to draw, of which the `n` most probable are returned.
-        add_special_tokens: Extension of vLLM: whether a text begins as the tokenizer would have it.
+        add_special_tokens: Extension of vLLM: whether the tokenizer adds its special tokens to a text.
         suffix: Not supported.
     """
 
@@ -51,11 +51,11 @@ class CompletionRequest(GenerationFields):
 
     @property
     def alternatives(self) -> int | None:
-        """How many of each token to name; None for no log probabilities."""
+        """Number of alternatives of each token to return; None for no log probabilities."""
         return None if self.logprobs is None or isinstance(self.logprobs, bool) else self.logprobs
 
     def check(self) -> None:
-        """Refuses what cannot be done.
+        """Refuses unsupported fields and values.
 
         Raises:
             ApiError: Names the field.
@@ -78,10 +78,10 @@ class CompletionRequest(GenerationFields):
         """One text or list of ids for each prompt.
 
         Args:
-            most: Prompts at most.
+            most: Limit of prompts.
 
         Raises:
-            ApiError: There are more, or it is something else.
+            ApiError: There are more, or it has another type.
         """
         raw = bytes(self.prompt)
         within = raw[1:65].lstrip()
@@ -103,4 +103,4 @@ class CompletionRequest(GenerationFields):
 
 
 COMPLETION = Decoder(CompletionRequest)
-"""Reads a body."""
+"""Decodes a body."""

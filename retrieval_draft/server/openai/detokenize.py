@@ -1,4 +1,4 @@
-"""Text of a reply while its tokens come."""
+"""Incremental text of a reply."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["Decode", "ReplyText", "StopTexts", "decoder", "stopping_specials"]
 Decode = Callable[[Sequence[int]], str]
 
 _CONTEXT = 6
-"""Prompt tokens that a reply's first tokens are decoded behind, for the space before a word."""
+"""Prompt tokens before a reply's first tokens in decoding, for the space before a word."""
 
 _PENDING = 16
-"""Tokens that one character can take at most; more that end in none are bytes that are no text."""
+"""Largest number of tokens of one character; more without a complete character are bytes that are no text."""
 
 _NO_SPECIALS: Mapping[int, str] = {}
 
@@ -35,7 +35,7 @@ def decoder(tokenizer: Any) -> Decode:
 
 
 def stopping_specials(tokenizer: Any, stops: Sequence[str]) -> dict[int, str]:
-    """Special tokens that stand in stop strings: their texts by id.
+    """Texts of the special tokens in stop strings, by id.
 
     Args:
         tokenizer: Any of transformers.
@@ -51,20 +51,20 @@ def stopping_specials(tokenizer: Any, stops: Sequence[str]) -> dict[int, str]:
 class ReplyText:
     """Turns tokens into text that is final: no half characters, and nothing that may become a stop string.
 
-    Token by token, so that the text does not depend on how many come at once.
+    Tokens are processed one by one, so that the text does not depend on how many arrive at once.
 
     Args:
         decode: Token ids to text.
         prompt: Token ids before the reply.
         stops: Strings at which the reply ends; they are not part of it.
-        specials: Texts of special tokens by id, which stop strings see and nobody else.
-        keeps_stop: Whether the text ends with the stop string after all.
+        specials: Texts of special tokens by id, which only stop strings see.
+        keeps_stop: Whether the text includes the stop string.
 
     Attributes:
         text: All that is final.
         stopped: The stop string that was found; None while there is none.
-        pieces: What each token made final.
-        offsets: Where each token stands in the text; that of a half character where the character stands.
+        pieces: Text that each token made final.
+        offsets: Offset of each token in the text; for a part of a character that of the character.
 
     Example:
         stop "END", tokens "a", "E", "N", "x"  ->  "a", "", "", "ENx"
@@ -85,14 +85,14 @@ class ReplyText:
         self._stops = [stop for stop in stops if stop]
         self._specials, self._keeps_stop = specials, keeps_stop
         self._held = ""
-        self._hidden: list[tuple[int, int]] = []  # parts of what is held that stop strings alone see
+        self._hidden: list[tuple[int, int]] = []  # parts of the held text that only stop strings see
         self.text = ""
         self.stopped: str | None = None
         self.pieces: list[str] = []
         self.offsets: list[int] = []
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Takes tokens, and returns what became final. Nothing comes after a stop string."""
+        """Adds tokens, and returns the text that became final; none after a stop string."""
         before = len(self.text)
         for token in tokens:
             begin = len(self.text)
@@ -103,7 +103,7 @@ class ReplyText:
         return self.text[before:]
 
     def finish(self) -> str:
-        """What was held back, when no more tokens come."""
+        """Returns the held text at the end of the tokens."""
         before = len(self.text)
         if self.stopped is None:
             whole = self._decode(self._ids)
@@ -136,7 +136,7 @@ class ReplyText:
         self._look()
 
     def _look(self) -> None:
-        """Looks for stop strings in what is held, and lets go of what can be none."""
+        """Looks for stop strings in the held text, and releases text that cannot be part of one."""
         found = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
             place, self.stopped = min(found, key=lambda each: (each[0], -len(each[1])))
@@ -152,7 +152,7 @@ class ReplyText:
         self._hidden = [(max(b - end, 0), e - end) for b, e in self._hidden if e > end]
 
     def _shown(self, end: int) -> str:
-        """What of ``held[:end]`` is text."""
+        """The part of ``held[:end]`` that is text."""
         parts, place = [], 0
         for begin, stop in self._hidden:
             parts.append(self._held[place : min(begin, end)])
@@ -162,10 +162,10 @@ class ReplyText:
 
 
 class StopTexts(StoppingCriteria):
-    """Ends a row when a stop string stands in its reply.
+    """Ends a row when its reply contains a stop string.
 
     Args:
-        text: The row's own, which sees each token once.
+        text: The row's own, which gets each token once.
     """
 
     def __init__(self, text: ReplyText) -> None:
@@ -173,14 +173,14 @@ class StopTexts(StoppingCriteria):
         self._yes, self._no = torch.tensor([True]), torch.tensor([False])
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        """Whether the text has ended: bool, shape (1,)."""
+        """True if the text has ended: bool, shape (1,)."""
         self.text.push([int(input_ids[0, -1])])
         ended = self._no if self.text.stopped is None else self._yes
         return ended.to(input_ids.device)
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The longest end of `text` that begins `stop`."""
+    """The length of the longest end of `text` with which `stop` begins."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:size]):
             return size

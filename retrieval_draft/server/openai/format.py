@@ -1,4 +1,4 @@
-"""Replies in the words of OpenAI's API: completions and chat completions, whole and in pieces."""
+"""Replies in the formats of OpenAI's API: completions and chat completions, whole and in chunks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from retrieval_draft.server.openai.token_text import TokenTexts
 __all__ = ["ChatFormat", "CompletionFormat", "ResponseFormat"]
 
 _LEAST = -9999.0
-"""JSON has no minus infinity."""
+"""Log probability for minus infinity, which JSON does not have."""
 
 
 class ResponseFormat(Protocol):
-    """How one request is answered."""
+    """The response format of one request."""
 
     def begin(self, reply: Reply) -> list[dict[str, Any]]:
-        """Pieces that come before the first token."""
+        """Pieces before the first token."""
         ...
 
     def piece(self, reply: Reply, text: str, begin: int, end: int) -> list[dict[str, Any]]:
@@ -28,7 +28,7 @@ class ResponseFormat(Protocol):
         ...
 
     def whole(self, replies: Sequence[Reply], usage: dict[str, Any]) -> dict[str, Any]:
-        """All of it."""
+        """The whole response."""
         ...
 
     def last(self, usage: dict[str, Any] | None) -> dict[str, Any]:
@@ -37,11 +37,11 @@ class ResponseFormat(Protocol):
 
 
 class _Common:
-    """What both have in common.
+    """Common fields of both formats.
 
     Args:
         id: Of the response.
-        model: What clients call the model.
+        model: Name of the model for clients.
         texts: Tokens as text.
         with_ids: Whether token ids are wanted.
         with_logprobs: Whether log probabilities are.
@@ -191,13 +191,13 @@ class ChatFormat(_Common):
 
 
 def _echoed(reply: Reply) -> tuple[list[int], list[TokenLogprobs | None]]:
-    """Tokens of the prompt, and what the model said of them: nothing of the first."""
+    """Tokens of the prompt and their log probabilities: None for the first."""
     said = [] if reply.prompt_logprobs is None else reply.prompt_logprobs.said
     return list(reply.prompt), [None, *said]
 
 
 def _offsets(reply: Reply) -> list[int]:
-    """Where the reply's tokens stand in the text; those of a stop string, which is not in it, at its end."""
+    """Offsets of the reply's tokens in the text; for those of a stop string, which is not in it, its end."""
     begin = len(reply.prompt_text or "")
     end = len(reply.said) if reply.reason is not None else max(reply.offsets, default=0)
     return [begin + min(offset, end) for offset in reply.offsets]

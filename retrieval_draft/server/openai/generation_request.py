@@ -29,21 +29,21 @@ _UNSUPPORTED = "is not supported by this server"
 
 
 class ContentPart(Struct):
-    """A part of a message; only text is understood."""
+    """A part of a message; only text is supported."""
 
     type: str
     text: str | None = None
 
 
 class Prediction(Struct, forbid_unknown_fields=True):
-    """What the reply may look like."""
+    """Expected text of the reply."""
 
     content: str | list[ContentPart]
     type: Literal["content"] = "content"
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
-    """How to stream. `include_obfuscation` pads events against who listens in, and is not done."""
+    """Options of streams. `include_obfuscation`, padding against eavesdroppers, is not supported."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -53,7 +53,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     """Sampling, limits and extensions.
 
     A field that is not here is refused by name. One of type `Raw` is either read later or not supported: then
-    it is refused unless it says what its absence says.
+    it is refused unless it has the meaning of its absence.
 
     Attributes:
         model: The served model's name.
@@ -62,24 +62,24 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         top_k: Extension: most probable tokens to sample from; 0 for all.
         min_p: Extension: least probability, relative to the best token's.
         repetition_penalty: Extension, as of transformers.
-        presence_penalty: Taken off tokens that the reply holds.
-        frequency_penalty: Taken off them for each time.
+        presence_penalty: Subtracted from the logits of tokens in the reply.
+        frequency_penalty: Subtracted for each of their occurrences.
         logit_bias: Added to the logits of tokens, by id.
         seed: The same seed gives the same reply.
         stop: Strings at which the reply ends.
         n: Choices.
         min_tokens: Extension of vLLM: the reply does not end by itself before.
-        allowed_token_ids: Extension of vLLM: no others are said.
+        allowed_token_ids: Extension of vLLM: only these are generated.
         include_stop_str_in_output: Extension of vLLM: whether the reply ends with the stop string.
-        stream: Whether tokens are sent as they come.
-        stream_options: How.
-        prediction: What the reply may look like; a draft source of this request.
+        stream: Whether tokens are sent as they are decoded.
+        stream_options: Options of the stream.
+        prediction: Expected text of the reply; a draft source of this request.
         documents: Extension: texts that the reply may quote; draft sources of this request.
-        share: Extension: what other servers may learn of this request.
-        metrics: Extension: whether the response says what drafting did.
-        draft_marks: Extension: whether each piece of a stream says which of its text was drafted.
+        share: Extension: parts of this request that other servers may learn.
+        metrics: Extension: whether the response has drafting counts.
+        draft_marks: Extension: whether each piece of a stream marks its drafted text.
         return_token_ids: Extension: whether the response has the token ids.
-        ignore_eos: Extension: whether the reply goes on to its longest.
+        ignore_eos: Extension: whether the reply continues to its limit.
     """
 
     model: str | None = None
@@ -107,7 +107,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     return_token_ids: bool | None = None
     ignore_eos: bool | None = None
 
-    # These change nothing that is said.
+    # These do not change the reply.
     user: Raw = field(default_factory=Raw)
     metadata: Raw = field(default_factory=Raw)
     store: Raw = field(default_factory=Raw)
@@ -120,7 +120,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     priority: Raw = field(default_factory=Raw)
     request_id: Raw = field(default_factory=Raw)
 
-    # These would, and are not there.
+    # These would change it, and are not supported.
     stop_token_ids: Raw = field(default_factory=Raw)
     bad_words: Raw = field(default_factory=Raw)
     skip_special_tokens: Raw = field(default_factory=Raw)
@@ -147,7 +147,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         """`logit_bias` by token id.
 
         Raises:
-            ApiError: It is something else, or too long.
+            ApiError: It is no object, or too long.
         """
         if is_absent(self.logit_bias, b"{}"):
             return {}
@@ -162,7 +162,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         """Stop strings as a list.
 
         Raises:
-            ApiError: They are something else, or too many.
+            ApiError: They have another type, or are too many.
         """
         return [] if is_absent(self.stop, b"[]") else decode_texts(self.stop, _STOPS, "stop", _MAX_STOPS)
 
@@ -171,7 +171,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         """The documents as a list.
 
         Raises:
-            ApiError: They are something else, or too many.
+            ApiError: They have another type, or are too many.
         """
         if is_absent(self.documents, b"[]"):
             return []
@@ -184,11 +184,11 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def includes_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
+        """True if a stream ends with the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def options(self, top_k: int | None) -> dict[str, Any]:
-        """Keyword arguments for `RetrievalDrafter.generate` that say the same.
+        """Equivalent keyword arguments for `RetrievalDrafter.generate`.
 
         Args:
             top_k: Of the model's own generation configuration.
@@ -196,7 +196,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         wanted: dict[str, Any] = {"do_sample": self.temperature is None or self.temperature >= 1e-5}
         if wanted["do_sample"]:
             wanted |= {"temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p}
-            # transformers would take 50 where nobody says anything.
+            # transformers would use 50 by default.
             wanted["top_k"] = max(self.top_k if self.top_k is not None else top_k or 0, 0)
         wanted["repetition_penalty"] = self.repetition_penalty
         wanted["min_new_tokens"] = self.min_tokens or None
@@ -205,10 +205,10 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         return {name: value for name, value in wanted.items() if value is not None}
 
     def check_common(self, max_tokens: int | None) -> None:
-        """Refuses what neither endpoint can do.
+        """Refuses fields that neither endpoint supports.
 
         Args:
-            max_tokens: Of the reply, as asked for.
+            max_tokens: Limit of the reply in the request.
 
         Raises:
             ApiError: Names the field.
@@ -233,12 +233,12 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
             )
 
     def refuse(self, *names: str, neutral: tuple[bytes, ...] = (), off: bool = True) -> None:
-        """Refuses fields that would change the reply if they were understood.
+        """Refuses unsupported fields that would change the reply.
 
         Args:
-            *names: Of fields that were left as they came.
+            *names: Of fields that were left raw.
             neutral: Values that change nothing besides null, as JSON.
-            off: Whether false and what is empty change nothing either.
+            off: Whether false and empty values change nothing either.
 
         Raises:
             ApiError: One of them is set.

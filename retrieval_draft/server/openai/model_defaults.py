@@ -1,4 +1,4 @@
-"""What a model's own generation configuration asks for and the server cannot do."""
+"""Settings of a model's generation configuration that the server does not support."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["usable_defaults"]
 
 _log = logging.getLogger("retrieval_draft.server")
 _ONE = ("num_beams", "num_beam_groups", "num_return_sequences")
-"""Settings that no field of OpenAI's API stands for: replies are single, and found without beams."""
+"""Settings without a field in OpenAI's API: replies are single, and found without beams."""
 
 
 def usable_defaults(drafter: RetrievalDrafter) -> dict[str, Any]:
-    """Options to set in each request, in place of what the model's generation configuration says.
+    """Options for each request that override the model's generation configuration.
 
     Args:
-        drafter: Whose model it is.
+        drafter: Drafter of the model.
 
     Raises:
-        InvalidInputError: It says something else that drafting does not do: no request could be answered.
+        InvalidInputError: Another of its settings is not supported: no request could be answered.
     """
     target = drafter.continuous.target
     model: Any = target.model
@@ -34,7 +34,7 @@ def usable_defaults(drafter: RetrievalDrafter) -> dict[str, Any]:
         if value is not None and value > 1:
             options[name] = 1
             _log.warning("The model's generation_config has %s=%s, which is not taken over.", name, value)
-    # As a request that sets nothing would be prepared.
+    # Prepared as for a request without options.
     prompt = torch.zeros((1, 1), dtype=torch.int64, device=target.device)
     try:
         drafter.continuous.prepare(prompt, seed=0, **{"max_new_tokens": 1, **options})

@@ -1,4 +1,4 @@
-"""What clients ask of the logits: OpenAI's presence and frequency penalties, and allowed tokens."""
+"""Logits processors of OpenAI's API: presence and frequency penalties, and allowed tokens."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class CountPenalty(LogitsProcessor):
 
     Args:
         prompt_length: Tokens before the reply.
-        presence: Taken off each token that occurs.
-        frequency: Taken off it for each time it occurs.
+        presence: Subtracted from each token that occurs.
+        frequency: Subtracted for each of its occurrences.
 
     Example:
         presence 1, frequency 0.5, reply [7, 7]  ->  token 7 loses 2
@@ -37,11 +37,11 @@ class CountPenalty(LogitsProcessor):
 
 
 class AllowedTokens(LogitsProcessor):
-    """Leaves some tokens, and takes the others out.
+    """Masks all tokens but the allowed ones.
 
     Args:
-        tokens: Those that may be said.
-        vocabulary: Ids are below it.
+        tokens: The allowed tokens.
+        vocabulary: Number of token ids.
     """
 
     def __init__(self, tokens: Sequence[int], vocabulary: int) -> None:

@@ -25,16 +25,16 @@ __all__ = ["GenerationParams", "Means", "PreparedRequest", "prepare_request", "t
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """What a request is prepared with.
+    """Tools and limits for the preparation of a request.
 
     Attributes:
         drafter: The tenant's.
         tokenizer: The model's.
         decode: Token ids to text.
         settings: Limits.
-        overrides: Options in place of what the model's own generation configuration says.
+        overrides: Options that override the model's own generation configuration.
         longest: Characters of the longest token.
-        check: Raises once nobody waits for the request any more.
+        check: Raises once the client has left.
     """
 
     drafter: RetrievalDrafter
@@ -47,19 +47,19 @@ class Means:
 
     @property
     def most_prompt_tokens(self) -> int | None:
-        """Tokens of a prompt at most; None for any number."""
+        """Limit of a prompt's tokens; None for any number."""
         limits = (self.settings.max_prompt_tokens, self.drafter.continuous.target.max_positions)
         return min((limit for limit in limits if limit is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationParams:
-    """What a request asks for besides sampling.
+    """Options of a request besides sampling.
 
     Attributes:
         prompts: Token ids of each.
-        max_tokens: Of the reply at most; None for as many as the server allows.
-        samples: Of each prompt.
+        max_tokens: Limit of the reply; None for the server's.
+        samples: Samples of each prompt.
         competing: Whether only the best of them are returned.
         top_logprobs: Alternatives of each token; None for no log probabilities.
         echoed: The prompts as text, if the replies begin with them; else empty.
@@ -75,7 +75,7 @@ class GenerationParams:
 
 @dataclass(slots=True)
 class PreparedRequest:
-    """What goes to the engine, and what will hold the replies.
+    """A prepared request: input of the engine, and its replies.
 
     Attributes:
         prepared: One for each prompt.
@@ -96,12 +96,12 @@ def prepare_request(asks: GenerationParams, fields: GenerationFields, means: Mea
     """Prepares all prompts of a request. Takes milliseconds; not for the event loop's thread.
 
     Args:
-        asks: What the request asks for.
+        asks: Options of the request besides sampling.
         fields: Sampling and extensions.
-        means: What it is prepared with.
+        means: Tools and limits.
 
     Raises:
-        ApiError: Something cannot be done.
+        ApiError: Something is not supported, or beyond a limit.
     """
     drafter, settings = means.drafter, means.settings
     target = drafter.continuous.target
@@ -142,7 +142,7 @@ def prepare_request(asks: GenerationParams, fields: GenerationFields, means: Mea
                 prediction=list(asked.predicted) or None,
                 documents=[text for text in documents if text] or None,
                 share=fields.share,
-                # A greedy prompt has one reply, which is made once and told as often as it is wanted.
+                # A greedy prompt has one reply, which is decoded once and returned for each choice.
                 num_return_sequences=1 if greedy or asks.competing else samples,
                 best_of=samples if asks.competing and not greedy else None,
                 top_logprobs=asks.top_logprobs,
@@ -166,10 +166,10 @@ def tokenize(means: Means, text: str, param: str, *, special: bool = True) -> li
     """Token ids of a prompt.
 
     Args:
-        means: What the request is prepared with.
+        means: Tools and limits.
         text: Of the client.
-        param: The field it came in.
-        special: Whether it begins as the tokenizer would have it.
+        param: The field with the text.
+        special: Whether the tokenizer adds its special tokens.
 
     Raises:
         ApiError: It has more characters than the tokens of a prompt can.
@@ -190,7 +190,7 @@ def _references(fields: GenerationFields, means: Means) -> tuple[list[list[int]]
     """Token ids of the documents and of the prediction.
 
     Raises:
-        ApiError: Together they are too long: what is indexed for one request has a limit of its own.
+        ApiError: Together they are longer than the limit on references.
     """
     most = means.settings.max_reference_tokens
     left, documents, predicted = most, [], []
@@ -208,7 +208,7 @@ def _references(fields: GenerationFields, means: Means) -> tuple[list[list[int]]
 
 
 def _room(length: int, wanted: int | None, positions: int | None, settings: ServerSettings) -> int:
-    """Tokens that the reply may have; 0 only where none are wanted."""
+    """Limit of the reply's tokens; 0 only where none are wanted."""
     if length == 0:
         raise ApiError(400, "The prompt is empty; give at least one token.", "prompt")
     most = settings.max_prompt_tokens

@@ -11,14 +11,14 @@ __all__ = ["PromptLogprobs"]
 
 
 class PromptLogprobs:
-    """Reads what the model says after each token of a prompt, on the engine's thread.
+    """Reads the model's logits after each token of a prompt, on the engine's thread.
 
     Args:
         prompt: int32, shape (length,).
         k: Alternatives of each token.
 
     Attributes:
-        said: Of the second token on; the first has nothing before it.
+        said: Log probabilities from the second token on; the first has none.
     """
 
     def __init__(self, prompt: TokenArray, k: int) -> None:
@@ -27,7 +27,7 @@ class PromptLogprobs:
         self.said: list[TokenLogprobs] = []
 
     def __call__(self, logits: Tensor) -> None:
-        """Takes the next run of positions: (m, vocabulary)."""
+        """Reads the logits of the next positions: (m, vocabulary)."""
         for row in logits:
             place = len(self.said)
             if place < len(self._next):

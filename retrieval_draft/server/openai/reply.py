@@ -1,4 +1,4 @@
-"""One choice as its client sees it."""
+"""Replies to a client, one for each choice."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ class Reply:
     """Text and tokens of a choice.
 
     Args:
-        indices: Which of the client's choices it is; several where greedy ones are equal.
+        indices: Indices among the client's choices; several where greedy ones are equal.
         text: Makes its text; None where the engine does, for stop strings.
         prompt: Its prompt's token ids.
         prompt_text: The prompt as text, where it is echoed.
         prompt_logprobs: Its log probabilities, where they are echoed.
-        silent: Whether only the prompt is wanted: the tokens that come are dropped.
-        prompt_offsets: Where each of its tokens stands in `prompt_text`, where they have log probabilities.
+        silent: Whether only the prompt is wanted: new tokens are dropped.
+        prompt_offsets: Offset of each of its tokens in `prompt_text`, where they have log probabilities.
 
     Attributes:
         tokens: So far.
         logprobs: One for each token, where they are wanted.
-        drafted: Places of the tokens that were drafted.
+        drafted: Indices of the tokens that were drafted.
         marks: The pieces of the text that became final last, and whether each one's token was drafted.
         said: The text so far.
-        offsets: Where each token stands in it.
-        reason: "stop" or "length"; None while it goes on.
+        offsets: Offset of each token in it.
+        reason: "stop" or "length"; None while it is decoded.
         stats: Counts, once it has ended.
         logprob: Natural logarithm of its probability, where samples compete.
-        accepted_steps: How many steps with drafts accepted so many of them.
+        accepted_steps: Number of steps with drafts by the number of accepted ones.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Reply:
         return text
 
     def end(self, event: Ended) -> str:
-        """Notes the end, and returns the rest of the text."""
+        """Records the end, and returns the rest of the text."""
         self.reason, self.stats, self.logprob = event.reason, event.stats, event.logprob
         self.accepted_steps.update(event.accepted_steps)
         if self._silent:
@@ -102,14 +102,14 @@ class Reply:
 
     @property
     def mean_logprob(self) -> float:
-        """By which samples compete."""
+        """Mean log probability of a token, by which samples are ranked."""
         return self.logprob / max(len(self.tokens), 1)
 
 
 def predicted_tokens(replies: Iterable[Reply], predicted: Sequence[int]) -> tuple[int, int]:
-    """How many tokens of a prediction were of use, and how many not.
+    """Numbers of accepted and rejected tokens of a prediction.
 
-    A token counts as accepted if it was drafted, and stands behind its predecessor in the prediction too.
+    A token counts as accepted if it was drafted, and follows its predecessor in the prediction too.
     All other tokens of the prediction count as rejected.
 
     Args:

@@ -1,4 +1,4 @@
-"""From the tokens of a request to its response."""
+"""The response of a request, from its tokens."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def event(value: Any) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class ResponseWriter:
-    """What is sent back for one request.
+    """Writer of the response to one request.
 
     Attributes:
-        job: What the engine works on.
-        asked: What was asked for, and the replies.
-        shape: In which words.
+        job: The engine's job.
+        asked: The prepared request, and the replies.
+        shape: The response format.
         kept: Choices of each prompt to return, of samples that compete; None for all.
         with_usage: Whether a stream ends with the usage.
-        with_metrics: Whether the response says what drafting did.
-        with_marks: Whether a stream says which pieces of its text were drafted.
+        with_metrics: Whether the response has drafting counts.
+        with_marks: Whether a stream marks the drafted pieces of its text.
     """
 
     job: Job
@@ -52,11 +52,11 @@ class ResponseWriter:
     with_marks: bool = False
 
     async def unless_gone(self, receive: Receive, gone: Callable[[], object]) -> Response:
-        """The whole answer; if the client hangs up before, one that nobody will read.
+        """The whole response; if the client hangs up before, an empty one.
 
         Args:
-            receive: Tells of the client.
-            gone: Called when the answer is not waited for any more, or is complete.
+            receive: Receives events of the client.
+            gone: Called when the client has left, or the response is complete.
         """
         try:
             whole = await unless_gone(receive, self.whole())
@@ -65,7 +65,7 @@ class ResponseWriter:
             gone()
 
     async def whole(self) -> dict[str, Any]:
-        """All of it at once.
+        """The whole response at once.
 
         Raises:
             ApiError: The request failed.
@@ -100,7 +100,7 @@ class ResponseWriter:
         yield DONE
 
     async def _pieces(self) -> AsyncIterator[tuple[int, str, int, int]]:
-        """Place of the reply, new text, and the new tokens' places, as they come; waits for all to end."""
+        """Yields a reply's index, its new text, and begin and end of its new tokens, until all have ended."""
         replies = self.asked.replies
         left = len(replies)
         while left:

@@ -42,7 +42,7 @@ class _ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What every error looks like."""
+    """Body of every error response."""
 
     error: _ErrorDetail
 
@@ -62,18 +62,18 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get("/health", responses={503: {"description": "Loading, stuck or about to stop."}})
     async def health() -> Response:
-        """200 while requests are served, 503 while not; the body says why."""
+        """200 while requests are served, 503 while not; the body gives the reason."""
         status, body = service.health()
         return Json(body, status)
 
     @router.get("/v1/models", responses={401: {"model": ErrorBody}})
     async def models() -> Response:
-        """The one model."""
+        """The list of the one served model."""
         return Json({"object": "list", "data": [_model(service)]})
 
     @router.get("/v1/models/{name:path}", responses={401: {"model": ErrorBody}, 404: {"model": ErrorBody}})
     async def model(name: str) -> Response:
-        """The one model, by its name."""
+        """The served model by its name."""
         _check_model(service, name)
         return Json(_model(service))
 
@@ -149,7 +149,7 @@ async def _respond(
     shape: Callable[[Loaded, str], ResponseFormat],
     kept: int | None,
 ) -> Response:
-    """Hands a request to the engine, and its answer to the client."""
+    """Submits a request to the engine, and returns the response to the client."""
     _check_model(service, fields.model)
     request_id, tenant = request.state.request_id, request.state.tenant
     traceparent, size = request.headers.get("traceparent"), len(await request.body())
@@ -172,7 +172,7 @@ async def _respond(
 
 
 def _body(name: str) -> dict[str, Any]:
-    """Says in the description of the API which schema a body has."""
+    """Names the schema of a body in the description of the API."""
     schema = {"$ref": f"#/components/schemas/{name}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 

@@ -12,7 +12,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenTexts:
-    """What each token of a vocabulary stands for.
+    """Texts and bytes of a vocabulary's tokens.
 
     Args:
         tokenizer: Any of transformers.
@@ -32,7 +32,7 @@ class TokenTexts:
         return self._pair(token)[1]
 
     def _find(self, token: int) -> tuple[str, list[int] | None]:
-        # Behind another token: decoders that begin a text drop the space before its first word.
+        # After another token: decoders drop the space before the first word of a text.
         whole: str = self._tokenizer.decode([*self._before, token], clean_up_tokenization_spaces=False)
         text = whole[len(self._known) :]
         if "\ufffd" not in text:
@@ -65,7 +65,7 @@ def _raw_bytes(piece: str) -> bytes | None:
 
 @lru_cache(maxsize=1)
 def _alphabet() -> dict[str, int]:
-    """Byte by letter: printable bytes stand for themselves, the others are moved behind 255, in order."""
+    """Byte by letter: printable bytes are themselves, the others are numbered from 256, in order."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letters = {chr(byte): byte for byte in plain}
     for place, byte in enumerate(byte for byte in range(256) if byte not in plain):

@@ -1,4 +1,4 @@
-"""From the engine's thread to the request that waits on the event loop."""
+"""Events from the engine's thread to the request on the event loop."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Tokens:
     """New tokens of one choice.
 
     Attributes:
-        index: Which choice.
+        index: Index of the choice.
         tokens: In order.
         logprobs: One for each token, where they are wanted.
-        accepted: How many of them were drafted.
-        pieces: What each made final of the text, where it was decoded for stop strings; else None.
-        offsets: Where each stands in the text, with `pieces`.
+        accepted: Number of them that were drafted.
+        pieces: Text that each made final, where it was decoded for stop strings; else None.
+        offsets: Offset of each in the text, with `pieces`.
     """
 
     index: int
@@ -36,14 +36,14 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A choice is complete.
+    """The end of a choice.
 
     Attributes:
-        index: Which choice.
+        index: Index of the choice.
         reason: "stop" or "length".
         stats: Its counts.
         logprob: Natural logarithm of its probability, where samples compete.
-        accepted_steps: How many steps with drafts accepted so many of them.
+        accepted_steps: Number of steps with drafts by the number of accepted ones.
         rest: The end of the text, where it was decoded for stop strings; else None.
     """
 
@@ -57,7 +57,7 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The whole request has failed, or was given up."""
+    """The failure or abort of the whole request."""
 
     error: ApiError
 
@@ -66,12 +66,12 @@ Event = Tokens | Ended | Failed
 
 
 class Channel:
-    """What waits to be read by one request. Everything but `loop` belongs to the event loop's thread.
+    """Queue of events for one request. Everything but `loop` is used on the event loop's thread only.
 
     Args:
-        loop: Where the request is served.
-        limit: Tokens that may wait.
-        overflowed: Called once when more wait than that.
+        loop: Event loop of the request.
+        limit: Limit of waiting tokens.
+        overflowed: Called once when more tokens wait.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limit: int, overflowed: Callable[[], object]) -> None:
@@ -83,7 +83,7 @@ class Channel:
         self._closed = False
 
     def put(self, events: Sequence[Event]) -> None:
-        """Takes events; drops them once closed."""
+        """Adds events; drops them once closed."""
         if self._closed:
             return
         self._events += events
@@ -95,13 +95,13 @@ class Channel:
         self._ready.set()
 
     async def get(self) -> list[Event]:
-        """All that waits; waits itself while there is nothing."""
+        """Returns all waiting events; waits while there is none."""
         await self._ready.wait()
         self._ready.clear()
         events, self._events, self._waiting = self._events, [], 0
         return events
 
     def close(self) -> None:
-        """Nobody reads any more."""
+        """Closes the queue: events are no longer read."""
         self._closed = True
         self._events, self._waiting = [], 0

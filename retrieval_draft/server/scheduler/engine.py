@@ -28,14 +28,14 @@ __all__ = ["ServingEngine"]
 _log = logging.getLogger("retrieval_draft.server")
 
 _INDEXED_AT_ONCE = 4096
-"""Tokens of prompt and references that are indexed on the engine's thread, in a few milliseconds. More go to
-a thread beside it, which the other rows do not wait for."""
+"""Tokens of prompt and references that are indexed on the engine's thread, in a few milliseconds. More are
+indexed on another thread, for which the other rows do not wait."""
 
 _OPENING_SECONDS = 0.02
-"""How long the engine sleeps while there is nothing to do but to wait for such a thread."""
+"""Seconds that the engine sleeps at a time while it only waits for such a thread."""
 
 _SLICE_SECONDS = 0.05
-"""What one pass over a part of a prompt may take while others wait for their next token."""
+"""Target seconds of one pass over a part of a prompt while others wait for their next token."""
 
 _FIRST_CHUNK, _LEAST_CHUNK = 128, 16
 
@@ -44,7 +44,7 @@ Draftings = list["DraftSession | None"]
 
 @dataclass(slots=True, eq=False)
 class _Joining:
-    """A group whose text is being indexed, and then its prompt passed."""
+    """A group whose text is being indexed, or whose prompt is being passed."""
 
     group: SequenceGroup
     opening: Future[Draftings]
@@ -55,7 +55,7 @@ class _Joining:
     turn: int = 0
 
     def give_up(self) -> None:
-        # A thread that still indexes cannot be stopped; what it made is closed once it is there.
+        # A thread that still indexes cannot be stopped; its result is closed once it is there.
         if not self.opening.cancel():
             self.opening.add_done_callback(_close_all)
 
@@ -70,13 +70,13 @@ def _close_all(opening: Future[Draftings]) -> None:
 class ServingEngine:
     """Decodes the requests of all clients in one batch.
 
-    Only `submit`, `give_up`, `refuse`, `stop` and what can be read may be used from other threads.
+    Only `submit`, `give_up`, `refuse`, `stop` and the properties may be used from other threads.
 
     Args:
         drafter: Owns the model; its lock is held while there is work.
         settings: Limits.
-        listeners: Told what happens.
-        most_waiting: Choices of one tenant that may wait; None for as many as of all.
+        listeners: Receive the engine's events.
+        most_waiting: Limit of one tenant's waiting choices; None for that of all.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class ServingEngine:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Lets a job wait for its places.
+        """Queues a job.
 
         Raises:
             ApiError: It has more samples than the batch has rows (400), the queue is full (429), or the
@@ -121,12 +121,12 @@ class ServingEngine:
         self._queue.put(job)
 
     def give_up(self, job: Job, error: ApiError) -> None:
-        """Ends a job before the next step. Ends nothing that is over."""
+        """Ends a job before the next step. No-op if already finished."""
         if job.given_up is None:
             job.given_up = error
 
     def refuse(self) -> None:
-        """Takes no more jobs."""
+        """Refuses further jobs."""
         self._queue.refuse(ApiError(503, "The server is about to stop.", retry_after=5))
 
     def give_up_all(self, error: ApiError) -> None:
@@ -135,7 +135,7 @@ class ServingEngine:
             self.give_up(job, error)
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Lets the thread end once nothing is left to do, and waits for it."""
+        """Ends the thread once no work is left, and waits for it."""
         self._queue.end()
         if self._thread.ident is not None:
             self._thread.join(timeout)
@@ -144,7 +144,7 @@ class ServingEngine:
 
     @property
     def waiting(self) -> int:
-        """Choices that wait for a place."""
+        """Number of waiting choices."""
         return self._queue.waiting
 
     @property
@@ -154,7 +154,7 @@ class ServingEngine:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the thread has died, or a pass takes longer than it may."""
+        """True if the thread has died, or a pass takes longer than it may."""
         beat = self._beat
         if self._thread.ident is not None and not self._thread.is_alive():
             return True
@@ -170,7 +170,7 @@ class ServingEngine:
                 with self._drafter.running(self._row_failed) as batch:
                     while self._queue.waiting or self._choices or self._joining:
                         self._turn(batch)
-            except Exception as error:  # what one batch broke must not end the server
+            except Exception as error:  # an error of one batch must not end the server
                 _log.exception("The batch failed, and all of its requests with it.")
                 self._fail_all(error)
             finally:
@@ -195,7 +195,7 @@ class ServingEngine:
         self._deliver()
 
     def _cancel_expired(self, batch: Batch) -> None:
-        """Takes out what was given up, or is out of time."""
+        """Removes jobs that were aborted or have timed out."""
         now = monotonic()
         for job in dict.fromkeys([*self._queue.jobs(), *self._jobs()]):
             if job.given_up is None and now - job.arrived > job.seconds:
@@ -204,7 +204,7 @@ class ServingEngine:
                 self._drop(batch, job, job.given_up, "abort")
 
     def _drop(self, batch: Batch | None, job: Job, error: ApiError, reason: str) -> None:
-        """Takes a job out of the queue and the batch, and tells its client."""
+        """Removes a job from the queue and the batch, and reports that to its client."""
         job.given_up = error
         self._queue.drop(job)
         for joining in [each for each in self._joining if each.group.job is job]:
@@ -235,7 +235,7 @@ class ServingEngine:
             return
         ready = [joining for joining in self._joining if joining.opening.done()]
         if not ready:
-            if not batch.rows:  # there is nothing else to do
+            if not batch.rows:  # there is no other work
                 wait([joining.opening for joining in self._joining], _OPENING_SECONDS, "FIRST_COMPLETED")
             return
         joining = self._next(ready)
@@ -270,10 +270,10 @@ class ServingEngine:
             self._failed(joining.group.job, error, batch)
 
     def _next(self, ready: Sequence[_Joining]) -> _Joining:
-        """Whose pass it is: tenants take turns, and so do the prompts of one."""
+        """The group whose prompt is passed next: tenants take turns, and so do the prompts of one."""
         tenants = {joining.group.job.tenant for joining in self._joining}
         self._turns = Counter({tenant: self._turns[tenant] for tenant in tenants})
-        # One that has just come does not catch up with what the others had before.
+        # A new one does not get the turns that the others had before.
         least = min((turns for turns in self._turns.values() if turns), default=0)
         for tenant in tenants:
             self._turns[tenant] = max(self._turns[tenant], least)
@@ -283,7 +283,7 @@ class ServingEngine:
         return joining
 
     def _open(self, group: SequenceGroup) -> Future[Draftings]:
-        """Opens the sources for a group; beside the engine's thread where there is much to index."""
+        """Opens the sources for a group; on another thread where there is much to index."""
         opener = group.job.drafter.continuous
         stats = [choice.stats for choice in group.choices]
         tokens = len(group.choices[0].request.prompt) + sum(map(len, group.prepared.references))
@@ -300,7 +300,7 @@ class ServingEngine:
         """Makes the row of a group whose sources are open.
 
         Raises:
-            Exception: What opening them raised.
+            Exception: The error of opening them.
         """
         choices = joining.group.choices
         joining.draftings = joining.opening.result()
@@ -336,7 +336,7 @@ class ServingEngine:
             tokens = reply[choice.sent :].tolist()
             pieces, offsets = None, []
             if choice.text is not None:
-                choice.text.push(reply[len(choice.text.pieces) :].tolist())  # an end token is not looked at
+                choice.text.push(reply[len(choice.text.pieces) :].tolist())  # an end token is not text
                 pieces = choice.text.pieces[choice.sent : len(reply)]
                 offsets = choice.text.offsets[choice.sent : len(reply)]
             self._outbox[choice.job.channel].append(
@@ -369,14 +369,14 @@ class ServingEngine:
         self._outbox[job.channel].append(Failed(said))
 
     def _fail_all(self, error: Exception) -> None:
-        # If nothing had joined yet, what waits would break the next batch too.
+        # If no row had joined yet, the waiting jobs would break the next batch too.
         for job in dict.fromkeys(self._jobs() or self._queue.jobs()):
             self._drop(None, job, from_library(error), "error")
         self._choices.clear()
         self._joining.clear()
 
     def _deliver(self) -> None:
-        """Hands over what is new, in one call for each event loop."""
+        """Delivers new events, in one call for each event loop."""
         if not self._outbox:
             return
         outbox, self._outbox = self._outbox, defaultdict(list)

@@ -1,4 +1,4 @@
-"""What the serving engine tells those who watch it: metrics, the dashboard, traces."""
+"""Events of the serving engine for its listeners: metrics, the dashboard, traces."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class RequestStart:
 
     Attributes:
         request_id: Of the HTTP request; its samples share it.
-        index: Which of the request's choices.
+        index: Index among the request's choices.
         tenant: From the API key; "default" without keys.
         prompt_tokens: Length of the prompt.
-        queued_seconds: How long it waited for a place in the batch.
-        prefill_seconds: How long the prompt's pass took, to the first token.
+        queued_seconds: Time it waited to join the batch.
+        prefill_seconds: Time of the prompt's pass, to the first token.
         traceparent: W3C's header of the HTTP request, for traces; None without.
     """
 
@@ -37,11 +37,11 @@ class RequestStart:
 
 @dataclass(frozen=True, slots=True)
 class RowStep:
-    """What one row did in a step.
+    """Result of one row in a step.
 
     Attributes:
         request_id: Of the HTTP request.
-        index: Which of its choices.
+        index: Index among its choices.
         plan: The tree that was verified, and the proposals that named its nodes.
         path: Nodes of ``plan.tree`` that were accepted, the root (0) first.
         tokens: Emitted tokens, the bonus token last.
@@ -63,9 +63,9 @@ class StepReport:
         draft_seconds: Proposals, fusion, choice of the budget.
         forward_seconds: The pass.
         commit_seconds: Packing and moving the accepted path.
-        learn_seconds: What sources and calibration took note of.
+        learn_seconds: Updates of sources and calibration.
         seconds: The whole step.
-        plain_seconds: What a pass over one token a row is measured to take; 0 where that is not known.
+        plain_seconds: Measured time of a pass over one token a row; 0 where that is not known.
     """
 
     rows: Sequence[RowStep]
@@ -79,11 +79,11 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class RequestEnd:
-    """A choice that is complete, or was given up.
+    """A choice that is complete, or was aborted.
 
     Attributes:
         request_id: Of the HTTP request.
-        index: Which of its choices.
+        index: Index among its choices.
         tenant: From the API key; "default" without keys.
         reason: "stop", "length", "abort" (the client left, a time limit, shutdown) or "error".
         prompt_tokens: Length of the prompt.
@@ -91,7 +91,7 @@ class RequestEnd:
         first_token_seconds: From arrival to the first token; 0 where there was none.
         seconds: From arrival to the end.
         stats: Counts of this row.
-        client_id: What the client called the request, for logs; None without.
+        client_id: The client's id of the request, for logs; None without.
     """
 
     request_id: str
@@ -107,20 +107,20 @@ class RequestEnd:
 
 
 class EngineListener(Protocol):
-    """Called on the engine's thread: must return within microseconds, and never raise."""
+    """Listener on the engine's thread: its methods must return within microseconds, and never raise."""
 
     def queue_changed(self, waiting: int, running: int) -> None:
-        """Requests that wait for a place, and rows in the batch."""
+        """Receives the number of waiting requests, and of rows in the batch."""
         ...
 
     def request_started(self, start: RequestStart) -> None:
-        """A row joined the batch."""
+        """Receives a row that joined the batch."""
         ...
 
     def step(self, report: StepReport) -> None:
-        """A forward pass was verified."""
+        """Receives a verified forward pass."""
         ...
 
     def request_ended(self, end: RequestEnd) -> None:
-        """A choice is complete or given up."""
+        """Receives a choice that is complete or aborted."""
         ...

@@ -1,4 +1,4 @@
-"""One HTTP request as the engine sees it."""
+"""HTTP requests as jobs of the engine."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ __all__ = ["Choice", "Job", "SequenceGroup"]
 
 @dataclass(slots=True, eq=False)
 class Choice:
-    """One text that is to be generated.
+    """One text to generate.
 
     Attributes:
-        job: Whose.
-        index: Which of the job's.
-        request: What to decode.
+        job: The job it belongs to.
+        index: Index in the job.
+        request: The decode request.
         stats: Its counts.
-        row: Its place in the batch, while it has one.
+        row: Its row in the batch, while it has one.
         sent: Tokens that the client has been sent.
-        first: When the first token was there; 0 before.
-        over: Whether it has ended, however.
+        first: Time of the first token; 0 before.
+        over: Whether it has ended, for any reason.
         text: Its text, in which stop strings are looked for; None without any.
-        accepted_steps: How many steps with drafts accepted so many of them.
+        accepted_steps: Number of steps with drafts by the number of accepted ones.
     """
 
     job: Job
@@ -53,8 +53,8 @@ class SequenceGroup:
     """Choices of one prompt, which join together.
 
     Attributes:
-        job: Whose.
-        prepared: What the drafter made.
+        job: The job it belongs to.
+        prepared: The drafter's prepared requests.
         choices: The leader first.
     """
 
@@ -69,15 +69,15 @@ class Job:
 
     Attributes:
         id: Of the request, the server's own.
-        tenant: Whose.
+        tenant: Its tenant.
         drafter: The tenant's.
-        channel: Where its tokens go.
-        seconds: Until it is given up.
-        arrived: When it came, on the monotonic clock.
+        channel: Receives its tokens.
+        seconds: Time after which it is aborted.
+        arrived: Time of arrival, on the monotonic clock.
         traceparent: W3C's header of the HTTP request, for traces; None without.
-        client_id: What the client calls the request, for logs; None without.
+        client_id: The client's id of the request, for logs; None without.
         groups: One for each prompt.
-        given_up: Why it is to end before its time; None while it is not.
+        given_up: Reason of its abort; None if it is not aborted.
         ended: Choices that are over.
     """
 
@@ -107,5 +107,5 @@ class Job:
 
     @property
     def choices(self) -> list[Choice]:
-        """All of them."""
+        """Choices of all groups."""
         return [choice for group in self.groups for choice in group.choices]

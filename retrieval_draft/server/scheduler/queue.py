@@ -1,4 +1,4 @@
-"""Requests that wait for a place in the batch, and what other threads ask of the engine."""
+"""The bounded queue of requests that wait to join the batch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["JobQueue"]
 
 
 class JobQueue:
-    """Tenants take turns; of one, first come, first served. Bounded. May be used from any thread.
+    """Bounded queue in which tenants take turns; first in, first out within a tenant. Thread-safe.
 
     Args:
-        limit: Choices that may wait.
-        most: Of one tenant; None for all of them.
+        limit: Limit of waiting choices.
+        most: Limit of one tenant; None for that of all.
     """
 
     def __init__(self, limit: int, most: int | None = None) -> None:
@@ -29,7 +29,7 @@ class JobQueue:
         self._ended = False
 
     def put(self, job: Job) -> None:
-        """Lets a job wait.
+        """Adds a job.
 
         Raises:
             ApiError: The queue is full (429), or the server is about to stop (503).
@@ -55,12 +55,12 @@ class JobQueue:
             self._changed.notify_all()
 
     def refuse(self, error: ApiError) -> None:
-        """Refuses whatever comes from now on."""
+        """Refuses jobs from now on."""
         with self._changed:
             self._refuses = error
 
     def end(self) -> None:
-        """Lets the engine's thread end once nothing waits."""
+        """Ends the engine's thread once the queue is empty."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -73,7 +73,7 @@ class JobQueue:
             return bool(self._groups)
 
     def next(self, places: int) -> SequenceGroup | None:
-        """The first group of the tenant whose turn it is, if it fits into so many places."""
+        """The first group of the tenant whose turn it is, if it fits into so many free rows."""
         with self._changed:
             tenant = next(iter(self._groups), None)
             if tenant is None or len(self._groups[tenant][0].choices) > places:
@@ -81,17 +81,17 @@ class JobQueue:
             waiting = self._groups.pop(tenant)
             group = waiting.popleft()
             if waiting:
-                self._groups[tenant] = waiting  # behind the others
+                self._groups[tenant] = waiting  # after the others
             self._waiting -= len(group.choices)
             return group
 
     def jobs(self) -> list[Job]:
-        """Jobs of which something waits."""
+        """Jobs with waiting choices."""
         with self._changed:
             return list(dict.fromkeys(group.job for waiting in self._groups.values() for group in waiting))
 
     def drop(self, job: Job) -> None:
-        """Takes out what waits of a job."""
+        """Removes the waiting choices of a job."""
         with self._changed:
             kept = deque(group for group in self._groups.get(job.tenant, ()) if group.job is not job)
             if kept:

@@ -1,4 +1,4 @@
-"""Tells listeners what the engine does; one that raises is left out from then on."""
+"""Reports of the engine to its listeners; one that raises is removed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _log = logging.getLogger("retrieval_draft.server")
 
 
 class Reports:
-    """Listeners, told on the engine's thread.
+    """Listeners, called on the engine's thread.
 
     Args:
-        listeners: Who listens.
+        listeners: The listeners to call.
     """
 
     def __init__(self, listeners: Sequence[EngineListener]) -> None:
@@ -34,17 +34,17 @@ class Reports:
         self._queue = (-1, -1)
 
     def queue(self, waiting: int, running: int) -> None:
-        """Says how many wait and run, if that has changed."""
+        """Reports the numbers of waiting and running choices, if they have changed."""
         if (waiting, running) != self._queue:
             self._queue = (waiting, running)
             self._tell(lambda listener: listener.queue_changed(waiting, running))
 
     def started(self, choice: Choice, joined: float) -> None:
-        """Says that a choice has its first token.
+        """Reports the first token of a choice.
 
         Args:
-            choice: Which.
-            joined: When its prompt's pass began, on the monotonic clock.
+            choice: The choice.
+            joined: Start of its prompt's pass, on the monotonic clock.
         """
         job = choice.job
         start = RequestStart(
@@ -59,7 +59,7 @@ class Reports:
         self._tell(lambda listener: listener.request_started(start))
 
     def step(self, step: Step, choices: dict[Row, Choice], plain_seconds: float) -> None:
-        """Says what a step did."""
+        """Reports a step."""
         if not self._listeners:
             return
         rows = [
@@ -79,7 +79,7 @@ class Reports:
         self._tell(lambda listener: listener.step(report))
 
     def ended(self, choice: Choice, reason: str) -> None:
-        """Says that a choice is over."""
+        """Reports the end of a choice."""
         job, now = choice.job, monotonic()
         end = RequestEnd(
             job.id,
@@ -99,6 +99,6 @@ class Reports:
         for listener in list(self._listeners):
             try:
                 call(listener)
-            except Exception:  # who watches must not stop what is watched
+            except Exception:  # a listener must not stop the engine
                 _log.exception("A listener raised and is left out from now on: %r", listener)
                 self._listeners.remove(listener)
