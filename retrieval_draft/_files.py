@@ -23,7 +23,7 @@ _BLOCK = 1 << 22
 
 
 def file_checksum(path: Path) -> str:
-    """xxh3, 128 bits, in hex."""
+    """Checksum of a file: xxh3, 128 bits, in hex."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -32,7 +32,7 @@ def file_checksum(path: Path) -> str:
 
 
 def read_bounded(path: Path, most: int) -> bytes:
-    """Reads a file that is small if it is what its name says.
+    """Reads a file of bounded size.
 
     Raises:
         OSError: It cannot be read.
@@ -48,13 +48,13 @@ def read_bounded(path: Path, most: int) -> bytes:
 
 
 def sync_file(path: Path) -> None:
-    """Makes sure that a file's content is on disk."""
+    """Syncs a file's content to disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes sure that the names in a folder are on disk."""
+    """Syncs the names in a folder to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -63,7 +63,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Replaces a file by another at one point in time, and makes sure that it is on disk."""
+    """Replaces a file atomically, and syncs it to disk."""
     unfinished = path.with_name(f"{path.name}.tmp")
     unfinished.write_bytes(content)
     sync_file(unfinished)
@@ -72,7 +72,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """A path with its ~ replaced by the home it stands for; as it is where there is no such home."""
+    """A path with ~ replaced by the home folder; unchanged where there is no such home."""
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""A progress bar for work that turns out to be slow, and silence for work that does not."""
+"""A progress bar that appears only when work is slow."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Advance(Protocol):
 def progress(description: str, total: int | None, delay: float = 2.0) -> Iterator[Advance]:
     """Shows a bar on stderr when the work below it takes longer than `delay` seconds.
 
-    Where stderr is no terminal, one line of the log says that the work is going on.
+    Where stderr is no terminal, one log line reports the running work.
 
     Args:
-        description: What is being done, in a few words.
+        description: The work, in a few words.
         total: Units of work, or None when that is not known.
         delay: Seconds of work before anything is shown.
     """
@@ -80,7 +80,7 @@ class _Bar:
 
 
 class _Board:
-    """The one live display of the process: bars that overlap in time share it."""
+    """The live display of the process, shared by bars that overlap in time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -115,7 +115,7 @@ _BOARD = _Board()
 
 
 def _new_progress() -> Progress:
-    # rich takes 60 ms to import; only work that is slow anyway pays for it.
+    # rich takes 60 ms to import, only during slow work.
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -1,4 +1,4 @@
-"""What a user can set about drafting."""
+"""Configuration of drafting."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ TOP_K_LIMIT = 32
 
 @dataclass(frozen=True, slots=True)
 class DraftConfig:
-    """How to draft. Nothing in it can change what is generated, only how fast.
+    """Configuration of drafting. It changes the speed of generation, never the output.
 
     Attributes:
         method: A name of `METHODS`.
         nodes: Draft nodes verified in every step, root excluded, or None to let the measured
             cost of a forward pass decide step by step.
-        max_nodes: The most draft nodes a step may verify when the cost decides.
+        max_nodes: Limit of a step's draft nodes when the cost decides.
         sources: Names of `SOURCES` to draft from.
         top_k: Next tokens kept for each row of the adjacency matrix.
         adjacency_rows: Rows of the adjacency matrix; 84 bytes each at ``top_k=8``.
-        prefill_logits: Whether the output head also runs over the prompt, so that the adjacency
-            matrix knows the prompt's alternatives: True, False, or "auto" for as many of the
-            last prompt positions as pay for their measured cost.
+        prefill_logits: Whether the output head also runs over the prompt, so that the adjacency matrix has
+            the prompt's alternatives: True, False, or "auto" for as many of the last prompt positions as pay
+            for their measured cost.
         cpu_kernels: Whether the model's linear layers and norms use faster kernels for few tokens on the
-            CPU while the drafter decodes. Results differ in the last bits. Nothing happens on other devices.
-        known_noise: Whether drafts for sampled text are ranked by the noise that will draw it. Only a
-            measurement would turn it off.
-        history_bytes: The most memory that the text of earlier requests may take; the oldest goes first.
-        history_folder: Where that text is kept, so that a restart finds it; None to forget it at exit.
+            CPU while the drafter decodes. Results differ in the last bits. No effect on other devices.
+        known_noise: Whether drafts for sampled text are ranked by the noise that it will be drawn with.
+            Turned off in measurements only.
+        history_bytes: Limit of the memory for texts of earlier requests; the oldest are evicted first.
+        history_folder: Folder to save these texts in, for use after a restart; None to lose them at exit.
         history_prompts: Whether prompts are kept.
         history_replies: Whether replies are kept.
     """

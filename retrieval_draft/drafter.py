@@ -1,4 +1,4 @@
-"""The object a user holds: a model together with what it drafts from."""
+"""The drafter: a model together with its draft sources."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ _log = logging.getLogger("retrieval_draft")
 class RetrievalDrafter:
     """Generates with a model in fewer forward passes, by drafting from text seen before.
 
-    What is generated does not depend on the drafts. The rows of a batch are decoded together; calls
+    The output does not depend on the drafts. The rows of a batch are decoded together; calls
     from several threads wait for each other.
 
     Attributes:
-        config: How drafts are made.
+        config: The drafting configuration.
         stats: Counts and times of all requests so far.
         last_stats: Those of the last request; None before the first.
-        store: What servers share; None without.
+        store: Store that servers share; None without one.
         kernels: Faster layers for few tokens on the CPU, which the model uses while the drafter decodes.
         target: The model as it is decoded with.
         tokenizer: The model's, or None.
@@ -140,12 +140,12 @@ class RetrievalDrafter:
                 `config`, "calibrated" without one.
             corpora: Folders of ``retrieval-draft index build``, or opened ones, to draft from. They and the
                 next need the tokenizer.
-            phrases: Fixed texts the model often repeats: a file, or a list of texts.
-            store: What servers share, with the same tokenizer: a URL such as ``redis://host:6379`` or
-                ``embedded://FOLDER``, a `StoreConfig`, or an opened `SharedStore`, which stays the caller's.
+            phrases: Fixed texts that the model often repeats: a file, or a list of texts.
+            store: Store that servers share, with the same tokenizer: a URL such as ``redis://host:6379`` or
+                ``embedded://FOLDER``, a `StoreConfig`, or an opened `SharedStore`, which the caller closes.
             draft_model: A model with the same tokenizer, a pair of another model and its tokenizer, "self"
                 for the target with layers skipped, a draft source such as `HeadDraft`, or a list of those.
-            config: Everything else that can be set.
+            config: All other settings.
 
         Raises:
             UnknownMethodError: No method of that name.
@@ -172,11 +172,11 @@ class RetrievalDrafter:
             return cls(target, tokenizer, parts, make_draft_engine(target, parts))
 
     def namespace(self, tenant: str, history_bytes: int) -> RetrievalDrafter:
-        """A drafter over the same model that shares corpora and measurements, and nothing it learns.
+        """A drafter over the same model that shares corpora and measurements, but no learned state.
 
         Args:
             tenant: Names its part of the store and of the history's folder.
-            history_bytes: The most memory that its history may take.
+            history_bytes: Limit of its history's memory.
         """
         config, stores = self.context.config, self.context.stores
         folder = config.history_folder
@@ -220,31 +220,32 @@ class RetrievalDrafter:
             input_ids: int64, shape (batch, length). Rows are decoded together, each with its own drafts. It
                 may be named ``inputs``; without one a model with a bos token begins with that.
             attention_mask: Zeros mark left padding.
-            generation_config: As for ``model.generate``. It may stand second, and what ``model.generate``
-                takes behind it third.
-            *more: What ``model.generate`` takes by position behind ``logits_processor``.
-            streamer: Sees the prompts once, then the new tokens once and in order, one for each row.
+            generation_config: As for ``model.generate``. It may be second, and the next argument of
+                ``model.generate`` third.
+            *more: Positional arguments of ``model.generate`` after ``logits_processor``.
+            streamer: Receives the prompts once, then the new tokens once and in order, one for each row.
             seed: For sampling; one for all prompts, or a list of one for each. The same seed gives a prompt
                 the same tokens with and without drafts, alone and in a batch; equal prompts of a batch and
                 ``num_return_sequences`` draw different ones. Without one, seeds are drawn from torch's global
                 generator.
-            sample: Which sample of its prompt and seed the first one is, to draw further ones later.
-            prediction: What the reply may look like: text or token ids.
-            documents: Texts the reply may quote: text or token ids, or a list of those.
-            share: What other servers may learn of this request, once it is finished: "none", "reply" or
-                "all"; None for what the store says. Needs a store, unless it is "none".
+            sample: Sample index of the first one among those of its prompt and seed, to draw further ones
+                later.
+            prediction: Expected reply: text or token ids.
+            documents: Texts that the reply may quote: text or token ids, or a list of those.
+            share: Parts of this request that other servers may learn, once it is finished: "none", "reply" or
+                "all"; None for the store's default. Needs a store, unless it is "none".
             best_of: Samples to draw for each prompt, of which the ``num_return_sequences`` with the highest
                 mean log probability are returned, the best first.
             output_prompt_logits: Whether ``prompt_logits`` is returned, with ``return_dict_in_generate``.
-            cache: Holds the beginning of `input_ids`: what an earlier call returned, or a ``DynamicCache``.
-                One of ours is continued in place; what the text does not share with it is taken off.
+            cache: Holds the beginning of `input_ids`: from an earlier call, or a ``DynamicCache``. One of
+                ours is continued in place, and cropped to the common beginning with the text.
             past_key_values: The name of `cache` before transformers 5.24; either works with any version.
             **generate_kwargs: As for ``model.generate``.
 
         Returns:
             int64, shape (batch, length + new), or a GenerateDecoderOnlyOutput with
             ``return_dict_in_generate=True``; its ``cache`` (before transformers 5.24 ``past_key_values``) can
-            be handed back.
+            be passed again.
         """
         options = {"streamer": streamer, **generate_kwargs}
         with ExitStack() as stack:
@@ -297,8 +298,9 @@ class RetrievalDrafter:
     ) -> Any:
         """A decoding loop: ``model.generate(..., custom_generate=drafter)``, as method or drafter itself.
 
-        What begins with ``draft_`` can be given to ``model.generate`` and means what it means to `generate`.
-        Its `streamer` is found although transformers hands it to no such loop.
+        Arguments that begin with ``draft_`` can be given to ``model.generate`` and have the meaning of those
+        of `generate`. The caller's `streamer` is found although transformers passes it to no such loop.
+        `input_ids` is int64, shape (batch, length).
         """
         if draft_streamer is None:
             draft_streamer = shown_streamer(streamer)
@@ -334,7 +336,7 @@ class RetrievalDrafter:
     __call__ = custom_generate
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes configuration, phrases, calibration, measured costs, and where corpora and store are.
+        """Writes configuration, phrases, calibration, measured costs, and paths of corpora and store.
 
         Not written: passwords, keys, draft models, and the history, which has a folder of its own.
         """
@@ -344,13 +346,13 @@ class RetrievalDrafter:
     def from_pretrained(
         cls, folder: str | Path, *, model: PreTrainedModel, tokenizer: Any = None, **options: Any
     ) -> RetrievalDrafter:
-        """Makes a drafter from what `save_pretrained` wrote.
+        """Makes a drafter from a folder of `save_pretrained`.
 
         Args:
-            folder: Where that is.
+            folder: The folder.
             model: The model, or another one with the same tokenizer.
-            tokenizer: The same one; needed wherever the drafter had one that it drafts with.
-            **options: `corpora`, `phrases`, `store`, `draft_model`, `config`: instead of what was saved.
+            tokenizer: The same one; needed if the drafter had one.
+            **options: `corpora`, `phrases`, `store`, `draft_model`, `config`: instead of the saved ones.
 
         Raises:
             DatastoreError: A file is missing, torn, foreign or of a newer format.
@@ -361,16 +363,16 @@ class RetrievalDrafter:
 
     @property
     def nbytes_by_source(self) -> dict[str, int]:
-        """Bytes that each source holds, by its name; requests that run not included."""
+        """Bytes that each source holds, by its name; running requests not included."""
         return {source.name: source.nbytes for source in self.draft_engine.sources}
 
     @property
     def continuous(self) -> ContinuousDrafter:
-        """The same for requests that come and go, as a server's do."""
+        """Continuous batching with this drafter, for servers."""
         return ContinuousDrafter(self)
 
     def warm_up(self) -> None:
-        """Compiles, measures and reads now what the first request would otherwise wait for, or do without."""
+        """Compiles kernels, measures costs and reads the store ahead of the first request."""
         in_live_pool(self._warm_up)
         if self.store is not None:
             self.store.wait_ready()
@@ -384,13 +386,13 @@ class RetrievalDrafter:
                 self.draft_engine.prepare()
 
     def flush(self) -> None:
-        """Waits until what finished requests said can be drafted from; no request waits for that."""
+        """Waits until finished requests' texts can be drafted from; no request waits for that."""
         self.draft_engine.flush()
         if self.store is not None:
             self.store.flush()
 
     def close(self) -> None:
-        """Keeps and sends what waits for the history's folder and the store, and stops background threads."""
+        """Saves and sends texts that wait for history and store, and stops background threads."""
         self.draft_engine.close()
         if self.store is not None and self.context.stores.owns_shared:
             self.store.close()
@@ -404,7 +406,7 @@ class RetrievalDrafter:
     def __deepcopy__(self, memo: dict[int, Any]) -> RetrievalDrafter:
         """A drafter for the copy of a model whose ``generate`` is this one's; it is made at its first use.
 
-        It shares corpora, phrases and store, and begins with an empty history and without draft models.
+        It shares corpora, phrases and store, and starts with an empty history and without draft models.
 
         Raises:
             InvalidInputError: No copy of the model is being made.
@@ -450,7 +452,7 @@ class RetrievalDrafter:
 
         Args:
             documents: Texts or token ids that the reply may quote, one or several; None for none.
-            prediction: The same for what the reply may look like.
+            prediction: The same for the expected reply.
 
         Raises:
             InvalidInputError: An id lies outside the vocabulary, or a text comes without a tokenizer.
@@ -513,7 +515,7 @@ class RetrievalDrafter:
         return make_output(rows, input_ids, config)
 
     def _decode(self, requests: list[DecodeRequest], extras: DecodeOptions, total: DraftStats) -> list[Row]:
-        """Decodes a batch with sessions of the sources for each row, and counts it whatever happens."""
+        """Decodes a batch with sessions of the sources for each row, and counts it even after an error."""
         shared, failures = DraftStats(), self.draft_engine.failures
         each = [DraftStats() for _ in requests]
         try:
@@ -540,7 +542,7 @@ _NO_COPY = (
 
 
 def _drafter_like(drafter: RetrievalDrafter, model: Any) -> RetrievalDrafter:
-    """A drafter for another model with the same tokenizer, which shares what is only read."""
+    """A drafter for another model with the same tokenizer, which shares read-only data."""
     parts = drafter.context
     config = replace(parts.config, history_folder=None)
     if parts.models and get_method(config.method).needs_model:
@@ -560,7 +562,7 @@ _making = threading.RLock()
 
 
 def _after_fork() -> None:
-    """A lock that another thread held at the fork would stay locked in the child."""
+    """Renews locks in a forked child: one that another thread held would stay locked."""
     locks: dict[int, Any] = {}  # drafters of one model take turns in the child too
     for drafter in _drafters:
         drafter.lock = locks.setdefault(id(drafter.lock), threading.RLock())

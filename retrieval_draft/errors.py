@@ -1,17 +1,17 @@
-"""Every error this package raises on purpose.
+"""Errors that this package raises on purpose.
 
 RetrievalDraftError
   InvalidInputError(ValueError)          a prompt, a length or an option that cannot be used
     UnknownMethodError                   no drafting method of that name
   TokenizerMismatchError(ValueError)     tokenizer and model (or datastore) do not belong together
   UnsupportedModelError(ValueError)      its cache cannot be rolled back, or masks are ignored
-  UnsupportedGenerationError(ValueError) a generation mode this package does not do (beams, ...)
+  UnsupportedGenerationError(ValueError) a generation mode that is not supported (beams, ...)
   UnsupportedEngineError(RuntimeError)   transformers or an engine in a version whose interface is not known
   NonFiniteLogitsError(ArithmeticError)  the model returned NaN, or a score to draw by is infinite
   ModelFileError(OSError)                a model file is missing, torn or foreign
   DatastoreError(OSError)                a datastore's file is missing, torn, foreign or in use
 
-Messages say what failed, what was found, what is allowed and what to do next.
+Messages name the failure, the found and the allowed value, and a remedy.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class RetrievalDraftError(Exception):
     """Base of all errors raised on purpose by this package.
 
     Args:
-        message: What failed, what was found and what is allowed.
-        hint: What to do next. The command line prints it on its own line.
+        message: The failure, the found and the allowed value.
+        hint: A remedy. The command line prints it on its own line.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
@@ -61,11 +61,11 @@ class UnsupportedModelError(RetrievalDraftError, ValueError):
 
 
 class UnsupportedGenerationError(RetrievalDraftError, ValueError):
-    """A generation mode that drafted decoding does not do."""
+    """A generation mode that drafted decoding does not support."""
 
 
 class UnsupportedEngineError(RetrievalDraftError, RuntimeError):
-    """transformers is too old, or an engine hands work to drafts in a way that is not known here."""
+    """transformers is too old, or an engine calls draft plug-ins through an unknown interface."""
 
 
 class NonFiniteLogitsError(RetrievalDraftError, ArithmeticError):
@@ -73,7 +73,7 @@ class NonFiniteLogitsError(RetrievalDraftError, ArithmeticError):
 
 
 class ModelFileError(RetrievalDraftError, OSError):
-    """A model file is missing, torn or not what its name says."""
+    """A model file is missing, torn or foreign."""
 
 
 class DatastoreError(RetrievalDraftError, OSError):

@@ -34,25 +34,25 @@ _ENDLESS = 1 << 30
 
 
 class Proposer:
-    """Proposes draft trees and chains from text alone; whoever asks verifies them with a model of their own.
+    """Proposes draft trees and chains from text only; the caller verifies them with a model of its own.
 
     The same sources, fusion and calibration as `RetrievalDrafter`, without a model: no cost is measured, so
-    the caller says how many nodes it wants, and the adjacency matrix learns from the emitted tokens, or from
-    logits that the caller hands over. Sessions may be used from several threads; they take turns.
+    the caller chooses the number of nodes, and the adjacency matrix learns from the emitted tokens, or from
+    logits that the caller passes. Sessions may be used from several threads; they take turns.
 
     Args:
-        stores: What is drafted from besides the requests.
-        config: How to draft.
+        stores: Data to draft from besides the requests.
+        config: The drafting configuration.
 
     Attributes:
         config: As given.
         stats: Counts of all sessions.
-        store: What servers share; None without.
+        store: Store that servers share; None without one.
 
     Example:
         with Proposer.for_tokenizer(tokenizer) as proposer:
             session = proposer.open(prompt)
-            tree = session.propose(16)  # verify it, then tell what was emitted:
+            tree = session.propose(16)  # verify it, then pass the emitted tokens:
             session.observe(emitted)
             session.close()
     """
@@ -73,7 +73,7 @@ class Proposer:
         self._hierarchy = SourceHierarchy(self._method.sources(parts))
         self.calibration: Calibration = load_calibration(calibration_file(config))
         self.lock = threading.RLock()
-        """Sources and calibration are shared by all sessions and take one at a time."""
+        """Lock of sources and calibration, which all sessions share."""
 
     @classmethod
     def for_tokenizer(
@@ -90,15 +90,16 @@ class Proposer:
 
         Args:
             tokenizer: Of the model that verifies. None where there are only ids; `vocabulary` is needed then,
-                and nothing is drafted from but requests.
-            vocabulary: Ids are below it; None for as many as the tokenizer has.
+                and drafts come from requests only.
+            vocabulary: Number of token ids; None for that of the tokenizer.
             corpora: Folders of ``retrieval-draft index build``, or opened ones.
-            phrases: Fixed texts the model often repeats: a file, or a list of texts.
-            store: What servers share: a URL, a `StoreConfig`, or an opened `SharedStore`.
-            config: Everything else that can be set.
+            phrases: Fixed texts that the model often repeats: a file, or a list of texts.
+            store: Store that servers share: a URL, a `StoreConfig`, or an opened `SharedStore`.
+            config: All other settings.
 
         Raises:
-            InvalidInputError: There is neither tokenizer nor vocabulary, or something needs the tokenizer.
+            InvalidInputError: There is neither tokenizer nor vocabulary, or another argument needs the
+                tokenizer.
             TokenizerMismatchError: A corpus or the opened store belongs to another tokenizer.
             DatastoreError: A corpus is missing or torn.
         """
@@ -118,8 +119,8 @@ class Proposer:
 
         Args:
             prompt: int32, shape (length,), one token at least: all of the text so far.
-            references: Texts the reply may quote, int32 each.
-            share: What other servers may learn of it: "none", "reply" or "all"; None for what the store says.
+            references: int32, shape (length,) each. Texts that the reply may quote.
+            share: Parts that other servers may learn: "none", "reply" or "all"; None for the store's default.
 
         Raises:
             InvalidInputError: The prompt is empty or has ids outside the vocabulary, or there is no store.
@@ -131,7 +132,7 @@ class Proposer:
             raise InvalidInputError(f"share={share!r} needs a store.", "Pass store= to for_tokenizer.")
         texts = [self._checked(text, "A reference") for text in references]
         stats = DraftStats(requests=1, prompt_tokens=len(ids))
-        opened = self._hierarchy.open(ids, texts)  # a long text takes its time, and is nobody else's
+        opened = self._hierarchy.open(ids, texts)  # outside the lock, as a long text takes time
         with self.lock:
             drafting = DraftSession(
                 opened,
@@ -144,21 +145,21 @@ class Proposer:
         return ProposerSession(self, drafting, ids, share, stats)
 
     def warm_up(self) -> None:
-        """Compiles now what the first request would otherwise wait for, and reads the store's log."""
+        """Compiles kernels and reads the store's log ahead of the first request."""
         spare = MethodContext(replace(self.config, history_folder=None), DraftStores(vocabulary=16))
         compile_drafting(self._method.sources(spare), self._method.tree, self.config.top_k)
         if self.store is not None:
             self.store.wait_ready()
 
     def flush(self) -> None:
-        """Waits until what finished requests said can be drafted from; no request waits for that."""
+        """Waits until finished requests' texts can be drafted from; no request waits for that."""
         self._hierarchy.flush()
         keep_calibration(self.calibration, calibration_file(self.config))
         if self.store is not None:
             self.store.flush()
 
     def close(self) -> None:
-        """Keeps and sends what waits, and stops background threads."""
+        """Saves and sends pending data, and stops background threads."""
         self._hierarchy.close()
         keep_calibration(self.calibration, calibration_file(self.config))
         if self.store is not None and self.stores.owns_shared:
@@ -176,7 +177,7 @@ class Proposer:
 
     @property
     def nbytes_by_source(self) -> dict[str, int]:
-        """The same, each source's by its name."""
+        """Bytes held by each source, by its name."""
         return {source.name: source.nbytes for source in self._hierarchy.sources}
 
     def __enter__(self) -> Proposer:
@@ -235,10 +236,10 @@ class ProposerSession:
 
         Args:
             nodes: Draft nodes at most, the root not counted.
-            max_depth: Longest path that is of use; None for any.
+            max_depth: Largest useful length of a path; None for any.
 
         Returns:
-            The tree; its root alone where nothing is known.
+            The tree; its root alone where no source has a guess.
 
         Raises:
             InvalidInputError: `nodes` is negative or too large, or the session is closed.
@@ -255,11 +256,11 @@ class ProposerSession:
     def propose_chain(
         self, max_tokens: int, min_prob: float = 0.0, nodes: int | None = None
     ) -> tuple[TokenArray, NDArray[np.float32]]:
-        """The one continuation of which most is accepted on average.
+        """The one continuation with the most accepted tokens on average.
 
         Args:
-            max_tokens: Its length at most.
-            min_prob: It ends before a token whose path probability is lower.
+            max_tokens: Limit of its length.
+            min_prob: Smallest path probability of its tokens.
             nodes: Size of the tree it is chosen from; None for twice its length, 16 at least.
 
         Returns:
@@ -286,7 +287,7 @@ class ProposerSession:
         return tree.tokens[kept], tree.path_probs[kept]
 
     def cut(self, nodes: int) -> None:
-        """Says that only the first `nodes` draft nodes of the last proposal are verified.
+        """Limits verification to the first `nodes` draft nodes of the last proposal.
 
         Args:
             nodes: 0 or more; the others are neither counted nor learned from as verified.
@@ -295,20 +296,21 @@ class ProposerSession:
             self._plan = self._plan.cut(max(nodes, 0))
 
     def observe(self, tokens: TokenArray, logits: NodeLogits | None = None, *, later: bool = False) -> int:
-        """Takes in what the model emitted since the last call, in order, the bonus token included.
+        """Appends the tokens that the model emitted since the last call, in order, the bonus token included.
 
         Args:
             tokens: int32, shape (m,).
-            logits: What the model said at positions of the text or of the tree, if the caller has it; else
-                the sources learn that each token followed what stands before it.
+            logits: The model's predictions at positions of the text or of the tree, if the caller has them;
+                else the sources learn that each token followed its context.
             later: Whether learning from the step, but for its tokens, waits for `apply_feedback`, so that the
                 next proposal comes sooner; the next call of this or `close` does it at the latest.
 
         Returns:
-            How many of the tokens had been drafted, from the first on.
+            Number of the tokens that had been drafted, from the first on.
 
         Raises:
-            InvalidInputError: An id lies outside the vocabulary, or the session is closed; nothing is kept.
+            InvalidInputError: An id lies outside the vocabulary, or the session is closed; no token is
+                appended.
         """
         emitted = self._proposer._checked(tokens, "What was emitted")
         self._check_open()
@@ -334,7 +336,7 @@ class ProposerSession:
         return len(path) - 1
 
     def apply_feedback(self) -> None:
-        """Learns what waits since `observe`. Once is enough, twice does no harm."""
+        """Learns from the last `observe`. Further calls do nothing."""
         feedback, self._unlearned = self._unlearned, None
         if feedback is None:
             return
@@ -346,10 +348,10 @@ class ProposerSession:
             self._drafting.learn(feedback.plan, feedback.emitted, logits)
 
     def close(self, *, finished: bool = True) -> None:
-        """Ends the request: its text joins the history, and, if finished, the store. Twice does no harm.
+        """Ends the request: adds its text to the history, and, if finished, to the store. Idempotent.
 
         Args:
-            finished: False where the request was given up: other servers learn nothing of it then.
+            finished: False where the request was aborted: other servers learn nothing of it then.
         """
         if self._closed:
             return
@@ -369,7 +371,7 @@ class ProposerSession:
 
 
 class _Feedback(NamedTuple):
-    """What a step showed, until it is learned."""
+    """Result of a step, until it is learned."""
 
     plan: DraftPlan
     path: Sequence[int]
@@ -379,7 +381,7 @@ class _Feedback(NamedTuple):
 
 
 def _said(text: TokenArray, count: int) -> NodeLogits:
-    """That each of the last `count` tokens of `text` followed the ones before it."""
+    """Predictions with probability 1 that each of the last `count` tokens of `text` followed its context."""
     padded = np.concatenate((np.full(CONTEXT, -1, np.int32), text))
     first = np.arange(len(text) - count, len(text))
     contexts = padded[first[:, None] + np.arange(CONTEXT)]  # a view of windows takes four times as long

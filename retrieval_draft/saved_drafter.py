@@ -37,19 +37,19 @@ DRAFTER = "drafter.json"
 FORMAT = "retrieval_draft drafter"
 FORMAT_VERSION = 1
 _MAX_BYTES = 1 << 30
-"""Of a description with phrases of a hundred million tokens."""
+"""Largest size of a description: phrases of a hundred million tokens."""
 
 _AGAIN = "Save the drafter again, or copy the whole folder."
 _log = logging.getLogger("retrieval_draft")
 
 
 class SavedStore(msgspec.Struct):
-    """Where servers share, without what only its users may know.
+    """The store that servers share, without its secrets.
 
     Attributes:
         url: Without user and password.
         snapshots: A folder or URL, likewise.
-        signed: Whether there was a key, which whoever loads this must bring.
+        signed: Whether there was a key, which the caller must provide to load this.
         options: The other fields of `StoreConfig`.
     """
 
@@ -70,20 +70,20 @@ class SavedDrafter(msgspec.Struct, kw_only=True):
     """The description of a drafter. It may be edited by hand.
 
     Attributes:
-        format: What kind of file this is.
+        format: Kind of the file.
         format_version: Of the file.
-        library_version: What wrote it.
-        created: When, UTC.
+        library_version: Version that wrote it.
+        created: Time of creation, UTC.
         vocabulary: Rows of the model's embedding.
         fingerprint: Of the tokenizer; empty without one.
-        tokens: How many ids the tokenizer has.
-        config: How to draft.
+        tokens: Number of the tokenizer's ids.
+        config: The drafting configuration.
         corpora: Index folders; relative ones lie in this folder.
         phrases: Token ids of the fixed texts; null for none.
-        store: What servers share; null for nothing.
-        draft_models: How many draft models there were; they are not kept.
-        calibration: File and checksum (xxh3, 128 bits); null where nothing was drafted yet.
-        costs: null where nothing was measured yet.
+        store: Store that servers share; null without one.
+        draft_models: Number of draft models, which are not saved.
+        calibration: File and checksum (xxh3, 128 bits); null before the first draft.
+        costs: Measured costs; null before the first measurement.
     """
 
     format: str
@@ -103,7 +103,7 @@ class SavedDrafter(msgspec.Struct, kw_only=True):
 
 
 def save_drafter(drafter: RetrievalDrafter, folder: str | Path) -> None:
-    """Writes what `load_drafter` reads. The description comes last, so that a reader never sees half of it.
+    """Writes a drafter for `load_drafter`. The description is last, so that a reader never sees half of it.
 
     Args:
         drafter: Any.
@@ -147,14 +147,14 @@ def save_drafter(drafter: RetrievalDrafter, folder: str | Path) -> None:
 def load_drafter(
     kind: type[RetrievalDrafter], folder: str | Path, model: Any, tokenizer: Any, given: dict[str, Any]
 ) -> RetrievalDrafter:
-    """Makes a drafter from what `save_drafter` wrote.
+    """Makes a drafter from a folder of `save_drafter`.
 
     Args:
         kind: The class of the drafter.
-        folder: Where it was written.
-        model: Any; calibration is worth most for the model that it was learned with.
+        folder: The folder.
+        model: Any; calibration fits the model best that it was learned with.
         tokenizer: The model's.
-        given: Arguments of ``for_model`` that go before what was saved.
+        given: Arguments of ``for_model`` that override the saved ones.
 
     Raises:
         DatastoreError: A file is missing, torn, foreign or of a newer format.
@@ -223,7 +223,7 @@ def _read(path: Path) -> SavedDrafter:
 
 
 def _check(saved: SavedDrafter, path: Path) -> None:
-    """Holds what types do not say to what `save_drafter` can have written."""
+    """Checks values beyond their types against those that `save_drafter` can have written."""
     ids = [token for phrase in saved.phrases or () for token in phrase]
     seconds = [] if saved.costs is None else list(saved.costs.seconds.values())
     wrong = (
@@ -263,7 +263,7 @@ def _check_tokenizer(saved: SavedDrafter, tokenizer: Any, home: Path) -> None:
 
 
 def _write_calibration(calibration: Calibration, home: Path) -> tuple[str, str]:
-    """Under a name of its content, so that the description before and the one after are both whole."""
+    """Writes the calibration under a name from its content, so that older descriptions stay valid."""
     scratch = home / "calibration.safetensors"
     calibration.save(scratch)
     checksum = file_checksum(scratch)
@@ -288,7 +288,7 @@ def _read_calibration(saved: SavedDrafter, home: Path) -> Calibration | None:
 
 
 def _portable(path: Path, home: Path) -> str:
-    """Relative if it lies in the folder, which may then be moved with it; else absolute."""
+    """Path relative to the folder if it lies in it, so that both can be moved; else absolute."""
     whole, base = path.absolute(), home.absolute()
     return str(whole.relative_to(base)) if whole.is_relative_to(base) else str(whole)
 
@@ -322,7 +322,7 @@ def _store_config(saved: SavedStore) -> StoreConfig:
 
 
 def _situation(drafter: RetrievalDrafter) -> dict[str, str]:
-    """What the costs of passes depend on."""
+    """Properties that the costs of passes depend on."""
     target = drafter.target
     model: Any = target.model
     weights = list(model.parameters())

@@ -1,4 +1,4 @@
-"""Continuous batching: requests join a running batch and leave it, as a server needs it."""
+"""Continuous batching: requests join and leave a running batch, for servers."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ __all__ = ["ContinuousDrafter"]
 
 
 class ContinuousDrafter:
-    """Prepares requests as `RetrievalDrafter.generate` does, and lends the batch that decodes them.
+    """Prepares requests as `RetrievalDrafter.generate` does, and provides the batch that decodes them.
 
-    A request that was prepared here says what `generate` says with the same options and seed, alone or in
-    company.
+    A request that was prepared here has the output of `generate` with the same options and seed, alone or in
+    a batch.
 
     Args:
-        drafter: Whose model, drafts and store are used.
+        drafter: The drafter whose model, sources and store are used.
     """
 
     def __init__(self, drafter: RetrievalDrafter) -> None:
@@ -52,7 +52,7 @@ class ContinuousDrafter:
 
     @property
     def target(self) -> Target:
-        """The model as it is decoded with."""
+        """The target model."""
         return self._drafter.target
 
     def prepare(
@@ -68,17 +68,18 @@ class ContinuousDrafter:
         streamer: Any = None,
         **options: Any,
     ) -> DecodeRequests:
-        """What `generate` would decode. May run while a batch does.
+        """Prepares the requests that `generate` would decode. May run while a batch does.
 
         Args:
             input_ids: int64, shape (1, length). One prompt.
             seed: For sampling.
-            prediction: What the reply may look like: text or token ids.
-            documents: Texts the reply may quote.
-            share: What other servers may learn: "none", "reply" or "all".
+            prediction: Expected reply: text or token ids.
+            documents: Texts that the reply may quote.
+            share: Parts that other servers may learn: "none", "reply" or "all".
             best_of: Samples to draw; their log probabilities are kept.
-            top_logprobs: Alternatives of each token to keep with log probabilities; None for nothing.
-            streamer: Refused, and ended: tokens are handed to the requests' own `emit`.
+            top_logprobs: Alternatives of each token to keep with log probabilities; None for no log
+                probabilities.
+            streamer: Refused, and ended: tokens are passed to the requests' own `emit`.
             **options: As for ``model.generate``.
 
         Returns:
@@ -118,7 +119,7 @@ class ContinuousDrafter:
         """An empty batch, for one thread. Calls of `generate` wait until it is left.
 
         Args:
-            failed: Told of rows that raised, which have left the batch; None lets errors out.
+            failed: Called with rows that raised, which have left the batch; None re-raises errors.
         """
         drafter, shared = self._drafter, DraftStats()
         supply = drafter.draft_engine
@@ -134,19 +135,19 @@ class ContinuousDrafter:
                     drafter.stats.add(shared)
 
     def open(self, prepared: DecodeRequests, stats: Sequence[DraftStats]) -> list[DraftSession | None]:
-        """Opens the sources for what was prepared here.
+        """Opens the sources for prepared requests.
 
         Args:
-            prepared: About to join the batch of this drafter, or of one that this is a namespace of.
+            prepared: Requests about to join the batch of this drafter, or of one that this is a namespace of.
             stats: Counts to add to, one for each request.
         """
         return self._drafter.draft_engine.open(prepared.requests, prepared.references, stats)
 
     @property
     def opens_beside(self) -> bool:
-        """Whether `open` may run beside the batch: no source passes anything through a model then."""
+        """True if `open` may run in parallel with the batch: no source runs a model then."""
         return not self._drafter.context.models
 
     def plain_seconds(self, rows: int) -> float:
-        """What a pass over one token of each row is measured to take; 0 where nothing is measured."""
+        """Measured seconds of a pass over one token of each row; 0 where nothing is measured."""
         return self._drafter.draft_engine.budget.plain_seconds(rows)

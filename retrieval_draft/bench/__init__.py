@@ -1,1 +1,1 @@
-"""Measurements behind every number of the README."""
+"""Measurements on a user's own model, traces and corpora."""

@@ -1,4 +1,4 @@
-"""Whether a reply is the greedy one, and if not, whether a near tie of two logits excuses it."""
+"""Comparison of a reply with the greedy one, with near ties of logits excused."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Outcome = Literal["equal", "tie", "different"]
 def compare_outputs(model: Any, prompt: Sequence[int], stock: Sequence[int], reply: Sequence[int]) -> Outcome:
     """Compares `reply` with the greedy reply `stock`, token for token.
 
-    Where they part, the plain model runs over the prompt and the whole reply: it is a tie when every
-    token of the reply from there on is within `TIE` of the best logit at its place, in half precision within
-    two units in the last place. So a reply is not excused for what follows a tie.
+    Where they differ, the plain model runs over the prompt and the whole reply: it is a tie when every token
+    of the reply from there on is within `TIE` of the best logit at its position, in half precision within two
+    units in the last place. So tokens after a tie are not excused.
 
     Args:
         model: The target model.
         prompt: Token ids.
-        stock: What `model.generate` returned after the prompt.
-        reply: What the other method returned.
+        stock: Tokens that `model.generate` returned after the prompt.
+        reply: Tokens that the other method returned.
     """
     same = compare(stock, reply)
     if same is None:

@@ -1,4 +1,4 @@
-"""Replays traces with every method that needs no model, side by side."""
+"""Replays of traces with every method that needs no model, side by side."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from retrieval_draft.methods.registry import get_method
 __all__ = ["ORACLE", "compare_methods", "lookup_methods"]
 
 ORACLE = "best single source"
-"""The oracle's row: in each step the one source of `calibrated` that turns out best, known afterwards."""
+"""The oracle's row: in each step the one source of `calibrated` that turns out best, chosen in hindsight."""
 
 
 def lookup_methods() -> list[str]:
@@ -34,7 +34,7 @@ def compare_methods(
     Args:
         paths: Trace files.
         nodes: Draft nodes of every step, one or more.
-        methods: Names; all that need no model where there are none.
+        methods: Names; without any, all that need no model.
         progress: Called after each replay.
         **options: As for `replay`.
 

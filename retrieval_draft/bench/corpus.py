@@ -1,4 +1,4 @@
-"""What an index of a code base brings: prompts cut from files that were left out of it."""
+"""Gain of an index of a code base, for prompts cut from files that it does not contain."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from retrieval_draft.index.source import TokenArray
 __all__ = ["measure_corpus", "standard_library"]
 
 STOP_AT = 0.2, 0.8
-"""Prompts end in this part of a file: not in its licence, not where it ends."""
+"""Part of a file in which prompts end: not in its licence, not at its end."""
 
 
 def standard_library() -> tuple[list[str], list[str], list[str]]:
-    """The folder of Python's standard library, globs of what is no part of it, and globs of its tests."""
+    """The folder of Python's standard library, globs of other files in it, and globs of its tests."""
     packages = ["site-packages/**", "dist-packages/**"]
     tests = [f"{folder}/**" for folder in ("test", "**/tests", "**/test", "**/*_test")]
     return [sysconfig.get_path("stdlib")], packages, tests
@@ -57,26 +57,26 @@ def measure_corpus(
     """Indexes most files, then generates from beginnings of the others, with and without the index.
 
     Args:
-        model: Decodes greedily.
+        model: The target model, decoded greedily.
         tokenizer: The model's.
         paths: The code base.
         include: Globs of files to take.
-        exclude: Globs of files to leave out altogether.
+        exclude: Globs of files to leave out entirely.
         no_prompts: Globs of files that are indexed but that no prompt is cut from.
-        prompts: How many; each from a file of its own, which the index does not hold.
+        prompts: Number of prompts, each from a file of its own, which the index does not hold.
         prompt_tokens: Length of each.
         max_new_tokens: Of each reply.
         nodes: Of each step; None for the measured cost to choose.
-        seed: Draws files and places.
+        seed: Draws files and positions.
 
     Returns:
-        Tokens per step with and without, their ratio, ratios of speed, and how many replies were equal.
+        Tokens per step with and without, their ratio, ratios of speed, and the number of equal replies.
     """
     files = find_files(paths, include=include, exclude=exclude)
     sources = find_files(paths, include=include, exclude=[*exclude, *no_prompts])
     encoder = Encoder(tokenizer, getattr(tokenizer, "name_or_path", ""))
     random = np.random.default_rng(seed)
-    # A model that expects a first token of its own writes nonsense without it.
+    # A model that expects a first token of its own generates nonsense without it.
     start = tokenizer("")["input_ids"][:1]
     cut = [
         (file, [*start, *ids])
@@ -135,7 +135,7 @@ def _cut_prompts(
     cut: list[tuple[DocumentFile, list[int]]] = []
     for place in random.permutation(len(files)):
         text = ""
-        with suppress(NoTextColumnError):  # no prompt is cut from it, as nothing of it is indexed
+        with suppress(NoTextColumnError):  # no prompt is cut from it, as it is not indexed
             text = next((text for _, text in read_documents(files[place], ReadReport())), "")
         tokens: TokenArray = encoder.encode([text])[0]
         first, last = (int(part * len(tokens)) for part in STOP_AT)

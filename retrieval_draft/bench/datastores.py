@@ -1,4 +1,4 @@
-"""Datastores measured: an index is built, opened and drafted from, and a history that grows meanwhile."""
+"""Measurements of datastores: building, opening and lookups of an index, and a growing history."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def measure_index(
 ) -> dict[str, Any]:
     """Builds an index of synthetic text from tokens to files, opens it and drafts from it.
 
-    A smaller index of 1M tokens is measured in turn with it, to see how lookups grow.
+    A smaller index of 1M tokens is measured in turn with it, to show the growth of lookups.
 
     Args:
         tokens: Of the index.
-        vocabulary: Ids are below it.
+        vocabulary: Number of token ids.
         workers: Threads that sort.
         nodes: Of each proposal.
-        segment_tokens: Tokens of a segment; None for what ``index build`` would take.
-        folder: Where to write; the default is a temporary folder that is removed.
+        segment_tokens: Tokens of a segment; None for the default of ``index build``.
+        folder: Folder to write to; the default is a temporary folder that is removed.
 
     Returns:
         The object that ``bench index --json`` prints; a lookup is observing one to four tokens and proposing.
@@ -88,17 +88,17 @@ def measure_index(
 
 
 def measure_history(tokens: int, *, vocabulary: int = 32000, nodes: int = 60) -> dict[str, Any]:
-    """Fills a history, then drafts from it while requests of 1,000 tokens are taken in, and then evicts.
+    """Fills a history, then drafts from it while requests of 1,000 tokens are added, and then evicts.
 
     Args:
         tokens: To fill it with.
-        vocabulary: Ids are below it.
+        vocabulary: Number of token ids.
         nodes: Of each proposal.
 
     Returns:
         Bytes a token, and microseconds of a step's part in the history (observing, proposing, and at the end
-        of a request handing it over): alone, while requests are taken in, and while old ones are evicted; and
-        resident bytes before and after the eviction of half of it.
+        of a request adding it): alone, while requests are added, and while old ones are evicted; and resident
+        bytes before and after the eviction of half of it.
     """
     text = SyntheticText(vocabulary)
     _sort_something(vocabulary)
@@ -143,7 +143,7 @@ def measure_history(tokens: int, *, vocabulary: int = 32000, nodes: int = 60) ->
 
 
 def resident_bytes() -> int | None:
-    """Memory of this process that is in RAM, mapped files included; None where the system does not tell."""
+    """Resident memory of this process, mapped files included; None where the system does not report it."""
     try:
         status = Path("/proc/self/statm").read_text()
     except OSError:
@@ -154,7 +154,7 @@ def resident_bytes() -> int | None:
 def _build(
     text: SyntheticText, tokens: int, vocabulary: int, workers: int, segment_tokens: int, path: Path
 ) -> dict[str, Any]:
-    """Builds an index from tokens; making them up is not counted."""
+    """Builds an index from tokens; generating them is not counted."""
     index = IndexFolder.create(path, "synthetic", vocabulary)
     entries = []
     seconds = 0.0
@@ -170,7 +170,7 @@ def _build(
 
 
 class _Peak:
-    """The most resident memory seen inside it, over what was there before."""
+    """Peak of resident memory inside the context, above that before."""
 
     def __init__(self) -> None:
         self.nbytes = 0
@@ -210,7 +210,7 @@ def _lookups(sources: Sequence[DraftSource], query: TokenArray, nodes: int) -> l
 def _steps_while(
     history: History, source: HistorySource, text: SyntheticText, query: TokenArray, nodes: int
 ) -> list[float]:
-    """Steps of a decoding thread, with a forward pass's pause between, while finished requests come in."""
+    """Steps of a decoding thread, with a forward pass's pause between, while finished requests are added."""
     prompts = [text.tokens(_REQUEST, seed=1000 + number) for number in range(20)]
     none = np.empty(0, np.int32)
     session = source.open(query[:32])

@@ -1,4 +1,4 @@
-"""The decoding methods that `bench live` lets run against each other."""
+"""The decoding methods that `bench live` compares."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ STOCK = "stock"
 STOCK_LOOKUP = "stock-pld"
 STOCK_COMPILED = "stock-compiled"
 NO_CUDNN = "-no-cudnn"
-"""Behind any other name: without cuDNN's attention, which recent torch prefers and which plans anew for every
-length."""
+"""Suffix of any other name: without cuDNN's attention, which recent torch prefers and which makes a new plan
+for every length."""
 PLAIN = "none"
 LOOKUP_TOKENS = 10
-"""``prompt_lookup_num_tokens`` of the prompt lookup that we compare with."""
+"""``prompt_lookup_num_tokens`` of the prompt lookup in the comparison."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,8 @@ class Run:
         seconds: From the call to its return, prefill included.
         steps: Forward passes after the prefill.
         nodes: Draft tokens verified in them.
-        pass_seconds: Of those forward passes; 0 where the method does not tell.
-        loop_seconds: Of what the loop adds to them: drafting, masks, reading logits, commit, learning.
+        pass_seconds: Of those forward passes; 0 where the method does not report it.
+        loop_seconds: Of the loop's other work: drafting, masks, reading logits, commit, learning.
     """
 
     tokens: list[int]
@@ -65,7 +65,7 @@ class Run:
 
 
 class Decoder(Protocol):
-    """A way to decode."""
+    """A decoding method."""
 
     name: str
 
@@ -74,7 +74,7 @@ class Decoder(Protocol):
         ...
 
     def call(self, inputs: dict[str, Any]) -> Any:
-        """What `model.generate` would return for these arguments; any number of rows, greedy or sampled."""
+        """Output of `model.generate` for these arguments; any number of rows, greedy or sampled."""
         ...
 
 
@@ -90,12 +90,12 @@ def make_contestant(
 ) -> Decoder:
     """``stock`` is `model.generate`, ``stock-pld`` its prompt lookup, all else a drafting method.
 
-    ``stock-compiled`` is `model.generate` with a static cache and ``torch.compile`` ("reduce-overhead"; on
-    a CPU without code generation, for there it is only tried out). Any name may end in ``-no-cudnn``.
+    ``stock-compiled`` is `model.generate` with a static cache and ``torch.compile`` ("reduce-overhead"; on a
+    CPU without code generation, as a smoke test only). Any name may end in ``-no-cudnn``.
 
     Args:
-        name: Which.
-        model: Decodes.
+        name: Name of the method.
+        model: The target model.
         tokenizer: The model's.
         nodes: Of each step; None for the measured cost to choose.
         cpu_kernels: Whether drafting methods use our kernels.
@@ -146,15 +146,15 @@ class _Stock:
         self._options = options
 
     def call(self, inputs: dict[str, Any]) -> Any:
-        """As `Decoder.call`."""
+        """Implements `Decoder.call`."""
         return self._model.generate(**inputs, **self._options)
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> Run:
-        """As `Decoder.generate`."""
+        """Implements `Decoder.generate`."""
         if "compile_config" in self._options:  # a hook would be compiled too, and count one pass for all
             tokens, seconds = _timed(self._model, self.call, ids, max_new_tokens)
             return Run(tokens, seconds, len(tokens) - 1, 0)
-        # One hook of a few microseconds a pass: nothing beside a forward pass of any model.
+        # One hook of a few microseconds a pass: negligible beside a forward pass of any model.
         with ForwardPasses(self._model) as count:
             tokens, seconds = _timed(self._model, self.call, ids, max_new_tokens)
         steps = count.passes - 1
@@ -179,11 +179,11 @@ class _Drafted:
         self.drafter.warm_up()
 
     def call(self, inputs: dict[str, Any]) -> Any:
-        """As `Decoder.call`."""
+        """Implements `Decoder.call`."""
         return self.drafter.generate(**inputs)
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> Run:
-        """As `Decoder.generate`."""
+        """Implements `Decoder.generate`."""
         tokens, seconds = _timed(self._model, self.call, ids, max_new_tokens)
         stats = self.drafter.last_stats
         assert stats is not None
@@ -199,19 +199,19 @@ class _NoCudnn:
         self._inner = inner
 
     def call(self, inputs: dict[str, Any]) -> Any:
-        """As `Decoder.call`."""
+        """Implements `Decoder.call`."""
         with cudnn_attention(False):
             return self._inner.call(inputs)
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> Run:
-        """As `Decoder.generate`."""
+        """Implements `Decoder.generate`."""
         with cudnn_attention(False):
             run: Run = self._inner.generate(ids, max_new_tokens)
         return run
 
     @property
     def drafter(self) -> Any:
-        """That of the other contestant, where it has one."""
+        """Drafter of the other contestant, if it has one."""
         return self._inner.drafter
 
 
@@ -227,7 +227,7 @@ def _compiled(model: Any) -> dict[str, Any]:
 
 @contextmanager
 def cudnn_attention(wanted: bool) -> Iterator[None]:
-    """Inside, torch may or may not choose cuDNN for attention, in this whole process."""
+    """Allows or forbids cuDNN's attention inside the context, in the whole process."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(wanted)
     try:

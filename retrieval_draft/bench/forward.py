@@ -35,7 +35,7 @@ def measure_forward(models: Sequence[Any], *, context: int = 256, rounds: int = 
     Args:
         models: Measured in turn in each round, for instance one model in two dtypes.
         context: Tokens in the cache.
-        rounds: How often everything is timed.
+        rounds: Number of timings of each case.
 
     Returns:
         One object for each model, as ``bench forward --json`` prints it.
@@ -84,7 +84,7 @@ def _passes(model: Any, context: int) -> Callable[[int], object]:
 
 
 class _Machine:
-    """Read bandwidth and arithmetic of a device, measured again and again."""
+    """Read bandwidth and arithmetic of a device, measured in every round."""
 
     def __init__(self, device: torch.device) -> None:
         self._buffer = torch.ones(_READ_BYTES // 4, device=device)

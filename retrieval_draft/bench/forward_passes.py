@@ -1,4 +1,4 @@
-"""Counts a model's forward passes from outside, whoever runs them."""
+"""Counts of a model's forward passes by a hook, for any decoding loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding methods side by side on a real model: speed, tokens per step, and whether the text is the same."""
+"""Decoding methods side by side on a real model: speed, tokens per step, and equality of the text."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def live(
 ) -> dict[str, Any]:
     """Decodes every prompt greedily with every method and compares them.
 
-    The methods take turns on each prompt, and who begins moves on from prompt to prompt, so that a
-    machine that becomes slower meanwhile slows all of them. One prompt more comes first, uncounted.
+    The methods take turns on each prompt, with another first one for each prompt, so that a machine that
+    becomes slower slows all of them. One more prompt comes first, uncounted.
 
     Tokens per step: new tokens over forward passes, the same for every method. The prefill is no step
     and the first token of each reply, which it yields, is not counted; so `model.generate` has 1.
@@ -49,22 +49,22 @@ def live(
     Args:
         model: The target model.
         tokenizer: Its tokenizer.
-        prompts: In the order to run.
+        prompts: The prompts, in the order to run.
         max_new_tokens: For each reply.
         methods: ``stock``, ``stock-pld``, ``stock-compiled`` and names of drafting methods.
         nodes: Draft nodes of every step, or None for the budget that the cost model chooses.
-        record: Where to write the replies of ``stock`` as a trace.
+        record: File for the replies of ``stock`` as a trace.
         cpu_kernels: Whether drafting methods use our kernels; ``stock`` and ``stock-pld`` never do.
         history: Whether drafting methods draft from earlier prompts and replies of the run too.
         corpora: Index folders that drafting methods draft from.
         draft_model: As for `make_contestant`.
 
     Returns:
-        What ``bench live --json`` prints. ``equal_to_stock`` counts prompts with exactly the tokens of
-        ``stock``, ``near_ties`` those that part from it at a near tie of logits, ``different`` the rest.
-        ``ratio_to_none`` is against our own plain decoding: what drafts bring. What ``none`` has over
-        ``stock`` is what our kernels bring. ``loop_share`` is what our loop adds to its forward passes, as a
-        share of their time.
+        The object that ``bench live --json`` prints. ``equal_to_stock`` counts prompts with exactly the
+        tokens of ``stock``, ``near_ties`` those that differ from it at a near tie of logits, ``different``
+        the rest. ``ratio_to_none`` is relative to our own plain decoding: the gain of drafts. The ratio of
+        ``none`` to ``stock`` is the gain of our kernels. ``loop_share`` is the time that our loop adds to its
+        forward passes, as a share of theirs.
     """
     methods = list(dict.fromkeys(methods))
     if not methods:

@@ -20,7 +20,7 @@ class Prompt:
 
     Attributes:
         id: Its name in the file.
-        task: What kind of request it is.
+        task: Kind of request.
         text: The prompt itself, or None when `ids` are given.
         ids: Token ids, for prompts that are no text.
     """
@@ -38,7 +38,7 @@ class Prompt:
 def read_prompts(paths: Sequence[Path]) -> list[Prompt]:
     """Reads JSON lines with ``prompt``, or ``turns`` of which the first is taken, and optionally ``task``.
 
-    Without a task the file's name stands for it.
+    Without a task the file's name is used.
 
     Raises:
         InvalidInputError: Names file and line.
@@ -73,13 +73,13 @@ def spread(
     """Takes `limit` prompts in turn from every task, in an order drawn with `seed`.
 
     Args:
-        prompts: All there are.
-        limit: How many to take, or None for all.
+        prompts: All prompts.
+        limit: Number of prompts to take, or None for all.
         tasks: Only these, or all when empty.
         seed: Draws the order of the prompts within each task.
 
     Raises:
-        InvalidInputError: No prompt is left, or a task is not there.
+        InvalidInputError: No prompt is left, or a task does not exist.
     """
     groups: dict[str, list[Prompt]] = {}
     for prompt in prompts:
@@ -101,10 +101,10 @@ def spread(
 def random_prompts(
     count: int, length: int, vocabulary: int, avoid: Sequence[int] = (), seed: int = 0
 ) -> list[Prompt]:
-    """Prompts of random ids, in which there is nothing to find.
+    """Prompts of random ids, without repetition to draft from.
 
     Args:
-        count: How many.
+        count: Number of prompts.
         length: Ids in each.
         vocabulary: Ids are drawn below this.
         avoid: Special tokens.

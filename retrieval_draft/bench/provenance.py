@@ -1,4 +1,4 @@
-"""Where a measurement comes from: code, versions, command and machine."""
+"""Provenance of a measurement: code, versions, command and machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PACKAGES = ("retrieval_draft", "torch", "transformers", "numpy", "numba", "toke
 
 
 def provenance() -> dict[str, Any]:
-    """What a reader needs to repeat a measurement, as plain types for JSON."""
+    """Data needed to repeat a measurement, as plain types for JSON."""
     import torch
 
     return {
@@ -52,6 +52,6 @@ def _git_sha() -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    # A checkout that was copied may belong to another user and have other modes: it is the same code.
+    # A copied checkout may belong to another user and have other modes: it is the same code.
     command = ["git", "-C", str(folder), "-c", "safe.directory=*", "-c", "core.fileMode=false", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()

@@ -1,4 +1,4 @@
-"""Records greedy replies as a trace, with the target's best tokens at every position."""
+"""Recording of greedy replies as a trace, with the target's best tokens at every position."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOP = 8
 
 
 class TraceWriter:
-    """Writes a trace: gzipped JSON lines, one a request. The file appears when all are written.
+    """Writes a trace: gzipped JSON lines, one a request. The file appears when all requests are written.
 
     Args:
         path: The trace file.

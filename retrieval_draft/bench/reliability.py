@@ -1,4 +1,4 @@
-"""Whether a probability of .7 comes true in 7 of 10 cases."""
+"""Calibration error: predicted against observed acceptance."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Reliability:
         """Adds a step.
 
         Args:
-            tree: What was verified.
+            tree: The verified tree.
             outcomes: int8, shape (n + 1,). As `Calibration.observe` returns them.
         """
         known = np.flatnonzero(outcomes >= 0)
@@ -71,7 +71,7 @@ def _error(sums: NDArray[np.float64]) -> float:
 
 
 def plot_reliability(summary: dict[str, Any], path: Path) -> None:
-    """Draws predicted against observed acceptance, and how many nodes each bin has.
+    """Plots predicted against observed acceptance, and the number of nodes of each bin.
 
     Args:
         summary: Of `Reliability.summary`.

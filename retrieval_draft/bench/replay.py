@@ -1,8 +1,8 @@
-"""Replays recorded greedy outputs: how many tokens a step would have been accepted, without a model.
+"""Replay of recorded greedy outputs: tokens that each step would have accepted, without a model.
 
-A draft node is accepted when it continues the recorded output, which is exactly when greedy decoding would
-have accepted it. What the target said at nodes off the recorded path is not in a trace, so sources that learn
-from logits do worse here than with a model.
+A draft node is accepted when it continues the recorded output, exactly as in greedy decoding. The target's
+predictions at nodes off the recorded path are not in a trace, so sources that learn from logits do worse here
+than with a model.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Trace:
     """One recorded request.
 
     Attributes:
-        task: What kind of request it was.
+        task: Kind of request.
         prompt: int32, shape (prompt,).
         output: int32, shape (output,).
         top_tokens: int32, shape (output, k), the target's best tokens at each output position, or None.
         top_probs: float32, shape (output, k), their probabilities, or None.
-        noise: What the output was drawn with, or None where it is greedy.
+        noise: Noise that the output was drawn with, or None where it is greedy.
     """
 
     task: str
@@ -94,7 +94,7 @@ def _trace(record: Any) -> Trace:
 
 
 def _noise(record: Any) -> GumbelNoise | None:
-    """What ``{"seed", "sample", "vocabulary"}`` stands for."""
+    """Noise by the record's ``{"seed", "sample", "vocabulary"}``."""
     if record is None:
         return None
     import torch
@@ -120,11 +120,11 @@ class Replayer:
     """Sources and calibration that live from one trace to the next.
 
     Args:
-        config: How to draft.
+        config: The drafting configuration.
         nodes: Draft nodes of every step.
-        keep: Whether sources keep what they learned from one request to the next.
-        stores: What sources are made from.
-        calibration: It goes on learning.
+        keep: Whether sources keep learned state from one request to the next.
+        stores: Data that sources are made from.
+        calibration: The calibration, updated in place.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class Replayer:
         counts = Counts(tokens=len(trace.output))
         if not len(trace.output):
             return counts
-        if not self._keep:  # request-level sources only: nothing is carried over
+        if not self._keep:  # request-level sources only, without state between requests
             self._hierarchy.close()
             self._hierarchy = SourceHierarchy(self._method.sources(self._parts))
         calibration = self.calibration.open(trace.noise)
@@ -206,11 +206,11 @@ class Replayer:
             done += len(emitted)
             counts.steps += 1
         drafts.close()
-        self._hierarchy.flush()  # so that a replay is the same every time
+        self._hierarchy.flush()  # so that a replay is deterministic
         return counts
 
     def _learn(self, drafts: SourceSessions, trace: Trace, text: TokenArray, first: int, last: int) -> None:
-        """Tells the sources what the target said at outputs first..last-1: its top-k, or its choice alone."""
+        """Passes the sources the target's predictions at outputs first..last-1: top-k, or the choice only."""
         if trace.top_tokens is None or trace.top_probs is None:
             top_tokens = trace.output[first:last, None]
             top_probs = np.ones((last - first, 1), np.float32)
@@ -246,23 +246,23 @@ def replay(
         paths: Trace files.
         nodes: Draft nodes of every step.
         sources: Names of draft sources; None for all.
-        history: Whether sources keep what they learned from one request to the next.
+        history: Whether sources keep learned state from one request to the next.
         method: A drafting method by name; "none" drafts nothing.
         limit: Replay only so many requests.
         corpora: Index folders to draft from, built with the traces' tokenizer.
-        part: "all" requests, or only those at "even" or "odd" places; priors are fitted on the even ones.
-        without: Evidence that calibration does not learn from, to see what it is worth.
+        part: "all" requests, or only those with "even" or "odd" indices; priors are fitted on the even ones.
+        without: Evidence that calibration does not learn from, to measure its value.
         priors: Whether calibration starts from the shipped priors.
-        oracle: Whether to verify, in each step, the source that turns out best, and no other.
-        calibration: What to start from instead; it goes on learning.
+        oracle: Whether to verify, in each step, only the source that turns out best.
+        calibration: Calibration to start from instead; updated in place.
 
     Returns:
         The object that ``bench replay --json`` prints: tokens_per_step is all tokens over all steps, the
         first token of a reply coming from the prefill; times are in microseconds, `fuse_us` being fusion,
-        selection and what calibration learns, without the sources.
+        selection and calibration updates, without the sources.
 
     Raises:
-        InvalidInputError: The traces hold nothing to replay, or an argument is none of those allowed.
+        InvalidInputError: The traces have no request to replay, or an argument is invalid.
     """
     config = DraftConfig(
         method=method, nodes=nodes, sources=tuple(sources) if sources is not None else SOURCES

@@ -1,4 +1,4 @@
-"""Token runs that repeat themselves the way text does: phrases of skewed frequency, with slips."""
+"""Token runs with the repetition of text: phrases of skewed frequency, with random errors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class SyntheticText:
     """A source of text over one phrase book.
 
     Args:
-        vocabulary: Ids are below it.
-        seed: Of the phrase book; the same seed knows the same phrases.
+        vocabulary: Number of token ids.
+        seed: Of the phrase book; the same seed gives the same phrases.
     """
 
     def __init__(self, vocabulary: int, seed: int = 0) -> None:
@@ -32,7 +32,7 @@ class SyntheticText:
         self._words = self._zipf(random, int(self._ends[-1]), vocabulary).astype(np.int32)
 
     def tokens(self, count: int, seed: int) -> NDArray[np.int32]:
-        """int32, shape (count,).
+        """Generates text: int32, shape (count,).
 
         Args:
             count: Tokens.
@@ -55,7 +55,7 @@ class SyntheticText:
         return out
 
     def joined(self, count: int, seed: int, document: int = 700) -> tuple[NDArray[Any], NDArray[np.int32]]:
-        """Documents in one array as `Segment.join` takes them, and where each starts."""
+        """Documents in one array as `Segment.join` takes them, and their start indices."""
         text = self.tokens(count, seed).astype(text_dtype(self._vocabulary))
         text[document::document] = self._vocabulary
         text[-1] = self._vocabulary

@@ -1,4 +1,4 @@
-"""What a model says at every position of a given reply, from one pass."""
+"""Logits of a model at every position of a given reply, from one pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens of a reply against what a teacher-forced pass finds best, in units in the last place."""
+"""Tokens of a reply compared with the best ones of a teacher-forced pass, in units in the last place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from retrieval_draft.engine.sampling.noise import GumbelNoise
 __all__ = ["ALLOWED", "TIE", "Ties", "compare", "count_ties", "gaps", "unit"]
 
 TIE = 1e-4
-"""Two logits so close count as a tie in float32: sums in another order can swap them."""
+"""Distance of logits that counts as a tie in float32: sums in another order can swap them."""
 
 ALLOWED = 2.0
 """Units that a token may lie below the best one: a tie that another order of sums may decide."""
@@ -36,7 +36,7 @@ def unit(logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(slots=True)
 class Ties:
-    """Tokens of replies by their distance to the best token at their place.
+    """Tokens of replies by their distance to the best token at their position.
 
     Attributes:
         positions: Tokens in all.
@@ -68,13 +68,13 @@ class Ties:
 def gaps(
     model: Any, prompt: Sequence[int], reply: Sequence[int], noise: GumbelNoise | None = None
 ) -> list[float]:
-    """How many units each token of `reply` lies below the best one in a pass of `model` over the whole text.
+    """Distance in units of each token of `reply` to the best one in a pass of `model` over the whole text.
 
     Args:
         model: A causal language model.
         prompt: Token ids.
         reply: Token ids, at least one.
-        noise: What the reply was drawn with, at a temperature of 1 from the whole vocabulary; None for
+        noise: Noise that the reply was drawn with, at a temperature of 1 from the whole vocabulary; None for
             greedy.
     """
     logits = reply_logits(model, prompt, reply)
@@ -108,7 +108,7 @@ def count_ties(
 
 
 def compare(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """The first place at which two replies differ; None where they are equal."""
+    """The first index at which two replies differ; None where they are equal."""
     if list(one) == list(other):
         return None
     places = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)

@@ -62,16 +62,16 @@ def main(arguments: Sequence[str] | None = None, commands: typer.Typer = app) ->
 
     Args:
         arguments: Words after the program's name; those of the process by default.
-        commands: The commands there are; ``python -m benchmarks`` has its own.
+        commands: The available commands; ``python -m benchmarks`` has its own.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     end = words.index("--") if "--" in words else len(words)
     debug = "--debug" in words[:end]
-    # It may stand anywhere, as people add it to the end of a line that failed.
+    # It may be anywhere, as users add it to the end of a line that failed.
     words = [word for number, word in enumerate(words) if word != "--debug" or number > end]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A letter that the terminal's encoding lacks costs that letter, not the rest of the output.
+            # A character that the terminal's encoding lacks is replaced, and the rest is printed.
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
@@ -88,7 +88,7 @@ def _run(commands: typer.Typer, words: list[str], debug: bool) -> int:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read stdout has left; Python must not complain again when it closes it.
+        # The reader of stdout has left; Python must not report that again when it closes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
@@ -99,7 +99,7 @@ def _run(commands: typer.Typer, words: list[str], debug: bool) -> int:
 
 
 def _report(error: Exception) -> int:
-    """Prints what went wrong and what to do; returns the exit code."""
+    """Prints an error and its hint; returns the exit code."""
     # typer's usage errors come from click, or from its own copy of click in newer releases.
     usage = getattr(error, "format_message", None)
     if usage is not None:

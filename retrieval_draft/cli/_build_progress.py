@@ -1,4 +1,4 @@
-"""Shows how an index build goes: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of an index build: a bar on a terminal, regular lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SECONDS = 10.0
 
 @contextmanager
 def build_progress(files: int, nbytes: int) -> Iterator[Callable[[BuildState], None]]:
-    """Yields what a build calls with its state.
+    """Yields a function that a build calls with its state.
 
     Args:
         files: Files to read.

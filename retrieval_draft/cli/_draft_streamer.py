@@ -1,4 +1,4 @@
-"""Streams text while it is generated, and knows which tokens were accepted drafts."""
+"""Streamer of text that marks accepted drafts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _BROKEN = "\ufffd"
 
 
 class DraftStreamer:
-    """A streamer for `generate` that gets told when a forward pass begins.
+    """A streamer for `generate` that is notified when a forward pass begins.
 
-    All tokens between two passes come from one step: the last was chosen by the model alone, those
-    before it were drafts that the model agreed with. `step` must be called before every pass.
+    All tokens between two passes come from one step: the last was chosen by the model, those before it were
+    accepted drafts. `step` must be called before every pass.
 
     Args:
         tokenizer: Turns tokens to text.
-        write: Takes a piece of text, and whether it was drafted; None keeps silent.
+        write: Receives a piece of text, and whether it was drafted; None writes nothing.
 
     Attributes:
         tokens: The reply so far.
@@ -41,21 +41,21 @@ class DraftStreamer:
         self._shown = 0
 
     def put(self, value: torch.Tensor) -> None:
-        """Takes the prompt first, then new tokens."""
+        """Receives the prompt first, then new tokens."""
         if not self._seen_prompt:
             self._seen_prompt = True
             return
         self._waiting.extend(value.flatten().tolist())
 
     def step(self) -> None:
-        """A forward pass begins: what came since the last one is complete."""
+        """Completes the last step's tokens at the start of a forward pass."""
         last = len(self._waiting) - 1
         for number, token in enumerate(self._waiting):
             self._add(token, number < last)
         self._waiting.clear()
 
     def end(self) -> None:
-        """Writes what is left."""
+        """Writes the rest of the text."""
         self.step()
         rest = self._decode(self._from, len(self.tokens))[len(self._decode(self._from, self._shown)) :]
         self._emit(rest, False)
@@ -63,7 +63,7 @@ class DraftStreamer:
     def _add(self, token: int, drafted: bool) -> None:
         self.tokens.append(token)
         self.drafted.append(drafted)
-        # Two texts that begin alike are compared, because a token's own text may lack its space.
+        # Two texts with the same beginning are compared, because a token's own text may lack its space.
         before, now = self._decode(self._from, self._shown), self._decode(self._from, len(self.tokens))
         if len(now) <= len(before) or now.endswith(_BROKEN):
             return

@@ -1,4 +1,4 @@
-"""Finds the tokenizer that a user, or an index, names."""
+"""Tokenizers by the names of users and indexes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_encoder(name: str) -> Encoder:
 
 
 def named_tokenizer(index: IndexFolder) -> str:
-    """The tokenizer an index was built with."""
+    """Name of the tokenizer that an index was built with."""
     if not index.manifest.tokenizer:
         raise InvalidInputError(f"{index.path} does not say its tokenizer.", "Name it with --tokenizer.")
     return index.manifest.tokenizer

@@ -14,7 +14,7 @@ __all__ = ["plot_description"]
 
 
 def plot_description(found: Description, tokens: int, path: Path) -> None:
-    """Draws how long positions repeat, and in how many ways contexts go on.
+    """Plots the lengths of repeated text, and the numbers of continuations of contexts.
 
     Raises:
         InvalidInputError: matplotlib is missing, or the file's suffix is no picture's.

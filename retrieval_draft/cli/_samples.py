@@ -1,4 +1,4 @@
-"""Several texts from one prompt, printed when all are there."""
+"""Several texts from one prompt, printed when all are complete."""
 
 from __future__ import annotations
 

@@ -24,12 +24,12 @@ Store = Annotated[
         envvar=URL_VARIABLE,
         show_envvar=True,
         show_default=False,
-        help="What servers share: redis://HOST:PORT, embedded://FOLDER, ...",
+        help="Store that servers share: redis://HOST:PORT, embedded://FOLDER, ...",
     ),
 ]
-Tenant = Annotated[str, typer.Option("--tenant", help="Who shares with each other.")]
+Tenant = Annotated[str, typer.Option("--tenant", help="Servers of one tenant share with each other.")]
 Share = Annotated[
-    str, typer.Option("--share", help="What others may learn of the request: none, reply or all.")
+    str, typer.Option("--share", help="Parts of a request that others may learn: none, reply or all.")
 ]
 Snapshots = Annotated[
     str | None,
@@ -38,7 +38,7 @@ Snapshots = Annotated[
 
 
 def config(url: str | None, tenant: str, share: str, snapshots: str | None = None) -> StoreConfig | None:
-    """What the options say; None without a store.
+    """The configuration from the options; None without a store.
 
     Raises:
         InvalidInputError: One of them cannot be used.
@@ -66,7 +66,7 @@ def needed(url: str | None) -> str:
 
 
 def password() -> str | None:
-    """Of the store, from the environment."""
+    """Password of the store, from the environment."""
     from retrieval_draft.index.store.url import PASSWORD_VARIABLE
 
     return os.environ.get(PASSWORD_VARIABLE) or None

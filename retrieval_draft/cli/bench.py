@@ -39,7 +39,7 @@ def live(
         str,
         typer.Option(
             help="stock, stock-pld (prompt lookup), stock-compiled and drafting methods, by commas; "
-            "-no-cudnn behind a name leaves cuDNN's attention out."
+            "-no-cudnn after a name turns cuDNN's attention off."
         ),
     ] = "stock,stock-pld,none,calibrated",
     nodes: Nodes = None,
@@ -52,7 +52,7 @@ def live(
         int | None, typer.Option(min=1, help="So many prompts of random ids instead of files.")
     ] = None,
     prompt_length: Annotated[int, typer.Option(min=1, help="Ids in each random prompt.")] = 256,
-    seed: Annotated[int, typer.Option(help="Draws which prompts, and random ids.")] = 0,
+    seed: Annotated[int, typer.Option(help="Draws the prompts, and random ids.")] = 0,
     record: Annotated[
         Path | None, typer.Option(help="Write stock's replies as a trace (.jsonl.gz).", show_default=False)
     ] = None,
@@ -68,7 +68,7 @@ def live(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Compare decoding methods on a model: speed, tokens per step, and whether the text is the same."""
+    """Compare decoding methods on a model: speed, tokens per step, and equality of the text."""
     if not prompts and random_ids is None:
         raise typer.BadParameter("name a file, or use --random-ids", param_hint="--prompts")
     from retrieval_draft.models.loading import check_name, load_model
@@ -111,9 +111,9 @@ def replay(
     nodes: Annotated[int, typer.Option(min=0, help="Draft nodes of every step.")] = 60,
     sources: Annotated[str, typer.Option(help="Only these sources, by commas.", show_default=False)] = "",
     history: Annotated[
-        bool, typer.Option("--history/--no-history", help="Keep what earlier requests taught.")
+        bool, typer.Option("--history/--no-history", help="Keep learned state between requests.")
     ] = True,
-    method: Annotated[str, typer.Option(help="How to draft.")] = "calibrated",
+    method: Annotated[str, typer.Option(help="A drafting method.")] = "calibrated",
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests.")] = None,
     index: Index = None,
     part: Annotated[str, typer.Option(help="all, even or odd requests; priors are fitted on even.")] = "all",
@@ -128,7 +128,7 @@ def replay(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Replay recorded replies without a model: how many tokens each step would have yielded."""
+    """Replay recorded replies without a model: tokens that each step would have yielded."""
     from retrieval_draft.bench.reliability import plot_reliability
     from retrieval_draft.bench.replay import replay as run
 
@@ -174,7 +174,7 @@ def methods(
     nodes: Annotated[str, typer.Option(help="Draft nodes of every step, by commas.")] = "8,16,32,60",
     names: Annotated[str, typer.Option("--methods", help="Only these, by commas.", show_default=False)] = "",
     history: Annotated[
-        bool, typer.Option("--history/--no-history", help="Keep what earlier requests taught.")
+        bool, typer.Option("--history/--no-history", help="Keep learned state between requests.")
     ] = True,
     part: Annotated[str, typer.Option(help="all, even or odd requests; priors are fitted on even.")] = "all",
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests.")] = None,
@@ -214,7 +214,7 @@ def forward(
     model: Model,
     dtypes: Annotated[str, typer.Option(help="One or more, by commas, measured in turn.")] = "float32",
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache.")] = 256,
-    rounds: Annotated[int, typer.Option(min=1, help="How often everything is timed.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Timings of each case.")] = 7,
     device: Device = None,
     out: Out = None,
     json: Json = False,
@@ -260,7 +260,7 @@ def forward(
 
 
 def print_live(result: dict[str, Any]) -> None:
-    """Prints what `bench live` found as a table."""
+    """Prints the result of `bench live` as a table."""
     rows: list[tuple[str, ...]] = []
     for name, entry in result["methods"].items():
         share = entry["loop_share"]

@@ -1,4 +1,4 @@
-"""What the benches have in common."""
+"""Shared parts of the bench commands."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def ratio_range(ratio: dict[str, float] | None) -> str:
 
 
 def split(words: str) -> list[str]:
-    """What stands between commas."""
+    """The words between commas."""
     return [word.strip() for word in words.split(",") if word.strip()]
 
 
 def finish(result: dict[str, Any], out: Path | None) -> None:
-    """Writes a result to the file that the user named, if one."""
+    """Writes a result to the user's file, if there is one."""
     if out is None:
         return
     part = out.with_name(out.name + ".part")

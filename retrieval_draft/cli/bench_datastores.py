@@ -1,4 +1,4 @@
-"""``retrieval-draft bench index`` and ``bench corpus``: what datastores cost, and what they bring."""
+"""``retrieval-draft bench index`` and ``bench corpus``: costs and gains of datastores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["corpus", "index"]
 
 def index(
     tokens: Annotated[int, typer.Option(min=1000, help="Tokens of the index.")] = 100_000_000,
-    vocabulary: Annotated[int, typer.Option(min=16, help="Ids are below it.")] = 32000,
+    vocabulary: Annotated[int, typer.Option(min=16, help="Number of token ids.")] = 32000,
     workers: Annotated[int, typer.Option(min=1, help="Threads that sort.")] = 2,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of each proposal.")] = 60,
     history_tokens: Annotated[
@@ -24,7 +24,7 @@ def index(
     ] = 10_000_000,
     folder: Annotated[
         Path | None,
-        typer.Option(help="Where to write meanwhile; the system's by default.", show_default=False),
+        typer.Option(help="Folder for temporary files; the system's by default.", show_default=False),
     ] = None,
     out: Out = None,
     json: Json = False,
@@ -85,7 +85,7 @@ def corpus(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Measure what an index of a code base brings to prompts cut from files it does not hold."""
+    """Measure the gain of an index of a code base, on prompts cut from files it does not contain."""
     from retrieval_draft.bench.corpus import measure_corpus, standard_library
     from retrieval_draft.models.loading import load_model
 

@@ -1,4 +1,4 @@
-"""Options that several commands take."""
+"""Options of several commands."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def text_of(argument: str) -> str:
     Raises:
         InvalidInputError: Its bytes are no text.
     """
-    # Bytes that the terminal's encoding lacks come as halves of surrogate pairs.
+    # Bytes that the terminal's encoding lacks arrive as halves of surrogate pairs.
     try:
         return os.fsencode(argument).decode() if not _is_text(argument) else argument
     except UnicodeError as error:
@@ -45,7 +45,7 @@ def text_of(argument: str) -> str:
 
 
 def text_of_stdin() -> str:
-    """All of stdin, in the encoding it is said to have, else in UTF-8.
+    """All of stdin, in its declared encoding, else in UTF-8.
 
     Raises:
         InvalidInputError: It is in neither.

@@ -92,7 +92,7 @@ def demo(
 
 
 def _show_sharing(model: Any, tokenizer: Any, nodes: int | None, max_new_tokens: int) -> None:
-    """One server says something, and another that shares its store drafts from it."""
+    """Generates on one server, and drafts from that text on another that shares its store."""
     from retrieval_draft.config import DraftConfig
     from retrieval_draft.drafter import RetrievalDrafter
     from retrieval_draft.index.store.config import StoreConfig

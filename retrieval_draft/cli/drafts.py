@@ -31,7 +31,7 @@ def serve(
     ] = None,
     vocabulary: Annotated[
         int | None,
-        typer.Option(min=1, help="Ids are below it; instead of a tokenizer, for drafts from requests alone."),
+        typer.Option(min=1, help="Number of ids; instead of a tokenizer, for drafts from requests only."),
     ] = None,
     index: Index = None,
     phrases: Annotated[Path | None, typer.Option(help="Fixed texts that the model often repeats.")] = None,
@@ -50,13 +50,13 @@ def serve(
     ] = None,
     api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="The same, one a line.")] = None,
     no_auth: Annotated[
-        bool, typer.Option("--no-auth", help="Let everyone who reaches the address in, without a key.")
+        bool, typer.Option("--no-auth", help="Accept requests without a key, on any address.")
     ] = False,
     history_mb: Annotated[
         int, typer.Option(min=1, help="Memory for earlier requests, of each tenant.")
     ] = 256,
     history_folder: Annotated[
-        Path | None, typer.Option(help="Where earlier requests are kept.", show_default=False)
+        Path | None, typer.Option(help="Folder of earlier requests' texts.", show_default=False)
     ] = None,
     max_sessions: Annotated[int, typer.Option(min=1, help="Open at once.")] = 4096,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of all open sessions.")] = 1 << 25,

@@ -1,4 +1,4 @@
-"""``retrieval-draft generate``: text from a prompt, as it comes."""
+"""``retrieval-draft generate``: text from a prompt, streamed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def generate(
     ],
     model: Model,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
-    method: Annotated[str, typer.Option(help="How to draft: calibrated, a published method, or none.")] = (
+    method: Annotated[str, typer.Option(help="Drafting method: calibrated, a published one, or none.")] = (
         "calibrated"
     ),
     nodes: Nodes = None,
@@ -74,7 +74,7 @@ def generate(
     dtype: Dtype = "float32",
     device: Device = None,
     cpu_kernels: CpuKernels = True,
-    stats: Annotated[bool, typer.Option("--stats", help="Print what drafting did, on stderr.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print drafting counts on stderr.")] = False,
     show_drafts: Annotated[
         bool,
         typer.Option("--show-drafts", help="Show accepted drafts in colour; in [ ] where there is none."),
@@ -157,7 +157,7 @@ def generate(
 
 
 def encode(tokenizer: Any, text: str, chat: bool) -> Any:
-    """The prompt as model inputs, in the chat template when wanted.
+    """The prompt as model inputs, in the chat template on request.
 
     Raises:
         InvalidInputError: There is no chat template.

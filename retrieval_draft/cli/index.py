@@ -1,4 +1,4 @@
-"""``retrieval-draft index``: build, extend, join, look into and check corpus indexes."""
+"""``retrieval-draft index``: build, extend, merge, inspect and check corpus indexes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Threads. 
 Segment = Annotated[
     int,
     typer.Option(
-        "--segment-tokens", min=0, help="Tokens of a segment at most; 0 for what suits this machine's memory."
+        "--segment-tokens", min=0, help="Tokens of a segment at most; 0 for a size that suits this machine."
     ),
 ]
 Executor = Annotated[
@@ -84,10 +84,10 @@ def build(
     workers: Workers = None,
     segment_tokens: Segment = 0,
     executor: Executor = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an index that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing index.")] = False,
     json: Json = False,
 ) -> None:
-    """Index text for drafting. Interrupted, the same command goes on where it stopped."""
+    """Index text for drafting. After an interruption the same command continues."""
     encoder = load_encoder(tokenizer)
     from retrieval_draft.index.segments.index_folder import IndexFolder
 
@@ -132,7 +132,9 @@ def merge(
     indexes: Annotated[list[Path], typer.Argument(help="Index folders.", show_default=False)],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="The index that takes all in. By default the first.", show_default=False),
+        typer.Option(
+            "--out", help="The index that gets all texts. By default the first.", show_default=False
+        ),
     ] = None,
     workers: Workers = None,
     segment_tokens: Segment = 0,
@@ -174,7 +176,7 @@ def _fill(
     json: bool,
     replace: bool,
 ) -> None:
-    """What build and add have in common."""
+    """Fills an index, for build and add."""
     from retrieval_draft.cli._build_progress import build_progress
     from retrieval_draft.index.build.builder import BuildOptions, build_index
     from retrieval_draft.index.build.documents import ReadReport, find_files

@@ -1,4 +1,4 @@
-"""``retrieval-draft index inspect``, ``verify`` and ``query``: what an index holds."""
+"""``retrieval-draft index inspect``, ``verify`` and ``query``: the contents of an index."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def inspect(
     samples: Annotated[int, typer.Option(min=1, help="Positions sampled for them.")] = 2000,
     json: Json = False,
 ) -> None:
-    """Say what an index holds."""
+    """Describe an index: its segments, texts and tokenizer."""
     from retrieval_draft.index.build.journal import Journal
     from retrieval_draft.index.segments.describe import describe
     from retrieval_draft.index.segments.index_folder import IndexFolder
@@ -99,7 +99,7 @@ def query(
     nodes: Annotated[int, typer.Option("--nodes", min=1, max=1024, help="Nodes of the draft.")] = 24,
     json: Json = False,
 ) -> None:
-    """Show what would be drafted after a text."""
+    """Show the draft after a text."""
     import numpy as np
 
     from retrieval_draft.index.corpus import Corpus, CorpusSource

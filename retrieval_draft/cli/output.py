@@ -1,4 +1,4 @@
-"""What every command prints alike: JSON on stdout, tables, colours."""
+"""Output of all commands: JSON on stdout, tables, colours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GREEN, _PLAIN = "\x1b[1;32m", "\x1b[0m"
 
 
 def print_json(value: Any) -> None:
-    """Prints one object on stdout, letters that its encoding lacks as JSON escapes."""
+    """Prints one object on stdout, characters that its encoding lacks as JSON escapes."""
     text = json.dumps(value, ensure_ascii=False, indent=2)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -26,7 +26,7 @@ def print_json(value: Any) -> None:
 
 
 def wants_color(stream: IO[str]) -> bool:
-    """Whether `stream` takes colours: a terminal does, ``NO_COLOR`` and ``FORCE_COLOR`` overrule."""
+    """True if `stream` is a terminal, unless ``NO_COLOR`` or ``FORCE_COLOR`` overrules that."""
     if os.environ.get("NO_COLOR"):
         return False
     return bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
@@ -40,7 +40,7 @@ def paint(text: str) -> str:
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], stream: IO[str] | None = None
 ) -> None:
-    """Prints a table, the first column to the left and numbers to the right. Nothing in it is cut.
+    """Prints a table, the first column to the left and numbers to the right. No cell is cut.
 
     On a terminal that is narrower than the table each row becomes lines of a heading and a value.
     """
@@ -55,7 +55,7 @@ def print_table(
         table.add_row(*map(Text, row))
     file = stream or sys.stdout
     console = Console(file=file)
-    # rich cuts what is wider than the terminal, or than 80 columns where there is none.
+    # rich cuts tables that are wider than the terminal, or than 80 columns without one.
     width = max(console.measure(table, options=console.options.update(width=_WIDEST)).maximum, len(title))
     if file.isatty() and width > console.width:
         print("\n".join(_stacked(title, columns, rows)), file=file)

@@ -27,7 +27,7 @@ def serve(
     unix_socket: Annotated[
         Path | None, typer.Option(help="A unix socket to listen on, in place of host and port.")
     ] = None,
-    method: Annotated[str, typer.Option(help="How to draft: calibrated, a published method, or none.")] = (
+    method: Annotated[str, typer.Option(help="Drafting method: calibrated, a published one, or none.")] = (
         "calibrated"
     ),
     nodes: Nodes = None,
@@ -44,7 +44,7 @@ def serve(
         str | None,
         typer.Option(help='A smaller model to draft with too; "self": this one with layers skipped.'),
     ] = None,
-    served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="Name of the model for clients.")] = None,
     chat_template: Annotated[
         Path | None, typer.Option(help="A Jinja chat template in place of the tokenizer's own.")
     ] = None,
@@ -54,7 +54,7 @@ def serve(
     ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="The same, one a line.")] = None,
     no_auth: Annotated[
-        bool, typer.Option("--no-auth", help="Let everybody in who can reach the address.")
+        bool, typer.Option("--no-auth", help="Accept requests without a key, on any address.")
     ] = False,
     max_batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 8,
     max_queue: Annotated[int, typer.Option(min=1, help="Choices that may wait; 429 beyond.")] = 256,
@@ -63,10 +63,10 @@ def serve(
     max_reference_tokens: Annotated[
         int, typer.Option(min=0, help="Of the documents and the prediction of one request.")
     ] = 65536,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of one reply, whatever is asked for.")] = 4096,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of one reply, as an upper limit.")] = 4096,
     request_seconds: Annotated[float, typer.Option(help="From arrival to the end of a reply.")] = 600.0,
-    stuck_seconds: Annotated[float, typer.Option(help="A longer step makes /health say stuck.")] = 120.0,
-    grace: Annotated[float, typer.Option(min=0.0, help="Seconds for what runs, when told to stop.")] = 30.0,
+    stuck_seconds: Annotated[float, typer.Option(help="A longer step turns /health stuck.")] = 120.0,
+    grace: Annotated[float, typer.Option(min=0.0, help="Seconds for running requests at a stop.")] = 30.0,
     prefill_chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens in one pass.")] = 512,
     cors_origin: Annotated[
         list[str] | None,
@@ -93,7 +93,7 @@ def serve(
     engine: Annotated[str, typer.Option(help="transformers, or vllm.")] = "transformers",
     vllm_arguments: Annotated[
         list[str] | None,
-        typer.Argument(help="With --engine vllm, behind --: options of vllm serve.", show_default=False),
+        typer.Argument(help="With --engine vllm, after --: options of vllm serve.", show_default=False),
     ] = None,
 ) -> None:
     """Serve a model to OpenAI's clients, its drafts made from text seen before."""
@@ -216,10 +216,10 @@ def _serve(
 
 
 def _keys(given: list[str], file: Path | None, tenant: str, host: str | None, no_auth: bool) -> Any:
-    """The keys; none only where they are not needed or not wanted.
+    """The keys; none only where they are not needed or turned off.
 
     Raises:
-        InvalidInputError: Others could reach the server without a key.
+        InvalidInputError: Other machines could reach the server without a key.
     """
     from retrieval_draft.http.keys import KEYS_VARIABLE, KeyRing, is_loopback, read_keys
 
@@ -250,7 +250,7 @@ def _read(path: Path) -> str:
 
 
 def _only_key(given: list[str], file: Path | None, tenant: str) -> str | None:
-    """The key for vLLM, which knows one and no tenants.
+    """The key for vLLM, which has one key and no tenants.
 
     Raises:
         InvalidInputError: There are several.

@@ -1,4 +1,4 @@
-"""``retrieval-draft store``: run an embedded store, look at one, and take a snapshot."""
+"""``retrieval-draft store``: run an embedded store, show one, and write a snapshot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from retrieval_draft.errors import DatastoreError, InvalidInputError
 
 __all__ = ["app", "serve", "snapshot", "status"]
 
-app = typer.Typer(no_args_is_help=True, help="What servers share: run it, look at it, snapshot it.")
+app = typer.Typer(no_args_is_help=True, help="The store that servers share: run it, show it, snapshot it.")
 
 Tokenizer = Annotated[
     str | None,
@@ -29,7 +29,7 @@ Tokenizer = Annotated[
 
 @app.command("serve")
 def serve(
-    folder: Annotated[Path, typer.Argument(help="Where the data are kept.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Folder of the data.", show_default=False)],
     host: Annotated[
         str | None, typer.Option(help="An address to listen on besides the socket.", show_default=False)
     ] = None,
@@ -62,14 +62,14 @@ def serve(
             print("\n".join(urls))
         sys.stdout.flush()
         while not over.wait(1.0):
-            server.ensure()  # should it have been killed, it comes back with its data
+            server.ensure()  # restarts a killed server with its data
     finally:
         server.close()
 
 
 @app.command("status")
 def status(store: Store = None, json: Json = False) -> None:
-    """Show what is in a store: each tokenizer's and tenant's log, how large and how old."""
+    """Show a store's contents: size and age of each tokenizer's and tenant's log."""
     from retrieval_draft.index.store.describe_store import describe_store
     from retrieval_draft.index.store.url import parse_store_url
 

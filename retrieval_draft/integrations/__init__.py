@@ -1,1 +1,1 @@
-"""Plug-ins for engines that keep their own model: vLLM and llama.cpp; and what transformers needs."""
+"""Plug-ins for engines that keep their own model: vLLM and llama.cpp."""

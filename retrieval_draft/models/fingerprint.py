@@ -1,4 +1,4 @@
-"""What tells tokenizers apart: which text each id stands for."""
+"""Fingerprints of tokenizers: digests of the text of each id."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """One more than the largest id, added tokens included; ids may have gaps."""
+    """Largest id plus one, added tokens included; ids may have gaps."""
     return max(tokenizer.get_vocab().values(), default=0) + 1

@@ -1,4 +1,4 @@
-"""A manifest of checksums that guards a folder of files against tearing and alteration."""
+"""A manifest of checksums that detects incomplete and altered files in a folder."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def verify_folder(folder: Path, repair: str) -> None:
     """Checks every file of `folder` against the manifest.
 
     Args:
-        folder: A folder that `write_manifest` has closed.
-        repair: What the user should do when it is damaged.
+        folder: A folder with a manifest of `write_manifest`.
+        repair: Remedy for the user when it is damaged.
 
     Raises:
-        ModelFileError: Says which file, what it found, and what it expected.
+        ModelFileError: Names the file, the found and the expected value.
     """
     manifest = _read_manifest(folder, repair)
     for name, expected in manifest["files"].items():

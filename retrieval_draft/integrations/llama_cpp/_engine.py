@@ -1,4 +1,4 @@
-"""llama-cpp-python, where it is installed."""
+"""Import of llama-cpp-python, which is optional."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A draft model for llama-cpp-python that looks its drafts up."""
+"""A draft model for llama-cpp-python that drafts by lookup."""
 
 from __future__ import annotations
 
@@ -36,21 +36,22 @@ _log = logging.getLogger("retrieval_draft")
 class RetrievalDraftModel:
     """A `llama_cpp.llama_speculative.LlamaDraftModel` that drafts from text seen before.
 
-    llama-cpp-python hands over the whole text before each pass, and nothing else. A text that goes on from
-    the last one by no more than was drafted and one token is the same request; any other is a new one, and
-    what the last one said joins the history. One draft model serves one `Llama`; several may share a
+    llama-cpp-python passes the whole text before each pass, and nothing else. A text that continues the last
+    one by at most the drafted tokens and one more is the same request; any other is a new one, and the text
+    of the last one is added to the history. One draft model serves one `Llama`; several may share a
     `Proposer`.
 
     Args:
-        proposer: What is drafted from.
+        proposer: Makes the drafts.
         num_pred_tokens: Length of every draft; None for as long as pays by the measured time of passes.
-        max_tokens: Length of a draft at most. llama-cpp-python takes it in one batch: keep it below n_batch.
-        share: What other servers may learn of each request; None for what the store says.
+        max_tokens: Limit of a draft's length. llama-cpp-python passes a draft in one batch: keep it below
+            n_batch.
+        share: Parts of each request that other servers may learn; None for the store's default.
 
     Attributes:
         proposer: As given.
-        costs: What passes take, as far as they were timed.
-        failures: Calls that drafted nothing because something failed; the first is logged.
+        costs: Learned times of passes.
+        failures: Calls without a draft because of an error; the first is logged.
 
     Raises:
         InvalidInputError: A length is out of range.
@@ -73,7 +74,7 @@ class RetrievalDraftModel:
             if not 0 <= value <= MAX_NODES:
                 raise InvalidInputError(f"{name} is {value}; it must lie in 0..{MAX_NODES}.")
         if importlib.util.find_spec("llama_cpp") is not None:
-            # A subclass to isinstance, without the engine's libraries being loaded when this module is.
+            # A subclass for isinstance, without loading the engine's libraries with this module.
             llama_cpp().llama_speculative.LlamaDraftModel.register(RetrievalDraftModel)
         self.proposer = proposer
         self.costs = PassCosts()
@@ -107,9 +108,9 @@ class RetrievalDraftModel:
             model: The file; its vocabulary is read. Or the Hugging Face tokenizer of the same model.
             corpora: Folders of ``retrieval-draft index build`` to draft from, or opened ones, built with this
                 file's vocabulary or with that tokenizer: both have the same fingerprint.
-            phrases: Fixed texts the model often repeats: a file, or a list of texts.
-            store: What servers share, whatever engine they run: a URL, a `StoreConfig` or a `SharedStore`.
-            config: Everything else about drafting. Costs are measured here: its ``nodes`` counts for nothing.
+            phrases: Fixed texts that the model often repeats: a file, or a list of texts.
+            store: Store that servers share, with any engine: a URL, a `StoreConfig` or a `SharedStore`.
+            config: All other settings. Costs are measured here: its ``nodes`` is ignored.
             num_pred_tokens: As for the class.
             max_tokens: As for the class.
             share: As for the class.
@@ -130,11 +131,11 @@ class RetrievalDraftModel:
         return made
 
     def __call__(self, input_ids: Ids, /, **kwargs: Any) -> Ids:
-        """Drafts what may follow a text.
+        """Drafts the continuation of a text.
 
         Args:
             input_ids: intc, shape (length,). All tokens so far; read, not kept.
-            **kwargs: Nothing, so far.
+            **kwargs: Ignored.
 
         Returns:
             intc, shape (n,); empty where drafting does not pay, and where the text is empty or holds ids that
@@ -151,34 +152,35 @@ class RetrievalDraftModel:
                 return _NOTHING
 
     def warm_up(self, llama: Any = None) -> None:
-        """Does now what the first request would otherwise wait for, or learn.
+        """Compiles kernels and measures costs ahead of the first request.
 
         Args:
-            llama: The `llama_cpp.Llama` to time passes of, which loses its text; None to learn from requests.
+            llama: The `llama_cpp.Llama` to time passes of, which loses its text; None to learn costs from
+                requests.
         """
         self.proposer.warm_up()
         if llama is not None:
             self.costs.load(_seconds_by_size(llama))
 
     def finish(self) -> None:
-        """Says that the request is over, so that its text can be drafted from; the next one does so too."""
+        """Ends the request, so that its text can be drafted from; the next request does so too."""
         with self._lock:
             self._end()
 
     def flush(self) -> None:
-        """Waits until what requests said can be drafted from; ends the one that runs."""
+        """Ends the running request, and waits until its and earlier texts can be drafted from."""
         self.finish()
         self.proposer.flush()
 
     def close(self) -> None:
-        """Ends the request that runs, and the proposer if `for_gguf` made it."""
+        """Ends the running request, and the proposer if `for_gguf` made it."""
         self.finish()
         if self._owns_proposer:
             self.proposer.close()
 
     @property
     def stats(self) -> DraftStats:
-        """Counts of all requests that are over."""
+        """Counts of all finished requests."""
         return self.proposer.stats
 
     def __enter__(self) -> RetrievalDraftModel:
@@ -201,7 +203,7 @@ class RetrievalDraftModel:
         return tokens.astype(np.intc)
 
     def _follow(self, text: Ids) -> ProposerSession:
-        """The request that a text belongs to, told what is new in it."""
+        """The request that a text belongs to, after appending its new tokens."""
         length = len(self._text)
         new = len(text) - length
         session = self._session
@@ -223,7 +225,7 @@ class RetrievalDraftModel:
 
 
 def _seconds_by_size(llama: Any) -> dict[int, float]:
-    """The least time of a few passes over n tokens, for n of `SIZES`, sizes taking turns."""
+    """The least time of a few passes over n tokens, for n of `SIZES`, sizes alternating."""
     least = dict.fromkeys(SIZES, float("inf"))
     token = max(0, int(llama.token_bos()))
     for turn in range(_ROUNDS + 1):
@@ -231,7 +233,7 @@ def _seconds_by_size(llama: Any) -> dict[int, float]:
             llama.reset()
             begin = time.perf_counter()
             llama.eval([token] * size)
-            if turn:  # the first round pays for memory
+            if turn:  # the first round allocates memory
                 least[size] = min(least[size], time.perf_counter() - begin)
     llama.reset()
     return least

@@ -1,4 +1,4 @@
-"""The vocabulary of a GGUF file, in the words of Hugging Face tokenizers."""
+"""The vocabulary of a GGUF file, with the interface of Hugging Face tokenizers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SENTENCEPIECE = 1
 
 
 class GgufTokenizer:
-    """What this package needs of a tokenizer, read from a GGUF file by llama.cpp itself, without weights.
+    """A tokenizer as this package needs it, read from a GGUF file by llama.cpp itself, without weights.
 
     GGUF files hold the tokens of the model's Hugging Face tokenizer, except that converters write the spaces
     of user-defined SentencePiece tokens as spaces, and fill the vocabulary up to the embedding's rows with

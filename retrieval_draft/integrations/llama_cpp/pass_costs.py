@@ -1,4 +1,4 @@
-"""How long a draft pays, from the times between the calls of an engine."""
+"""Length of a draft that pays best, from the times between an engine's calls."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ ASSUMED = (1.0, 1.3, 1.6, 2.1, 3.2, 5.6, 10.5)
 """t(n) over t(1) before anything was timed, for n of `SIZES`: a quantised model on a CPU."""
 
 FIRST = 8
-"""Draft tokens at most while no pass was timed: a start that every machine can bear."""
+"""Limit of draft tokens while no pass was timed: acceptable on every machine."""
 
 
 class PassCosts:
-    """t(n), the time an engine takes for n tokens, learned from its real passes alone.
+    """t(n), the time an engine takes for n tokens, learned from its real passes only.
 
     The first pass gives the scale of an assumed curve, the later ones correct its shape.
 
@@ -30,11 +30,11 @@ class PassCosts:
 
     @property
     def is_timed(self) -> bool:
-        """Whether any pass was."""
+        """True if any pass was timed."""
         return self._curve.is_measured
 
     def seconds_by_size(self) -> dict[int, float]:
-        """The curve as it stands: seconds by number of tokens; empty before the first pass."""
+        """The present curve: seconds by number of tokens; empty before the first pass."""
         return self._curve.seconds_by_size()
 
     def load(self, seconds: dict[int, float]) -> None:
@@ -42,10 +42,10 @@ class PassCosts:
         self._curve.load(seconds)
 
     def choose(self, path_probs: NDArray[np.float32], length: int) -> int:
-        """How many tokens of a draft to verify.
+        """Number of tokens of a draft to verify.
 
         Args:
-            path_probs: float32, shape (n,). P(accepted up to here), falling.
+            path_probs: float32, shape (n,). P(accepted up to here), decreasing.
             length: Tokens of the text.
 
         Returns:
@@ -58,13 +58,13 @@ class PassCosts:
         return min(FIRST, int(pays[0]) if len(pays) else len(path_probs))
 
     def observe(self, tokens: int, emitted: int, length: int, seconds: float) -> None:
-        """Takes note of a pass.
+        """Records a pass.
 
         Args:
-            tokens: In the pass, the last of the text included.
-            emitted: It yielded.
+            tokens: Tokens in the pass, the last of the text included.
+            emitted: Tokens it yielded.
             length: Tokens of the text.
-            seconds: From the draft to the next call.
+            seconds: Time from the draft to the next call.
         """
         if seconds <= 0:
             return

@@ -1,4 +1,4 @@
-"""What a proposer in vLLM drafts from, opened as its options say."""
+"""Datastores of a proposer in vLLM, opened by its options."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ __all__ = ["DraftStores"]
 
 
 class DraftStores:
-    """Chains over history, corpora and the shared store, and what is to be done when they end.
+    """Chains over history, corpora and the shared store, with their clean-up.
 
     Args:
         options: As read.
-        tokenizer: The model's; needed where anything is kept, shared or read from elsewhere.
-        vocabulary: Ids are below it.
-        most: Tokens of a chain at most.
+        tokenizer: The model's; needed where text is saved, shared or read from elsewhere.
+        vocabulary: Number of token ids.
+        most: Limit of a chain's length.
 
     Attributes:
-        chains: Sessions that are drafted for together.
+        chains: Batch of the sessions.
 
     Raises:
         InvalidInputError: An option cannot be used.
@@ -37,13 +37,13 @@ class DraftStores:
         self.chains = ChainBatch(self._stores, config, max_chain=most, threads=options.threads)
 
     def flush(self) -> None:
-        """Waits until what finished requests said can be drafted from, and keeps what calibration learned."""
+        """Waits until finished requests' texts can be drafted from, and saves the calibration."""
         self.chains.flush()
         if self._stores.shared is not None:
             self._stores.shared.flush()
 
     def close(self) -> None:
-        """Keeps and sends what waits, and stops background threads."""
+        """Saves and sends pending data, and stops background threads."""
         self.chains.shut_down()
         if self._stores.shared is not None:
             self._stores.shared.close()

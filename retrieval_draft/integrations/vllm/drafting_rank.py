@@ -1,4 +1,4 @@
-"""Which of vLLM's workers drafts."""
+"""Choice of the vLLM worker that drafts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Drafts = list[list[int]]
 
 
 class DraftingRank:
-    """Lets one rank of a tensor-parallel group draft, so that all verify the same.
+    """Makes one rank of a tensor-parallel group draft, so that all ranks verify the same drafts.
 
     Costs are timed and histories merged in the background, so two processes would soon draft differently. In
-    vLLM the scheduler takes the drafts of the first rank and hands them to all workers with the next step;
-    the others' are thrown away, and so they make none. Under ``external_launcher`` each rank has a scheduler
-    of its own: there the first rank's drafts are broadcast.
+    vLLM the scheduler takes the drafts of the first rank and sends them to all workers with the next step;
+    the others' are discarded, and so they make none. Under ``external_launcher`` each rank has a scheduler of
+    its own: there the first rank's drafts are broadcast.
 
     Args:
         parallel_config: vLLM's.
@@ -25,7 +25,7 @@ class DraftingRank:
 
     Attributes:
         drafts: Whether this process drafts.
-        broadcasts: Whether drafts are handed round.
+        broadcasts: Whether drafts are broadcast.
     """
 
     def __init__(self, parallel_config: Any, group: Any = None) -> None:
@@ -42,8 +42,8 @@ class DraftingRank:
         """The drafts of a step, the same on every rank that will use them.
 
         Args:
-            rows: In the batch.
-            make: Makes them; never raises.
+            rows: Number of rows in the batch.
+            make: Makes the drafts; never raises.
         """
         drafts = make() if self.drafts else [[] for _ in range(rows)]
         if self.broadcasts:

@@ -1,4 +1,4 @@
-"""What is relied on of vLLM's inside, checked before anything is drafted."""
+"""Check of vLLM's internal interface, before anything is drafted."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def vllm_version() -> str:
 
 
 def check_interface(vllm_config: Any, runner: Any = None) -> None:
-    """Checks what vLLM hands to a proposer, and how it will call it.
+    """Checks the configuration that vLLM passes to a proposer, and the call that it will make.
 
-    Its model runner passes no names and has changed what it passes from release to release. So the call
+    Its model runner passes positional arguments, which have changed from release to release. So the call
     itself is looked up in the runner's source: ``propose(sampled_token_ids, num_tokens_no_spec,
-    token_ids_cpu, slot_mappings=...)``. A runner without source is believed.
+    token_ids_cpu, slot_mappings=...)``. A runner without source is not checked.
 
     Args:
-        vllm_config: As a proposer gets it.
+        vllm_config: Configuration that a proposer gets.
         runner: The class that calls proposers; None for vLLM's own.
 
     Raises:
-        UnsupportedEngineError: Says what is missing or different, and in which version.
+        UnsupportedEngineError: Names the missing or different part, and the version.
     """
     for path in _CONFIG:
         owner = vllm_config

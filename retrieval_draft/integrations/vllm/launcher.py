@@ -1,4 +1,4 @@
-"""Starts vLLM's own OpenAI server with this project's drafts."""
+"""Launch of vLLM's own OpenAI server with this project's drafts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from retrieval_draft.models.packaged import PACKAGED_NAME, packaged_folder
 __all__ = ["PROPOSER", "launch", "server_command"]
 
 PROPOSER = "retrieval_draft.integrations.vllm.RetrievalProposer"
-"""What vLLM loads."""
+"""Dotted path of the proposer, for vLLM to load."""
 
 
 def server_command(
@@ -44,17 +44,17 @@ def server_command(
         model: A folder, a hub name, or gemma3-270m.
         host: Address to listen on.
         port: Port to listen on.
-        dtype: As vLLM takes it; None to leave it to vLLM.
-        num_speculative_tokens: Tokens of a draft at most.
+        dtype: A dtype of vLLM; None for vLLM's default.
+        num_speculative_tokens: Limit of a draft's length.
         served_model_name: The model's name in requests; None for `model`.
-        api_key: What clients must show. It goes into the environment, not the command line.
-        corpora: Indexes, as `VllmOptions.index`. What is None or empty, here and below, is left to the
-            environment.
+        api_key: Key that clients must send. It goes into the environment, not the command line.
+        corpora: Indexes, as `VllmOptions.index`. Values that are None or empty, here and below, are left to
+            the environment.
         phrases: A file of fixed texts.
-        store: What servers share. Of a `StoreConfig` the limits are not handed on.
-        history_folder: Where earlier requests are kept.
+        store: Store that servers share. The limits of a `StoreConfig` are not passed on.
+        history_folder: Folder of earlier requests' texts.
         config_file: TOML or JSON with all options of `VllmOptions`.
-        arguments: Handed to vLLM as they are, after those above.
+        arguments: Passed to vLLM unchanged, after those above.
 
     Raises:
         InvalidInputError: vLLM is not installed, or an option cannot be used.
@@ -115,10 +115,10 @@ def launch(
 
 
 def _server(model: str) -> list[str]:
-    """VLLM's server as a module, and how it is told the model.
+    """VLLM's server as a module, and the argument that names the model.
 
     ``vllm serve`` asks for the version of the package ``vllm``, and so fails where vLLM was installed under
-    another name, as its CPU build is (0.32.0). The module for that is older, and goes some day.
+    another name, as its CPU build is (0.32.0). The module is older, and may be removed.
     """
     try:
         importlib.metadata.version("vllm")

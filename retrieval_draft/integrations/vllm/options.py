@@ -1,4 +1,4 @@
-"""What a user can set about drafting in vLLM: environment before file before default."""
+"""Options of drafting in vLLM: environment before file before default."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ class VllmOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     Attributes:
         index: Corpus indexes to draft from; in the environment separated as ``PATH`` is.
         phrases: A file of fixed texts, one a line.
-        store: What servers share: ``redis://host:6379``, ``embedded://FOLDER``, ...
+        store: Store that servers share: ``redis://host:6379``, ``embedded://FOLDER``, ...
         tenant: Servers of one tenant share with each other.
-        share: What of each request the others may learn: "none", "reply" or "all".
-        snapshots: Where the store's snapshots are kept: a folder or a URL.
-        history_folder: Where the text of earlier requests is kept, so that a restart finds it.
-        history_bytes: The most memory that text may take.
+        share: Parts of each request that the others may learn: "none", "reply" or "all".
+        snapshots: Storage of the store's snapshots: a folder or a URL.
+        history_folder: Folder of earlier requests' texts, for use after a restart.
+        history_bytes: Limit of that text's memory.
         sources: Draft sources by name; in the environment separated by commas.
-        min_prob: A draft ends before the probability that all of it is accepted falls below this.
-        costs: "learned" to draft only what pays by the measured time of steps, "ignored" to draft all that
-            `min_prob` allows.
-        threads: That propose at once, in batches of 16 rows or more.
-        idle_seconds: After so long without a step, what was running counts as finished.
+        min_prob: Smallest probability that all of a draft is accepted; longer drafts are cut.
+        costs: "learned" to draft only as far as it pays by the measured time of steps, "ignored" to draft as
+            far as `min_prob` allows.
+        threads: Number that propose at once, in batches of 16 rows or more.
+        idle_seconds: Time without a step after which running requests count as finished.
     """
 
     index: tuple[str, ...] = ()
@@ -61,13 +61,13 @@ class VllmOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     def read(cls, environment: Mapping[str, str] | None = None) -> VllmOptions:
         """Reads the environment, and the file that ``RETRIEVAL_DRAFT_CONFIG`` names, TOML or JSON.
 
-        An empty variable counts as none.
+        An empty variable counts as unset.
 
         Args:
             environment: None for the process's own.
 
         Raises:
-            InvalidInputError: Names the variable or the file's entry, what it is, and what it may be.
+            InvalidInputError: Names the variable or the file's entry, its value, and the allowed ones.
         """
         found = os.environ if environment is None else environment
         named = found.get(f"{PREFIX}CONFIG")
@@ -88,13 +88,13 @@ class VllmOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         return options
 
     def draft_config(self) -> DraftConfig:
-        """The same for `DraftConfig`."""
+        """These options as a `DraftConfig`."""
         return DraftConfig(
             sources=self.sources, history_bytes=self.history_bytes, history_folder=self.history_folder
         )
 
     def store_config(self) -> StoreConfig | None:
-        """The same for `StoreConfig`; None without a store."""
+        """These options as a `StoreConfig`; None without a store."""
         if self.share not in SHARES:
             raise InvalidInputError(f"{PREFIX}SHARE is {self.share!r}.", f"Choose from: {', '.join(SHARES)}.")
         if self.store is None:
@@ -103,7 +103,7 @@ class VllmOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     @property
     def needs_tokenizer(self) -> bool:
-        """Whether anything is kept or shared, or read from elsewhere, and so held to the tokenizer."""
+        """True if text is saved, shared or read from elsewhere, which is checked against the tokenizer."""
         return any((self.index, self.phrases, self.store, self.history_folder))
 
 

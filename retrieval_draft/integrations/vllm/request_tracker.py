@@ -1,4 +1,4 @@
-"""Which request each row of vLLM's batch is, told from its text alone."""
+"""Matching of vLLM's rows to requests, by their texts alone."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from numpy.typing import NDArray
 __all__ = ["ABSENT_STEPS", "RequestTracker"]
 
 ABSENT_STEPS = 16
-"""A request that is missing for more steps is over; one that was preempted for longer is opened again."""
+"""A request that is absent for more steps counts as finished; one that was preempted for longer is opened
+again."""
 
 
 class RequestTracker:
-    """Follows requests through vLLM's batch, whose rows carry no names.
+    """Tracks requests through vLLM's batch, whose rows have no request ids.
 
     Rows move when others finish, leave when their request is preempted, and are taken over by other requests.
     So a row is a known request only if its whole text before this step's tokens equals that request's whole
-    text; a row with any other text is a new request. What is not seen any more is handed to `over`: at once
-    if it had ended or if a new request has come, for those come after preempted ones; else after
-    `ABSENT_STEPS` steps; and the longest absent when there is no room.
+    text; a row with any other text is a new request. A request that is no longer seen is passed to `over`: at
+    once if it had ended or if there is a new request, since vLLM resumes preempted requests before new ones;
+    else after `ABSENT_STEPS` steps; and the longest absent one when there is no room.
 
-    A request is known by its slot, which nobody else has while it is tracked.
+    A request is identified by its slot, which no other request has while it is tracked.
 
     Args:
         slots: Requests to track at a time, absent ones included.
-        over: Called with the slot of each request that is over, before the slot is free.
+        over: Called with the slot of each finished request, before the slot is freed.
 
     Attributes:
         lengths: int64, shape (slots,). Tokens of each text; -1 for free slots.
-        sessions: int64, shape (slots,). Whatever the user keeps with a request; -1 for a new one.
+        sessions: int64, shape (slots,). Value that the user keeps with a request; -1 for a new one.
         drafted: int64, shape (slots,). Likewise.
-        ended: bool, shape (slots,). Set by the user for a request that is complete: it is let go as soon as
-            its row is missing.
+        ended: bool, shape (slots,). Set by the user for a complete request: it is dropped as soon as its row
+            is missing.
 
     Example:
         rows [5 6 | 7] and [5 6 | 8] are new: slots 0 and 1; then [5 6 8 | 9], its row moved: slot 1
@@ -63,7 +64,7 @@ class RequestTracker:
         starts: NDArray[np.int64],
         ends: NDArray[np.int64],
     ) -> tuple[NDArray[np.int64], list[int]]:
-        """Says which request each row is.
+        """Matches rows to requests.
 
         Args:
             token_ids: int32, shape (batch, width). Texts of the batch; its width is the same at every call.
@@ -72,13 +73,13 @@ class RequestTracker:
             ends: int64, shape (n,). Tokens of their texts.
 
         Returns:
-            int64, shape (n,): the slot of each row. And which of them are new requests, as places in `rows`.
+            int64, shape (n,): the slot of each row. And the indices in `rows` of new requests.
         """
         from retrieval_draft.integrations.vllm._kernels.rows import follow_rows
 
         if self._known is None or self._known.shape[1] != token_ids.shape[1]:
             self.clear()
-            # Pages are only there once they are written: as much memory as texts, not as the room for them.
+            # Pages are allocated when they are written: memory follows the texts' lengths, not the capacity.
             self._known = np.zeros((len(self.lengths), token_ids.shape[1]), np.int32)
         if len(self._owners) < len(token_ids):
             more = np.full(len(token_ids) - len(self._owners), -1, np.int64)
@@ -117,12 +118,12 @@ class RequestTracker:
         return np.array(self._known[slot, : self.lengths[slot]], np.int32)
 
     def clear(self) -> None:
-        """Lets all requests go."""
+        """Drops all requests."""
         for slot in np.flatnonzero(self.lengths >= 0).tolist():
             self._drop(slot)
 
     def _let_go(self, new: int) -> None:
-        """Lets go what is over, before `new` requests come in."""
+        """Drops finished requests, before `new` requests are added."""
         absent = np.flatnonzero((self.lengths >= 0) & (self._seen < self._step))
         for slot in absent[np.argsort(self._seen[absent], kind="stable")].tolist():
             late = self._step - self._seen[slot] > ABSENT_STEPS or len(self._free) < new

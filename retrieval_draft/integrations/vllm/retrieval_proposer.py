@@ -28,25 +28,25 @@ _log = logging.getLogger("retrieval_draft")
 
 
 class RetrievalProposer:
-    """Drafts chains for vLLM from the request's text, earlier requests, corpora and what servers share.
+    """Drafts chains for vLLM from the request's text, earlier requests, corpora and the shared store.
 
-    Options come from the environment and a file, see `VllmOptions`. vLLM says what was sampled and shows the
-    batch's texts, without names; `RequestTracker` tells from them who is who. Drafts change vLLM's speed,
-    never its output; whatever goes wrong here is logged once and costs drafts.
+    Options come from the environment and a file, see `VllmOptions`. vLLM passes the sampled tokens and the
+    batch's texts, without request ids; `RequestTracker` finds each row's request from them. Drafts change
+    vLLM's speed, never its output; an error here is logged once and costs drafts only.
 
     Args:
         vllm_config: vLLM's.
-        options: None to read them.
+        options: None to read them from environment and file.
         runner: The class that calls proposers, for the check of its interface; None for vLLM's own.
         group: The tensor-parallel group; None to ask vLLM for it.
 
     Attributes:
         options: As read.
-        rows: What drafts; None on ranks that do not.
-        failures: Steps in which something went wrong.
+        rows: The drafter; None on ranks that do not draft.
+        failures: Steps with an error.
 
     Raises:
-        UnsupportedEngineError: This vLLM hands work to proposers in another way.
+        UnsupportedEngineError: This vLLM calls proposers in another way.
         InvalidInputError: An option cannot be used.
         DatastoreError: A corpus is missing or torn.
         TokenizerMismatchError: A corpus belongs to another tokenizer.
@@ -107,7 +107,7 @@ class RetrievalProposer:
         """Drafts for the batch, as `RowDrafter.propose`; never raises.
 
         Args:
-            sampled_token_ids: What each row sampled in this step.
+            sampled_token_ids: Tokens that each row sampled in this step.
             num_tokens_no_spec: int32, shape (batch,) or more. Tokens of each row.
             token_ids_cpu: int32, shape (batch or more, max_model_len). Texts of the rows.
             slot_mappings: Not used.
@@ -118,20 +118,20 @@ class RetrievalProposer:
         )
 
     def finish_idle(self) -> None:
-        """Takes what was running for finished, if vLLM has not called for `idle_seconds`."""
+        """Finishes all running requests if vLLM has not called for `idle_seconds`."""
         with self._lock:
             if self.rows is not None and time.monotonic() - self._called >= self.options.idle_seconds:
                 self.rows.finish()
 
     def flush(self) -> None:
-        """Takes what was running for finished, and waits until it can be drafted from."""
+        """Finishes all running requests, and waits until their texts can be drafted from."""
         with self._lock:
             if self.rows is not None and self._stores is not None:
                 self.rows.finish()
                 self._stores.flush()
 
     def close(self) -> None:
-        """Keeps and sends what waits, and stops background threads; nothing is drafted any more."""
+        """Saves and sends pending data, and stops background threads; later steps get no drafts."""
         with self._lock:
             if self.rows is not None and self._stores is not None:
                 self._stop.set()
@@ -155,7 +155,7 @@ class RetrievalProposer:
         return [[] for _ in sampled_token_ids]
 
     def _failed(self, error: Exception) -> None:
-        """Starts afresh: a step that broke off leaves sessions and texts at odds."""
+        """Resets all sessions: after an interrupted step they may disagree with the texts."""
         if not self.failures:
             _log.warning(
                 "Drafting failed and goes on with the next step; further failures are only counted: %r",

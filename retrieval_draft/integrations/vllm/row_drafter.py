@@ -1,4 +1,4 @@
-"""Drafts for the rows of a batch: which request each is, what may follow, and how much of it pays."""
+"""Drafts for the rows of a batch: requests of the rows, their chains, and lengths that pay."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from retrieval_draft.integrations.vllm.step_costs import StepCosts
 __all__ = ["Chains", "RowDrafter"]
 
 _NOBODY = -1
-"""The session of a request that is not drafted for."""
+"""The session of a request without drafts."""
 
 
 class Chains(Protocol):
-    """Sessions that are asked for one chain each, all at once: `drafting.batch.ChainBatch`."""
+    """Interface of sessions that draft one chain each in one call: `drafting.batch.ChainBatch`."""
 
     def open(self, prompt: TokenArray) -> int:
-        """Starts a request; returns its session."""
+        """Starts a request with `prompt`, int32, shape (length,); returns its session."""
         ...
 
     def step(
@@ -35,7 +35,15 @@ class Chains(Protocol):
         max_tokens: NDArray[np.int32],
         min_prob: float,
     ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
-        """Takes in what each row emitted; returns chains, their lengths and path probabilities."""
+        """Appends each row's emitted tokens; returns chains, their lengths and path probabilities.
+
+        Args:
+            ids: int64, shape (rows,). Sessions.
+            new_tokens: int32, shape (total,). Emitted tokens, row after row.
+            counts: int32, shape (rows,). Number of them of each row.
+            max_tokens: int32, shape (rows,). Longest chain of each row.
+            min_prob: Smallest path probability of a chain's tokens.
+        """
         ...
 
     def close(self, session: int, *, finished: bool = True) -> None:
@@ -47,19 +55,19 @@ class RowDrafter:
     """Drafts for a batch whose rows are known by their texts alone.
 
     Args:
-        chains: Where drafts come from.
-        most: Draft tokens of a row at most.
-        max_rows: Rows of a batch at most.
-        max_length: Tokens of a text at most.
-        vocabulary: Ids the model can embed; a draft ends before any other.
-        eos: Tokens that end a reply. What comes behind one in the same step waits until its request comes
-            again, as it does only where the end is ignored; so it never gets into the history.
-        costs: How long drafts pay; None to draft all that `min_prob` allows.
-        min_prob: A draft ends before its path probability falls below it.
-        clock: Seconds.
+        chains: Makes the drafts.
+        most: Limit of a row's draft tokens.
+        max_rows: Limit of rows in a batch.
+        max_length: Limit of a text's tokens.
+        vocabulary: Number of ids that the model can embed; a draft ends before any other id.
+        eos: Tokens that end a reply. Tokens after one in the same step wait until the request's next step,
+            which exists only where the end is ignored; so they never enter the history.
+        costs: Chooses lengths that pay; None to draft as far as `min_prob` allows.
+        min_prob: Smallest path probability of a draft.
+        clock: Returns seconds.
 
     Attributes:
-        tracker: Which requests are known.
+        tracker: The known requests.
         drafted: Draft tokens so far.
         steps: Calls so far.
     """
@@ -101,12 +109,14 @@ class RowDrafter:
         """Drafts for every row that sampled a token.
 
         Args:
-            sampled_token_ids: What each row sampled in this step; empty where its prompt is not through yet.
+            sampled_token_ids: Tokens that each row sampled in this step; empty where its prompt is not
+                finished.
             num_tokens_no_spec: int32, shape (batch,) or more. Tokens of each text, the sampled included.
-            token_ids_cpu: int32, shape (batch or more, width). The texts; anything may follow behind them.
+            token_ids_cpu: int32, shape (batch or more, width). The texts; values after their ends are
+                ignored.
 
         Returns:
-            For each row what may follow; empty where drafting does not pay.
+            For each row its draft; empty where drafting does not pay.
         """
         begin = self._clock()
         batch = len(sampled_token_ids)
@@ -137,14 +147,14 @@ class RowDrafter:
         return drafts
 
     def finish(self) -> None:
-        """Takes all requests for over: what they said can be drafted from."""
+        """Finishes all requests, so that their texts can be drafted from."""
         self.tracker.clear()
         self._left = None
 
     def _chains_of(
         self, slots: NDArray[np.int64], ends: NDArray[np.int64], sampled: Sequence[Sequence[int]]
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Chains of rows that have sessions, and how much of each pays."""
+        """Chains of rows that have sessions, and the length of each that pays."""
         emitted = self._until_ends(slots, sampled)
         limits = np.clip(self._max_length - ends - 1, 0, self._most)
         limits[self.tracker.ended[slots]] = 0
@@ -167,7 +177,7 @@ class RowDrafter:
         return tokens, lengths
 
     def _open(self, prompt: TokenArray) -> int:
-        """A session; nobody's where the text has ids that stand for something else, or is empty."""
+        """Opens a session; -1 where the text is empty or has ids that are no tokens."""
         if not len(prompt) or int(prompt.max()) >= self._vocabulary or int(prompt.min()) < 0:
             return _NOBODY
         return self._chains.open(np.array(prompt, np.int32))
@@ -175,7 +185,7 @@ class RowDrafter:
     def _until_ends(
         self, slots: NDArray[np.int64], sampled: Sequence[Sequence[int]]
     ) -> Sequence[Sequence[int]]:
-        """What to take in of the rows' new tokens."""
+        """The rows' new tokens to append, up to the ends of their replies."""
         if not self._eos:
             return sampled
         if not self.tracker.ended[slots].any() and self._eos.isdisjoint(
@@ -187,7 +197,7 @@ class RowDrafter:
     def _until_end(self, slot: int, sampled: Sequence[int]) -> Sequence[int]:
         if slot in self._endless:
             return sampled
-        if self.tracker.ended[slot]:  # and it goes on all the same
+        if self.tracker.ended[slot]:  # and it continues anyway
             self.tracker.ended[slot] = False
             self._endless.add(slot)
             return [*self._held.pop(slot, ()), *sampled]
@@ -199,7 +209,7 @@ class RowDrafter:
         return sampled
 
     def _time(self, slots: NDArray[np.int64], longest: int, begin: float) -> None:
-        """Notes what the step that ends here took, if all it did was to verify drafts."""
+        """Records the time of the step that ends here, if it only verified drafts."""
         drafted = self.tracker.drafted[slots]
         if self.costs is not None and self._left is not None and len(slots) and drafted.min() >= 0:
             self.costs.observe(len(slots), len(slots) + int(drafted.sum()), longest, begin - self._left)

@@ -1,4 +1,4 @@
-"""How long drafts pay in vLLM, learned from the times between its calls."""
+"""Lengths of drafts that pay in vLLM, learned from the times between its calls."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ flatter, and is learned from the first requests."""
 
 PLAIN_FIRST = 5
 PLAIN_MOST = 20
-"""So many timed steps verify nothing, or so many of any kind; their median sets the assumed curve's scale."""
+"""Number of timed steps without drafts, or of any kind, whose median sets the assumed curve's scale."""
 
 PLAIN_AGAIN = (16, 256)
-"""After so many steps with drafts and none without, one verifies nothing, lest the price of drafts be
-forgotten; the wait is doubled each time, up to the last."""
+"""Numbers of steps with drafts and none without after which one verifies nothing, so that the cost of drafts
+stays known: the first, doubled each time, up to the last."""
 
 DRAFTS_AGAIN = (64, 1024)
-"""After so many timed steps without drafts, those that are rather likely are verified once, lest a guess at
-their price never be put to the test; the wait is doubled each time, up to the last."""
+"""Numbers of timed steps without drafts after which likely ones are verified once, so that the estimate of
+their cost is tested: the first, doubled each time, up to the last."""
 
 FLOOR_STEPS = 16
-"""Steps for which a floor is kept: finding it takes as long as a tenth of the other work."""
+"""Steps for which a floor is kept: computing it takes a tenth as long as the other work."""
 
 LIKELY = 0.5
-"""Path probability of drafts that are verified for that."""
+"""Smallest path probability of drafts verified for that test."""
 
 LONGEST = 3.0
-"""A step counts as this many times what the curve says at most: a stalled machine is not a slow model."""
+"""Limit of a step's time over that of the curve: a stalled machine is not a slow model."""
 
 
 class StepCosts:
-    """t(n), the time a step over n tokens takes, and how many drafts of each row are worth it.
+    """t(n), the time of a step over n tokens, and the number of drafts of each row that pays.
 
     A step's time lies between the end of one call and the beginning of the next: forward pass, sampling,
-    scheduling and output together, which is what a draft has to pay for. A draft pays if it makes this step's
-    own tokens a second more; weighing it against the rate of late, as `CostModel` can, brought 6% less in
-    replayed requests, whose stretches of repetition make everything before them look worthless. Curves are
-    kept by number of rows, rounded up to a power of two.
+    scheduling and output together, which a draft adds to. A draft pays if it raises this step's own tokens a
+    second; comparison with the recent rate, as in `CostModel`, gave 6% less in replayed requests, whose
+    repetitive parts make everything before them look too slow. Curves are kept by number of rows, rounded up
+    to a power of two.
 
     Example:
         one row, path probabilities [.9, .8, .1], t(4) = 1.2 t(1): two or three drafts; [.1] alone: none
@@ -62,19 +62,19 @@ class StepCosts:
         self._floors: dict[tuple[int, int], tuple[int, float]] = {}
 
     def seconds_by_size(self, rows: int = 1) -> dict[int, float]:
-        """The curve for so many rows as it stands: seconds by number of tokens; empty before any step."""
+        """The present curve for so many rows: seconds by number of tokens; empty before any step."""
         bucket = _bucket(rows)
         return self._curves[bucket].seconds_by_size() if bucket in self._curves else {}
 
     def min_prob(self, rows: int, most: int) -> float:
-        """Path probability that a draft must have to pay in any case: shorter chains are found sooner.
+        """Smallest path probability with which a draft can pay: shorter chains are found faster.
 
-        The last draft of the best choice brings its path probability, and costs one more token at the rate
-        of that step, which is at least the rate without drafts. The curve is looked at every few steps.
+        The last draft of the best choice yields its path probability, and costs one more token at the rate of
+        that step, which is at least the rate without drafts. The floor is computed every few steps.
 
         Args:
-            rows: In the batch.
-            most: Draft tokens of a row at most.
+            rows: Number of rows in the batch.
+            most: Limit of a row's draft tokens.
         """
         if self._is_due(_bucket(rows)):
             return 0.0
@@ -88,11 +88,11 @@ class StepCosts:
     def choose(
         self, path_probs: NDArray[np.float32], lengths: NDArray[np.int32], context: int
     ) -> NDArray[np.int32]:
-        """How many drafts of each row to verify. Rows compete for what a longer pass costs.
+        """Number of drafts of each row to verify. All rows compete for the time of a longer pass.
 
         Args:
-            path_probs: float32, shape (rows, most). P(accepted up to here), falling along each row, 0 behind
-                its drafts.
+            path_probs: float32, shape (rows, most). P(accepted up to here), decreasing along each row, 0
+                after its drafts.
             lengths: int32, shape (rows,). Drafts of each row.
             context: Tokens of the longest text.
 
@@ -105,7 +105,7 @@ class StepCosts:
             return lengths
         if self._is_plain(_bucket(rows)):
             return np.zeros_like(lengths)
-        # Equal ones in the order of their rows and depths, so that what is chosen of a row is its beginning.
+        # Equal ones in the order of rows and depths, so that each row's choice is a prefix.
         probs = path_probs.ravel()
         order = np.argsort(-probs, kind="stable")[:count]
         worth = self._curve(rows).choose(probs[order], context, rows)
@@ -117,13 +117,13 @@ class StepCosts:
         return np.bincount(order[:worth] // most, minlength=rows).astype(np.int32)
 
     def observe(self, rows: int, tokens: int, context: int, seconds: float) -> None:
-        """Takes note of a step in which nothing but drafts was verified.
+        """Records a step that only verified drafts.
 
         Args:
-            rows: In the batch.
-            tokens: In the pass: one for each row, and its drafts.
+            rows: Number of rows in the batch.
+            tokens: Tokens in the pass: one for each row, and its drafts.
             context: Tokens of the longest text.
-            seconds: It took.
+            seconds: Its duration.
         """
         if seconds <= 0:
             return
@@ -140,11 +140,11 @@ class StepCosts:
         curve.observe(tokens, context, min(seconds, LONGEST * curve.seconds(tokens)))
 
     def _is_due(self, bucket: int) -> bool:
-        """Whether there were no drafts for so long that they are to be tried."""
+        """True if drafts are to be tried after a long time without them."""
         return self._without[bucket] >= self._wait_to_draft
 
     def _is_plain(self, bucket: int) -> bool:
-        """Whether the next step is to verify nothing. Each reason holds for a few calls, timed or not."""
+        """True if the next step is to verify nothing. Each reason holds for a few calls, timed or not."""
         if len(self._first) < PLAIN_FIRST and self._asked < PLAIN_MOST:
             self._asked += 1
             return True

@@ -1,4 +1,4 @@
-"""Which known text each row of a batch goes on from."""
+"""Matching of a batch's rows to the known texts that they continue."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _same(left: NDArray[np.int32], right: NDArray[np.int32], length: int) -> boo
 
 @kernel
 def _is_inside(row: int, rows: int, start: int, end: int, width: int) -> bool:
-    """Whether an engine names a row that there is, and tokens within it."""
+    """True if the engine's row exists, and its token range lies within it."""
     return 0 <= row < rows and 0 <= start <= end <= width
 
 
@@ -49,20 +49,20 @@ def follow_rows(
 ) -> None:
     """Finds for each row the known text that equals its own up to its new tokens, and appends those to it.
 
-    Invariant: a text is claimed by one row at most, and only if it equals the whole text of that row before
+    Invariant: a text is claimed by at most one row, and only if it equals the whole text of that row before
     its new tokens. Guesses come first; the other texts are searched only for rows whose guess is wrong.
 
     Args:
         token_ids: int32, shape (batch, width). Texts of all rows.
-        rows: int64, shape (n,). Rows of `token_ids` to look at, each once.
+        rows: int64, shape (n,). Rows of `token_ids` to match, each once.
         starts: int64, shape (n,). Tokens of each that are not new.
         ends: int64, shape (n,). Tokens of each, the new ones included.
-        guesses: int64, shape (n,). The slot that each row had the last time, different ones; -1 for none.
+        guesses: int64, shape (n,). The slot that each row had before, all different; -1 for none.
         known: int32, shape (slots, width). Known texts; new tokens are appended.
-        lengths: int64, shape (slots,). Their lengths, -1 for free slots; those that go on grow.
+        lengths: int64, shape (slots,). Their lengths, -1 for free slots; those of matched texts grow.
         claimed: bool, shape (slots,). Scratch.
         found: int64, shape (n,). The slot of each row is written here, -1 where its text is not known, or its
-            numbers are none of a row.
+            numbers are invalid.
 
     Example:
         known [5 6 7], [5 6 8]; a row 5 6 8 9 of which 9 is new, its guess 0  ->  found 1, now [5 6 8 9]
