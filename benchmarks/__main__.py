@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 GPU_CHECK = "gpu_check"
-"""Runs with torch and numpy alone, all that a bare GPU machine has: it comes before other imports."""
+"""Benchmark that needs torch and numpy only, as on a bare GPU machine: it runs before other imports."""
 
 
 def main(arguments: list[str]) -> int:

@@ -23,7 +23,7 @@ PROPOSALS = 4000
 def measure_automaton(paths: Sequence[Path], *, lengths: Sequence[int], nodes: int) -> dict[str, Any]:
     """Inserts the text of traces and proposes after every further token.
 
-    Each proposal follows one insertion, so it meets the automaton as a decoding step does.
+    Each proposal follows one insertion, as in a decoding step.
 
     Args:
         paths: Trace files; prompts and outputs are joined to one text.
@@ -44,7 +44,7 @@ def measure_automaton(paths: Sequence[Path], *, lengths: Sequence[int], nodes: i
         )
     _measure(text, 1024, nodes)  # loads or compiles the kernels
     results: dict[str, dict[str, Any]] = {}
-    for _ in range(ROUNDS):  # lengths alternate, so that a slow moment of the machine hits all of them
+    for _ in range(ROUNDS):  # lengths alternate, so that a slow moment of the machine affects all of them
         for length in lengths:
             found = _measure(text, length, nodes)
             best = results.setdefault(str(length), found)

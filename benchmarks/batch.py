@@ -33,22 +33,22 @@ def batches(
 ) -> dict[str, Any]:
     """Decodes prompts greedily, so many at a time, with every method.
 
-    Methods take turns on each batch, and who begins moves on. Tokens a second are new tokens, up to each
-    row's end, over the time of the whole call. A last batch that is not full is left out.
+    Methods take turns on each batch, with another first one each time. Tokens a second are new tokens, up to
+    each row's end, over the time of the whole call. A last batch that is not full is left out.
 
     Args:
         model: The target model.
         tokenizer: Its tokenizer.
-        prompts: In the order to run.
+        prompts: The prompts, in the order to run.
         rows: Of each batch.
         max_new_tokens: For each reply.
         methods: ``stock`` and names of drafting methods.
-        nodes: Draft nodes of every step and row, or None for the budget that the cost model shares out.
+        nodes: Draft nodes of every step and row, or None for the budget that the cost model splits.
 
     Returns:
-        What ``bench batch --json`` prints: for each method tokens a second, tokens and nodes a step and row,
-        the ratio of its speed to stock's by batch, and how many replies equal those that ``stock`` gives the
-        prompt alone, or part from them at a near tie.
+        The object that ``bench batch --json`` prints: for each method tokens a second, tokens and nodes a
+        step and row, the ratio of its speed to stock's by batch, and the numbers of replies that equal those
+        of ``stock`` for the prompt alone, or differ from them at a near tie.
 
     Raises:
         InvalidInputError: There is no full batch, or no method.

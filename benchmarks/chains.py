@@ -1,4 +1,4 @@
-"""Times chains for whole batches, and says what they are worth on recorded replies."""
+"""Times of chains for whole batches, and their tokens per step on recorded replies."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ def measure_chains(
     threads: int = 1,
     vocabulary: int = 32000,
 ) -> dict[str, Any]:
-    """Steps batches of requests over synthetic text, and takes of each chain what the text goes on with.
+    """Steps batches of requests over synthetic text, and accepts each chain's tokens that continue the text.
 
-    A step takes in what the last one emitted, learns from it and proposes a chain for every request.
+    A step appends the tokens that the last one emitted, learns from them and proposes a chain for every
+    request.
 
     Args:
         requests: Rows of the batches, each measured with and without a history.
@@ -55,14 +56,14 @@ def measure_chains(
         steps: Steps of each batch; the first 20 are not counted.
         max_chain: The longest chain.
         min_prob: Path probability at which a chain ends.
-        threads: That propose at once.
-        vocabulary: Ids are below it.
+        threads: Number that propose at once.
+        vocabulary: Number of token ids.
 
     Returns:
         ``{"requests": {rows: {"step_us": {"p50", "p99", "mean", "least"}, "us_per_request",
         "cpu_us_per_request", "tokens_per_step", "drafted_per_step", "history": the same with one}},
         "config"}``. `us_per_request` is the p50 of a step over its rows; that of the processor counts the
-        calling thread alone.
+        calling thread only.
     """
     text = SyntheticText(vocabulary)
     config = DraftConfig(sources=SOURCES)
@@ -142,7 +143,7 @@ def replay_chains(
     Args:
         paths: Trace files.
         max_chain: The longest chain of each.
-        min_prob: Path probability at which chains end; prompt lookup knows none.
+        min_prob: Path probability at which chains end; prompt lookup has none.
         limit: Replay only so many requests.
 
     Returns:
@@ -150,7 +151,7 @@ def replay_chains(
         "prompt_lookup": …, "requests", "config"}``.
 
     Raises:
-        InvalidInputError: The traces hold nothing to replay.
+        InvalidInputError: The traces have no request to replay.
     """
     traces = [trace for trace in islice(read_traces(paths), limit) if len(trace.output) > 1]
     if not traces:
@@ -205,7 +206,7 @@ def _copied(session: PromptLookupSession, max_chain: int) -> TokenArray:
 
 
 class _BatchRow:
-    """One session of a batch, drafted for alone."""
+    """One session of a batch, stepped alone."""
 
     def __init__(self, batch: ChainBatch, prompt: TokenArray, min_prob: float) -> None:
         self._batch, self._session, self._floor = batch, batch.open(prompt), min_prob
@@ -241,7 +242,7 @@ def _replayed(trace: Trace, draft: Draft, observe: Observe) -> tuple[int, int, i
 
 
 def _common(chain: NDArray[np.int32], text: TokenArray) -> int:
-    """How many tokens of a chain a text begins with."""
+    """Length of the common start of a chain and a text."""
     size = min(len(chain), len(text))
     wrong = np.flatnonzero(chain[:size] != text[:size])
     return int(wrong[0]) if len(wrong) else size

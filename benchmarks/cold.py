@@ -1,4 +1,4 @@
-"""Waits of a fresh install: the import, the first compilation, and measuring kernels for a model."""
+"""Waiting times of a fresh install: the import, the first compilation, and measuring kernels for a model."""
 
 from __future__ import annotations
 
@@ -97,20 +97,20 @@ def measure_cold(rounds: int = 3) -> dict[str, Any]:
 
 
 def measure_first_use(model: str, dtype: str) -> dict[str, Any]:
-    """Prepares the CPU kernels for a model on a machine that never ran them, then again in a new process.
+    """Prepares the CPU kernels for a model without any cache, then again in a new process.
 
     Args:
         model: As for `load_model`.
         dtype: Of its weights.
 
     Returns:
-        first_seconds and again_seconds, what `CpuKernels.prepare` takes (compiling and measuring);
-        weight_bytes; stock_bytes and kernel_bytes, resident in the second process after passes with the
-        layers of torch and after passes with ours (None where the system does not tell).
+        first_seconds and again_seconds, of `CpuKernels.prepare` (compiling and measuring); weight_bytes;
+        stock_bytes and kernel_bytes, resident in the second process after passes with the layers of torch and
+        after passes with ours (None where the system does not report it).
     """
     from retrieval_draft.models.loading import load_model
 
-    load_model(model, dtype=dtype, device="cpu")  # Downloads and conversions are not what is measured.
+    load_model(model, dtype=dtype, device="cpu")  # Downloads and conversions are not measured.
     home = cache_home()
     with tempfile.TemporaryDirectory() as cache:
         folder = Path(cache) / "home"

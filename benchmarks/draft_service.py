@@ -1,4 +1,4 @@
-"""Measures the drafting service: round trips of a client to a server in a process of its own."""
+"""Round trips of the drafting service: a client and a server in a process of its own."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def serving(*options: str) -> Iterator[str]:
         *options: Of the command.
 
     Yields:
-        Where it listens.
+        The server's URL.
 
     Raises:
         RetrievalDraftError: It did not start.
@@ -65,9 +65,9 @@ def measure_draft_service(
 ) -> dict[str, Any]:
     """Replays recorded replies through the service, over TCP and a unix socket in turn.
 
-    The client accepts what continues the recorded reply, as an engine would, and asks for the next tree in
-    the same round trip. With a pause it does nothing for a while before that, as an engine's model would run
-    then: what the service puts off until its reply is sent is done meanwhile, and caches have cooled down.
+    The client accepts the nodes that continue the recorded reply, as an engine would, and requests the next
+    tree in the same round trip. With a pause it waits before that, as for the pass of an engine's model: the
+    service does its deferred work then, and processor caches are cold.
 
     Args:
         traces: Files of recorded requests.
@@ -148,7 +148,7 @@ def _replay(
 
 
 def accepted(draft: Draft, rest: Sequence[int]) -> list[int]:
-    """What a model that says `rest` emits: the path of the tree that it follows, and one token more."""
+    """Tokens that a model with the reply `rest` emits: its path in the tree, and one token more."""
     at, taken = 0, 0
     children = {
         (parent, token): node
@@ -163,7 +163,7 @@ def accepted(draft: Draft, rest: Sequence[int]) -> list[int]:
 
 
 def _together(client: DraftClient, requests: Sequence[Trace], nodes: int, count: int) -> list[float]:
-    """Steps of many sessions in one call, until the first is over."""
+    """Steps of many sessions in one call, until the first has ended."""
     seconds = []
     rows: list[tuple[RemoteSession, list[int]]] = []
     for number in range(count):
@@ -184,7 +184,7 @@ def _together(client: DraftClient, requests: Sequence[Trace], nodes: int, count:
 
 
 def _alone(requests: Sequence[Trace], nodes: int, pause: float, vocabulary: int) -> dict[str, float]:
-    """The same work without a network: what a round trip cannot be faster than."""
+    """The same work without a network, the lower bound of a round trip."""
     from retrieval_draft.proposer import Proposer
 
     seconds = []

@@ -1,4 +1,4 @@
-"""What drawing a token costs, against the forward pass that it follows."""
+"""Cost of drawing a token, relative to the forward pass before it."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def draw(model: Any, tokenizer: Any, prompt: Prompt, *, tokens: int = 64) -> dic
         model: The target model.
         tokenizer: Its tokenizer.
         prompt: Its greedy continuation gives the rows to draw from.
-        tokens: How many rows.
+        tokens: Number of rows.
 
     Returns:
-        What ``bench draw --json`` prints: median milliseconds of a draw by what is set, of passes over 1 or 8
-        tokens, and each draw's share of a pass over one token.
+        The object that ``bench draw --json`` prints: median milliseconds of a draw by its options, of passes
+        over 1 or 8 tokens, and each draw's share of a pass over one token.
     """
     ids = prompt.encode(tokenizer)
     with torch.no_grad():

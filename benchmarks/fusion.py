@@ -1,4 +1,4 @@
-"""Times fusion, selection and what calibration learns, for five sources that all propose in full."""
+"""Times of fusion, selection and calibration updates, for five sources with full proposals."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ WARM = 64
 def measure_fusion(paths: Sequence[Path], *, nodes: int = 60, limit: int | None = 60) -> dict[str, Any]:
     """Replays traces and times each step's fusion, selection and learning.
 
-    Automaton, adjacency and history propose for the step itself. Their proposals of the step before come in
-    again as those of a corpus and of a draft model: these fit the text as little as a foreign source's, so
-    that the tries are larger than those of five sources that agree.
+    Automaton, adjacency and history propose for the step itself. Their proposals of the step before are used
+    again as those of a corpus and of a draft model: these fit the text as badly as another source's, so that
+    the tries are larger than those of five sources that agree.
 
     Args:
         paths: Trace files.
@@ -43,7 +43,7 @@ def measure_fusion(paths: Sequence[Path], *, nodes: int = 60, limit: int | None 
         `proposed` being the nodes proposed in a step.
 
     Raises:
-        InvalidInputError: The traces are too short to time anything.
+        InvalidInputError: The traces are too short to time.
     """
     config = DraftConfig(nodes=nodes, sources=("automaton", "adjacency", "history"))
     traces = list(islice(read_traces(paths), limit))
@@ -93,7 +93,7 @@ def measure_fusion(paths: Sequence[Path], *, nodes: int = 60, limit: int | None 
 
 
 def _said(text: TokenArray, at: int, emitted: TokenArray) -> NodeLogits:
-    """The trace's own tokens as predictions, each behind the last four of the text."""
+    """The trace's own tokens as predictions, each after the last four of the text."""
     padded = np.concatenate((np.full(4, -1, np.int32), text))
     contexts = np.stack([padded[at + step : at + step + 4] for step in range(len(emitted))])
     return NodeLogits(contexts, emitted[:, None], np.ones((len(emitted), 1), np.float32))

@@ -1,4 +1,4 @@
-"""Measures llama-cpp-python without a draft model, with its own prompt lookup, and with ours."""
+"""Comparison of llama-cpp-python without a draft model, with its own prompt lookup, and with ours."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ class _Counting:
 
 @dataclass
 class _Contender:
-    """A draft model, and what the engine did with it so far.
+    """A draft model, and the counts of the engine's runs with it.
 
     Attributes:
-        drafts: None for none.
+        drafts: The draft model; None without one.
         begin: Called before each prompt.
         end: Called after each prompt.
         passes: Passes over drafts or single tokens; the prompts' own do not count.
@@ -84,22 +84,22 @@ def measure_llama_cpp(
     threads: int | None = None,
     context: int = 1024,
 ) -> dict[str, Any]:
-    """Lets the contenders take turns prompt by prompt on one engine, greedily.
+    """Runs the contenders in turns prompt by prompt on one engine, greedily.
 
     The engine keeps the logits of all positions, as any draft model makes llama-cpp-python do, for "none" as
-    well, so that the ratios tell what drafts bring.
+    well, so that the ratios show the gain of drafts.
 
     Args:
         path: A GGUF file.
-        prompts: What to answer; those too long for the context are left out.
+        prompts: The prompts; those too long for the context are left out.
         contenders: Names of `CONTENDERS`, or ``lookup-NxM``; "none" is added.
         max_new_tokens: Of each reply at most.
         threads: Of the engine; None for its default.
         context: Tokens of text at most.
 
     Returns:
-        By contender tokens per step, drafted tokens per step, ratio of speed to "none", and how many replies
-        are equal to its; those that part where the engine's own rounding, which depends on the batch,
+        By contender tokens per step, drafted tokens per step, ratio of speed to "none", and the number of
+        replies equal to its; those that differ where the engine's own rounding, which depends on the batch,
         decides, are counted as ties.
 
     Raises:
@@ -151,7 +151,7 @@ def _make(name: str, llama: Any) -> _Contender:
 
 
 def _ours(name: str, llama: Any) -> _Contender:
-    """Ours. Without a history each prompt has a proposer of its own; only what passes cost is kept."""
+    """Makes ours. Without a history each prompt has a proposer of its own; only pass costs are kept."""
     remembers = "history" in name
     sources = SOURCES if remembers else tuple(source for source in SOURCES if source != "history")
     config, rows = DraftConfig(sources=sources), llama.n_vocab()
@@ -227,7 +227,7 @@ def _speeds(contender: _Contender) -> NDArray[np.float64]:
 def _compare(
     llama: Any, contender: _Contender, plain: _Contender, prompts: Sequence[list[int]]
 ) -> dict[str, int]:
-    """How many replies equal those without drafts, part by rounding, or differ otherwise."""
+    """Numbers of replies that equal those without drafts, differ by rounding, or differ otherwise."""
     counts = {"equal": 0, "ties": 0, "different": 0}
     for ids, mine, stock in zip(prompts, contender.replies, plain.replies, strict=True):
         at = next((n for n, (a, b) in enumerate(zip(mine, stock, strict=False)) if a != b), None)

@@ -1,4 +1,4 @@
-"""How far an engine's logits depend on the batch that a token is in."""
+"""Dependence of an engine's logits on the batch of a token."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 __all__ = ["batch_noise"]
 
 SHAPES = (1, 2, 3, 4, 6, 8, 11, 16, 64)
-"""Tokens of a pass. On the CPU llama.cpp rounds activations of quantised models to 8 bits, and which way a
-number at the border goes depends on the order of a sum, which depends on the batch: logits of Gemma 3 270M
+"""Tokens of a pass. On the CPU llama.cpp rounds activations of quantised models to 8 bits, and the rounding
+of a number at the border depends on the order of a sum, which depends on the batch: logits of Gemma 3 270M
 (Q4_K_M) move by 0.2 of their standard deviation of 5.4 on average, by 1 to 2 at most."""
 
 LAST = 48
-"""Only so many tokens at the end are put into passes of these sizes; the others come first, in one."""
+"""Number of tokens at the end that are put into passes of these sizes; the others come first, in one."""
 
 
 def batch_noise(llama: Any, text: list[int], first: int, second: int) -> tuple[float, float]:
-    """By how much one token beats another after a text, and by how much that varies with the batch.
+    """Lead of one token's logit over another's after a text, and its variation with the batch.
 
     Args:
         llama: An engine with the logits of all positions. Its text is lost.

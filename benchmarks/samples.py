@@ -1,4 +1,4 @@
-"""Samples of one prompt: together against each alone, and with the drafts' noise known against not."""
+"""Samples of one prompt: together against each alone, and drafts with the known noise against without."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from retrieval_draft.errors import InvalidInputError
 __all__ = ["WAYS", "samples"]
 
 WAYS = ("alone", "alone_without_noise", "together", "plain")
-"""Each sample in a call of its own with a drafter of its own; the same, drafts ranked without regard to the
-noise; all samples of a prompt in one call; and alone without drafts."""
+"""Each sample in a call of its own with a drafter of its own; the same, drafts ranked without the noise; all
+samples of a prompt in one call; and alone without drafts."""
 
 
 def samples(
@@ -37,13 +37,13 @@ def samples(
 ) -> dict[str, Any]:
     """Draws `count` samples of each prompt in several ways, the same ones in each.
 
-    Nothing is remembered from prompt to prompt, nor, alone, from sample to sample. Since drafts change no
-    token, tokens per step differ by drafts only, and not by what was drawn.
+    No state is kept from prompt to prompt, nor, alone, from sample to sample. Since drafts change no token,
+    tokens per step differ by drafts only, not by the drawn tokens.
 
     Args:
         model: The target model.
         tokenizer: Its tokenizer.
-        prompts: In the order to run.
+        prompts: The prompts, in the order to run.
         count: Samples of each.
         temperature: Of all; neither top-k nor top-p.
         max_new_tokens: For each reply.
@@ -52,8 +52,8 @@ def samples(
         ways: Names of `WAYS`.
 
     Returns:
-        What ``bench samples --json`` prints: for each way tokens, steps and tokens per step; how many samples
-        were the same in all ways.
+        The object that ``bench samples --json`` prints: for each way tokens, steps and tokens per step; the
+        number of samples that were equal in all ways.
 
     Raises:
         InvalidInputError: An unknown way, or no prompts.
@@ -127,7 +127,7 @@ def _draw(
 
 
 def _reply(row: torch.Tensor, ids: torch.Tensor, tokenizer: Any) -> list[int]:
-    """A reply up to its end; what stands behind it is padding."""
+    """A reply up to its end, without the padding after it."""
     reply: list[int] = row[ids.shape[1] :].tolist()
     ends = (tokenizer.eos_token_id, tokenizer.pad_token_id)
     return reply[: next((place for place, token in enumerate(reply) if token in ends), len(reply))]

@@ -1,4 +1,4 @@
-"""One client of a server: sends a request, and checks that the answer is whole and its own."""
+"""One client of a server: sends a request, and checks that the answer is complete and its own."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Told:
     Attributes:
         tokens: Ids of the reply.
         text: Of the reply.
-        wrong: What is wrong with its form; empty for nothing.
+        wrong: Fault of its form; empty without one.
     """
 
     tokens: tuple[int, ...] = ()
@@ -48,10 +48,10 @@ def ask_server(port: int, ask: Ask, *, stream: bool, name: str, timeout: float =
 
     Args:
         port: On loopback.
-        ask: What to ask.
-        stream: Whether tokens come one by one.
-        name: Of the request, which the answer must bear.
-        timeout: Seconds without a sign of life.
+        ask: The request.
+        stream: Whether tokens are streamed.
+        name: Of the request, which the answer must contain.
+        timeout: Seconds without data.
     """
     body = {
         "prompt": ask.prompt, "seed": ask.seed, "max_tokens": ask.max_tokens,

@@ -17,16 +17,16 @@ __all__ = ["compare_servers"]
 def compare_servers(
     servers: dict[str, ServeProcess], asks: Sequence[Ask], clients: int, rounds: int
 ) -> dict[str, Any]:
-    """Asks both servers the same, one after the other, in rounds of requests that are new to both.
+    """Sends both servers the same requests, one server after the other, in rounds of new requests.
 
     Args:
         servers: By name; the ratio is of the first to the second.
         asks: All requests; each round takes its share.
         clients: At the same time.
-        rounds: How many shares.
+        rounds: Number of shares.
 
     Returns:
-        Tokens a second of each server in each round, their ratios, and how many answers differ.
+        Tokens a second of each server in each round, their ratios, and the number of different answers.
     """
     names = list(servers)
     rates: dict[str, list[float]] = {name: [] for name in names}

@@ -1,4 +1,4 @@
-"""Many clients on one server for a while: nothing lost, nothing mixed up, every answer as offline."""
+"""Load of many clients on one server: no answer lost or mixed up, every answer as offline."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from benchmarks.serve_process import ServeProcess
 __all__ = ["LoadResult", "check_answers", "make_asks", "run_load"]
 
 NEAR = 1e-4
-"""Logits that close may change places when a pass has other rows beside them."""
+"""Distance of logits whose order may change when a pass has other rows."""
 
 
 @dataclass(slots=True)
 class LoadResult:
-    """What the clients saw.
+    """Results of the clients.
 
     Attributes:
-        answers: How often each answer came to each request.
+        answers: Number of times that each answer came to each request.
         wrong: Answers that were not whole, with a reason.
-        refused: Answers of 429, which were asked again.
+        refused: Answers of 429, whose requests were repeated.
         tokens: Of all replies.
         seconds: From the first request to the last answer.
         resident: Memory of the server from second to second, in bytes.
@@ -58,13 +58,13 @@ def make_asks(count: int, seed: int = 0) -> list[Ask]:
 
 
 def run_load(server: ServeProcess, asks: Sequence[Ask], clients: int, seconds: float) -> LoadResult:
-    """Lets clients ask one request after the other, half of them streamed.
+    """Runs clients that send one request after the other, half of them streamed.
 
     Args:
-        server: Whom to ask.
-        asks: What to ask, drawn at random.
+        server: The server.
+        asks: Requests, drawn at random.
         clients: At the same time.
-        seconds: After which no client asks anything new.
+        seconds: Time after which no client sends a new request.
     """
     result, lock = LoadResult(), threading.Lock()
     until = time.monotonic() + seconds
@@ -95,7 +95,7 @@ def run_load(server: ServeProcess, asks: Sequence[Ask], clients: int, seconds: f
 
 
 def check_answers(result: LoadResult, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Compares every answer with what the library says offline, without drafts.
+    """Compares every answer with the library's own offline, without drafts.
 
     Args:
         result: Of `run_load`.
@@ -103,7 +103,7 @@ def check_answers(result: LoadResult, model: Any, tokenizer: Any) -> dict[str, A
         tokenizer: Its tokenizer.
 
     Returns:
-        How many were equal, parted at logits closer than `NEAR`, or differ.
+        Numbers of equal answers, of those that differ at logits closer than `NEAR`, and of other ones.
     """
     from retrieval_draft.drafter import RetrievalDrafter
 
@@ -139,7 +139,7 @@ def _offline(drafter: Any, tokenizer: Any, ask: Ask) -> tuple[list[int], Any]:
 
 
 def _is_near_tie(drafter: Any, ids: Any, ask: Ask, expected: list[int], told: Sequence[int]) -> bool:
-    """Whether both parted where the two best keyed logits are closer than `NEAR`."""
+    """True if both differ first where the two best keyed logits are closer than `NEAR`."""
     import torch
 
     from retrieval_draft.engine.sampling.noise import GumbelNoise

@@ -27,10 +27,10 @@ class ServeProcess:
 
     Args:
         options: Of ``retrieval-draft serve``, address left out.
-        seconds: That it may take until it is ready.
+        seconds: Limit until it is ready.
 
     Attributes:
-        port: Where it listens.
+        port: Port it listens on.
 
     Raises:
         RetrievalDraftError: It ended, or is not ready in time.
@@ -68,7 +68,7 @@ class ServeProcess:
         raise RetrievalDraftError("The server did not start.", "\n".join([*self._lines][-10:]))
 
     def health(self) -> int:
-        """Status of /health; 0 where nobody answers."""
+        """Status of /health; 0 without an answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         try:
             connection.request("GET", "/health")
@@ -80,18 +80,18 @@ class ServeProcess:
 
     @property
     def resident_bytes(self) -> int:
-        """Memory of the process; 0 where the system does not say."""
+        """Memory of the process; 0 where the system does not report it."""
         try:
             return int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]) * _PAGE
         except (OSError, IndexError, ValueError):
             return 0
 
     def signal(self) -> None:
-        """Tells it to stop."""
+        """Sends it the signal to stop."""
         self._process.send_signal(signal.SIGTERM)
 
     def stop(self, seconds: float = 60.0) -> int:
-        """Tells it to stop, and returns its exit code."""
+        """Stops it, and returns its exit code."""
         if self._process.poll() is None:
             self.signal()
         return self.wait(seconds)
@@ -107,5 +107,5 @@ class ServeProcess:
 
     @property
     def last_lines(self) -> list[str]:
-        """What it said last."""
+        """Last lines of its output."""
         return list(self._lines)

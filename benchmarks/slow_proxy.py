@@ -1,4 +1,4 @@
-"""A TCP proxy that makes a network slow, silent or refusing."""
+"""A TCP proxy that simulates a slow, silent or refusing network."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _CHUNK = 1 << 16
 
 
 class SlowProxy:
-    """Passes on what comes, each way `delay` seconds later, in order.
+    """Forwards data in both directions with a delay of `delay` seconds, in order.
 
     Args:
         target: Port on loopback to connect to.
         delay: Seconds each way; it may be changed at any time.
-        tls: Clients must speak TLS with it; None for plain connections.
+        tls: TLS context for clients; None for plain connections.
 
     Attributes:
-        port: Where clients connect.
-        frozen: Nothing is passed on while it is set.
+        port: Port for clients.
+        frozen: No data is forwarded while it is set.
         refusing: Connections are closed, and new ones too.
     """
 
@@ -79,7 +79,7 @@ class SlowProxy:
     def _serve(self, client: socket.socket) -> None:
         server = None
         try:
-            self._sockets.add(client)  # before it is asked who is refused: what comes later is dropped
+            self._sockets.add(client)  # before the check of refusal: later ones are dropped
             if self._refuses():
                 return
             if self._tls is not None:
@@ -104,7 +104,7 @@ class SlowProxy:
                     each.close()
 
     def _pump(self, source: socket.socket, target: socket.socket) -> None:
-        """Passes on until one side closes; reading goes on while chunks wait for their time."""
+        """Forwards until one side closes; reading continues while chunks wait for their time."""
         waiting: deque[tuple[float, bytes]] = deque()
         changed = threading.Condition()
 

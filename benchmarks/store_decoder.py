@@ -1,4 +1,4 @@
-"""A server that decodes: one model, a drafter with a store and one without, told what to do line by line."""
+"""A server that decodes: one model, a drafter with a store and one without, controlled by lines on stdin."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class DecoderProcess(WorkerProcess):
         return self
 
     def open(self, url: str | None) -> None:
-        """Two new drafters that know nothing yet: one with a store, unless `url` is None, and one without."""
+        """Opens two new drafters without text: one with a store, unless `url` is None, and one without."""
         self.call(do="open", url=url)
 
     def generate(self, ids: Sequence[int], max_new_tokens: int, with_store: bool) -> tuple[list[int], float]:
-        """Greedy tokens of one of both, and the seconds they took."""
+        """Greedy tokens of one of both, and their time in seconds."""
         answer = self.call(do="generate", ids=list(ids), max_new_tokens=max_new_tokens, with_store=with_store)
         return answer["tokens"], answer["seconds"]
 
@@ -55,7 +55,7 @@ class _Decoder:
 
         self._model, self._tokenizer = load_model(model, dtype="float32")
         self._timeout = timeout
-        # A budget by cost would be measured by each drafter, and differ by more than what is looked for.
+        # A budget by cost would be measured by each drafter, and differ by more than the measured effect.
         self._config = DraftConfig(nodes=_NODES)
         self._drafters: dict[bool, RetrievalDrafter] = {}
 
@@ -74,7 +74,7 @@ class _Decoder:
             )
             self._drafters[with_store] = drafter
             drafter.warm_up()
-            # What only the first request pays, without a word that later ones could draft from.
+            # The costs of a first request, without text that later ones could draft from.
             self.generate([2, 2], 2, with_store, share=None if store is None else "none")
         return {}
 
@@ -96,12 +96,12 @@ class _Decoder:
         return {"tokens": out[0, len(ids) :].tolist(), "seconds": time.perf_counter() - begin}
 
     def status(self) -> dict[str, Any]:
-        """Of the store."""
+        """Status of the store."""
         store = self._drafters[True].store
         return {} if store is None else store.status()
 
     def store_seconds(self) -> dict[str, Any]:
-        """What the store's threads have taken of the processor."""
+        """Processor time of the store's threads."""
         store = self._drafters[True].store
         threads = () if store is None else store._threads
         return {"seconds": sum(_thread_seconds(each.native_id) for each in threads)}
@@ -115,7 +115,7 @@ class _Decoder:
 
 
 def _thread_seconds(native_id: int | None) -> float:
-    """Processor time of a thread, from the kernel; 0 where it has ended, or the kernel does not say."""
+    """Processor time of a thread, from the kernel; 0 where it has ended, or the kernel does not report it."""
     try:
         text = Path(f"/proc/self/task/{native_id}/stat").read_text()
     except OSError:

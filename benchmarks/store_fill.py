@@ -1,4 +1,4 @@
-"""Puts text into a store as if other servers had."""
+"""Synthetic text in a store, as if from other servers."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def fill(
 
     Args:
         url: Of the store.
-        vocabulary: Ids are below it.
-        tokens: In all.
+        vocabulary: Number of token ids.
+        tokens: Number of tokens in all.
         run: Tokens of an entry.
-        servers: In whose names, in turn.
+        servers: Number of simulated servers, in turn.
         tenant: Of the namespace.
         fingerprint: Of the namespace.
     """

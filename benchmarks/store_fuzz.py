@@ -1,4 +1,4 @@
-"""Entries that do not belong into a store: none may crash a server, or be drafted from."""
+"""Invalid entries in a store: none may crash a server, or be drafted from."""
 
 from __future__ import annotations
 
@@ -36,14 +36,13 @@ def measure_fuzz(
 
     Args:
         folder: For the store's data.
-        fuzzed: Random bytes, random MessagePack, and true entries with a bit flipped, cut short or with one
+        fuzzed: Random bytes, random MessagePack, and valid entries with a bit flipped, truncated or with one
             field replaced.
-        foreign: True entries of another tenant.
-        seed: Of all that is random.
+        foreign: Valid entries of another tenant.
+        seed: Of all random choices.
 
     Returns:
-        How many entries came, were dropped by reason and taken in, and how many texts were taken in or
-        drafted from that should not have been.
+        Numbers of entries received, dropped by reason and added, and of texts wrongly added or drafted from.
     """
     chance = random.Random(seed)
     namespace = f"{FINGERPRINT}:default"
@@ -52,7 +51,7 @@ def measure_fuzz(
     fields: list[dict[Any, Any]] = [
         {FIELD: _fuzzed(chance, mine, bad_server, each)} for each in range(fuzzed)
     ]
-    for number in range(0, fuzzed, 50):  # entries that are none of ours at all
+    for number in range(0, fuzzed, 50):  # items that are no entries at all
         fields[number] = {b"other": b"field", FIELD: b"x"} if number % 100 else {b"text": b"hello"}
     probes = [probe_text(number, _VOCABULARY) for number in range(foreign)]
     fields += [{FIELD: other.encode(bad_server, number, run)} for number, run in enumerate(probes)]

@@ -1,4 +1,4 @@
-"""What an outage of the store costs a server that decodes."""
+"""Cost of an outage of the store for a server that decodes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from retrieval_draft._progress import progress
 __all__ = ["STATES", "measure_outages"]
 
 STATES = ("none", "connected", "dead", "paused", "slow")
-"""``none``: no store on either side, which shows what this bench cannot tell apart. ``slow``: every answer
+"""``none``: no store on either side, which shows the noise of this bench. ``slow``: every answer
 comes 200 ms late."""
 
 _DELAY = 0.1
@@ -33,24 +33,24 @@ def measure_outages(
 ) -> dict[str, Any]:
     """Decodes each prompt twice in one process, with a drafter that has a store and with one that has none.
 
-    Two processes on the same machine differ by more than what is looked for, from their start to their end,
+    Two processes on the same machine differ by more than the measured effect, from their start to their end,
     and the machine itself does within some seconds. So both drafters share one process and one model, both
-    begin with nothing, they take turns prompt by prompt, and who begins changes each time. What this cannot
-    show is the processor time that the store's threads take from either of them: it is counted apart. A state
-    begins when both are open and connected, right before the first prompt, so what a server does when the
-    store goes away counts too.
+    start without text, they take turns prompt by prompt, and the first one changes each time. The processor
+    time that the store's threads take from either of them does not show in this; it is counted separately. A
+    state begins when both are open and connected, right before the first prompt, so the reaction of a server
+    to the loss of the store counts too.
 
     Args:
         model: As ``--model``.
-        prompts: Token ids, dealt out to the states in turn.
+        prompts: Token ids, distributed to the states in turn.
         folder: For the store's data.
         max_new_tokens: Of each reply.
         states: Of `STATES`.
 
     Returns:
         For each state the median over prompts of tokens a second with the store over those without, tenths,
-        that of all tokens together, whether all replies were the same, how many there were, what the store's
-        threads took of one core, and the store's state as the server saw it at the end.
+        that of all tokens together, whether all replies were equal, their number, the share of one core that
+        the store's threads took, and the store's state at the end.
     """
     found: dict[str, Any] = {}
     with (

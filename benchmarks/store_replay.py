@@ -29,7 +29,7 @@ def measure_split(
     Args:
         paths: Trace files.
         url: Of the store.
-        servers: How many take turns.
+        servers: Number of servers, in turn.
         nodes: Draft nodes of every step.
         limit: Replay only so many requests.
 
@@ -99,7 +99,7 @@ def _replay(
 
 
 def _wait(stores: Sequence[SharedStore], sender: SharedStore) -> None:
-    """Until all have what one has sent; in life a request takes longer than that."""
+    """Waits until all have the entries that one has sent; a real request takes longer than that."""
     end = time.monotonic() + _SECONDS
     while any(each.mirror.entries < sender.mirror.entries for each in stores):
         if time.monotonic() > end:

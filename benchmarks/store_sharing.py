@@ -1,4 +1,4 @@
-"""How soon servers learn from each other, how fast one takes in, and how soon a new one is warm."""
+"""Latency of sharing between servers, speed of ingesting, and warm-up time of a new server."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _SERVERS = 10
 def measure_propagation(
     folder: Path, *, servers: int = 4, rounds: int = 200, vocabulary: int = 32000
 ) -> dict[str, Any]:
-    """From the end of a request on one server to a draft from it on the others.
+    """Measures the time from the end of a request on one server to a draft from it on the others.
 
     Servers are processes. Each request's reply is 200 random tokens, and a server counts from the call that
-    ends the request to the moment at which another's session proposes what follows 40 tokens of it.
+    ends the request to the moment at which another's session proposes the tokens after 40 of its tokens.
 
     Args:
         folder: For the store's data.
-        servers: How many.
+        servers: Number of servers.
         rounds: Requests, on the servers in turn.
-        vocabulary: Ids are below it.
+        vocabulary: Number of token ids.
 
     Returns:
         Milliseconds, median and 99th percentile, over rounds and receiving servers.
@@ -77,15 +77,15 @@ def measure_propagation(
 
 
 def measure_start(folder: Path, *, tokens: int = 10_000_000, vocabulary: int = 32000) -> dict[str, Any]:
-    """How long a new server takes from opening the store to a lookup in all of a snapshot.
+    """Measures the time of a new server from opening the store to a lookup in all of a snapshot.
 
     Args:
         folder: For data and snapshots.
         tokens: Of the snapshot.
-        vocabulary: Ids are below it.
+        vocabulary: Number of token ids.
 
     Returns:
-        Seconds to the first lookup, and until the log behind the snapshot had been read: medians of five new
+        Seconds to the first lookup, and until the log after the snapshot had been read: medians of five new
         processes, each with its kernels loaded.
     """
     usable, ready = [], []
@@ -113,18 +113,17 @@ def measure_start(folder: Path, *, tokens: int = 10_000_000, vocabulary: int = 3
 def measure_ingest(
     folder: Path, *, tokens: int = 20_000_000, vocabulary: int = 32000, nodes: int = 60
 ) -> dict[str, Any]:
-    """Takes in what ten servers wrote, while a thread does a decoding thread's part in a lookup every 2 ms.
+    """Ingests the entries of ten servers, while a thread does the lookups of a decoding thread every 2 ms.
 
     Args:
         folder: For the store's data.
-        tokens: To take in.
-        vocabulary: Ids are below it.
+        tokens: Number of tokens to ingest.
+        vocabulary: Number of token ids.
         nodes: Of each proposal.
 
     Returns:
-        Tokens a second, and microseconds of a step (observing and proposing), while entries come in and
-        afterwards: how long it took, and how much of that the thread was not running, waiting for the
-        interpreter or for a core.
+        Tokens a second, and microseconds of a step (observing and proposing), while entries are ingested and
+        afterwards: its duration, and the part of it in which the thread waited for the GIL or for a core.
     """
     load_kernels(vocabulary)
     text = SyntheticText(vocabulary).tokens(400_000, seed=99)
@@ -151,7 +150,7 @@ def measure_ingest(
 
 
 def _steps(source: SharedSource, text: TokenArray, nodes: int, over: Any) -> Any:
-    """Microseconds of each step, and of those the ones in which the thread did not run; shape (steps, 2)."""
+    """Microseconds of each step, and of its part in which the thread did not run; shape (steps, 2)."""
     session = source.open(text[:32])
     found: list[tuple[float, float]] = []
     end = time.monotonic() + 300

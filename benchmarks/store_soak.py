@@ -1,4 +1,4 @@
-"""Many servers, many entries, and random kills: is anything lost, doubled, or different?"""
+"""Soak test of many servers and entries with random kills: counts of lost, doubled and different entries."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["measure_soak"]
 _VOCABULARY = 32000
 _WAIT_SECONDS = 900.0
 _STILL_SECONDS = 30.0
-"""Servers whose entries have not changed for so long do not change any more, equal or not."""
+"""Seconds without a change after which the servers' entries are final, equal or not."""
 
 
 class _Server:
@@ -44,7 +44,7 @@ class _Server:
         """Kills it.
 
         Returns:
-            Runs that it had not got accepted.
+            Runs that were not accepted.
         """
         assert self.worker is not None
         self.worker.kill()
@@ -53,7 +53,7 @@ class _Server:
 
     @property
     def accepted(self) -> int:
-        """Runs of the current process that Redis has accepted; a little behind, never ahead."""
+        """Runs of the current process that Redis has accepted; may lag, never leads."""
         with suppress(OSError):
             return int.from_bytes(self._progress(self.number).read_bytes(), "little")
         return 0
@@ -67,19 +67,19 @@ def measure_soak(
 ) -> dict[str, Any]:
     """Servers share numbered runs while servers and Redis are killed at random moments.
 
-    A killed server comes back as a new one, empty but for the snapshot, and shares what the old one had not
-    got accepted. In the end every server must hold every accepted run once.
+    A killed server is replaced by a new one, empty but for the snapshot, which shares the runs of the old one
+    that were not accepted. In the end every server must hold every accepted run once.
 
     Args:
         folder: For the store's data and snapshots.
         servers: Processes.
         entries: Runs of 12 tokens to be accepted in all, at least.
-        kills: Of servers, and half as many of Redis, spread over the time it takes.
+        kills: Of servers, and half as many of Redis, spread over the run.
         seed: Of the kills.
 
     Returns:
-        Entries accepted, and how many of them the worst server lacks (`lost`), how many the worst has more
-        than once (`doubled`), whether all servers hold the same (`agree`), and counts.
+        Entries accepted, the number of them that the worst server lacks (`lost`), the number that the worst
+        has more than once (`doubled`), whether all servers hold the same (`agree`), and counts.
     """
     random_kills = random.Random(seed)
     events = ["server"] * kills + ["redis"] * (kills // 2)
@@ -108,7 +108,7 @@ def measure_soak(
 def _run(
     group: list[_Server], redis: ValkeyProcess, entries: int, events: list[str], chance: random.Random
 ) -> int:
-    """Until all is accepted; kills come when so much of it is that they are spread evenly, with jitter."""
+    """Runs until all entries are accepted; kills are spread evenly over the accepted entries, with jitter."""
     places = sorted(chance.uniform(0.02, 0.95) for _ in events)
     numbers = len(group)
     end = time.monotonic() + _WAIT_SECONDS
@@ -142,7 +142,7 @@ def _run(
 
 
 def _judge(group: list[_Server], folder: Path, done: int) -> dict[str, Any]:
-    """Compares what servers hold with what was accepted, once nothing comes in any more."""
+    """Compares the servers' entries with the accepted ones, once no more entries arrive."""
     accepted: dict[int, int] = {}
     for server in group:
         accepted |= server.shares | {server.number: server.accepted}
@@ -179,7 +179,7 @@ def _judge(group: list[_Server], folder: Path, done: int) -> dict[str, Any]:
 
 
 def _settle(workers: list[WorkerProcess]) -> None:
-    """Waits until all have the same number of entries, or none takes any in."""
+    """Waits until all have the same number of entries, or none adds any."""
     last: list[int] = []
     since = time.monotonic()
     while time.monotonic() < since + _STILL_SECONDS:
@@ -193,7 +193,7 @@ def _settle(workers: list[WorkerProcess]) -> None:
 
 
 def _lost(held: dict[int, NDArray[np.int64]], accepted: dict[int, int]) -> int:
-    """Accepted runs that are not there."""
+    """Number of accepted runs that are missing."""
     return sum(
         count - len(np.intersect1d(held.get(server, np.empty(0, np.int64)), np.arange(count)))
         for server, count in accepted.items()

@@ -1,4 +1,4 @@
-"""A server of the store's benches: a process with a store, told what to do line by line.
+"""A server of the store's benches: a process with a store, controlled by lines on stdin.
 
 ``python -m benchmarks.store_worker CONFIG`` reads JSON objects from stdin, one a line, and answers
 each with one on stdout. CONFIG is JSON too: {"url": ..., "vocabulary": ...}.
@@ -37,19 +37,19 @@ _BASE = 4096
 
 
 def probe_text(seed: int, vocabulary: int, tokens: int = 200) -> TokenArray:
-    """A reply that nobody has said, int32, shape (tokens,)."""
+    """A random reply: int32, shape (tokens,)."""
     return np.random.default_rng((7, seed)).integers(0, vocabulary, tokens).astype(np.int32)
 
 
 def numbered_run(server: int, number: int, vocabulary: int) -> TokenArray:
-    """A run that says whose it is and how manieth, int32, shape (12,)."""
+    """A run that encodes its server and its number: int32, shape (12,)."""
     run = np.random.default_rng((server, number)).integers(0, vocabulary, NUMBERED_TOKENS, np.int32)
     run[:3] = server, number // _BASE, number % _BASE
     return run
 
 
 def numbers_in(store: SharedStore) -> dict[int, np.ndarray[Any, np.dtype[np.int64]]]:
-    """Of each server the numbers of the runs that can be looked up here, sorted, repeated where a run is."""
+    """Numbers of the runs of each server that can be looked up here: int64, sorted, with repetitions."""
     rows = []
     for segment in store.segments:
         starts = segment.documents.astype(np.int64)
@@ -62,10 +62,10 @@ def numbers_in(store: SharedStore) -> dict[int, np.ndarray[Any, np.dtype[np.int6
 
 
 class WorkerProcess:
-    """Starts a worker, and talks to it.
+    """A worker process and its commands.
 
     Args:
-        config: What `main` takes.
+        config: Configuration for `main`.
 
     Attributes:
         process: The worker.
@@ -101,7 +101,7 @@ class WorkerProcess:
         return self.answer()
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Kills the process with SIGKILL."""
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
@@ -125,13 +125,13 @@ class _Worker:
 
     @property
     def store(self) -> SharedStore:
-        """Opened on first use."""
+        """The store, opened on first use."""
         if self._store is None:
             self._store = SharedStore(StoreConfig(**self._config), FINGERPRINT, self._vocabulary)
         return self._store
 
     def open(self, seconds: float = 30.0) -> dict[str, Any]:
-        """Opens the store, and looks something up as soon as all that is there has been read."""
+        """Opens the store, and makes a lookup as soon as all entries have been read."""
         begin = time.perf_counter()
         store = self.store
         while not store.segments and time.perf_counter() - begin < seconds:
@@ -144,7 +144,7 @@ class _Worker:
                 **store.status()}  # fmt: skip
 
     def status(self) -> dict[str, Any]:
-        """Counts."""
+        """Counts of the store."""
         return self.store.status()
 
     def share(self, seed: int) -> dict[str, Any]:
@@ -166,7 +166,7 @@ class _Worker:
         return {"at": None}
 
     def add(self, server: int, first: int, count: int, progress: str) -> dict[str, Any]:
-        """Shares runs in the background; how many Redis has accepted stands in a file that outlives us."""
+        """Shares runs in the background, and keeps the number that Redis accepted in a file."""
         file = Path(progress)
         file.write_bytes(bytes(8))
         handle = file.open("r+b")
@@ -189,7 +189,7 @@ class _Worker:
         return {}
 
     def numbers(self, out: str) -> dict[str, Any]:
-        """Writes which runs can be looked up here."""
+        """Writes the numbers of the runs that can be looked up here."""
         found = {str(server): numbers for server, numbers in numbers_in(self.store).items()}
         np.savez(out, **found)  # type: ignore[arg-type] # numpy's stub takes them for its own options
         return self.store.status()
@@ -210,7 +210,7 @@ class _Worker:
 
 
 def load_kernels(vocabulary: int) -> None:
-    """Loads what lookups and sorting need, so that no measurement waits for it."""
+    """Loads the kernels of lookups and sorting, so that no measurement waits for them."""
     text = SyntheticText(vocabulary).tokens(4000, seed=1)
     segment = Segment.build([text], vocabulary)
     segment.count(text[:3])

@@ -21,13 +21,13 @@ from retrieval_draft.errors import DatastoreError
 __all__ = ["SERVER_VARIABLE", "ValkeyProcess", "free_port", "server_binary"]
 
 SERVER_VARIABLE = "RETRIEVAL_DRAFT_REDIS_SERVER"
-"""Names another server's binary, such as /usr/bin/redis-server."""
+"""Environment variable with another server's binary, such as /usr/bin/redis-server."""
 
 _START_SECONDS = 60.0
 
 
 def server_binary() -> str:
-    """The server that benches and tests run.
+    """Path of the server that benches and tests run.
 
     Raises:
         DatastoreError: There is none.
@@ -43,7 +43,7 @@ def server_binary() -> str:
 
 
 def free_port() -> int:
-    """A port that nobody uses now."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -114,7 +114,7 @@ class ValkeyProcess:
         raise DatastoreError(f"The server does not start: {log.read_text(errors='replace')[-600:]}")
 
     def stop(self) -> None:
-        """Ends it properly."""
+        """Stops it properly."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
@@ -122,7 +122,7 @@ class ValkeyProcess:
         self._end(signal.SIGKILL)
 
     def pause(self) -> None:
-        """It does nothing until `resume`; connections are accepted by the kernel all the same."""
+        """Stops the process until `resume`; the kernel still accepts connections."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:

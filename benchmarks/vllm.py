@@ -1,4 +1,4 @@
-"""Drafting methods side by side in vLLM: speed, accepted tokens per draft, and whether texts are the same."""
+"""Drafting methods side by side in vLLM: speed, accepted tokens per draft, and equality of texts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from retrieval_draft.integrations.vllm.interface import vllm_version
 __all__ = ["compare_in_vllm"]
 
 TIE = 1e-3
-"""Natural log of two tokens' probabilities: nearer ones count as a tie, which a differently shaped pass may
-order the other way."""
+"""Natural log of two tokens' probabilities: nearer ones count as a tie, whose order may change in a pass of
+another shape."""
 
 _WARM_UP = "1. one\n2. two\n3. three\n4. four\n5. five\n6. six\n7."
 
@@ -46,7 +46,7 @@ class _Engines:
     """vLLM without speculation, and vLLM with the switchboard."""
 
     def __init__(self, folder: str, dtype: str, most: int, max_model_len: int, plain: bool) -> None:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the switchboard must be in reach
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the switchboard must be in this process
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -61,7 +61,7 @@ class _Engines:
             "max_num_seqs": 8,
             # A prompt's second reader would find its prefill done.
             "enable_prefix_caching": False,
-            "disable_log_stats": False,  # they say when the first token came
+            "disable_log_stats": False,  # they hold the time of the first token
         }
         speculative = {"method": "custom_class", "model": SWITCH, "num_speculative_tokens": most}
         self._sampling: Any = vllm.SamplingParams
@@ -92,7 +92,7 @@ class _Engines:
         )
 
     def compare_outputs(self, ids: Sequence[int], reference: list[int], other: list[int]) -> str:
-        """Says "equal", "tie" where two texts part at tokens of almost one probability, or "different"."""
+        """Returns "equal", "tie" (the first different tokens are almost equally probable) or "different"."""
         if reference == other:
             return "equal"
         place = next(
@@ -126,14 +126,14 @@ def compare_in_vllm(
 ) -> dict[str, Any]:
     """Decodes every prompt greedily with every method, one request at a time.
 
-    Methods take turns on each prompt, and who begins moves on from prompt to prompt. ``plain`` runs in an
+    Methods take turns on each prompt, with another first one for each prompt. ``plain`` runs in an
     engine without speculation, all others in one engine whose proposer changes, so that they share the model
     and differ in their drafts only. Prefix caching is off. ``ratio`` is of tokens a second over the whole
     request, to the first method's; ``decode_ratio`` of the time from the first token to the last.
 
-    ``cold`` and ``suffix`` know nothing but the prompt and the reply so far: both are made anew for every
-    prompt. ``history`` and ``suffix-history`` know all earlier requests of the run; from the second pass on
-    they have seen the same prompts before.
+    ``cold`` and ``suffix`` draft from the prompt and the reply so far only: both are made again for every
+    prompt. ``history`` and ``suffix-history`` draft from all earlier requests of the run too; from the second
+    pass on they have seen the same prompts before.
 
     Args:
         folder: The model.
@@ -142,9 +142,9 @@ def compare_in_vllm(
         methods: Names of `vllm_contestants.METHODS`.
         max_new_tokens: For each reply.
         most: Draft tokens at most; `ngram` has its own number.
-        dtype: As vLLM takes it.
-        max_model_len: As vLLM takes it.
-        passes: How often all prompts are run.
+        dtype: A value of vLLM's option of that name.
+        max_model_len: A value of vLLM's option of that name.
+        passes: Number of runs of all prompts.
 
     Raises:
         InvalidInputError: There is no such method, no prompt that fits, or no vLLM.
@@ -207,7 +207,7 @@ def _summary(name: str, runs: dict[str, list[_Run]], base: str) -> dict[str, Any
     ratios = [
         speed * other.seconds / len(other.tokens) for speed, other in zip(speeds, reference, strict=True)
     ]
-    # From the first token on, which the prompt's pass yields: what drafts can change.
+    # From the first token on, which the prompt's pass yields: the part that drafts can change.
     decoded = [
         other.decoding / run.decoding for run, other in zip(mine, reference, strict=True) if run.decoding > 0
     ]

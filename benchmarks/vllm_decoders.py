@@ -22,13 +22,13 @@ METHODS = ("plain", "idle", "ngram-MIN-MAX-K", "suffix", "suffix-history", "cold
 
 @dataclass(slots=True, eq=False)
 class VllmDecoder:
-    """A way to draft.
+    """A drafting method.
 
     Attributes:
         name: As given.
-        propose: Drafts; None for none.
+        propose: Makes drafts; None without drafts.
         fresh: Whether it forgets everything before each prompt.
-        made: The proposer itself, for what it has to be told between prompts.
+        made: The proposer itself, for its calls between prompts.
         config: vLLM's, as the proposer was made with it.
     """
 
@@ -39,19 +39,19 @@ class VllmDecoder:
     config: Any = field(default=None, repr=False)
 
     def begin(self) -> None:
-        """Before each prompt."""
+        """Prepares for the next prompt."""
         if self.fresh and self.name == "suffix":
             self.made = _suffix(self.config)
         elif self.fresh and self.name == "cold":
             before = self.made
             self.made = _ours(self.config, history=False)
             if before is not None:
-                # What steps cost is no knowledge of text: it is kept, as any running server would.
+                # The costs of steps are no knowledge of text: they are kept, as on any running server.
                 self.made.rows.costs = before.rows.costs
                 before.close()
 
     def settle(self) -> None:
-        """After each prompt: what was said may be drafted from, as it would be moments later."""
+        """Ends a prompt: its text can be drafted from, as it would be moments later."""
         if isinstance(self.made, RetrievalProposer):
             self.made.flush()
 
@@ -69,7 +69,7 @@ def make_vllm_contestant(name: str, vllm_config: Any) -> VllmDecoder:
         vllm_config: The drafting engine's.
 
     Raises:
-        InvalidInputError: There is no method of that name, or what it needs is not installed.
+        InvalidInputError: There is no method of that name, or a package that it needs is not installed.
     """
     if name in (PLAIN, "idle"):
         return VllmDecoder(name)

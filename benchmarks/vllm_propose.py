@@ -1,4 +1,4 @@
-"""What proposing costs in a large vLLM batch, without vLLM: arrays are made up, calls are the real ones."""
+"""Cost of proposing in a large vLLM batch, without vLLM: synthetic arrays, real calls."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ WARM = 5
 def measure_propose(
     *, requests: int, context: int, steps: int, drafts: int, threads: int = 1, history: bool = True
 ) -> dict[str, Any]:
-    """Times whole calls of the proposer: finding out who is who, taking in, drafting, choosing lengths.
+    """Times whole calls of the proposer: matching rows to requests, appending, drafting, choosing lengths.
 
-    Each request's text is synthetic, repeats phrases as text does, and goes on with its own true
-    continuation. A row emits what its last draft got right and one token more, as after verification; one
-    pair of rows changes places before every step.
+    Each request's text is synthetic, repeats phrases as text does, and continues with its own true
+    continuation. A row emits the correct part of its last draft and one token more, as after verification;
+    one pair of rows is swapped before every step.
 
     Args:
         requests: Rows of the batch.
         context: Tokens of each text at the start.
-        steps: To time.
+        steps: Number of steps to time.
         drafts: Tokens of a draft at most.
-        threads: That propose.
+        threads: Number that propose.
         history: Whether earlier requests are drafted from too.
 
     Returns:
@@ -97,7 +97,7 @@ def _run(rows: RowDrafter, truth: Any, context: int, steps: int) -> tuple[list[f
     token_ids = np.zeros(truth.shape, np.int32)
     token_ids[:, : context + 1] = truth[:, : context + 1]
     lengths = np.full(requests, context + 1, np.int32)
-    order = np.arange(requests)  # which text stands in which row
+    order = np.arange(requests)  # index of each row's text
     sampled = token_ids[:, context : context + 1].tolist()
     draw = np.random.default_rng(0)
     milliseconds, accepted = [], 0

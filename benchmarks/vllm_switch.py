@@ -1,4 +1,4 @@
-"""One vLLM engine whose drafts come from whichever proposer takes its turn."""
+"""One vLLM engine whose drafts come from several proposers in turn."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 __all__ = ["SWITCH", "Propose", "Switchboard"]
 
 SWITCH = "benchmarks.vllm_switch.Switchboard"
-"""What vLLM loads."""
+"""Dotted path of the proposer, for vLLM to load."""
 
 Propose = Callable[[Any, Sequence[Sequence[int]], Any, Any], list[list[int]]]
 """(vLLM's input batch, sampled tokens, lengths, texts) to drafts."""
 
 
 class Switchboard:
-    """A proposer for vLLM that hands each call on to `current`, and counts.
+    """A proposer for vLLM that passes each call on to `current`, and counts.
 
-    So methods take turns on one model, and differ in nothing but their drafts.
+    So methods take turns on one model, and differ in their drafts only.
 
     Args:
         vllm_config: vLLM's.
@@ -28,10 +28,10 @@ class Switchboard:
         current: Drafts; None for no drafts.
         runner: vLLM's model runner, whose batch vLLM's own suffix method wants; set by the bench.
         steps: Calls since `reset`.
-        drafted: Draft tokens of all calls but the last, whose drafts nobody verified.
-        accepted: Of these, how many were sampled.
-        sizes: How often so many draft tokens were verified.
-        drafts: Calls that drafted anything for a row, and a later call showed what became of it.
+        drafted: Draft tokens of all calls but the last, whose drafts were not verified.
+        accepted: Number of these that were sampled.
+        sizes: Number of steps by the number of verified draft tokens.
+        drafts: Calls with a draft for a row whose outcome a later call showed.
     """
 
     def __init__(self, vllm_config: Any) -> None:

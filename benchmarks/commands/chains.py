@@ -1,4 +1,4 @@
-"""``python -m benchmarks chains``: drafts for whole batches, as an engine such as vLLM asks for them."""
+"""``python -m benchmarks chains``: drafts for whole batches, as for an engine such as vLLM."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def llama_cpp(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Compare draft models of llama-cpp-python: tokens per step, speed, and whether the text is the same."""
+    """Compare draft models of llama-cpp-python: tokens per step, speed, and equality of the text."""
     from benchmarks.llama_cpp import measure_llama_cpp
     from retrieval_draft.bench.prompts import read_prompts, spread
     from retrieval_draft.models.packaged import PACKAGED_NAME, packaged_gguf

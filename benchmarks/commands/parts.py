@@ -71,7 +71,7 @@ def cold(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Measure what a fresh install waits for: import, compilation, and with --model the CPU kernels."""
+    """Measure the waits of a fresh install: import, compilation, and with --model the CPU kernels."""
     from benchmarks.cold import measure_cold, measure_first_use
 
     result = measure_cold()

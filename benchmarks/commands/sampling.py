@@ -1,4 +1,4 @@
-"""``python -m benchmarks batch``, ``samples`` and ``draw``: batches, many samples, and what a draw costs."""
+"""``python -m benchmarks batch``, ``samples`` and ``draw``: batches, many samples, and the cost of a draw."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def batch(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Compare decoding methods on batches: speed, tokens per step, and whether each row is right."""
+    """Compare decoding methods on batches: speed, tokens per step, and correctness of each row."""
     from benchmarks.batch import batches as run
 
     loaded, tokenizer, chosen = _load(model, prompts, limit, tasks, dtype, device)
@@ -145,7 +145,7 @@ def draw(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Measure what drawing one token costs, by what is set, against a forward pass."""
+    """Measure the cost of drawing one token, by sampling options, against a forward pass."""
     from benchmarks.draw import draw as run
 
     loaded, tokenizer, chosen = _load(model, prompts, 1, "", dtype, device)

@@ -1,4 +1,4 @@
-"""``python -m benchmarks serve``: many clients on a server, and what drafting brings there."""
+"""``python -m benchmarks serve``: many clients on a server, and the gain of drafting there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def serve(
     model: Annotated[
         str | None, typer.Option(help="A tiny one with random weights by default.", show_default=False)
     ] = None,
-    method: Annotated[str, typer.Option(help="How to draft.")] = "calibrated",
+    method: Annotated[str, typer.Option(help="A drafting method.")] = "calibrated",
     max_batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 8,
     distinct: Annotated[int, typer.Option(min=1, help="Different requests to draw from.")] = 256,
     compare_none: Annotated[
@@ -47,7 +47,7 @@ def serve(
             from benchmarks.serve_model import save_tiny_model
 
             save_tiny_model(Path(place))
-            # What a tiny model's passes take is less than what threads take to meet.
+            # The passes of a tiny model take less time than the synchronisation of threads.
             threads = threads or 1
         options = ["--model", model or place, "--max-batch", str(max_batch)]
         if threads is not None:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks store``: what sharing costs and brings, on real servers on loopback."""
+"""``python -m benchmarks store``: costs and gains of sharing, on real servers on loopback."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PARTS = ("propagation", "outages", "soak", "start", "ingest", "split", "fuzz")
 
 def store(
     servers: Annotated[int, typer.Option(min=2, help="Servers that learn from each other.")] = 4,
-    parts: Annotated[str, typer.Option(help=f"What to measure, by commas: {', '.join(PARTS)}.")] = (
+    parts: Annotated[str, typer.Option(help=f"Measurements, by commas: {', '.join(PARTS)}.")] = (
         "propagation,outages,soak,start,ingest,fuzz"
     ),
     rounds: Annotated[int, typer.Option(min=1, help="Requests of propagation.")] = 200,
@@ -31,7 +31,7 @@ def store(
     tokens: Annotated[int, typer.Option(min=100_000, help="Of the snapshot; twice as many for ingest.")] = (
         10_000_000
     ),
-    model: Annotated[str, typer.Option(help="That decodes through outages.")] = "gemma3-270m",
+    model: Annotated[str, typer.Option(help="The model that decodes through outages.")] = "gemma3-270m",
     prompts: Annotated[
         list[Path] | None,
         typer.Option(help="Prompt files for outages; random prompts by default.", show_default=False),
@@ -45,7 +45,7 @@ def store(
     ] = 10_000,
     folder: Annotated[
         Path | None,
-        typer.Option(help="Where to write meanwhile; the system's by default.", show_default=False),
+        typer.Option(help="Folder for temporary files; the system's by default.", show_default=False),
     ] = None,
     out: Out = None,
     json: Json = False,
@@ -131,7 +131,7 @@ def _fuzz(folder: Path, fuzzed: int) -> dict[str, Any]:
 
 
 def _summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What design and README quote, and all parts."""
+    """Numbers quoted in the README, and all parts."""
     from retrieval_draft.bench.provenance import provenance
 
     result: dict[str, Any] = {"provenance": provenance()}

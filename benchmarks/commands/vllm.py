@@ -1,4 +1,4 @@
-"""``python -m benchmarks vllm``: drafting methods in vLLM, and what proposing costs."""
+"""``python -m benchmarks vllm``: drafting methods in vLLM, and the cost of proposing."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def vllm(
         typer.Option(help="plain, idle, ngram-MIN-MAX-K, suffix, suffix-history, cold, history; by commas."),
     ] = _METHODS,
     drafts: Annotated[int, typer.Option(min=1, max=64, help="Tokens of a draft at most.")] = 24,
-    passes: Annotated[int, typer.Option(min=1, help="How often all prompts are run.")] = 1,
+    passes: Annotated[int, typer.Option(min=1, help="Runs of all prompts.")] = 1,
     max_model_len: Annotated[int, typer.Option(min=64, help="As vLLM takes it.")] = 1024,
     dtype: Annotated[str, typer.Option(help="As vLLM takes it.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Draws which prompts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Draws the prompts.")] = 0,
     propose_only: Annotated[
         bool, typer.Option("--propose-only", help="Time proposing alone; needs neither model nor vLLM.")
     ] = False,

@@ -1,1 +1,1 @@
-"""One command that says in ten minutes how the project fares on a GPU: docs/gpu.md."""
+"""A check of the project on a GPU in ten minutes, by one command: docs/gpu.md."""

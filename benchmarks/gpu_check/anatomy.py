@@ -1,4 +1,4 @@
-"""Part 5: what a decoding step consists of: kernels, copies, waits, idle time, and the host's phases."""
+"""Part 5: anatomy of a decoding step: kernels, copies, waits, idle time, and the host's phases."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from retrieval_draft.engine.decode import Batch
 __all__ = ["Steps", "run"]
 
 _STEPS = 6
-"""Steps of a reply that are looked at, from the second on."""
+"""Steps of a reply that are observed, from the second on."""
 
 
 def run(setting: Setting, box: Box, report: Report) -> None:
-    """One case after the other, the most telling first."""
+    """Runs the cases, the most informative first."""
     small, large = setting.geometries
     names = [f"{name}{NO_CUDNN}" for name in ("stock", "none", "calibrated")]
     cases = [
@@ -43,15 +43,15 @@ def run(setting: Setting, box: Box, report: Report) -> None:
 
 
 class Steps:
-    """Looks at some steps of a reply: from the beginning of one to the beginning of another.
+    """Observes some steps of a reply: from the beginning of one to the beginning of another.
 
     Args:
-        begin: Called when the first one to look at begins.
-        end: Called when they are over.
+        begin: Called when the first observed step begins.
+        end: Called after the last one.
         skip: Steps before.
 
     Attributes:
-        seen: Steps between the two.
+        seen: Number of observed steps.
     """
 
     def __init__(self, begin: Callable[[], object], end: Callable[[], object], skip: int = 1) -> None:
@@ -60,7 +60,7 @@ class Steps:
         self.seen = 0
 
     def next(self) -> None:
-        """A step begins."""
+        """Records the begin of a step."""
         place, self._begun = self._begun - self._skip, self._begun + 1
         if place == 0:
             self._begin()
@@ -69,7 +69,7 @@ class Steps:
         self.seen = min(max(place, 0), _STEPS)
 
     def over(self) -> None:
-        """The reply is over, perhaps before as many steps as wanted."""
+        """Records the end of the reply, perhaps before the last observed step."""
         if self._skip < self._begun <= self._skip + _STEPS:
             self._end()
             self.seen += 1
@@ -77,7 +77,7 @@ class Steps:
 
 @contextmanager
 def _watching(setting: Setting, case: Case, steps: Steps) -> Iterator[None]:
-    """Tells `steps` of every step of the decoder: a batch's, or a forward pass of `model.generate`."""
+    """Notifies `steps` of every step of the decoder: a batch's, or a forward pass of `model.generate`."""
     if case.decoder.startswith("stock"):
         hook = setting.model(case.model).register_forward_pre_hook(lambda *_: steps.next())
         try:

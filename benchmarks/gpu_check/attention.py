@@ -24,7 +24,7 @@ _NEW_LENGTHS = 3
 
 
 def _repeated(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """As transformers does it: every key and value copied for each query head."""
+    """Attention as in transformers: every key and value copied for each query head."""
     groups = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     return scaled_dot_product_attention(query, keys, values, attn_mask=mask)
@@ -57,7 +57,7 @@ VARIANTS: dict[str, tuple[Attend, SDPBackend | None]] = {
 def attention_inputs(
     heads: int, kv_heads: int, size: int, nodes: int, keys: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Random queries, keys, values, and the mask of a chain of nodes behind the other keys."""
+    """Random queries, keys, values, and the mask of a chain of nodes after the other keys."""
     torch.manual_seed(keys)
     query = torch.randn(1, heads, nodes, size, device=device, dtype=dtype)
     key, value = torch.randn(2, 1, kv_heads, keys, size, device=device, dtype=dtype).unbind(0)
@@ -71,7 +71,7 @@ def attention_inputs(
 
 
 def _reference(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """float64."""
+    """Reference result in float64."""
     groups = query.shape[1] // keys.shape[1]
     out = []
     for head in range(query.shape[1]):
@@ -84,7 +84,7 @@ def _reference(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None)
 
 @torch.no_grad()
 def run(setting: Setting, box: Box, report: Report) -> None:
-    """Every variant at every number of nodes and keys."""
+    """Runs every variant at every number of nodes and keys."""
     heads, kv_heads, size = (4, 2, 16) if setting.tiny else (32, 8, 128)
     dtype = torch.bfloat16
     lengths = (64, 256) if setting.tiny else (512, 2048, 8192, 32768)

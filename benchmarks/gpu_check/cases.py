@@ -1,4 +1,4 @@
-"""Decoders on recorded prompts: what anatomy and speed both run."""
+"""Decoders on recorded prompts, for anatomy and speed."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ __all__ = ["Beginning", "Case", "Decoded", "Decoder", "launching"]
 
 _RECORDED = "recorded"
 _MEASURED = (0, 2, 8)
-"""Places of a conversation, a summary and an answer from documents among the recorded replies."""
+"""Indices of a conversation, a summary and an answer from documents among the recorded replies."""
 _OTHERS = (9, 1)
-"""Places of what is decoded before, for kernels, costs and calibration to be warm."""
+"""Indices of the replies decoded before, to warm up kernels, costs and calibration."""
 _WARM_TOKENS = 24
 _TINY_NODES = 16
 _SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 50}
@@ -40,7 +40,7 @@ class Case:
     Attributes:
         model: Of the setting's geometries.
         decoder: A method of ``bench live``.
-        context: "recorded" prompts as they are, or how many tokens they are made long.
+        context: "recorded" prompts unchanged, or their length in tokens after padding with text.
         rows: Prompts at a time.
         sampled: Whether tokens are drawn.
     """
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        """The decoder with what is special."""
+        """The decoder with the case's options."""
         parts = [self.decoder, *(["sampled"] if self.sampled else [])]
         return ", ".join(parts + ([f"{self.rows} rows"] if self.rows > 1 else []))
 
@@ -81,10 +81,10 @@ class Decoded:
 
 
 class Beginning:
-    """Measurements and calibration of a drafter, to begin with again, all texts forgotten.
+    """Measurements and calibration of a drafter, to restart from them without any texts.
 
     Args:
-        drafter: As it is now.
+        drafter: The drafter in its present state.
     """
 
     def __init__(self, drafter: RetrievalDrafter) -> None:
@@ -93,7 +93,7 @@ class Beginning:
         self._learned = deepcopy((supply._calibration, supply.budget))
 
     def restore(self) -> None:
-        """Gives the drafter sources that have seen no text, as those of a process that was just started."""
+        """Gives the drafter sources without any text, as in a new process."""
         drafter = self._drafter
         supply = make_draft_engine(drafter.target, drafter.context)
         supply.prepare_like(drafter.draft_engine)
@@ -103,11 +103,11 @@ class Beginning:
 
 
 class Decoder:
-    """A case made ready: model, method and prompts, warmed up on other texts than those to be measured.
+    """A case made ready: model, method and prompts, warmed up on other texts than the measured ones.
 
     Args:
-        setting: Where it runs; keeps what is made from one case to the next.
-        case: Which.
+        setting: The shared setting; keeps decoders from one case to the next.
+        case: The case.
         new: The most tokens of a reply.
 
     Attributes:
@@ -120,7 +120,7 @@ class Decoder:
         self._model = setting.model(case.model)
         made = setting.decoders
         if (case.model, case.decoder) not in made:
-            # A rehearsal's passes cost what a busy machine makes of them, which says nothing of drafts.
+            # The times of a rehearsal's passes depend on a busy machine, and do not predict those of drafts.
             nodes = _TINY_NODES if setting.tiny else None
             contestant: Any = make_contestant(case.decoder, self._model, None, nodes)
             made[case.model, case.decoder] = (
@@ -145,7 +145,7 @@ class Decoder:
                 self._beginning = Beginning(self._contestant.drafter)
 
     def decode(self, chosen: Sequence[Recorded], new: int) -> Decoded:
-        """Decodes the chosen prompts together, drafters saying what was recorded, no text known before."""
+        """Decodes the chosen prompts together, with recorded replies for drafters, and no earlier text."""
         if self._beginning is not None:
             self._beginning.restore()
         ids, mask = self._padded(chosen)

@@ -1,4 +1,4 @@
-"""`model.generate` with a static cache and a compiler, in a process that gets ready ahead of time."""
+"""`model.generate` with a static cache and a compiler, in a process that prepares ahead of time."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["CompiledStock"]
 
 
 class CompiledStock:
-    """A process that compiles while others work, waits, and measures when it is asked to.
+    """A process that compiles in the background, waits, and measures on request.
 
     Args:
         case: As `cases.Case`, as plain types.
-        device: Where it runs.
+        device: Device to run on.
         tiny: Whether this is a rehearsal.
     """
 
@@ -41,7 +41,7 @@ class CompiledStock:
         )
 
     def measure(self, seconds: float) -> dict[str, Any]:
-        """The row that `speed` made there; within `seconds`, or what came instead."""
+        """The row that `speed` made there within `seconds`, or the reason that there is none."""
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -81,7 +81,7 @@ def _child(case: dict[str, Any], device: str, tiny: bool) -> None:
 
     def wait() -> None:
         if not sys.stdin.readline():
-            raise SystemExit(3)  # nobody asks any more
+            raise SystemExit(3)  # the parent has gone
 
     setting = Setting.of(SimpleNamespace(device=device, tiny=tiny, fault=None))
     row = measure(setting, Case(**case), wait)

@@ -19,7 +19,7 @@ __all__ = ["run"]
 
 
 def run(setting: Setting, box: Box, report: Report) -> None:
-    """Facts first, then costs."""
+    """Collects facts first, then costs."""
     report.put(**_software(), provenance=provenance())
     if setting.cuda:
         report.put(**_card(setting.device))

@@ -1,4 +1,4 @@
-"""Faults put in on purpose, to see that the check notices them."""
+"""Deliberate faults, to test that the check detects them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from retrieval_draft.engine.attention.tree_mask import TreeAttention
 __all__ = ["broken"]
 
 _SPARED = 4
-"""Trees of so few nodes stay right, so that drafters can be made: they try a tree of four first."""
+"""Number of nodes up to which trees stay correct, so that drafters can be made: they try a tree of four
+first."""
 
 
 @contextmanager
 def broken(fault: str | None) -> Iterator[None]:
-    """Inside, the engine has the named fault: "wrong_mask", "late_copy", or none."""
+    """Gives the engine the named fault inside the context: "wrong_mask", "late_copy", or none."""
     if fault is None:
         yield
         return
@@ -36,7 +37,7 @@ def broken(fault: str | None) -> Iterator[None]:
 
 
 def _hidden_root(ancestors: Any) -> Any:
-    """One node does not see the root."""
+    """Hides the root from one node."""
 
     def faulty(tree: DraftTree) -> NDArray[np.bool_]:
         seen: NDArray[np.bool_] = ancestors(tree)
@@ -48,9 +49,9 @@ def _hidden_root(ancestors: Any) -> Any:
 
 
 def _late(send: Any) -> Any:
-    """The pass does not wait for the copy of its inputs: it finds what the pass before it found.
+    """Makes a pass not wait for the copy of its inputs: it reads those of the pass before.
 
-    On CUDA the copy waits on a stream of its own and nobody waits for that; on a CPU the copy is made
+    On CUDA the copy waits on a stream of its own, which no pass waits for; on a CPU the copy is made
     when the next one is due.
     """
     late: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Recorded replies put into a model's mouth: real drafts and acceptance meet real kernel times."""
+"""Recorded replies in place of a model's choices: real drafts and acceptance with real kernel times."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TokenArray = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A prompt and what a 7B model replied.
+    """A prompt and the reply of a 7B model.
 
     Attributes:
         task: Of Spec-Bench.
@@ -42,7 +42,7 @@ class Recorded:
 
 
 def recorded(path: Path, vocabulary: int, number: int, shortest: int) -> list[Recorded]:
-    """The first `number` recorded replies of at least `shortest` tokens that a vocabulary has all ids for."""
+    """The first `number` recorded replies of at least `shortest` tokens with all ids in a vocabulary."""
     found = (
         Recorded(trace.task, trace.prompt.tolist(), trace.output.tolist())
         for trace in read_traces([path])
@@ -54,13 +54,14 @@ def recorded(path: Path, vocabulary: int, number: int, shortest: int) -> list[Re
 
 @contextmanager
 def forced(replies: Mapping[tuple[int, ...], Sequence[int]]) -> Iterator[None]:
-    """Inside, drafters accept what was recorded: the token after a node at depth d is the recorded one.
+    """Makes drafters accept recorded tokens: the token after a node at depth d is the recorded one.
 
-    Passes, reading, sampling and drafting run as ever; only what the target chose is replaced, and so is what
-    sources learn of it: the recorded token at each accepted node, for as many nodes as were verified.
+    Passes, reading, sampling and drafting run as usual; only the target's choices are replaced, and the
+    predictions that sources learn from: the recorded token at each accepted node, for as many nodes as were
+    verified.
 
     Args:
-        replies: Recorded replies by prompt, as long as what is generated.
+        replies: Recorded replies by prompt, as long as the generated ones.
     """
     by_prompt = {np.array(prompt, np.int32).tobytes(): list(reply) for prompt, reply in replies.items()}
     current: list[Row] = []
@@ -77,7 +78,7 @@ def forced(replies: Mapping[tuple[int, ...], Sequence[int]]) -> Iterator[None]:
         depths = tree.depths.tolist()
 
         def choose_recorded(node: int) -> int:
-            choose(node)  # it costs what it costs
+            choose(node)  # for its time
             return int(reply[said + depths[node]])
 
         return walk(tree, choose_recorded)

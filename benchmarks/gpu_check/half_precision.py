@@ -1,4 +1,4 @@
-"""Part 7: bits and near ties in bfloat16: what depends on a row's neighbours, and what comes of it."""
+"""Part 7: bits and near ties in bfloat16: their dependence on a row's neighbours, and its effects."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ROWS = 64
 
 @torch.no_grad()
 def run(setting: Setting, box: Box, report: Report) -> None:
-    """Products and attention bit by bit, then whole replies."""
+    """Compares products and attention bit by bit, then whole replies."""
     for model_name, shape in setting.geometries.items():
         for name, inner, outer in _products(shape):
             if not box.has(2.0):
@@ -33,7 +33,7 @@ def run(setting: Setting, box: Box, report: Report) -> None:
             if box.has(2.0) and "one token" not in name:
                 report.row(kind="attention", name=name, keys=keys, **_slots(name, keys, setting))
     names, new = ("small", *setting.geometries), 24 if setting.tiny else 40
-    # cuDNN's attention plans anew for every length; the passes that judge have lengths of their own.
+    # cuDNN's attention makes a plan for every length; the passes of the comparison have lengths of their own.
     with cudnn_attention(False):
         for model_name in names:
             took = 1.0
@@ -61,7 +61,7 @@ def _products(shape: dict[str, Any]) -> list[tuple[str, int, int]]:
 
 
 def _product(inner: int, outer: int, setting: Setting) -> dict[str, Any]:
-    """Whether a row's bits depend on how many rows there are, on its place, or on the others."""
+    """True if a row's bits depend on the number of rows, on its index, or on the others."""
     torch.manual_seed(0)
     weight = torch.randn(outer, inner, device=setting.device, dtype=torch.bfloat16) * 0.02
     rows = torch.randn(_ROWS, inner, device=setting.device, dtype=torch.bfloat16)
@@ -84,7 +84,7 @@ def _product(inner: int, outer: int, setting: Setting) -> dict[str, Any]:
 
 
 def _slots(name: str, keys: int, setting: Setting) -> dict[str, Any]:
-    """Whether attention's bits depend on the slots of a node's ancestors, at a fixed number of nodes."""
+    """True if attention's bits depend on the slots of a node's ancestors, at a fixed number of nodes."""
     heads, kv_heads, size = (4, 2, 16) if setting.tiny else (32, 8, 128)
     nodes = 32
     query, key, value, mask = attention_inputs(
@@ -159,9 +159,10 @@ def _replies(setting: Setting, model_name: str, number: int, new: int) -> dict[s
 
 
 def too_many(ours: Ties, control: Ties) -> bool:
-    """Whether our replies have more tokens beyond the allowed distance than `model.generate` has by itself.
+    """True if our replies have more tokens beyond the allowed distance than `model.generate` has by itself.
 
-    Twice as many and two more are chance; so is a distance four times its own largest, or of eight units.
+    Up to twice as many and two more count as chance; so is a distance four times its own largest, or of eight
+    units.
     """
     return ours.worse > 2 * control.worse + 2 or ours.worst > 4 * max(control.worst, 2.0)
 

@@ -1,4 +1,4 @@
-"""Runs the parts one after the other in a worker process, and prints the table that sums them up."""
+"""Runs of all parts in a worker process, and the summary table."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ PARTS = {
     "speed": 85.0,
     "half_precision": 40.0,
 }
-"""The parts in order, and each one's share of the time; what one leaves over goes to those after it."""
+"""The parts in order, and each one's share of the time; unused time goes to later parts."""
 
 _TINY_SHARES = {"tests": 200.0, "races": 120.0, "speed": 90.0}
-"""In a rehearsal starting processes takes longest."""
+"""Shares of a rehearsal, in which starting processes takes longest."""
 
 _GRACE = 12.0
-"""Seconds over its time in which a part may finish what it has begun; then it is killed."""
+"""Seconds over its time in which a part may finish its running case; then it is killed."""
 
 _TINY_GRACE = 120.0
-"""The same in a rehearsal, on a machine that may be busy with anything."""
+"""The same in a rehearsal, on a machine that may be busy."""
 
 _RESERVE = 0.03
-"""Share of the time that no part is given: to finish what the last one has begun, and to print."""
+"""Share of the time that no part gets: for the last one to finish, and for printing."""
 
 _TINY_LEAST = 30.0
 """Seconds that every part of a rehearsal has."""
 
 _WARM_UP = "warm_up"
 _COLD = {"facts", "attention", "races"}
-"""Parts that draft nothing or time nothing: no kernel needs to be compiled for them beforehand."""
+"""Parts without drafts or without timings: no kernel needs to be compiled for them beforehand."""
 
 FAULTS = ("wrong_mask", "late_copy")
 
 
 class _Stopped(BaseException):
-    """The process was asked to end."""
+    """Request to end the process."""
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the check: 0 where all parts ran and found nothing wrong, 1 otherwise."""
+    """Runs the check: 0 where all parts ran without a failure, 1 otherwise."""
     options = _parse(arguments)
     if options.worker:
         from benchmarks.gpu_check.worker import serve
@@ -127,7 +127,7 @@ def _run(options: Any, names: list[str], folder: Path, began: float) -> None:
             usable = max(left - _RESERVE * options.seconds, 0.0)
             seconds = usable * shares[name] / sum(shares[other] for other in names[place:])
             _say(f"{name}: {seconds:.0f} s of {left:.0f} s left")
-            if options.tiny:  # a rehearsal is to go through everything, however busy the machine
+            if options.tiny:  # a rehearsal runs everything, even on a busy machine
                 seconds = max(seconds, _TINY_LEAST)
             limit = seconds + _grace(options)
             worker.run(name, seconds, limit if options.tiny else min(limit, max(left, 1.0)))
@@ -135,7 +135,7 @@ def _run(options: Any, names: list[str], folder: Path, began: float) -> None:
 
 
 def _all(names: list[str]) -> list[str]:
-    """The parts with what they need before them."""
+    """The parts with the ones they depend on before them."""
     return names if _COLD.issuperset(names) else [_WARM_UP, *names]
 
 

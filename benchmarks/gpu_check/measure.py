@@ -88,7 +88,7 @@ def device_us(work: Callable[[], object], device: torch.device, rounds: int) -> 
 
 
 class Counter(Protocol):
-    """Counts what is done between two moments.
+    """Counter of the work between two moments.
 
     Attributes:
         counts: Complete after `stop`.
@@ -97,11 +97,11 @@ class Counter(Protocol):
     counts: Counts
 
     def start(self) -> None:
-        """Counts from here on."""
+        """Starts counting."""
         ...
 
     def stop(self) -> None:
-        """Counts no more."""
+        """Stops counting."""
         ...
 
 
@@ -111,7 +111,7 @@ def counter(device: torch.device) -> Counter:
 
 
 def counted(work: Callable[[], object], device: torch.device) -> Counts:
-    """Runs `work` once and counts what it did."""
+    """Runs `work` once and counts its operations."""
     found = counter(device)
     found.start()
     try:
@@ -176,7 +176,7 @@ def read_trace(events: list[dict[str, Any]]) -> Counts:
 
 @contextlib.contextmanager
 def _sync_warnings() -> Iterator[list[warnings.WarningMessage]]:
-    """Collects what torch warns of waits that it makes by itself."""
+    """Collects torch's warnings of waits that it makes by itself."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -189,7 +189,7 @@ def _sync_warnings() -> Iterator[list[warnings.WarningMessage]]:
 
 
 class _Dispatched(TorchDispatchMode):
-    """Counts operators where there is no device to ask."""
+    """Counts operators where there is no device."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""A plugin of pytest that writes each test's outcome as soon as it is known, as a line of JSON."""
+"""A plugin of pytest that writes each test's outcome at once, as a line of JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 __all__ = ["FILE", "read_outcomes"]
 
 FILE = "GPU_CHECK_OUTCOMES"
-"""Names the environment variable that says where the lines go."""
+"""Name of the environment variable with the path of the file."""
 
 
 def _write(**line: Any) -> None:
@@ -20,12 +20,12 @@ def _write(**line: Any) -> None:
 
 
 def pytest_collection_finish(session: Any) -> None:
-    """Writes how many tests there are to run."""
+    """Writes the number of tests to run."""
     _write(tests=len(session.items))
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    """Writes what came of a test, once: of its call, or of what else went wrong."""
+    """Writes the outcome of a test, once: of its call, or of a failed set-up or tear-down."""
     if report.when != "call" and report.passed:
         return
     message = ""
@@ -44,7 +44,7 @@ def pytest_runtest_logreport(report: Any) -> None:
 def read_outcomes(path: Path) -> dict[str, Any]:
     """Tests by outcome, judged tokens by verdict, the first line of each failure, and the slowest tests.
 
-    `tests` is how many were to run; the last line may be torn.
+    `tests` is the number to run; the last line may be incomplete.
     """
     counts: Counter[str] = Counter()
     positions: Counter[str] = Counter()

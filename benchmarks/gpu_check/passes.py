@@ -25,12 +25,12 @@ from retrieval_draft.engine.target import Target
 __all__ = ["run"]
 
 _ROOM = 512
-"""Slots of the static cache behind the context: one for each pass and replay."""
+"""Slots of the static cache after the context: one for each pass and replay."""
 
 
 @torch.no_grad()
 def run(setting: Setting, box: Box, report: Report) -> None:
-    """Both models, at every context: the graph of a plain pass first, then eager passes."""
+    """Runs both models at every context: the graph of a plain pass first, then eager passes."""
     contexts = (16, 64) if setting.tiny else (128, 2048, 8192)
     sizes = (1, 4) if setting.tiny else (1, 4, 16, 32, 64)
     for model_name in setting.geometries:
@@ -53,7 +53,7 @@ def run(setting: Setting, box: Box, report: Report) -> None:
 
 
 class _Growing:
-    """Plain and tree passes behind a text that is one token longer each time, as in decoding."""
+    """Plain and tree passes after a text that is one token longer each time, as in decoding."""
 
     def __init__(self, target: Target, context: int) -> None:
         self._target, self._length = target, context
@@ -101,7 +101,7 @@ def _eager(setting: Setting, same_length: Any, growing: Any) -> dict[str, Any]:
 
 
 def _graph(setting: Setting, model: Any, context: int) -> dict[str, Any]:
-    """One token behind a static cache: eager, and as a captured graph where the device has such."""
+    """One token after a static cache: eager, and as a captured graph where the device has such."""
     row: dict[str, Any] = {"nodes": 1, "kind": "static cache"}
     try:
         plain = _StaticPass(model, context)
@@ -158,7 +158,7 @@ def _captured(plain: _StaticPass, expected: Tensor, setting: Setting) -> dict[st
 
 
 class _StaticPass:
-    """One token behind `context` others in a static cache; every call fills one more slot."""
+    """One token after `context` others in a static cache; every call fills one more slot."""
 
     def __init__(self, model: Any, context: int) -> None:
         self._model, self._context = model, context
@@ -191,7 +191,7 @@ class _StaticPass:
         return self._call(self._token, self._position, self._mask)
 
     def rewind(self) -> None:
-        """Has the next call write behind the context again."""
+        """Makes the next call write after the context again."""
         layers: list[Any] = self.cache.layers
         for layer in layers:
             layer.cumulative_length.fill_(self._context)

@@ -13,7 +13,7 @@ from pathlib import Path
 __all__ = ["ROOT", "run_child"]
 
 _GOODBYE = 4.0
-"""Seconds that a process has to end after it was interrupted."""
+"""Seconds that a process has to end after an interrupt."""
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout."""
@@ -25,7 +25,7 @@ def run_child(
     """Runs this Python with `arguments` in the checkout.
 
     Returns:
-        The exit code, None where the time was over, and what it printed on both streams.
+        The exit code, None at a timeout, and the output of both streams.
     """
     child = subprocess.Popen(
         [sys.executable, *arguments],

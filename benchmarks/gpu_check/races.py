@@ -1,4 +1,4 @@
-"""Part 2: the same text however late copies arrive, and when every launch is waited for."""
+"""Part 2: equal text with late copies, and with blocking launches."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from retrieval_draft.bench.agreement import compare_outputs
 __all__ = ["SlowCopies", "run"]
 
 _CYCLES = 3_000_000
-"""For which the device waits before each copy: more than a millisecond."""
+"""Cycles that the device waits before each copy: more than a millisecond."""
 
 _NEW = 24
 
 
 class SlowCopies(TorchDispatchMode):
-    """Has the device wait before each copy from the host, as a busy one would.
+    """Makes the device wait before each copy from the host, as a busy one would.
 
     Attributes:
         delayed: Copies so far.
@@ -61,7 +61,7 @@ def _as_ever() -> Iterator[None]:
 
 
 def run(setting: Setting, box: Box, report: Report) -> None:
-    """Replies of all ways as ever, with slow copies, and in a process whose launches block."""
+    """Collects replies of all ways normally, with slow copies, and in a process with blocking launches."""
     with broken(setting.fault):
         as_ever = _collect(setting, report, "as ever", _as_ever)
         slow = SlowCopies()

@@ -1,4 +1,4 @@
-"""Findings of a part of the check, on disk after every row."""
+"""Results of a part of the check, on disk after every row."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["Box", "NotThere", "Report", "read_parts", "write_json", "write_text"
 
 
 class NotThere(Exception):
-    """Something that this machine or this version of the project does not have; no failure."""
+    """Absence of a feature on this machine or in this version of the project; no failure."""
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, whenever the process is killed."""
+    """Writes a file atomically, even if the process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
@@ -25,7 +25,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of JSON; what JSON does not know is written as text, NaN and infinity as null."""
+    """Writes JSON with `write_text`; other types are written as text, NaN and infinity as null."""
     write_text(path, json.dumps(_plain(value), indent=1, default=str, allow_nan=False) + "\n")
 
 
@@ -38,7 +38,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_parts(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """The reports in `folder` by name, as far as they are there."""
+    """The reports in `folder` by name, as far as they exist."""
     found = {}
     for name in names:
         path = folder / f"{name}.json"
@@ -66,15 +66,15 @@ class Box:
         return self._end - time.monotonic()
 
     def has(self, seconds: float) -> bool:
-        """Whether so much time is left."""
+        """True if so much time is left."""
         return self.left >= seconds
 
 
 class Report:
-    """Rows and facts of one part, written to its file whenever something is added.
+    """Rows and facts of one part, written to its file after every addition.
 
     Args:
-        folder: Where the file goes.
+        folder: Folder of the file.
         name: The part's.
         seconds: Its time box.
     """
@@ -115,7 +115,7 @@ class Report:
         self.flush()
 
     def fail(self, reason: str) -> None:
-        """Adds a reason for the last line to say FAILED."""
+        """Adds a reason for the result FAILED in the last line."""
         self.data["failures"].append(reason)
         self.flush()
 

@@ -1,4 +1,4 @@
-"""Where the check runs: device, models with random weights, and how large everything is."""
+"""Setting of the check: device, models with random weights, and sizes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ _SMALL = {
     "vocab_size": 512,
     "initializer_range": 0.1,
 }
-"""Spread logits and text that repeats itself: near ties are rare in float32, and drafts are accepted."""
+"""Shape with widely spread logits and repetitive text: near ties are rare in float32, and drafts are
+accepted."""
 
 
 @dataclass
@@ -57,11 +58,11 @@ class Setting:
     """Device, models and recorded replies, which all parts share.
 
     Attributes:
-        device: Where models run.
+        device: Device of the models.
         tiny: Whether this is a rehearsal: tiny models, short contexts, few repeats.
-        fault: What is broken on purpose, or None.
-        parts: Names of what is to run.
-        decoders: Decoders made so far, by model and name, each with what it began with.
+        fault: Name of the deliberate fault, or None.
+        parts: Names of the parts to run.
+        decoders: Decoders made so far, by model and name, each with its initial state.
     """
 
     device: torch.device
@@ -74,7 +75,7 @@ class Setting:
 
     @classmethod
     def of(cls, options: Any) -> Setting:
-        """The setting that the command line asks for.
+        """The setting of the command line.
 
         Raises:
             RuntimeError: There is no such device.
@@ -88,7 +89,7 @@ class Setting:
 
     @property
     def cuda(self) -> bool:
-        """Whether there is a card."""
+        """True if the device is a CUDA card."""
         return self.device.type == "cuda"
 
     @property
@@ -107,7 +108,7 @@ class Setting:
         return _REPLAYED
 
     def model(self, name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-        """A Llama with random weights made on the device; "small" is one whose text repeats itself."""
+        """A Llama with random weights made on the device; "small" is one with repetitive text."""
         key = name, dtype
         if key not in self._models:
             shape = _SMALL if name == "small" else self.geometries[name]
@@ -115,7 +116,7 @@ class Setting:
         return self._models[key]
 
     def compiled(self) -> Any:
-        """A geometry with a compiler; the first call has it begin to compile."""
+        """The process with a compiled model; the first call starts its compilation."""
         from benchmarks.gpu_check.compiled import CompiledStock
 
         if self._compiled is None:
@@ -125,7 +126,7 @@ class Setting:
         return self._compiled
 
     def is_sound(self) -> bool:
-        """Whether the device still works, which after a CUDA error it does not."""
+        """True if the device still works, which after a CUDA error it does not."""
         if not self.cuda:
             return True
         try:

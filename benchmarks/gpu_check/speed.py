@@ -1,4 +1,4 @@
-"""Part 6: tokens a second beside honest baselines, with the drafts and acceptance of a recorded 7B."""
+"""Part 6: tokens a second against strong baselines, with the drafts and acceptance of a recorded 7B model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["cases", "measure", "run"]
 
 
 def cases(setting: Setting) -> list[Case]:
-    """The most telling first. What is known to be slow with cuDNN's attention runs with it only once."""
+    """Cases, the most informative first. Those that are slow with cuDNN's attention run with it only once."""
     small, large = setting.geometries
     off = NO_CUDNN
     if setting.tiny:
@@ -44,7 +44,7 @@ def cases(setting: Setting) -> list[Case]:
 
 
 def run(setting: Setting, box: Box, report: Report) -> None:
-    """One case after the other."""
+    """Runs the cases."""
     stock: dict[str, list[int]] = {}
     took = 1.0
     for case in cases(setting):
@@ -72,17 +72,17 @@ def run(setting: Setting, box: Box, report: Report) -> None:
 
 
 def measure(setting: Setting, case: Case, wait: Callable[[], object] | None = None) -> dict[str, Any]:
-    """Decodes a case's prompts, each twice: to its first token, and as far as is measured.
+    """Decodes a case's prompts, each twice: to its first token, and to the measured length.
 
     Args:
-        setting: Where it runs.
-        case: What to decode.
-        wait: Called when all is warm, before what is measured.
+        setting: The shared setting.
+        case: The case to decode.
+        wait: Called after the warm-up, before the measurement.
 
     Returns:
         The row; for `model.generate` with `prompt` and `reply`, to compare.
     """
-    one_by_one = not case.decoder.startswith("calibrated")  # one step a token, whatever the text
+    one_by_one = not case.decoder.startswith("calibrated")  # one step a token, for any text
     new = 12 if one_by_one else 24
     if not setting.tiny:
         new = 40 if one_by_one else 96
@@ -128,7 +128,7 @@ def measure(setting: Setting, case: Case, wait: Callable[[], object] | None = No
 def _as_stock(
     setting: Setting, case: Case, prompt: list[int], reply: list[int], stock: dict[str, list[int]]
 ) -> str:
-    """`model.generate` in its other forms against its first one; none of them is this project's."""
+    """Compares `model.generate` in its other forms with its first one; none of them is this project's."""
     if case.sampled or case.rows > 1 or case.context != "recorded":
         return "reference"
     if case.model not in stock:

@@ -1,4 +1,4 @@
-"""A process that runs parts, and is replaced when it hangs or dies: a CUDA error ends its part alone."""
+"""A process that runs parts, and is replaced when it hangs or dies: a CUDA error ends its part only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Worker:
 
     Args:
         command: Starts the child. It reads lines ``NAME SECONDS`` and answers each with a line when done.
-        folder: Where the parts' reports are.
+        folder: Folder of the parts' reports.
         tick: Called every other second while a part runs.
     """
 
@@ -44,7 +44,7 @@ class Worker:
         self._kill()
 
     def run(self, name: str, seconds: float, limit: float) -> None:
-        """Runs a part, and kills the child if it goes far over its time.
+        """Runs a part, and kills the child if it far exceeds its time.
 
         Args:
             name: Of the part.
@@ -88,7 +88,7 @@ class Worker:
             self._process = None
 
     def _mark(self, name: str, reason: str) -> None:
-        """Notes in the part's report that it did not end by itself; its rows stay."""
+        """Records in the part's report that it did not end by itself; its rows stay."""
         path = self._folder / f"{name}.json"
         data: dict[str, Any] = {"part": name, "rows": [], "failures": []}
         if path.exists():

@@ -1,4 +1,4 @@
-"""The last lines: one table of at most forty rows, and what was wrong."""
+"""The last lines: one table of at most forty rows, and the failures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _COLUMNS = (
 
 
 def reasons(parts: dict[str, dict[str, Any]], names: list[str]) -> list[str]:
-    """Why the check failed; empty where it did not."""
+    """Reasons for which the check failed; empty where it passed."""
     found = []
     for name in names:
         part = parts.get(name)
@@ -31,7 +31,7 @@ def reasons(parts: dict[str, dict[str, Any]], names: list[str]) -> list[str]:
 
 
 def make_table(parts: dict[str, dict[str, Any]]) -> str:
-    """The rows of the speed part, with what anatomy counted, and plain passes in captured graphs."""
+    """The rows of the speed part, with the counts of anatomy, and plain passes in captured graphs."""
     counts = {_key(row): row for row in parts.get("anatomy", {}).get("rows", [])}
     rows = []
     for row in parts.get("speed", {}).get("rows", []):
@@ -58,7 +58,7 @@ def make_table(parts: dict[str, dict[str, Any]]) -> str:
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str, str]:
-    # Whose attention it is matters little for what a step is made of.
+    # The kind of attention changes little in the composition of a step.
     return str(row["model"]), str(row["context"]), str(row["decoder"]).replace("-no-cudnn", "")
 
 

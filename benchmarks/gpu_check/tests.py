@@ -24,7 +24,7 @@ def run(setting: Setting, box: Box, report: Report) -> None:
     chosen += ["-k", "rehearsal"] if setting.tiny else []
     arguments = ["-m", "pytest", _TESTS, "-q", "-x" if setting.fault else "--maxfail=30", "--tb=short"]
     arguments += ["-p", "no:cacheprovider", "-p", "benchmarks.gpu_check.outcomes", *chosen]
-    # Other people's versions may deprecate other things; that is not what is checked here.
+    # Other versions may deprecate other things, which is not checked here.
     arguments += ["-W", "default::FutureWarning", "-W", "default::DeprecationWarning"]
     if importlib.util.find_spec("pytest_timeout") is None:
         # Strict settings would name the plugin missing.
@@ -46,14 +46,14 @@ def run(setting: Setting, box: Box, report: Report) -> None:
 def verdict(
     code: int | None, tests: int, counts: dict[str, int], failed: list[str], seconds: float
 ) -> tuple[str | None, str | None]:
-    """The fault, and a remark. Out of time is no fault where half passed and none failed.
+    """The fault, and a remark. A timeout is no fault where half passed and none failed.
 
     Args:
-        code: Of pytest; None where the time was over.
-        tests: To run.
+        code: Of pytest; None at a timeout.
+        tests: Number of tests to run.
         counts: Those that ran, by outcome.
-        failed: Names.
-        seconds: That there were.
+        failed: Names of the failed ones.
+        seconds: Available time.
     """
     ran = sum(counts.values())
     late = f"{ran} of {tests} tests ran in {seconds:.0f} s" if code is None else None

@@ -1,4 +1,4 @@
-"""Before the parts: compiles the kernels, once on a machine, so that no part's time goes into that."""
+"""Warm-up before the parts: compiles the kernels, once on a machine, so that no part's time includes that."""
 
 from __future__ import annotations
 

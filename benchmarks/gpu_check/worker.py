@@ -1,4 +1,4 @@
-"""The child process: runs parts as it is told, and writes their reports."""
+"""The child process: runs parts on command, and writes their reports."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """Has this process killed when its parent ends: no orphan holds the card."""
+    """Has the kernel kill this process when its parent ends: no orphan holds the card."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def serve(options: Any) -> int:
-    """Reads ``NAME SECONDS`` lines from stdin, and answers each on what was stdout when the part is over."""
+    """Reads ``NAME SECONDS`` lines from stdin, and answers each on the original stdout after the part."""
     end_with_parent()
     answers = os.dup(1)
-    os.dup2(2, 1)  # libraries print where they like
+    os.dup2(2, 1)  # libraries may print to stdout
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     from benchmarks.gpu_check.setting import Setting
