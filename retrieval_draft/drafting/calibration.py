@@ -1,4 +1,4 @@
-"""How far the sources' estimates can be believed, learned from what was accepted."""
+"""Calibration of the sources' estimates, learned from accepted tokens."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from retrieval_draft.index.source import Proposal, TokenArray
 __all__ = ["FEATURES", "Calibration", "NoiseKey", "places_of"]
 
 PLACES = ("automaton", "adjacency", "history", "phrases", "corpus", "shared", "model", "siblings")
-"""Sources that keep their place from one process to the next, so that what is learned of them can be kept."""
+"""Sources that keep their index from one process to the next, so that their learned weights can be saved."""
 
 FEATURES = ("length", "depth", "rank", "absent", "request", "cells", "noise")
-"""Evidence that can be left out, to measure what it is worth: match length, depth in the tree, rank among a
+"""Evidence that can be left out, to measure its value: match length, depth in the tree, rank among a
 source's guesses, sources that guess otherwise, this request's own acceptance, counts by cell, and the noise
 that sampled text is drawn with."""
 
 SHARPNESS = 0.5
 SHARPNESS_RATE = 0.02
-"""How far the noise is believed at first, and how fast that is learned."""
+"""Initial weight of the noise, and its learning rate."""
 
 PRIOR = 20.0
 """Expected acceptances that a cell starts with, all of them met: it takes about so many to move it."""
@@ -42,22 +42,22 @@ from there each set of sources learns its own weights, at this rate."""
 LOOKUP_BESIDE_MODEL = 0.02
 NOT_OF_MODEL = 1.0
 MODEL_RANKS = (1.2, 0.0, -0.7, -0.7, -0.7)
-"""A draft model has read the text: at first its word counts whole, a lookup's beside it little. By rank, in
-log odds: where the target takes its best token, a model's first guess is right more often than its
-probability says and the later ones less often; where it samples, that is unlearned within a request."""
+"""A draft model has read the text: at first its estimate has the full weight, a lookup's beside it a small
+one. By rank, in log odds: where the target takes its best token, a model's first guess is right more often
+than its probability and the later ones less often; where it samples, that is unlearned within a request."""
 
 SIBLINGS_BESIDE_OTHERS = 0.1
-"""The priors are of requests that were alone. Beside another source siblings count little until they have
-proved right: at a temperature of 0.8 they say the same thing seldom. 0.05 to 0.2 are alike."""
+"""The priors are of requests that were alone. Beside another source siblings have a small weight until they
+have proved right: at a temperature of 0.8 they agree seldom. 0.05 to 0.2 give equal results."""
 
 REQUEST_RATE = 0.03
-"""Rate of what is learned of one request and forgotten with it."""
+"""Learning rate of the terms of one request, which are dropped with it."""
 
 MEMORY = 128.0
-"""Expected acceptances after which a cell forgets half of what it saw."""
+"""Expected acceptances at which the sums of a cell are halved."""
 
 MAX_LEARNED = 1e6
-"""No number that is kept is larger."""
+"""Limit of every saved number."""
 
 VERSION = "1"
 PRIORS = Path(__file__).with_name("priors.safetensors")
@@ -73,14 +73,14 @@ class NoiseKey(Protocol):
 class Calibration:
     """Terms by which sources are mixed in log odds, and accepted over expected by bins of the result.
 
-    Weights are kept for each set of sources, so that it is learned what their agreement is worth; match
-    length, depth, rank, and what the sources that guess otherwise left over, shift the sum. The result goes
-    through a table of what was accepted in like cases. This is logistic mixing with a final adaptive map, as
-    context-mixing compressors do it (Mahoney 2005, "Adaptive weighing of context models").
+    Weights are kept for each set of sources, so that the value of their agreement is learned; match length,
+    depth, rank, and the probability that sources with other guesses left over, shift the sum. The result is
+    corrected by a table of acceptance in similar cases. This is logistic mixing with a final adaptive map, as
+    in context-mixing compressors (Mahoney 2005, "Adaptive weighing of context models").
 
-    Every child of an accepted node is an observation: it was, or was not, what the target emitted. So a
-    step that verified nothing teaches too, and a source that was wrong for a while is believed again when it
-    is right.
+    Every child of an accepted node is an observation: it was, or was not, emitted by the target. So a step
+    without verified drafts is learned from too, and a source that was wrong for a while regains its weight
+    when it is right.
 
     Args:
         priors: Whether to start from the shipped weights rather than from those above.
@@ -107,7 +107,7 @@ class Calibration:
         members = (sets[:, None] >> np.arange(fusion.SOURCES)) & 1
         size = np.maximum(members.sum(1), 1)
         self.weights: NDArray[np.float64] = np.zeros((fusion.MASKS, fusion.SOURCES + 1))
-        # Alone a source is taken at its word; together they count as somewhat more than their mean.
+        # The estimate of a single source is used as it is; several count as somewhat more than their mean.
         self.weights[:, :-1] = members * np.where(size > 1, AGREEMENT / size, 1.0)[:, None]
         self.weights[:, -1] = np.where(size > 1, AGREEMENT_ODDS, 0.0)
         model = fusion.MODEL
@@ -134,10 +134,10 @@ class Calibration:
         self.weights[others | sibling, PLACES.index("siblings")] = SIBLINGS_BESIDE_OTHERS
 
     def open(self, noise: NoiseKey | None = None) -> Calibration:
-        """The same calibration for one request: what is learned is shared, but for the request's own part.
+        """The same calibration for one request: learned terms are shared, but for the request's own part.
 
         Args:
-            noise: What the target draws the request's tokens with; None for greedy. Candidates are then
+            noise: Noise that the target draws the request's tokens with; None for greedy. Candidates are then
                 ranked by log odds and noise together (`sharpen`), for which `position` must be kept up.
         """
         opened = copy(self)
@@ -148,12 +148,12 @@ class Calibration:
     def observe(
         self, tree: DraftTree, proposals: Sequence[Proposal], emitted: TokenArray
     ) -> NDArray[np.int8]:
-        """Notes what became of a step's guesses, verified or not.
+        """Learns from the outcome of a step's guesses, verified or not.
 
         Args:
             tree: The whole fused tree of the step.
-            proposals: What it was fused from.
-            emitted: int32, shape (length,). What the target emitted after the root.
+            proposals: The proposals it was fused from.
+            emitted: int32, shape (length,). Tokens that the target emitted after the root.
 
         Returns:
             int8, shape (n + 1,). 1 where a node was emitted, 0 where its parent was and it was not, else -1.
@@ -184,7 +184,7 @@ class Calibration:
         return outcomes
 
     def save(self, path: Path) -> None:
-        """Writes what was learned, as safetensors. The file is replaced as a whole.
+        """Writes the learned terms, as safetensors. The file is replaced atomically.
 
         Raises:
             OSError: It cannot be written.
@@ -195,7 +195,7 @@ class Calibration:
         replace_file(path, save(arrays, {"format": "retrieval_draft calibration", "version": VERSION}))
 
     def load(self, path: Path) -> None:
-        """Reads what `save` wrote.
+        """Reads a file of `save`.
 
         Raises:
             DatastoreError: The file is torn, of another format, or has other shapes; nothing is changed.
@@ -216,13 +216,13 @@ class Calibration:
                     arrays[name] = file.get_tensor(name).astype(np.float64)
         except DatastoreError:
             raise
-        except Exception as error:  # for a strange header safetensors and numpy raise what they like
+        except Exception as error:  # safetensors and numpy raise many types for a broken header
             raise DatastoreError(
                 f"{path} is no calibration: {error}.", "Delete it: what it knows is learned again."
             ) from error
         for name, array in arrays.items():
             own: NDArray[np.float64] = getattr(self, name)
-            # What is learned stays far below; beyond it, sums of a few terms would not be numbers any more.
+            # Learned numbers stay far below; beyond the limit, sums of a few terms could overflow.
             low = 0.0 if name in ("expected", "accepted") else -MAX_LEARNED
             if array.shape != own.shape or not ((array >= low) & (array <= MAX_LEARNED)).all():
                 raise DatastoreError(
@@ -236,18 +236,18 @@ class Calibration:
 
 _KEPT = ("weights", "parameters", "expected", "accepted")
 _KEPT_LATER = ("sharpness",)
-"""What files of the first release do not have."""
+"""Arrays that files of the first release do not have."""
 
 
 @cache
 def places_of(names: tuple[str, ...]) -> NDArray[np.int64]:
-    """The place of each source in masks and weights; those that have none of their own take what is free.
+    """The index of each source in masks and weights; those without one of their own get a free one.
 
     Args:
         names: Of the sources, in the order of their proposals.
 
     Returns:
-        int64, shape (len(names),). From the ninth source on they share the last place.
+        int64, shape (len(names),). From the ninth source on they share the last index.
 
     Example:
         ("automaton", "corpus", "mine")  ->  [0, 4, 5]
@@ -258,7 +258,7 @@ def places_of(names: tuple[str, ...]) -> NDArray[np.int64]:
     for index, name in enumerate(names):
         if name in PLACES and PLACES.index(name) not in places.values():
             places[index] = PLACES.index(name)
-    # What models and siblings start with is no start for anything else: their places are the last resort.
+    # The initial terms of models and siblings fit no other source: their indices are used last.
     taken = (MODEL, PLACES.index("siblings"))
     order = sorted(range(SOURCES), key=lambda place: (place in taken, -place))
     free = [place for place in order if place not in places.values()]

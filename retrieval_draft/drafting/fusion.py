@@ -19,11 +19,11 @@ def fuse(
 ) -> DraftTree:
     """The `max_nodes` most probable nodes of the union of `proposals`.
 
-    Equal tokens under equal parents are one node, however many sources name it.
+    Equal tokens under equal parents are one node, even if several sources name it.
 
     Args:
         root_token: The last accepted token.
-        proposals: What the sources guess, one for each source, always in the same order.
+        proposals: One of each source, always in the same order.
         calibration: Mixes their estimates and turns them into acceptance probabilities.
         max_nodes: The most draft nodes to keep, the root not counted.
 

@@ -22,14 +22,14 @@ __all__ = ["REGISTRY", "DraftStores", "make_sources"]
 
 @dataclass(frozen=True, slots=True)
 class DraftStores:
-    """What sources are made from besides the configuration.
+    """Data that sources are made from besides the configuration.
 
     Attributes:
-        vocabulary: Ids are below it.
+        vocabulary: Number of token ids.
         fingerprint: Of the tokenizer; empty where there is none.
         corpora: Opened indexes.
         phrases: Fixed texts, or None.
-        shared: What servers share, or None.
+        shared: Store that servers share, or None.
         owns_shared: Whether `shared` was opened for the drafter, and ends with it.
     """
 

@@ -1,4 +1,4 @@
-"""Union of proposals into one trie, its best nodes, and what the outcome of a step says about them."""
+"""Union of proposals into one trie, its best nodes, and learning from the outcome of a step."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ DEPTH_BIAS = LENGTH_BIAS + SOURCES * LENGTHS
 RANK_BIAS = DEPTH_BIAS + SOURCES * DEPTHS
 ABSENT = RANK_BIAS + SOURCES * RANKS
 PARAMETERS = ABSENT + 2 * SOURCES
-"""Where each kind of parameter of single sources starts, in one vector. What sources that guess otherwise are
-worth is kept apart for nodes that a model named."""
+"""Length of the vector of single sources' parameters, after the start of each kind. The weights of sources
+that guess otherwise are kept separately for nodes that a model named."""
 
 MODEL = 6
 """The place of draft models."""
@@ -40,16 +40,17 @@ LENGTH = ODDS + SOURCES
 LEFT = LENGTH + SOURCES
 NOISE = LEFT + SOURCES
 EVIDENCE = NOISE + COLUMNS
-"""Columns of a node's evidence: the set of sources that named it, what they say together, the cell of that,
+"""Columns of a node's evidence: the set of sources that named it, their mixed log odds, the cell of these,
 rank and depth; then for each source its log odds, the bucket of its match length, and, where it named
-siblings but not this node, the log of the probability it left over; then what the noise says."""
+siblings but not this node, the log of the probability it left over; then the columns of the noise."""
 
 LEARNS_LENGTH, LEARNS_DEPTH, LEARNS_RANK, LEARNS_ABSENT, LEARNS_REQUEST, LEARNS_CELLS = range(6)
 SWITCHES = 6
-"""What is learned, 1 or 0 each; all of them unless one measures what each is worth."""
+"""Number of kinds of terms, each with a switch, 1 or 0: all are learned, except to measure the value of
+one."""
 
 DEEPEST = 1 << 20
-"""Nothing is deeper."""
+"""Limit of depths."""
 
 CERTAIN = 0.999
 UNLIKELY = 1e-6
@@ -59,7 +60,7 @@ MAX_WEIGHT = 2.0
 
 @kernel
 def guess(prob: float) -> float:
-    """A probability within UNLIKELY and CERTAIN; the former for what is no number."""
+    """A probability within UNLIKELY and CERTAIN; the former for NaN."""
     if not prob > UNLIKELY:
         return UNLIKELY
     return min(prob, CERTAIN)
@@ -74,7 +75,7 @@ def log_odds(prob: float) -> float:
 
 @kernel
 def place_in(value: float, size: int) -> int:
-    """A number as a place among `size`: the nearest there is, the first for what is no number."""
+    """A number as an index below `size`: the nearest one, the first for NaN."""
     if not value > 0.0:
         return 0
     return int(min(value, size - 1.0))
@@ -132,8 +133,8 @@ def mixed_odds(
     """Log odds that a node is accepted if its parent is.
 
     A sum of the sources' log odds, weighted by their set and scaled by match length; of a bias of the set; of
-    the naming sources' biases by match length, depth, rank and request, each as far as its weight goes; and
-    of what the sources that named siblings only left over for it.
+    the naming sources' biases by match length, depth, rank and request, each by its weight; and of the
+    probability that the sources that named siblings only left over for it.
     """
     mask = place_in(evidence[MASK], MASKS)
     depth = depth_bucket(place_in(evidence[DEPTH], DEEPEST))
@@ -226,9 +227,9 @@ def fuse(
 ) -> int:
     """Merges proposals into a trie and writes its root and `budget` most probable nodes, best first.
 
-    What the sources of a node say is mixed in log odds (`mixed_odds`). The ratio of its cell then turns that
-    into what was accepted in like cases. A parent is at least as probable as its child and has the smaller
-    number, so the order (path probability down, number up) is prefix-closed under ties.
+    The estimates of a node's sources are mixed in log odds (`mixed_odds`). The ratio of its cell then
+    corrects the result by the acceptance in similar cases. A parent is at least as probable as its child and
+    has the smaller number, so the order (path probability down, number up) is prefix-closed under ties.
 
     Args:
         tokens: int32, shape (total,). All proposals one after the other.
@@ -239,15 +240,15 @@ def fuse(
         places: int64, shape (proposals,). Of each proposal's source, below SOURCES, all different.
         weights: float64, shape (MASKS, SOURCES + 1). Of each source's log odds, and 1's, by set of sources.
         parameters: float64, shape (PARAMETERS,). Of single sources.
-        request: float64, shape (SOURCES,). How much better or worse each source is in this request.
+        request: float64, shape (SOURCES,). Bias of each source in this request.
         expected: float64, shape (CELLS,). Sum of estimates seen so far.
-        accepted: float64, shape (CELLS,). How many of them came true.
+        accepted: float64, shape (CELLS,). Number of accepted ones among them.
         prior: Expected acceptances that each cell starts with, all of them met.
         root_token: The root's.
         sample_key: Of the noise that the target draws with.
         position: Of the first drafted token in the text; -1 where there is no noise.
         vocabulary: Ids that noise is drawn for.
-        sharpness: float64, shape (MASKS, 2). How far the noise is believed, by set of sources.
+        sharpness: float64, shape (MASKS, 2). Weight and bias of the noise, by set of sources.
         out_nodes: int32, shape (3, budget + 1). Tokens, parents, depths.
         out_probs: float32, shape (2, budget + 1). Probability given the parent, path probability.
         out_sources: int64. Bit s where proposal s named the node.
@@ -266,7 +267,7 @@ def fuse(
     trie_named = np.zeros(total + 1, np.int64)
     evidence = np.zeros((total + 1, EVIDENCE), np.float32)
     covered = np.zeros((total + 1, SOURCES), np.float32)
-    left = np.ones((total + 1, SOURCES), np.float32)  # log of what is not covered; 1 where not computed
+    left = np.ones((total + 1, SOURCES), np.float32)  # log of the uncovered probability; 1 where not computed
     children = np.zeros((total + 1, SOURCES), np.int32)
     place_of = np.empty(total, np.int32)
     size = 1
@@ -276,7 +277,7 @@ def fuse(
         for item in range(start, starts[source + 1]):
             above = parents[item]
             parent = 0
-            if above >= 0:  # parents come before their children: what names another one is no node
+            if above >= 0:  # parents come before their children: a node with another parent is dropped
                 parent = place_of[start + above] if above < item - start else -1
             place_of[item] = -1
             if parent < 0:
@@ -378,13 +379,13 @@ def score(
     sharpness_rate: float,
     outcomes: NDArray[np.int8],
 ) -> None:
-    """Learns from every node whose parent was accepted: it was, or was not, what the target emitted.
+    """Learns from every node whose parent was accepted: it was, or was not, emitted by the target.
 
     The terms of its log odds take a step of logistic regression, its cell counts the outcome; old outcomes
-    fade by halves.
+    are halved at intervals.
 
     Args:
-        sharpness_rate: Of what is learned about noise; 0 where there is none.
+        sharpness_rate: Learning rate of `sharpness`; 0 where there is no noise.
         outcomes: int8, shape (n + 1,). Gets 1 or 0 for each such node, -1 for the others.
     """
     depth = np.full(len(tokens), -1, np.int64)
