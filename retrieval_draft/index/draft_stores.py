@@ -1,0 +1,34 @@
+"""DraftStores that sources are made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # their modules make sources from what stands here
+    from retrieval_draft.index.corpus import Corpus
+    from retrieval_draft.index.phrases import PhraseTable
+    from retrieval_draft.index.store.store import SharedStore
+
+__all__ = ["DraftStores"]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftStores:
+    """What sources are made from besides the configuration.
+
+    Attributes:
+        vocabulary: Ids are below it.
+        fingerprint: Of the tokenizer; empty where there is none.
+        corpora: Opened indexes.
+        phrases: Fixed texts, or None.
+        shared: What servers share, or None.
+        owns_shared: Whether `shared` was opened for the drafter, and ends with it.
+    """
+
+    vocabulary: int
+    fingerprint: str = ""
+    corpora: tuple[Corpus, ...] = ()
+    phrases: PhraseTable | None = None
+    shared: SharedStore | None = None
+    owns_shared: bool = True
