@@ -16,8 +16,9 @@ from retrieval_draft.bench.replay import Trace, read_traces
 from retrieval_draft.bench.synthetic_text import SyntheticText
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafting.batch import ChainBatch
-from retrieval_draft.drafting.sources import DraftStores, make_sources
+from retrieval_draft.drafting.sources import make_sources
 from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.history import HistorySource
 from retrieval_draft.index.source import TokenArray
 from retrieval_draft.methods.prompt_lookup import PromptLookupSession

@@ -16,8 +16,9 @@ from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafting.calibration import Calibration
 from retrieval_draft.drafting.fusion import fuse
 from retrieval_draft.drafting.hierarchy import SourceHierarchy
-from retrieval_draft.drafting.sources import DraftStores, make_sources
+from retrieval_draft.drafting.sources import make_sources
 from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 
 __all__ = ["measure_fusion"]
@@ -71,7 +72,7 @@ def measure_fusion(paths: Sequence[Path], *, nodes: int = 60, limit: int | None 
             fused = time.perf_counter()
             emitted = trace.output[done : done + len(tree.walk(trace.output[done:]))]
             walked = time.perf_counter()
-            calibration.observe(tree, proposals, emitted)
+            calibration.observe(tree, [*proposals, *others], emitted)
             observe_us.append((time.perf_counter() - walked) * 1e6)
             fuse_us.append((fused - begin) * 1e6)
             proposed.append(sum(map(len, proposals)) + sum(map(len, others)))

@@ -153,7 +153,7 @@ def _make(name: str, llama: Any) -> _Contender:
 def _ours(name: str, llama: Any) -> _Contender:
     """Makes ours. Without a history each prompt has a proposer of its own; only pass costs are kept."""
     remembers = "history" in name
-    sources = SOURCES if remembers else tuple(source for source in SOURCES if source != "history")
+    sources = tuple(source for source in SOURCES if remembers or source != "history")
     config, rows = DraftConfig(sources=sources), llama.n_vocab()
 
     def made() -> RetrievalDraftModel:

@@ -11,8 +11,8 @@ from typing import Any
 from retrieval_draft.bench.replay import Counts, Replayer, Trace, read_traces
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafting.calibration import Calibration
-from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.errors import DatastoreError, InvalidInputError
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.index.store.store import SharedStore
 

@@ -11,8 +11,8 @@ from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.bench.synthetic_text import SyntheticText
 from retrieval_draft.config import SOURCES, DraftConfig
 from retrieval_draft.drafting.batch import ChainBatch
-from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.integrations.vllm.row_drafter import RowDrafter
 from retrieval_draft.integrations.vllm.step_costs import StepCosts
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from retrieval_draft.errors import InvalidInputError, UnknownMethodError
 
-__all__ = ["METHODS", "SOURCES", "DraftConfig"]
+__all__ = ["DRAFT_MODEL", "METHODS", "SOURCES", "DraftConfig", "SourceSpec"]
 
 METHODS = (
     "calibrated",
@@ -31,8 +31,41 @@ METHODS = (
 )
 """Drafting methods by name, a module of `retrieval_draft.methods` each. ``none`` decodes plainly."""
 
-SOURCES = ("automaton", "adjacency", "siblings", "history", "shared", "phrases", "corpus")
-"""Draft sources by name, nearest locality first."""
+
+@dataclass(frozen=True, slots=True)
+class SourceSpec:
+    """A draft source by name.
+
+    Attributes:
+        name: As in `DraftConfig.sources`, in statistics and metrics.
+        level: Its locality: "request", "history", "shared", "corpus" or "model".
+        slot: Its row in the arrays of a calibration, 0 to 10, its own. Files know sources by name.
+        make: "module:function", called with a `DraftConfig` and `DraftStores`. It returns the source, or None
+            where there is nothing to draft from. None for draft models, which a user passes.
+    """
+
+    name: str
+    level: str
+    slot: int
+    make: str | None
+
+
+SOURCES = {
+    spec.name: spec
+    for spec in (
+        SourceSpec("automaton", "request", 0, "retrieval_draft.index.suffix_automaton:make_source"),
+        SourceSpec("adjacency", "request", 1, "retrieval_draft.index.adjacency:make_source"),
+        SourceSpec("siblings", "request", 7, "retrieval_draft.index.siblings:make_source"),
+        SourceSpec("history", "history", 2, "retrieval_draft.index.history:make_source"),
+        SourceSpec("shared", "shared", 5, "retrieval_draft.index.shared:make_source"),
+        SourceSpec("phrases", "corpus", 3, "retrieval_draft.index.phrases:make_source"),
+        SourceSpec("corpus", "corpus", 4, "retrieval_draft.index.corpus:make_source"),
+    )
+}
+"""Draft sources by name, nearest locality first. A new source is one file and one line here."""
+
+DRAFT_MODEL = SourceSpec("model", "model", 6, None)
+"""Draft models: `RetrievalDrafter.for_model(..., draft_model=...)` makes them."""
 
 MAX_NODES = 1024
 TOP_K_LIMIT = 32
@@ -66,7 +99,7 @@ class DraftConfig:
     method: str = "calibrated"
     nodes: int | None = None
     max_nodes: int = 60
-    sources: tuple[str, ...] = SOURCES
+    sources: tuple[str, ...] = field(default_factory=lambda: tuple(SOURCES))
     top_k: int = 8
     adjacency_rows: int = 262144
     prefill_logits: bool | Literal["auto"] = "auto"

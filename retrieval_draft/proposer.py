@@ -16,11 +16,11 @@ from retrieval_draft.drafting.draft_stores import open_draft_stores
 from retrieval_draft.drafting.hierarchy import SourceHierarchy
 from retrieval_draft.drafting.kept_calibration import calibration_file, keep_calibration, load_calibration
 from retrieval_draft.drafting.session import DraftPlan, DraftSession
-from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.drafting.warm_up import compile_drafting
 from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.source import CONTEXT, DraftSource, NodeLogits, TokenArray
 from retrieval_draft.index.store.config import check_share
 from retrieval_draft.index.store.store import SharedStore

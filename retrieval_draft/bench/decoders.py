@@ -125,7 +125,7 @@ def make_contestant(
         raise UnknownMethodError(
             f"Unknown method {name!r}.", f"Choose from: {known}; or one with {NO_CUDNN}."
         )
-    sources = SOURCES if history else tuple(source for source in SOURCES if source != "history")
+    sources = tuple(source for source in SOURCES if history or source != "history")
     config = DraftConfig(method=name, nodes=nodes, cpu_kernels=cpu_kernels, sources=sources)
     if draft_model is None and get_method(name).needs_model:
         draft_model = SELF

@@ -25,10 +25,10 @@ from retrieval_draft.config import SOURCES, DraftConfig
 from retrieval_draft.drafting.calibration import Calibration
 from retrieval_draft.drafting.hierarchy import SourceHierarchy, SourceSessions
 from retrieval_draft.drafting.session import count_names, proposed_nodes
-from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.corpus import Corpus
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.source import CONTEXT, NodeLogits, TokenArray
 from retrieval_draft.methods.method import MethodContext, as_proposed
 from retrieval_draft.methods.registry import get_method
@@ -264,9 +264,7 @@ def replay(
     Raises:
         InvalidInputError: The traces have no request to replay, or an argument is invalid.
     """
-    config = DraftConfig(
-        method=method, nodes=nodes, sources=tuple(sources) if sources is not None else SOURCES
-    )
+    config = DraftConfig(method=method, nodes=nodes, sources=tuple(SOURCES if sources is None else sources))
     if part not in PARTS:
         raise InvalidInputError(f"part is {part!r}.", f"Choose from: {', '.join(PARTS)}.")
     traces = list(islice(read_traces(paths), limit))[PARTS[part]]

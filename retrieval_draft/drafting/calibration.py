@@ -11,15 +11,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval_draft._files import replace_file
+from retrieval_draft.config import DRAFT_MODEL, SOURCES
+from retrieval_draft.drafting.calibration_format import StoredCalibration, read_calibration, write_calibration
 from retrieval_draft.drafting.tree import DraftTree
-from retrieval_draft.errors import DatastoreError, InvalidInputError
+from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.source import Proposal, TokenArray
 
-__all__ = ["FEATURES", "Calibration", "NoiseKey", "places_of"]
-
-PLACES = ("automaton", "adjacency", "history", "phrases", "corpus", "shared", "model", "siblings")
-"""Sources that keep their index from one process to the next, so that their learned weights can be saved."""
+__all__ = ["FEATURES", "Calibration", "NoiseKey", "columns_of"]
 
 FEATURES = ("length", "depth", "rank", "absent", "request", "cells", "noise")
 """Evidence that can be left out, to measure its value: match length, depth in the tree, rank among a
@@ -56,10 +54,6 @@ REQUEST_RATE = 0.03
 MEMORY = 128.0
 """Expected acceptances at which the sums of a cell are halved."""
 
-MAX_LEARNED = 1e6
-"""Limit of every saved number."""
-
-VERSION = "1"
 PRIORS = Path(__file__).with_name("priors.safetensors")
 
 
@@ -102,36 +96,24 @@ class Calibration:
             raise InvalidInputError(
                 f"Unknown evidence {unknown[0]!r}.", f"Choose from: {', '.join(FEATURES)}."
             )
+        slots = _table_slots().values()
+        assert DRAFT_MODEL.slot == fusion.MODEL, "kernels know the slot of draft models"
+        assert len({*slots}) == len(slots), "each source of the table has a slot of its own"
+        assert max(slots) < fusion.SOURCES - 1, "the last slot is for sources outside of the table"
         self.switches = np.array([name not in without for name in FEATURES], np.float64)
-        sets = np.arange(fusion.MASKS)
-        members = (sets[:, None] >> np.arange(fusion.SOURCES)) & 1
-        size = np.maximum(members.sum(1), 1)
-        self.weights: NDArray[np.float64] = np.zeros((fusion.MASKS, fusion.SOURCES + 1))
-        # The estimate of a single source is used as it is; several count as somewhat more than their mean.
-        self.weights[:, :-1] = members * np.where(size > 1, AGREEMENT / size, 1.0)[:, None]
-        self.weights[:, -1] = np.where(size > 1, AGREEMENT_ODDS, 0.0)
-        model = fusion.MODEL
-        with_model = (members[:, model] > 0) & (size > 1)
-        self.weights[with_model, :-1] = members[with_model] * LOOKUP_BESIDE_MODEL
-        self.weights[with_model, -1] = 0.0
-        self.weights[with_model, model] = 1.0
-        self.parameters: NDArray[np.float64] = np.zeros(fusion.PARAMETERS)
-        self.parameters[fusion.ABSENT + model] = NOT_OF_MODEL
-        ranks = fusion.RANK_BIAS + model * fusion.RANKS
-        self.parameters[ranks : ranks + fusion.RANKS] = MODEL_RANKS
+        self.weights: NDArray[np.float64] = np.empty((fusion.MASKS, fusion.SOURCES + 1))
+        self.parameters: NDArray[np.float64] = np.empty((fusion.SOURCES, fusion.PARAMETERS))
         self.expected: NDArray[np.float64] = np.zeros(fusion.CELLS)
         self.accepted: NDArray[np.float64] = np.zeros(fusion.CELLS)
         self.request: NDArray[np.float64] = np.zeros(fusion.SOURCES)
-        self.sharpness: NDArray[np.float64] = np.tile((SHARPNESS, 0.0), (fusion.MASKS, 1))
+        self.sharpness: NDArray[np.float64] = np.empty((fusion.MASKS, 2))
         self.noise: NoiseKey | None = None
         self.position = 0
         self.rate = RATE
+        self._start()
         if priors and PRIORS.exists():
             self.load(PRIORS)
-        sibling = 1 << PLACES.index("siblings")
-        others = np.arange(1, sibling)
-        self.weights[others | sibling] = self.weights[others]
-        self.weights[others | sibling, PLACES.index("siblings")] = SIBLINGS_BESIDE_OTHERS
+            self._start_siblings()
 
     def open(self, noise: NoiseKey | None = None) -> Calibration:
         """The same calibration for one request: learned terms are shared, but for the request's own part.
@@ -184,85 +166,115 @@ class Calibration:
         return outcomes
 
     def save(self, path: Path) -> None:
-        """Writes the learned terms, as safetensors. The file is replaced atomically.
+        """Writes the learned terms of the sources of the table. The file is replaced atomically.
+
+        Sets of sources without learned terms are left out, so that the file stays small.
 
         Raises:
             OSError: It cannot be written.
         """
-        from safetensors.numpy import save
-
-        arrays = {name: getattr(self, name).astype(np.float32) for name in (*_KEPT, *_KEPT_LATER)}
-        replace_file(path, save(arrays, {"format": "retrieval_draft calibration", "version": VERSION}))
+        fresh = Calibration(priors=False)
+        changed = np.zeros(len(self.weights), np.bool_)
+        for name in _BY_SET:
+            changed |= (self._rows(name) != fresh._rows(name)).any(1)
+        names = {slot: name for name, slot in _table_slots().items()}
+        sources = tuple([names.get(slot, "") for slot in range(len(self.request))])
+        sets = np.flatnonzero(changed)
+        rows = {name: self._rows(name)[sets] for name in _BY_SET}
+        stored = StoredCalibration(sources, sets, parameters=self.parameters, **rows)
+        write_calibration(path, stored.only(_table_slots(), len(sources)))
 
     def load(self, path: Path) -> None:
-        """Reads a file of `save`.
+        """Reads a file of `save`, in this release or an earlier one.
+
+        Sources are identified by name: terms of sources that are not in the table are ignored, and missing
+        ones start as without priors.
 
         Raises:
             DatastoreError: The file is torn, of another format, or has other shapes; nothing is changed.
         """
-        from safetensors import safe_open
+        stored = read_calibration(path).only(_table_slots(), len(self.request))
+        self._start()
+        for name in _BY_SET:
+            rows = getattr(stored, name)
+            if rows is not None:
+                self._rows(name)[stored.sets] = rows
+        named = [slot for slot, name in enumerate(stored.sources) if name]
+        self.parameters[named] = stored.parameters[named]
 
-        arrays: dict[str, NDArray[np.float64]] = {}
-        try:
-            with safe_open(path, "numpy") as file:
-                version = (file.metadata() or {}).get("version")
-                if version != VERSION:
-                    raise DatastoreError(
-                        f"{path} has calibration format {version!r}; this release reads {VERSION!r}.",
-                        "Delete it: what it knows is learned again.",
-                    )
-                known = [*_KEPT, *(name for name in _KEPT_LATER if name in set(file.keys()))]
-                for name in known:
-                    arrays[name] = file.get_tensor(name).astype(np.float64)
-        except DatastoreError:
-            raise
-        except Exception as error:  # safetensors and numpy raise many types for a broken header
-            raise DatastoreError(
-                f"{path} is no calibration: {error}.", "Delete it: what it knows is learned again."
-            ) from error
-        for name, array in arrays.items():
-            own: NDArray[np.float64] = getattr(self, name)
-            # Learned numbers stay far below; beyond the limit, sums of a few terms could overflow.
-            low = 0.0 if name in ("expected", "accepted") else -MAX_LEARNED
-            if array.shape != own.shape or not ((array >= low) & (array <= MAX_LEARNED)).all():
-                raise DatastoreError(
-                    f"{path}: {name} has shape {array.shape} or holds what is never learned; it should be "
-                    f"{own.shape} of numbers in {low:g}..{MAX_LEARNED:g}.",
-                    "Delete it: what it knows is learned again.",
-                )
-        for name, array in arrays.items():
-            getattr(self, name)[:] = array
+    def _rows(self, name: str) -> NDArray[np.float64]:
+        """A view of one of `_BY_SET`, shape (MASKS, columns)."""
+        array: NDArray[np.float64] = getattr(self, name)
+        return array.reshape(len(self.weights), -1)
+
+    def _start(self) -> None:
+        """Sets the initial terms of lookups, alone and together, of a draft model and of siblings."""
+        from retrieval_draft.drafting._kernels import fusion
+
+        sets = np.arange(fusion.MASKS)
+        members = (sets[:, None] >> np.arange(fusion.SOURCES)) & 1
+        size = np.maximum(members.sum(1), 1)
+        # The estimate of a single source is used as it is; several count as somewhat more than their mean.
+        self.weights[:, :-1] = members * np.where(size > 1, AGREEMENT / size, 1.0)[:, None]
+        self.weights[:, -1] = np.where(size > 1, AGREEMENT_ODDS, 0.0)
+        model = DRAFT_MODEL.slot
+        with_model = (members[:, model] > 0) & (size > 1)
+        self.weights[with_model, :-1] = members[with_model] * LOOKUP_BESIDE_MODEL
+        self.weights[with_model, -1] = 0.0
+        self.weights[with_model, model] = 1.0
+        self._start_siblings()
+        self.parameters[:] = 0.0
+        self.parameters[model, fusion.ABSENT] = NOT_OF_MODEL
+        self.parameters[model, fusion.RANK_BIAS : fusion.RANK_BIAS + fusion.RANKS] = MODEL_RANKS
+        self.expected[:] = self.accepted[:] = 0.0
+        self.sharpness[:] = SHARPNESS, 0.0
+
+    def _start_siblings(self) -> None:
+        """Gives siblings a small weight beside other sources, which keep theirs."""
+        slot = SOURCES["siblings"].slot
+        sets = np.arange(1, len(self.weights))
+        others = sets[sets >> slot & 1 == 0]
+        self.weights[others | 1 << slot] = self.weights[others]
+        self.weights[others | 1 << slot, slot] = SIBLINGS_BESIDE_OTHERS
 
 
-_KEPT = ("weights", "parameters", "expected", "accepted")
-_KEPT_LATER = ("sharpness",)
-"""Arrays that files of the first release do not have."""
+_BY_SET = ("weights", "expected", "accepted", "sharpness")
+"""Arrays with a row, or with BINS cells, for each set of sources."""
+
+
+def _table_slots() -> dict[str, int]:
+    """Fixed slots of the table's sources, with which learned terms are saved."""
+    return {spec.name: spec.slot for spec in (*SOURCES.values(), DRAFT_MODEL)}
 
 
 @cache
-def places_of(names: tuple[str, ...]) -> NDArray[np.int64]:
-    """The index of each source in masks and weights; those without one of their own get a free one.
+def columns_of(names: tuple[str, ...]) -> tuple[NDArray[np.int64], int]:
+    """Slots and columns of sources: those of the table have slots of their own, others get free ones.
+
+    A slot without a source of the table starts like that of a lookup. Where there are more sources than
+    slots, the remaining ones share the last one, which no source of the table has.
 
     Args:
         names: Of the sources, in the order of their proposals.
 
     Returns:
-        int64, shape (len(names),). From the ninth source on they share the last index.
+        int64, shape (len(names),): index of each one's slot among those in use; and the set of slots in use,
+        a bit mask.
 
     Example:
-        ("automaton", "corpus", "mine")  ->  [0, 4, 5]
+        ("automaton", "mine", "corpus"), in slots 0, 8 and 4  ->  [0, 2, 1], 0b1_0001_0001
     """
-    from retrieval_draft.drafting._kernels.fusion import MODEL, SOURCES
+    from retrieval_draft.drafting._kernels.fusion import SOURCES as COUNT
 
-    places: dict[int, int] = {}
-    for index, name in enumerate(names):
-        if name in PLACES and PLACES.index(name) not in places.values():
-            places[index] = PLACES.index(name)
-    # The initial terms of models and siblings fit no other source: their indices are used last.
-    taken = (MODEL, PLACES.index("siblings"))
-    order = sorted(range(SOURCES), key=lambda place: (place in taken, -place))
-    free = [place for place in order if place not in places.values()]
-    for index in range(len(names)):
-        if index not in places:
-            places[index] = free.pop(0) if free else SOURCES - 1
-    return np.array([places[index] for index in range(len(names))], np.int64)
+    table = _table_slots()
+    free = [slot for slot in range(COUNT) if slot not in table.values()]
+    taken: set[int] = set()
+    found: list[int] = []
+    for name in names:
+        slot = table.get(name, -1)
+        if slot < 0 or slot in taken:  # not of the table, or one of several with one name
+            slot = free.pop(0) if free else COUNT - 1
+        taken.add(slot)
+        found.append(slot)
+    slots = sorted(taken)
+    return np.array([slots.index(slot) for slot in found], np.int64), sum(1 << slot for slot in slots)

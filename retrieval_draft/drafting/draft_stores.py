@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.errors import InvalidInputError, TokenizerMismatchError
 from retrieval_draft.index.corpus import Corpus
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.phrase_files import read_phrases
 from retrieval_draft.index.phrases import PhraseTable
 from retrieval_draft.index.store.config import StoreConfig

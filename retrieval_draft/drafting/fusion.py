@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from retrieval_draft.drafting.calibration import PRIOR, Calibration, places_of
+from retrieval_draft.drafting.calibration import PRIOR, Calibration, columns_of
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.index.source import Proposal
 
@@ -44,14 +44,16 @@ def fuse(
     nodes = np.empty((3, size), np.int32)
     probs = np.empty((2, size), np.float32)
     sources = np.empty(size, np.int64)
-    evidence = np.empty((size, fusion.EVIDENCE), np.float32)
+    columns, used = columns_of(tuple([proposal.source for proposal in proposals]))
+    evidence = np.empty((size, fusion.OWN + fusion.PER_SOURCE * used.bit_count()), np.float32)
     kept = fusion.fuse(
         np.concatenate([proposal.tokens for proposal in proposals]),
         np.concatenate([proposal.parents for proposal in proposals]),
         np.concatenate([proposal.probs for proposal in proposals]),
         np.concatenate([proposal.match_lengths for proposal in proposals]),
         np.array([0, *accumulate(sizes)]),
-        places_of(tuple([proposal.source for proposal in proposals])),
+        columns,
+        used,
         calibration.weights,
         calibration.parameters,
         calibration.request,

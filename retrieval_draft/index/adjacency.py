@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft.config import DraftConfig
 from retrieval_draft.index._workspace import Workspace
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.frequent import KEPT, FrequentTokens
 from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArray
 
-__all__ = ["AdjacencyMatrix", "AdjacencySession", "AdjacencySource"]
+__all__ = ["AdjacencyMatrix", "AdjacencySession", "AdjacencySource", "make_source"]
 
 DOUBT = (300.0, 30.0, 16.0, 8.0, 4.0)
 """A row of order o seen v times takes v / (v + DOUBT[o]) of the probability that reaches it; order 0 holds
@@ -213,3 +215,8 @@ class AdjacencySource:
     def nbytes(self) -> int:
         """Bytes of the matrix."""
         return self.matrix.nbytes
+
+
+def make_source(config: DraftConfig, stores: DraftStores) -> AdjacencySource:
+    """A source over a matrix of the configured size."""
+    return AdjacencySource(config.adjacency_rows, config.top_k)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from retrieval_draft.config import DraftConfig
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.segments.index_folder import IndexFolder
 from retrieval_draft.index.segments.segment_session import Segments, SegmentSession, segments_nbytes
 from retrieval_draft.index.source import TokenArray
 
-__all__ = ["Corpus", "CorpusSource"]
+__all__ = ["Corpus", "CorpusSource", "make_source"]
 
 
 class Corpus:
@@ -72,3 +74,8 @@ class CorpusSource:
     def nbytes(self) -> int:
         """Bytes of the indexes' files, which are mapped and shared, not held."""
         return sum(corpus.nbytes for corpus in self.corpora)
+
+
+def make_source(config: DraftConfig, stores: DraftStores) -> CorpusSource | None:
+    """A source over the corpora; None without any."""
+    return CorpusSource(stores.corpora) if stores.corpora else None

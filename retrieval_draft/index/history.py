@@ -18,7 +18,9 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 
 import numpy as np
 
+from retrieval_draft.config import DraftConfig
 from retrieval_draft.errors import DatastoreError, InvalidInputError, RetrievalDraftError
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.segments.index_folder import MANIFEST, IndexFolder, SegmentEntry
 from retrieval_draft.index.segments.new_texts import new_texts
 from retrieval_draft.index.segments.segment import Segment
@@ -26,7 +28,7 @@ from retrieval_draft.index.segments.segment_session import Segments, SegmentSess
 from retrieval_draft.index.segments.segment_store import SegmentStore
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 
-__all__ = ["History", "HistorySource"]
+__all__ = ["History", "HistorySource", "make_source"]
 
 QUEUE_TOKENS = 1 << 22
 """Tokens that may wait for the background thread. Beyond it the oldest waiting request is dropped."""
@@ -303,6 +305,13 @@ class HistorySource:
     def nbytes(self) -> int:
         """Bytes of the history."""
         return self.history.nbytes
+
+
+def make_source(config: DraftConfig, stores: DraftStores) -> HistorySource:
+    """A source over earlier requests, kept in the configured folder."""
+    folder = None if config.history_folder is None else Path(config.history_folder)
+    history = History(stores.vocabulary, config.history_bytes, folder, stores.fingerprint)
+    return HistorySource(history, config.history_prompts, config.history_replies)
 
 
 def _work(history: Callable[[], History | None]) -> None:

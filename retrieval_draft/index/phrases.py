@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from retrieval_draft.config import DraftConfig
 from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 
-__all__ = ["PhraseSession", "PhraseSource", "PhraseTable"]
+__all__ = ["PhraseSession", "PhraseSource", "PhraseTable", "make_source"]
 
 SHORTEST = 3
 """Phrases of fewer tokens are ignored: two start a phrase, and there must be one to propose."""
@@ -283,6 +285,11 @@ class PhraseSource:
     def nbytes(self) -> int:
         """Bytes of the table."""
         return self.table.nbytes
+
+
+def make_source(config: DraftConfig, stores: DraftStores) -> PhraseSource | None:
+    """A source over the phrases; None without any."""
+    return None if stores.phrases is None else PhraseSource(stores.phrases)
 
 
 def _checked(phrase: TokenArray, number: int) -> TokenArray:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from retrieval_draft.config import DraftConfig
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.segments.segment_session import SegmentSession
 from retrieval_draft.index.source import TokenArray
 from retrieval_draft.index.store.store import SharedStore
 
-__all__ = ["SharedSource"]
+__all__ = ["SharedSource", "make_source"]
 
 
 class SharedSource:
@@ -43,3 +45,8 @@ class SharedSource:
     def nbytes(self) -> int:
         """Bytes of shared text and of texts waiting to be sent."""
         return self.store.nbytes
+
+
+def make_source(config: DraftConfig, stores: DraftStores) -> SharedSource | None:
+    """A source over the shared store; None without one."""
+    return None if stores.shared is None else SharedSource(stores.shared)

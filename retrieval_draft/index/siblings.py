@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from retrieval_draft.config import DraftConfig
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray, empty_proposal
 from retrieval_draft.index.suffix_automaton import SuffixAutomaton
 
-__all__ = ["SiblingSession", "SiblingSource"]
+__all__ = ["SiblingSession", "SiblingSource", "make_source"]
 
 LED_TO = 32
 """Tokens of the prompt before each reply, so that its first tokens have a context."""
@@ -89,3 +91,8 @@ class SiblingSource:
     def nbytes(self) -> int:
         """0: sessions hold everything."""
         return 0
+
+
+def make_source(config: DraftConfig, stores: DraftStores) -> SiblingSource:
+    """A source over the samples of a prompt."""
+    return SiblingSource()

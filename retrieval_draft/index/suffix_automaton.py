@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft.config import DraftConfig
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index._workspace import Workspace
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 
-__all__ = ["AutomatonSession", "AutomatonSource", "SuffixAutomaton"]
+__all__ = ["AutomatonSession", "AutomatonSource", "SuffixAutomaton", "make_source"]
 
 ESCAPE = 3.0
 ORDER_CAP = 10
@@ -251,3 +253,8 @@ class AutomatonSource:
     def nbytes(self) -> int:
         """0: sessions hold everything."""
         return 0
+
+
+def make_source(config: DraftConfig, stores: DraftStores) -> AutomatonSource:
+    """A source over the request's own text."""
+    return AutomatonSource()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.engine.draft_engine import DraftEngine
 from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.registry import get_method
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.drafting.tree import DraftTree
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.source import DraftSource, Proposal
 
 __all__ = ["Method", "MethodContext", "TreeRule", "as_proposed"]

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval_draft.drafting.sources import REGISTRY
+from retrieval_draft.drafting.sources import make_source
 from retrieval_draft.index.history import HistorySource
 from retrieval_draft.index.segments.segment import Segment, match_state
 from retrieval_draft.index.segments.segment_session import Segments
@@ -171,7 +171,7 @@ class RestSource(MethodSource):
 
     def __init__(self, parts: MethodContext) -> None:
         segments = tuple(part for corpus in parts.stores.corpora for part in corpus.segments)
-        store = REGISTRY["corpus" if segments else "history"](parts.config, parts.stores)
+        store = make_source("corpus" if segments else "history", parts.config, parts.stores)
         assert store is not None
         self._store = store
 

@@ -30,7 +30,7 @@ from benchmarks.gpu_check.tests import verdict
 from retrieval_draft.bench.replay import Replayer, Trace
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafting.calibration import Calibration
-from retrieval_draft.drafting.sources import DraftStores
+from retrieval_draft.index.draft_stores import DraftStores
 
 ROOT = Path(__file__).resolve().parents[2]
 

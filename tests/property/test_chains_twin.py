@@ -16,8 +16,9 @@ from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafting._kernels import fusion
 from retrieval_draft.drafting.batch import ChainBatch
 from retrieval_draft.drafting.batch import chain_batch as batch
-from retrieval_draft.drafting.calibration import PRIOR, Calibration, places_of
-from retrieval_draft.drafting.sources import DraftStores, make_sources
+from retrieval_draft.drafting.calibration import PRIOR, Calibration, columns_of
+from retrieval_draft.drafting.sources import make_sources
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.history import HistorySource
 from retrieval_draft.index.source import DraftSource, Proposal
 from retrieval_draft.index.suffix_automaton import AutomatonSession
@@ -53,28 +54,31 @@ def _candidates(
     proposals: list[Proposal], at: list[int | None], depth: int, calibration: Calibration, request: Any
 ) -> dict[int, float]:
     """What may come next by the rules of `fusion.fuse`, written anew: token to probability."""
-    places = places_of(tuple(proposal.source for proposal in proposals))
+    columns, used = columns_of(tuple(proposal.source for proposal in proposals))
+    bits = [1 << slot for slot in range(fusion.SOURCES) if used >> slot & 1]
+    width = fusion.OWN + fusion.PER_SOURCE * len(bits)
     evidence: dict[int, Any] = {}
     left = {}
-    for proposal, parent, place in zip(proposals, at, places, strict=True):
+    for proposal, parent, column in zip(proposals, at, columns, strict=True):
         nodes = _children(proposal, parent)
         covered = float(proposal.probs[nodes].sum())
         if covered > 0:
-            left[place] = np.log(max(1 - covered, fusion.LEAST_LEFT))
+            left[column] = np.log(max(1 - covered, fusion.LEAST_LEFT))
         for rank, node in enumerate(nodes[:TOP]):
-            row = evidence.setdefault(int(proposal.tokens[node]), np.zeros(fusion.EVIDENCE, np.float32))
+            row = evidence.setdefault(int(proposal.tokens[node]), np.zeros(width, np.float32))
             row[fusion.RANK] = rank if row[fusion.MASK] == 0 else min(row[fusion.RANK], rank)
-            row[fusion.MASK] += 1 << place
-            row[fusion.ODDS + place] = fusion.log_odds(float(proposal.probs[node]))
-            row[fusion.LENGTH + place] = fusion.length_bucket(int(proposal.match_lengths[node]))
+            row[fusion.MASK] += bits[column]
+            own = row[fusion.OWN + fusion.PER_SOURCE * column :]
+            own[fusion.ODDS] = fusion.log_odds(float(proposal.probs[node]))
+            own[fusion.LENGTH] = fusion.length_bucket(int(proposal.match_lengths[node]))
     probs = {}
     for token, row in evidence.items():
         mask = int(row[fusion.MASK])
         row[fusion.DEPTH] = depth
-        for place, value in left.items():
-            if not mask >> int(place) & 1:
-                row[fusion.LEFT + place] = value
-        odds = fusion.mixed_odds(row, calibration.weights, calibration.parameters, request)
+        for column, value in left.items():
+            if not mask & bits[column]:
+                row[fusion.OWN + fusion.PER_SOURCE * column + fusion.LEFT] = value
+        odds = fusion.mixed_odds(row, used, calibration.weights, calibration.parameters, request)
         raw = min(max(1 / (1 + np.exp(-odds)), fusion.UNLIKELY), fusion.CERTAIN)
         cell = fusion.cell_of(mask, odds)
         ratio = (calibration.accepted[cell] + PRIOR) / (calibration.expected[cell] + PRIOR)

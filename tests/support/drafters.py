@@ -9,9 +9,9 @@ import torch
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafter import RetrievalDrafter
-from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.engine.draft_engine import DraftEngine
 from retrieval_draft.engine.target import Target
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.methods.method import MethodContext
 from tests.support.sources import NoCalibration, fuse
 

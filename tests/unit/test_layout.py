@@ -37,7 +37,7 @@ for module in ("retrieval_proposer", "row_drafter", "request_tracker", "step_cos
     importlib.import_module(f"retrieval_draft.integrations.vllm.{module}")
 
 from retrieval_draft import DraftConfig, Proposer
-from retrieval_draft.drafting.sources import DraftStores
+from retrieval_draft.index.draft_stores import DraftStores
 proposer = Proposer(DraftStores(vocabulary=16), DraftConfig())
 session = proposer.open([5, 6, 7, 8, 5, 6])
 print(session.propose(4).tokens[1:3].tolist())

@@ -9,9 +9,9 @@ from retrieval_draft._kernels.heap import pop, push
 from retrieval_draft._kernels.jit import kernel
 from retrieval_draft.drafting._kernels.sharpen import COLUMNS, sharpen, teach_sharpness
 
-SOURCES = 8
+SOURCES = 12
 MASKS = 1 << SOURCES
-"""Places of sources; a set of sources is a bit mask of their places."""
+"""Slots of sources in a calibration; a set of sources is a bit mask of their slots."""
 
 BINS = 16
 CELLS = MASKS * BINS
@@ -23,26 +23,26 @@ RANKS = 5
 """Buckets of match length, of depth, and of the rank among a source's guesses below one parent."""
 
 LENGTH_SCALE = 0
-LENGTH_BIAS = LENGTH_SCALE + SOURCES * LENGTHS
-DEPTH_BIAS = LENGTH_BIAS + SOURCES * LENGTHS
-RANK_BIAS = DEPTH_BIAS + SOURCES * DEPTHS
-ABSENT = RANK_BIAS + SOURCES * RANKS
-PARAMETERS = ABSENT + 2 * SOURCES
-"""Length of the vector of single sources' parameters, after the start of each kind. The weights of sources
-that guess otherwise are kept separately for nodes that a model named."""
+LENGTH_BIAS = LENGTH_SCALE + LENGTHS
+DEPTH_BIAS = LENGTH_BIAS + LENGTHS
+RANK_BIAS = DEPTH_BIAS + DEPTHS
+ABSENT = RANK_BIAS + RANKS
+PARAMETERS = ABSENT + 2
+"""Columns of a source's own parameters, by kind. The weight of a source that guesses otherwise is kept
+separately for nodes that a model named."""
 
 MODEL = 6
-"""The place of draft models."""
+"""The slot of draft models."""
 
-MASK, RAW, CELL, RANK, DEPTH = range(5)
-ODDS = 5
-LENGTH = ODDS + SOURCES
-LEFT = LENGTH + SOURCES
-NOISE = LEFT + SOURCES
-EVIDENCE = NOISE + COLUMNS
+MASK, RAW, CELL, RANK, DEPTH, NOISE = range(6)
+OWN = NOISE + COLUMNS
+ODDS, LENGTH, LEFT = range(3)
+PER_SOURCE = 3
 """Columns of a node's evidence: the set of sources that named it, their mixed log odds, the cell of these,
-rank and depth; then for each source its log odds, the bucket of its match length, and, where it named
-siblings but not this node, the log of the probability it left over; then the columns of the noise."""
+rank, depth and the columns of the noise. Then, from OWN on, PER_SOURCE for each source in use, in the order
+of their slots: its log odds, the bucket of its match length, and, where it named siblings but not this node,
+the log of the probability it left over. So a node costs what the sources in use cost, not all slots. MASK of
+the root is the set of sources in use; the rest of its row is 0."""
 
 LEARNS_LENGTH, LEARNS_DEPTH, LEARNS_RANK, LEARNS_ABSENT, LEARNS_REQUEST, LEARNS_CELLS = range(6)
 SWITCHES = 6
@@ -56,6 +56,7 @@ CERTAIN = 0.999
 UNLIKELY = 1e-6
 LEAST_LEFT = 0.001
 MAX_WEIGHT = 2.0
+LEAST_WEIGHT = 1e-6
 
 
 @kernel
@@ -74,17 +75,32 @@ def log_odds(prob: float) -> float:
 
 
 @kernel
-def place_in(value: float, size: int) -> int:
-    """A number as an index below `size`: the nearest one, the first for NaN."""
+def index_in(value: float, size: int) -> int:
+    """A number as an index below `size`: the nearest one, 0 for NaN."""
     if not value > 0.0:
         return 0
     return int(min(value, size - 1.0))
 
 
 @kernel
+def bit_at(used: int, column: int) -> int:
+    """The bit of the source that stands at `column` among those in the set `used`; 0 for none.
+
+    Example:
+        used 0b100101, column 1  ->  0b100
+    """
+    for slot in range(SOURCES):
+        if used >> slot & 1:
+            if column == 0:
+                return 1 << slot
+            column -= 1
+    return 0
+
+
+@kernel
 def cell_of(mask: int, odds: float) -> int:
     """The calibration cell of a node that the sources in `mask` give these log odds together."""
-    return mask * BINS + place_in(odds * 1.5 + BINS / 2, BINS)
+    return mask * BINS + index_in(odds * 1.5 + BINS / 2, BINS)
 
 
 @kernel
@@ -115,17 +131,18 @@ def depth_bucket(depth: int) -> int:
 
 @kernel
 def total_weight(mask: int, weights: NDArray[np.float64]) -> float:
-    """Sum of the weights of the sources in `mask`, not 0."""
-    total = 1e-6
-    for place in range(SOURCES):
-        if mask >> place & 1:
-            total += weights[mask, place]
+    """Sum of the weights, float64, shape (MASKS, SOURCES + 1), of the sources in `mask`; not 0."""
+    total = LEAST_WEIGHT
+    for slot in range(SOURCES):
+        if mask >> slot & 1:
+            total += weights[mask, slot]
     return total
 
 
 @kernel
 def mixed_odds(
     evidence: NDArray[np.float32],
+    used: int,
     weights: NDArray[np.float64],
     parameters: NDArray[np.float64],
     request: NDArray[np.float64],
@@ -135,26 +152,39 @@ def mixed_odds(
     A sum of the sources' log odds, weighted by their set and scaled by match length; of a bias of the set; of
     the naming sources' biases by match length, depth, rank and request, each by its weight; and of the
     probability that the sources that named siblings only left over for it.
+
+    Args:
+        evidence: float32, shape (columns,). A node's.
+        used: The set of sources in use; all the others have no part in it.
+        weights: float64, shape (MASKS, SOURCES + 1).
+        parameters: float64, shape (SOURCES, PARAMETERS).
+        request: float64, shape (SOURCES,).
     """
-    mask = place_in(evidence[MASK], MASKS)
-    depth = depth_bucket(place_in(evidence[DEPTH], DEEPEST))
-    rank = place_in(evidence[RANK], RANKS)
-    absent = ABSENT + SOURCES * (mask >> MODEL & 1)
+    mask = index_in(evidence[MASK], MASKS)
+    depth = depth_bucket(index_in(evidence[DEPTH], DEEPEST))
+    rank = index_in(evidence[RANK], RANKS)
+    absent = ABSENT + (mask >> MODEL & 1)
     odds = weights[mask, SOURCES]
     biases = 0.0
-    for place in range(SOURCES):
-        if mask >> place & 1:
-            weight = weights[mask, place]
-            bucket = place * LENGTHS + place_in(evidence[LENGTH + place], LENGTHS)
-            odds += weight * (1.0 + parameters[LENGTH_SCALE + bucket]) * evidence[ODDS + place]
-            bias = parameters[LENGTH_BIAS + bucket]
-            bias += parameters[DEPTH_BIAS + place * DEPTHS + depth]
-            bias += parameters[RANK_BIAS + place * RANKS + rank]
-            bias += request[place]
+    total = LEAST_WEIGHT
+    own = OWN
+    for slot in range(SOURCES):
+        if not used >> slot & 1:
+            continue
+        if mask >> slot & 1:
+            weight = weights[mask, slot]
+            total += weight
+            bucket = index_in(evidence[own + LENGTH], LENGTHS)
+            odds += weight * (1.0 + parameters[slot, LENGTH_SCALE + bucket]) * evidence[own + ODDS]
+            bias = parameters[slot, LENGTH_BIAS + bucket]
+            bias += parameters[slot, DEPTH_BIAS + depth]
+            bias += parameters[slot, RANK_BIAS + rank]
+            bias += request[slot]
             biases += weight * bias
         else:
-            odds += parameters[absent + place] * evidence[LEFT + place]
-    return odds + biases / total_weight(mask, weights)
+            odds += parameters[slot, absent] * evidence[own + LEFT]
+        own += PER_SOURCE
+    return odds + biases / total
 
 
 @kernel
@@ -163,6 +193,7 @@ def teach(
     error: float,
     rate: float,
     request_rate: float,
+    used: int,
     weights: NDArray[np.float64],
     parameters: NDArray[np.float64],
     request: NDArray[np.float64],
@@ -170,34 +201,46 @@ def teach(
 ) -> None:
     """One step of logistic regression: moves every term of `mixed_odds` along its gradient.
 
-    The share that a bias has is taken as given.
+    The share of a bias is treated as a constant.
 
     Args:
+        evidence: float32, shape (columns,). A node's.
         error: Outcome, 0 or 1, minus probability.
+        rate: Learning rate.
+        request_rate: Learning rate of `request`.
+        used: The set of sources in use.
+        weights: float64, shape (MASKS, SOURCES + 1). Changed, as are the next two.
+        parameters: float64, shape (SOURCES, PARAMETERS).
+        request: float64, shape (SOURCES,).
+        switches: float64, shape (kinds,), 1 or 0. Kinds of terms that are learned.
     """
-    mask = place_in(evidence[MASK], MASKS)
-    depth = depth_bucket(place_in(evidence[DEPTH], DEEPEST))
-    rank = place_in(evidence[RANK], RANKS)
+    mask = index_in(evidence[MASK], MASKS)
+    depth = depth_bucket(index_in(evidence[DEPTH], DEEPEST))
+    rank = index_in(evidence[RANK], RANKS)
     total = total_weight(mask, weights)
-    absent = ABSENT + SOURCES * (mask >> MODEL & 1)
+    absent = ABSENT + (mask >> MODEL & 1)
     step = rate * error
     weights[mask, SOURCES] += step
-    for place in range(SOURCES):
-        if mask >> place & 1:
-            weight = weights[mask, place]
+    own = OWN
+    for slot in range(SOURCES):
+        if not used >> slot & 1:
+            continue
+        if mask >> slot & 1:
+            weight = weights[mask, slot]
             share = weight / total
-            said = step * evidence[ODDS + place]
-            bucket = place * LENGTHS + place_in(evidence[LENGTH + place], LENGTHS)
-            scale = 1.0 + parameters[LENGTH_SCALE + bucket]
-            weights[mask, place] = min(max(weight + scale * said, 0.0), MAX_WEIGHT)
-            parameters[LENGTH_SCALE + bucket] += switches[LEARNS_LENGTH] * weight * said
-            parameters[LENGTH_BIAS + bucket] += switches[LEARNS_LENGTH] * share * step
-            parameters[DEPTH_BIAS + place * DEPTHS + depth] += switches[LEARNS_DEPTH] * share * step
-            parameters[RANK_BIAS + place * RANKS + rank] += switches[LEARNS_RANK] * share * step
-            request[place] += switches[LEARNS_REQUEST] * request_rate * share * error
+            said = step * evidence[own + ODDS]
+            bucket = index_in(evidence[own + LENGTH], LENGTHS)
+            scale = 1.0 + parameters[slot, LENGTH_SCALE + bucket]
+            weights[mask, slot] = min(max(weight + scale * said, 0.0), MAX_WEIGHT)
+            parameters[slot, LENGTH_SCALE + bucket] += switches[LEARNS_LENGTH] * weight * said
+            parameters[slot, LENGTH_BIAS + bucket] += switches[LEARNS_LENGTH] * share * step
+            parameters[slot, DEPTH_BIAS + depth] += switches[LEARNS_DEPTH] * share * step
+            parameters[slot, RANK_BIAS + rank] += switches[LEARNS_RANK] * share * step
+            request[slot] += switches[LEARNS_REQUEST] * request_rate * share * error
         else:
-            moved = parameters[absent + place] + switches[LEARNS_ABSENT] * step * evidence[LEFT + place]
-            parameters[absent + place] = min(max(moved, 0.0), MAX_WEIGHT)
+            moved = parameters[slot, absent] + switches[LEARNS_ABSENT] * step * evidence[own + LEFT]
+            parameters[slot, absent] = min(max(moved, 0.0), MAX_WEIGHT)
+        own += PER_SOURCE
 
 
 @kernel
@@ -207,7 +250,8 @@ def fuse(
     probs: NDArray[np.float32],
     lengths: NDArray[np.int32],
     starts: NDArray[np.int64],
-    places: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    used: int,
     weights: NDArray[np.float64],
     parameters: NDArray[np.float64],
     request: NDArray[np.float64],
@@ -237,9 +281,10 @@ def fuse(
         probs: float32, shape (total,).
         lengths: int32, shape (total,). Match lengths.
         starts: int64, shape (proposals + 1,).
-        places: int64, shape (proposals,). Of each proposal's source, below SOURCES, all different.
+        columns: int64, shape (proposals,). Index of each proposal's source among those in use.
+        used: The set of sources in use.
         weights: float64, shape (MASKS, SOURCES + 1). Of each source's log odds, and 1's, by set of sources.
-        parameters: float64, shape (PARAMETERS,). Of single sources.
+        parameters: float64, shape (SOURCES, PARAMETERS). Of single sources.
         request: float64, shape (SOURCES,). Bias of each source in this request.
         expected: float64, shape (CELLS,). Sum of estimates seen so far.
         accepted: float64, shape (CELLS,). Number of accepted ones among them.
@@ -252,7 +297,7 @@ def fuse(
         out_nodes: int32, shape (3, budget + 1). Tokens, parents, depths.
         out_probs: float32, shape (2, budget + 1). Probability given the parent, path probability.
         out_sources: int64. Bit s where proposal s named the node.
-        out_evidence: float32, shape (budget + 1, EVIDENCE).
+        out_evidence: float32, shape (budget + 1, OWN + PER_SOURCE * sources).
 
     Returns:
         Nodes written, the root included.
@@ -265,21 +310,27 @@ def fuse(
     trie_sibling = np.full(total + 1, -1, np.int32)
     trie_mask = np.zeros(total + 1, np.int64)
     trie_named = np.zeros(total + 1, np.int64)
-    evidence = np.zeros((total + 1, EVIDENCE), np.float32)
-    covered = np.zeros((total + 1, SOURCES), np.float32)
-    left = np.ones((total + 1, SOURCES), np.float32)  # log of the uncovered probability; 1 where not computed
-    children = np.zeros((total + 1, SOURCES), np.int32)
-    place_of = np.empty(total, np.int32)
+    sources = (out_evidence.shape[1] - OWN) // PER_SOURCE
+    evidence = np.zeros((total + 1, out_evidence.shape[1]), np.float32)
+    covered = np.zeros((total + 1, sources), np.float32)
+    left = np.ones((total + 1, sources), np.float32)  # log of the uncovered probability; 1 where not computed
+    children = np.zeros((total + 1, sources), np.int32)
+    bits = np.empty(sources, np.int64)
+    for column in range(sources):
+        bits[column] = bit_at(used, column)
+    node_of = np.empty(total, np.int32)
     size = 1
     for source in range(len(starts) - 1):
         start = starts[source]
-        place = min(max(places[source], 0), SOURCES - 1)
+        column = min(max(columns[source], 0), sources - 1)
+        bit = bits[column]
+        own = OWN + PER_SOURCE * column
         for item in range(start, starts[source + 1]):
             above = parents[item]
             parent = 0
             if above >= 0:  # parents come before their children: a node with another parent is dropped
-                parent = place_of[start + above] if above < item - start else -1
-            place_of[item] = -1
+                parent = node_of[start + above] if above < item - start else -1
+            node_of[item] = -1
             if parent < 0:
                 continue
             prob = guess(probs[item])
@@ -295,14 +346,14 @@ def fuse(
                 trie_sibling[node] = trie_child[parent]
                 trie_child[parent] = node
                 evidence[node, RANK] = RANKS - 1
-            evidence[node, ODDS + place] = log_odds(prob)
-            evidence[node, LENGTH + place] = length_bucket(lengths[item])
-            evidence[node, RANK] = min(evidence[node, RANK], children[parent, place])
-            children[parent, place] += 1
-            covered[parent, place] += prob
-            trie_mask[node] |= 1 << place
+            evidence[node, own + ODDS] = log_odds(prob)
+            evidence[node, own + LENGTH] = length_bucket(lengths[item])
+            evidence[node, RANK] = min(evidence[node, RANK], children[parent, column])
+            children[parent, column] += 1
+            covered[parent, column] += prob
+            trie_mask[node] |= bit
             trie_named[node] |= 1 << source
-            place_of[item] = node
+            node_of[item] = node
 
     path = np.empty(size, np.float64)
     calibrated = np.empty(size, np.float64)
@@ -313,12 +364,12 @@ def fuse(
         parent = trie_parent[node]
         evidence[node, MASK] = mask
         evidence[node, DEPTH] = trie_depth[node]
-        for place in range(SOURCES):
-            if not mask >> place & 1 and covered[parent, place] > 0.0:
-                if left[parent, place] > 0.0:
-                    left[parent, place] = np.log(max(1.0 - covered[parent, place], LEAST_LEFT))
-                evidence[node, LEFT + place] = left[parent, place]
-        odds = mixed_odds(evidence[node], weights, parameters, request)
+        for column in range(sources):
+            if not mask & bits[column] and covered[parent, column] > 0.0:
+                if left[parent, column] > 0.0:
+                    left[parent, column] = np.log(max(1.0 - covered[parent, column], LEAST_LEFT))
+                evidence[node, OWN + PER_SOURCE * column + LEFT] = left[parent, column]
+        odds = mixed_odds(evidence[node], used, weights, parameters, request)
         raw = guess(1.0 / (1.0 + np.exp(-odds)))
         cell = cell_of(mask, odds)
         evidence[node, RAW] = raw
@@ -328,10 +379,9 @@ def fuse(
     if position >= 0:
         for node in range(size):
             if trie_child[node] >= 0:
-                place = position + trie_depth[node]
                 sharpen(
-                    trie_child[node], trie_sibling, trie_token, trie_mask, sample_key, place, vocabulary,
-                    sharpness, calibrated, evidence, NOISE,
+                    trie_child[node], trie_sibling, trie_token, trie_mask, sample_key,
+                    position + trie_depth[node], vocabulary, sharpness, calibrated, evidence, NOISE,
                 )  # fmt: skip
     for node in range(1, size):
         path[node] = path[trie_parent[node]] * calibrated[node]
@@ -345,18 +395,19 @@ def fuse(
     out_probs[:, 0] = 1.0
     out_sources[0] = 0
     out_evidence[0] = 0.0
+    out_evidence[0, MASK] = used
     waiting = size - 1
-    for place in range(1, chosen + 1):
+    for number in range(1, chosen + 1):
         node = pop(heap, waiting, path)
         waiting -= 1
-        placed[node] = place
-        out_nodes[0, place] = trie_token[node]
-        out_nodes[1, place] = placed[trie_parent[node]]
-        out_nodes[2, place] = trie_depth[node]
-        out_probs[0, place] = calibrated[node]
-        out_probs[1, place] = path[node]
-        out_sources[place] = trie_named[node]
-        out_evidence[place] = evidence[node]
+        placed[node] = number
+        out_nodes[0, number] = trie_token[node]
+        out_nodes[1, number] = placed[trie_parent[node]]
+        out_nodes[2, number] = trie_depth[node]
+        out_probs[0, number] = calibrated[node]
+        out_probs[1, number] = path[node]
+        out_sources[number] = trie_named[node]
+        out_evidence[number] = evidence[node]
     return chosen + 1
 
 
@@ -385,9 +436,24 @@ def score(
     are halved at intervals.
 
     Args:
+        tokens: int32, shape (n + 1,). The tree's.
+        parents: int32, shape (n + 1,). -1 for the root.
+        evidence: float32, shape (n + 1, columns).
+        emitted: int32, shape (m,). Tokens that the target emitted after the root.
+        weights: float64, shape (MASKS, SOURCES + 1). Changed, as are the next four.
+        parameters: float64, shape (SOURCES, PARAMETERS).
+        request: float64, shape (SOURCES,).
+        expected: float64, shape (CELLS,).
+        accepted: float64, shape (CELLS,).
+        rate: Learning rate.
+        request_rate: Learning rate of `request`.
+        memory: Expected acceptances at which the sums of a cell are halved.
+        switches: float64, shape (kinds,), 1 or 0. Kinds of terms that are learned.
+        sharpness: float64, shape (MASKS, 2). Changed.
         sharpness_rate: Learning rate of `sharpness`; 0 where there is no noise.
         outcomes: int8, shape (n + 1,). Gets 1 or 0 for each such node, -1 for the others.
     """
+    used = index_in(evidence[0, MASK], MASKS)
     depth = np.full(len(tokens), -1, np.int64)
     depth[0] = 0
     outcomes[0] = -1
@@ -401,11 +467,11 @@ def score(
         if taken:
             depth[node] = above + 1
         raw = guess(evidence[node, RAW])
-        cell = place_in(evidence[node, CELL], CELLS)
-        teach(evidence[node], taken - raw, rate, request_rate, weights, parameters, request, switches)
+        cell = index_in(evidence[node, CELL], CELLS)
+        teach(evidence[node], taken - raw, rate, request_rate, used, weights, parameters, request, switches)
         if sharpness_rate > 0.0:
             odds, shift = evidence[node, NOISE], evidence[node, NOISE + 1]
-            mask = place_in(evidence[node, MASK], MASKS)
+            mask = index_in(evidence[node, MASK], MASKS)
             teach_sharpness(odds, shift, taken, sharpness_rate, mask, sharpness)
         expected[cell] += switches[LEARNS_CELLS] * raw
         accepted[cell] += switches[LEARNS_CELLS] * taken

@@ -18,9 +18,10 @@ from retrieval_draft.drafting.batch.segment_table import SegmentTable
 from retrieval_draft.drafting.batch.slots import Slots
 from retrieval_draft.drafting.calibration import MEMORY, PRIOR, REQUEST_RATE, Calibration
 from retrieval_draft.drafting.kept_calibration import calibration_file, keep_calibration, load_calibration
-from retrieval_draft.drafting.sources import DraftStores, make_sources
+from retrieval_draft.drafting.sources import make_sources
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index import suffix_automaton
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.segments import segment_session
 from retrieval_draft.index.source import CONTEXT, DraftSource, NodeLogits, TokenArray
 
@@ -68,7 +69,7 @@ class ChainBatch:
             draft chains.
 
     Example:
-        batch = ChainBatch(Datastores(vocabulary=32000))
+        batch = ChainBatch(DraftStores(vocabulary=32000))
         session = batch.open(prompt)
         tokens, lengths, path_probs = batch.step([session], first_token, [1])
         batch.close(session)
@@ -106,7 +107,7 @@ class ChainBatch:
         self.calibration = (
             load_calibration(calibration_file(self.config)) if calibration is None else calibration
         )
-        self._slots = Slots(max_chain, MOST)
+        self._slots = Slots(max_chain, MOST, self._lookups.used.bit_count())
         self._table = SegmentTable(self._lookups.supplies)
         self._lock = threading.RLock()
         self._threads = threads
@@ -356,9 +357,9 @@ class ChainBatch:
         kernel: Any = propose.propose_rows
         misfits: int = kernel(
             rows, first, last, limits, min_prob, slots.fields, slots.nodes, slots.evidence, slots.chosen,
-            lookups.places, self._automaton_params, *lookups.arrays, table.rows, table.starts,
-            lookups.group_places, self._segment_params, table.chain, table.longest, slots.tail,
-            calibration.weights, calibration.parameters, slots.request, calibration.expected,
+            lookups.columns, self._automaton_params, *lookups.arrays, table.rows, table.starts,
+            lookups.group_columns, self._segment_params, table.chain, table.longest, slots.tail,
+            lookups.used, calibration.weights, calibration.parameters, slots.request, calibration.expected,
             calibration.accepted, PRIOR, NEEDED, full, *out,
         )  # fmt: skip
         return misfits

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval_draft.drafting.calibration import places_of
+from retrieval_draft.drafting.calibration import columns_of
 from retrieval_draft.index.adjacency import AdjacencyMatrix, AdjacencySource
 from retrieval_draft.index.corpus import CorpusSource
 from retrieval_draft.index.history import HistorySource
@@ -40,9 +40,9 @@ class Lookups:
         matrix: The adjacency matrix, which learns from every token, or None.
         store: The shared store, or None.
         supplies: For each source of segments, a function that returns them.
-        places: int64, shape (2,). Indices of automaton and matrix among the sources of a calibration; -1 for
-            none.
-        group_places: int64, one for each of `supplies`.
+        used: The set of sources in use, a bit mask of their slots in a calibration.
+        columns: int64, shape (2,). Indices of automaton and matrix among them; -1 for none.
+        group_columns: int64, one for each of `supplies`.
     """
 
     def __init__(self, sources: Sequence[DraftSource], vocabulary: int) -> None:
@@ -52,19 +52,25 @@ class Lookups:
         self.store: SharedStore | None = None
         self.supplies: list[Callable[[], Segments]] = []
         self._history: HistorySource | None = None
-        self.places = np.full(2, -1, np.int64)
+        self.columns = np.full(2, -1, np.int64)
         groups: list[int] = []
-        for source, place in zip(self.sources, places_of(tuple(each.name for each in sources)), strict=True):
+        asked: list[str] = []
+        for source in self.sources:
+            column = len(asked)
             if isinstance(source, AutomatonSource):
-                self.request, self.places[0] = True, place
+                self.request, self.columns[0] = True, column
             elif isinstance(source, AdjacencySource):
-                self.matrix, self.places[1] = source.matrix, place
+                self.matrix, self.columns[1] = source.matrix, column
             else:
                 supply = self._supply(source, vocabulary)
-                if supply is not None:
-                    self.supplies.append(supply)
-                    groups.append(int(place))
-        self.group_places: NDArray[np.int64] = np.array(groups, np.int64)
+                if supply is None:
+                    continue
+                self.supplies.append(supply)
+                groups.append(column)
+            asked.append(source.name)
+        order, self.used = columns_of(tuple(asked))
+        self.columns[self.columns >= 0] = order[self.columns[self.columns >= 0]]
+        self.group_columns: NDArray[np.int64] = order[groups]
         self._arrays = (AdjacencyMatrix(16, 1) if self.matrix is None else self.matrix).arrays
 
     @property
@@ -77,7 +83,7 @@ class Lookups:
         return nullcontext() if self.matrix is None else self.matrix.lock
 
     def keep(self, prompt: TokenArray, reply: TokenArray, finished: bool, share: str | None) -> None:
-        """Adds a request's text to history and store."""
+        """Adds a request's text, prompt and reply, int32 each, to history and store."""
         if finished and self.store is not None:
             self.store.share(prompt, reply, share)
         if self._history is not None:

@@ -26,18 +26,19 @@ class Slots:
     Args:
         max_chain: The longest chain.
         most: Maximum number of candidates of a node of a chain.
+        sources: Sources that are asked.
 
     Attributes:
         fields: int64, shape (slots, SLOT_FIELDS). See `_kernels.slots`.
         nodes: int32, shape (slots, 2, nodes). Tokens and parents of the proposals.
-        evidence: float32, shape (slots, nodes, EVIDENCE).
+        evidence: float32, shape (slots, nodes, columns). See `fusion`.
         chosen: int32, shape (slots, max_chain). Nodes of the chain.
         request: float64, shape (slots, SOURCES). Calibration of the request alone.
         tail: int32, shape (slots, LONGEST). The text's end.
     """
 
-    def __init__(self, max_chain: int, most: int) -> None:
-        from retrieval_draft.drafting._kernels.fusion import EVIDENCE, SOURCES
+    def __init__(self, max_chain: int, most: int, sources: int) -> None:
+        from retrieval_draft.drafting._kernels.fusion import OWN, PER_SOURCE, SOURCES
         from retrieval_draft.drafting.batch._kernels import slots
         from retrieval_draft.index._kernels.segment_match import LONGEST
 
@@ -50,7 +51,7 @@ class Slots:
         nodes = max_chain * most + 1
         self.fields: NDArray[np.int64] = np.empty((0, slots.SLOT_FIELDS), np.int64)
         self.nodes: NDArray[np.int32] = np.empty((0, 2, nodes), np.int32)
-        self.evidence: NDArray[np.float32] = np.empty((0, nodes, EVIDENCE), np.float32)
+        self.evidence: NDArray[np.float32] = np.empty((0, nodes, OWN + PER_SOURCE * sources), np.float32)
         self.chosen: NDArray[np.int32] = np.empty((0, max_chain), np.int32)
         self.request: NDArray[np.float64] = np.empty((0, SOURCES), np.float64)
         self.tail: NDArray[np.int32] = np.empty((0, LONGEST), np.int32)
@@ -144,7 +145,7 @@ class Slots:
         return text[:prompt], text[prompt:length]
 
     def make_room(self, slots: NDArray[np.int64], more: NDArray[np.int64]) -> None:
-        """Makes room for so many tokens after the text of each slot."""
+        """Makes room for `more` tokens after the text of each of `slots`: int64, shape (rows,) both."""
         kernels = self._kernels
         needed = self.fields[slots, kernels.LENGTH] + more
         for place in np.flatnonzero(needed > self.fields[slots, kernels.TEXT_ROOM]):

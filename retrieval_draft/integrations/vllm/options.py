@@ -51,7 +51,7 @@ class VllmOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     snapshots: str | None = None
     history_folder: str | None = None
     history_bytes: Annotated[int, msgspec.Meta(ge=1 << 20, le=1 << 40)] = 1 << 28
-    sources: tuple[str, ...] = SOURCES
+    sources: tuple[str, ...] = tuple(SOURCES)
     min_prob: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.05
     costs: Literal["learned", "ignored"] = "learned"
     threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1

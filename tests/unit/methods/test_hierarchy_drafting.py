@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.sources import DraftStores
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.methods import hierarchy_drafting
 from retrieval_draft.methods.hierarchy_drafting import METHOD, ModelStore

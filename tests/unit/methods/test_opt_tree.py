@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.engine.draft_models.model_draft import ModelDraft
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.registry import get_method
 from tests.support.models import make

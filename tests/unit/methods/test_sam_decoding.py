@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.sources import DraftStores
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.sam_decoding import METHOD

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.sources import DraftStores
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.source import NodeLogits
 from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.sam_token_recycling import METHOD

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.sources import DraftStores
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.source import NodeLogits
 from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.stand import METHOD, SHAPE, StandTable

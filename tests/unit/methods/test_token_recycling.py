@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.sources import DraftStores
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.source import NodeLogits
 from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.token_recycling import METHOD, TEMPLATE, RecycledTokens

@@ -15,16 +15,17 @@ from retrieval_draft.drafting._kernels.fusion import (
     MASK,
     MASKS,
     ODDS,
+    OWN,
+    PER_SOURCE,
     RANK,
     RANKS,
     RAW,
-    SOURCES,
     cell_of,
     guess,
+    index_in,
     length_bucket,
     log_odds,
     mixed_odds,
-    place_in,
 )
 
 TOP = 4
@@ -36,7 +37,8 @@ MOST = 8
 
 @inner_kernel
 def add_children(
-    place: int,
+    column: int,
+    bit: int,
     found: int,
     child_token: NDArray[np.int32],
     child_prob: NDArray[np.float64],
@@ -51,14 +53,18 @@ def add_children(
     """Unites the best children of one source with the candidates of a node.
 
     Args:
-        place: Of the source, below SOURCES.
+        column: Index of the source among those in use.
+        bit: Of the source in a set of sources.
         found: Number of its children; they are reordered.
+        child_token: int32, shape (children,).
+        child_prob: float64, shape (children,).
+        child_length: int32, shape (children,). Match lengths.
         needed: Probability below which a child is left out.
         first: The node's first candidate.
         size: Candidates so far, those of other nodes included.
         tokens: int32, shape (candidates,).
-        evidence: float32, shape (candidates, EVIDENCE).
-        left: float64, shape (SOURCES,). Gets the log of the probability that the source leaves for other
+        evidence: float32, shape (candidates, columns).
+        left: float64, shape (sources,). Gets the log of the probability that the source leaves for other
             tokens.
 
     Returns:
@@ -90,11 +96,12 @@ def add_children(
             evidence[node] = 0.0
             evidence[node, RANK] = RANKS - 1
             size += 1
-        evidence[node, ODDS + place] = log_odds(prob)
-        evidence[node, LENGTH + place] = length_bucket(length)
+        own = OWN + PER_SOURCE * column
+        evidence[node, own + ODDS] = log_odds(prob)
+        evidence[node, own + LENGTH] = length_bucket(length)
         evidence[node, RANK] = min(evidence[node, RANK], np.float32(rank))
-        evidence[node, MASK] += 1 << place
-    left[place] = np.log(max(1.0 - covered, LEAST_LEFT)) if covered > 0.0 else 0.0
+        evidence[node, MASK] += bit
+    left[column] = np.log(max(1.0 - covered, LEAST_LEFT)) if covered > 0.0 else 0.0
     return size
 
 
@@ -105,6 +112,8 @@ def choose(
     depth: int,
     evidence: NDArray[np.float32],
     left: NDArray[np.float64],
+    bits: NDArray[np.int64],
+    used: int,
     weights: NDArray[np.float64],
     parameters: NDArray[np.float64],
     request: NDArray[np.float64],
@@ -117,18 +126,26 @@ def choose(
     Args:
         first: The node's first candidate; its last is ``size - 1``.
         depth: Of the candidates below the root.
-        evidence: float32, shape (candidates, EVIDENCE). Completed here.
-        left: float64, shape (SOURCES,). From `add_children`; 0 for a source without children.
+        evidence: float32, shape (candidates, columns). Completed here.
+        left: float64, shape (sources,). From `add_children`; 0 for a source without children.
+        bits: int64, shape (sources,). Each source's bit in a set of sources.
+        used: The set of all of them.
+        weights: float64, shape (MASKS, SOURCES + 1). As for `fusion.fuse`, like the next five.
+        parameters: float64, shape (SOURCES, PARAMETERS).
+        request: float64, shape (SOURCES,).
+        expected: float64, shape (CELLS,).
+        accepted: float64, shape (CELLS,).
+        prior: Expected acceptances that a cell starts with.
     """
     best = first
     best_prob = -1.0
     for node in range(first, size):
-        mask = place_in(evidence[node, MASK], MASKS)
+        mask = index_in(evidence[node, MASK], MASKS)
         evidence[node, DEPTH] = depth
-        for place in range(SOURCES):
-            if left[place] < 0.0 and not mask >> place & 1:
-                evidence[node, LEFT + place] = left[place]
-        odds = mixed_odds(evidence[node], weights, parameters, request)
+        for column in range(len(bits)):
+            if left[column] < 0.0 and not mask & bits[column]:
+                evidence[node, OWN + PER_SOURCE * column + LEFT] = left[column]
+        odds = mixed_odds(evidence[node], used, weights, parameters, request)
         raw = guess(1.0 / (1.0 + np.exp(-odds)))
         cell = cell_of(mask, odds)
         evidence[node, RAW] = raw

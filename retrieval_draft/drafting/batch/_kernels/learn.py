@@ -81,7 +81,7 @@ def learn_rows(
         tokens: int32, shape (tokens,). The emitted tokens, one row after the other.
         slots: int64, shape (slots, SLOT_FIELDS).
         nodes: int32, shape (slots, 2, nodes). Tokens and parents of the proposals.
-        evidence: float32, shape (slots, nodes, EVIDENCE).
+        evidence: float32, shape (slots, nodes, columns).
         chosen: int32, shape (slots, max_chain). Nodes of each chain.
         weights, parameters, expected, accepted, switches, sharpness: As `fusion.score` takes them.
         request: float64, shape (slots, SOURCES).

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import kernel
-from retrieval_draft.drafting._kernels.fusion import SOURCES
+from retrieval_draft.drafting._kernels.fusion import MASK, OWN, PER_SOURCE, bit_at
 from retrieval_draft.drafting.batch._kernels.adjacency_step import ask_keys, ask_rows, expand_adjacency
 from retrieval_draft.drafting.batch._kernels.automaton_step import expand_automaton, follow_automaton
 from retrieval_draft.drafting.batch._kernels.candidates import add_children, choose
@@ -36,11 +36,8 @@ from retrieval_draft.index._kernels.segment_tree import CONTEXTS, DEEPEST, POOL,
 CHILDREN = 24
 """Children of one source considered for one node; of the automaton half as many."""
 
-GROUPS = SOURCES
-"""Sources that are looked up in segments, at most."""
-
 REQUEST, SEEN = range(2)
-"""Fields of `places`: the indices of automaton and adjacency matrix among the sources; -1 if absent."""
+"""Fields of `columns`: the indices of automaton and adjacency matrix among the sources; -1 if absent."""
 
 
 @kernel
@@ -58,9 +55,13 @@ def relocate(
 
     Args:
         slots: int64, shape (slots,). Slots to copy.
+        segments: int64, shape (segments, SEGMENT_FIELDS). The new table.
         moved: int64, shape (segments,). Index of each segment in the old table, or -1.
         old_chain: int32, shape (slots, segments before, LONGEST + 1, 2).
-        chain: The same of the new table; written, as is `longest`.
+        old_longest: int32, shape (slots, segments before).
+        chain: int32, shape (slots, segments, LONGEST + 1, 2). Written.
+        longest: int32, shape (slots, segments). Written.
+        tail: int32, shape (slots, LONGEST).
     """
     for slot in slots:
         for segment in range(len(segments)):
@@ -82,7 +83,7 @@ def propose_rows(
     nodes: NDArray[np.int32],
     evidence: NDArray[np.float32],
     chosen: NDArray[np.int32],
-    places: NDArray[np.int64],
+    columns: NDArray[np.int64],
     automaton_params: NDArray[np.float64],
     keys: NDArray[np.uint64],
     visits: NDArray[np.int32],
@@ -91,11 +92,12 @@ def propose_rows(
     doubt: NDArray[np.float64],
     segments: NDArray[np.int64],
     group_starts: NDArray[np.int64],
-    group_places: NDArray[np.int64],
+    group_columns: NDArray[np.int64],
     segment_params: NDArray[np.float64],
     chain: NDArray[np.int32],
     longest: NDArray[np.int32],
     tail: NDArray[np.int32],
+    used: int,
     weights: NDArray[np.float64],
     parameters: NDArray[np.float64],
     request: NDArray[np.float64],
@@ -114,13 +116,21 @@ def propose_rows(
         ids: int64, shape (rows,).
         limits: int32, shape (rows,). The longest chain of each row.
         min_prob: Smallest path probability of a chain's node.
-        places: int64, shape (2,). See REQUEST and SEEN.
+        slots: int64, shape (slots, SLOT_FIELDS).
+        nodes: int32, shape (slots, 2, nodes). Written: tokens and parents of the proposals.
+        evidence: float32, shape (slots, nodes, columns). Written.
+        chosen: int32, shape (slots, max_chain). Written: nodes of each chain.
+        columns: int64, shape (2,). See REQUEST and SEEN.
         keys, visits, row_tokens, row_probs, doubt: The adjacency matrix.
+        automaton_params: float64, shape (3,): escape factor, order cap, recency.
         segments: int64, shape (segments, SEGMENT_FIELDS). Those of group g are
             group_starts[g]..group_starts[g + 1] - 1.
-        group_places: int64, shape (groups,). Index of each group among the sources.
-        segment_params: float64: escape factor, order cap, gain beyond it, occurrences read for one context.
+        group_starts: int64, shape (groups + 1,).
+        group_columns: int64, shape (groups,). Index of each group among the sources.
+        segment_params: float64, shape (4,): escape factor, order cap, gain beyond it, occurrences read for
+            one context.
         chain, longest, tail: Of all slots, see `segment_match`.
+        used: The set of sources that are asked, a bit mask of their slots in the calibration.
         weights, parameters, request, expected, accepted, prior: Of the calibration.
         needed: Probability below which a child is not considered.
         full: uint8, shape (rows,). Gets 1 where a text did not fit its automaton: nothing else is done then,
@@ -132,7 +142,7 @@ def propose_rows(
     Returns:
         Rows that did not fit.
     """
-    groups = min(len(group_places), GROUPS)
+    groups = len(group_columns)
     sample = np.int64(segment_params[3])
     width = out_tokens.shape[1]
     room = nodes.shape[2]
@@ -142,18 +152,22 @@ def propose_rows(
     run_child = np.empty(MAX_RUNS, np.int64)
     run_weight = np.empty(MAX_RUNS, np.float64)
     seen_in = np.empty(CHILDREN, np.int64)
-    left = np.zeros(SOURCES, np.float64)
+    sources = (evidence.shape[2] - OWN) // PER_SOURCE
+    left = np.zeros(sources, np.float64)
+    bits = np.empty(sources, np.int64)
+    for column in range(sources):
+        bits[column] = bit_at(used, column)
     context = np.empty(ORDERS, np.int32)
     hashes = np.empty(ORDERS, np.uint64)
     rows = np.empty(ORDERS, np.int64)
-    pool = np.empty((GROUPS, POOL), np.int64)
-    ranges = np.empty((GROUPS, RANGES, 2), np.int16)
-    range_segment = np.empty((GROUPS, RANGES), np.int64)
-    range_scale = np.empty((GROUPS, RANGES), np.float64)
-    range_context = np.empty((GROUPS, RANGES), np.int64)
-    context_length = np.empty((GROUPS, CONTEXTS + 1), np.int64)
-    num_ranges = np.zeros(GROUPS, np.int64)
-    num_contexts = np.zeros(GROUPS, np.int64)
+    pool = np.empty((groups, POOL), np.int64)
+    ranges = np.empty((groups, RANGES, 2), np.int16)
+    range_segment = np.empty((groups, RANGES), np.int64)
+    range_scale = np.empty((groups, RANGES), np.float64)
+    range_context = np.empty((groups, RANGES), np.int64)
+    context_length = np.empty((groups, CONTEXTS + 1), np.int64)
+    num_ranges = np.zeros(groups, np.int64)
+    num_contexts = np.zeros(groups, np.int64)
     misfits = 0
     advance_rows(ids, first_row, last_row, slots, segments, chain, longest, tail)
     for row in range(first_row, last_row):
@@ -170,9 +184,9 @@ def propose_rows(
         for back in range(ORDERS):
             place = length - ORDERS + back
             context[back] = text[place] if place >= 0 else -1
-        if places[SEEN] >= 0:
+        if columns[SEEN] >= 0:
             ask_keys(keys, context, hashes)
-        if places[REQUEST] >= 0 and slots[slot, INSERTED] < length:
+        if columns[REQUEST] >= 0 and slots[slot, INSERTED] < length:
             slots[slot, INSERTED] = automaton.insert(states, edges, table, meta, text, slots[slot, INSERTED])
             if slots[slot, INSERTED] < length:
                 full[row] = 1
@@ -181,7 +195,7 @@ def propose_rows(
 
         state = automaton.matched_state(states, meta)
         matched = np.int64(states[state, automaton.LENGTH])
-        if places[SEEN] >= 0:
+        if columns[SEEN] >= 0:
             ask_rows(keys, visits, row_tokens, row_probs, hashes, rows)
         for group in range(groups):
             begin, end = group_starts[group], group_starts[group + 1]
@@ -203,30 +217,31 @@ def propose_rows(
         path = 1.0
         depth = np.int64(0)
         nodes[slot, 1, 0] = -1
+        evidence[slot, 0, MASK] = used
         while depth < limits[row]:
             first = size
             least = needed
-            if places[REQUEST] >= 0:
-                left[places[REQUEST]] = 0.0
+            if columns[REQUEST] >= 0:
+                left[columns[REQUEST]] = 0.0
                 if state > 0:
                     found = expand_automaton(
                         states, edges, state, matched, automaton_params, least,
                         child_token[: CHILDREN // 2], child_prob, child_length,
                     )  # fmt: skip
                     size = add_children(
-                        places[REQUEST], found, child_token, child_prob, child_length, least, first, size,
-                        nodes[slot, 0], evidence[slot], left,
+                        columns[REQUEST], bits[columns[REQUEST]], found, child_token, child_prob,
+                        child_length, least, first, size, nodes[slot, 0], evidence[slot], left,
                     )  # fmt: skip
-            if places[SEEN] >= 0:
+            if columns[SEEN] >= 0:
                 found = expand_adjacency(
                     visits, row_tokens, row_probs, doubt, rows, least, child_token, child_prob, child_length
                 )  # fmt: skip
                 size = add_children(
-                    places[SEEN], found, child_token, child_prob, child_length, least, first, size,
-                    nodes[slot, 0], evidence[slot], left,
+                    columns[SEEN], bits[columns[SEEN]], found, child_token, child_prob,
+                    child_length, least, first, size, nodes[slot, 0], evidence[slot], left,
                 )  # fmt: skip
             for group in range(groups):
-                left[group_places[group]] = 0.0
+                left[group_columns[group]] = 0.0
                 if num_contexts[group] > 0 and depth < DEEPEST:
                     begin, end = group_starts[group], group_starts[group + 1]
                     found = expand_segments(
@@ -236,16 +251,16 @@ def propose_rows(
                         child_token, child_prob, child_length,
                     )  # fmt: skip
                     size = add_children(
-                        group_places[group], found, child_token, child_prob, child_length, least, first,
-                        size, nodes[slot, 0], evidence[slot], left,
+                        group_columns[group], bits[group_columns[group]], found, child_token,
+                        child_prob, child_length, least, first, size, nodes[slot, 0], evidence[slot], left,
                     )  # fmt: skip
             if size == first:
                 break
             for candidate in range(first, size):
                 nodes[slot, 1, candidate] = node
             node, prob = choose(
-                first, size, depth + 1, evidence[slot], left, weights, parameters, request[slot], expected,
-                accepted, prior,
+                first, size, depth + 1, evidence[slot], left, bits, used, weights, parameters,
+                request[slot], expected, accepted, prior,
             )  # fmt: skip
             path *= prob
             if path < min_prob:
@@ -257,7 +272,7 @@ def propose_rows(
             if size == room:
                 depth += 1
                 break
-            if places[SEEN] >= 0:
+            if columns[SEEN] >= 0:
                 for back in range(ORDERS - 1):
                     context[back] = context[back + 1]
                 context[ORDERS - 1] = token
@@ -271,7 +286,7 @@ def propose_rows(
                         num_ranges[group], depth, token,
                     ):  # fmt: skip
                         num_contexts[group] = 0
-            if places[SEEN] >= 0:
+            if columns[SEEN] >= 0:
                 ask_rows(keys, visits, row_tokens, row_probs, hashes, rows)
             depth += 1
         slots[slot, PENDING] = size

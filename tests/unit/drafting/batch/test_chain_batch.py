@@ -10,8 +10,8 @@ import pytest
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafting.batch import ChainBatch
-from retrieval_draft.drafting.sources import DraftStores
 from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.phrases import PhraseTable
 from retrieval_draft.proposer import Proposer
 
