@@ -72,7 +72,7 @@ def measure_fusion(paths: Sequence[Path], *, nodes: int = 60, limit: int | None 
             fused = time.perf_counter()
             emitted = trace.output[done : done + len(tree.walk(trace.output[done:]))]
             walked = time.perf_counter()
-            calibration.observe(tree, [*proposals, *others], emitted)
+            calibration.observe(tree, proposals, emitted)
             observe_us.append((time.perf_counter() - walked) * 1e6)
             fuse_us.append((fused - begin) * 1e6)
             proposed.append(sum(map(len, proposals)) + sum(map(len, others)))

@@ -55,8 +55,8 @@ def _candidates(
 ) -> dict[int, float]:
     """What may come next by the rules of `fusion.fuse`, written anew: token to probability."""
     columns, used = columns_of(tuple(proposal.source for proposal in proposals))
-    bits = [1 << slot for slot in range(fusion.SOURCES) if used >> slot & 1]
-    width = fusion.OWN + fusion.PER_SOURCE * len(bits)
+    slots = np.array([slot for slot in range(fusion.SOURCES) if used >> slot & 1], np.int64)
+    width = fusion.OWN + fusion.PER_SOURCE * len(slots)
     evidence: dict[int, Any] = {}
     left = {}
     for proposal, parent, column in zip(proposals, at, columns, strict=True):
@@ -67,7 +67,7 @@ def _candidates(
         for rank, node in enumerate(nodes[:TOP]):
             row = evidence.setdefault(int(proposal.tokens[node]), np.zeros(width, np.float32))
             row[fusion.RANK] = rank if row[fusion.MASK] == 0 else min(row[fusion.RANK], rank)
-            row[fusion.MASK] += bits[column]
+            row[fusion.MASK] += 1 << slots[column]
             own = row[fusion.OWN + fusion.PER_SOURCE * column :]
             own[fusion.ODDS] = fusion.log_odds(float(proposal.probs[node]))
             own[fusion.LENGTH] = fusion.length_bucket(int(proposal.match_lengths[node]))
@@ -76,9 +76,9 @@ def _candidates(
         mask = int(row[fusion.MASK])
         row[fusion.DEPTH] = depth
         for column, value in left.items():
-            if not mask & bits[column]:
+            if not mask >> slots[column] & 1:
                 row[fusion.OWN + fusion.PER_SOURCE * column + fusion.LEFT] = value
-        odds = fusion.mixed_odds(row, used, calibration.weights, calibration.parameters, request)
+        odds = fusion.mixed_odds(row, slots, calibration.weights, calibration.parameters, request)
         raw = min(max(1 / (1 + np.exp(-odds)), fusion.UNLIKELY), fusion.CERTAIN)
         cell = fusion.cell_of(mask, odds)
         ratio = (calibration.accepted[cell] + PRIOR) / (calibration.expected[cell] + PRIOR)

@@ -83,18 +83,17 @@ def index_in(value: float, size: int) -> int:
 
 
 @kernel
-def bit_at(used: int, column: int) -> int:
-    """The bit of the source that stands at `column` among those in the set `used`; 0 for none.
+def list_slots(used: int, slots: NDArray[np.int64]) -> None:
+    """Writes the slots of a set of sources, ascending.
 
     Example:
-        used 0b100101, column 1  ->  0b100
+        0b100101  ->  [0, 2, 5]
     """
+    count = 0
     for slot in range(SOURCES):
-        if used >> slot & 1:
-            if column == 0:
-                return 1 << slot
-            column -= 1
-    return 0
+        if used >> slot & 1 and count < len(slots):
+            slots[count] = slot
+            count += 1
 
 
 @kernel
@@ -142,7 +141,7 @@ def total_weight(mask: int, weights: NDArray[np.float64]) -> float:
 @kernel
 def mixed_odds(
     evidence: NDArray[np.float32],
-    used: int,
+    slots: NDArray[np.int64],
     weights: NDArray[np.float64],
     parameters: NDArray[np.float64],
     request: NDArray[np.float64],
@@ -155,7 +154,7 @@ def mixed_odds(
 
     Args:
         evidence: float32, shape (columns,). A node's.
-        used: The set of sources in use; all the others have no part in it.
+        slots: int64, shape (sources,). Of the sources in use, ascending; all the others have no part in it.
         weights: float64, shape (MASKS, SOURCES + 1).
         parameters: float64, shape (SOURCES, PARAMETERS).
         request: float64, shape (SOURCES,).
@@ -168,9 +167,8 @@ def mixed_odds(
     biases = 0.0
     total = LEAST_WEIGHT
     own = OWN
-    for slot in range(SOURCES):
-        if not used >> slot & 1:
-            continue
+    for column in range(len(slots)):
+        slot = slots[column]
         if mask >> slot & 1:
             weight = weights[mask, slot]
             total += weight
@@ -315,15 +313,14 @@ def fuse(
     covered = np.zeros((total + 1, sources), np.float32)
     left = np.ones((total + 1, sources), np.float32)  # log of the uncovered probability; 1 where not computed
     children = np.zeros((total + 1, sources), np.int32)
-    bits = np.empty(sources, np.int64)
-    for column in range(sources):
-        bits[column] = bit_at(used, column)
+    slots = np.empty(sources, np.int64)
+    list_slots(used, slots)
     node_of = np.empty(total, np.int32)
     size = 1
     for source in range(len(starts) - 1):
         start = starts[source]
         column = min(max(columns[source], 0), sources - 1)
-        bit = bits[column]
+        bit = np.int64(1) << slots[column]
         own = OWN + PER_SOURCE * column
         for item in range(start, starts[source + 1]):
             above = parents[item]
@@ -365,11 +362,11 @@ def fuse(
         evidence[node, MASK] = mask
         evidence[node, DEPTH] = trie_depth[node]
         for column in range(sources):
-            if not mask & bits[column] and covered[parent, column] > 0.0:
+            if not mask >> slots[column] & 1 and covered[parent, column] > 0.0:
                 if left[parent, column] > 0.0:
                     left[parent, column] = np.log(max(1.0 - covered[parent, column], LEAST_LEFT))
                 evidence[node, OWN + PER_SOURCE * column + LEFT] = left[parent, column]
-        odds = mixed_odds(evidence[node], used, weights, parameters, request)
+        odds = mixed_odds(evidence[node], slots, weights, parameters, request)
         raw = guess(1.0 / (1.0 + np.exp(-odds)))
         cell = cell_of(mask, odds)
         evidence[node, RAW] = raw

@@ -38,7 +38,7 @@ MOST = 8
 @inner_kernel
 def add_children(
     column: int,
-    bit: int,
+    source_slot: int,
     found: int,
     child_token: NDArray[np.int32],
     child_prob: NDArray[np.float64],
@@ -54,7 +54,7 @@ def add_children(
 
     Args:
         column: Index of the source among those in use.
-        bit: Of the source in a set of sources.
+        source_slot: Of the source in the calibration.
         found: Number of its children; they are reordered.
         child_token: int32, shape (children,).
         child_prob: float64, shape (children,).
@@ -100,7 +100,7 @@ def add_children(
         evidence[node, own + ODDS] = log_odds(prob)
         evidence[node, own + LENGTH] = length_bucket(length)
         evidence[node, RANK] = min(evidence[node, RANK], np.float32(rank))
-        evidence[node, MASK] += bit
+        evidence[node, MASK] += 1 << source_slot
     left[column] = np.log(max(1.0 - covered, LEAST_LEFT)) if covered > 0.0 else 0.0
     return size
 
@@ -112,8 +112,7 @@ def choose(
     depth: int,
     evidence: NDArray[np.float32],
     left: NDArray[np.float64],
-    bits: NDArray[np.int64],
-    used: int,
+    source_slots: NDArray[np.int64],
     weights: NDArray[np.float64],
     parameters: NDArray[np.float64],
     request: NDArray[np.float64],
@@ -128,8 +127,7 @@ def choose(
         depth: Of the candidates below the root.
         evidence: float32, shape (candidates, columns). Completed here.
         left: float64, shape (sources,). From `add_children`; 0 for a source without children.
-        bits: int64, shape (sources,). Each source's bit in a set of sources.
-        used: The set of all of them.
+        source_slots: int64, shape (sources,). Slots of the sources in the calibration, ascending.
         weights: float64, shape (MASKS, SOURCES + 1). As for `fusion.fuse`, like the next five.
         parameters: float64, shape (SOURCES, PARAMETERS).
         request: float64, shape (SOURCES,).
@@ -142,10 +140,10 @@ def choose(
     for node in range(first, size):
         mask = index_in(evidence[node, MASK], MASKS)
         evidence[node, DEPTH] = depth
-        for column in range(len(bits)):
-            if left[column] < 0.0 and not mask & bits[column]:
+        for column in range(len(source_slots)):
+            if left[column] < 0.0 and not mask >> source_slots[column] & 1:
                 evidence[node, OWN + PER_SOURCE * column + LEFT] = left[column]
-        odds = mixed_odds(evidence[node], used, weights, parameters, request)
+        odds = mixed_odds(evidence[node], source_slots, weights, parameters, request)
         raw = guess(1.0 / (1.0 + np.exp(-odds)))
         cell = cell_of(mask, odds)
         evidence[node, RAW] = raw

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import kernel
-from retrieval_draft.drafting._kernels.fusion import MASK, OWN, PER_SOURCE, bit_at
+from retrieval_draft.drafting._kernels.fusion import MASK, OWN, PER_SOURCE, list_slots
 from retrieval_draft.drafting.batch._kernels.adjacency_step import ask_keys, ask_rows, expand_adjacency
 from retrieval_draft.drafting.batch._kernels.automaton_step import expand_automaton, follow_automaton
 from retrieval_draft.drafting.batch._kernels.candidates import add_children, choose
@@ -154,9 +154,8 @@ def propose_rows(
     seen_in = np.empty(CHILDREN, np.int64)
     sources = (evidence.shape[2] - OWN) // PER_SOURCE
     left = np.zeros(sources, np.float64)
-    bits = np.empty(sources, np.int64)
-    for column in range(sources):
-        bits[column] = bit_at(used, column)
+    source_slots = np.empty(sources, np.int64)
+    list_slots(used, source_slots)
     context = np.empty(ORDERS, np.int32)
     hashes = np.empty(ORDERS, np.uint64)
     rows = np.empty(ORDERS, np.int64)
@@ -229,7 +228,7 @@ def propose_rows(
                         child_token[: CHILDREN // 2], child_prob, child_length,
                     )  # fmt: skip
                     size = add_children(
-                        columns[REQUEST], bits[columns[REQUEST]], found, child_token, child_prob,
+                        columns[REQUEST], source_slots[columns[REQUEST]], found, child_token, child_prob,
                         child_length, least, first, size, nodes[slot, 0], evidence[slot], left,
                     )  # fmt: skip
             if columns[SEEN] >= 0:
@@ -237,7 +236,7 @@ def propose_rows(
                     visits, row_tokens, row_probs, doubt, rows, least, child_token, child_prob, child_length
                 )  # fmt: skip
                 size = add_children(
-                    columns[SEEN], bits[columns[SEEN]], found, child_token, child_prob,
+                    columns[SEEN], source_slots[columns[SEEN]], found, child_token, child_prob,
                     child_length, least, first, size, nodes[slot, 0], evidence[slot], left,
                 )  # fmt: skip
             for group in range(groups):
@@ -251,7 +250,7 @@ def propose_rows(
                         child_token, child_prob, child_length,
                     )  # fmt: skip
                     size = add_children(
-                        group_columns[group], bits[group_columns[group]], found, child_token,
+                        group_columns[group], source_slots[group_columns[group]], found, child_token,
                         child_prob, child_length, least, first, size, nodes[slot, 0], evidence[slot], left,
                     )  # fmt: skip
             if size == first:
@@ -259,7 +258,7 @@ def propose_rows(
             for candidate in range(first, size):
                 nodes[slot, 1, candidate] = node
             node, prob = choose(
-                first, size, depth + 1, evidence[slot], left, bits, used, weights, parameters,
+                first, size, depth + 1, evidence[slot], left, source_slots, weights, parameters,
                 request[slot], expected, accepted, prior,
             )  # fmt: skip
             path *= prob
