@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from retrieval_draft.config import DraftConfig
+from retrieval_draft.config import SOURCES, DraftConfig
 from retrieval_draft.drafting.hierarchy import SourceHierarchy
-from retrieval_draft.drafting.sources import REGISTRY, DraftStores, make_sources
+from retrieval_draft.drafting.sources import make_sources
 from retrieval_draft.index.corpus import Corpus
+from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.phrases import PhraseTable
 from retrieval_draft.index.segments.index_folder import IndexFolder
 from retrieval_draft.index.segments.segment import Segment
@@ -64,7 +65,7 @@ def stores(tmp_path) -> DraftStores:
 
 def test_every_source_answers_to_its_name(stores) -> None:
     sources = make_sources(DraftConfig(), stores)
-    assert [source.name for source in sources] == [name for name in REGISTRY if name != "shared"]
+    assert [source.name for source in sources] == [name for name in SOURCES if name != "shared"]
     hierarchy = SourceHierarchy(sources)
     drafts = hierarchy.open(np.array([3, 7, 8], np.int32), ())
     by_name = {each.source: each for each in drafts.propose(8)}
