@@ -31,7 +31,7 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SourceSpec
     """The page's file where Python finds it, and the page's line in the table."""
     begin = PAGE.index("## Add a draft source")
     section = PAGE[begin : PAGE.index("\n## ", begin)]
-    file, line = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    file, line = re.findall(r"^```(?:python)?\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     (tmp_path / "last_seen.py").write_text(file, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     line = line.replace("retrieval_draft.index.last_seen", "last_seen")
@@ -51,7 +51,7 @@ def drafter(spec: SourceSpec) -> RetrievalDrafter:
 
 
 def learned(drafter: RetrievalDrafter) -> Calibration:
-    found = drafter._supply.known().calibration
+    found = drafter.draft_engine.known().calibration
     assert found is not None
     return found
 
