@@ -29,7 +29,12 @@ class Sending:
     def __init__(self, **options: Any) -> None:
         config = StoreConfig("redis://there", **options)
         self.codec = EntryCodec("f:t", None, config.max_tokens)
-        self.counts, self.outbox, self.turns, self.redis = StoreCounts(), Outbox(1 << 20), Turns(), FakeRedis()
+        self.counts, self.outbox, self.turns, self.redis = (
+            StoreCounts(),
+            Outbox(1 << 20),
+            Turns(),
+            FakeRedis(),
+        )
         self.mirror = LogReplica(VOCABULARY, self.codec, config, StoreCounts())
         turns: Any = self.turns
         self.sender = Sender(
@@ -176,7 +181,9 @@ def test_a_long_run_is_cut_so_that_no_context_is_lost() -> None:
     made.turn()
     pieces = [np.frombuffer(made.codec.decode(each).tokens, "<u4") for each in made.redis.payloads(KEY)]
     assert max(map(len, pieces)) == 64
-    windows = {tuple(piece[begin : begin + 32].tolist()) for piece in pieces for begin in range(len(piece) - 31)}
+    windows = {
+        tuple(piece[begin : begin + 32].tolist()) for piece in pieces for begin in range(len(piece) - 31)
+    }
     assert windows == {tuple(range(begin, begin + 32)) for begin in range(119)}
 
 
@@ -185,7 +192,9 @@ def test_ids_that_nobody_could_use_are_left_out_and_so_are_single_tokens() -> No
     made.outbox.put(NOTHING, np.array([3, VOCABULARY, -1, 4], np.int32))
     made.outbox.put(NOTHING, np.array([5], np.int32))
     made.turn()
-    tokens = [np.frombuffer(made.codec.decode(each).tokens, "<u4").tolist() for each in made.redis.payloads(KEY)]
+    tokens = [
+        np.frombuffer(made.codec.decode(each).tokens, "<u4").tolist() for each in made.redis.payloads(KEY)
+    ]
     assert tokens == [[3, 4]]
     assert made.sender.idle
 
@@ -213,7 +222,9 @@ def test_a_stream_without_ids_left_is_given_some(monkeypatch) -> None:
     assert made.said() == [(0, 1)]
 
 
-@pytest.mark.parametrize(("redis", "here", "oldest"), [(500, 900.0, 400_000), (900, 500.0, 400_000), (9, 9.0, 0)])
+@pytest.mark.parametrize(
+    ("redis", "here", "oldest"), [(500, 900.0, 400_000), (900, 500.0, 400_000), (9, 9.0, 0)]
+)
 def test_only_what_is_too_old_by_both_clocks_is_trimmed(
     monkeypatch, redis: int, here: float, oldest: int
 ) -> None:
