@@ -80,7 +80,7 @@ def test_each_failure_closes_the_client_tells_of_it_and_makes_another(waits: lis
     made, lost = Connecting(Client(), Client(), Client()), []
 
     def work(client: Any) -> None:
-        if client is made.made[0] or client is made.made[-1] and len(made.made) == 2:
+        if client is made.made[0] or (client is made.made[-1] and len(made.made) == 2):
             raise ConnectionError("gone")
         made.stopped.set()
 
