@@ -207,7 +207,7 @@ def _attending(implementation: str) -> Any:
     return model
 
 
-class Placeless(transformers.LlamaForCausalLM):  # type: ignore[misc]
+class Placeless(transformers.LlamaForCausalLM):
     def forward(self, input_ids: Any = None, attention_mask: Any = None, **options: Any) -> Any:
         return super().forward(input_ids, attention_mask, **options)
 

@@ -160,7 +160,7 @@ def test_log_probabilities_of_a_chat() -> None:
 
 
 def test_an_echoed_prompt_stands_before_the_reply_with_its_log_probabilities() -> None:
-    prompt: Any = PromptLogprobs([9, 8], 1)  # type: ignore[arg-type]
+    prompt: Any = PromptLogprobs([9, 8], 1)
     prompt.said = [TokenLogprobs(8, -2.0, [7], [-1.5])]
     echoed = {"prompt_text": "ih", "prompt_logprobs": prompt, "prompt_offsets": [0, 1]}
     found = reply(tokens=[1], said=LOGPROBS[:1], **echoed)

@@ -191,13 +191,17 @@ def test_documents_and_prediction_are_references_and_not_part_of_the_prompt() ->
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"documents": Raw(b'["a a a", "a a"]')}, "documents"),
-        ({"prediction": Prediction("a a a a")}, "prediction"),
+        ({"documents": Raw(b'["ab", "ab", "ab", "ab"]')}, "documents"),
+        ({"documents": Raw(b'["ab", "ab"]'), "prediction": Prediction("abab")}, "prediction"),
+        ({"documents": Raw(b'["ab", "ab"]'), "prediction": Prediction("ab")}, None),
     ],
 )
-def test_references_have_a_limit_together(fields: dict[str, Any], param: str) -> None:
-    error = refused([1], settings={"max_reference_tokens": 3}, **fields)
-    assert error.param == param
+def test_references_have_a_limit_together(fields: dict[str, Any], param: str | None) -> None:
+    settings = {"max_reference_tokens": 3}
+    if param is None:
+        assert len(prepared([1], settings=settings, **fields).prepared[0].references) == 3
+    else:
+        assert refused([1], settings=settings, **fields).param == param
 
 
 def test_a_text_too_long_for_any_prompt_is_not_tokenised() -> None:
