@@ -28,9 +28,12 @@ print(json.dumps({"torch_and_transformers": models - begin, "retrieval_draft": t
 _COMPILE = """
 import json, time
 from retrieval_draft.config import DraftConfig
+from retrieval_draft.drafting.fusion import fuse
+from retrieval_draft.drafting.sources import DraftStores, make_sources
 from retrieval_draft.engine.warm_up import compile_kernels
+config = DraftConfig()
 begin = time.perf_counter()
-compile_kernels(DraftConfig())
+compile_kernels(make_sources(config, DraftStores(4096)), fuse, config.top_k)
 print(json.dumps(time.perf_counter() - begin))
 """
 

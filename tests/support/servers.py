@@ -14,7 +14,6 @@ from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.http.keys import KeyRing
 from retrieval_draft.http.protocol import http_config
-from retrieval_draft.server.app import create_app
 from retrieval_draft.server.full_app import create_full_app
 from retrieval_draft.server.service import Service
 from retrieval_draft.server.settings import ServerSettings
@@ -69,14 +68,13 @@ def serving(
     *,
     keys: dict[str, str] | None = None,
     listeners: Any = (),
-    full: bool = False,
     **settings: Any,
 ) -> Iterator[Running]:
-    """A server on a free port, which ends with the block; `full` with metrics and dashboard."""
+    """The server that is shipped, on a free port, which ends with the block."""
     service = Service(
         ServerSettings(MODEL, **settings), lambda: (drafter, tokenizer), keys=KeyRing(keys or {})
     )
-    app = (create_full_app if full else create_app)(service, listeners=listeners)
+    app = create_full_app(service, listeners)
     config = http_config(app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

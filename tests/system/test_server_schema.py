@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from retrieval_draft.server.app import create_app
+from retrieval_draft.server.full_app import create_full_app
 from retrieval_draft.server.service import Service
 from retrieval_draft.server.settings import ServerSettings
 from tests.support.servers import MODEL, Running, serving, tiny_drafter, tiny_model, tiny_tokenizer
@@ -31,7 +31,7 @@ def _nothing() -> Any:
     raise AssertionError("only the schema is wanted")
 
 
-SCHEMA = schemathesis.openapi.from_dict(create_app(Service(ServerSettings(MODEL), _nothing)).openapi())
+SCHEMA = schemathesis.openapi.from_dict(create_full_app(Service(ServerSettings(MODEL), _nothing)).openapi())
 OPERATIONS = {operation.ok().label: operation.ok() for operation in SCHEMA.get_all_operations()}
 
 

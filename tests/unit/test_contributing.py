@@ -110,7 +110,7 @@ def get(url: str) -> bytes:
 
 
 def test_metrics_and_dashboard_show_it_by_name(drafter: RetrievalDrafter) -> None:
-    with serving(drafter, tiny_tokenizer(), full=True) as running:
+    with serving(drafter, tiny_tokenizer()) as running:
         body: Any = {"prompt": PROMPT, "max_tokens": 60, "temperature": 0, "ignore_eos": True}
         request = urllib.request.Request(  # noqa: S310 - a loopback address
             f"{running.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}

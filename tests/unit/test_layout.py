@@ -1,5 +1,6 @@
-"""The layout: links at the top level, and halves that do without torch."""
+"""The layout: links at the top level, halves that do without torch, and tests that mirror the package."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,77 @@ def test_the_package_has_few_rooms_and_no_circle() -> None:
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.rstrip().endswith("no circle")
+
+
+TESTS = ROOT / "tests"
+FOLDERS_OF_TESTS = ("benchmarks", "property", "system", "unit")
+
+OF_NO_ONE_MODULE = {
+    "engine/sampling/test_law.py": "samples follow the law of the model, whatever is drafted",
+    "engine/test_fake_cuda.py": "the loop as on a device without one",
+    "index/build/test_bad_records.py": "documents beside records that cannot be read",
+    "index/segments/test_manifests.py": "files of all indexes that say what cannot be",
+    "index/store/test_snapshots_remote.py": "snapshots at a place that they are copied from",
+    "methods/test_references.py": "reference texts in every method",
+    "test_call_shapes.py": "arguments as of model.generate",
+    "test_copies.py": "copies of drafters",
+    "test_docs_examples.py": "blocks of the documentation",
+    "test_docs_links.py": "links of the documentation",
+    "test_layout.py": "this file",
+    "test_public_api.py": "names that the package exports",
+    "test_refusals.py": "what a drafter refuses",
+    "test_security_page.py": "SECURITY.md",
+    "test_torch_modes.py": "modes of torch around a call",
+}
+"""Unit tests that look at several modules at once, by their place in tests/unit."""
+
+
+def imports_of(file: Path) -> set[str]:
+    """Full names of the modules that a file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def imports_tests(names: set[str]) -> bool:
+    folders = {name.split(".")[1] for name in names if name.startswith("tests.")}
+    return bool(folders & set(FOLDERS_OF_TESTS)) or any("test_" in name for name in names if "tests" in name)
+
+
+def test_no_test_imports_another() -> None:
+    files = [*TESTS.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    assert len(files) > 200
+    assert [str(file.relative_to(ROOT)) for file in files if imports_tests(imports_of(file))] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "is_found"),
+    [
+        ("from tests.unit.engine.test_attention import tree_of", True),
+        ("def f():\n    import tests.system.test_law", True),
+        ("from tests import property", True),
+        ("from tests.support.trees import tree_of", False),
+        ("from tests.random_generate.case import Case", False),
+    ],
+)
+def test_imports_of_tests_are_found(text: str, is_found: bool, tmp_path: Path) -> None:
+    (tmp_path / "file.py").write_text(text)
+    assert imports_tests(imports_of(tmp_path / "file.py")) == is_found
+
+
+def mirrored(place: Path) -> bool:
+    """Whether a unit test stands where its module or package does: X/test_Y.py for X/Y.py, X/_Y.py or X/Y."""
+    folder, name = ROOT / "retrieval_draft" / place.parent, place.stem.removeprefix("test_")
+    modules = (folder / f"{name}.py", folder / f"_{name}.py", folder / name / "__init__.py")
+    return any(module.is_file() for module in modules) or (folder.name == name and folder.is_dir())
+
+
+def test_unit_tests_mirror_the_package() -> None:
+    places = {file.relative_to(TESTS / "unit") for file in (TESTS / "unit").rglob("test_*.py")}
+    assert len(places) > 100
+    astray = {str(place) for place in places if not mirrored(place)}
+    assert astray == set(OF_NO_ONE_MODULE), "move them, or say here why they have no place"

@@ -26,6 +26,10 @@ Held = tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float64]]
 
 LOWEST = np.float32(-3.4028235e38)
 
+MAX_SHIFT = np.float32(65536.0)
+"""From here on a float32 has no room for noise beside a score. Scores that large, which processors make of
+infinity (`remove_invalid_values`), are drawn from after the largest is subtracted, in torch."""
+
 
 @kernel
 def choose(
@@ -59,8 +63,8 @@ def choose(
 
     Returns:
         The token, or -1 where the row has NaN or +inf, or has them after division, or where one is to be
-        drawn from a row of -inf; without noise that is 0, as argmax has it. Its log probability, NaN unless
-        requested.
+        drawn from a row of -inf or from scores beyond MAX_SHIFT; without noise the former is 0, as argmax has
+        it. Its log probability, NaN unless requested.
     """
     largest, smallest = block_maxima(bits, order)
     top = maxima.max()
@@ -83,6 +87,8 @@ def choose(
         else:
             count = _min_p(row, maxima, top, temperature, numbers[step], keeps[step], held, count)
     highest = np.float32(top / temperature)
+    if noisy and abs(highest) > MAX_SHIFT:
+        return -1, np.nan
     threshold, tie = LOWEST, 0
     if count >= 0:
         threshold, tie = _last(held, count)

@@ -112,7 +112,13 @@ class Sampler:
         return choice.token
 
     def _choose_in_torch(self, scores: Tensor, position: int, row: Tensor) -> Choice:
-        keyed = scores if self._noise is None else scores + self._noise.at(position)
+        keyed = scores
+        if self._noise is not None:
+            from retrieval_draft.engine._kernels.warp import MAX_SHIFT
+
+            top = scores.amax(-1, keepdim=True)
+            is_huge = top.isfinite() & (top.abs() > float(MAX_SHIFT))
+            keyed = torch.where(is_huge, scores - top, scores) + self._noise.at(position)
         best = keyed.argmax(-1)
         columns = [best[0].double(), keyed.gather(-1, best[:, None])[0, 0].double()]
         if self._keep_logprob:

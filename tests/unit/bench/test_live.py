@@ -8,7 +8,7 @@ import torch
 
 from retrieval_draft.bench import live as live_module
 from retrieval_draft.bench.agreement import compare_outputs
-from retrieval_draft.bench.decoders import Run
+from retrieval_draft.bench.decoders import LOOKUP_TOKENS, Run
 from retrieval_draft.bench.forward_passes import ForwardPasses
 from retrieval_draft.bench.live import live
 from retrieval_draft.bench.prompts import Prompt, random_prompts, read_prompts, spread
@@ -55,10 +55,27 @@ def test_plain_decoding_has_one_token_per_step(result: dict[str, Any]) -> None:
     assert result["methods"]["none"]["nodes_per_step"] == 0.0
 
 
-def test_drafting_is_counted(result: dict[str, Any]) -> None:
-    for name in ("stock-pld", "calibrated"):
-        assert result["methods"][name]["tokens_per_step"] >= 1.0
-    assert 0 < result["methods"]["calibrated"]["nodes_per_step"] <= 8
+def test_steps_of_prompt_lookup_are_counted_as_its_forward_passes(
+    result: dict[str, Any], model: Any, tokenizer: Any
+) -> None:
+    steps = fed = 0
+    for prompt in PROMPTS:
+        with ForwardPasses(model) as count:
+            ids = torch.tensor([prompt.encode(tokenizer)])
+            model.generate(ids, max_new_tokens=24, do_sample=False, prompt_lookup_num_tokens=LOOKUP_TOKENS)
+        steps, fed = steps + count.passes - 1, fed + count.fed
+    entry = result["methods"]["stock-pld"]
+    assert (entry["tokens"], entry["steps"]) == (24 * len(PROMPTS), steps)
+    assert entry["tokens_per_step"] == 23 * len(PROMPTS) / steps
+    assert entry["nodes_per_step"] == (fed - steps) / steps
+
+
+def test_accepted_drafts_save_steps(result: dict[str, Any]) -> None:
+    entry = result["methods"]["calibrated"]
+    assert entry["tokens"] == 24 * len(PROMPTS)
+    assert 0 < entry["steps"] < 23 * len(PROMPTS), "one token a step is what plain decoding has"
+    assert entry["tokens_per_step"] == 23 * len(PROMPTS) / entry["steps"]
+    assert 0 < entry["nodes_per_step"] <= 8
 
 
 def test_result_has_the_fields_of_the_design(result: dict[str, Any]) -> None:

@@ -1,18 +1,23 @@
 """Tests of the hierarchy of sources."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 
 from retrieval_draft.config import SOURCES, DraftConfig
-from retrieval_draft.drafting.hierarchy import SourceHierarchy
+from retrieval_draft.drafting.hierarchy import SourceHierarchy, SourceSessions
 from retrieval_draft.drafting.sources import make_sources
 from retrieval_draft.index.corpus import Corpus
 from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.phrases import PhraseTable
 from retrieval_draft.index.segments.index_folder import IndexFolder
 from retrieval_draft.index.segments.segment import Segment
-from retrieval_draft.index.source import Proposal
-from tests.support.sources import sessions_of
+from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
+from tests.support.sources import OpenedAs, proposal, sessions_of
 
 
 class Fixed:
@@ -84,3 +89,145 @@ def test_what_there_is_nothing_for_is_left_out() -> None:
     names = [source.name for source in make_sources(DraftConfig(), DraftStores(50))]
     assert names == ["automaton", "adjacency", "siblings", "history"]
     assert make_sources(DraftConfig(method="none"), DraftStores(50)) == []
+
+
+class Raising(OpenedAs):
+    """A source whose sessions note every call, and raise in one of them."""
+
+    def __init__(self, name: str, call: str = "") -> None:
+        self.name, self.call = name, call
+        self.opened: list[RaisingSession] = []
+
+    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> RaisingSession:
+        if self.call == "open":
+            raise OSError("broken on purpose")
+        self.opened.append(RaisingSession(self.name, self.call))
+        return self.opened[-1]
+
+    def prepare(self) -> None:
+        if self.call == "prepare":
+            raise OSError("broken on purpose")
+
+
+class RaisingSession:
+    wants_hidden = True
+
+    def __init__(self, name: str, call: str) -> None:
+        self.name, self.call = name, call
+        self.calls: list[str] = []
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+        if call == self.call:
+            raise OSError("broken on purpose")
+
+    def propose(self, budget: int) -> Proposal:
+        self._note("propose")
+        return proposal([4], [-1], self.name)
+
+    def observe(self, tokens: TokenArray) -> None:
+        self._note("observe")
+
+    def learn(self, logits: NodeLogits) -> None:
+        self._note("learn")
+
+    def learn_hidden(self, hidden: Any) -> None:
+        self._note("learn_hidden")
+
+    def close(self) -> None:
+        self._note("close")
+
+
+CALLS = ["propose", "observe", "learn", "learn_hidden", "close"]
+LOGITS = NodeLogits(np.zeros((1, 4), np.int32), np.zeros((1, 1), np.int32), np.ones((1, 1), np.float32))
+PROMPT = np.array([1, 2], np.int32)
+
+
+def steps(sessions: SourceSessions, count: int = 2) -> list[list[tuple[str, int]]]:
+    """Name and length of each proposal of each step of a whole request."""
+    said = []
+    for _ in range(count):
+        said.append([(each.source, len(each)) for each in sessions.propose(4)])
+        sessions.observe(PROMPT)
+        sessions.learn(LOGITS)
+        sessions.learn_hidden(None)
+    sessions.close()
+    return said
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_source_that_raises_is_left_out_for_the_request_and_the_others_go_on(
+    call: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad, good = Raising("bad", call), Raising("good")
+    hierarchy = SourceHierarchy([bad, good])
+    said = steps(hierarchy.open(PROMPT))
+    whole = [*CALLS[:4], *CALLS[:4], "close"]
+    assert bad.opened[0].calls == whole[: whole.index(call) + 1]
+    assert good.opened[0].calls == whole
+    left = 0 if call == "propose" else 1
+    later = 1 if call == "close" else 0
+    assert said == [[("bad", left), ("good", 1)], [("bad", later), ("good", 1)]], "each in its place"
+    assert hierarchy.failures == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"'bad' raised in {call}" in caplog.text
+    assert steps(hierarchy.open(PROMPT), 1)[0][1] == ("good", 1)
+    assert len(bad.opened) == 2, "the next request asks it again"
+    assert hierarchy.failures == 2
+    assert len(caplog.records) == 1, "and it is warned of once"
+
+
+def test_a_source_that_cannot_open_keeps_its_place(caplog: pytest.LogCaptureFixture) -> None:
+    hierarchy = SourceHierarchy([Raising("first"), Raising("bad", "open"), Raising("last")])
+    sessions = hierarchy.open(PROMPT)
+    assert steps(sessions, 1) == [[("first", 1), ("bad", 0), ("last", 1)]]
+    assert hierarchy.failures == 1
+    assert "'bad' raised in open" in caplog.text
+
+
+def test_a_source_that_cannot_prepare_is_counted() -> None:
+    hierarchy = SourceHierarchy([Raising("bad", "prepare"), Raising("good")])
+    hierarchy.prepare()
+    assert hierarchy.failures == 1
+
+
+class Together(Raising):
+    """Opens parallel samples in a way of its own."""
+
+    counts: tuple[int, ...] = ()
+
+    def open_parallel(
+        self, prompt: TokenArray, references: Sequence[TokenArray], count: int
+    ) -> list[RaisingSession]:
+        self.counts = (*self.counts, count)
+        return [self.open(prompt, references) for _ in range(count)]
+
+
+def test_parallel_samples_have_sessions_of_their_own() -> None:
+    together, apart = Together("together"), Raising("apart")
+    hierarchy = SourceHierarchy([together, apart])
+    requests = hierarchy.open_parallel(PROMPT, (), 3)
+    requests[1].observe(PROMPT)
+    for source in (together, apart):
+        assert [session.calls for session in source.opened] == [[], ["observe"], []]
+    assert together.counts == (3,)
+    hierarchy.open(PROMPT)
+    assert together.counts == (3,), "one request is opened as any"
+
+
+def test_a_source_that_fails_in_one_sample_goes_on_in_the_others() -> None:
+    bad = Raising("bad")
+    first, second = SourceHierarchy([bad]).open_parallel(PROMPT, (), 2)
+    bad.opened[0].call = "propose"
+    assert [len(each) for each in first.propose(4)] == [0]
+    assert [len(each) for each in second.propose(4)] == [1]
+
+
+def test_only_sessions_that_want_hidden_states_get_them() -> None:
+    one, other = RaisingSession("one", ""), RaisingSession("other", "")
+    other.wants_hidden = False
+    sessions = sessions_of(one, other)
+    assert sessions.wants_hidden
+    sessions.learn_hidden(None)
+    assert (one.calls, other.calls) == (["learn_hidden"], [])
+    assert not sessions_of(other).wants_hidden

@@ -9,7 +9,6 @@ import torch
 from retrieval_draft.drafting.session import _usable, prompt_contexts
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.decode import decode
-from retrieval_draft.engine.head_cost import HeadCost
 from retrieval_draft.engine.logits import LogitReader
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.target import Target
@@ -56,16 +55,6 @@ def test_prefill_yields_the_last_rows_in_order(
             parts = list(target.prefill(target.cache(64), ids, rows, chunk))
             assert all(len(part) <= (16 if limit == 1 else 30) for part in parts)
             torch.testing.assert_close(torch.cat(parts), expected, atol=1e-3, rtol=1e-3)
-
-
-def test_the_head_runs_over_a_prompt_only_where_that_pays() -> None:
-    cost = HeadCost(row=1.0, step=10.0)
-    assert cost.rows_worth(100, 1000) == 1
-    assert cost.rows_worth(100, 7) == 7
-    assert cost.rows_worth(1, 1000) == 1
-    measured = HeadCost.measure(Target(make("llama")))
-    assert measured.row > 0
-    assert measured.step > 0
 
 
 def test_stats_add_up() -> None:

@@ -129,6 +129,19 @@ def test_processors_that_ban_every_token_are_told_from_a_model_that_returns_nan(
         sampler.choose(row, ids, 5)
 
 
+@pytest.mark.parametrize("size", [torch.finfo(torch.float32).min, -1e30, 1e9, 3e38])
+@pytest.mark.parametrize("warpers", [[], [TopKLogitsWarper(7)]], ids=["alone", "top-k"])
+def test_scores_too_large_for_noise_beside_them_are_drawn_by_their_differences(
+    size: float, warpers: list[Any]
+) -> None:
+    """`remove_invalid_values` makes the lowest number of -inf; a softmax of equal numbers is uniform."""
+    noise = GumbelNoise(6, 300, CPU)
+    sampler = Sampler(LogitsProcessorList(warpers), noise)
+    row, ids = torch.full((300,), size), torch.zeros((1, 1), dtype=torch.int64)
+    drawn = [sampler.choose(row, ids, position) for position in range(9)]
+    assert drawn == [int(noise.at(position).argmax()) for position in range(9)]
+
+
 def test_processors_may_write_into_their_input_but_not_into_the_row() -> None:
     class Ban(LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

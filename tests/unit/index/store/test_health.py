@@ -1,8 +1,6 @@
 """Tests of the state of the connection and what is logged of it."""
 
 import logging
-import threading
-import time
 
 import pytest
 from redis.exceptions import (
@@ -15,7 +13,6 @@ from redis.exceptions import (
     TimeoutError,
 )
 
-from retrieval_draft.index.store.backoff import Backoff
 from retrieval_draft.index.store.health import Health
 
 
@@ -70,18 +67,3 @@ def test_one_line_for_each_change_of_state(logged) -> None:
     health.close()
     health.failed("sending", ConnectionError("gone"))
     assert (len(logged.records), health.state) == (4, "closed")
-
-
-def test_the_first_failure_is_tried_again_at_once() -> None:
-    backoff, stopped = Backoff(first=0.05, most=0.2), threading.Event()
-    waits = []
-    for _ in range(6):
-        begin = time.monotonic()
-        backoff.wait(stopped)
-        waits.append(time.monotonic() - begin)
-    assert waits[0] < 0.04
-    assert all(0.09 < wait < 0.6 for wait in waits[3:])
-    backoff.reset()
-    begin = time.monotonic()
-    backoff.wait(stopped)
-    assert time.monotonic() - begin < 0.04

@@ -1,0 +1,54 @@
+"""Jobs of a serving engine, without HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import torch
+
+from retrieval_draft.drafter import RetrievalDrafter
+from retrieval_draft.engine.request import DecodeRequest
+from retrieval_draft.generation.requests import DecodeRequests
+from retrieval_draft.server.scheduler.channel import Channel, Ended, Event, Failed
+from retrieval_draft.server.scheduler.job import Job
+
+
+def empty_job(name: str, *sizes: int, tenant: str = "default") -> Job:
+    """A job with prompts of so many samples each, which nobody will decode."""
+    nothing: Any = None
+    job = Job(name, tenant, nothing, nothing, 60.0)
+    for size in sizes:
+        job.add(DecodeRequests([DecodeRequest(np.array([1], np.int32), 2) for _ in range(size)]))
+    return job
+
+
+def job_of(
+    drafter: RetrievalDrafter,
+    prompt: torch.Tensor,
+    name: str = "job",
+    *,
+    seconds: float = 60.0,
+    tenant: str = "default",
+    unread: int = 1 << 16,
+    **options: Any,
+) -> Job:
+    """A job that continues a prompt, int64, shape (1, length), greedily unless told otherwise."""
+    channel = Channel(asyncio.get_running_loop(), unread, lambda: None)
+    job = Job(name, tenant, drafter, channel, seconds)
+    job.add(drafter.continuous.prepare(prompt, **{"do_sample": False, "max_new_tokens": 8, **options}))
+    return job
+
+
+async def ended(job: Job) -> list[Event]:
+    """All that a job's client is told, to the last end or to its failure."""
+    events: list[Event] = []
+    left = job.size
+    while left:
+        for each in await asyncio.wait_for(job.channel.get(), 60):
+            events.append(each)
+            left -= isinstance(each, Ended)
+            if isinstance(each, Failed):
+                return events
+    return events
