@@ -71,6 +71,7 @@ OF_NO_ONE_MODULE = {
     "index/store/test_snapshots_remote.py": "snapshots at a place that they are copied from",
     "methods/test_references.py": "reference texts in every method",
     "test_call_shapes.py": "arguments as of model.generate",
+    "test_contributing.py": "the draft source of CONTRIBUTING.md",
     "test_copies.py": "copies of drafters",
     "test_docs_examples.py": "blocks of the documentation",
     "test_docs_links.py": "links of the documentation",
@@ -79,6 +80,7 @@ OF_NO_ONE_MODULE = {
     "test_refusals.py": "what a drafter refuses",
     "test_security_page.py": "SECURITY.md",
     "test_torch_modes.py": "modes of torch around a call",
+    "test_words.py": "words of docstrings and comments",
 }
 """Unit tests that look at several modules at once, by their place in tests/unit."""
 

@@ -26,9 +26,9 @@ Held = tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float64]]
 
 LOWEST = np.float32(-3.4028235e38)
 
-MAX_SHIFT = np.float32(65536.0)
-"""From here on a float32 has no room for noise beside a score. Scores that large, which processors make of
-infinity (`remove_invalid_values`), are drawn from after the largest is subtracted, in torch."""
+MAX_SHIFT = np.float32(2.0**30)
+"""From here on, neighbouring float32 are further apart than any noise. So large are scores that processors make
+of infinity (`remove_invalid_values`): they are drawn from in torch, after the largest is subtracted."""
 
 
 @kernel

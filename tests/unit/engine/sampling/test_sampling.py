@@ -129,7 +129,7 @@ def test_processors_that_ban_every_token_are_told_from_a_model_that_returns_nan(
         sampler.choose(row, ids, 5)
 
 
-@pytest.mark.parametrize("size", [torch.finfo(torch.float32).min, -1e30, 1e9, 3e38])
+@pytest.mark.parametrize("size", [torch.finfo(torch.float32).min, -1e30, 1e12, 3e38])
 @pytest.mark.parametrize("warpers", [[], [TopKLogitsWarper(7)]], ids=["alone", "top-k"])
 def test_scores_too_large_for_noise_beside_them_are_drawn_by_their_differences(
     size: float, warpers: list[Any]
