@@ -27,8 +27,8 @@ Held = tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float64]]
 LOWEST = np.float32(-3.4028235e38)
 
 MAX_SHIFT = np.float32(2.0**30)
-"""From here on, neighbouring float32 are further apart than any noise. So large are scores that processors make
-of infinity (`remove_invalid_values`): they are drawn from in torch, after the largest is subtracted."""
+"""From here on, neighbouring float32 are further apart than any noise. Processors make scores so large of
+infinity (`remove_invalid_values`): they are drawn from in torch, after the largest is subtracted."""
 
 
 @kernel
