@@ -206,7 +206,7 @@ def cases(draw: _Draw) -> Case:
         ("cpu_kernels", st.just(False)),
         ("history_prompts", st.just(False)),
         ("history_replies", st.just(False)),
-        ("sources", st.lists(st.sampled_from(SOURCES), min_size=1, unique=True)),
+        ("sources", st.lists(st.sampled_from(tuple(SOURCES)), min_size=1, unique=True)),
     ):
         if _maybe(draw, 10):
             config[name] = draw(values)
