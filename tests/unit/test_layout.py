@@ -134,3 +134,10 @@ def test_unit_tests_mirror_the_package() -> None:
     assert len(places) > 100
     astray = {str(place) for place in places if not mirrored(place)}
     assert astray == set(OF_NO_ONE_MODULE), "move them, or say here why they have no place"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout")
+def test_no_file_of_the_package_is_ignored_by_git() -> None:
+    """What git ignores, the wheel leaves out."""
+    words = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    assert subprocess.check_output(words, text=True, cwd=ROOT) == ""

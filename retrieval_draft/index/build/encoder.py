@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.models.fingerprint import tokenizer_fingerprint, vocabulary_size
 from retrieval_draft.index.source import TokenArray
+from retrieval_draft.models.fingerprint import tokenizer_fingerprint, vocabulary_size
 
 __all__ = ["Encoder"]
 
