@@ -29,7 +29,7 @@ class Advance(Protocol):
 def progress(description: str, total: int | None, delay: float = 2.0) -> Iterator[Advance]:
     """Shows a bar on stderr when the work below it takes longer than `delay` seconds.
 
-    Where stderr is no terminal, one log line reports the running work.
+    If stderr is no terminal, one log line reports the running work.
 
     Args:
         description: The work, in a few words.

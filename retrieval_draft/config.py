@@ -120,6 +120,8 @@ class DraftConfig:
             raise InvalidInputError(
                 f"Unknown draft source {unknown[0]!r}.", f"Choose from: {', '.join(SOURCES)}."
             )
+        if len(set(self.sources)) < len(self.sources):
+            raise InvalidInputError(f"sources names a source twice: {self.sources}.", "Name each one once.")
         for name, value, low, high in (
             ("nodes", 0 if self.nodes is None else self.nodes, 0, MAX_NODES),
             ("max_nodes", self.max_nodes, 0, MAX_NODES),

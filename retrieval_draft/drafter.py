@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.cache_utils import DynamicCache
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.drafting.draft_stores import open_draft_stores
+from retrieval_draft.drafting.open_stores import open_draft_stores
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.cache.cache_rows import write_back
 from retrieval_draft.engine.compat import given_cache, is_callers_own

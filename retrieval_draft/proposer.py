@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from retrieval_draft.config import MAX_NODES, DraftConfig
 from retrieval_draft.drafting.calibration import Calibration
-from retrieval_draft.drafting.draft_stores import open_draft_stores
 from retrieval_draft.drafting.hierarchy import SourceHierarchy
 from retrieval_draft.drafting.kept_calibration import calibration_file, keep_calibration, load_calibration
+from retrieval_draft.drafting.open_stores import open_draft_stores
 from retrieval_draft.drafting.session import DraftPlan, DraftSession
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.drafting.tree import DraftTree

@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session", autouse=True)
 def kernel_choices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What tests measure of linear kernels stays out of the user's cache folder."""
+    """Measurements of linear kernels stay out of the user's cache folder."""
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear_choice, "cache_home", lambda: folder)

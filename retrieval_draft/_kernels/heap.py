@@ -100,7 +100,7 @@ def admit(
         budget: Nodes wanted.
 
     Returns:
-        Whether it is on the heap now.
+        True if it is on the heap now.
     """
     if not path_probs[item] > 0.0:  # NaN too, whose bits match no bucket
         return False

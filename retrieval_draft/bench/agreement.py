@@ -15,7 +15,7 @@ Outcome = Literal["equal", "tie", "different"]
 def compare_outputs(model: Any, prompt: Sequence[int], stock: Sequence[int], reply: Sequence[int]) -> Outcome:
     """Compares `reply` with the greedy reply `stock`, token for token.
 
-    Where they differ, the plain model runs over the prompt and the whole reply: it is a tie when every token
+    If they differ, the plain model runs over the prompt and the whole reply: it is a tie when every token
     of the reply from there on is within `TIE` of the best logit at its position, in half precision within two
     units in the last place. So tokens after a tie are not excused.
 

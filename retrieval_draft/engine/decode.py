@@ -73,12 +73,12 @@ class _Verified:
     seconds: float
 
 
-def _accept(row: Row, plan: DraftPlan, predictions: _RowOutput) -> list[int]:
-    return row.accept(plan, predictions.logits, predictions.summary)
+def _accept(row: Row, plan: DraftPlan, output: _RowOutput) -> list[int]:
+    return row.accept(plan, output.logits, output.summary)
 
 
-def _learn(row: Row, plan: DraftPlan, emitted: list[int], predictions: _RowOutput) -> None:
-    row.learn(plan, emitted, predictions.summary, predictions.hidden)
+def _learn(row: Row, plan: DraftPlan, emitted: list[int], output: _RowOutput) -> None:
+    row.learn(plan, emitted, output.summary, output.hidden)
 
 
 class Batch:
@@ -201,17 +201,13 @@ class Batch:
         forward = sum(each.seconds for each in verified)
         rows = [row for each in verified for row in each.rows]
         plans = [plan for each in verified for plan in each.plans]
-        predictions = [part for each in verified for part in each.parts]
-        accepted = self._of_each(_accept, rows, plans, predictions)
+        outputs = [part for each in verified for part in each.parts]
+        accepted = self._of_each(_accept, rows, plans, outputs)
         walked = perf_counter()
         kept = [place for place, row in enumerate(rows) if row in accepted]
-        rows, plans, predictions = (
-            [rows[p] for p in kept],
-            [plans[p] for p in kept],
-            [predictions[p] for p in kept],
-        )
+        rows, plans, outputs = [rows[p] for p in kept], [plans[p] for p in kept], [outputs[p] for p in kept]
         emitted = list(accepted.values())
-        learnt = self._of_each(_learn, rows, plans, emitted, predictions)
+        learnt = self._of_each(_learn, rows, plans, emitted, outputs)
         if len(verified) == 1 and rows:
             nodes = verified[0].nodes
             self._budget.timed(len(verified[0].rows), nodes, max(row.length for row in rows), forward)
@@ -329,7 +325,7 @@ def decode(
 
     Args:
         target: The model.
-        requests: Requests to decode. A leader comes before those it leads.
+        requests: Requests to decode. A `prefix_owner` comes before those that name it.
         reader: Reads logits; its `k` is the number of alternatives that the sources learn from.
         stats: Gets the counts that the rows share.
         draftings: The drafting of each request; None for one token a step. Closed here.

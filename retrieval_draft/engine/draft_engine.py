@@ -125,7 +125,7 @@ class DraftEngine:
         """Opens the sources for requests, and sets how much of their prompts they should learn from.
 
         Args:
-            requests: Their `prompt_rows` is set. Those with a leader and it draft from each other.
+            requests: Their `prompt_rows` is set. Those with one `prefix_owner` draft from each other.
             references: int32, shape (length,) each. Texts that the replies may quote.
             stats: Counts to add to, one for each request.
 
@@ -140,11 +140,9 @@ class DraftEngine:
                 places = [i for i, r in enumerate(requests) if r is owner or r.prefix_owner is owner]
                 sessions = self._hierarchy.open_parallel(owner.prompt, references, len(places))
                 opened.update(zip(places, sessions, strict=True))
-        return [
-            self._drafting(request, opened[place], stats[place]) for place, request in enumerate(requests)
-        ]
+        return [self._session(request, opened[place], stats[place]) for place, request in enumerate(requests)]
 
-    def _drafting(self, request: DecodeRequest, drafts: SourceSessions, stats: DraftStats) -> DraftSession:
+    def _session(self, request: DecodeRequest, sources: SourceSessions, stats: DraftStats) -> DraftSession:
         length = len(request.prompt)
         if self._config.prefill_logits is True:
             request.prompt_rows = length
@@ -152,7 +150,12 @@ class DraftEngine:
             request.prompt_rows = self._head.rows_worth(request.max_length - length, length)
         noise = request.noise if self._config.known_noise else None
         return DraftSession(
-            drafts, self._tree, self._calibration.open(noise), self._max_nodes, self._target.vocabulary, stats
+            sources,
+            self._tree,
+            self._calibration.open(noise),
+            self._max_nodes,
+            self._target.vocabulary,
+            stats,
         )
 
     def flush(self) -> None:

@@ -210,7 +210,7 @@ class History:
         """Runs one round of the background thread.
 
         Returns:
-            Whether another round may follow.
+            True if another round may follow.
         """
         taken = self._take()
         self._pile.free_retired()

@@ -53,7 +53,7 @@ def _children(proposal: Proposal, parent: int | None) -> list[int]:
 def _candidates(
     proposals: list[Proposal], at: list[int | None], depth: int, calibration: Calibration, request: Any
 ) -> dict[int, float]:
-    """What may come next by the rules of `fusion.fuse`, written anew: token to probability."""
+    """Tokens that may come next by the rules of `fusion.fuse`, written anew: token to probability."""
     columns, used = columns_of(tuple(proposal.source for proposal in proposals))
     slots = np.array([slot for slot in range(fusion.SOURCES) if used >> slot & 1], np.int64)
     width = fusion.OWN + fusion.PER_SOURCE * len(slots)

@@ -80,6 +80,6 @@ if __name__ == "__main__":
     logging.getLogger("retrieval_draft").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as home:
-        # What is measured of tiny models stays out of the user's cache folder.
+        # Measurements of tiny models stay out of the user's cache folder.
         os.environ["RETRIEVAL_DRAFT_HOME"] = home
         sys.exit(main())

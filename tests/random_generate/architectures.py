@@ -9,25 +9,13 @@ from typing import Any
 import torch
 import transformers
 
-from tests.support.models import CONFIGS, OTHERS
+from tests.support.models import CONFIGS, OTHERS, SHAPE
 
 __all__ = ["ARCHITECTURES", "EAGER_ONLY", "model_of"]
 
 WINDOW = 16
 
-_SHAPE: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
+_SHAPE = {**SHAPE, "intermediate_size": 48, "num_hidden_layers": 2}
 _OLD: dict[str, Any] = {
     "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.3,
     "bos_token_id": None, "eos_token_id": None,

@@ -20,11 +20,11 @@ class Call:
         cut: Tokens taken off their ends first.
         changed: A place in them whose token becomes another; None to leave them.
         options: For model.generate, as JSON has them.
-        place: Where the options stand.
+        place: Place of the options: the call, a config or the model's own.
         processor: One of `processors.PROCESSORS`.
         criterion: Stops a row behind tokens that this number divides.
         seeds: One for all rows, or one for each.
-        hint: What `prediction` and `documents` say of the first row's reply.
+        hint: Content of `prediction` and `documents` about the first row's reply.
         cache: The one that the call before returned, or a DynamicCache of the conversation's own.
         streamer: Whether one looks on.
         masked: Whether the attention mask is given where no row is padded.
@@ -47,7 +47,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is run.
+    """A case: the model, the drafter and the calls.
 
     Attributes:
         architecture: A key of `architectures.ARCHITECTURES`.
@@ -55,7 +55,7 @@ class Case:
         vocabulary: Token ids.
         weights: Seed of the model's weights.
         method: A drafting method, or "oracle" for trees around the true reply, with wrong siblings.
-        wrong: How often such a tree has no right child.
+        wrong: Share of steps in which such a tree has no right child.
         config: Other values of `DraftConfig`.
         draft_model: A tiny model, or the target with layers skipped.
         route: Through the drafter, through ``custom_generate``, or row by row into a running batch.
@@ -81,7 +81,7 @@ class Case:
 
     @staticmethod
     def from_json(text: str) -> Case:
-        """What `to_json` wrote.
+        """Reads the text of `to_json`.
 
         Raises:
             msgspec.ValidationError: It is no case.

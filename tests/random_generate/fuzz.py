@@ -29,11 +29,11 @@ BATCH = 2
 
 @dataclass
 class Report:
-    """What was run.
+    """Counts of a run.
 
     Attributes:
-        cases: How many cases.
-        outcome: What came of them.
+        cases: Number of cases.
+        outcome: Their outcome.
         features: Cases by what they have.
         failed: The smallest case that differed, and how.
     """
@@ -45,7 +45,7 @@ class Report:
 
     @property
     def complaints(self) -> list[str]:
-        """Why the run proves nothing, where it does not."""
+        """The reason for which the run proves nothing; empty if it proves something."""
         found = []
         refused = self.outcome.refused.total()
         if refused > MAX_REFUSED * max(refused + self.outcome.calls, 1):
@@ -70,8 +70,8 @@ def fuzz(
         seconds: After which no new case begins; shrinking takes longer. The first, which compiles, does not
             count.
         seed: The same one draws the same cases.
-        most: How many cases at most.
-        check: What runs a case.
+        most: Limit of the cases.
+        check: Runs a case.
         shrink: Whether a case that differs is made smaller.
     """
     report, end = Report(), math.inf
@@ -117,7 +117,7 @@ def fuzz(
 
 
 def _features(case: Case) -> set[str]:
-    """What a case has, for the count of cases by feature."""
+    """Features of a case, for the counts by feature."""
     found = {
         f"architecture {case.architecture}", f"attention {case.attention}", f"method {case.method}",
         f"vocabulary {case.vocabulary}", f"route {case.route}", f"draft model {case.draft_model}",

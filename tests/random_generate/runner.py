@@ -29,7 +29,7 @@ from tests.support.tiny import letter_tokenizer
 __all__ = ["Difference", "Outcome", "compare_outputs", "run"]
 
 CLOSE = 2e-3
-"""How far scores and logits may lie from those of another size of pass, in float32."""
+"""Largest difference of scores and logits between sizes of pass, in float32."""
 
 _ROW_BY_ROW = frozenset({
     "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff",
@@ -40,7 +40,7 @@ _ROW_BY_ROW = frozenset({
 """Options that mean the same to a row with padding and without."""
 
 _WORDS = ("cache", "attention_mask", "prompt", "row", "embedding", "processor")
-"""What a refusal may name beside options."""
+"""Words that a refusal may name beside options."""
 
 
 class Difference(AssertionError):
@@ -48,9 +48,9 @@ class Difference(AssertionError):
 
     Attributes:
         call: Its number.
-        what: What differs.
-        expected: What model.generate says: token ids, or what it raises.
-        got: What the drafter says.
+        what: The part that differs.
+        expected: Token ids of model.generate, or its error.
+        got: Those of the drafter.
     """
 
     def __init__(self, call: int, what: str, expected: Any, got: Any) -> None:
@@ -60,7 +60,7 @@ class Difference(AssertionError):
 
 @dataclass
 class Outcome:
-    """What came of cases.
+    """Outcome of cases.
 
     Attributes:
         calls: Calls that returned and were equal.
@@ -189,7 +189,7 @@ class _Conversation:
             where = f"{at.filename}:{at.lineno}"
             raise Difference(number, f"raised {type(error).__name__}: {error}", wanted, where) from error
         if isinstance(expected, Exception):
-            # What fails in a row that has ended, or in one sample, fails a batch of model.generate.
+            # A failure in a row that has ended, or in one sample, fails a batch of model.generate.
             alone = alone or [self._stock(call, [p], [s]) for p, s in zip(prompts, seeds, strict=True)]
             if (len(prompts) == 1 and samples == 1) or any(type(e) is type(expected) for e in alone):
                 raise Difference(number, "did not raise", repr(expected), got.rows)
@@ -233,7 +233,7 @@ class _Conversation:
         self.outcome.refused["".join("#" if c.isdigit() else c for c in message)[:100]] += 1
 
     def _stock(self, call: Call, prompts: list[list[int]], seeds: list[int]) -> Any:
-        """What model.generate returns as a dictionary, or the error it raises."""
+        """The dictionary that model.generate returns, or the error it raises."""
         samples = int(call.options.get("num_return_sequences", 1))
         rows = [prompt for prompt in prompts for _ in range(samples)]
         row_seeds = [seed for seed in seeds for _ in range(samples)]
@@ -438,7 +438,7 @@ class _Got:
 
 
 def _same(one: list[int], other: list[int], pad: int) -> bool:
-    """Whether replies are equal up to padding: behind its end a row has that, up to the longest row's."""
+    """True if replies are equal up to the padding after the end of shorter rows."""
     longest = max(len(one), len(other))
     return one + [pad] * (longest - len(one)) == other + [pad] * (longest - len(other))
 

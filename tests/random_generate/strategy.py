@@ -1,4 +1,4 @@
-"""How cases are drawn. What comes first is simpler, so that a failing case shrinks towards it."""
+"""Strategies that draw cases. Earlier values are simpler, so that a failing case shrinks towards it."""
 
 from __future__ import annotations
 

@@ -35,11 +35,11 @@ def command_lines(text: str) -> list[list[str]]:
 
 
 def fault(words: list[str], *, whole: bool = True) -> str:
-    """What is wrong with a command line; empty where nothing is. Arguments are those of `check`."""
+    """The fault of a command line; empty without one. Arguments are those of `check`."""
     try:
         check(words, whole=whole)
     except (Exception, SystemExit) as error:
-        # What click says stands in a method of its own; argparse has printed what it has to say.
+        # click keeps its message in a method of its own; argparse has printed its own.
         return str(getattr(error, "format_message", error.__str__)()) or type(error).__name__
     return ""
 
@@ -49,7 +49,7 @@ def check(words: list[str], *, whole: bool = True) -> None:
 
     Args:
         words: A command line.
-        whole: What must be given is given; False for the name of a command in running text.
+        whole: Required arguments are given; False for the name of a command in running text.
     """
     program, *rest = words
     if program == "retrieval-draft":

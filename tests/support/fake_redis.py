@@ -134,9 +134,9 @@ class Turns:
     """Stands for a `ReconnectingWorker`: a test takes each turn of the thread itself.
 
     Attributes:
-        work: What the thread calls with a client.
-        lost: What it calls after a failure.
-        successes: How often the thread said that its work succeeded.
+        work: The function that the thread calls with a client.
+        lost: The function that it calls after a failure.
+        successes: Number of times that the thread reported success.
     """
 
     def __init__(self) -> None:

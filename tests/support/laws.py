@@ -1,4 +1,4 @@
-"""Whether samples follow a law: Pearson's chi-square and total variation, without scipy."""
+"""Tests that samples follow a distribution: Pearson's chi-square and total variation, without scipy."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ CACHE = output_cache_name()
 VOCABULARY = 97
 WINDOW = 16
 
-_SHAPE: dict[str, Any] = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -41,7 +41,7 @@ def _gpt2(**options: Any) -> Any:
 
 
 def _config(name: str, **extra: Any) -> Any:
-    return lambda **options: getattr(transformers, name)(**{**_SHAPE, **extra, **options})
+    return lambda **options: getattr(transformers, name)(**{**SHAPE, **extra, **options})
 
 
 _WINDOWED = {
@@ -73,7 +73,7 @@ _LONGROPE = {
 
 
 def _rope(name: str, *left_out: str, **extra: Any) -> Any:
-    shape = {key: value for key, value in _SHAPE.items() if key not in left_out}
+    shape = {key: value for key, value in SHAPE.items() if key not in left_out}
     return lambda **options: getattr(transformers, name)(**copy.deepcopy({**shape, **extra, **options}))
 
 

@@ -26,12 +26,12 @@ class Block:
     """A fenced block.
 
     Attributes:
-        page: Where it stands, from the root of the repository.
+        page: Its path, from the root of the repository.
         line: Number of its first line.
         language: Behind the fence.
         text: Without the fence and its indentation.
-        kind: What the comment above it says: "not run", "run by", "prints", or "".
-        remark: What stands behind that.
+        kind: The comment above it: "not run", "run by", "prints", or "".
+        remark: The rest of the comment.
     """
 
     page: str

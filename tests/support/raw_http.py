@@ -10,7 +10,7 @@ __all__ = ["answers", "post", "said"]
 
 
 def said(place: tuple[str, int], *pieces: bytes, seconds: float = 5.0) -> bytes:
-    """What comes back until the server closes, or says nothing for so long."""
+    """The bytes that come back until the server closes, or is silent for so long."""
     got = b""
     with socket.create_connection(place, timeout=seconds) as connection:
         try:

@@ -52,7 +52,7 @@ class Running:
         return self.service.loaded.engine
 
     def wait_idle(self, seconds: float = 60.0) -> bool:
-        """Whether nothing runs or waits, within so many seconds."""
+        """True if nothing runs or waits within so many seconds."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             if self.service.is_idle and not self.engine._choices and not self.engine._joining:

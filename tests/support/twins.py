@@ -17,7 +17,7 @@ def occurrences(text: Sequence[int], word: tuple[int, ...]) -> frozenset[int]:
 
 
 def followers(text: Sequence[int], word: tuple[int, ...]) -> dict[int, int]:
-    """How often each token followed `word`."""
+    """Counts of the tokens that followed `word`."""
     counts: dict[int, int] = {}
     for end in sorted(occurrences(text, word)):
         if end < len(text) and text[end] != END:

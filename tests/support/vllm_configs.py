@@ -30,7 +30,7 @@ class FakeRunner:
 def vllm_config(
     *, drafts: int = 6, rows: int = 8, width: int = 256, vocabulary: int = 1000, eos: Any = 1, ranks: int = 1
 ) -> Any:
-    """What `RetrievalProposer` reads of ``VllmConfig``."""
+    """The fields that `RetrievalProposer` reads of ``VllmConfig``."""
     return SimpleNamespace(
         speculative_config=SimpleNamespace(num_speculative_tokens=drafts, method="custom_class"),
         model_config=SimpleNamespace(

@@ -90,7 +90,7 @@ def stock_replies(model: Any, prompt: torch.Tensor, new: int = NEW) -> list[list
 
 @cache
 def control_of(shape: Shape) -> tuple[list[int], Ties, int]:
-    """What `model.generate` says, its own ties alone and beside another row, and whether the two part."""
+    """The reply of `model.generate`, its own ties alone and beside another row, and whether the two part."""
     model, both = model_of(shape), prompts(2)
     alone, beside = stock_replies(model, both[:1])[0], stock_replies(model, both)[0]
     ties = count_ties(model, both[0].tolist(), alone)

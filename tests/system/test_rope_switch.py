@@ -28,7 +28,7 @@ GROWING = ("llama-dynamic", "gemma3-dynamic")
 
 
 def forgets(model: Any) -> bool:
-    """Whether this version's `generate` drops the cache and passes the last token alone."""
+    """True if this version's `generate` drops the cache and passes the last token alone."""
     known = inspect.getsource(type(model).prepare_inputs_for_generation)
     return type(model) in (Phi3ForCausalLM, PhimoeForCausalLM) and "next_sequence_length" not in known
 
@@ -186,7 +186,7 @@ def turns(name: str) -> Iterator[tuple[int, torch.Tensor]]:
 
 
 def continued(name: str, first: int, text: torch.Tensor) -> torch.Tensor:
-    """What stock says to `text` with the cache of its reply to the first prompt."""
+    """Stock's reply to `text` with the cache of its reply to the first prompt."""
     if name in RENEWING:
         return stock(name, text)
     model, prompt = new_model(name), prompt_ids(first, seed=first)

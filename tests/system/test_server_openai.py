@@ -26,7 +26,7 @@ class World:
         self.client = openai.OpenAI(base_url=f"{running.url}/v1", max_retries=0, **KEY)
 
     def reply(self, prompt: str, tokens: int, **options: Any) -> list[list[int]]:
-        """What the library says offline."""
+        """The library's reply offline."""
         ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
         if options.get("do_sample"):
             options.setdefault("top_k", 0)

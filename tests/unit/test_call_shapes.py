@@ -114,7 +114,7 @@ def test_stop_strings_of_the_models_own_configuration_stop() -> None:
     assert expected.shape[1] < ids.shape[1] + 12
     assert torch.equal(drafter.generate(ids, **OPTIONS), expected)
     assert torch.equal(drafter.generate(ids, tokenizer=TOKENIZER, **OPTIONS), expected)
-    # What the caller says goes first.
+    # The caller's option goes first.
     assert torch.equal(
         drafter.generate(ids, **OPTIONS, stop_strings=None), model.generate(ids, **OPTIONS, stop_strings=None)
     )

@@ -94,7 +94,7 @@ def place(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 @pytest.fixture
 def parts(place: Path, folder: Path) -> Iterator[dict[str, Any]]:
-    """What pages that go on from another one take as given."""
+    """Names that pages which continue another one take as given."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     model.generation_config.max_new_tokens = 16
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

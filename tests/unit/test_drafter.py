@@ -1,4 +1,4 @@
-"""What a user of RetrievalDrafter relies on: arguments, return types, streams, stops, errors."""
+"""Promises of RetrievalDrafter to its users: arguments, return types, streams, stops, errors."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def test_imports_of_tests_are_found(text: str, is_found: bool, tmp_path: Path) -
 
 
 def mirrored(place: Path) -> bool:
-    """Whether a unit test stands where its module or package does: X/test_Y.py for X/Y.py, X/_Y.py or X/Y."""
+    """True if a unit test stands where its module or package does: X/test_Y.py for X/Y.py, X/_Y.py or X/Y."""
     folder, name = ROOT / "retrieval_draft" / place.parent, place.stem.removeprefix("test_")
     modules = (folder / f"{name}.py", folder / f"_{name}.py", folder / name / "__init__.py")
     return any(module.is_file() for module in modules) or (folder.name == name and folder.is_dir())
@@ -138,6 +138,6 @@ def test_unit_tests_mirror_the_package() -> None:
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout")
 def test_no_file_of_the_package_is_ignored_by_git() -> None:
-    """What git ignores, the wheel leaves out."""
+    """The wheel leaves out files that git ignores."""
     words = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
     assert subprocess.check_output(words, text=True, cwd=ROOT) == ""

@@ -1,4 +1,4 @@
-"""What RetrievalDrafter refuses, and what it says then."""
+"""Refusals of RetrievalDrafter, and their messages."""
 
 from __future__ import annotations
 

@@ -275,7 +275,7 @@ def test_urls_lose_their_secrets_only(url: str, shown: str) -> None:
 
 
 def odd_values(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where every field of a description is."""
+    """The path of every field of a description."""
     inside = document.items() if isinstance(document, dict) else enumerate(document)
     for name, each in inside if isinstance(document, (dict, list)) else ():
         yield (*path, name)

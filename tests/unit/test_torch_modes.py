@@ -1,4 +1,4 @@
-"""What a caller may have set in torch: default dtype and device, inference mode, a seed."""
+"""Settings of torch that a caller may have made: default dtype and device, inference mode, a seed."""
 
 from __future__ import annotations
 

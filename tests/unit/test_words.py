@@ -49,9 +49,9 @@ def words_out(text: str) -> Iterator[tuple[str, str]]:
 
 def first_words_out(docstring: str) -> Iterator[tuple[int, str]]:
     """Line within a docstring and the word, where the docstring or an entry begins with a clause."""
-    if begin := re.match(rf"({'|'.join(FIRST)})\b", docstring):
-        yield 0, begin.group(1)
     for number, line in enumerate(docstring.split("\n")):
+        if begin := re.match(rf"\s*({'|'.join(FIRST)}) ", line):
+            yield number, begin.group(1)
         entry = re.match(
             rf"\s+\*{{0,2}}\w+(?:, \w+)*: (?:\w+, shape \([^)]*\)\. )?({'|'.join(ENTRY)})\b", line
         )
@@ -83,6 +83,19 @@ def test_docstrings_and_comments_are_in_plain_english(folder: str) -> None:
         f"{path.relative_to(ROOT)}:{line}: {message}"
         for path in sorted((ROOT / folder).rglob("*.py"))
         for line, message in sorted(faults(path.read_text(encoding="utf-8")))
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_docstrings_of_tests_begin_with_no_clause_word() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno + number}: begins with {word!r}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+        for number, word in first_words_out(node.value.value)
     ]
     assert not found, "\n".join(found)
 

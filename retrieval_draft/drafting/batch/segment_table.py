@@ -63,7 +63,7 @@ class SegmentTable:
             slots: Their texts, as far as they were looked up before, are looked up in the new segments.
 
         Returns:
-            Whether anything changed.
+            True if anything changed.
         """
         found = tuple([supply() for supply in self._supplies])
         if all([new is old for new, old in zip(found, self._known, strict=True)]):

@@ -26,7 +26,7 @@ Held = tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float64]]
 
 LOWEST = np.float32(-3.4028235e38)
 
-MAX_SHIFT = np.float32(2.0**30)
+MAX_SCORE = np.float32(2.0**30)
 """From here on, neighbouring float32 are further apart than any noise. Processors make scores so large of
 infinity (`remove_invalid_values`): they are drawn from in torch, after the largest is subtracted."""
 
@@ -63,7 +63,7 @@ def choose(
 
     Returns:
         The token, or -1 where the row has NaN or +inf, or has them after division, or where one is to be
-        drawn from a row of -inf or from scores beyond MAX_SHIFT; without noise the former is 0, as argmax has
+        drawn from a row of -inf or from scores beyond MAX_SCORE; without noise the former is 0, as argmax has
         it. Its log probability, NaN unless requested.
     """
     largest, smallest = block_maxima(bits, order)
@@ -87,7 +87,7 @@ def choose(
         else:
             count = _min_p(row, maxima, top, temperature, numbers[step], keeps[step], held, count)
     highest = np.float32(top / temperature)
-    if noisy and abs(highest) > MAX_SHIFT:
+    if noisy and abs(highest) > MAX_SCORE:
         return -1, np.nan
     threshold, tie = LOWEST, 0
     if count >= 0:

@@ -112,18 +112,16 @@ class Sampler:
         return choice.token
 
     def _choose_in_torch(self, scores: Tensor, position: int, row: Tensor) -> Choice:
-        keyed = scores
-        if self._noise is not None:
-            from retrieval_draft.engine._kernels.warp import MAX_SHIFT
+        from retrieval_draft.engine._kernels.warp import MAX_SCORE
 
-            top = scores.amax(-1, keepdim=True)
-            is_huge = top.isfinite() & (top.abs() > float(MAX_SHIFT))
-            keyed = torch.where(is_huge, scores - top, scores) + self._noise.at(position)
+        keyed = scores if self._noise is None else scores + self._noise.at(position)
         best = keyed.argmax(-1)
         columns = [best[0].double(), keyed.gather(-1, best[:, None])[0, 0].double()]
         if self._keep_logprob:
             columns.append(scores.log_softmax(-1).gather(-1, best[:, None])[0, 0].double())
         token, score, *logprob = torch.stack(columns).tolist()
+        if self._noise is not None and float(MAX_SCORE) < abs(score) < math.inf:
+            return self._choose_in_torch(scores - scores.amax(), position, row)
         # argmax finds a token among infinite scores, which are no distribution to draw from.
         if math.isnan(score) or (self._noise is not None and math.isinf(score)):
             raise non_finite(position) if bool(row.isnan().any()) else _no_choice(position, score)

@@ -212,7 +212,7 @@ def _narrow(
     """The part of an interval, which agrees in `depth` tokens, that has `token` next.
 
     Returns:
-        Whether there is one.
+        True if there is one.
     """
     low, high = np.int64(entry[0]), np.int64(entry[1])
     if high == SINGLE:

@@ -154,7 +154,7 @@ def _sort_run(
     suffixes are equal for good; 0 for a suffix equal to its predecessor.
 
     Returns:
-        Whether equal suffixes remain that may differ further on.
+        True if equal suffixes remain that may differ further on.
     """
     size = len(run)
     count = 64 // bits

@@ -84,7 +84,7 @@ class SegmentStore:
             most_tokens: Limit of the joined tokens, to bound the time; None for all.
 
         Returns:
-            Whether anything changed.
+            True if anything changed.
         """
         with self._lock:
             chosen = self._due(most_tokens)

@@ -39,7 +39,7 @@ _START_SECONDS = 10.0
 class EmbeddedServer:
     """Serves one folder. The process with the folder's lock runs the server, others use its socket.
 
-    When the owner ends, so does the server; the next process that needs it takes over with the data. A server
+    The server ends with its owner; the next process that needs it takes over with the data. A server
     whose owner was killed keeps running and is adopted by the next process.
 
     Args:

@@ -196,7 +196,7 @@ class LogReplica:
         """Makes a segment of a batch of many tokens.
 
         Returns:
-            Whether there was one.
+            True if there was one.
         """
         with self._sorting:
             if not self._unsorted:

@@ -271,7 +271,7 @@ class Sender:
     def _redis_seconds(self, client: Any) -> float:
         """The clock of Redis, in seconds; of a cluster that of the slowest node.
 
-        Where TIME is not permitted, the time in the id of the last entry.
+        Without permission for TIME, the time in the id of the last entry.
         """
         try:
             found = client.time()

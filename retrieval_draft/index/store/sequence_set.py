@@ -15,7 +15,7 @@ class SequenceSet:
     """Sequence numbers, as ranges: one range for a server whose entries come in order.
 
     So an entry that is written twice, or read twice, or arrives long after its successors, is added once.
-    Where there are more gaps than `MAX_GAPS`, the lowest is closed, and its numbers count as known.
+    Beyond `MAX_GAPS` gaps the lowest is closed, and its numbers count as known.
 
     Args:
         bounds: First and last number of each range in turn, ascending.
@@ -39,7 +39,7 @@ class SequenceSet:
         """Adds a number.
 
         Returns:
-            Whether it is the first time.
+            True if it is the first time.
         """
         firsts, lasts = self._firsts, self._lasts
         if lasts and number == lasts[-1] + 1:

@@ -79,7 +79,7 @@ class SnapshotPlace:
     """Storage for snapshots of one namespace.
 
     Each is a folder, an index like those of ``index build``, with a file that holds its position in the log.
-    That one is written last: without it a snapshot does not count.
+    The file of the position is written last: without it a snapshot does not count.
 
     Args:
         place: A folder, or any URL of fsspec.

@@ -184,7 +184,7 @@ class SharedStore:
         """Waits until the log has been read to its end once, or is known to be unreadable now.
 
         Returns:
-            Whether it has been read.
+            True if it has been read.
         """
         end = time.monotonic() + timeout
         while time.monotonic() < end and not self._stopped.is_set():

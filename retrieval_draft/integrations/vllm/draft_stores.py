@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from retrieval_draft.drafting.batch import ChainBatch
-from retrieval_draft.drafting.draft_stores import open_draft_stores
+from retrieval_draft.drafting.open_stores import open_draft_stores
 from retrieval_draft.integrations.vllm.options import VllmOptions
 
 __all__ = ["DraftStores"]

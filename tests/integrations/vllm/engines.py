@@ -65,7 +65,7 @@ def proposer_of(llm: Any) -> Any:
 
 
 def same_or_tie(plain: Any, ids: list[int], reference: list[int], other: list[int]) -> bool:
-    """Whether two replies are equal, or part where the model finds both tokens as good."""
+    """True if two replies are equal, or part where the model finds both tokens as good."""
     from vllm import SamplingParams
 
     if reference == other:

@@ -1,4 +1,4 @@
-"""Where a measurement comes from."""
+"""The origin of a measurement."""
 
 from __future__ import annotations
 

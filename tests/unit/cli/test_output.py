@@ -92,7 +92,7 @@ def test_commands_where_the_terminal_is_not_utf_8(tmp_path: Path, encoding: str)
     assert code == 1
     assert b"UTF-8" in err
     assert b"unexpected" not in err
-    # What is indexed from stdin is UTF-8 whatever the terminal is.
+    # Text indexed from stdin is UTF-8 on any terminal.
     given = "\u6f22\u5b57\n".encode()
     code, out, err = run("build", "-", "--tokenizer", tokenizer, "--out", index + "2", "--json", given=given)
     assert json.loads(out)["tokens"] == len(given)

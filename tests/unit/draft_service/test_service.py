@@ -104,7 +104,7 @@ def test_a_step_that_is_sent_again_is_taken_in_once() -> None:
         key = opened(service, 7, 8, 9, 4)
         first = stepped(service, key, 7, 8, at=4, nodes=8)
         assert stepped(service, key, 7, 8, at=4, nodes=8).tokens == first.tokens
-        # What was lost may have been the answer, and more has been emitted since.
+        # The answer may have been lost, and more has been emitted since.
         more = stepped(service, key, 7, 8, 9, 4, at=4, nodes=8)
         assert (more.length, more.accepted) == (8, 2)
         again = stepped(service, key, 9, 4, at=6, nodes=0)

@@ -1,4 +1,4 @@
-"""What outlives a request: sources opened for groups, and what is learned and measured once."""
+"""State that outlives a request: sources opened for groups, calibration and costs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SECONDS = {size: 1.0 + 0.01 * size for size in SIZES}
 
 @pytest.fixture(autouse=True)
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is compiled and measured, without the waiting."""
+    """Compilation and measurements, without the waiting."""
     done: list[str] = []
 
     def cost(forward: Any, device: Any, advance: Any) -> CostModel:

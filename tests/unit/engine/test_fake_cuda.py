@@ -106,7 +106,7 @@ def test_noise_is_made_on_the_device(fake: None) -> None:
 
 @pytest.mark.parametrize("rows", [[1], [4, 4], [1, 8, 3]])
 def test_logits_of_a_batch_are_packed_in_one_piece(fake: None, rows: list[int]) -> None:
-    """What all rows of a pass say goes to the host in one copy, whatever their sizes."""
+    """The predictions of all rows of a pass go to the host in one copy, for any sizes."""
     packed = LogitReader(8).pack(torch.empty((sum(rows), 32_000), device=CUDA, dtype=torch.float16))
     assert packed.shape == (sum(rows), 18)
     assert packed.is_contiguous()

@@ -82,7 +82,7 @@ def started(drafting: Any = None, **options: Any) -> Row:
 
 
 def says(*tokens: int, finite: bool = True) -> Predictions:
-    """What the target says after each node."""
+    """The target's predictions after each node."""
     size = len(tokens)
     return Predictions(
         np.array(tokens, np.int32),

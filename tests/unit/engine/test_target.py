@@ -30,7 +30,7 @@ def inference() -> Iterator[None]:
 
 
 def plain(ids: Sequence[int]) -> torch.Tensor:
-    """What the model says after each token of a text: (length, vocabulary)."""
+    """Logits of the model after each token of a text: (length, vocabulary)."""
     logits: torch.Tensor = MODEL(torch.tensor([list(ids)])).logits[0]
     return logits
 
@@ -47,7 +47,7 @@ def two_rows(target: Target) -> tuple[list[SpeculativeCache], list[TreeInputs]]:
 
 
 def expected_rows() -> torch.Tensor:
-    """What the model says after each node of `TREES`, from texts that hold its path alone."""
+    """Logits of the model after each node of `TREES`, from texts that hold its path alone."""
     first, second = TEXTS[0].tolist(), TEXTS[1].tolist()
     paths = [[*first, 7], [*first, 7, 8], [*first, 7, 9], [*second, 5], [*second, 5, 6]]
     return torch.stack([plain(path)[-1] for path in paths])

@@ -50,7 +50,7 @@ def requests(
 
 
 def keys(found: list[DecodeRequest]) -> list[int]:
-    """What tells the noise of each request from others."""
+    """Keys that tell the noise of each request from others."""
     assert all(request.noise is not None for request in found)
     return [int(request.noise.sample_key) for request in found if request.noise is not None]
 

@@ -29,7 +29,7 @@ def history():
 
 
 def texts(history: History) -> list[list[int]]:
-    """What is held, text by text."""
+    """The texts that are held."""
     found = []
     for segment in history.segments:
         joined = segment.texts(100).tolist()

@@ -1,4 +1,4 @@
-"""What the target said, where it is no number."""
+"""Predictions of the target that are no numbers."""
 
 import numpy as np
 import pytest

@@ -18,7 +18,7 @@ VOCABULARY = 30
 
 
 class Engine:
-    """What llama-cpp-python's generate does with a draft model, over a function that says the next token.
+    """llama-cpp-python's loop with a draft model, over a function that returns the next token.
 
     The text lies in one buffer that is written over, drafts included, as there.
     """
@@ -77,7 +77,7 @@ def test_the_engine_says_the_same_in_fewer_passes(options: dict[str, int]) -> No
             assert drafts.stats.drafted == 0
         else:
             assert len(drafted.passes) < 0.7 * len(plain.passes)
-            # What a request's last pass said is not seen.
+            # The last pass of a request is not seen.
             assert 0.6 * 4 * 60 < drafts.stats.tokens + drafts.stats.requests <= 4 * 60
         assert max(drafted.passes) <= 1 + options.get("num_pred_tokens", options.get("max_tokens", 32))
 

@@ -184,7 +184,7 @@ def advance_rows(
     """Applies `segment_match.advance` to the texts of rows first_row..last_row-1.
 
     The shortest length with an entry in the chain, that of a key, is looked up first, at the text's end.
-    Where it does not occur no longer one does, so the tokens before the end are skipped. Where it does,
+    If it does not occur, no longer one does, so the tokens before the end are skipped. If it does,
     `advance` goes token by token.
 
     Args:

@@ -148,7 +148,7 @@ def follow_segments(
         token: The next one.
 
     Returns:
-        Whether any occurrence has.
+        True if any occurrence has.
     """
     left = False
     for item in range(num_ranges):

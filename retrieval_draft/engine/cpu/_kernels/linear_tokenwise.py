@@ -1,6 +1,6 @@
 """y = x Wᵀ + b for more tokens than a register has lanes: tokens lie in the lanes, weights are spread.
 
-Where `linear` sums along a row in the lanes of a register and then across them, here each lane is a token
+While `linear` sums along a row in the lanes of a register and then across them, here each lane is a token
 and nothing is summed across; lanes without a token are wasted. x is packed for it, token beside token. The
 rows of W are cut into blocks, which the threads of a job claim; a block is multiplied run by run with a part
 of x that stays in the nearest cache.

@@ -38,7 +38,7 @@ def read(text: np.ndarray, target: Target = TARGET) -> SpeculativeCache:
 
 
 def stock(text: np.ndarray, model: Any = MODEL, padding: int = 0, with_config: bool = True) -> DynamicCache:
-    """What transformers itself makes of a text."""
+    """The cache that transformers itself makes of a text."""
     cache = DynamicCache(config=model.config) if with_config else DynamicCache()
     ids = torch.from_numpy(np.concatenate([np.zeros(padding, np.int64), text.astype(np.int64)]))[None]
     mask = torch.ones_like(ids)

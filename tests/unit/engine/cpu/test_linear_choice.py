@@ -105,7 +105,7 @@ def test_the_fastest_wins_and_the_first_among_equals(tmp_path: Path, monkeypatch
     choices.measure(choices.missing(WEIGHTS[:1]))
     names = choices.names(WEIGHTS[0])
     assert (names[8], names[16], names[32]) == ("tiled", "tokenwise", "stock")
-    # What was hopeless at 32 tokens was not tried at 64.
+    # Kernels that were hopeless at 32 tokens were not tried at 64.
     assert names[64] == "stock"
 
 

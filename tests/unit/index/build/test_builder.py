@@ -29,7 +29,7 @@ def empty(path: Path) -> IndexFolder:
 
 
 def texts(index: IndexFolder) -> list[str]:
-    """What an index holds, document by document."""
+    """The documents that an index holds."""
     found = []
     for segment in index.segments():
         joined = segment.texts(ENCODER.vocabulary)

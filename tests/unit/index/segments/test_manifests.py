@@ -27,11 +27,11 @@ ODD: list[Any] = [
     "/etc", "a/b", "C:\\x", "\0", "segment-0000000000000000", "x" * 10_000, [], [-1], {}, {"x": {}}, [[]],
     {"a": None},
 ]  # fmt: skip
-"""What may stand in the place of any field."""
+"""Values that may stand in the place of any field."""
 
 
 def fields(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where every field of a document is, those within others included."""
+    """The path of every field of a document, those within others included."""
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, each in inside:
         yield (*path, name)

@@ -135,7 +135,7 @@ def test_a_cluster_spreads_the_shards(tmp_path) -> None:
             for number in range(60):
                 share(stores[number % 6], number)
             wait_same(stores, runs(*range(60)))
-            # Which shards six servers write to is chance; where all shards lie is not.
+            # The shards that six servers write to are chance; the places of all shards are not.
             for shard in range(SHARDS):
                 client(cluster.url).xadd(stream_key("spread:all", str(shard)), {"a": b"1"})
             assert all(node.client().keys("rd:spread:all:*") for node in cluster.nodes)
@@ -159,7 +159,7 @@ def test_a_cluster_spreads_the_shards(tmp_path) -> None:
 
 
 def sets_a_key(url: str) -> bool:
-    """Whether a fresh client can write."""
+    """True if a fresh client can write."""
     with suppress(RedisError, OSError):
         return bool(client(url, timeout=0.5).set("fresh", 1))
     time.sleep(0.05)

@@ -26,7 +26,7 @@ def payload(server: bytes, sequence: int, tokens: list[int] | None = None) -> by
 
 
 def item(at: int, server: bytes, sequence: int, tokens: list[int] | None = None) -> list[Any]:
-    """What redis-py returns of an entry with the id ``at-0``."""
+    """The reply of redis-py for an entry with the id ``at-0``."""
     return [b"%d-0" % at, [FIELD, payload(server, sequence, tokens)]]
 
 

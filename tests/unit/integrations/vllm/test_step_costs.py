@@ -1,4 +1,4 @@
-"""How long drafts pay, learned from the times of steps alone."""
+"""Lengths at which drafts pay, learned from the times of steps alone."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def make(chains: Scripted, clock: list[float], vocabulary: int = 100) -> RowDraf
 
 
 def test_lengths_follow_the_times_between_calls() -> None:
-    """Where a pass over four tokens takes four times as long as one over one, drafting stops."""
+    """If a pass over four tokens takes four times as long as one over one, drafting stops."""
     clock = [0.0]
     batch = FakeBatch(2, 1000)
     batch.add("a", [1, 2])

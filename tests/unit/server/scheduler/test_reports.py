@@ -1,4 +1,4 @@
-"""What listeners are told, and that one which raises is left out."""
+"""Reports to listeners; one that raises is left out."""
 
 from __future__ import annotations
 
