@@ -14,7 +14,7 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from retrieval_draft import RetrievalDrafter
+from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.errors import (
     InvalidInputError,
     TokenizerMismatchError,
@@ -91,6 +91,8 @@ def test_unknown_method_and_unsupported_parts() -> None:
         RetrievalDrafter.for_model(MODEL, method="magic")
     with pytest.raises(InvalidInputError, match="store needs the model's tokenizer"):
         RetrievalDrafter.for_model(MODEL, store="redis://x")
+    with pytest.raises(InvalidInputError, match="names a source twice"):
+        DraftConfig(sources=("automaton", "history", "automaton"))
 
 
 @pytest.mark.parametrize("window", [16, 256])
