@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import dropwhile
 from typing import Any
 
 import torch
@@ -240,7 +241,8 @@ class _Conversation:
         streamer = _Streamer() if call.streamer else None
         try:
             given = self._arguments(call, prompts)
-            with self._placed(call, given), keyed_draws(rows, row_seeds, self.case.vocabulary):
+            seen = _seen(rows, given, call.options)
+            with self._placed(call, given), keyed_draws(seen, row_seeds, self.case.vocabulary):
                 out = self.model.generate(**given, streamer=streamer)
         except Exception as error:
             return error
@@ -435,6 +437,14 @@ class _Got:
     def owner(self, row: int, samples: int) -> int:
         """The prompt of a row."""
         return row // samples if self.owners is None else self.owners[row]
+
+
+def _seen(rows: list[list[int]], given: dict[str, Any], options: dict[str, Any]) -> list[list[int]]:
+    """Prompts as the model sees them: without a mask, transformers takes leading pad ids for padding."""
+    pad, eos = options.get("pad_token_id"), options.get("eos_token_id")
+    if "attention_mask" in given or pad is None or pad in (eos if isinstance(eos, list) else [eos]):
+        return rows
+    return [list(dropwhile(lambda token: token == pad, row)) for row in rows]
 
 
 def _same(one: list[int], other: list[int], pad: int) -> bool:
