@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter
@@ -36,20 +36,20 @@ class Step:
         rows: Those that stepped; ones that failed are left out.
         plans: The verified drafts, one for each row.
         emitted: Tokens of each row.
+        learn_seconds: Updates of sources and calibration with the result of the step before.
         draft_seconds: Proposals and choice of the budget.
         commit_seconds: Packing and moving accepted paths.
         forward_seconds: The pass.
-        learn_seconds: Updates of sources and calibration.
         seconds: All of it.
     """
 
     rows: Sequence[Row]
     plans: Sequence[DraftPlan]
     emitted: Sequence[Sequence[int]]
+    learn_seconds: float
     draft_seconds: float
     commit_seconds: float
     forward_seconds: float
-    learn_seconds: float
     seconds: float
 
 
@@ -73,16 +73,27 @@ class _Verified:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class _StepCosts:
+    """Time and yield of a step that made one pass: what the budget learns from."""
+
+    rows: int
+    nodes: int
+    length: int
+    emitted: int
+    forward_seconds: float
+    seconds: float
+
+
 def _accept(row: Row, plan: DraftPlan, output: _RowOutput) -> list[int]:
-    return row.accept(plan, output.logits, output.summary)
-
-
-def _learn(row: Row, plan: DraftPlan, emitted: list[int], output: _RowOutput) -> None:
-    row.learn(plan, emitted, output.summary, output.hidden)
+    return row.accept(plan, output.logits, output.summary, output.hidden)
 
 
 class Batch:
     """The requests that are decoded together now. One may join or leave between any two steps.
+
+    A step has two halves. Drafting takes up the results of the step before, and plans the trees of this one;
+    the engine passes the trees, and emits what the target chooses in them.
 
     Args:
         target: The model.
@@ -107,6 +118,7 @@ class Batch:
         self.rows: list[Row] = []
         self._target, self._reader, self._stats, self._budget = target, reader, stats, budget
         self._failed = failed
+        self._costs: _StepCosts | None = None
 
     def join(
         self,
@@ -165,6 +177,10 @@ class Batch:
         """Takes out the rows that are done, each ready to be returned."""
         done = [row for row in self.rows if row.done]
         if done:
+            began = perf_counter()
+            self._apply_feedback()
+            self._stats.learn_seconds += perf_counter() - began
+            done = [row for row in self.rows if row.done]
             self.rows = [row for row in self.rows if not row.done]
             done = list(self._of_each(Row.finish, done))
             for row in done:
@@ -180,57 +196,60 @@ class Batch:
         """Drafts, verifies and accepts in every row."""
         stats = self._stats
         started = perf_counter()
-        planned = self._of_each(Row.propose, self.rows)
-        rows, plans = list(planned), list(planned.values())
-        sizes = self._budget.share([plan.tree for plan in plans], [row.length for row in rows])
-        plans = [plan.cut(size) for plan, size in zip(plans, sizes, strict=True)]
+        self._apply_feedback()
+        learnt = perf_counter()
+        planned = self._plan()
         drafted = perf_counter()
-        prepared = self._of_each(Row.prepare, rows, plans)
-        plans = [plan for row, plan in zip(rows, plans, strict=True) if row in prepared]
-        rows, inputs = list(prepared), list(prepared.values())
+        prepared = self._of_each(Row.prepare, list(planned), list(planned.values()))
         packed = perf_counter()
-        verified: list[_Verified] = []
-        for places in self._shared(rows):
-            group = [rows[p] for p in places], [plans[p] for p in places]
-            try:
-                verified.append(self._verify(*group, [inputs[p] for p in places]))
-            except Exception as error:
-                if self._failed is None:
-                    raise
-                verified += self._verify_alone(*group, error)
+        verified = self._verify_groups(prepared, planned)
         forward = sum(each.seconds for each in verified)
-        rows = [row for each in verified for row in each.rows]
-        plans = [plan for each in verified for plan in each.plans]
-        outputs = [part for each in verified for part in each.parts]
-        accepted = self._of_each(_accept, rows, plans, outputs)
-        walked = perf_counter()
-        kept = [place for place, row in enumerate(rows) if row in accepted]
-        rows, plans, outputs = [rows[p] for p in kept], [plans[p] for p in kept], [outputs[p] for p in kept]
-        emitted = list(accepted.values())
-        learnt = self._of_each(_learn, rows, plans, emitted, outputs)
-        if len(verified) == 1 and rows:
-            nodes = verified[0].nodes
-            self._budget.timed(len(verified[0].rows), nodes, max(row.length for row in rows), forward)
-            total = perf_counter() - started
-            self._budget.note_step(len(rows), sum(map(len, emitted)), total, forward)
+        passed = [row for each in verified for row in each.rows]
+        plans = {row: plan for each in verified for row, plan in zip(each.rows, each.plans, strict=True)}
+        accepted = self._of_each(
+            _accept, passed, list(plans.values()), [part for each in verified for part in each.parts]
+        )
         ended = perf_counter()
+        rows, emitted = list(accepted), list(accepted.values())
+        if len(verified) == 1 and rows:
+            self._costs = _StepCosts(
+                len(verified[0].rows),
+                verified[0].nodes,
+                max(row.length for row in rows),
+                sum(map(len, emitted)),
+                forward,
+                ended - started,
+            )
         stats.passes += len(verified)
-        stats.draft_seconds += drafted - started
+        stats.learn_seconds += learnt - started
+        stats.draft_seconds += drafted - learnt
         stats.commit_seconds += packed - drafted
         stats.forward_seconds += forward
-        stats.accept_seconds += walked - packed - forward
-        stats.learn_seconds += ended - walked
-        kept = [place for place, row in enumerate(rows) if row in learnt]
+        stats.accept_seconds += ended - packed - forward
         return Step(
-            [rows[place] for place in kept],
-            [plans[place] for place in kept],
-            [emitted[place] for place in kept],
-            drafted - started,
+            rows,
+            [plans[row] for row in rows],
+            emitted,
+            learnt - started,
+            drafted - learnt,
             packed - drafted,
             forward,
-            ended - walked,
             ended - started,
         )
+
+    def _apply_feedback(self) -> None:
+        """Updates sources, calibration and costs with the result of the last step, once."""
+        self._of_each(Row.apply_feedback, self.rows)
+        costs, self._costs = self._costs, None
+        if costs is not None:
+            self._budget.timed(costs.rows, costs.nodes, costs.length, costs.forward_seconds)
+            self._budget.note_step(costs.rows, costs.emitted, costs.seconds, costs.forward_seconds)
+
+    def _plan(self) -> dict[Row, DraftPlan]:
+        """The trees to verify: every row's proposals, cut to its share of the budget."""
+        planned: dict[Row, DraftPlan] = self._of_each(Row.propose, self.rows)
+        sizes = self._budget.share([plan.tree for plan in planned.values()], [row.length for row in planned])
+        return {row: plan.cut(size) for (row, plan), size in zip(planned.items(), sizes, strict=True)}
 
     def _of_each(
         self, call: Callable[..., Any], rows: Sequence[Row], *given: Sequence[Any]
@@ -250,12 +269,27 @@ class Batch:
         self.remove(row)
         self._failed(row, error)
 
-    def _shared(self, rows: Sequence[Row]) -> Sequence[Sequence[int]]:
-        """Indices of the rows that share a pass: all, unless their rotary factors differ."""
+    def _verify_groups(
+        self, inputs: Mapping[Row, TreeInputs], plans: Mapping[Row, DraftPlan]
+    ) -> list[_Verified]:
+        """A pass over all rows, or one over each group of rows that can share a pass."""
+        verified: list[_Verified] = []
+        for group in self._shared(list(inputs)):
+            trees = [plans[row] for row in group]
+            try:
+                verified.append(self._verify(group, trees, [inputs[row] for row in group]))
+            except Exception as error:
+                if self._failed is None:
+                    raise
+                verified += self._verify_alone(group, trees, error)
+        return verified
+
+    def _shared(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
+        """Groups of rows that share a pass: one of all rows, unless their rotary factors differ."""
         rope = self._target.rope
         if rope is not None:
-            return rope.shared([row.length for row in rows])
-        return [range(len(rows))] if rows else []
+            return [[rows[at] for at in group] for group in rope.shared([row.length for row in rows])]
+        return [rows] if rows else []
 
     def _verify(
         self, rows: Sequence[Row], plans: Sequence[DraftPlan], inputs: Sequence[TreeInputs]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,9 +33,27 @@ _ROOM = 4096
 _SPARE = 64
 """Tree nodes that the cache makes room for at once."""
 
+_log = logging.getLogger("retrieval_draft")
+
+
+class _Feedback(NamedTuple):
+    """Result of a step, for drafting: its drafts, the accepted path and tokens, and the predictions.
+
+    `hidden` is (d,), the input of the output head at the path's end; None where nobody drafts from it.
+    """
+
+    plan: DraftPlan
+    path: Sequence[int]
+    emitted: list[int]
+    predictions: Predictions
+    hidden: Tensor | None
+
 
 class Row:
     """The state of a request: its text, its cache and the path that waits to be committed.
+
+    A step's result reaches its sources as the next step begins, so that a step drafts first and verifies
+    then, and its tokens are out before anything is learned from them.
 
     Args:
         target: The model.
@@ -74,6 +94,7 @@ class Row:
         self._prompt_end: Tensor | None = None
         self._predictions: Predictions | None = None
         self._hidden_end: Tensor | None = None
+        self._feedback: _Feedback | None = None
         stats.requests += 1
         stats.prompt_tokens += len(request.prompt)
 
@@ -170,15 +191,17 @@ class Row:
         self.cache.drop()
         return self.attention.prepare(plan.tree, len(self.text) - 1, None)
 
-    def accept(self, plan: DraftPlan, logits: Tensor, predictions: Predictions) -> list[int]:
-        """Emits the target's choices along the tree, and notes which nodes to keep.
+    def accept(
+        self, plan: DraftPlan, logits: Tensor, predictions: Predictions, hidden: Tensor | None = None
+    ) -> list[int]:
+        """Emits the target's choices along the tree, and notes which nodes to keep and what to learn.
 
         Args:
             plan: The verified drafts.
             logits: (n + 1, vocabulary) or more, float, after each node.
             predictions: Their summary.
+            hidden: (n + 1, d) or more. Inputs of the output head at the nodes, if a source wants them.
         """
-        stats = self.stats
         emitted = self._accept(plan.tree, logits, predictions)
         path = self._path
         kept = 0
@@ -187,35 +210,28 @@ class Row:
         self._kept = kept
         # They move with the next step's inputs, in the same copy to the device.
         self._moved = np.array(path[kept:], np.int64) if kept < len(path) else None
-        stats.steps += 1
+        self.stats.steps += 1
+        if self.drafting is not None:
+            wanted = hidden is not None and self.drafting.wants_hidden
+            end = hidden[path[-1]] if wanted and hidden is not None else None
+            self._feedback = _Feedback(plan, path, emitted, predictions, end)
         return emitted
 
-    def learn(
-        self, plan: DraftPlan, emitted: list[int], predictions: Predictions, hidden: Tensor | None
-    ) -> None:
-        """Updates sources and calibration with the step's result.
-
-        Args:
-            plan: The verified drafts.
-            emitted: Tokens that `accept` returned.
-            predictions: The target's predictions at the tree's nodes.
-            hidden: (n + 1, d) or more. Inputs of the output head at the nodes, if a source wants them.
-        """
-        drafting = self.drafting
-        if drafting is None:
+    def apply_feedback(self) -> None:
+        """Updates sources and calibration with the result of the last step, once."""
+        drafting, feedback = self.drafting, self._feedback
+        self._feedback = None
+        if drafting is None or feedback is None:
             return
+        plan, path, emitted, predictions, hidden = feedback
         before = len(self.text) - len(emitted) - 1
-        drafting.count(plan, self._path)
-        tail = self.text.tokens[max(0, before - 3) : before]
+        drafting.count(plan, path)
         accepted = np.array(emitted, np.int32)
         drafting.observe(accepted)
-        drafting.learn(
-            plan,
-            accepted,
-            NodeLogits(plan.tree.contexts(tail), predictions.top_tokens, predictions.top_probs),
-        )
-        if drafting.wants_hidden and hidden is not None:
-            drafting.learn_hidden(hidden[self._path[-1]])
+        contexts = plan.tree.contexts(self.text.tokens[max(0, before - 3) : before])
+        drafting.learn(plan, accepted, NodeLogits(contexts, predictions.top_tokens, predictions.top_probs))
+        if hidden is not None:
+            drafting.learn_hidden(hidden)
 
     def finish(self) -> None:
         """Moves the last accepted path into place, so that the cache can be used further."""
@@ -296,10 +312,15 @@ class Row:
         return len(self.text) - 1
 
     def forget(self) -> None:
-        """Releases the state that only the running batch needs."""
-        if self.drafting is not None:
-            self.drafting.close()
-            self.drafting = None
+        """Releases the state that only the running batch needs. Sources get the text so far."""
+        if self.drafting is None:
+            return
+        try:
+            self.apply_feedback()
+        except Exception as error:  # the request is over: what is learned of it may not harm others
+            _log.warning("The last step of a request was not learned from: %r", error, exc_info=error)
+        self.drafting.close()
+        self.drafting = None
 
 
 _FIELDS = ("next_tokens", "finite", "top_tokens", "top_probs")

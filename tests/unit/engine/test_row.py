@@ -98,7 +98,7 @@ def step(made: Row, tree: DraftTree, *tokens: int) -> list[int]:
     TARGET.verify(made.cache, made.prepare(plan))
     predictions = says(*tokens)
     emitted = made.accept(plan, NOTHING, predictions)
-    made.learn(plan, emitted, predictions, None)
+    made.apply_feedback()
     return emitted
 
 
@@ -247,8 +247,8 @@ def test_the_hidden_state_that_chose_the_new_root_is_passed_on() -> None:
     tree = tree_of([root, 30, 31], [-1, 0, 0])
     plan = DraftPlan(tree, tree, ())
     TARGET.verify(made.cache, made.prepare(plan))
-    emitted = made.accept(plan, NOTHING, says(31, 0, 40))
-    made.learn(plan, emitted, says(31, 0, 40), torch.tensor([[10.0], [11.0], [12.0]]))
+    made.accept(plan, NOTHING, says(31, 0, 40), torch.tensor([[10.0], [11.0], [12.0]]))
+    made.apply_feedback()
     assert told.calls[-1] == ("learn_hidden", 12.0)
 
 
@@ -283,6 +283,31 @@ def test_who_waits_for_the_reply_gets_it_at_the_end() -> None:
     assert (made.done, replies) == (True, [])
     made.finish()
     assert replies == [[first_token()]]
+
+
+def test_a_step_is_learned_from_once_and_at_the_latest_at_the_end() -> None:
+    told, root = Told(), first_token()
+    made = started(told)
+    tree = tree_of([root, 30], [-1, 0])
+    plan = DraftPlan(tree, tree, ())
+    TARGET.verify(made.cache, made.prepare(plan))
+    made.accept(plan, NOTHING, says(30, 31))
+    assert [call for call, *_ in told.calls] == ["start"], "tokens are out before anything is learned"
+    made.forget()
+    assert [call for call, *_ in told.calls] == ["start", "count", "observe", "learn", "close"]
+
+
+def test_what_cannot_be_learned_of_a_request_that_is_over_is_left(caplog: pytest.LogCaptureFixture) -> None:
+    told, root = Told(), first_token()
+    told.observe = None  # type: ignore[assignment]  # a call of it raises
+    made = started(told)
+    tree = DraftTree.root(root)
+    plan = DraftPlan(tree, tree, ())
+    TARGET.verify(made.cache, made.prepare(plan))
+    made.accept(plan, NOTHING, says(30))
+    made.forget()
+    assert told.calls[-1] == ("close",)
+    assert "was not learned from" in caplog.text
 
 
 def test_sources_are_closed_once() -> None:
