@@ -38,13 +38,13 @@ with RetrievalDrafter.for_model(model, tokenizer, config=config) as drafter:
         out = drafter.generate(
             **inputs,
             max_new_tokens=128,
-            stop_strings=None if tokenizer.chat_template else ["\nuser:"],
+            stop_strings=None if tokenizer.chat_template else ["\n"],  # a turn is a line then
             cache=cache,
             streamer=streamer,
             return_dict_in_generate=True,
         )
         cache = out.cache if "cache" in out else out.past_key_values  # its name before transformers 5.24
         reply = out.sequences[0, inputs["input_ids"].shape[1] :]
-        text = tokenizer.decode(reply, skip_special_tokens=True).removesuffix("\nuser:").strip()
+        text = tokenizer.decode(reply, skip_special_tokens=True).strip()
         turns.append({"role": "assistant", "content": text})
         print(f"[{drafter.last_stats.tokens_per_step:.2f} tokens per step]\n> ", end="", flush=True)

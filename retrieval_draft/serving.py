@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
@@ -71,7 +72,7 @@ class ContinuousDrafter:
         """Prepares the requests that `generate` would decode. May run while a batch does.
 
         Args:
-            input_ids: int64, shape (1, length). One prompt.
+            input_ids: int64, shape (1, length). One prompt, whole: pad tokens in it are text.
             seed: For sampling.
             prediction: Expected reply: text or token ids.
             documents: Texts that the reply may quote.
@@ -90,6 +91,8 @@ class ContinuousDrafter:
             with ending(streamer):
                 raise InvalidInputError("prepare takes no streamer.", "Set `emit` of the requests.")
         ids, mask, config = arguments_of_generate((input_ids,), options)
+        if mask is None and isinstance(ids, Tensor):
+            mask = torch.ones_like(ids)  # else transformers takes pad tokens for padding
         drafter.check_model()
         drafter.check_share(share)
         target, tokenizer = drafter.target, drafter.tokenizer

@@ -18,7 +18,7 @@ from retrieval_draft.errors import DatastoreError, InvalidInputError
 
 if TYPE_CHECKING:
     from retrieval_draft.index.build.builder import BuildState
-    from retrieval_draft.index.build.documents import ReadReport
+    from retrieval_draft.index.build.documents import DocumentFile, ReadReport
     from retrieval_draft.index.build.encoder import Encoder
     from retrieval_draft.index.segments.index_folder import IndexFolder
 
@@ -88,6 +88,8 @@ def build(
     json: Json = False,
 ) -> None:
     """Index text for drafting. After an interruption the same command continues."""
+    _check_executor(executor)
+    found = _found(paths, include, exclude)
     encoder = load_encoder(tokenizer)
     from retrieval_draft.index.segments.index_folder import IndexFolder
 
@@ -97,8 +99,7 @@ def build(
             f"{out} is an index already, of {index.manifest.tokens} tokens.",
             "Add to it with index add, or replace it with --overwrite.",
         )
-    _fill(index, encoder, paths, text_column, limit, skip, include, exclude, workers, segment_tokens,
-          executor, json, overwrite)  # fmt: skip
+    _fill(index, encoder, found, text_column, limit, skip, workers, segment_tokens, executor, json, overwrite)
 
 
 @app.command("add")
@@ -121,10 +122,11 @@ def add(
     """Add text to an index. Readers see the old one until all is done."""
     from retrieval_draft.index.segments.index_folder import IndexFolder
 
+    _check_executor(executor)
     index = IndexFolder.open(out)
+    found = _found(paths, include, exclude)
     encoder = load_encoder(tokenizer or named_tokenizer(index))
-    _fill(index, encoder, paths, text_column, limit, skip, include, exclude, workers, segment_tokens,
-          executor, json, False)  # fmt: skip
+    _fill(index, encoder, found, text_column, limit, skip, workers, segment_tokens, executor, json, False)
 
 
 @app.command("merge")
@@ -147,13 +149,13 @@ def merge(
     from retrieval_draft.index.segments.index_folder import IndexFolder
 
     opened = [IndexFolder.open(path) for path in indexes]
+    places = [index.path.resolve() for index in opened]
+    if len(set(places)) < len(places):
+        raise InvalidInputError("An index is named twice.", "Name each once.")
     first = opened[0].manifest
     target = opened[0]
     if out is not None:
         target = IndexFolder.create(out, first.fingerprint, first.vocabulary_size, first.tokenizer)
-    places = [index.path.resolve() for index in opened]
-    if len(set(places)) < len(places):
-        raise InvalidInputError("An index is named twice.", "Name each once.")
     sources = [index for index in opened if index.path.resolve() != target.path.resolve()]
     total = sum(index.manifest.tokens for index in (target, *sources))
     with progress("Merging", total) as advance:
@@ -161,15 +163,30 @@ def merge(
     _print_summary(target, {}, json)
 
 
+def _check_executor(executor: str | None) -> None:
+    if executor is not None and executor != "ray" and not executor.startswith("ray://"):
+        raise InvalidInputError(
+            f"Unknown executor {executor!r}.", "Choose ray, or an address like ray://HOST:PORT."
+        )
+
+
+def _found(
+    paths: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> tuple[list[DocumentFile], ReadReport]:
+    """Files to read, and a report of those left out; without a file no index must be made."""
+    from retrieval_draft.index.build.documents import ReadReport, find_files
+
+    report = ReadReport()
+    return find_files(paths, include=include or (), exclude=exclude or (), report=report), report
+
+
 def _fill(
     index: IndexFolder,
     encoder: Encoder,
-    paths: Sequence[str],
+    found: tuple[list[DocumentFile], ReadReport],
     text_column: str,
     limit: int | None,
     skip: int,
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
     workers: int | None,
     segment_tokens: int,
     executor: str | None,
@@ -179,10 +196,8 @@ def _fill(
     """Fills an index, for build and add."""
     from retrieval_draft.cli._build_progress import build_progress
     from retrieval_draft.index.build.builder import BuildOptions, build_index
-    from retrieval_draft.index.build.documents import ReadReport, find_files
 
-    report = ReadReport()
-    files = find_files(paths, include=include or (), exclude=exclude or (), report=report)
+    files, report = found
     threads = _workers(workers)
     # Read by the tokenizer's thread pool when it starts.
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
@@ -195,10 +210,6 @@ def _fill(
         else:
             from retrieval_draft.index.build.shards import build_on_ray
 
-            if executor != "ray" and not executor.startswith("ray://"):
-                raise InvalidInputError(
-                    f"Unknown executor {executor!r}.", "Choose ray, or an address like ray://HOST:PORT."
-                )
             address = None if executor == "ray" else executor
             state = build_on_ray(index, files, encoder, options, address, watch, replace)
     report.merge(state.report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from retrieval_draft.index.segments.segment_session import Segments, SegmentSess
 from retrieval_draft.index.source import TokenArray
 
 __all__ = ["Corpus", "CorpusSource", "make_source"]
+
+_log = logging.getLogger("retrieval_draft")
 
 
 class Corpus:
@@ -30,10 +33,15 @@ class Corpus:
     def open(cls, path: str | Path) -> Corpus:
         """Opens an index that ``index build`` wrote; ``folder.check`` checks its tokenizer.
 
+        An index without text is logged as a warning.
+
         Raises:
             DatastoreError: No index, or a torn one.
         """
-        return cls(IndexFolder.open(Path(path)))
+        corpus = cls(IndexFolder.open(Path(path)))
+        if not corpus.segments:
+            _log.warning("The index %s holds no text: its build found none, or did not end.", path)
+        return corpus
 
     @property
     def nbytes(self) -> int:

@@ -155,6 +155,7 @@ def test_pages_of_named_origins_may_use_the_server(running: Running) -> None:
         ({"output_attentions": True}, {}),
         ({"num_beams": 4}, {"num_beams": 1}),
         ({"num_beams": 4, "num_return_sequences": 2}, {"num_beams": 1, "num_return_sequences": 1}),
+        ({"pad_token_id": 0}, {}),
         ({"force_words_ids": [[1]]}, None),
     ],
 )

@@ -6,6 +6,7 @@ import json
 import re
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SourceSpec
     """The page's file where Python finds it, and the page's line in the table."""
     begin = PAGE.index("## Add a draft source")
     section = PAGE[begin : PAGE.index("\n## ", begin)]
-    file, line = re.findall(r"^```(?:python)?\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    file, line = re.findall(r"^```(?:python|text)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     (tmp_path / "last_seen.py").write_text(file, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     line = line.replace("retrieval_draft.index.last_seen", "last_seen")
-    (made,) = eval(line, {"SourceSpec": SourceSpec})  # noqa: S307 - our own page
+    (made,) = eval(line.strip(), {"SourceSpec": SourceSpec})  # noqa: S307 - our own page
     assert made.name == NAME
+    taken = {other.slot for other in (*SOURCES.values(), DRAFT_MODEL)}
+    made = replace(made, slot=min(set(range(11)) - taken))  # as the page says, for a table that has grown too
     monkeypatch.setitem(SOURCES, NAME, made)
     columns_of.cache_clear()
     yield made

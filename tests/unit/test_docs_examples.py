@@ -84,8 +84,8 @@ def place(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path
                 name if Path(name).is_dir() else folder, **options
             ),
         )
-    (tmp_path / "src").mkdir()
-    (tmp_path / "src/program.py").write_text(f'def main():\n    return "{TEXT}"\n' * 20)
+    (tmp_path / "retrieval_draft").mkdir()
+    (tmp_path / "retrieval_draft/program.py").write_text(f'def main():\n    return "{TEXT}"\n' * 20)
     (tmp_path / "licence-headers.txt").write_text("Licensed under the Apache License, Version 2.0\n")
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
@@ -121,7 +121,10 @@ def test_readme(place: Path) -> None:
 
 
 def test_quick_start(place: Path, folder: Path, store: dict[str, str], command: Command) -> None:
-    assert command("index", "build", "src", "--tokenizer", str(folder), "--out", "my-code-index")[0] == 0
+    assert (
+        command("index", "build", "retrieval_draft", "--tokenizer", str(folder), "--out", "my-code-index")[0]
+        == 0
+    )
     defined = run("docs/index.md", store)
     assert defined["drafter"].stats.requests == 1
     assert defined["drafter"].store.status()["state"] == "connected"

@@ -105,7 +105,11 @@ class EmbeddedServer:
             while time.monotonic() < end:
                 owns, answers = self._acquire(), self._answers()
                 if owns and not answers:
-                    self._start()
+                    try:
+                        self._start()
+                    except DatastoreError:
+                        self._release()  # else others wait for a server that cannot start, and blame this one
+                        raise
                 # A free lock with a live server: the last owner was killed, and this process adopts it.
                 if owns or answers:
                     return self.socket
@@ -129,8 +133,12 @@ class EmbeddedServer:
                         self._client().shutdown()
             finally:
                 self._server = None
-                self._owned.release()
-                self._owned = None
+                self._release()
+
+    def _release(self) -> None:
+        if self._owned is not None:
+            self._owned.release()
+            self._owned = None
 
     def _acquire(self) -> bool:
         if self._owned is not None:

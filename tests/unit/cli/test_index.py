@@ -72,6 +72,8 @@ def test_add_and_merge(run, tmp_path, tokenizer, built) -> None:
     code, _, error = run("index", "merge", str(built), str(built))
     assert code == 1
     assert "twice" in error
+    assert run("index", "merge", str(built), str(built), "--out", str(tmp_path / "new"))[0] == 1
+    assert not (tmp_path / "new").exists()
 
 
 def test_inspect_and_its_picture(run, tmp_path, built) -> None:
@@ -129,6 +131,7 @@ def test_mistakes_are_told(run, tmp_path, tokenizer, words, message: str) -> Non
     assert message in error
     assert "hint:" in error
     assert out == ""
+    assert not (tmp_path / "i").exists(), "a refused command leaves no index"
 
 
 def test_usage(run, tmp_path, tokenizer, built) -> None:
@@ -137,6 +140,9 @@ def test_usage(run, tmp_path, tokenizer, built) -> None:
     code, _, error = run("index", "add", str(tmp_path / "corpus"), "--out", str(built), "--executor", "dask")
     assert code == 1
     assert "Unknown executor" in error
+    words = ("index", "build", str(tmp_path / "corpus"), "--tokenizer", tokenizer, "--executor", "dask")
+    assert run(*words, "--out", str(tmp_path / "i"))[0] == 1
+    assert not (tmp_path / "i").exists()
 
 
 def test_generating_with_an_index_phrases_and_a_history(run, tmp_path) -> None:

@@ -18,6 +18,10 @@ from retrieval_draft.errors import DatastoreError, InvalidInputError
 from retrieval_draft.index.source import Proposal
 from tests.support.sources import proposal_of as proposal
 
+TABLE = {spec.slot for spec in (*SOURCES.values(), DRAFT_MODEL)}
+FREE = [slot for slot in range(fusion.SOURCES) if slot not in TABLE]
+"""Slots of no source of the table, which a new line there takes one of."""
+
 
 def test_an_overconfident_source_is_believed_less_and_recovers() -> None:
     calibration = Calibration(priors=False)
@@ -216,11 +220,14 @@ def test_sources_of_the_table_keep_their_slots_and_others_take_what_is_free() ->
         columns, used = columns_of(names)
         return [[slot for slot in range(12) if used >> slot & 1][column] for column in columns]
 
-    assert slots("automaton", "corpus", "mine") == [0, 4, 8]
+    first, *more = FREE
+    last = fusion.SOURCES - 1
+    assert last == FREE[-1], "the shared slot is of no source of the table"
+    assert slots("automaton", "corpus", "mine") == [0, 4, first]
     assert slots("corpus") == [4]
-    assert slots("model", "model", "a", "b") == [6, 8, 9, 10]
-    assert slots(*SOURCES, "model", "mine") == [0, 1, 7, 2, 5, 3, 4, 6, 8]
-    assert slots(*(f"s{number}" for number in range(6))) == [8, 9, 10, 11, 11, 11]
+    assert slots("model", "model", "a") == [6, first, more[0]]
+    assert slots(*SOURCES, "model", "mine") == [*(spec.slot for spec in SOURCES.values()), 6, first]
+    assert slots(*(f"s{number}" for number in range(len(FREE) + 2))) == [*FREE, last, last]
     assert columns_of(())[1] == 0
 
 
@@ -238,10 +245,7 @@ def test_more_sources_than_slots_still_make_a_tree_and_teach() -> None:
 def test_a_free_slot_starts_as_any_lookup(priors: bool) -> None:
     """Neither a draft model's weights nor the siblings', nor what was learned of another source."""
     calibration = Calibration(priors)
-    taken = {spec.slot for spec in (*SOURCES.values(), DRAFT_MODEL)}
-    free = [slot for slot in range(fusion.SOURCES) if slot not in taken]
-    assert len(free) == 4
-    for slot in free:
+    for slot in FREE:
         assert calibration.weights[1 << slot, slot] == 1.0
         assert calibration.weights[1 << slot, -1] == 0.0
         for other in (0, 1, 2, 3, 4, 5):
@@ -259,12 +263,12 @@ def test_what_is_learned_of_a_source_outside_the_table_is_its_own_and_not_kept(t
     for _ in range(20):
         calibration.observe(fuse(0, guess, calibration, 4), guess, np.array([2], np.int32))
     moved = np.flatnonzero((calibration.weights != before).any(1))
-    assert moved.tolist() == [1 << 8 | 1]
+    assert moved.tolist() == [1 << FREE[0] | 1]
     calibration.save(tmp_path / "c.safetensors")
     again = Calibration()
     again.load(tmp_path / "c.safetensors")
     np.testing.assert_array_equal(again.weights[moved], Calibration(priors=False).weights[moved])
-    assert not again.parameters[8].any()
+    assert not again.parameters[FREE[0]].any()
     np.testing.assert_allclose(again.parameters[0], calibration.parameters[0], rtol=1e-6)
 
 

