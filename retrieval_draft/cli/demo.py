@@ -46,9 +46,7 @@ _TURNS = (
 
 
 def demo(
-    model: Annotated[
-        str, typer.Option("--model", help=f"A folder, a hub name, {NAMES}.")
-    ] = "gemma3-270m",
+    model: Annotated[str, typer.Option("--model", help=f"A folder, a hub name, {NAMES}.")] = "gemma3-270m",
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens for each prompt.")] = 64,
     nodes: Nodes = None,
     device: Device = None,
@@ -105,7 +103,9 @@ def _show_reply(drafter: Any, model: Any, tokenizer: Any, inputs: Any, max_new_t
     return streamer.text
 
 
-def _show_chat(model: Any, tokenizer: Any, nodes: int | None, device: str | None, max_new_tokens: int) -> None:
+def _show_chat(
+    model: Any, tokenizer: Any, nodes: int | None, device: str | None, max_new_tokens: int
+) -> None:
     """Chats with the model if it has a chat template, else with a packaged one that has."""
     from retrieval_draft.config import DraftConfig
     from retrieval_draft.drafter import RetrievalDrafter

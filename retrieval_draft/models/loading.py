@@ -110,7 +110,7 @@ def _resolve(name: str) -> str:
         if not (path / "config.json").is_file():
             raise ModelFileError(
                 f"The folder {name!r} holds no model: config.json is missing.",
-                "Name a folder written by save_pretrained.",
+                f"Name a folder written by save_pretrained, {NAMES}.",
             )
         return str(path)
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
