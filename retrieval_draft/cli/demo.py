@@ -119,15 +119,15 @@ def _show_chat(
         print(f"\n--- a chat with {PACKAGED[_CHAT_MODEL].title}: each turn drafts from those before")
     else:
         print("\n--- a chat: each turn drafts from those before")
-    drafter = RetrievalDrafter.for_model(model, tokenizer, config=DraftConfig(nodes=nodes))
-    drafter.warm_up()
     turns: list[dict[str, str]] = []
-    for text in _TURNS:
-        print(f"> {text}")
-        turns.append({"role": "user", "content": text})
-        inputs = chat_inputs(tokenizer, turns, return_tensors="pt")
-        reply = _show_reply(drafter, model, tokenizer, inputs, max_new_tokens)
-        turns.append({"role": "assistant", "content": reply})
+    with RetrievalDrafter.for_model(model, tokenizer, config=DraftConfig(nodes=nodes)) as drafter:
+        drafter.warm_up()
+        for text in _TURNS:
+            print(f"> {text}")
+            turns.append({"role": "user", "content": text})
+            inputs = chat_inputs(tokenizer, turns, return_tensors="pt")
+            reply = _show_reply(drafter, model, tokenizer, inputs, max_new_tokens)
+            turns.append({"role": "assistant", "content": reply})
 
 
 def _show_sharing(model: Any, tokenizer: Any, nodes: int | None, max_new_tokens: int) -> None:

@@ -1,12 +1,14 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import pytest
+import torch
 
 from retrieval_draft.errors import ModelFileError
 from retrieval_draft.models import packaged as packaged_module
@@ -114,6 +116,36 @@ def test_a_cache_folder_that_cannot_be_written(site: Path, home: Path) -> None:
     for take in (packaged_folder, packaged_gguf):
         with pytest.raises(ModelFileError, match="RETRIEVAL_DRAFT_HOME"):
             take(NAME)
+
+
+def test_conversion_keeps_weights_tokens_and_chat_template(
+    monkeypatch: pytest.MonkeyPatch, site: Path, tmp_path: Path
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    from tests.integrations.llama_cpp.tiny_gguf import write_tiny
+
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    file = write_tiny(tmp_path / "tiny.gguf", template)
+    content, half = file.read_bytes(), file.stat().st_size // 2
+    (site / "made_up_part1/piece").write_bytes(content[:half])
+    (site / "made_up_part2/piece").write_bytes(content[half:])
+    model = replace(packaged_module.PACKAGED[NAME], sha256=sha256(content).hexdigest())
+    monkeypatch.setattr(packaged_module, "PACKAGED", {NAME: model})
+    folder = packaged_folder(NAME)
+    loaded, tokenizer = load_model(str(folder), device="cpu")
+    reader = gguf.GGUFReader(file)
+    assert (
+        tokenizer.convert_ids_to_tokens(range(259)) == reader.fields["tokenizer.ggml.tokens"].contents()[:259]
+    )
+    assert tokenizer.chat_template == template
+    found = {each.name: torch.tensor(each.data) for each in reader.tensors}
+    assert torch.equal(loaded.get_input_embeddings().weight, found["token_embd.weight"])
+    assert torch.equal(loaded.get_output_embeddings().weight, found["output.weight"])
+    assert torch.equal(loaded.model.layers[1].mlp.up_proj.weight, found["blk.1.ffn_up.weight"])
+    source = json.loads((folder / MANIFEST).read_text())["source"]
+    assert source["made-up-part2"] == "1.2"
+    assert source["sha256"] == model.sha256
+    assert packaged_folder(NAME) == folder
 
 
 def test_failed_conversion_leaves_nothing_behind(
