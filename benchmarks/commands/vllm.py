@@ -11,6 +11,7 @@ from retrieval_draft.cli.bench_common import Out, finish, ratio_range, split
 from retrieval_draft.cli.common import DIFFERENT, Json
 from retrieval_draft.cli.output import print_json, print_table
 from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.models.packaged import NAMES, PACKAGED, packaged_folder
 
 __all__ = ["vllm"]
 
@@ -18,7 +19,7 @@ _METHODS = "plain,ngram-1-3-3,ngram-2-4-5,ngram-3-5-10,suffix,cold,history"
 
 
 def vllm(
-    model: Annotated[str, typer.Option(help="A folder, a hub name, or gemma3-270m.")] = "gemma3-270m",
+    model: Annotated[str, typer.Option(help=f"A folder, a hub name, {NAMES}.")] = "gemma3-270m",
     prompts: Annotated[
         list[Path] | None,
         typer.Option(
@@ -105,7 +106,6 @@ def _compare(
     import importlib.util
 
     from retrieval_draft.bench.prompts import read_prompts, spread
-    from retrieval_draft.models.packaged import PACKAGED_NAME, packaged_folder
 
     if importlib.util.find_spec("vllm") is None:
         raise InvalidInputError(
@@ -113,7 +113,7 @@ def _compare(
             "Run scripts/test_vllm.sh --install, then .venv-vllm/bin/retrieval-draft bench vllm.",
         )
     chosen = spread(read_prompts(prompts or []), limit, split(tasks), seed)
-    folder = str(packaged_folder()) if model == PACKAGED_NAME else model
+    folder = str(packaged_folder(model)) if model in PACKAGED else model
     from transformers import AutoTokenizer
 
     from benchmarks.vllm import compare_in_vllm

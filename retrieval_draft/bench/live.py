@@ -35,6 +35,7 @@ def live(
     history: bool = True,
     corpora: Sequence[Path] = (),
     draft_model: Any = None,
+    chat: bool = False,
 ) -> dict[str, Any]:
     """Decodes every prompt greedily with every method and compares them.
 
@@ -58,6 +59,7 @@ def live(
         history: Whether drafting methods draft from earlier prompts and replies of the run too.
         corpora: Index folders that drafting methods draft from.
         draft_model: As for `make_contestant`.
+        chat: Whether prompts are put into the chat template.
 
     Returns:
         The object that ``bench live --json`` prints. ``equal_to_stock`` counts prompts with exactly the
@@ -75,7 +77,7 @@ def live(
         raise InvalidInputError(f"max_new_tokens is {max_new_tokens}; a measurement needs at least 2.")
     if not prompts:
         raise InvalidInputError("No prompts to run.", "Name files with --prompts.")
-    encoded = [prompt.encode(tokenizer) for prompt in prompts]
+    encoded = [prompt.encode(tokenizer, chat) for prompt in prompts]
     decoders = [
         make_contestant(name, model, tokenizer, nodes, cpu_kernels, history, corpora, draft_model)
         for name in methods
@@ -114,6 +116,7 @@ def live(
         "nodes": nodes,
         "cpu_kernels": cpu_kernels,
         "history": history,
+        "chat": chat,
         "corpora": [str(path) for path in corpora],
         "model": model.config.name_or_path or type(model).__name__,
         "device": str(device),

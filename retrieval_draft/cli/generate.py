@@ -13,6 +13,7 @@ from retrieval_draft.cli._samples import print_samples
 from retrieval_draft.cli._store_options import Share, Snapshots, Store, Tenant
 from retrieval_draft.cli._store_options import config as store_config
 from retrieval_draft.cli.common import (
+    Chat,
     CpuKernels,
     Device,
     Dtype,
@@ -25,6 +26,7 @@ from retrieval_draft.cli.common import (
 )
 from retrieval_draft.cli.output import paint, print_json, print_table, wants_color
 from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.models.chat import chat_inputs
 
 if TYPE_CHECKING:
     from retrieval_draft.drafting.stats import DraftStats
@@ -68,9 +70,7 @@ def generate(
     best_of: Annotated[
         int | None, typer.Option(min=1, help="Of so many samples print the most probable --samples.")
     ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
-    ] = False,
+    chat: Chat = False,
     dtype: Dtype = "float32",
     device: Device = None,
     cpu_kernels: CpuKernels = True,
@@ -110,7 +110,7 @@ def generate(
         store=shared, draft_model=drafts,
     )  # fmt: skip
     drafter.warm_up()
-    inputs = encode(tokenizer, text, chat).to(loaded.get_input_embeddings().weight.device)
+    inputs = _encode(tokenizer, text, chat).to(loaded.get_input_embeddings().weight.device)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_p": top_p, "seed": seed}
@@ -156,20 +156,11 @@ def generate(
         _print_stats(done, seconds)
 
 
-def encode(tokenizer: Any, text: str, chat: bool) -> Any:
-    """The prompt as model inputs, in the chat template on request.
-
-    Raises:
-        InvalidInputError: There is no chat template.
-    """
-    if not chat:
-        return tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-    if not tokenizer.chat_template:
-        raise InvalidInputError("This model's tokenizer has no chat template.", "Leave --chat out.")
-    message = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(
-        message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+def _encode(tokenizer: Any, text: str, chat: bool) -> Any:
+    """The prompt as model inputs, in the chat template on request."""
+    if chat:
+        return chat_inputs(tokenizer, [{"role": "user", "content": text}], return_tensors="pt")
+    return tokenizer(text, return_tensors="pt", return_token_type_ids=False)
 
 
 def print_piece(piece: str, drafted: bool) -> None:

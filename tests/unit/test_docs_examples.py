@@ -18,11 +18,12 @@ import transformers
 
 from benchmarks.valkey_process import ValkeyProcess
 from retrieval_draft import RetrievalDrafter
+from retrieval_draft.models.packaged import PACKAGED
 from tests.support.command_lines import command_lines, fault
 from tests.support.commands import Command
 from tests.support.models import make
 from tests.support.pages import PAGES, ROOT, Block, blocks_of, prose_of
-from tests.support.servers import PAIRS, serving, tiny_drafter, tiny_model, tiny_tokenizer
+from tests.support.servers import PAIRS, TEMPLATE, serving, tiny_drafter, tiny_model, tiny_tokenizer
 from tests.support.tiny import TEXT, save_tiny
 from tests.support.tokenizers_for_tests import byte_level
 
@@ -64,10 +65,11 @@ def run(page: str, replace: dict[str, str] | None = None, **given: Any) -> dict[
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model in place of every model that a page names."""
+    """A tiny model, with a chat template, in place of every model that a page names."""
     folder = save_tiny(tmp_path_factory.mktemp("pages") / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token, tokenizer.padding_side = "</s>", "left"
+    tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -266,7 +268,7 @@ def test_commands_that_take_moments_run(page: str, place: Path, folder: Path, co
     for block in shell_of(page):
         for program, *words in command_lines(block.text):
             if program == "retrieval-draft" and any(" ".join(words).startswith(each) for each in CHEAP):
-                code, _, err = command(*(str(folder) if word == "gemma3-270m" else word for word in words))
+                code, _, err = command(*(str(folder) if word in PACKAGED else word for word in words))
                 assert code == 0, f"{' '.join(words)}: {err}"
                 ran += 1
     assert ran >= 3

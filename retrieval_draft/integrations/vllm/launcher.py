@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.integrations.vllm.options import PREFIX, VllmOptions
-from retrieval_draft.models.packaged import PACKAGED_NAME, packaged_folder
+from retrieval_draft.models.packaged import PACKAGED, packaged_folder
 
 __all__ = ["PROPOSER", "launch", "server_command"]
 
@@ -41,7 +41,7 @@ def server_command(
     """The command that serves a model with drafts, and its environment.
 
     Args:
-        model: A folder, a hub name, or gemma3-270m.
+        model: A folder, a hub name, or a name of `PACKAGED`.
         host: Address to listen on.
         port: Port to listen on.
         dtype: A dtype of vLLM; None for vLLM's default.
@@ -71,7 +71,7 @@ def server_command(
         "model": PROPOSER,
         "num_speculative_tokens": num_speculative_tokens,
     }
-    command = [sys.executable, "-m", *_server(str(packaged_folder()) if model == PACKAGED_NAME else model)]
+    command = [sys.executable, "-m", *_server(str(packaged_folder(model)) if model in PACKAGED else model)]
     command += ["--served-model-name", served_model_name or model]
     command += ["--host", host, "--port", str(port), "--speculative-config", json.dumps(speculative)]
     if dtype is not None:

@@ -25,7 +25,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def path() -> str:
-    return str(packaged_gguf())
+    return str(packaged_gguf("gemma3-270m"))
 
 
 @pytest.fixture(scope="module")

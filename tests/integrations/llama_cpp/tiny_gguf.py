@@ -10,7 +10,7 @@ import numpy as np
 VOCABULARY, WIDTH, HEADS, LAYERS, INNER = 288, 64, 4, 2, 96
 
 
-def write_tiny(path: Path) -> Path:
+def write_tiny(path: Path, chat_template: str | None = None) -> Path:
     """Writes the model. Tokens are SentencePiece's: three specials, 256 bytes, letters."""
     random = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
@@ -34,6 +34,8 @@ def write_tiny(path: Path) -> Path:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
 
     def weight(name: str, *shape: int, scale: float = 0.3) -> None:
         writer.add_tensor(name, random.normal(0, scale, shape).astype(np.float32))

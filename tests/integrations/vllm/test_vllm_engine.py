@@ -36,7 +36,7 @@ them do not."""
 
 @pytest.fixture(scope="module")
 def model() -> str:
-    return str(packaged_folder())
+    return str(packaged_folder("gemma3-270m"))
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,7 @@ def test_two_tensor_parallel_ranks_verify_the_first_ones_drafts(server: str, tmp
     environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"  # else each rank wants a NUMA node of its own
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     done = subprocess.run(
-        [sys.executable, str(script), str(packaged_folder()), LIST],
+        [sys.executable, str(script), str(packaged_folder("gemma3-270m")), LIST],
         capture_output=True, text=True, env=environment, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

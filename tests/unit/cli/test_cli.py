@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 
 import retrieval_draft
+from retrieval_draft.bench.replay import read_traces
+from retrieval_draft.cli import demo as demo_module
 from retrieval_draft.cli import generate as generate_module
 from retrieval_draft.cli import main
 from retrieval_draft.models.loading import load_model
+from retrieval_draft.models.packaged import PACKAGED
 from tests.support.commands import Command
 from tests.support.tiny import TEXT, save_tiny
 
@@ -141,18 +144,104 @@ def test_drafts_are_shown_in_colour_or_brackets(
     assert capsys.readouterr().out == "[a]"
 
 
-def test_chat_without_a_template_is_refused(command: Command, tiny: str) -> None:
-    code, _, err = command("generate", "x", "--model", tiny, "--chat")
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model with a chat template."""
+    folder = save_tiny(tmp_path_factory.mktemp("chatty"))
+    _, tokenizer = load_model(str(folder), device="cpu")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path) -> str:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": TEXT}) + "\n")
+    return str(path)
+
+
+def test_chat_puts_the_prompt_into_the_template(command: Command, chatty: str) -> None:
+    options = ("--model", chatty, "--max-new-tokens", "20", "--nodes", "8", "--json")
+    chat = json.loads(command("generate", TEXT, "--chat", *options)[1])
+    written = json.loads(command("generate", f"<user>{TEXT}<assistant>", *options)[1])
+    assert chat["tokens"] == written["tokens"]
+    assert chat["stats"]["prompt_tokens"] == written["stats"]["prompt_tokens"] > len(TEXT)
+
+
+def test_bench_live_puts_prompts_into_the_template(
+    command: Command, chatty: str, prompt_file: str, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.jsonl"
+    options = (
+        "--prompts",
+        prompt_file,
+        "--max-new-tokens",
+        "8",
+        "--methods",
+        "stock,none,calibrated",
+        "--json",
+    )
+    code, out, _ = command(
+        "bench", "live", "--model", chatty, "--chat", "--record", f"{trace}.gz", "--nodes", "4", *options
+    )
+    found = json.loads(out)
+    assert code == 0
+    assert found["chat"] is True
+    assert all(entry["different"] == 0 for entry in found["methods"].values())
+    _, tokenizer = load_model(chatty, device="cpu")
+    [recorded] = read_traces([Path(f"{trace}.gz")])
+    assert tokenizer.decode(recorded.prompt.tolist()) == f"<user>{TEXT}<assistant>"
+
+
+def test_chat_without_a_template_is_refused(command: Command, tiny: str, prompt_file: str) -> None:
+    for words in (["generate", "x"], ["bench", "live", "--prompts", prompt_file]):
+        code, _, err = command(*words, "--model", tiny, "--chat")
+        assert code == 1
+        assert f"the tokenizer of {tiny!r} has none" in err
+        assert "\nhint:  Leave --chat out, or name" in err
+
+
+def test_random_ids_are_no_messages(command: Command, chatty: str) -> None:
+    code, _, err = command("bench", "live", "--model", chatty, "--chat", "--random-ids", "1")
     assert code == 1
-    assert "chat template" in err
+    assert "token ids; a chat template takes text" in err
 
 
-def test_bench_live_prints_and_writes_the_same_object(command: Command, tiny: str, tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(json.dumps({"prompt": TEXT}) + "\n")
+@pytest.mark.parametrize(
+    "words", [["generate"], ["serve"], ["demo"], ["bench", "live"], ["bench", "forward"]]
+)
+def test_help_names_the_packaged_models(command: Command, words: list[str]) -> None:
+    _, out, _ = command(*words, "--help")
+    assert all(name in out for name in PACKAGED)
+
+
+def test_demo_chats_with_a_model_that_can(command: Command, chatty: str, tiny: str) -> None:
+    options = ("--max-new-tokens", "4", "--nodes", "4")
+    code, out, _ = command("demo", "--model", chatty, *options)
+    assert code == 0
+    assert "a chat: each turn drafts from those before" in out
+    assert out.count("\n> ") == 2
+
+
+def test_demo_without_a_model_to_chat_with_says_how_to_get_one(
+    command: Command, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_module, "is_installed", lambda _: False)
+    code, out, _ = command("demo", "--model", tiny, "--max-new-tokens", "4", "--nodes", "4")
+    assert code == 0
+    assert "A chat: pip install 'retrieval_draft[smollm]'" in out
+
+
+def test_bench_live_prints_and_writes_the_same_object(
+    command: Command, tiny: str, prompt_file: str, tmp_path: Path
+) -> None:
     words = (
         "--prompts",
-        str(prompts),
+        prompt_file,
         "--max-new-tokens",
         "8",
         "--methods",
