@@ -151,8 +151,8 @@ def merge(
     target = opened[0]
     if out is not None:
         target = IndexFolder.create(out, first.fingerprint, first.vocabulary_size, first.tokenizer)
-    places = [index.path.resolve() for index in opened]
-    if len(set(places)) < len(places):
+    paths = [index.path.resolve() for index in opened]
+    if len(set(paths)) < len(paths):
         raise InvalidInputError("An index is named twice.", "Name each once.")
     sources = [index for index in opened if index.path.resolve() != target.path.resolve()]
     total = sum(index.manifest.tokens for index in (target, *sources))
