@@ -134,7 +134,7 @@ def _replies(
     took = time.perf_counter() - begin
     replies = []
     for reply in out[:, ids.shape[1] :].tolist():
-        end = next((place + 1 for place, token in enumerate(reply) if token in ends), len(reply))
+        end = next((index + 1 for index, token in enumerate(reply) if token in ends), len(reply))
         replies.append(reply[:end])
     return replies, took
 

@@ -76,11 +76,11 @@ def measure_chains(
                 DraftStores(vocabulary), config, max_chain=max_chain, sources=sources, threads=threads
             )
             batch.warm_up()
-            said = text.tokens(tokens, seed=1)
+            reply = text.tokens(tokens, seed=1)
             for source in sources:
                 if isinstance(source, HistorySource):
                     for begin in range(0, tokens, PIECE):
-                        source.history.add(said[:0], said[begin : begin + PIECE])
+                        source.history.add(reply[:0], reply[begin : begin + PIECE])
             batch.flush()
             texts = [text.tokens(context + steps * (max_chain + 1) + 1, seed=2 + row) for row in range(rows)]
             found = _stepped(batch, texts, context, steps, min_prob)
@@ -93,7 +93,7 @@ def measure_chains(
                 results[str(rows)] = found
     settings = {
         "context": context, "history_tokens": history_tokens, "steps": steps, "max_chain": max_chain,
-        "floor": min_prob, "threads": threads, "vocabulary": vocabulary, "sources": list(SOURCES),
+        "min_prob": min_prob, "threads": threads, "vocabulary": vocabulary, "sources": list(SOURCES),
     }  # fmt: skip
     return {"requests": results, "config": settings}
 
@@ -103,22 +103,22 @@ def _stepped(
 ) -> dict[str, Any]:
     rows = len(texts)
     ids = np.array([batch.open(text[:context]) for text in texts])
-    places = np.full(rows, context)
+    positions = np.full(rows, context)
     counts = np.ones(rows, np.int32)
     wall, cpu = np.empty(steps), np.empty(steps)
     emitted = drafted = 0
     for step in range(steps):
         new = np.concatenate(
-            [text[at : at + count] for text, at, count in zip(texts, places, counts, strict=True)]
+            [text[at : at + count] for text, at, count in zip(texts, positions, counts, strict=True)]
         )
         begin, busy = time.perf_counter(), time.thread_time()
         tokens, lengths, _ = batch.step(ids, new, counts, min_prob=min_prob)
         wall[step], cpu[step] = time.perf_counter() - begin, time.thread_time() - busy
-        places += counts
+        positions += counts
         emitted += int(counts.sum())
         drafted += int(lengths.sum())
         for row, text in enumerate(texts):
-            counts[row] = 1 + _common(tokens[row, : lengths[row]], text[places[row] :])
+            counts[row] = 1 + _common(tokens[row, : lengths[row]], text[positions[row] :])
     for session in ids:
         batch.close(int(session), finished=False)
     wall, cpu = wall[min(WARM, steps // 2) :] * 1e6, cpu[min(WARM, steps // 2) :] * 1e6
@@ -194,7 +194,7 @@ def replay_chains(
             "acceptance_rate": accepted / max(drafted, 1),
         }
     result["requests"] = len(traces)
-    result["config"] = {"max_chain": max_chain, "floor": min_prob, "traces": [path.name for path in paths]}
+    result["config"] = {"max_chain": max_chain, "min_prob": min_prob, "traces": [path.name for path in paths]}
     return result
 
 
@@ -210,12 +210,14 @@ class _BatchRow:
     """One session of a batch, stepped alone."""
 
     def __init__(self, batch: ChainBatch, prompt: TokenArray, min_prob: float) -> None:
-        self._batch, self._session, self._floor = batch, batch.open(prompt), min_prob
+        self._batch, self._session, self._min_prob = batch, batch.open(prompt), min_prob
         self._emitted = prompt[:0]
 
     def draft(self) -> TokenArray:
-        said, self._emitted = self._emitted, self._emitted[:0]
-        tokens, lengths, _ = self._batch.step([self._session], said, [len(said)], min_prob=self._floor)
+        emitted, self._emitted = self._emitted, self._emitted[:0]
+        tokens, lengths, _ = self._batch.step(
+            [self._session], emitted, [len(emitted)], min_prob=self._min_prob
+        )
         chain: TokenArray = tokens[0, : lengths[0]]
         return chain
 

@@ -72,10 +72,10 @@ def draw(model: Any, tokenizer: Any, prompt: Prompt, *, tokens: int = 64) -> dic
                 passes[size] += [time.perf_counter() - begin] * (turn > 0)
             for name, processors in settings.items():
                 sampler = Sampler(LogitsProcessorList(processors), noise)
-                for place, row in enumerate(rows):
+                for index, row in enumerate(rows):
                     text = torch.tensor([ids])
                     begin = time.perf_counter()
-                    sampler.choose(row, text, place)
+                    sampler.choose(row, text, index)
                     times[name] += [time.perf_counter() - begin] * (turn > 0)
     step = float(np.median(passes[1]))
     return {

@@ -77,7 +77,7 @@ def measure_fusion(paths: Sequence[Path], *, nodes: int = 60, limit: int | None 
             fuse_us.append((fused - begin) * 1e6)
             proposed.append(sum(map(len, proposals)) + sum(map(len, others)))
             earlier = full
-            drafts.learn(_said(text, at, emitted))
+            drafts.learn(_emitted_logits(text, at, emitted))
             drafts.observe(emitted)
             done += len(emitted)
         drafts.close()
@@ -93,7 +93,7 @@ def measure_fusion(paths: Sequence[Path], *, nodes: int = 60, limit: int | None 
     return {**found, "proposed": float(np.mean(proposed)), "steps": len(fuse_us), "nodes": nodes}
 
 
-def _said(text: TokenArray, at: int, emitted: TokenArray) -> NodeLogits:
+def _emitted_logits(text: TokenArray, at: int, emitted: TokenArray) -> NodeLogits:
     """The trace's own tokens as predictions, each after the last four of the text."""
     padded = np.concatenate((np.full(4, -1, np.int32), text))
     contexts = np.stack([padded[at + step : at + step + 4] for step in range(len(emitted))])

@@ -124,8 +124,8 @@ def measure_llama_cpp(
         )
     with progress("Generating", len(encoded) * len(names)) as advance:
         for number, ids in enumerate(encoded):
-            for place in range(len(names)):
-                contender = made[names[(place + number) % len(names)]]
+            for turn in range(len(names)):
+                contender = made[names[(turn + number) % len(names)]]
                 _answer(llama, contender, ids, max_new_tokens)
                 advance()
     plain = made["none"]

@@ -130,4 +130,4 @@ def _reply(row: torch.Tensor, ids: torch.Tensor, tokenizer: Any) -> list[int]:
     """A reply up to its end, without the padding after it."""
     reply: list[int] = row[ids.shape[1] :].tolist()
     ends = (tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return reply[: next((place for place, token in enumerate(reply) if token in ends), len(reply))]
+    return reply[: next((index for index, token in enumerate(reply) if token in ends), len(reply))]

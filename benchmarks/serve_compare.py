@@ -58,8 +58,8 @@ def compare_servers(
 
 def _ask_all(port: int, asks: Sequence[Ask], clients: int, name: str) -> list[Told]:
     def one(numbered: tuple[int, Ask]) -> Told:
-        place, ask = numbered
-        return ask_server(port, ask, stream=bool(place % 2), name=f"{name}-{place}")
+        number, ask = numbered
+        return ask_server(port, ask, stream=bool(number % 2), name=f"{name}-{number}")
 
     with ThreadPoolExecutor(clients) as pool:
         return list(pool.map(one, enumerate(asks)))

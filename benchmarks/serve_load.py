@@ -50,9 +50,9 @@ def make_asks(count: int, seed: int = 0) -> list[Ask]:
     draw = random.Random(seed)
     letters = "abcdefghijklmnopqrstuvwxyz"
     asks = []
-    for place in range(count):
+    for number in range(count):
         words = ["".join(draw.choices(letters, k=draw.randint(1, 6))) for _ in range(draw.randint(1, 40))]
-        temperature = 0.0 if place % 4 == 0 else draw.choice((0.5, 1.0))
+        temperature = 0.0 if number % 4 == 0 else draw.choice((0.5, 1.0))
         asks.append(Ask(" ".join(words), draw.randrange(1 << 40), draw.randint(1, 96), temperature))
     return asks
 

@@ -18,7 +18,7 @@ def save_tiny_model(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     pairs = [first + second for first in _LETTERS for second in "aeiou" if first != second]
-    vocabulary = {token: place for place, token in enumerate([_END, "Ġ", *_LETTERS, *pairs])}
+    vocabulary = {token: index for index, token in enumerate([_END, "Ġ", *_LETTERS, *pairs])}
     inner = Tokenizer(models.BPE(vocabulary, [(pair[0], pair[1]) for pair in pairs]))
     made: Any = inner
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

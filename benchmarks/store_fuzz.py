@@ -102,14 +102,14 @@ def _fuzzed(chance: random.Random, codec: EntryCodec, server: bytes, number: int
         return msgspec.msgpack.encode([_thing(chance, 3) for _ in range(chance.randrange(9))])
     true = bytearray(codec.encode(server, number, probe_text(10**7 + number, _VOCABULARY, 20)))
     if kind == 2:
-        place = chance.randrange(8 * len(true))
-        true[place // 8] ^= 1 << place % 8
+        bit = chance.randrange(8 * len(true))
+        true[bit // 8] ^= 1 << bit % 8
         return bytes(true)
     if kind == 3:
         return bytes(true[: chance.randrange(len(true))])
-    entry, place = msgspec.msgpack.decode(bytes(true)), chance.randrange(7)
+    entry, index = msgspec.msgpack.decode(bytes(true)), chance.randrange(7)
     value = _thing(chance, 2)
-    entry[place] = None if value == entry[place] else value
+    entry[index] = None if value == entry[index] else value
     return msgspec.msgpack.encode(entry)
 
 

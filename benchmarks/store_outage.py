@@ -60,13 +60,13 @@ def measure_outages(
         progress("Decoding with and without a store", len(prompts), delay=0.0) as advance,
     ):
         url = f"redis://127.0.0.1:{proxy.port}"
-        for place, state in enumerate(states):
+        for index, state in enumerate(states):
             decoder.open(None if state == "none" else url)
             taken, begin = decoder.store_seconds(), time.perf_counter()
             _enter(state, server, proxy)
             seconds: dict[bool, list[float]] = {True: [], False: []}
             same = True
-            for number, ids in enumerate(prompts[place :: len(states)]):
+            for number, ids in enumerate(prompts[index :: len(states)]):
                 texts = []
                 for with_store in (bool(number % 2), not number % 2):
                     tokens, took = decoder.generate(ids, max_new_tokens, with_store)

@@ -166,5 +166,5 @@ def _steps(source: SharedSource, text: TokenArray, nodes: int, over: Any) -> Any
 
 
 def _spread(values: Any) -> dict[str, float]:
-    places = {"p50": 50, "p99": 99, "p99.9": 99.9, "max": 100}
-    return {name: float(np.percentile(values, place)) for name, place in places.items()}
+    percentiles = {"p50": 50, "p99": 99, "p99.9": 99.9, "max": 100}
+    return {name: float(np.percentile(values, percentile)) for name, percentile in percentiles.items()}

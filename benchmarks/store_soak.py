@@ -109,7 +109,7 @@ def _run(
     group: list[_Server], redis: ValkeyProcess, entries: int, events: list[str], chance: random.Random
 ) -> int:
     """Runs until all entries are accepted; kills are spread evenly over the accepted entries, with jitter."""
-    places = sorted(chance.uniform(0.02, 0.95) for _ in events)
+    fractions = sorted(chance.uniform(0.02, 0.95) for _ in events)
     numbers = len(group)
     end = time.monotonic() + _WAIT_SECONDS
     for server in group:
@@ -122,8 +122,8 @@ def _run(
             done = before + sum(server.accepted for server in group)
             advance(done - shown)
             shown = done
-            while events and done >= places[0] * entries:
-                places.pop(0)
+            while events and done >= fractions[0] * entries:
+                fractions.pop(0)
                 if events.pop() == "redis":
                     redis.kill()
                     time.sleep(chance.uniform(0, 1))

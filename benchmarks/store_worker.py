@@ -53,7 +53,7 @@ def numbers_in(store: SharedStore) -> dict[int, np.ndarray[Any, np.dtype[np.int6
     rows = []
     for segment in store.segments:
         starts = segment.documents.astype(np.int64)
-        rows.append(np.stack([segment.tokens[starts + place].astype(np.int64) for place in range(3)]))
+        rows.append(np.stack([segment.tokens[starts + column].astype(np.int64) for column in range(3)]))
     if not rows:
         return {}
     servers, high, low = np.concatenate(rows, axis=1)

@@ -95,18 +95,18 @@ class _Engines:
         """Returns "equal", "tie" (the first different tokens are almost equally probable) or "different"."""
         if reference == other:
             return "equal"
-        place = next(
+        index = next(
             (n for n, pair in enumerate(zip(reference, other, strict=False)) if pair[0] != pair[1]), -1
         )
-        if place < 0:
+        if index < 0:
             return "different"
         self.switch.current = None
         engine = self.drafting if self.plain is None else self.plain
         sampling = self._sampling(temperature=0.0, max_tokens=1, logprobs=5)
-        text = [*ids, *reference[:place]]
+        text = [*ids, *reference[:index]]
         output = engine.generate([{"prompt_token_ids": text}], sampling, use_tqdm=False)
         found = {token: entry.logprob for token, entry in output[0].outputs[0].logprobs[0].items()}
-        pair = (reference[place], other[place])
+        pair = (reference[index], other[index])
         if not all(token in found for token in pair):
             return "different"
         return "tie" if abs(found[pair[0]] - found[pair[1]]) < TIE else "different"

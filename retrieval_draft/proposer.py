@@ -341,7 +341,9 @@ class ProposerSession:
         if feedback is None:
             return
         logits = (
-            feedback.logits if feedback.logits is not None else _said(feedback.text, len(feedback.emitted))
+            feedback.logits
+            if feedback.logits is not None
+            else _emitted_logits(feedback.text, len(feedback.emitted))
         )
         with self._proposer.lock:
             self._drafting.count(feedback.plan, feedback.path)
@@ -380,7 +382,7 @@ class _Feedback(NamedTuple):
     logits: NodeLogits | None
 
 
-def _said(text: TokenArray, count: int) -> NodeLogits:
+def _emitted_logits(text: TokenArray, count: int) -> NodeLogits:
     """Predictions with probability 1 that each of the last `count` tokens of `text` followed its context."""
     padded = np.concatenate((np.full(CONTEXT, -1, np.int32), text))
     first = np.arange(len(text) - count, len(text))

@@ -53,13 +53,13 @@ def main(cost_file: str, fixed_file: str, out: str) -> None:
     height = 0.8 / len(methods)
     for number, name in enumerate(methods):
         right.barh(
-            [place + number * height for place in range(len(tasks))],
+            [index + number * height for index in range(len(tasks))],
             [fixed["by_task"][task][name]["tokens_per_step"] for task in tasks],
             height,
             color=COLOURS[name],
             label=NAMES[name],
         )
-    right.set_yticks([place + 0.2 for place in range(len(tasks))], tasks)
+    right.set_yticks([index + 0.2 for index in range(len(tasks))], tasks)
     right.invert_yaxis()
     right.axvline(1, color="#444", linewidth=0.8)
     right.legend(frameon=False, fontsize=9)

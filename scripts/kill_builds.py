@@ -34,8 +34,8 @@ _COMMAND = (sys.executable, "-m", "retrieval_draft.cli", "index")
 def main(kills: int = 200, seed: int = 0) -> int:
     chance = random.Random(seed)
     outcomes: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         byte_tokenizer().save_pretrained(folder / "tokenizer")
         tokenizer = str(folder / "tokenizer" / "tokenizer.json")
         encoder = Encoder.from_file(Path(tokenizer))

@@ -42,14 +42,14 @@ def serve(
     json: Json = False,
 ) -> None:
     """Load a server: whole streams, answers as offline, bounded memory; or its speed against no drafts."""
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as scratch:
         if model is None:
             from benchmarks.serve_model import save_tiny_model
 
-            save_tiny_model(Path(place))
+            save_tiny_model(Path(scratch))
             # The passes of a tiny model take less time than the synchronisation of threads.
             threads = threads or 1
-        options = ["--model", model or place, "--max-batch", str(max_batch)]
+        options = ["--model", model or scratch, "--max-batch", str(max_batch)]
         if threads is not None:
             import torch
 
@@ -58,7 +58,7 @@ def serve(
         if compare_none:
             result = _compare(options, method, clients, prompts, limit, max_new_tokens, rounds)
         else:
-            result = _load(options, method, model or place, clients, seconds, distinct)
+            result = _load(options, method, model or scratch, clients, seconds, distinct)
     from retrieval_draft.bench.provenance import provenance
 
     result |= {"model": model or "tiny", "method": method, "clients": clients, "max_batch": max_batch}

@@ -57,8 +57,8 @@ def store(
         raise InvalidInputError(f"--parts names {unknown or 'nothing'}.", f"Choose from: {', '.join(PARTS)}.")
     if "split" in chosen and not traces:
         raise InvalidInputError("The part split replays traces; there are none.", "Name files with --traces.")
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        work = Path(place)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        work = Path(scratch)
         measures: dict[str, Callable[[], dict[str, Any]]] = {
             "propagation": lambda: _propagation(work, servers, rounds),
             "outages": lambda: _outages(work, model, prompts, limit),

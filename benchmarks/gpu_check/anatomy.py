@@ -61,12 +61,12 @@ class Steps:
 
     def next(self) -> None:
         """Records the begin of a step."""
-        place, self._begun = self._begun - self._skip, self._begun + 1
-        if place == 0:
+        step, self._begun = self._begun - self._skip, self._begun + 1
+        if step == 0:
             self._begin()
-        elif place == _STEPS:
+        elif step == _STEPS:
             self._end()
-        self.seen = min(max(place, 0), _STEPS)
+        self.seen = min(max(step, 0), _STEPS)
 
     def over(self) -> None:
         """Records the end of the reply, perhaps before the last observed step."""

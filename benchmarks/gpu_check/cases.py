@@ -135,8 +135,8 @@ class Decoder:
         if case.context != _RECORDED:
             found = [_lengthened(each, int(case.context)) for each in found]
         self._by_prompt = {tuple(each.prompt): each.reply for each in found}
-        self.groups = [found[: case.rows]] if case.rows > 1 else [[found[place]] for place in _MEASURED]
-        others = [[found[place]] for place in _OTHERS]
+        self.groups = [found[: case.rows]] if case.rows > 1 else [[found[index]] for index in _MEASURED]
+        others = [[found[index]] for index in _OTHERS]
         if case.rows > 1:
             others = [(found[case.rows :] * case.rows)[: case.rows]]
         for group in others[:1] if self.is_stock else others:

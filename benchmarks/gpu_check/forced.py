@@ -74,24 +74,26 @@ def forced(replies: Mapping[tuple[int, ...], Sequence[int]]) -> Iterator[None]:
     def walk_recorded(tree: DraftTree, choose: Callable[[int], int]) -> Iterator[tuple[int, int]]:
         row = current[0]
         reply = by_prompt[row.request.prompt.tobytes()]
-        said = len(row.text) - len(row.request.prompt)
+        emitted = len(row.text) - len(row.request.prompt)
         depths = tree.depths.tolist()
 
         def choose_recorded(node: int) -> int:
             choose(node)  # for its time
-            return int(reply[said + depths[node]])
+            return int(reply[emitted + depths[node]])
 
         return walk(tree, choose_recorded)
 
-    def start_recorded(drafting: DraftSession, first: TokenArray, prompt: TokenArray, said: Any) -> None:
+    def start_recorded(
+        drafting: DraftSession, first: TokenArray, prompt: TokenArray, predictions: Any
+    ) -> None:
         start(drafting, first, prompt, None)
 
     def learn_recorded(drafting: DraftSession, plan: Any, emitted: TokenArray, logits: NodeLogits) -> None:
         path = plan.tree.walk(emitted)[: len(emitted)]
-        places = np.resize(np.arange(len(path)), len(logits.contexts))
-        contexts = logits.contexts[np.array(path)][places]
-        tokens = np.asarray(emitted, np.int32)[: len(path)][places][:, None]
-        probs = np.ones((len(places), 1), np.float32)
+        repeated = np.resize(np.arange(len(path)), len(logits.contexts))
+        contexts = logits.contexts[np.array(path)][repeated]
+        tokens = np.asarray(emitted, np.int32)[: len(path)][repeated][:, None]
+        probs = np.ones((len(repeated), 1), np.float32)
         learn(drafting, plan, emitted, NodeLogits(np.ascontiguousarray(contexts), tokens, probs))
 
     with (

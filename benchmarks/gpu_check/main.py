@@ -122,10 +122,10 @@ def _run(options: Any, names: list[str], folder: Path, began: float) -> None:
     with Worker(command, folder, keep) as worker:
         if _WARM_UP in _all(names):
             worker.run(_WARM_UP, options.seconds / 4, options.seconds / 4 + _grace(options))
-        for place, name in enumerate(names):
+        for index, name in enumerate(names):
             left = options.seconds - (time.monotonic() - began)
             usable = max(left - _RESERVE * options.seconds, 0.0)
-            seconds = usable * shares[name] / sum(shares[other] for other in names[place:])
+            seconds = usable * shares[name] / sum(shares[other] for other in names[index:])
             _say(f"{name}: {seconds:.0f} s of {left:.0f} s left")
             if options.tiny:  # a rehearsal runs everything, even on a busy machine
                 seconds = max(seconds, _TINY_LEAST)

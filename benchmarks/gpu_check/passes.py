@@ -168,11 +168,11 @@ class _StaticPass:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, model.config.vocab_size, (1, context), generator=generator).to(device)
         positions = torch.arange(context, device=device)[None]
-        for part, place in zip(ids.split(2048, 1), positions.split(2048, 1), strict=True):
-            rows = place[0][:, None] >= torch.arange(slots, device=device)[None]
+        for part, part_positions in zip(ids.split(2048, 1), positions.split(2048, 1), strict=True):
+            rows = part_positions[0][:, None] >= torch.arange(slots, device=device)[None]
             mask = torch.zeros(rows.shape, device=device, dtype=model.dtype)
             mask.masked_fill_(~rows, torch.finfo(model.dtype).min)
-            self._call(part, place, mask[None, None])
+            self._call(part, part_positions, mask[None, None])
         self._token = ids[:, :1].clone()
         self._position = torch.full((1, 1), context, device=device)
         visible = torch.arange(slots, device=device) <= context

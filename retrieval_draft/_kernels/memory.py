@@ -63,8 +63,8 @@ else:
 
 
 @kernel
-def load_token(address: int, width: int, place: int) -> int:
-    """Token number `place` of an array of tokens of `width` bytes, 2 or 4."""
+def load_token(address: int, width: int, index: int) -> int:
+    """Token number `index` of an array of tokens of `width` bytes, 2 or 4."""
     if width == 2:
-        return _load_uint16(address, place)
-    return _load_uint32(address, place)
+        return _load_uint16(address, index)
+    return _load_uint32(address, index)

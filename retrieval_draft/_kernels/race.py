@@ -87,8 +87,8 @@ def noise_of(key: np.uint64, tokens: NDArray[np.int64], vocabulary: int, out: ND
         vocabulary: Number of token ids.
         out: float32, shape (n,). Written.
     """
-    for place in range(tokens.shape[0]):
-        out[place] = np.float32(-np.log(arrival(key, tokens[place], vocabulary)))
+    for index in range(tokens.shape[0]):
+        out[index] = np.float32(-np.log(arrival(key, tokens[index], vocabulary)))
 
 
 @kernel

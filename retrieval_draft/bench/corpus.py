@@ -133,16 +133,16 @@ def _cut_prompts(
     reply: int,
 ) -> list[tuple[DocumentFile, list[int]]]:
     cut: list[tuple[DocumentFile, list[int]]] = []
-    for place in random.permutation(len(files)):
+    for index in random.permutation(len(files)):
         text = ""
         with suppress(NoTextColumnError):  # no prompt is cut from it, as it is not indexed
-            text = next((text for _, text in read_documents(files[place], ReadReport())), "")
+            text = next((text for _, text in read_documents(files[index], ReadReport())), "")
         tokens: TokenArray = encoder.encode([text])[0]
         first, last = (int(part * len(tokens)) for part in STOP_AT)
         if first < length or last + reply > len(tokens) or last <= first:
             continue
         end = int(random.integers(first, last))
-        cut.append((files[place], [int(token) for token in tokens[end - length : end]]))
+        cut.append((files[index], [int(token) for token in tokens[end - length : end]]))
         if len(cut) == prompts:
             return cut
     raise InvalidInputError(

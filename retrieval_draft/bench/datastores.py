@@ -56,15 +56,15 @@ def measure_index(
     text = SyntheticText(vocabulary)
     segment_tokens = segment_tokens or segment_tokens_here()
     _sort_something(vocabulary)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        large = _build(text, tokens, vocabulary, workers, segment_tokens, Path(place) / "large")
-        small = _build(text, min(SMALL, tokens), vocabulary, workers, segment_tokens, Path(place) / "small")
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        large = _build(text, tokens, vocabulary, workers, segment_tokens, Path(scratch) / "large")
+        small = _build(text, min(SMALL, tokens), vocabulary, workers, segment_tokens, Path(scratch) / "small")
         before = resident_bytes()
         begin = time.perf_counter()
-        corpus = Corpus.open(Path(place) / "large")
+        corpus = Corpus.open(Path(scratch) / "large")
         opened = time.perf_counter() - begin
         after = resident_bytes()
-        sources = [CorpusSource([corpus]), CorpusSource([Corpus.open(Path(place) / "small")])]
+        sources = [CorpusSource([corpus]), CorpusSource([Corpus.open(Path(scratch) / "small")])]
         query = text.tokens(4 * _STEPS, seed=99)
         lookups = _lookups(sources, query, nodes)
         manifest = corpus.folder.manifest
@@ -195,15 +195,15 @@ def _lookups(sources: Sequence[DraftSource], query: TokenArray, nodes: int) -> l
     sessions = [source.open(query[:32]) for source in sources]
     times: list[list[float]] = [[] for _ in sources]
     random = np.random.default_rng(0)
-    place = 32
-    while place + 4 <= len(query) and len(times[0]) < _STEPS:
-        accepted = query[place : place + int(random.integers(1, 5))]
+    position = 32
+    while position + 4 <= len(query) and len(times[0]) < _STEPS:
+        accepted = query[position : position + int(random.integers(1, 5))]
         for session, found in zip(sessions, times, strict=True):
             begin = time.perf_counter()
             session.observe(accepted)
             session.propose(nodes)
             found.append(1e6 * (time.perf_counter() - begin))
-        place += len(accepted)
+        position += len(accepted)
     return [found[16:] for found in times]
 
 

@@ -40,8 +40,8 @@ class SyntheticText:
         """
         random = np.random.default_rng((seed, 1))
         out = np.empty(count, np.int32)
-        place = 0
-        while place < count:
+        filled = 0
+        while filled < count:
             phrases = self._zipf(random, _BLOCK // 8, _BOOK)
             starts, lengths = self._starts[phrases], (self._ends - self._starts)[phrases]
             begins = np.cumsum(lengths) - lengths
@@ -49,9 +49,9 @@ class SyntheticText:
             piece = self._words[np.repeat(starts, lengths) + inside]
             slips = random.random(len(piece)) < 0.03
             piece[slips] = self._zipf(random, int(slips.sum()), self._vocabulary)
-            taken = min(len(piece), count - place)
-            out[place : place + taken] = piece[:taken]
-            place += taken
+            taken = min(len(piece), count - filled)
+            out[filled : filled + taken] = piece[:taken]
+            filled += taken
         return out
 
     def joined(self, count: int, seed: int, document: int = 700) -> tuple[NDArray[Any], NDArray[np.int32]]:

@@ -80,7 +80,7 @@ def gaps(
     logits = reply_logits(model, prompt, reply)
     scores = logits
     if noise is not None:
-        drawn = [noise.at(len(prompt) + place) for place in range(len(reply))]
+        drawn = [noise.at(len(prompt) + index) for index in range(len(reply))]
         scores = logits + torch.stack(drawn).to(logits.device)
     chosen = torch.tensor(reply, device=logits.device)[:, None]
     best, at = scores.max(1, keepdim=True)
@@ -111,5 +111,5 @@ def compare(one: Sequence[int], other: Sequence[int]) -> int | None:
     """The first index at which two replies differ; None where they are equal."""
     if list(one) == list(other):
         return None
-    places = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(places, min(len(one), len(other)))
+    differing = (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differing, min(len(one), len(other)))

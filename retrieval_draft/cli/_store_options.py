@@ -50,8 +50,8 @@ def config(url: str | None, tenant: str, share: str, snapshots: str | None = Non
     from retrieval_draft.index.store.url import parse_store_url
 
     parse_store_url(url)  # refused before a model is loaded
-    place = snapshots if snapshots is None or "://" in snapshots else Path(snapshots)
-    return StoreConfig(url, tenant=tenant, share=share, snapshots=place)
+    location = snapshots if snapshots is None or "://" in snapshots else Path(snapshots)
+    return StoreConfig(url, tenant=tenant, share=share, snapshots=location)
 
 
 def needed(url: str | None) -> str:

@@ -149,8 +149,8 @@ def merge(
     from retrieval_draft.index.segments.index_folder import IndexFolder
 
     opened = [IndexFolder.open(path) for path in indexes]
-    places = [index.path.resolve() for index in opened]
-    if len(set(places)) < len(places):
+    paths = [index.path.resolve() for index in opened]
+    if len(set(paths)) < len(places):
         raise InvalidInputError("An index is named twice.", "Name each once.")
     first = opened[0].manifest
     target = opened[0]

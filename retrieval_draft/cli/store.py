@@ -110,7 +110,7 @@ def snapshot(
     if snapshots is None or tokenizer is None:
         missing = "--snapshots" if snapshots is None else "--tokenizer"
         raise InvalidInputError(
-            f"{missing} is missing.", "A snapshot has a place, and belongs to a tokenizer."
+            f"{missing} is missing.", "A snapshot has a location, and belongs to a tokenizer."
         )
     settings = config(needed(store), tenant, "none", snapshots)
     assert settings is not None

@@ -85,10 +85,10 @@ class CostModel:
         for turn in range(MAX_ROUNDS):
             if turn >= ROUNDS and time.perf_counter() - started > ENOUGH_SECONDS:
                 break
-            for place, size in enumerate(SIZES):
+            for index, size in enumerate(SIZES):
                 begin = time.perf_counter()
                 forward(size)
-                least[place] = min(least[place], time.perf_counter() - begin)
+                least[index] = min(least[index], time.perf_counter() - begin)
                 if progress is not None and turn < ROUNDS:
                     progress()
         model = cls()
@@ -181,10 +181,10 @@ class CostModel:
         """
         if self._log_seconds is None or seconds <= 0:
             return
-        place = float(np.log2(tokens))
-        expected = float(np.interp(place, self._log_sizes, self._log_seconds))
+        log_tokens = float(np.log2(tokens))
+        expected = float(np.interp(log_tokens, self._log_sizes, self._log_seconds))
         error = min(max(float(np.log(seconds)) - expected, -OUTLIER), OUTLIER)
-        nearness = np.maximum(0.0, 1.0 - np.abs(self._log_sizes - place))
+        nearness = np.maximum(0.0, 1.0 - np.abs(self._log_sizes - log_tokens))
         self._weights = np.minimum(self._weights + nearness, REMEMBERED)
         rate = np.maximum(nearness / self._weights, RATE_ALL)
         self._log_seconds = self._log_seconds + error * rate

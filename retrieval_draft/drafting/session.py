@@ -220,10 +220,10 @@ def _usable(tree: DraftTree, max_depth: int, vocabulary: int) -> DraftTree:
     for node in range(1, len(tree)):
         bad[node] |= bad[tree.parents[node]]
     kept = np.flatnonzero(~bad)
-    place = np.full(len(tree), -1, np.int32)
-    place[kept] = np.arange(len(kept), dtype=np.int32)
+    index = np.full(len(tree), -1, np.int32)
+    index[kept] = np.arange(len(kept), dtype=np.int32)
     parents = tree.parents[kept]
-    parents[1:] = place[parents[1:]]
+    parents[1:] = index[parents[1:]]
     return DraftTree(
         tree.tokens[kept],
         parents,

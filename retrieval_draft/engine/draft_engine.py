@@ -137,17 +137,17 @@ class DraftEngine:
         opened: dict[int, SourceSessions] = {}
         for owner in requests:
             if owner.prefix_owner is None:
-                places = [i for i, r in enumerate(requests) if r is owner or r.prefix_owner is owner]
-                sessions = self._hierarchy.open_parallel(owner.prompt, references, len(places))
-                opened.update(zip(places, sessions, strict=True))
-        return [self._session(request, opened[place], stats[place]) for place, request in enumerate(requests)]
+                indices = [i for i, r in enumerate(requests) if r is owner or r.prefix_owner is owner]
+                sessions = self._hierarchy.open_parallel(owner.prompt, references, len(indices))
+                opened.update(zip(indices, sessions, strict=True))
+        return [self._session(request, opened[index], stats[index]) for index, request in enumerate(requests)]
 
     def _session(self, request: DecodeRequest, sources: SourceSessions, stats: DraftStats) -> DraftSession:
         length = len(request.prompt)
         if self._config.prefill_logits is True:
             request.prompt_rows = length
         elif self._config.prefill_logits == "auto" and self._head is not None:
-            request.prompt_rows = self._head.rows_worth(request.max_length - length, length)
+            request.prompt_rows = self._head.paying_rows(request.max_length - length, length)
         noise = request.noise if self._config.known_noise else None
         return DraftSession(
             sources,

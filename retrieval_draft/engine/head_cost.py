@@ -67,7 +67,7 @@ class HeadCost:
         many = min(passes(rows) for _ in range(_REPEATS))
         return cls(row=max(many - few, 1e-9) / max(rows - 1, 1), step=min(step() for _ in range(_REPEATS)))
 
-    def rows_worth(self, new_tokens: int, prompt_length: int) -> int:
+    def paying_rows(self, new_tokens: int, prompt_length: int) -> int:
         """All prompt positions where the head over them costs less than it should save, else the last.
 
         The saving of a position does not depend on its index: a part never pays where the whole does not.

@@ -60,12 +60,12 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     candidates = torch.gather(blocks, 1, chosen[:, :, None].expand(-1, -1, _BLOCK)).flatten(1)
     if whole < vocabulary:
         candidates = torch.cat([candidates, tail], -1)
-    values, places = torch.topk(candidates, k)
-    row, column = places // _BLOCK, places % _BLOCK
+    values, flat = torch.topk(candidates, k)
+    row, column = flat // _BLOCK, flat % _BLOCK
     indices = torch.gather(chosen, 1, row.clamp(max=chosen.shape[1] - 1)) * _BLOCK + column
     if whole < vocabulary:
         past = chosen.shape[1] * _BLOCK
-        indices = torch.where(places >= past, places - past + whole, indices)
+        indices = torch.where(flat >= past, flat - past + whole, indices)
     return best, index, values, indices
 
 

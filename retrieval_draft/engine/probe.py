@@ -33,7 +33,7 @@ def probe(target: Target) -> float:
     Costs one pass over a few prompt tokens, one over 4 nodes and 4 over one token; as much again, with more
     nodes, on a text beyond each window that the configuration names and its layer types do not: models that
     choose keys by their index in the pass, not by position, fail only there. GPT-Neo cuts a
-    window by place; Doge keeps the best keys, and of equal ones those that its search meets first.
+    window by index; Doge keeps the best keys, and of equal ones those that its search meets first.
 
     Args:
         target: The model.
@@ -70,8 +70,8 @@ def _refuse_fixed_masks(target: Target) -> None:
     for name, buffer in target.model.named_buffers():
         if buffer.shape[-2:] == (longest, longest):
             raise UnsupportedModelError(
-                f"{type(target.model).__name__} has a mask of its own for {longest} places in a pass. "
-                f"Near the end of so long a text the nodes of a tree have no place in it ({name}).",
+                f"{type(target.model).__name__} has a mask of its own for {longest} tokens in a pass. "
+                f"Near the end of so long a text the nodes of a tree lie outside it ({name}).",
                 "Use model.generate for this model.",
             )
 
@@ -91,7 +91,7 @@ def _own_windows(target: Target) -> list[int]:
     ]
 
 
-def _compare(target: Target, length: int, siblings: int = 2) -> float:
+def _compare(target: Target, length: int, width: int = 2) -> float:
     """`probe` of one text, with a tree of a root, its children, and last a child of the first of them.
 
     The more children, the further apart are a node's index in the pass and its position.
@@ -99,18 +99,18 @@ def _compare(target: Target, length: int, siblings: int = 2) -> float:
     if target.rope is not None and length < target.rope.length <= length + 2:
         length = target.rope.length  # no tree reaches over it
     model, tokens = target.model, min(target.vocabulary, 1000)
-    places = tokens if target.max_positions is None else target.max_positions - length - 2
-    siblings = min(siblings, tokens - 1, places)
+    slots = tokens if target.max_positions is None else target.max_positions - length - 2
+    width = min(width, tokens - 1, slots)
     random = np.random.default_rng(0)
     words = random.integers(0, tokens, _WORDS)
     prompt = torch.from_numpy(random.choice(words, length)).to(target.device)
     root, first, second = (int(token) for token in random.choice(words, 3))
-    children = [(first + step) % tokens for step in range(siblings)]
-    size = siblings + 2
+    children = [(first + step) % tokens for step in range(width)]
+    size = width + 2
     tree = DraftTree(
         tokens=np.array([root, *children, second], np.int32),
-        parents=np.array([-1, *[0] * siblings, 1], np.int32),
-        depths=np.array([0, *[1] * siblings, 2], np.int32),
+        parents=np.array([-1, *[0] * width, 1], np.int32),
+        depths=np.array([0, *[1] * width, 2], np.int32),
         probs=np.ones(size, np.float32),
         path_probs=np.ones(size, np.float32),
         sources=np.zeros(size, np.int64),
@@ -142,7 +142,7 @@ def _compare(target: Target, length: int, siblings: int = 2) -> float:
         raise UnsupportedModelError(
             f"{type(model).__name__} says something else for a tree than for its paths: the logits differ by "
             f"{difference:.2g} of their standard deviation, at most {limit:g} is allowed.",
-            "It ignores the tree mask or the positions, as ALiBi does, or chooses keys by their place in the "
+            "It ignores the tree mask or the positions, as ALiBi does, or chooses keys by their index in the "
             "pass; use model.generate for this model.",
         )
     return difference

@@ -136,7 +136,7 @@ def refuse_activated_adapter(name: str, module: nn.Module) -> None:
         kind = type(variants[adapter]).__name__ if adapter in variants else ""
         if "alora" in kind.lower():
             raise UnsupportedModelError(
-                f"The adapter {adapter!r} at {name} is an activated LoRA: it acts from a place of "
+                f"The adapter {adapter!r} at {name} is an activated LoRA: it acts from a position in "
                 "the text that only PEFT's own generate works out.",
                 "Use the generate of the PEFT model for it, or set_adapter another one.",
             )

@@ -77,7 +77,8 @@ def _by_position(kept: Sequence[list[Tensor]]) -> tuple[Tensor, ...]:
     ended = torch.zeros_like(kept[0][0])
     longest = max(len(row) for row in kept)
     return tuple(
-        torch.cat([row[place] if place < len(row) else ended for row in kept]) for place in range(longest)
+        torch.cat([row[position] if position < len(row) else ended for row in kept])
+        for position in range(longest)
     )
 
 

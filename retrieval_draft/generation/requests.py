@@ -111,7 +111,7 @@ def make_requests(
     dictionary = bool(config.return_dict_in_generate)
     keeps = dictionary and bool(config.output_scores), dictionary and bool(config.output_logits)
     width = input_ids.shape[1]
-    owners = _leaders(prompts)
+    owners = _prefix_owners(prompts)
     seeds = _seeds(extras.seeds, len(prompts), returned) if config.do_sample else [0] * len(prompts)
     caches: list[Any] = [None] * len(prompts)
     if cache is not None:
@@ -148,7 +148,7 @@ def make_requests(
     return requests
 
 
-def _leaders(prompts: Sequence[TokenArray]) -> list[int]:
+def _prefix_owners(prompts: Sequence[TokenArray]) -> list[int]:
     """Index of the first row with the same prompt, for each row."""
     first: dict[bytes, int] = {}
     return [first.setdefault(prompt.tobytes(), row) for row, prompt in enumerate(prompts)]

@@ -35,8 +35,8 @@ def unreadable(headers: Iterable[tuple[bytes, bytes]], kinds: Collection[str]) -
     found = types[-1] if types else b""
     wanted = next(iter(kinds))
     if media_type(found) not in kinds:
-        said = repr(found.decode("latin-1")) if types else "missing"
-        return f"Content-Type is {said}; send {wanted}."
+        received = repr(found.decode("latin-1")) if types else "missing"
+        return f"Content-Type is {received}; send {wanted}."
     message = Message()
     message["Content-Type"] = found.decode("latin-1")
     charset = str(message.get_param("charset", "utf-8"))

@@ -22,10 +22,10 @@ from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArr
 
 __all__ = ["AdjacencyMatrix", "AdjacencySession", "AdjacencySource", "make_source"]
 
-DOUBT = (300.0, 30.0, 16.0, 8.0, 4.0)
-"""A row of order o seen v times takes v / (v + DOUBT[o]) of the probability that reaches it; order 0 holds
+BACKOFF = (300.0, 30.0, 16.0, 8.0, 4.0)
+"""A row of order o seen v times takes v / (v + BACKOFF[o]) of the probability that reaches it; order 0 holds
 the tokens frequent in any context, with the sum of their counts for visits. On traces of two models, halving
-or doubling doubts changes the result by less than 0.5%, a tenth accepts 1 to 3% fewer tokens, and leaving out
+or doubling them changes the result by less than 0.5%, a tenth accepts 1 to 3% fewer tokens, and leaving out
 order 0 4 to 10% fewer."""
 
 VISITS = 16
@@ -56,7 +56,7 @@ class AdjacencyMatrix:
         self._visits = np.zeros(size, np.int32)
         self._tokens = np.full((size, top_k), -1, np.int32)
         self._probs = np.zeros((size, top_k), np.float32)
-        self._doubt = np.array(DOUBT, np.float64)
+        self._backoff = np.array(BACKOFF, np.float64)
         self._frequent = FrequentTokens()
         self._clock = 0
         self._lock = Lock()  # the kernels run without the GIL, and a server drafts from several threads
@@ -79,8 +79,8 @@ class AdjacencyMatrix:
 
     @property
     def arrays(self) -> tuple[NDArray[Any], ...]:
-        """Keys, visits, tokens, probabilities and doubt, for kernels."""
-        return self._keys, self._visits, self._tokens, self._probs, self._doubt
+        """Keys, visits, tokens, probabilities and back-off constants, for kernels."""
+        return self._keys, self._visits, self._tokens, self._probs, self._backoff
 
     def learn(self, logits: NodeLogits) -> None:
         """Averages the target's predictions into the rows of orders 1 to 4 of each context; counts them."""
@@ -138,7 +138,7 @@ class AdjacencyMatrix:
                 self._visits,
                 self._tokens,
                 self._probs,
-                self._doubt,
+                self._backoff,
                 self._frequent.counts,
                 self._frequent.tokens,
                 self._frequent.total,

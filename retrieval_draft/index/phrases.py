@@ -113,7 +113,7 @@ class PhraseTable:
         if not self._reach:
             return []
         letters = _letters(tail[-self._reach * _TOKEN :])
-        groups = [group for place, group in self._automaton.iter(letters) if place == len(letters) - 1]
+        groups = [group for last, group in self._automaton.iter(letters) if last == len(letters) - 1]
         positions: dict[int, None] = {}  # the longest trigger comes first, and may fill it
         for group in groups:
             positions.update(dict.fromkeys(self._positions[self._groups[group] : self._groups[group + 1]]))
@@ -152,10 +152,10 @@ class PhraseTable:
             automaton.make_automaton()
         return automaton
 
-    def _add(self, automaton: Any, places: list[tuple[int, int]]) -> list[int]:
+    def _add(self, automaton: Any, triggers: list[tuple[int, int]]) -> list[int]:
         """Adds the tokens before each position as triggers; returns the positions of those kept in part."""
         grams: dict[bytes, list[int]] = {}
-        for length, at in places:
+        for length, at in triggers:
             grams.setdefault(self.flat[(at - length) * _TOKEN : at * _TOKEN], []).append(at)
         crowded: list[int] = []
         for gram, positions in grams.items():

@@ -25,23 +25,23 @@ class SiblingSession:
 
     def __init__(self, automaton: SuffixAutomaton | None) -> None:
         self._automaton = automaton
-        self._place = 0 if automaton is None else automaton.place
+        self._state = 0 if automaton is None else automaton.state
         self._workspace = None if automaton is None else SuffixAutomaton.workspace()
 
     def propose(self, budget: int) -> Proposal:
         """The tokens after the reply's last tokens in any of the replies, as a tree."""
         if self._automaton is None or self._workspace is None:
             return empty_proposal(SiblingSource.name, SiblingSource.level)
-        self._automaton.place = self._place
-        said = self._automaton.propose(budget, self._workspace)
-        return replace(said, source=SiblingSource.name, level=SiblingSource.level)
+        self._automaton.state = self._state
+        proposal = self._automaton.propose(budget, self._workspace)
+        return replace(proposal, source=SiblingSource.name, level=SiblingSource.level)
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,); the others can draft from them at once."""
         if self._automaton is not None:
-            self._automaton.place = self._place
+            self._automaton.state = self._state
             self._automaton.insert(tokens)
-            self._place = self._automaton.place
+            self._state = self._automaton.state
 
     def learn(self, logits: NodeLogits) -> None:
         """Does nothing: only text is kept here."""

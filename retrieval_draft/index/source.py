@@ -80,10 +80,10 @@ class NodeLogits:
 
     def __post_init__(self) -> None:
         probs = self.top_probs
-        said = ((probs >= 0.0) & (probs <= _MAX_PROB)).all(-1)  # NaN is neither
-        if not said.all():
+        valid = ((probs >= 0.0) & (probs <= _MAX_PROB)).all(-1)  # NaN is neither
+        if not valid.all():
             for name in ("contexts", "top_tokens", "top_probs"):
-                object.__setattr__(self, name, getattr(self, name)[said])
+                object.__setattr__(self, name, getattr(self, name)[valid])
 
 
 def empty_proposal(source: str, level: str) -> Proposal:

@@ -86,7 +86,7 @@ class SuffixAutomaton:
         return int(self._states[state, self._kernels.LENGTH])
 
     @property
-    def place(self) -> int:
+    def state(self) -> int:
         """State of the current text. Set it back to continue that text after another was continued.
 
         Texts with the same beginning can grow in turns: each insertion extends the current text, and a
@@ -95,9 +95,9 @@ class SuffixAutomaton:
         """
         return int(self._meta[self._kernels.LAST])
 
-    @place.setter
-    def place(self, place: int) -> None:
-        self._meta[self._kernels.LAST] = place
+    @state.setter
+    def state(self, state: int) -> None:
+        self._meta[self._kernels.LAST] = state
 
     def insert(self, tokens: TokenArray) -> None:
         """Appends `tokens` to the current text. O(1) amortised for each.

@@ -99,11 +99,11 @@ def _raise(row: dict[int, float], token: int, by: float) -> None:
     row[token] = min(MAX_VALUE, row.get(token, 0.0) + by)
 
 
-class _Place:
+class _Node:
     """A sentence's beginning: its next tokens, and the number of visits of each."""
 
     def __init__(self, options: Sequence[tuple[int, float]]) -> None:
-        self.options, self.below = options, dict[int, _Place]()
+        self.options, self.below = options, dict[int, _Node]()
         self.visits, self.wins = [0] * len(options), [0.0] * len(options)
 
     def choose(self) -> int:
@@ -147,9 +147,9 @@ class AdedSession(LookupSession):
             longer = (*sentence, *(token for token, _ in self._row(sentence)[:1]))
             visits.update({longer[:size]: times for size in range(len(longer) + 1)})
         tree = GuessTree("aded")
-        places: dict[tuple[int, ...], int] = {(): -1}
+        nodes: dict[tuple[int, ...], int] = {(): -1}
         for path in sorted(visits, key=lambda path: (-visits[path], len(path)))[1:]:
-            places[path] = tree.add(places[path[:-1]], path[-1], visits[path] / visits[path[:-1]], 2)
+            nodes[path] = tree.add(nodes[path[:-1]], path[-1], visits[path] / visits[path[:-1]], 2)
         return tree.proposal(min(budget, NODES))
 
     def observe(self, tokens: TokenArray) -> None:
@@ -168,22 +168,22 @@ class AdedSession(LookupSession):
     def _search(self) -> Counter[tuple[int, ...]]:
         """Sentences with their visits."""
         found: Counter[tuple[int, ...]] = Counter()
-        root = _Place(self._row(()))
+        root = _Node(self._row(()))
         for _ in range(ITERATIONS if root.options else 0):
             sentence: tuple[int, ...] = ()
-            path: list[tuple[_Place, int]] = []
-            place, total = root, 0.0
-            while place.options and len(path) < LENGTH:
-                way = place.choose()
-                path.append((place, way))
-                token, value = place.options[way]
+            path: list[tuple[_Node, int]] = []
+            node, total = root, 0.0
+            while node.options and len(path) < LENGTH:
+                way = node.choose()
+                path.append((node, way))
+                token, value = node.options[way]
                 sentence, total = (*sentence, token), total + value
-                if way not in place.below:
-                    place.below[way] = _Place(self._row(sentence) if len(path) < LENGTH else [])
-                place = place.below[way]
-            for place, way in path:
-                place.visits[way] += 1
-                place.wins[way] += total / len(path)
+                if way not in node.below:
+                    node.below[way] = _Node(self._row(sentence) if len(path) < LENGTH else [])
+                node = node.below[way]
+            for node, way in path:
+                node.visits[way] += 1
+                node.wins[way] += total / len(path)
             found[sentence] += 1
         return found
 

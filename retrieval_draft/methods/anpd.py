@@ -63,10 +63,10 @@ class AnpdSession(LookupSession):
 
     def _count(self, start: int) -> None:
         text = self.text
-        for place in range(start, len(text)):
-            token = text[place]
-            for size in range(1, min(HIGHEST - 1, place) + 1):
-                context = tuple(text[place - size : place])
+        for index in range(start, len(text)):
+            token = text[index]
+            for size in range(1, min(HIGHEST - 1, index) + 1):
+                context = tuple(text[index - size : index])
                 counts = self._counts.setdefault(context, {})
                 counts[token] = counts.get(token, 0) + 1
                 if counts[token] > counts.get(self._best.get(context, -1), 0):

@@ -88,8 +88,8 @@ class CascadeSession(LookupSession):
         logs = self._expansion.review(np.array(self.text, np.int32), guesses)[len(chain) :]
         best, tokens = logs.max(-1)
         kept: list[int] = []
-        for place, token in enumerate(cheap):
-            if float(logs[place, token]) <= float(best[place]) - np.log(LENIENCE):
+        for index, token in enumerate(cheap):
+            if float(logs[index, token]) <= float(best[index]) - np.log(LENIENCE):
                 break
             kept.append(int(token))
         return [*kept, int(tokens[len(kept)])]

@@ -61,8 +61,8 @@ class ModelStore:
     def add(self, text: Sequence[int]) -> None:
         """Counts the 5-grams of an output."""
         with self._lock:
-            for place in range(len(text) - COPIED):
-                token, guess = text[place], tuple(text[place + 1 : place + 1 + COPIED])
+            for index in range(len(text) - COPIED):
+                token, guess = text[index], tuple(text[index + 1 : index + 1 + COPIED])
                 known = self._counts.setdefault(token, {})
                 self._size += guess not in known
                 self._time += 1
@@ -145,9 +145,9 @@ class HierarchyDraftingSession(LookupSession):
 
     def _index(self) -> None:
         text = self.text
-        for place in range(self._indexed, len(text) - COPIED):
-            guess = tuple(text[place + 1 : place + 1 + COPIED])
-            known = self._context.setdefault(text[place], {})
+        for index in range(self._indexed, len(text) - COPIED):
+            guess = tuple(text[index + 1 : index + 1 + COPIED])
+            known = self._context.setdefault(text[index], {})
             known.pop(guess, None)
             known[guess] = None
             if len(known) > GUESSES:

@@ -43,7 +43,7 @@ class LogitSpecSession(LookupSession):
         super().__init__(prompt)
         self._ends: dict[tuple[int, ...], int] = {}
         self._indexed = 0
-        self._said: NodeLogits | None = None
+        self._logits: NodeLogits | None = None
 
     def propose(self, budget: int) -> Proposal:
         """The copied branch, then a branch for each rank."""
@@ -64,7 +64,7 @@ class LogitSpecSession(LookupSession):
 
     def learn(self, logits: NodeLogits) -> None:
         """Keeps the predictions until the next step shows which node was accepted last."""
-        self._said = logits
+        self._logits = logits
 
     def _index(self) -> dict[tuple[int, ...], int]:
         """Indexes n-grams with a full continuation; returns the first ends of those without, by n-gram."""
@@ -90,18 +90,18 @@ class LogitSpecSession(LookupSession):
 
     def _ranking(self) -> list[tuple[int, int, float]]:
         """Rank, token and probability of the last token's alternatives."""
-        if self._said is None:
+        if self._logits is None:
             return []
         before = ([-1] * CONTEXT + self.text[:-1])[-CONTEXT:]
-        rows = np.flatnonzero((self._said.contexts == before).all(axis=1))
+        rows = np.flatnonzero((self._logits.contexts == before).all(axis=1))
         if not len(rows):
             return []
-        best = self._said.top_tokens[rows, :RANKS]
+        best = self._logits.top_tokens[rows, :RANKS]
         # Nodes of a run of one token have equal contexts: the accepted one is most likely the one that
         # chose the last token, of several the deepest.
         chose = np.flatnonzero(best[:, :1] == self.text[-1])
         row = int(chose[-1]) if len(chose) else len(rows) - 1
-        probs = self._said.top_probs[rows[row]]
+        probs = self._logits.top_probs[rows[row]]
         return [
             (rank, int(token), float(probs[rank]))
             for rank, token in enumerate(best[row].tolist())

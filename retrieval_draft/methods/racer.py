@@ -106,9 +106,9 @@ class GramTrie:
                     break
                 count, length_, depth, _, parent, node = heapq.heappop(waiting)
                 above = node.parent.count if node.parent is not None else 0
-                place = tree.add(parent, node.token, -count / max(above, 1), depth - 1 - length_)
+                index = tree.add(parent, node.token, -count / max(above, 1), depth - 1 - length_)
                 for child in node.children.values():
-                    heapq.heappush(waiting, (-child.count, length_, depth + 1, added, place, child))
+                    heapq.heappush(waiting, (-child.count, length_, depth + 1, added, index, child))
                     added += 1
 
     def _touch(self, path: Sequence[_Node]) -> None:
@@ -124,7 +124,7 @@ def breadths(breadth: int, depth: int) -> list[int]:
         the root, depth 0, breadth 8  ->  [4, 2, 1, 1, 1, 1, 1, 1]; its first child  ->  [4, 2, 1, 1]
     """
     widest = breadth if depth == 1 else breadth // 2
-    return [max(1, widest >> place) for place in range(breadth)]
+    return [max(1, widest >> rank) for rank in range(breadth)]
 
 
 class RacerSession(LookupSession):

@@ -52,7 +52,7 @@ def join(model: Proposal, found: Sequence[Proposal], budget: int) -> GuessTree:
 
 def _add(tree: GuessTree, proposal: Proposal, size: int, first: set[int] | None) -> None:
     """Adds nodes until the tree has `size`, leaving out those below a first token that is not in `first`."""
-    places: list[int | None] = []
+    nodes: list[int | None] = []
     for token, parent, prob, length in zip(
         proposal.tokens.tolist(),
         proposal.parents.tolist(),
@@ -60,13 +60,13 @@ def _add(tree: GuessTree, proposal: Proposal, size: int, first: set[int] | None)
         proposal.match_lengths.tolist(),
         strict=True,
     ):
-        above = -1 if parent < 0 else places[parent]
+        above = -1 if parent < 0 else nodes[parent]
         if above is None or (parent < 0 and first is not None and token not in first):
-            places.append(None)
+            nodes.append(None)
         elif len(tree) < size or tree.find(above, token) is not None:
-            places.append(tree.add(above, token, prob, length))
+            nodes.append(tree.add(above, token, prob, length))
         else:
-            places.append(None)
+            nodes.append(None)
 
 
 class RasdSession(LookupSession):

@@ -32,7 +32,7 @@ LONGEST, SHORTEST, COPIED = 16, 2, 10
 MAX_MATCHES = 5000
 CHOICES = 64
 
-Places = list[tuple[Segment, NDArray[np.int64]]]
+Positions = list[tuple[Segment, NDArray[np.int64]]]
 """For each segment, positions in its tokens."""
 Counted = tuple[tuple[int, ...], int]
 
@@ -65,7 +65,7 @@ class TextEnd:
             tokens = np.array(tokens, np.int32)
             self._kernels.advance(self._rows, self._chain, self._longest, self._tail, tokens)
 
-    def behind(self, length: int, most: int = MAX_MATCHES) -> Places:
+    def behind(self, length: int, most: int = MAX_MATCHES) -> Positions:
         """The positions after at most `most` occurrences of the last `length` tokens (1 to 32)."""
         kernels, found = self._kernels, []
         for number, segment in enumerate(self._segments):
@@ -83,16 +83,16 @@ class TextEnd:
         return found
 
 
-def common_prefixes(places: Places, copied: int, number: int, shortest: int = 1) -> list[Counted]:
-    """The `number` most frequent prefixes of `shortest` to `copied` tokens at `places`, with their counts.
+def common_prefixes(positions: Positions, copied: int, number: int, shortest: int = 1) -> list[Counted]:
+    """The `number` most frequent prefixes of `shortest` to `copied` tokens at `positions`, with their counts.
 
     Example:
         positions before 9 4 and before 9 3, copied 2, number 2  ->  (9): 2, (9 3): 1
     """
-    if not places:
+    if not positions:
         return []
     parts = []
-    for segment, starts in places:
+    for segment, starts in positions:
         spread = np.minimum(starts[:, None] + np.arange(copied), len(segment.tokens) - 1)
         part = segment.tokens[spread].astype(np.int32)
         part[np.logical_or.accumulate(part == segment.separator, axis=1)] = -1
@@ -136,9 +136,9 @@ class RestSession(LookupSession):
         """The most frequent prefixes of the continuations."""
         tree = GuessTree("rest", "history" if self._history else "corpus")
         for span in range(min(LONGEST, max(self._end.length, 4)), SHORTEST - 1, -1):
-            places = self._end.behind(span)
-            kept = _cut(common_prefixes(places, COPIED, CHOICES))
-            matches = sum(len(starts) for _, starts in places)
+            positions = self._end.behind(span)
+            kept = _cut(common_prefixes(positions, COPIED, CHOICES))
+            matches = sum(len(starts) for _, starts in positions)
             for prefix, count in kept.items():
                 tree.add_path(prefix, prob=count / kept.get(prefix[:-1], matches), match_length=span)
             if kept:

@@ -23,7 +23,7 @@ from retrieval_draft.index.source import Proposal, TokenArray
 from retrieval_draft.index.suffix_automaton import SuffixAutomaton
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
 from retrieval_draft.methods.method import Method, MethodContext, as_proposed
-from retrieval_draft.methods.rest import Places, TextEnd
+from retrieval_draft.methods.rest import Positions, TextEnd
 
 __all__ = ["METHOD", "SamDecodingSession"]
 
@@ -94,31 +94,33 @@ def _size(match: int) -> int:
     return min(MOST, 1 + match * PER_TOKEN)
 
 
-def _best_first(places: Places, size: int, match: int) -> GuessTree:
-    """The `size` most probable nodes by the counts of the texts at `places`.
+def _best_first(positions: Positions, size: int, match: int) -> GuessTree:
+    """The `size` most probable nodes by the counts of the texts at `positions`.
 
     Example:
         positions before 9 4, 9 4 and 9 3, size 2  ->  9 (3 of 3), 9 4 (2 of 3)
     """
     tree = GuessTree("sam_decoding", "corpus")
-    heap: list[tuple[float, int, int, int, float, Places]] = []  # path, order, parent, token, share, places
+    heap: list[
+        tuple[float, int, int, int, float, Positions]
+    ] = []  # path, order, parent, token, share, positions
     node, path, order = -1, 1.0, 0
     while True:
-        here = sum(len(found) for _, found in places)
-        for token, count, behind in _children(places):
+        here = sum(len(found) for _, found in positions)
+        for token, count, behind in _children(positions):
             order += 1
             heappush(heap, (-path * count / here, order, node, token, count / here, behind))
         if not heap or len(tree) == size:
             return tree
-        negative, _, parent, token, share, places = heappop(heap)
+        negative, _, parent, token, share, positions = heappop(heap)
         node, path = tree.add(parent, token, share, match), -negative
 
 
-def _children(places: Places) -> list[tuple[int, int, Places]]:
-    """The CHILDREN most frequent tokens at `places`: token, count, the positions after it."""
+def _children(positions: Positions) -> list[tuple[int, int, Positions]]:
+    """The CHILDREN most frequent tokens at `positions`: token, count, the positions after it."""
     counts: dict[int, int] = {}
-    behind: dict[int, Places] = {}
-    for segment, found in places:
+    behind: dict[int, Positions] = {}
+    for segment, found in positions:
         tokens = segment.tokens[found]
         order = np.argsort(tokens, kind="stable")
         cuts = np.flatnonzero(np.diff(tokens[order])) + 1

@@ -52,8 +52,8 @@ def template() -> Template:
         level = sorted(grown, key=lambda entry: (-round(entry[0], 12), entry[1]))[:size]
         kept += level
     kept.sort(key=lambda entry: (-round(entry[0], 12), len(entry[1]), entry[1]))
-    place = {path: node for node, (_, path) in enumerate(kept)}
-    return tuple((place.get(path[:-1], -1), path[-1], ZIPF[path[-1]]) for _, path in kept)
+    node_of = {path: node for node, (_, path) in enumerate(kept)}
+    return tuple((node_of.get(path[:-1], -1), path[-1], ZIPF[path[-1]]) for _, path in kept)
 
 
 TEMPLATE = template()

@@ -88,9 +88,9 @@ def _describe_bodies(app: FastAPI) -> None:
     )
 
     def described() -> dict[str, Any]:
-        said = made()
-        said.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
-        return said
+        schema = made()
+        schema.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+        return schema
 
     replaced: Any = described
     app.openapi = replaced  # type: ignore[method-assign]  # as FastAPI's documentation has it

@@ -15,7 +15,7 @@ from retrieval_draft.server.errors import ApiError
 __all__ = ["decode_body", "decode_field", "decode_texts", "is_absent", "read_body"]
 
 Body = TypeVar("Body")
-_PLACE = re.compile(r" - at `(?:key in )?\$(.*?)`$", re.DOTALL)
+_PATH = re.compile(r" - at `(?:key in )?\$(.*?)`$", re.DOTALL)
 _NAME = re.compile(r"^\.?([A-Za-z0-9_]+)")
 _FIELD = re.compile(r"field `(.*?)`", re.DOTALL)
 _KINDS = ("application/json",)
@@ -85,11 +85,11 @@ def decode_texts(raw: Raw, decoder: msgspec.json.Decoder[list[str]], name: str, 
     Raises:
         ApiError: It has another type, or is longer.
     """
-    said = bytes(raw)
-    if said.startswith(b'"'):
-        return decode_field(Raw(b"[" + said + b"]"), decoder, name)
+    encoded = bytes(raw)
+    if encoded.startswith(b'"'):
+        return decode_field(Raw(b"[" + encoded + b"]"), decoder, name)
     # This separates two texts, and occurs at most once within one: a quote within text has a backslash.
-    if said.count(b'","') > 2 * most:
+    if encoded.count(b'","') > 2 * most:
         raise ApiError(400, f"{name} has more than {most} entries.", name)
     found = decode_field(raw, decoder, name)
     if len(found) > most:
@@ -110,15 +110,15 @@ def is_absent(raw: Raw, *also: bytes) -> bool:
 
 def _refuse(message: str, name: str) -> NoReturn:
     """Raises msgspec's message, with the field in front."""
-    found = _PLACE.search(message)
-    said, place = (message[: found.start()], found[1]) if found else (message, "")
-    field = _FIELD.search(said)
-    if field is not None and not place and not name:
+    found = _PATH.search(message)
+    detail, path = (message[: found.start()], found[1]) if found else (message, "")
+    field = _FIELD.search(detail)
+    if field is not None and not path and not name:
         name = field[1]
-        known = "unknown field" not in said
+        known = "unknown field" not in detail
         short = name if len(name) <= _MAX_SHOWN else name[:_MAX_SHOWN] + "..."
         text = f"{short}: required." if known else f"{short} is not known to this server; leave it out."
         raise ApiError(400, text, short)
-    where = name + place if name else place.lstrip(".")
-    first: Any = name or ((match := _NAME.match(place)) and match[1]) or None
-    raise ApiError(400, f"{where}: {said}." if where else f"The body: {said}.", first)
+    where = name + path if name else path.lstrip(".")
+    first: Any = name or ((match := _NAME.match(path)) and match[1]) or None
+    raise ApiError(400, f"{where}: {detail}." if where else f"The body: {detail}.", first)

@@ -42,8 +42,8 @@ class DrainingServer(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
-            places = ", ".join(_place(self.config, server) for server in self.servers)
-            _log.info("Listening on %s", places)
+            addresses = ", ".join(_address(self.config, server) for server in self.servers)
+            _log.info("Listening on %s", addresses)
             self._watch = asyncio.create_task(self._end_if_not_loaded())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -115,8 +115,8 @@ def run(
     try:
         server.run()
     except SystemExit as error:  # uvicorn ends the process where it cannot listen
-        place = str(socket) if socket is not None else f"{host}:{port}"
-        raise RetrievalDraftError(f"The server cannot listen on {place}.", "Is the port taken?") from error
+        address = str(socket) if socket is not None else f"{host}:{port}"
+        raise RetrievalDraftError(f"The server cannot listen on {address}.", "Is the port taken?") from error
     except OSError as error:  # uvicorn does not handle those of unix sockets
         if socket is None or server.started:
             raise
@@ -128,7 +128,7 @@ def run(
         raise service.error
 
 
-def _place(config: uvicorn.Config, server: Any) -> str:
+def _address(config: uvicorn.Config, server: Any) -> str:
     if config.uds:
         return str(config.uds)
     address = server.sockets[0].getsockname()

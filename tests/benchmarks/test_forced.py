@@ -22,7 +22,7 @@ def model() -> Any:
     return make("llama")
 
 
-def said(drafter: RetrievalDrafter, rows: int, **options: Any) -> list[list[int]]:
+def replies(drafter: RetrievalDrafter, rows: int, **options: Any) -> list[list[int]]:
     prompt = torch.tensor([PROMPT] * rows)
     return [row[len(PROMPT) :].tolist() for row in drafter.generate(prompt, **options)]
 
@@ -36,7 +36,7 @@ def test_recorded_reply_is_said_whatever_the_model(model: Any, method: str, samp
         RetrievalDrafter.for_model(model, config=DraftConfig(method=method, nodes=8)) as drafter,
         forced({tuple(PROMPT): REPLY}),
     ):
-        assert said(drafter, rows, **options) == [REPLY[:30]] * rows
+        assert replies(drafter, rows, **options) == [REPLY[:30]] * rows
         stats = drafter.stats
     if method == "none":
         assert (stats.accepted, stats.drafted) == (0, 0)
@@ -46,10 +46,10 @@ def test_recorded_reply_is_said_whatever_the_model(model: Any, method: str, samp
 
 def test_nothing_stays_forced(model: Any) -> None:
     with RetrievalDrafter.for_model(model, config=DraftConfig(nodes=8)) as drafter:
-        before = said(drafter, 1, max_new_tokens=30, do_sample=False)
+        before = replies(drafter, 1, max_new_tokens=30, do_sample=False)
         with forced({tuple(PROMPT): REPLY}):
-            said(drafter, 1, max_new_tokens=30, do_sample=False)
-        assert said(drafter, 1, max_new_tokens=30, do_sample=False) == before != [REPLY[:30]]
+            replies(drafter, 1, max_new_tokens=30, do_sample=False)
+        assert replies(drafter, 1, max_new_tokens=30, do_sample=False) == before != [REPLY[:30]]
 
 
 def test_recorded_replies_are_as_long_and_as_small_as_asked() -> None:

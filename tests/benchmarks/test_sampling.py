@@ -39,12 +39,12 @@ def test_bench_batch(command: Command, tiny: str, prompts: str) -> None:
     ]
     code, out, _ = command(*words, "--json")
     assert code == 0
-    said = json.loads(out)
-    assert said["batches"] == 2
-    assert set(said["methods"]) == {"stock", "none", "calibrated"}
-    for entry in said["methods"].values():
+    result = json.loads(out)
+    assert result["batches"] == 2
+    assert set(result["methods"]) == {"stock", "none", "calibrated"}
+    for entry in result["methods"].values():
         assert entry["equal_to_stock_alone"] + entry["near_ties"] == 4
-    assert said["methods"]["none"]["tokens_per_step"] == 1.0
+    assert result["methods"]["none"]["tokens_per_step"] == 1.0
     code, out, _ = command(*words, "--methods", "stock,calibrated")
     assert code == 0
     assert "calibrated" in out
@@ -56,10 +56,10 @@ def test_bench_samples(command: Command, tiny: str, prompts: str) -> None:
     every = "alone,alone_without_noise,together,plain"
     code, out, _ = command(*words, "--max-new-tokens", "12", "--ways", every, "--json")
     assert code == 0
-    said = json.loads(out)
-    assert said["same_in_all_ways"] == said["samples"] == 6
-    assert said["ways"]["plain"]["tokens_per_step"] == 1.0
-    assert len({entry["tokens"] for entry in said["ways"].values()}) == 1
+    result = json.loads(out)
+    assert result["same_in_all_ways"] == result["samples"] == 6
+    assert result["ways"]["plain"]["tokens_per_step"] == 1.0
+    assert len({entry["tokens"] for entry in result["ways"].values()}) == 1
     assert command(*words, "--ways", "apart")[0] == 1
     assert "together" in command(*words, "--max-new-tokens", "4")[1]
 
@@ -68,6 +68,6 @@ def test_bench_draw(command: Command, tiny: str, prompts: str) -> None:
     words = ["benchmarks", "draw", "--model", tiny, "--prompts", prompts, "--tokens", "8"]
     code, out, _ = command(*words, "--json")
     assert code == 0
-    said = json.loads(out)
-    assert all(taken > 0 for taken in said["draw_ms"].values())
+    result = json.loads(out)
+    assert all(taken > 0 for taken in result["draw_ms"].values())
     assert "share of a step" in command(*words)[1]

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval_draft.index.adjacency import DOUBT, VISITS, AdjacencyMatrix
+from retrieval_draft.index.adjacency import BACKOFF, VISITS, AdjacencyMatrix
 from retrieval_draft.index.source import NodeLogits
 
 ROW = st.lists(st.integers(0, 5), min_size=1, max_size=4, unique=True)
@@ -36,12 +36,12 @@ def children(rows: Rows, counts: dict[int, float], context: tuple[int, ...]) -> 
     for order in range(min(4, len(context)), 0, -1):
         if context[-order:] in rows:
             visits, row = rows[context[-order:]]
-            claim = mass * visits / (visits + DOUBT[order])
-            mass -= claim
+            weight = mass * visits / (visits + BACKOFF[order])
+            mass -= weight
             for token, prob in row.items():
-                out[token] = out.get(token, 0.0) + claim * prob
+                out[token] = out.get(token, 0.0) + weight * prob
     for token, count in counts.items():
-        out[token] = out.get(token, 0.0) + mass * count / (sum(counts.values()) + DOUBT[0])
+        out[token] = out.get(token, 0.0) + mass * count / (sum(counts.values()) + BACKOFF[0])
     return out
 
 

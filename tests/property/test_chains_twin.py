@@ -112,7 +112,7 @@ def _check(
 @settings(max_examples=60, deadline=None)
 @given(texts, st.lists(texts, max_size=3), steps, st.sampled_from(["automaton", "history", "both"]))
 def test_chains_are_what_the_trees_of_sessions_say(
-    prompt: list[int], earlier: list[list[int]], said: list[list[int]], which: str
+    prompt: list[int], earlier: list[list[int]], turns: list[list[int]], which: str
 ) -> None:
     names = ("automaton", "history") if which == "both" else (which,)
     config = DraftConfig(sources=names)
@@ -126,7 +126,7 @@ def test_chains_are_what_the_trees_of_sessions_say(
         chains = ChainBatch(DraftStores(VOCABULARY), config, max_chain=6, sources=sources)
         session = chains.open(_array(prompt))
         text = list(prompt)
-        for emitted in said:
+        for emitted in turns:
             tokens, lengths, probs = chains.step([session], emitted, [len(emitted)])
             text += emitted
             opened = [source.open(_array(text)) for source in sources]
@@ -165,14 +165,14 @@ def test_a_request_drafts_from_no_other_ones_text(
         elif what == "close" and who in open_ids:
             chains.close(open_ids.pop(who))
         elif what == "step" and open_ids:
-            rows = sorted(open_ids, key=lambda each: (each + who) % 4)  # rows change places
-            said = [[(token + who) % 4 + 10 * row for token in range(how_many)] for row in rows]
-            for row, tokens in zip(rows, said, strict=True):
+            rows = sorted(open_ids, key=lambda each: (each + who) % 4)  # rows change their order
+            emitted = [[(token + who) % 4 + 10 * row for token in range(how_many)] for row in rows]
+            for row, tokens in zip(rows, emitted, strict=True):
                 own[row] += tokens
                 twins[row].observe(_array(tokens))
             out, lengths, _ = chains.step(
                 [open_ids[row] for row in rows],
-                _array(list(chain.from_iterable(said))),
+                _array(list(chain.from_iterable(emitted))),
                 [how_many] * len(rows),
                 min_prob=0.0,
             )
@@ -186,7 +186,7 @@ def test_a_request_drafts_from_no_other_ones_text(
 @settings(max_examples=30, deadline=None)
 @given(st.lists(texts, min_size=2, max_size=6), steps)
 def test_what_is_drafted_for_a_row_does_not_depend_on_its_company(
-    prompts: list[list[int]], said: list[list[int]]
+    prompts: list[list[int]], turns: list[list[int]]
 ) -> None:
     """Without learning in between: alone or among others, in whatever slot, a row gets the same chain."""
     config = DraftConfig(sources=("automaton", "history"))
@@ -197,7 +197,7 @@ def test_what_is_drafted_for_a_row_does_not_depend_on_its_company(
     together.flush()
     alone = [ChainBatch(DraftStores(VOCABULARY), config) for _ in prompts]
     singles = [one.open(_array(prompt)) for one, prompt in zip(alone, prompts, strict=True)]
-    emitted = list(chain.from_iterable(said))
+    emitted = list(chain.from_iterable(turns))
     # All of it is taken in with the first step, when nothing has been proposed yet that could be scored.
     out = together.step(ids, _array(emitted * len(ids)), [len(emitted)] * len(ids))
     for row, (one, session) in enumerate(zip(alone, singles, strict=True)):

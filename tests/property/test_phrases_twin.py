@@ -1,4 +1,4 @@
-"""The phrase table against a search through every place of every phrase."""
+"""The phrase table against a search through every position of every phrase."""
 
 from __future__ import annotations
 

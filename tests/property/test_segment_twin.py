@@ -18,18 +18,20 @@ runs = st.lists(
 def naive_order(tokens: np.ndarray, separator: int) -> list[int]:
     """Positions by the text from there to its end, separator included; by position where that is equal."""
 
-    def key(place: int) -> tuple[list[int], int]:
-        tail = tokens[place : place + DEPTH].tolist()
+    def key(position: int) -> tuple[list[int], int]:
+        tail = tokens[position : position + DEPTH].tolist()
         end = tail.index(separator) + 1 if separator in tail else len(tail)
-        return tail[:end], place
+        return tail[:end], position
 
-    return sorted((place for place in range(len(tokens)) if tokens[place] != separator), key=key)
+    return sorted((position for position in range(len(tokens)) if tokens[position] != separator), key=key)
 
 
 def naive_count(texts: list[list[int]], context: list[int]) -> int:
     size = len(context)
     return sum(
-        text[place : place + size] == context for text in texts for place in range(len(text) - size + 1)
+        text[position : position + size] == context
+        for text in texts
+        for position in range(len(text) - size + 1)
     )
 
 

@@ -18,9 +18,9 @@ class Call:
         prompts: Token ids of each row. In a call that follows another they come behind what its rows said.
         follows: Whether the texts of the call before are continued.
         cut: Tokens taken off their ends first.
-        changed: A place in them whose token becomes another; None to leave them.
+        changed: A position in them whose token becomes another; None to leave them.
         options: For model.generate, as JSON has them.
-        place: Place of the options: the call, a config or the model's own.
+        options_in: Holder of the options: the call, a config or the model's own.
         processor: One of `processors.PROCESSORS`.
         criterion: Stops a row behind tokens that this number divides.
         seeds: One for all rows, or one for each.
@@ -35,7 +35,7 @@ class Call:
     cut: int = 0
     changed: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    place: Literal["arguments", "config", "model"] = "arguments"
+    options_in: Literal["arguments", "config", "model"] = "arguments"
     processor: str | None = None
     criterion: int | None = None
     seeds: int | list[int] = 0

@@ -127,7 +127,8 @@ def _features(case: Case) -> set[str]:
         found |= {f"option {name}" for name in call.options}
         found |= {
             f"rows {len(call.prompts)}", f"processor {call.processor}", f"cache {call.cache}",
-            f"place {call.place}", f"hint {call.hint}", "sampled" if call.options["do_sample"] else "greedy",
+            f"options in {call.options_in}", f"hint {call.hint}",
+            "sampled" if call.options["do_sample"] else "greedy",
         }  # fmt: skip
         for name in ("criterion", "streamer", "follows", "cut", "changed"):
             if getattr(call, name):

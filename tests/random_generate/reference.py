@@ -19,7 +19,7 @@ __all__ = ["keyed_draws"]
 def keyed_draws(rows: Sequence[Sequence[int]], seeds: Sequence[int], vocabulary: int) -> Iterator[None]:
     """Has torch draw one token a row and step by Gumbel's trick, from noise keyed as the drafter's is.
 
-    The law is that of model.generate; only the dice are others.
+    The distribution is that of model.generate; only the dice are others.
 
     Args:
         rows: The prompts without padding, each as often as it is sampled.

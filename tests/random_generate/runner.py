@@ -147,7 +147,7 @@ class _Conversation:
     ) -> None:
         self.case, self.model, self.drafter, self.oracle = case, model, drafter, oracle
         self.outcome = outcome
-        self.said: list[list[int]] = []
+        self.texts: list[list[int]] = []
         self.returned: Any = None
         self.dynamic = DynamicCache(config=model.config)
 
@@ -179,12 +179,12 @@ class _Conversation:
             got = self._ours(call, prompts, seeds, wanted)
         except RetrievalDraftError as error:
             self._refused(number, call, error, expected)
-            self.said, self.returned = [], None
+            self.texts, self.returned = [], None
             return
         except Exception as error:
             if isinstance(expected, Exception):
                 self.outcome.raised[_named(expected, error)] += 1
-                self.said, self.returned = [], None
+                self.texts, self.returned = [], None
                 return
             at = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{at.filename}:{at.lineno}"
@@ -195,7 +195,7 @@ class _Conversation:
             if (len(prompts) == 1 and samples == 1) or any(type(e) is type(expected) for e in alone):
                 raise Difference(number, "did not raise", repr(expected), got.rows)
             self.outcome.raised[f"{type(expected).__name__} in a batch, ours nothing"] += 1
-            self.said, self.returned = [], None
+            self.texts, self.returned = [], None
             return
         if self.case.route == "continuous":
             pad = call.options.get("pad_token_id", 0)
@@ -208,19 +208,19 @@ class _Conversation:
         self.outcome.calls += 1
         self.outcome.tokens += sum(map(len, got.rows))
         self.outcome.accepted += self.drafter.stats.accepted - before
-        self.said = [prompts[got.owner(row, samples)] + reply for row, reply in enumerate(got.rows)]
+        self.texts = [prompts[got.owner(row, samples)] + reply for row, reply in enumerate(got.rows)]
         self.returned = got.cache
         self.drafter.flush()
 
     def _prompts(self, call: Call) -> list[list[int]]:
-        if not (call.follows and self.said):
+        if not (call.follows and self.texts):
             return call.prompts
         out = []
-        for row, said in enumerate(self.said):
-            text = said[: max(len(said) - call.cut, 0)]
+        for row, whole in enumerate(self.texts):
+            text = whole[: max(len(whole) - call.cut, 0)]
             if call.changed is not None and text:
-                place = call.changed % len(text)
-                text[place] = (text[place] + 1) % self.case.vocabulary
+                index = call.changed % len(text)
+                text[index] = (text[index] + 1) % self.case.vocabulary
             out.append(text + call.prompts[row % len(call.prompts)])
         return out
 
@@ -242,7 +242,7 @@ class _Conversation:
         try:
             given = self._arguments(call, prompts)
             seen = _seen(rows, given, call.options)
-            with self._placed(call, given), keyed_draws(seen, row_seeds, self.case.vocabulary):
+            with self._configured(call, given), keyed_draws(seen, row_seeds, self.case.vocabulary):
                 out = self.model.generate(**given, streamer=streamer)
         except Exception as error:
             return error
@@ -259,7 +259,7 @@ class _Conversation:
         if call.cache == "dynamic" and (len(prompts) > 1 or call.cut or call.changed is not None):
             cache = None  # A cache of transformers knows no text; its caller answers for that.
         hints = _hints(call, wanted[0] if wanted else [0], self.case.vocabulary)
-        with self._placed(call, given):
+        with self._configured(call, given):
             if self.case.route == "drafter":
                 out = self.drafter.generate(**given, streamer=streamer, cache=cache, seed=seeds, **hints)
             else:
@@ -281,10 +281,10 @@ class _Conversation:
         continuous, rows, owners = self.drafter.continuous, [], list[int]()
         hints = _hints(call, wanted[0] if wanted else [0], self.case.vocabulary)
         with continuous.running() as batch:
-            for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-                own = self._of_row(call, place)
+            for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+                own = self._of_row(call, index)
                 given = self._arguments(own, [prompt])
-                with self._placed(own, given):
+                with self._configured(own, given):
                     prepared = continuous.prepare(given.pop("input_ids"), seed=seed, **given, **hints)
                 stats = [DraftStats() for _ in prepared.requests]
                 prefix_owner = None
@@ -293,7 +293,7 @@ class _Conversation:
                     row = batch.join(request, drafting, each, prefix_owner)
                     prefix_owner = prefix_owner or row
                     rows.append(row)
-                    owners.append(place)
+                    owners.append(index)
                 batch.leave()
                 for _ in range(self.case.gap):
                     if batch.rows:
@@ -329,14 +329,14 @@ class _Conversation:
             given |= PROCESSORS[call.processor](self.case.vocabulary)
         if call.criterion is not None:
             given["stopping_criteria"] = [DividedBy(call.criterion)]
-        if call.place == "config":
+        if call.options_in == "config":
             return {**given, "generation_config": GenerationConfig(**options)}
-        return {**given, **({} if call.place == "model" else options)}
+        return {**given, **({} if call.options_in == "model" else options)}
 
     @contextmanager
-    def _placed(self, call: Call, given: dict[str, Any]) -> Iterator[None]:
+    def _configured(self, call: Call, given: dict[str, Any]) -> Iterator[None]:
         """The options in the model's own configuration, where the call has them there."""
-        if call.place != "model":
+        if call.options_in != "model":
             yield
             return
         own = self.model.generation_config
@@ -388,19 +388,19 @@ class _Conversation:
             return
         width, samples = max(map(len, prompts)), int(call.options.get("num_return_sequences", 1))
         blind = call.processor is None and call.options.keys() <= _ROW_BY_ROW
-        for place, prompt in enumerate(prompts):
-            twin = any(prompts[i] == prompt and seeds[i] == seeds[place] for i in range(place))
+        for index, prompt in enumerate(prompts):
+            twin = any(prompts[i] == prompt and seeds[i] == seeds[index] for i in range(index))
             if (len(prompt) < width and not blind) or (twin and call.options.get("do_sample")):
                 continue
-            alone = self._stock(replace(call, masked=True), [prompt], [seeds[place]])
+            alone = self._stock(replace(call, masked=True), [prompt], [seeds[index]])
             if isinstance(alone, Exception):
-                raise Difference(number, "alone", repr(alone), got.rows[place])
+                raise Difference(number, "alone", repr(alone), got.rows[index])
             wanted = alone.sequences[:, len(prompt) :].tolist()
             pad = call.options.get("pad_token_id", 0)
             for sample in range(samples):
-                mine, theirs = got.rows[place * samples + sample], wanted[sample]
+                mine, theirs = got.rows[index * samples + sample], wanted[sample]
                 if not _same(mine, theirs, pad):
-                    raise Difference(number, f"row {place}, sample {sample} alone", theirs, mine)
+                    raise Difference(number, f"row {index}, sample {sample} alone", theirs, mine)
 
 
 class _Streamer:

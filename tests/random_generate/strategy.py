@@ -171,7 +171,7 @@ def _calls(draw: _Draw, vocabulary: int, route: str, number: int) -> Call:
         call["changed"] = draw(st.integers(0, 60)) if _maybe(draw, 30) else None
     prompts = draw(_prompts(tokens, rows))
     call["hint"] = draw(st.sampled_from(["none", "right", "partly", "wrong"]))
-    call["place"] = draw(
+    call["options_in"] = draw(
         st.sampled_from(["arguments", "config", "model"]) if _maybe(draw, 20) else st.just("arguments")
     )
     seed = st.integers(0, 99)

@@ -6,13 +6,13 @@ import json
 import socket
 from typing import Any
 
-__all__ = ["answers", "post", "said"]
+__all__ = ["answers", "exchange", "post"]
 
 
-def said(place: tuple[str, int], *pieces: bytes, seconds: float = 5.0) -> bytes:
+def exchange(address: tuple[str, int], *pieces: bytes, seconds: float = 5.0) -> bytes:
     """The bytes that come back until the server closes, or is silent for so long."""
     got = b""
-    with socket.create_connection(place, timeout=seconds) as connection:
+    with socket.create_connection(address, timeout=seconds) as connection:
         try:
             for piece in pieces:
                 connection.sendall(piece)
@@ -23,9 +23,9 @@ def said(place: tuple[str, int], *pieces: bytes, seconds: float = 5.0) -> bytes:
     return got
 
 
-def answers(place: tuple[str, int], *pieces: bytes, seconds: float = 5.0) -> list[int]:
+def answers(address: tuple[str, int], *pieces: bytes, seconds: float = 5.0) -> list[int]:
     """The status of each answer that comes back."""
-    lines = said(place, *pieces, seconds=seconds).split(b"HTTP/1.1 ")[1:]
+    lines = exchange(address, *pieces, seconds=seconds).split(b"HTTP/1.1 ")[1:]
     return [int(line[:3]) for line in lines]
 
 

@@ -73,13 +73,13 @@ def blend(
         total = sum(counts.values())
         if not total:
             continue
-        once = escape * len(counts) / (total + escape * len(counts))
-        leave = once ** max(1, min(len(word), cap) - min(below, cap))
-        claim = mass * (1 - leave) / (total + recency)
-        mass *= leave
+        escape_per_order = escape * len(counts) / (total + escape * len(counts))
+        escape_prob = escape_per_order ** max(1, min(len(word), cap) - min(below, cap))
+        weight = mass * (1 - escape_prob) / (total + recency)
+        mass *= escape_prob
         newest = newest_first(text, word)[0]
         for token, count in counts.items():
-            share = claim * (count + (recency if token == newest else 0.0))
+            share = weight * (count + (recency if token == newest else 0.0))
             prob, length = out.get(token, (0.0, len(word)))
             out[token] = (prob + share, length)
     return out

@@ -49,7 +49,7 @@ class FakeBatch:
         self._write(row)
 
     def swap(self, left: str, right: str) -> None:
-        """Two rows change places, as attention backends want it."""
+        """Two rows swap slots, as attention backends want it."""
         one, other = self.names.index(left), self.names.index(right)
         self.names[one], self.names[other] = right, left
         self._write(one)

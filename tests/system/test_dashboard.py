@@ -176,11 +176,11 @@ def test_with_keys_the_page_asks_for_one(guarded: str) -> None:
         page.open(guarded)
         page.wait("!document.getElementById('login').hidden")
         assert page.run("document.getElementById('main').hidden")
-        for key, said in (("a-wrong-key", "not known"), ("key-of-team-a", "")):
+        for key, message in (("a-wrong-key", "not known"), ("key-of-team-a", "")):
             page.run(f"document.getElementById('key').value = '{key}'")
             page.run("document.querySelector('#login button').click()")
-            if said:
-                page.wait(f"document.getElementById('login-said').textContent.includes('{said}')")
+            if message:
+                page.wait(f"document.getElementById('login-said').textContent.includes('{message}')")
         page.wait("document.getElementById('status').textContent === 'ok'")
         assert not page.run("document.getElementById('main').hidden")
 

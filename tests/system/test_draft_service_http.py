@@ -16,7 +16,7 @@ from retrieval_draft.draft_service.standalone import StandaloneApp
 from retrieval_draft.http.keys import KeyRing
 from retrieval_draft.http.protocol import http_config
 from tests.support.draft_services import draft_service
-from tests.support.raw_http import answers, post, said
+from tests.support.raw_http import answers, exchange, post
 
 BODY = {"prompt": [1, 2, 3]}
 KEY = "Authorization: Bearer a-long-key"
@@ -24,7 +24,7 @@ OPEN = "/v1/draft/open"
 
 
 @pytest.fixture(scope="module")
-def place() -> Iterator[tuple[str, int]]:
+def address() -> Iterator[tuple[str, int]]:
     with draft_service() as service:
         app = StandaloneApp(DraftApp(service, KeyRing({"a-long-key": "a"}).tenant))
         server = uvicorn.Server(http_config(app, port=0, log_config=None, timeout_graceful_shutdown=2))
@@ -37,19 +37,22 @@ def place() -> Iterator[tuple[str, int]]:
         thread.join(30)
 
 
-def test_an_offer_to_upgrade_changes_nothing(place: tuple[str, int]) -> None:
+def test_an_offer_to_upgrade_changes_nothing(address: tuple[str, int]) -> None:
     offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAA")
     again = b"GET /health HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
-    assert answers(place, post(OPEN, BODY, KEY, *offer) + again, seconds=120) == [200, 200]  # compiles first
-    assert answers(place, post(OPEN, again, KEY, *offer), seconds=2) == [400]
-    assert answers(place, post(OPEN, again, *offer) + again, seconds=2) == [401, 200]
+    assert answers(address, post(OPEN, BODY, KEY, *offer) + again, seconds=120) == [
+        200,
+        200,
+    ]  # compiles first
+    assert answers(address, post(OPEN, again, KEY, *offer), seconds=2) == [400]
+    assert answers(address, post(OPEN, again, *offer) + again, seconds=2) == [401, 200]
 
 
-def test_old_clients_and_heads(place: tuple[str, int]) -> None:
-    got = said(place, post(OPEN, BODY, KEY, version="1.0"))
+def test_old_clients_and_heads(address: tuple[str, int]) -> None:
+    got = exchange(address, post(OPEN, BODY, KEY, version="1.0"))
     assert got.startswith(b"HTTP/1.1 200")
     assert b"transfer-encoding" not in got.lower()
-    url = f"http://{place[0]}:{place[1]}"
+    url = f"http://{address[0]}:{address[1]}"
     for path in ("/health", "/v1/draft", "/nothing"):
         whole, head = (
             httpx.request(method, url + path, headers={"Authorization": "Bearer a-long-key"})
@@ -57,7 +60,7 @@ def test_old_clients_and_heads(place: tuple[str, int]) -> None:
         )
         assert (head.status_code, head.content) == (whole.status_code, b"")
         assert head.headers["content-length"] == whole.headers["content-length"]
-    assert said(place, b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000)[:12] in (b"HTTP/1.1 431", b"")
+    assert exchange(address, b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000)[:12] in (b"HTTP/1.1 431", b"")
 
 
 @pytest.mark.parametrize(
@@ -71,9 +74,9 @@ def test_old_clients_and_heads(place: tuple[str, int]) -> None:
 )
 @pytest.mark.parametrize("path", [OPEN, "/v1/draft/step"])
 def test_a_body_that_is_not_read_is_refused_by_its_header(
-    place: tuple[str, int], header: str, named: bytes, path: str
+    address: tuple[str, int], header: str, named: bytes, path: str
 ) -> None:
-    got = said(place, post(path, gzip.compress(b"{}"), KEY, header), seconds=2)
+    got = exchange(address, post(path, gzip.compress(b"{}"), KEY, header), seconds=2)
     assert got.startswith(b"HTTP/1.1 415")
     assert named in got
 
@@ -85,5 +88,5 @@ def test_a_body_that_is_not_read_is_refused_by_its_header(
      {"prompt": [1], "references": [["a"]]}, {"prompt": [1], "other": 1},
      {"prompt": [1], "nodes": 1 << 40}, []],
 )  # fmt: skip
-def test_what_is_wrong_is_refused(place: tuple[str, int], body: object) -> None:
-    assert answers(place, post(OPEN, body, KEY), seconds=2) == [400]
+def test_what_is_wrong_is_refused(address: tuple[str, int], body: object) -> None:
+    assert answers(address, post(OPEN, body, KEY), seconds=2) == [400]

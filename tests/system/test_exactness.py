@@ -125,6 +125,6 @@ def test_half_precision_says_what_is_best_but_for_rounding() -> None:
     assert drafter.stats.accepted > 0
     with torch.no_grad():
         logits = model(ours).logits[0, prompt.shape[1] - 1 : -1].float()
-    said = logits.gather(1, ours[0, prompt.shape[1] :, None])[:, 0]
+    chosen = logits.gather(1, ours[0, prompt.shape[1] :, None])[:, 0]
     # A wrong token, or one after wrong keys, is a standard deviation and more below the best.
-    assert ((logits.amax(-1) - said) / logits.std(-1)).max() < tolerance(torch.bfloat16)
+    assert ((logits.amax(-1) - chosen) / logits.std(-1)).max() < tolerance(torch.bfloat16)

@@ -88,7 +88,10 @@ def lengths(name: str) -> tuple[int, ...]:
 def guesses(text: torch.Tensor, length: int, wrong: int = 5) -> list[list[int]]:
     """The reply to a prompt of `length` tokens with every `wrong`-th token another, and right throughout."""
     reply = text[0, length:].tolist()
-    bad = [(token + 1) % VOCABULARY if place % wrong == 0 else token for place, token in enumerate(reply, 1)]
+    bad = [
+        (token + 1) % VOCABULARY if position % wrong == 0 else token
+        for position, token in enumerate(reply, 1)
+    ]
     return [bad, text[0, length - 8 :].tolist()]
 
 

@@ -190,12 +190,12 @@ def test_a_step_that_raises_once_costs_nobody_anything(
 ) -> None:
     running, fault, offline = faulty
     with ThreadPoolExecutor(3) as pool:
-        said = [
+        futures = [
             pool.submit(post, running, max_tokens=300, seed=seed, return_token_ids=True) for seed in range(3)
         ]
         assert until(lambda: running.engine.running == 3)
         fault.every = 7  # more than the passes that follow one that raised
-        answers = [each.result() for each in said]
+        answers = [each.result() for each in futures]
     for seed, answer in enumerate(answers):
         assert answer.status_code == 200
         assert answer.json()["choices"][0]["token_ids"] == reply(

@@ -49,8 +49,8 @@ def ask(running: Running, path: str = "completions", **body: Any) -> Any:
     return response.json()["choices"][0]
 
 
-def chat(running: Running, *said: tuple[str, str], **body: Any) -> str:
-    messages = [{"role": role, "content": content} for role, content in said]
+def chat(running: Running, *turns: tuple[str, str], **body: Any) -> str:
+    messages = [{"role": role, "content": content} for role, content in turns]
     return str(ask(running, "chat/completions", messages=messages, **body)["message"]["content"])
 
 
@@ -98,8 +98,8 @@ def test_a_stop_string_may_be_kept(running: Running) -> None:
     stop = text[3:5]
     cut = ask(running, max_tokens=12, ignore_eos=True, stop=stop)
     kept = ask(running, max_tokens=12, ignore_eos=True, stop=stop, include_stop_str_in_output=True)
-    place = text.index(stop)
-    assert (cut["text"], kept["text"]) == (text[:place], text[: place + len(stop)])
+    position = text.index(stop)
+    assert (cut["text"], kept["text"]) == (text[:position], text[: position + len(stop)])
 
 
 def test_only_allowed_tokens_are_said(running: Running) -> None:
@@ -118,8 +118,8 @@ def test_a_reply_has_its_least_tokens(running: Running, tokenizer: Any) -> None:
 @pytest.mark.parametrize("stop", [None, "zz"])
 def test_offsets_lie_in_the_text(running: Running, stop: str | None) -> None:
     choice = ask(running, echo=True, logprobs=1, ignore_eos=True, stop=stop)
-    text, said = choice["text"], choice["logprobs"]
-    for token, offset in zip(said["tokens"], said["text_offset"], strict=True):
+    text, logprobs = choice["text"], choice["logprobs"]
+    for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
         assert text[offset : offset + len(token)] == token
 
 

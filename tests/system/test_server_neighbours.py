@@ -96,7 +96,7 @@ def test_a_tenant_cannot_take_the_whole_queue(running: Running) -> None:
         asking = threading.Thread(target=lambda: results.append(ask(running, B).status_code))
         asking.start()
         time.sleep(0.3)
-        for connection in taken[:6]:  # a place is free: it is the other tenant's turn
+        for connection in taken[:6]:  # a row is free: it is the other tenant's turn
             connection.close()
         asking.join(120)
         assert results == [200]

@@ -64,16 +64,16 @@ def ids_of(choice: Any) -> list[int]:
 
 def test_greedy_completion_is_what_the_library_says(world: World) -> None:
     (expected,) = world.reply(PROMPT, 24, do_sample=False)
-    said = world.client.completions.create(
+    response = world.client.completions.create(
         model=MODEL, prompt=PROMPT, max_tokens=24, temperature=0, extra_body={"return_token_ids": True}
     )
-    assert said.object == "text_completion"
-    assert ids_of(said.choices[0]) == expected
-    assert said.choices[0].text == world.text(expected)
-    assert said.choices[0].finish_reason == ("stop" if expected[-1] == 0 else "length")
-    assert said.usage is not None
-    assert said.usage.completion_tokens == len(expected)
-    assert said.usage.prompt_tokens == len(world.tokenizer(PROMPT)["input_ids"])
+    assert response.object == "text_completion"
+    assert ids_of(response.choices[0]) == expected
+    assert response.choices[0].text == world.text(expected)
+    assert response.choices[0].finish_reason == ("stop" if expected[-1] == 0 else "length")
+    assert response.usage is not None
+    assert response.usage.completion_tokens == len(expected)
+    assert response.usage.prompt_tokens == len(world.tokenizer(PROMPT)["input_ids"])
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -85,15 +85,15 @@ def test_seeded_samples_are_those_of_the_library(world: World, stream: bool) -> 
         "model": MODEL, "prompt": PROMPT, "max_tokens": 20, "temperature": 1.2, "top_p": 0.9, "seed": 7,
         "n": 3, "stream": stream, "extra_body": {"return_token_ids": True},
     }  # fmt: skip
-    said = world.client.completions.create(**options)
+    response = world.client.completions.create(**options)
     texts, ids = ["", "", ""], [[], [], []]
     if stream:
-        for piece in said:
+        for piece in response:
             for choice in piece.choices:
                 texts[choice.index] += choice.text
                 ids[choice.index] += ids_of(choice)
     else:
-        for choice in said.choices:
+        for choice in response.choices:
             texts[choice.index], ids[choice.index] = choice.text, ids_of(choice)
     assert ids == expected
     assert texts == [world.text(each) for each in expected]
@@ -102,15 +102,15 @@ def test_seeded_samples_are_those_of_the_library(world: World, stream: bool) -> 
 
 def test_a_crowd_gets_what_each_would_get_alone(world: World) -> None:
     def one(seed: int) -> list[int]:
-        said = world.client.completions.create(
+        response = world.client.completions.create(
             model=MODEL, prompt=PROMPT + " ef" * (seed % 4), max_tokens=5 + seed, temperature=1, seed=seed,
             extra_body={"return_token_ids": True},
         )  # fmt: skip
-        return ids_of(said.choices[0])
+        return ids_of(response.choices[0])
 
     with ThreadPoolExecutor(16) as pool:
-        said = list(pool.map(one, range(24)))
-    for seed, ids in enumerate(said):
+        response = list(pool.map(one, range(24)))
+    for seed, ids in enumerate(response):
         prompt = PROMPT + " ef" * (seed % 4)
         assert [ids] == world.reply(prompt, 5 + seed, do_sample=True, temperature=1.0, seed=seed)
 
@@ -125,10 +125,10 @@ def test_chat_with_the_template_whole_and_streamed(world: World) -> None:
     options: Any = {
         "model": MODEL, "messages": messages, "max_completion_tokens": 16, "temperature": 1, "seed": 3
     }  # fmt: skip
-    said = world.client.chat.completions.create(**options)
-    assert said.object == "chat.completion"
-    assert said.choices[0].message.role == "assistant"
-    assert said.choices[0].message.content == world.text(expected)
+    response = world.client.chat.completions.create(**options)
+    assert response.object == "chat.completion"
+    assert response.choices[0].message.role == "assistant"
+    assert response.choices[0].message.content == world.text(expected)
     pieces = list(
         world.client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
     )
@@ -163,23 +163,23 @@ def test_stop_strings_cut_the_text_and_end_the_row(world: World) -> None:
             "model": MODEL, "prompt": PROMPT, "max_tokens": 40, "temperature": 1, "seed": seed,
             "stop": ["nowhere", stop], "stream": stream,
         }  # fmt: skip
-        said = world.client.completions.create(**options)
+        response = world.client.completions.create(**options)
         if stream:
-            pieces = [piece.choices[0] for piece in said if piece.choices]
+            pieces = [piece.choices[0] for piece in response if piece.choices]
             got, reason = "".join(piece.text for piece in pieces), pieces[-1].finish_reason
         else:
-            got, reason = said.choices[0].text, said.choices[0].finish_reason
-            assert said.usage.completion_tokens < len(whole)
+            got, reason = response.choices[0].text, response.choices[0].finish_reason
+            assert response.usage.completion_tokens < len(whole)
         assert got == text[: text.index(stop)]
         assert reason == "stop"
 
 
 def test_logprobs_are_those_of_the_model(world: World) -> None:
-    said = world.client.completions.create(
+    response = world.client.completions.create(
         model=MODEL, prompt=PROMPT, max_tokens=6, temperature=0, logprobs=3, echo=True,
         extra_body={"return_token_ids": True},
     )  # fmt: skip
-    choice = said.choices[0]
+    choice = response.choices[0]
     prompt = world.tokenizer(PROMPT)["input_ids"]
     ids = [*prompt, *ids_of(choice)]
     with torch.no_grad():
@@ -188,10 +188,10 @@ def test_logprobs_are_those_of_the_model(world: World) -> None:
     logprobs = choice.logprobs
     assert logprobs is not None
     assert logprobs.token_logprobs[0] is None
-    for place in range(1, len(ids)):
-        assert logprobs.token_logprobs[place] == pytest.approx(float(wanted[place - 1, ids[place]]), abs=1e-4)
-        best = wanted[place - 1].topk(3).values.tolist()
-        named = sorted(logprobs.top_logprobs[place].values(), reverse=True)
+    for index in range(1, len(ids)):
+        assert logprobs.token_logprobs[index] == pytest.approx(float(wanted[index - 1, ids[index]]), abs=1e-4)
+        best = wanted[index - 1].topk(3).values.tolist()
+        named = sorted(logprobs.top_logprobs[index].values(), reverse=True)
         assert named[:3] == pytest.approx(best, abs=1e-4)
     assert choice.text.startswith(PROMPT)
     assert len(logprobs.tokens) == len(ids)
@@ -201,12 +201,12 @@ def test_logprobs_are_those_of_the_model(world: World) -> None:
 
 
 def test_chat_logprobs(world: World) -> None:
-    said = world.client.chat.completions.create(
+    response = world.client.chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": "ab"}], max_tokens=4, temperature=0,
         logprobs=True, top_logprobs=2,
     )  # fmt: skip
-    content = said.choices[0].logprobs.content
-    assert len(content) == said.usage.completion_tokens
+    content = response.choices[0].logprobs.content
+    assert len(content) == response.usage.completion_tokens
     for token in content:
         assert token.logprob <= 0
         assert token.top_logprobs[0].token == token.token
@@ -214,23 +214,23 @@ def test_chat_logprobs(world: World) -> None:
 
 
 def test_only_the_prompt_can_be_scored(world: World) -> None:
-    said = world.client.completions.create(
+    response = world.client.completions.create(
         model=MODEL, prompt=PROMPT, max_tokens=0, echo=True, logprobs=0, temperature=0
     )
-    assert said.choices[0].text == PROMPT
-    assert said.usage.completion_tokens == 0
-    assert len(said.choices[0].logprobs.tokens) == said.usage.prompt_tokens
+    assert response.choices[0].text == PROMPT
+    assert response.usage.completion_tokens == 0
+    assert len(response.choices[0].logprobs.tokens) == response.usage.prompt_tokens
 
 
 def test_the_best_samples_are_those_of_the_library(world: World) -> None:
     expected = world.reply(
         PROMPT, 10, do_sample=True, temperature=1.0, seed=5, num_return_sequences=2, best_of=5
     )
-    said = world.client.completions.create(
+    response = world.client.completions.create(
         model=MODEL, prompt=PROMPT, max_tokens=10, temperature=1, seed=5, n=2, best_of=5,
         extra_body={"return_token_ids": True},
     )  # fmt: skip
-    assert [ids_of(choice) for choice in said.choices] == expected
+    assert [ids_of(choice) for choice in response.choices] == expected
 
 
 def test_several_prompts_as_text_and_as_ids(world: World) -> None:
@@ -238,12 +238,14 @@ def test_several_prompts_as_text_and_as_ids(world: World) -> None:
     expected = [world.reply(prompt, 7, do_sample=False)[0] for prompt in prompts]
     ids = [world.tokenizer(prompt)["input_ids"] for prompt in prompts]
     for given in (prompts, ids):
-        said = world.client.completions.create(
+        response = world.client.completions.create(
             model=MODEL, prompt=given, max_tokens=7, temperature=0, n=2,
             extra_body={"return_token_ids": True},
         )  # fmt: skip
-        assert [choice.index for choice in said.choices] == list(range(6))
-        assert [ids_of(choice) for choice in said.choices] == [each for each in expected for _ in range(2)]
+        assert [choice.index for choice in response.choices] == list(range(6))
+        assert [ids_of(choice) for choice in response.choices] == [
+            each for each in expected for _ in range(2)
+        ]
 
 
 def test_a_prediction_is_drafted_from_and_counted(world: World) -> None:
@@ -254,13 +256,15 @@ def test_a_prediction_is_drafted_from_and_counted(world: World) -> None:
     }  # fmt: skip
     plain = world.client.chat.completions.create(**options)
     reply = plain.choices[0].message.content
-    said = world.client.chat.completions.create(**options, prediction={"type": "content", "content": reply})
-    assert ids_of(said.choices[0]) == ids_of(plain.choices[0])
-    details = said.usage.completion_tokens_details
+    response = world.client.chat.completions.create(
+        **options, prediction={"type": "content", "content": reply}
+    )
+    assert ids_of(response.choices[0]) == ids_of(plain.choices[0])
+    details = response.usage.completion_tokens_details
     assert details.accepted_prediction_tokens > 0
     length = len(world.tokenizer(reply)["input_ids"])
     assert details.accepted_prediction_tokens + details.rejected_prediction_tokens >= length
-    drafting = said.model_extra["metrics"]["speculative_decoding"]
+    drafting = response.model_extra["metrics"]["speculative_decoding"]
     assert drafting["num_accepted_draft_tokens"] > 0
     assert drafting["mean_acceptance_length"] > 1
     assert sum(drafting["acceptance_histogram"]) == drafting["num_spec_steps"]
@@ -268,11 +272,11 @@ def test_a_prediction_is_drafted_from_and_counted(world: World) -> None:
 
 def test_penalties_and_bias_change_the_reply_as_they_should(world: World) -> None:
     def ask(**options: Any) -> list[int]:
-        said = world.client.completions.create(
+        response = world.client.completions.create(
             model=MODEL, prompt=PROMPT, max_tokens=12, temperature=0,
             extra_body={"return_token_ids": True, "ignore_eos": True}, **options,
         )  # fmt: skip
-        return ids_of(said.choices[0])
+        return ids_of(response.choices[0])
 
     assert set(ask(logit_bias={"5": 100})) == {5}
     free = ask(logit_bias={"5": 20, "6": 19})

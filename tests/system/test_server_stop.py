@@ -21,9 +21,9 @@ GRACE = 20.0
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("model")
-    save_tiny_model(place)
-    return place
+    made = tmp_path_factory.mktemp("model")
+    save_tiny_model(made)
+    return made
 
 
 def start(folder: Path, *options: str) -> ServeProcess:
@@ -50,9 +50,9 @@ def post(port: int, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
 def test_what_runs_is_finished_and_what_comes_is_refused(server: ServeProcess) -> None:
     asks = [Ask("the cat sat on the mat", seed, 600, 1.0) for seed in range(6)]
     with ThreadPoolExecutor(6) as pool:
-        said = [
-            pool.submit(ask_server, server.port, ask, stream=bool(place % 2), name=f"r{place}")
-            for place, ask in enumerate(asks)
+        futures = [
+            pool.submit(ask_server, server.port, ask, stream=bool(number % 2), name=f"r{number}")
+            for number, ask in enumerate(asks)
         ]
         time.sleep(0.3)
         begin = time.monotonic()
@@ -61,7 +61,7 @@ def test_what_runs_is_finished_and_what_comes_is_refused(server: ServeProcess) -
         late = None
         if server.health() == 503:  # it still runs
             late = post(server.port, {"prompt": "a", "max_tokens": 1})
-        answers = [each.result() for each in said]
+        answers = [each.result() for each in futures]
     code = server.wait(GRACE + 10)
     assert code == 0, server.last_lines
     assert time.monotonic() - begin < GRACE + 10
@@ -82,14 +82,14 @@ def test_what_takes_longer_than_the_grace_is_told(folder: Path) -> None:
     server = start(folder, "--grace", "0.5", "--max-tokens", "1000000")
     body = {"prompt": "the cat", "max_tokens": 4000, "ignore_eos": True, "logprobs": 15, "temperature": 1}
     with ThreadPoolExecutor(6) as pool:
-        said = [
+        futures = [
             pool.submit(post, server.port, {**body, "seed": seed, "n": 2, "stream": seed % 2 == 0})
             for seed in range(6)
         ]
         time.sleep(1.0)
         server.signal()
         code = server.wait(60)
-        answers = [each.result() for each in said]
+        answers = [each.result() for each in futures]
     assert code == 0, server.last_lines
     aborted = 0
     for status, _, content in answers:
@@ -104,7 +104,7 @@ def test_what_takes_longer_than_the_grace_is_told(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--host", "0.0.0.0"], "--no-auth"),
         (["--api-key", "short"], "8 characters"),
@@ -116,13 +116,13 @@ def test_what_takes_longer_than_the_grace_is_told(folder: Path) -> None:
         (["--engine", "vllm", "--api-key", "key-number-1", "--api-key", "key-number-2"], "one API key"),
     ],
 )
-def test_bad_options_end_it_at_once(options: list[str], said: str, capfd: Any) -> None:
+def test_bad_options_end_it_at_once(options: list[str], message: str, capfd: Any) -> None:
     from retrieval_draft.cli import main
 
     with pytest.raises(SystemExit) as stopped:
         main(["serve", "--model", "nowhere", *options])
     assert stopped.value.code == 1
-    assert said in capfd.readouterr().err
+    assert message in capfd.readouterr().err
 
 
 def test_a_model_that_is_not_there_ends_it(tmp_path: Path, capfd: Any) -> None:

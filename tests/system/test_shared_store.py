@@ -246,27 +246,27 @@ def test_a_new_server_starts_from_a_snapshot(server, tmp_path) -> None:
 
 
 def test_one_server_at_a_time_writes_snapshots(server, tmp_path) -> None:
-    place = tmp_path / "snapshots"
-    with opened(server.url, 3, snapshots=place, snapshot_seconds=1.0) as stores:
+    location = tmp_path / "snapshots"
+    with opened(server.url, 3, snapshots=location, snapshot_seconds=1.0) as stores:
         for number in range(40):
             share(stores[number % 3], number)
             time.sleep(0.1)
         wait_until(lambda: sum(store.counts.snapshots for store in stores) >= 2)
         written = sum(store.counts.snapshots for store in stores)
         assert written <= 6  # three servers that each wrote every second would have written 12
-        assert len(list(place.glob("*/*/snapshot-*"))) <= 2
-    with opened(server.url, 1, snapshots=place, snapshot_seconds=1.0) as (store,):
+        assert len(list(location.glob("*/*/snapshot-*"))) <= 2
+    with opened(server.url, 1, snapshots=location, snapshot_seconds=1.0) as (store,):
         lock = server.client().lock(lock_key(NAMESPACE), timeout=60)
         assert lock.acquire(blocking=False)
-        before = len(list(place.glob("*/*/snapshot-*")))
+        before = len(list(location.glob("*/*/snapshot-*")))
         share(store, 100)
         time.sleep(2.5)
-        assert (store.counts.snapshots, len(list(place.glob("*/*/snapshot-*")))) == (0, before)
+        assert (store.counts.snapshots, len(list(location.glob("*/*/snapshot-*")))) == (0, before)
         lock.release()
         wait_until(lambda: store.counts.snapshots == 1)
 
 
-def test_a_place_that_cannot_be_written_costs_snapshots_only(server, tmp_path) -> None:
+def test_a_location_that_cannot_be_written_costs_snapshots_only(server, tmp_path) -> None:
     (tmp_path / "file").write_text("here")
     with opened(server.url, 2, snapshots=tmp_path / "file" / "below", snapshot_seconds=1.0) as stores:
         share(stores[0], 1)
@@ -274,7 +274,7 @@ def test_a_place_that_cannot_be_written_costs_snapshots_only(server, tmp_path) -
         with pytest.raises(DatastoreError):
             stores[0].snapshot()
         wait_until(lambda: stores[0].counts.snapshot_failures > 0)
-    with opened(server.url, 1) as (store,), pytest.raises(DatastoreError, match="no place for snapshots"):
+    with opened(server.url, 1) as (store,), pytest.raises(DatastoreError, match="no location for snapshots"):
         store.snapshot()
 
 

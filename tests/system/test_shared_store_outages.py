@@ -40,7 +40,7 @@ def logged(caplog):
     return caplog
 
 
-def said(logged, store_count: int = 1) -> list[str]:
+def messages(logged, store_count: int = 1) -> list[str]:
     """The kinds of log lines in their order; every server logs its own."""
     kinds = {"is connected": "up", "cannot be reached": "down", "refuses": "refused", "denies": "denied"}
     lines = [record.getMessage() for record in logged.records if record.name == "retrieval_draft"]
@@ -67,7 +67,7 @@ def test_absent_at_start(tmp_path, logged) -> None:
             state(stores, "connected")
             assert stores[0].wait_ready()
             assert alive(stores)
-            assert said(logged, 2) == ["down", "down", "up", "up"]
+            assert messages(logged, 2) == ["down", "down", "up", "up"]
 
 
 def test_killed_and_back_with_its_data(server, logged) -> None:
@@ -88,7 +88,7 @@ def test_killed_and_back_with_its_data(server, logged) -> None:
             wait_same([*stores, *late], runs(*range(71)))
         assert alive(stores)
         assert sum(store.counts.sent for store in stores) == 71
-    assert said(logged, 1).count("down") == 2  # one line for each server
+    assert messages(logged, 1).count("down") == 2  # one line for each server
 
 
 def test_killed_and_back_without_its_data(tmp_path) -> None:
@@ -143,7 +143,7 @@ def test_paused_for_longer_than_the_timeout(server, logged) -> None:
         state(stores, "connected")
         time.sleep(0.5)
         assert all(texts(store) == runs(*range(30)) for store in stores)
-    assert said(logged, 2).count("down") == 2
+    assert messages(logged, 2).count("down") == 2
 
 
 def test_slow_frozen_and_refusing_networks(server) -> None:
@@ -180,7 +180,7 @@ def test_full(server, logged) -> None:
         client.config_set("maxmemory", "0")
         wait_same(stores, runs(*range(10)))
         state(stores, "connected")
-    assert said(logged) == ["up", "up", "refused", "up"]
+    assert messages(logged) == ["up", "up", "refused", "up"]
 
 
 def test_read_only(server, logged) -> None:
@@ -194,7 +194,7 @@ def test_read_only(server, logged) -> None:
         client.replicaof("NO", "ONE")
         wait_same(stores, runs(0, 1, 2))
         state(stores, "connected")
-    assert said(logged).count("refused") == 1
+    assert messages(logged).count("refused") == 1
 
 
 def test_password_changed(server, logged) -> None:
@@ -209,7 +209,7 @@ def test_password_changed(server, logged) -> None:
         client.config_set("requirepass", "")
         wait_same(stores, runs(0, 1))
         state(stores, "connected")
-    assert said(logged, 2) == ["up", "up", "denied", "denied", "up", "up"]
+    assert messages(logged, 2) == ["up", "up", "denied", "denied", "up", "up"]
     assert "secret" not in logged.text
 
 

@@ -108,8 +108,8 @@ def test_int32_prompts_come_back_as_int64(rows: int) -> None:
 def test_stop_strings_of_the_models_own_configuration_stop() -> None:
     model, drafter, ids = with_text()
     plain = model.generate(ids, **OPTIONS)[0, ids.shape[1] :]
-    said = [TOKENIZER.decode(token) for token in plain[3:]]
-    model.generation_config.stop_strings = [next(text for text in said if text.isascii())]
+    texts = [TOKENIZER.decode(token) for token in plain[3:]]
+    model.generation_config.stop_strings = [next(text for text in texts if text.isascii())]
     expected = model.generate(ids, tokenizer=TOKENIZER, **OPTIONS)
     assert expected.shape[1] < ids.shape[1] + 12
     assert torch.equal(drafter.generate(ids, **OPTIONS), expected)

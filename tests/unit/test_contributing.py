@@ -136,9 +136,9 @@ def test_the_page_measures_it_with_a_command_that_works(spec: SourceSpec, comman
     found = re.search(rf"`retrieval-draft (bench replay TRACE [^`]*{NAME})`", PAGE)
     assert found is not None
     arguments = [str(TRACE) if word == "TRACE" else word for word in found[1].split()]
-    code, said, _ = command(*arguments, "--limit", "2", "--json")
+    code, printed, _ = command(*arguments, "--limit", "2", "--json")
     assert code == 0
-    result = json.loads(said)
+    result = json.loads(printed)
     assert result["config"]["sources"] == ["automaton", NAME]
     alone = replay([TRACE], nodes=60, sources=[NAME], limit=2)
     assert result["tokens_per_step"] > alone["tokens_per_step"] > 1.2

@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with what the pages name, where hub names lead to the tiny model."""
     for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
         original = kind.from_pretrained
@@ -95,7 +95,7 @@ def place(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 @pytest.fixture
-def parts(place: Path, folder: Path) -> Iterator[dict[str, Any]]:
+def parts(workspace: Path, folder: Path) -> Iterator[dict[str, Any]]:
     """Names that pages which continue another one take as given."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     model.generation_config.max_new_tokens = 16
@@ -117,12 +117,12 @@ def store(tmp_path: Path) -> Iterator[dict[str, str]]:
         yield {STORE: server.url}
 
 
-def test_readme(place: Path) -> None:
+def test_readme(workspace: Path) -> None:
     defined = run("README.md")
     assert defined["drafter"].last_stats.tokens == 256
 
 
-def test_quick_start(place: Path, folder: Path, store: dict[str, str], command: Command) -> None:
+def test_quick_start(workspace: Path, folder: Path, store: dict[str, str], command: Command) -> None:
     assert (
         command("index", "build", "retrieval_draft", "--tokenizer", str(folder), "--out", "my-code-index")[0]
         == 0
@@ -132,7 +132,7 @@ def test_quick_start(place: Path, folder: Path, store: dict[str, str], command: 
     assert defined["drafter"].store.status()["state"] == "connected"
     assert set(defined["drafter"].nbytes_by_source) >= {"corpus", "history", "phrases", "shared"}
     defined["drafter"].close()
-    assert (place / "history").is_dir()
+    assert (workspace / "history").is_dir()
 
 
 def test_concepts() -> None:
@@ -150,10 +150,10 @@ def test_contributing() -> None:
     assert proposal.parents.tolist() == [-1, 0, 1]
 
 
-def test_transformers_page(place: Path, folder: Path) -> None:
+def test_transformers_page(workspace: Path, folder: Path) -> None:
     defined = run("docs/transformers.md", name=str(folder))
     assert defined["drafter"].stats.requests >= 8
-    assert (place / "my-drafter" / "drafter.json").is_file()
+    assert (workspace / "my-drafter" / "drafter.json").is_file()
     assert defined["again"].config == defined["drafter"].config
 
 
@@ -263,7 +263,7 @@ CHEAP = ["generate", "index", "bench replay"]
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
-def test_commands_that_take_moments_run(page: str, place: Path, folder: Path, command: Command) -> None:
+def test_commands_that_take_moments_run(page: str, workspace: Path, folder: Path, command: Command) -> None:
     ran = 0
     for block in shell_of(page):
         for program, *words in command_lines(block.text):

@@ -64,11 +64,11 @@ TESTS = ROOT / "tests"
 FOLDERS_OF_TESTS = ("benchmarks", "property", "system", "unit")
 
 OF_NO_ONE_MODULE = {
-    "engine/sampling/test_law.py": "samples follow the law of the model, whatever is drafted",
+    "engine/sampling/test_distribution.py": "samples follow the model's distribution",
     "engine/test_fake_cuda.py": "the loop as on a device without one",
     "index/build/test_bad_records.py": "documents beside records that cannot be read",
     "index/segments/test_manifests.py": "files of all indexes that say what cannot be",
-    "index/store/test_snapshots_remote.py": "snapshots at a place that they are copied from",
+    "index/store/test_snapshots_remote.py": "snapshots at a location that they are copied from",
     "methods/test_references.py": "reference texts in every method",
     "test_call_shapes.py": "arguments as of model.generate",
     "test_contributing.py": "the draft source of CONTRIBUTING.md",
@@ -111,7 +111,7 @@ def test_no_test_imports_another() -> None:
     ("text", "is_found"),
     [
         ("from tests.unit.engine.test_attention import tree_of", True),
-        ("def f():\n    import tests.system.test_law", True),
+        ("def f():\n    import tests.system.test_distribution", True),
         ("from tests import property", True),
         ("from tests.support.trees import tree_of", False),
         ("from tests.random_generate.case import Case", False),
@@ -122,18 +122,18 @@ def test_imports_of_tests_are_found(text: str, is_found: bool, tmp_path: Path) -
     assert imports_tests(imports_of(tmp_path / "file.py")) == is_found
 
 
-def mirrored(place: Path) -> bool:
+def mirrored(file: Path) -> bool:
     """True if a unit test stands where its module or package does: X/test_Y.py for X/Y.py, X/_Y.py or X/Y."""
-    folder, name = ROOT / "retrieval_draft" / place.parent, place.stem.removeprefix("test_")
+    folder, name = ROOT / "retrieval_draft" / file.parent, file.stem.removeprefix("test_")
     modules = (folder / f"{name}.py", folder / f"_{name}.py", folder / name / "__init__.py")
     return any(module.is_file() for module in modules) or (folder.name == name and folder.is_dir())
 
 
 def test_unit_tests_mirror_the_package() -> None:
-    places = {file.relative_to(TESTS / "unit") for file in (TESTS / "unit").rglob("test_*.py")}
-    assert len(places) > 100
-    astray = {str(place) for place in places if not mirrored(place)}
-    assert astray == set(OF_NO_ONE_MODULE), "move them, or say here why they have no place"
+    files = {file.relative_to(TESTS / "unit") for file in (TESTS / "unit").rglob("test_*.py")}
+    assert len(files) > 100
+    astray = {str(file) for file in files if not mirrored(file)}
+    assert astray == set(OF_NO_ONE_MODULE), "move them, or say here why they have no module"
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout")

@@ -106,8 +106,8 @@ def test_replayed_chains_accept_as_they_promise() -> None:
 def test_logits_teach_more_than_the_tokens() -> None:
     with Proposer.for_tokenizer(None, vocabulary=20) as proposer:
         session = proposer.open(ids(1, 2))
-        said = NodeLogits(ids(-1, 1, 2, 3)[None], ids(5, 6)[None], np.array([[0.6, 0.3]], np.float32))
-        session.observe(ids(3), said)
+        logits = NodeLogits(ids(-1, 1, 2, 3)[None], ids(5, 6)[None], np.array([[0.6, 0.3]], np.float32))
+        session.observe(ids(3), logits)
         assert {5, 6} <= set(session.propose(8).tokens.tolist())
 
 
@@ -177,8 +177,8 @@ def test_refusals() -> None:
     with pytest.raises(InvalidInputError, match="drafts with a model"):
         Proposer.for_tokenizer(None, vocabulary=9, config=DraftConfig(method="opt_tree"))
     with Proposer.for_tokenizer(None, vocabulary=9) as proposer:
-        for prompt, said in ((ids(), "empty"), (ids(9), "id 9"), (ids(1)[None], "shape"), (ids(-1), "-1")):
-            with pytest.raises(InvalidInputError, match=said):
+        for prompt, message in ((ids(), "empty"), (ids(9), "id 9"), (ids(1)[None], "shape"), (ids(-1), "-1")):
+            with pytest.raises(InvalidInputError, match=message):
                 proposer.open(prompt)
         with pytest.raises(InvalidInputError, match="needs a store"):
             proposer.open(ids(1), share="reply")

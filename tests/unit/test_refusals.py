@@ -121,7 +121,7 @@ def test_windows_by_place_in_the_pass_are_seen_in_half_precision() -> None:
 
 
 def test_a_mask_of_the_models_own_for_so_many_places_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="mask of its own for 512 places"):
+    with pytest.raises(UnsupportedModelError, match="mask of its own for 512 tokens"):
         RetrievalDrafter.for_model(make("gpt-neo", attention="eager", window_size=512))
 
 

@@ -217,7 +217,7 @@ def _tear_calibration(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda path: path.unlink(), "drafter.json is missing"),
         (lambda path: path.write_text(path.read_text()[:-20]), "torn"),
@@ -230,11 +230,11 @@ def _tear_calibration(path: Path) -> None:
         (_tear_calibration, "altered"),
     ],
 )
-def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None], said: str) -> None:
+def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
     with used() as drafter:
         drafter.save_pretrained(tmp_path)
     damage(tmp_path / "drafter.json")
-    with pytest.raises(DatastoreError, match=said) as caught:
+    with pytest.raises(DatastoreError, match=message) as caught:
         loaded(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert caught.value.hint
@@ -320,16 +320,16 @@ def test_a_description_may_say_anything(tmp_path: Path, monkeypatch: pytest.Monk
         [[10**12]],
     ]
     for where in odd_values(document):
-        place = document
+        parent = document
         for name in where[:-1]:
-            place = place[name]
-        kept = place[where[-1]]
+            parent = parent[name]
+        kept = parent[where[-1]]
         for value in odd:
-            place[where[-1]] = value
+            parent[where[-1]] = value
             path.write_text(json.dumps(document))
             with contextlib.suppress(RetrievalDraftError):
                 loaded(tmp_path)
-        place[where[-1]] = kept
+        parent[where[-1]] = kept
     document["calibration"] = ["../../calibration", "0" * 32]
     path.write_text(json.dumps(document))
     with pytest.raises(DatastoreError, match="is missing"):

@@ -57,11 +57,11 @@ def test_rows_that_come_and_go_say_what_they_say_alone(model: Any) -> None:
         while batch.rows:
             batch.step()
             batch.leave()
-    said = [row.text.reply.tolist() for row in rows]
+    replies = [row.text.reply.tolist() for row in rows]
     wanted: list[list[int]] = []
     for number, prompt in enumerate(prompts):
         wanted += expected(model, prompt, seed=number, num_return_sequences=1 + number % 2)
-    assert said == wanted
+    assert replies == wanted
 
 
 def test_a_row_that_is_taken_out_leaves_the_others_as_they_are(model: Any) -> None:

@@ -1,10 +1,10 @@
-"""Plain English in docstrings and comments: a noun or a verb comes first, and terms are the field's."""
+"""Plain English in docstrings, comments and names: a noun or a verb first, and the terms of the field."""
 
 import ast
 import io
 import re
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -31,10 +31,36 @@ OUT = {
     r"whatever": "for any",
     r"lest": "so that ... not",
     r"held to": "checked against",
-    r"(?<!Zipf's )law": "distribution",
+    r"(?<!Zipf's )laws?": "distribution",
+    r"(?<!in )(?<!into )(?<!its )(?<!last )places?": "index, slot, position, location",
     r"once is enough|twice does no harm": "Further calls do nothing.",
 }
 """Words that are out, and what to write instead. Code is left alone: `x`, x(), x.y, names in Args."""
+
+NAMES_OUT = {
+    "place": "index, slot, position, node, location",
+    "placed": "index, slot, position, node, location",
+    "law": "distribution",
+    "doubt": "backoff",
+    "worth": "effective_order",
+    "deepest": "max_depth",
+    "floor": "min_prob, threshold",
+    "said": "predictions, emitted, logits, ...",
+    "leader": "prefix_owner",
+}
+"""Words that are out as a name or a part of one, in the singular or plural, and what to write instead."""
+
+NAMES_OUT_OF_BLENDING = {"claim": "weight", "leave": "escape_prob", "once": "escape_per_order"}
+"""Out where contexts are blended, in `index` and `drafting` alone: elsewhere a client may leave."""
+
+NAMES_KEPT = {
+    ("retrieval_draft/draft_service/wire.py", "deepest"): "a former field that clients still send",
+    ("retrieval_draft/draft_service/wire.py", "floor"): "a former field that clients still send",
+    ("retrieval_draft/draft_service/wire.py", "said"): "a former field that clients still send",
+    ("retrieval_draft/bench/ties.py", "floor"): "torch.floor",
+    ("retrieval_draft/engine/logits.py", "_read_in_place"): "the idiom: nothing is copied",
+}
+"""Names that stay, by file, each with the reason."""
 
 _CODE = re.compile(r"``[^`]*``|`[^`]*`|^\s+\*{0,2}\w+(?:, \w+)*:(?= )")
 
@@ -77,6 +103,16 @@ def faults(source: str) -> Iterator[tuple[int, str]]:
                 yield token.start[0], f"{word!r}: write {instead!r}"
 
 
+def names_out(source: str, out: Mapping[str, str]) -> Iterator[tuple[int, str, str]]:
+    """Line, name and replacement of each name of which a part is out."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.NAME:
+            for part in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", token.string):
+                word = part.lower() if part.lower() in out else part.lower().removesuffix("s")
+                if word in out:
+                    yield token.start[0], token.string, out[word]
+
+
 @pytest.mark.parametrize("folder", ["retrieval_draft", "benchmarks"])
 def test_docstrings_and_comments_are_in_plain_english(folder: str) -> None:
     found = [
@@ -85,6 +121,29 @@ def test_docstrings_and_comments_are_in_plain_english(folder: str) -> None:
         for line, message in sorted(faults(path.read_text(encoding="utf-8")))
     ]
     assert not found, "\n".join(found)
+
+
+def test_names_are_the_terms_of_the_field() -> None:
+    found, kept = [], set()
+    for path in [*(ROOT / "retrieval_draft").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        name = path.relative_to(ROOT).as_posix()
+        blends = name.startswith(("retrieval_draft/index/", "retrieval_draft/drafting/"))
+        out = NAMES_OUT | (NAMES_OUT_OF_BLENDING if blends else {})
+        for line, word, instead in names_out(path.read_text(encoding="utf-8"), out):
+            if (name, word) in NAMES_KEPT:
+                kept.add((name, word))
+            else:
+                found.append(f"{name}:{line}: {word!r}: write {instead!r}")
+    assert not found, "\n".join(sorted(found))
+    assert kept == set(NAMES_KEPT), "exceptions that nothing needs any more"
+
+
+def test_names_that_are_out_are_found_in_parts_of_names() -> None:
+    source = "class SnapshotPlace:\n    FLOOR_STEPS = _places = 1\n\nreplace = sort_laws = 'place'  # law\n"
+    names = [(line, name) for line, name, _ in names_out(source, NAMES_OUT)]
+    assert names == [(1, "SnapshotPlace"), (2, "FLOOR_STEPS"), (2, "_places"), (4, "sort_laws")]
+    assert not list(names_out("batch.leave(claims)", NAMES_OUT))
+    assert len(list(names_out("batch.leave(claims)", NAMES_OUT_OF_BLENDING))) == 2
 
 
 def test_docstrings_of_tests_begin_with_no_clause_word() -> None:

@@ -49,7 +49,7 @@ SWITCHES = 6
 """Number of kinds of terms, each with a switch, 1 or 0: all are learned, except to measure the value of
 one."""
 
-DEEPEST = 1 << 20
+MAX_DEPTH = 1 << 20
 """Limit of depths."""
 
 CERTAIN = 0.999
@@ -160,7 +160,7 @@ def mixed_odds(
         request: float64, shape (SOURCES,).
     """
     mask = index_in(evidence[MASK], MASKS)
-    depth = depth_bucket(index_in(evidence[DEPTH], DEEPEST))
+    depth = depth_bucket(index_in(evidence[DEPTH], MAX_DEPTH))
     rank = index_in(evidence[RANK], RANKS)
     absent = ABSENT + (mask >> MODEL & 1)
     odds = weights[mask, SOURCES]
@@ -213,7 +213,7 @@ def teach(
         switches: float64, shape (kinds,), 1 or 0. Kinds of terms that are learned.
     """
     mask = index_in(evidence[MASK], MASKS)
-    depth = depth_bucket(index_in(evidence[DEPTH], DEEPEST))
+    depth = depth_bucket(index_in(evidence[DEPTH], MAX_DEPTH))
     rank = index_in(evidence[RANK], RANKS)
     total = total_weight(mask, weights)
     absent = ABSENT + (mask >> MODEL & 1)
@@ -226,11 +226,11 @@ def teach(
         if mask >> slot & 1:
             weight = weights[mask, slot]
             share = weight / total
-            said = step * evidence[own + ODDS]
+            odds_step = step * evidence[own + ODDS]
             bucket = index_in(evidence[own + LENGTH], LENGTHS)
             scale = 1.0 + parameters[slot, LENGTH_SCALE + bucket]
-            weights[mask, slot] = min(max(weight + scale * said, 0.0), MAX_WEIGHT)
-            parameters[slot, LENGTH_SCALE + bucket] += switches[LEARNS_LENGTH] * weight * said
+            weights[mask, slot] = min(max(weight + scale * odds_step, 0.0), MAX_WEIGHT)
+            parameters[slot, LENGTH_SCALE + bucket] += switches[LEARNS_LENGTH] * weight * odds_step
             parameters[slot, LENGTH_BIAS + bucket] += switches[LEARNS_LENGTH] * share * step
             parameters[slot, DEPTH_BIAS + depth] += switches[LEARNS_DEPTH] * share * step
             parameters[slot, RANK_BIAS + rank] += switches[LEARNS_RANK] * share * step
@@ -384,8 +384,8 @@ def fuse(
         path[node] = path[trie_parent[node]] * calibrated[node]
         push(heap, node - 1, path, node)
     chosen = min(budget, size - 1)
-    placed = np.empty(size, np.int32)
-    placed[0] = 0
+    out_index = np.empty(size, np.int32)
+    out_index[0] = 0
     out_nodes[0, 0] = root_token
     out_nodes[1, 0] = -1
     out_nodes[2, 0] = 0
@@ -397,9 +397,9 @@ def fuse(
     for number in range(1, chosen + 1):
         node = pop(heap, waiting, path)
         waiting -= 1
-        placed[node] = number
+        out_index[node] = number
         out_nodes[0, number] = trie_token[node]
-        out_nodes[1, number] = placed[trie_parent[node]]
+        out_nodes[1, number] = out_index[trie_parent[node]]
         out_nodes[2, number] = trie_depth[node]
         out_probs[0, number] = calibrated[node]
         out_probs[1, number] = path[node]

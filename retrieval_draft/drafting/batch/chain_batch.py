@@ -312,8 +312,8 @@ class ChainBatch:
         counts.drafted += drafted
         counts.accepted += accepted
         if self._lookups.matrix is not None:
-            said = np.ones((len(tokens), 1), np.float32)
-            self._lookups.matrix.learn(NodeLogits(contexts, tokens[:, None], said))
+            ones = np.ones((len(tokens), 1), np.float32)
+            self._lookups.matrix.learn(NodeLogits(contexts, tokens[:, None], ones))
 
     def _propose(
         self, rows: NDArray[np.int64], limits: NDArray[np.int32], min_prob: float

@@ -69,11 +69,11 @@ class SegmentTable:
         if all([new is old for new, old in zip(found, self._known, strict=True)]):
             return False
         segments = tuple(segment for each in found for segment in each)
-        before = {id(segment): place for place, segment in enumerate(self._segments)}
+        before = {id(segment): index for index, segment in enumerate(self._segments)}
         moved = np.array([before.get(id(segment), -1) for segment in segments], np.int64)
         rows = np.empty((len(segments), self._kernels.SEGMENT_FIELDS), np.int64)
-        for place, segment in enumerate(segments):
-            rows[place] = segment.row
+        for index, segment in enumerate(segments):
+            rows[index] = segment.row
         chain, longest = self._state(len(self.chain), len(segments))
         if len(slots):
             from retrieval_draft.drafting.batch._kernels.propose import relocate

@@ -148,11 +148,11 @@ class Slots:
         """Makes room for `more` tokens after the text of each of `slots`: int64, shape (rows,) both."""
         kernels = self._kernels
         needed = self.fields[slots, kernels.LENGTH] + more
-        for place in np.flatnonzero(needed > self.fields[slots, kernels.TEXT_ROOM]):
-            slot = int(slots[place])
+        for index in np.flatnonzero(needed > self.fields[slots, kernels.TEXT_ROOM]):
+            slot = int(slots[index])
             old = self._texts[slot]
             assert old is not None
-            text = np.empty(max(int(needed[place]), int(len(old) * GROWTH)) + RESERVE, np.int32)
+            text = np.empty(max(int(needed[index]), int(len(old) * GROWTH)) + RESERVE, np.int32)
             text[: len(old)] = old
             self._texts[slot] = text
             self._address(slot)

@@ -64,10 +64,10 @@ def top_k_rows(
                 value = line[column]
                 if indices[row, k - 1] >= 0 and not value > values[row, k - 1]:
                     continue
-                place = k - 1
-                while place > 0 and (indices[row, place - 1] < 0 or value > values[row, place - 1]):
-                    values[row, place] = values[row, place - 1]
-                    indices[row, place] = indices[row, place - 1]
-                    place -= 1
-                values[row, place] = value
-                indices[row, place] = column
+                slot = k - 1
+                while slot > 0 and (indices[row, slot - 1] < 0 or value > values[row, slot - 1]):
+                    values[row, slot] = values[row, slot - 1]
+                    indices[row, slot] = indices[row, slot - 1]
+                    slot -= 1
+                values[row, slot] = value
+                indices[row, slot] = column

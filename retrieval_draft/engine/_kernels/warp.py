@@ -116,9 +116,9 @@ def _last(held: Held, count: int) -> tuple[np.float32, int]:
     """The smallest score of those kept, and the lowest token that has it."""
     values, tokens, _ = held
     value, token = values[0], tokens[0]
-    for place in range(1, count):
-        if values[place] < value or (values[place] == value and tokens[place] < token):
-            value, token = values[place], tokens[place]
+    for index in range(1, count):
+        if values[index] < value or (values[index] == value and tokens[index] < token):
+            value, token = values[index], tokens[index]
     return value, token
 
 
@@ -126,18 +126,18 @@ def _last(held: Held, count: int) -> tuple[np.float32, int]:
 def _gather(
     row: NDArray[np.float32],
     maxima: NDArray[np.float32],
-    floor: np.float32,
+    threshold: np.float32,
     held: Held,
 ) -> int:
-    """Writes all scores of at least `floor`, -inf left out, and returns their number."""
+    """Writes all scores of at least `threshold`, -inf left out, and returns their number."""
     values, tokens, _ = held
-    floor = max(floor, LOWEST)
+    threshold = max(threshold, LOWEST)
     count = 0
     for block in range(maxima.shape[0]):
-        if maxima[block] < floor:
+        if maxima[block] < threshold:
             continue
         for token in range(block * BLOCK, min(block * BLOCK + BLOCK, row.shape[0])):
-            if row[token] >= floor:
+            if row[token] >= threshold:
                 values[count], tokens[count] = row[token], token
                 count += 1
     return count
@@ -153,9 +153,9 @@ def _weigh(
     """Writes exp(value / temperature - highest), and returns their sum."""
     values, _, weights = held
     total = 0.0
-    for place in range(count):
-        weights[place] = np.exp(float(np.float32(values[place] / temperature)) - float(highest))
-        total += weights[place]
+    for index in range(count):
+        weights[index] = np.exp(float(np.float32(values[index] / temperature)) - float(highest))
+        total += weights[index]
     return total
 
 
@@ -190,10 +190,10 @@ def _select(
         _swap(held, (low + high) // 2, last)
         value, token = values[last], tokens[last]
         split, mass = low, 0.0
-        for place in range(low, last):
-            if values[place] > value or (values[place] == value and tokens[place] > token):
-                mass += weights[place]
-                _swap(held, place, split)
+        for index in range(low, last):
+            if values[index] > value or (values[index] == value and tokens[index] > token):
+                mass += weights[index]
+                _swap(held, index, split)
                 split += 1
         _swap(held, split, last)
         if split > low and reached + mass >= target:
@@ -207,7 +207,7 @@ def _select(
 
 
 @kernel
-def _count_floor(
+def _top_k_threshold(
     maxima: NDArray[np.float32],
     k: int,
     held: Held,
@@ -229,8 +229,8 @@ def _at_least(held: Held, count: int, k: int) -> int:
     weights = held[2]
     if k >= count:
         return count
-    for place in range(count):
-        weights[place] = 1.0
+    for index in range(count):
+        weights[index] = 1.0
     return _select(held, count, float(k))
 
 
@@ -246,16 +246,16 @@ def _top_k(
     """Keeps the k largest and all that equal the smallest of them once divided, as TopKLogitsWarper does."""
     values = held[0]
     if count < 0:
-        floor = _count_floor(maxima, k, held)
+        threshold = _top_k_threshold(maxima, k, held)
         # Scores a few steps of float32 apart can be equal once divided.
-        floor = np.float32(floor - abs(floor) * np.float32(5e-7))
-        count = _gather(row, maxima, floor, held)
+        threshold = np.float32(threshold - abs(threshold) * np.float32(5e-7))
+        count = _gather(row, maxima, threshold, held)
     kept = _at_least(held, count, k)
     if kept < count:
         least = np.float32(_last(held, kept)[0] / temperature)
-        for place in range(kept, count):
-            if np.float32(values[place] / temperature) == least:
-                _swap(held, place, kept)
+        for index in range(kept, count):
+            if np.float32(values[index] / temperature) == least:
+                _swap(held, index, kept)
                 kept += 1
     return kept
 
@@ -279,13 +279,13 @@ def _top_p(
     else:
         total = exp_sum(row, temperature, highest)
         target = total - rest * total
-        floor = np.float32(np.inf)
+        threshold = np.float32(np.inf)
         if keep > 1:
-            floor = _count_floor(maxima, keep, held)
+            threshold = _top_k_threshold(maxima, keep, held)
         depth = 4.0
         while True:
             # Beyond 100 nats a float32 probability is 0.
-            count = _gather(row, maxima, min(floor, np.float32(top - depth * temperature)), held)
+            count = _gather(row, maxima, min(threshold, np.float32(top - depth * temperature)), held)
             if _weigh(held, count, temperature, highest) >= target or depth > 100.0:
                 break
             depth *= 1.5
@@ -308,14 +308,14 @@ def _min_p(
     weights = held[2]
     if count < 0:
         # A little lower than the threshold, which is rounded elsewhere.
-        floor = np.float32(top + (np.log(share) - 0.001) * temperature - abs(top) * 1e-6)
+        threshold = np.float32(top + (np.log(share) - 0.001) * temperature - abs(top) * 1e-6)
         if keep > 1:
-            floor = min(floor, _count_floor(maxima, keep, held))
-        count = _gather(row, maxima, floor, held)
+            threshold = min(threshold, _top_k_threshold(maxima, keep, held))
+        count = _gather(row, maxima, threshold, held)
     _weigh(held, count, temperature, np.float32(top / temperature))
     kept = 0
-    for place in range(count):
-        if weights[place] >= share:
-            _swap(held, place, kept)
+    for index in range(count):
+        if weights[index] >= share:
+            _swap(held, index, kept)
             kept += 1
     return kept if kept >= keep else _at_least(held, count, keep)

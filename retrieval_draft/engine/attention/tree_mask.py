@@ -57,13 +57,13 @@ class _Mask:
         self.written = (0, 0, 0)
         self.stale = 0
 
-    def write(self, hidden: Tensor, depths: Tensor, deepest: int, length: int) -> Tensor:
+    def write(self, hidden: Tensor, depths: Tensor, max_depth: int, length: int) -> Tensor:
         """Returns the mask, shape (1, 1, n, keys).
 
         Args:
             hidden: bool, shape (n, n). [i, j] true where node i must not see node j.
             depths: int64, shape (n,).
-            deepest: The largest depth.
+            max_depth: The largest depth.
             length: Committed tokens.
         """
         nodes = len(depths)
@@ -75,7 +75,7 @@ class _Mask:
             self.buffer[:rows, left:right].zero_()
         if self.window is not None:
             hidden = hidden | (depths[:, None] - depths[None, :] >= self.window)
-            self._write_left(depths, deepest, length - self.window - first, begin)
+            self._write_left(depths, max_depth, length - self.window - first, begin)
         block = self.buffer[:nodes, begin : begin + nodes]
         block.copy_(hidden)
         block.mul_(self.minimum)
@@ -84,9 +84,9 @@ class _Mask:
         self.written = (max(nodes, rows), begin, max(right, begin + nodes))
         return self.buffer[None, None, :nodes, : begin + nodes]
 
-    def _write_left(self, depths: Tensor, deepest: int, gone: int, begin: int) -> None:
+    def _write_left(self, depths: Tensor, max_depth: int, gone: int, begin: int) -> None:
         """Hides the committed keys that have left the window of a deep node."""
-        width = min(begin, max(0, deepest + gone + 1))
+        width = min(begin, max(0, max_depth + gone + 1))
         if self.stale > width:
             self.buffer[:, width : self.stale].zero_()
         if width:
@@ -171,14 +171,14 @@ class TreeAttention:
         _pack(self._host.numpy()[:words], tree, nodes, length, moved)
         return self.unpack(self._send(words), nodes, extra, int(tree.depths.max()), length)
 
-    def unpack(self, up: Tensor, nodes: int, extra: int, deepest: int, length: int) -> TreeInputs:
+    def unpack(self, up: Tensor, nodes: int, extra: int, max_depth: int, length: int) -> TreeInputs:
         """The device's half of `prepare`: views of `up`, and the tree written into the masks.
 
         Args:
             up: int64, shape (words,). Tokens, positions, depths, path indices and mask bytes, on the device.
             nodes: Nodes of the padded tree.
             extra: Number of path indices.
-            deepest: Largest depth of a node.
+            max_depth: Largest depth of a node.
             length: Committed tokens.
         """
         ids, positions, depths = up[:nodes], up[nodes : 2 * nodes], up[2 * nodes : 3 * nodes]
@@ -187,7 +187,7 @@ class TreeAttention:
             flat = up[3 * nodes + extra :].view(torch.bool)
             hidden = flat[: nodes * nodes].view(nodes, nodes)
             made: dict[str, Tensor | None] = {
-                kind: mask.write(hidden, depths, deepest, length) for kind, mask in self._masks.items()
+                kind: mask.write(hidden, depths, max_depth, length) for kind, mask in self._masks.items()
             }
             masks = made if len(made) > 1 else next(iter(made.values()))
         elif len(self._masks) > 1:

@@ -122,8 +122,10 @@ class Expansion:
                 if limits.gain_stop is not None and gained <= limits.gain_stop:
                     break
                 # A child of a node is at most as likely as that: below the budget's last it cannot enter.
-                floor = sorted(paths[1:], reverse=True)[budget - 1] if len(tokens) > budget else 0.0
-                fresh = [n for n in range(added, len(tokens)) if not stopped[n - added] and paths[n] > floor]
+                min_prob = sorted(paths[1:], reverse=True)[budget - 1] if len(tokens) > budget else 0.0
+                fresh = [
+                    n for n in range(added, len(tokens)) if not stopped[n - added] and paths[n] > min_prob
+                ]
                 frontier = sorted(fresh, key=lambda n: -paths[n])[: limits.top_k]
                 if not frontier or level + 1 == limits.depth:
                     break
@@ -131,10 +133,10 @@ class Expansion:
                 frontier = sorted(frontier)
                 rows = self._pass(tokens, parents, depths, expanded, len(text))[-len(frontier) :]
         order = sorted(range(1, len(tokens)), key=lambda n: (-paths[n], depths[n], n))[:budget]
-        place = {0: -1, **{node: index for index, node in enumerate(order)}}
+        index_of = {0: -1, **{node: index for index, node in enumerate(order)}}
         return ModelTree(
             np.array([tokens[node] for node in order], np.int32),
-            np.array([place[parents[node]] for node in order], np.int32),
+            np.array([index_of[parents[node]] for node in order], np.int32),
             np.array([probs[node] for node in order], np.float32),
         )
 
@@ -154,8 +156,8 @@ class Expansion:
             if not len(chain):
                 return root.float().log_softmax(-1)
             tokens = [int(text[-1]), *chain.tolist()]
-            places = list(range(len(tokens)))
-            rows = self._pass(tokens, [place - 1 for place in places], places, places, len(text))
+            indices = list(range(len(tokens)))
+            rows = self._pass(tokens, [index - 1 for index in indices], indices, indices, len(text))
             return rows.float().log_softmax(-1)
 
     def close(self) -> None:
@@ -192,13 +194,13 @@ class Expansion:
         """Logits of `nodes`, which hold their own ancestors, parents first."""
         assert self._cache is not None
         skip = len(self._between)
-        place = {node: skip + index for index, node in enumerate(nodes)}
+        index_of = {node: skip + index for index, node in enumerate(nodes)}
         size = skip + len(nodes)
         ones = np.ones(size, np.float32)
         tree = DraftTree(
             np.concatenate((self._between, [tokens[node] for node in nodes])).astype(np.int32),
             np.array(
-                [*range(-1, skip - 1), *(place[parents[n]] if n else skip - 1 for n in nodes)], np.int32
+                [*range(-1, skip - 1), *(index_of[parents[n]] if n else skip - 1 for n in nodes)], np.int32
             ),
             np.array([*range(skip), *(skip + depths[n] for n in nodes)], np.int32),
             ones,
@@ -211,8 +213,8 @@ class Expansion:
 def _chain(tokens: TokenArray) -> DraftTree:
     size = len(tokens)
     ones = np.ones(size, np.float32)
-    places = np.arange(size, dtype=np.int32)
-    return DraftTree(np.array(tokens, np.int32), places - 1, places, ones, ones, np.zeros(size, np.int64))
+    indices = np.arange(size, dtype=np.int32)
+    return DraftTree(np.array(tokens, np.int32), indices - 1, indices, ones, ones, np.zeros(size, np.int64))
 
 
 def _best(

@@ -161,8 +161,8 @@ class ForeignModelDraft:
         after = decode([*own[start:].tolist(), *drafted.tolist()], skip_special_tokens=True)
         if not after.startswith(before):
             return np.empty(0, np.int32)
-        said = self._target_tokenizer.decode(behind.tolist(), skip_special_tokens=True)
-        ids = self._target_tokenizer(said + after[len(before) :], add_special_tokens=False)["input_ids"]
+        context = self._target_tokenizer.decode(behind.tolist(), skip_special_tokens=True)
+        ids = self._target_tokenizer(context + after[len(before) :], add_special_tokens=False)["input_ids"]
         cut = np.array(ids, np.int32)
         if np.array_equal(cut[: len(behind)], behind):
             return cut[len(behind) :]

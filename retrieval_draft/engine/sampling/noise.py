@@ -86,12 +86,12 @@ class GumbelNoise:
         """Noise for the token at `position`, on the device: float32, shape (vocabulary,)."""
         if self._steps is None:
             self._steps = self._make_steps()
-        blocks, tokens, places, widths = self._steps
+        blocks, tokens, indices, widths = self._steps
         key = int(self.key(position))
         random = _mixed(blocks + _signed(key ^ _BLOCKS))
         first = (_exponential(random) / widths)[:, None]
         winner = ((_shift(_mixed(random + _signed(_STEP)), 32) * widths) >> 32)[:, None]
-        arrival = torch.where(places == winner, first, first + _exponential(_mixed(tokens + _signed(key))))
+        arrival = torch.where(indices == winner, first, first + _exponential(_mixed(tokens + _signed(key))))
         return (-torch.log(arrival)).flatten().narrow(0, 0, self.vocabulary).float().to(self._device)
 
     def _make_steps(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -100,9 +100,9 @@ class GumbelNoise:
         counts = torch.arange(1, blocks * _BLOCK + 1, device=self._maker)
         begins = torch.arange(0, self.vocabulary, _BLOCK, device=self._maker)
         steps = counts * _signed(_STEP)
-        places = torch.arange(_BLOCK, device=self._maker)
+        indices = torch.arange(_BLOCK, device=self._maker)
         widths = (self.vocabulary - begins).clamp(max=_BLOCK)
-        return steps.narrow(0, 0, blocks), steps.view(blocks, _BLOCK), places, widths
+        return steps.narrow(0, 0, blocks), steps.view(blocks, _BLOCK), indices, widths
 
     def of(self, position: int, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """The part of `at(position)` that belongs to some tokens.

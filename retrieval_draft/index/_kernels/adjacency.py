@@ -31,8 +31,8 @@ def key_of(context: NDArray[np.int32], order: int) -> np.uint64:
         order: 1 to 4.
     """
     mixed = np.uint64(order) * np.uint64(0x9E3779B97F4A7C15)
-    for place in range(len(context) - order, len(context)):
-        mixed ^= np.uint64(context[place]) + np.uint64(0x632BE59BD9B4E019)
+    for index in range(len(context) - order, len(context)):
+        mixed ^= np.uint64(context[index]) + np.uint64(0x632BE59BD9B4E019)
         mixed *= np.uint64(0xBF58476D1CE4E5B9)
         mixed ^= mixed >> np.uint64(31)
     return mixed | np.uint64(1)
@@ -135,15 +135,15 @@ def learn(
             fresh = np.float32(1.0) / np.float32(earlier + 1)
             size = 0
             if earlier > 0:
-                for place in range(width):
-                    if tokens[row, place] < 0:
+                for column in range(width):
+                    if tokens[row, column] < 0:
                         break
-                    merged_tokens[size] = tokens[row, place]
-                    merged_probs[size] = probs[row, place] * (np.float32(1.0) - fresh)
+                    merged_tokens[size] = tokens[row, column]
+                    merged_probs[size] = probs[row, column] * (np.float32(1.0) - fresh)
                     size += 1
             old = size
-            for place in range(seen):
-                token, prob = top_tokens[item, place], top_probs[item, place]
+            for column in range(seen):
+                token, prob = top_tokens[item, column], top_probs[item, column]
                 if token < 0 or not prob >= 0.0 or prob == np.inf:
                     continue
                 match = 0
@@ -155,19 +155,19 @@ def learn(
                     merged_tokens[size] = token
                     merged_probs[size] = fresh * prob
                     size += 1
-            for place in range(width):  # selection sort: both lists are short
-                best = place
-                for other in range(place + 1, size):
+            for column in range(width):  # selection sort: both lists are short
+                best = column
+                for other in range(column + 1, size):
                     if merged_probs[other] > merged_probs[best]:
                         best = other
-                if place < size:
-                    tokens[row, place] = merged_tokens[best]
-                    probs[row, place] = merged_probs[best]
-                    merged_tokens[best] = merged_tokens[place]
-                    merged_probs[best] = merged_probs[place]
+                if column < size:
+                    tokens[row, column] = merged_tokens[best]
+                    probs[row, column] = merged_probs[best]
+                    merged_tokens[best] = merged_tokens[column]
+                    merged_probs[best] = merged_probs[column]
                 else:
-                    tokens[row, place] = -1
-                    probs[row, place] = 0.0
+                    tokens[row, column] = -1
+                    probs[row, column] = 0.0
 
 
 @kernel
@@ -176,7 +176,7 @@ def propose(
     visits: NDArray[np.int32],
     row_tokens: NDArray[np.int32],
     row_probs: NDArray[np.float32],
-    doubt: NDArray[np.float64],
+    backoff: NDArray[np.float64],
     counts: NDArray[np.float32],
     frequent: NDArray[np.int32],
     total: NDArray[np.float64],
@@ -193,15 +193,16 @@ def propose(
 ) -> int:
     """Best-first tree over the rows of the last 4, 3, 2 and 1 tokens and of none, blended.
 
-    A row of order o seen v times takes ``v / (v + doubt[o])`` of the mass that reaches it and leaves the rest
-    to the next shorter one. The mass left by all rows goes to the tokens that are frequent in any context.
+    A row of order o seen v times takes ``v / (v + backoff[o])`` of the mass that reaches it and leaves the
+    rest to the next shorter one. The mass left by all rows goes to the tokens that are frequent in any
+    context.
 
     Args:
         keys: uint64, shape (rows,), a power of two.
         visits: int32, shape (rows,).
         row_tokens: int32, shape (rows, k).
         row_probs: float32, shape (rows, k).
-        doubt: float64, shape (5,). Back-off constant of each order.
+        backoff: float64, shape (5,). Back-off constant of each order.
         counts: float32, shape (ids,). Decayed count of each token.
         frequent: int32. Tokens with the largest counts, in any order, -1 at the end where there are fewer.
         total: float64, shape (1,). Sum of all counts.
@@ -243,29 +244,29 @@ def propose(
             row = find_row(keys, key_of(current, order))
             if row == NO_ROW:
                 continue
-            claim = mass * visits[row] / (visits[row] + doubt[order])
-            mass -= claim
-            for place in range(width):
-                token = row_tokens[row, place]
+            weight = mass * visits[row] / (visits[row] + backoff[order])
+            mass -= weight
+            for column in range(width):
+                token = row_tokens[row, column]
                 if token < 0:
                     break
                 match = 0
                 while match < found and child_token[match] != token:
                     match += 1
                 if match < found:
-                    child_prob[match] += claim * row_probs[row, place]
+                    child_prob[match] += weight * row_probs[row, column]
                 else:
                     child_token[found] = token
                     child_order[found] = order
-                    child_prob[found] = claim * row_probs[row, place]
+                    child_prob[found] = weight * row_probs[row, column]
                     found += 1
-        claim = mass / (total[0] + doubt[0])
+        weight = mass / (total[0] + backoff[0])
         in_context = found
-        for place in range(len(frequent) if mass * path > needed else 0):
-            token = frequent[place]
+        for slot in range(len(frequent) if mass * path > needed else 0):
+            token = frequent[slot]
             if token < 0 or token >= len(counts):
                 break
-            share = claim * counts[token]
+            share = weight * counts[token]
             if share * path <= needed:
                 continue
             match = 0
@@ -278,19 +279,19 @@ def propose(
                 child_order[found] = 0
                 child_prob[found] = share
                 found += 1
-        for place in range(found):
-            prob = min(child_prob[place], 0.999)
+        for child in range(found):
+            prob = min(child_prob[child], 0.999)
             if prob * path <= needed or candidates == len(path_probs):
                 continue
             path_probs[candidates] = prob * path
             if not admit(candidates, path_probs, path_bits, heap, waiting, histogram, cut, budget):
                 continue
             work_int[candidates, 0] = node
-            work_int[candidates, 1] = child_token[place]
-            work_int[candidates, 2] = child_order[place]
+            work_int[candidates, 1] = child_token[child]
+            work_int[candidates, 2] = child_order[child]
             for back in range(ORDERS - 1):
                 work_int[candidates, 3 + back] = current[back + 1]
-            work_int[candidates, 2 + ORDERS] = child_token[place]
+            work_int[candidates, 2 + ORDERS] = child_token[child]
             work_float[1, candidates] = prob
             waiting += 1
             candidates += 1

@@ -104,25 +104,25 @@ def propose(
             edge = states[context, FIRST_EDGE]
             if edge >= 0 and total > 0:
                 distinct = states[context, DEGREE]
-                once = escape * distinct / (total + escape * distinct)
-                leave = once
+                escape_per_order = escape * distinct / (total + escape * distinct)
+                escape_prob = escape_per_order
                 for _ in range(min(length, cap) - min(below, cap) - 1):
-                    leave *= once
-                claim = mass * (1.0 - leave) / (total + recency)
-                mass *= leave
+                    escape_prob *= escape_per_order
+                weight = mass * (1.0 - escape_prob) / (total + recency)
+                mass *= escape_prob
                 read = 0
                 unread = total + recency
                 # Stop where the unread mass cannot add one more child to the tree.
-                while edge >= 0 and read < CHILDREN and claim * unread * path > needed:
+                while edge >= 0 and read < CHILDREN and weight * unread * path > needed:
                     token = edges[edge, TOKEN]
-                    weight = edges[edge, TAKEN] + (recency if read == 0 else 0.0)
-                    share = claim * weight
-                    unread -= weight
-                    place = 0
-                    while place < found and child_token[place] != token:
-                        place += 1
-                    if place < found:
-                        child_prob[place] += share
+                    count = edges[edge, TAKEN] + (recency if read == 0 else 0.0)
+                    share = weight * count
+                    unread -= count
+                    child = 0
+                    while child < found and child_token[child] != token:
+                        child += 1
+                    if child < found:
+                        child_prob[child] += share
                     elif found < CHILDREN:
                         child_token[found] = token
                         child_state[found] = edges[edge, TARGET]
@@ -134,17 +134,17 @@ def propose(
             context = shorter
             length = below
             steps += 1
-        for place in range(found):
-            prob = min(child_prob[place], 0.999)
+        for child in range(found):
+            prob = min(child_prob[child], 0.999)
             if prob * path <= needed or candidates == len(path_probs):
                 continue
             path_probs[candidates] = prob * path
             if not admit(candidates, path_probs, path_bits, heap, waiting, histogram, cut, budget):
                 continue
             work_int[candidates, 0] = node
-            work_int[candidates, 1] = child_token[place]
-            work_int[candidates, 2] = child_state[place]
-            work_int[candidates, 3] = child_length[place]
+            work_int[candidates, 1] = child_token[child]
+            work_int[candidates, 2] = child_state[child]
+            work_int[candidates, 3] = child_length[child]
             work_float[1, candidates] = prob
             waiting += 1
             candidates += 1

@@ -40,8 +40,8 @@ def count(
         fade: Total at which all counts are halved.
     """
     for row in range(tokens.shape[0]):
-        for place in range(tokens.shape[1]):
-            token, prob = tokens[row, place], probs[row, place]
+        for column in range(tokens.shape[1]):
+            token, prob = tokens[row, column], probs[row, column]
             if token < 0 or token >= len(counts) or not prob >= 0.0 or prob == np.inf:
                 continue
             counts[token] += prob

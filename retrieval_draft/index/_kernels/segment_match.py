@@ -38,7 +38,7 @@ UNKNOWN = -2
 
 
 @kernel
-def token_at(segments: NDArray[np.int64], segment: int, place: int) -> int:
+def token_at(segments: NDArray[np.int64], segment: int, position: int) -> int:
     """The token at a position of a segment's text.
 
     A suffix array that was altered on disk may hold any position: one outside reads as the end of a text.
@@ -46,20 +46,20 @@ def token_at(segments: NDArray[np.int64], segment: int, place: int) -> int:
     Args:
         segments: int64, shape (segments, SEGMENT_FIELDS).
         segment: Index of the segment.
-        place: Position in its text.
+        position: Position in its text.
     """
-    if place < 0 or place >= segments[segment, LENGTH]:
+    if position < 0 or position >= segments[segment, LENGTH]:
         return segments[segment, SEPARATOR]
-    return load_token(segments[segment, TOKENS], segments[segment, WIDTH], place)
+    return load_token(segments[segment, TOKENS], segments[segment, WIDTH], position)
 
 
 @kernel
-def prefix_at(segments: NDArray[np.int64], segment: int, place: int, size: int) -> Any:
+def prefix_at(segments: NDArray[np.int64], segment: int, position: int, size: int) -> Any:
     """uint64: the next `size` tokens packed, at most those of a key; zeros after the end of the text."""
     bits, separator = segments[segment, BITS], segments[segment, SEPARATOR]
     prefix = np.uint64(0)
     for ahead in range(size):
-        token = token_at(segments, segment, place + ahead)
+        token = token_at(segments, segment, position + ahead)
         prefix = (prefix << np.uint64(bits)) | np.uint64(token)
         if token == separator:
             return prefix << np.uint64(bits * (size - 1 - ahead))
@@ -67,9 +67,9 @@ def prefix_at(segments: NDArray[np.int64], segment: int, place: int, size: int) 
 
 
 @kernel
-def key_at(segments: NDArray[np.int64], segment: int, place: int) -> Any:
+def key_at(segments: NDArray[np.int64], segment: int, position: int) -> Any:
     """uint64: the next tokens packed, as many as fit into 64 bits."""
-    return prefix_at(segments, segment, place, 64 // segments[segment, BITS])
+    return prefix_at(segments, segment, position, 64 // segments[segment, BITS])
 
 
 @kernel
@@ -140,8 +140,8 @@ def find_short(
     bits = segments[segment, BITS]
     separator = segments[segment, SEPARATOR]
     prefix = np.uint64(0)
-    for place in range(len(tail) - length, len(tail)):
-        token = tail[place]
+    for index in range(len(tail) - length, len(tail)):
+        token = tail[index]
         if token == separator or token >> bits != 0:  # no token of this segment, so it does not occur
             entry[0] = 0
             entry[1] = 0
@@ -268,8 +268,8 @@ def advance(
         tokens: int32, shape (m,).
     """
     for token in tokens:
-        for place in range(LONGEST - 1):
-            tail[place] = tail[place + 1]
+        for index in range(LONGEST - 1):
+            tail[index] = tail[index + 1]
         tail[LONGEST - 1] = token
         for segment in range(len(segments)):
             count = 64 // segments[segment, BITS]
@@ -393,8 +393,8 @@ def match_lengths(
         tokens: int32, shape (m,).
         lengths: int32, shape (m,). Written.
     """
-    for place in range(len(tokens)):
-        advance(segments, chain, longest, tail, tokens[place : place + 1])
-        lengths[place] = 0
+    for index in range(len(tokens)):
+        advance(segments, chain, longest, tail, tokens[index : index + 1])
+        lengths[index] = 0
         for segment in range(len(segments)):
-            lengths[place] = max(lengths[place], longest[segment])
+            lengths[index] = max(lengths[index], longest[segment])

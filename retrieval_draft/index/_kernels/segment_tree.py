@@ -38,7 +38,7 @@ SAMPLE = 32
 
 POOL = CONTEXTS * SAMPLE + RANGES
 
-DEEPEST = DEPTH - LONGEST
+MAX_DEPTH = DEPTH - LONGEST
 """Levels of a tree: deeper the continuations would not be in order."""
 
 INSIDE = 3
@@ -88,7 +88,7 @@ def propose(
     escape = params[0]
     cap = params[1]
     gain = params[2]
-    pool_place = np.empty(POOL, np.int64)
+    pool = np.empty(POOL, np.int64)
     range_segment = np.empty(RANGES, np.int64)
     range_scale = np.empty(RANGES, np.float64)
     range_context = np.empty(RANGES, np.int64)
@@ -97,7 +97,7 @@ def propose(
         return 0
     root = len(work_range) - 1
     ranges, contexts = gather(
-        segments, chain, longest, tail, pool_place, work_range[root], range_segment, range_scale,
+        segments, chain, longest, tail, pool, work_range[root], range_segment, range_scale,
         range_context, context_length, SAMPLE,
     )  # fmt: skip
     if contexts == 0:
@@ -109,7 +109,7 @@ def propose(
     found_begin = np.empty((POOL, RANGES), np.int16)
     found_end = np.empty((POOL, RANGES), np.int16)
     run_child = np.empty(POOL, np.int64)
-    run_weight = np.empty(POOL, np.float64)
+    run_count = np.empty(POOL, np.float64)
     histogram = np.zeros(BUCKETS, np.int64)
     path_probs = work_float[0]
     path_bits = work_bits[0]
@@ -127,7 +127,7 @@ def propose(
         mass = 1.0
         item = 0
         for context in range(contexts):
-            if mass * path <= needed or depth >= DEEPEST:
+            if mass * path <= needed or depth >= MAX_DEPTH:
                 break
             runs = 0
             total = 0.0
@@ -138,15 +138,15 @@ def propose(
                 segment = range_segment[item]
                 separator = segments[segment, SEPARATOR]
                 while begin < end:
-                    token = token_at(segments, segment, pool_place[begin] + depth)
+                    token = token_at(segments, segment, pool[begin] + depth)
                     stop = begin + 1
-                    while stop < end and token_at(segments, segment, pool_place[stop] + depth) == token:
+                    while stop < end and token_at(segments, segment, pool[stop] + depth) == token:
                         stop += 1
                     if token != separator:
-                        place = 0
-                        while place < found and found_token[place] != token:
-                            place += 1
-                        if place == found:
+                        child = 0
+                        while child < found and found_token[child] != token:
+                            child += 1
+                        if child == found:
                             found_token[found] = token
                             found_prob[found] = 0.0
                             found_length[found] = context_length[context] + depth
@@ -154,11 +154,11 @@ def propose(
                                 found_begin[found, other] = 0
                                 found_end[found, other] = 0
                             found += 1
-                        found_begin[place, item] = begin
-                        found_end[place, item] = stop
-                        run_child[runs] = place
-                        run_weight[runs] = range_scale[item] * (stop - begin)
-                        total += run_weight[runs]
+                        found_begin[child, item] = begin
+                        found_end[child, item] = stop
+                        run_child[runs] = child
+                        run_count[runs] = range_scale[item] * (stop - begin)
+                        total += run_count[runs]
                         runs += 1
                     begin = stop
                 item += 1
@@ -173,7 +173,7 @@ def propose(
                         again |= run_child[other] == run_child[run]
                     if not again:
                         distinct += 1
-            once = escape * distinct / (total + escape * distinct)
+            escape_per_order = escape * distinct / (total + escape * distinct)
             # It counts for all lengths down to the next context that holds this path.
             below = min(depth, INSIDE)
             if depth == 0:
@@ -182,26 +182,28 @@ def propose(
                 for other in range(ranges - 1, item - 1, -1):
                     if work_range[row, other, 1] > work_range[row, other, 0]:
                         below = context_length[range_context[other]] + depth
-            orders = worth(context_length[context] + depth, cap, gain) - worth(below, cap, gain)
-            leave = once ** max(orders, 1.0)
-            claim = mass * (1.0 - leave) / total
-            mass *= leave
+            orders = effective_order(context_length[context] + depth, cap, gain) - effective_order(
+                below, cap, gain
+            )
+            escape_prob = escape_per_order ** max(orders, 1.0)
+            weight = mass * (1.0 - escape_prob) / total
+            mass *= escape_prob
             for run in range(runs):
-                found_prob[run_child[run]] += claim * run_weight[run]
-        for place in range(found):
-            prob = min(found_prob[place], 0.999)
+                found_prob[run_child[run]] += weight * run_count[run]
+        for child in range(found):
+            prob = min(found_prob[child], 0.999)
             if prob * path <= needed or candidates == len(path_probs):
                 continue
             path_probs[candidates] = prob * path
             if not admit(candidates, path_probs, path_bits, heap, waiting, histogram, cut, budget):
                 continue
             work_int[candidates, 0] = node
-            work_int[candidates, 1] = found_token[place]
+            work_int[candidates, 1] = found_token[child]
             work_int[candidates, 2] = depth + 1
-            work_int[candidates, 3] = found_length[place]
+            work_int[candidates, 3] = found_length[child]
             for other in range(ranges):
-                work_range[candidates, other, 0] = found_begin[place, other]
-                work_range[candidates, other, 1] = found_end[place, other]
+                work_range[candidates, other, 0] = found_begin[child, other]
+                work_range[candidates, other, 1] = found_end[child, other]
             work_float[1, candidates] = prob
             waiting += 1
             candidates += 1
@@ -223,7 +225,7 @@ def propose(
 
 
 @kernel
-def worth(length: int, cap: float, gain: float) -> float:
+def effective_order(length: int, cap: float, gain: float) -> float:
     """Context lengths that a match of `length` tokens counts for: each up to the cap, fewer beyond."""
     if length <= cap:
         return float(length)
@@ -236,7 +238,7 @@ def gather(
     chain: NDArray[np.int32],
     longest: NDArray[np.int32],
     tail: NDArray[np.int32],
-    pool_place: NDArray[np.int64],
+    pool: NDArray[np.int64],
     root_ranges: NDArray[np.int16],
     range_segment: NDArray[np.int64],
     range_scale: NDArray[np.float64],
@@ -251,7 +253,7 @@ def gather(
         chain: int32, shape (segments, LONGEST + 1, 2). Unknown entries are looked up.
         longest: int32, shape (segments,).
         tail: int32, shape (LONGEST,).
-        pool_place: int64, shape (POOL,). Written: positions in the segments' texts, range by range.
+        pool: int64, shape (POOL,). Written: positions in the segments' texts, range by range.
         root_ranges: int16, shape (RANGES, 2). Written: begin and end of each range in the pool.
         range_segment: int64, shape (RANGES,). Written: segment of each range.
         range_scale: float64, shape (RANGES,). Written: occurrences for each sampled one.
@@ -292,13 +294,13 @@ def gather(
                 root_ranges[ranges, 0] = pooled
                 first = np.int64(chain[segment, length, 0])
                 if chain[segment, length, 1] == SINGLE:
-                    pool_place[pooled] = first + length
+                    pool[pooled] = first + length
                     pooled += 1
                 else:
                     for item in range(taken):
                         # The middle of each of `taken` equal parts.
                         rank = first + ((2 * item + 1) * size) // (2 * taken)
-                        pool_place[pooled] = load_int32(segments[segment, SUFFIXES], rank) + length
+                        pool[pooled] = load_int32(segments[segment, SUFFIXES], rank) + length
                         pooled += 1
                 root_ranges[ranges, 1] = pooled
                 ranges += 1

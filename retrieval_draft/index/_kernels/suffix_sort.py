@@ -34,8 +34,8 @@ def count_tokens(address: int, width: int, length: int, separator: int, starts: 
         address: Address of the tokens, `length` of them, `width` bytes each.
         starts: int64, shape (largest token + 2,), zeros; overwritten.
     """
-    for place in range(length):
-        token = load_token(address, width, place)
+    for position in range(length):
+        token = load_token(address, width, position)
         if token != separator and token + 1 < len(starts):
             starts[token + 1] += 1
     for token in range(1, len(starts)):
@@ -160,13 +160,13 @@ def _sort_run(
     count = 64 // bits
     for item in range(size):
         key = np.uint64(0)
-        place = run[item] + depth
+        position = run[item] + depth
         left = count
         while left > 0:
-            token = load_token(address, width, place) if place < length else separator
+            token = load_token(address, width, position) if position < length else separator
             key = (key << np.uint64(bits)) | np.uint64(token)
             left -= 1
-            place += 1
+            position += 1
             if token == separator:
                 break
         keys[item] = key << np.uint64(bits * left)
@@ -197,8 +197,8 @@ def _sort_run(
 @kernel
 def _has_end(key: int, separator: int, bits: int, count: int) -> bool:
     mask = (np.uint64(1) << np.uint64(bits)) - np.uint64(1)
-    for place in range(count):  # noqa: SIM110 (numba compiles no generator expressions)
-        if (key >> np.uint64(bits * place)) & mask == np.uint64(separator):
+    for index in range(count):  # noqa: SIM110 (numba compiles no generator expressions)
+        if (key >> np.uint64(bits * index)) & mask == np.uint64(separator):
             return True
     return False
 

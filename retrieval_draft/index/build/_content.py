@@ -251,8 +251,8 @@ def _feed_gz(member: Any, block: memoryview) -> Generator[bytes, None, memoryvie
             unpacked = member.decompress(piece)
         except zlib.error:
             # A call that raises loses its unpacked bytes: byte by byte none are lost.
-            for place in range(len(piece)):
-                yield before.decompress(piece[place : place + 1])
+            for index in range(len(piece)):
+                yield before.decompress(piece[index : index + 1])
             raise
         yield unpacked
         if member.eof:

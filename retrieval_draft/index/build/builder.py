@@ -312,7 +312,7 @@ def _fill(
                     yield (*buffer.empty(), last)
         if watch is not None:
             watch(state)
-    if buffer.places:
+    if buffer.used:
         yield (*buffer.empty(), last)
 
 
@@ -328,9 +328,9 @@ def _encoded(
         return encoder.encode(texts)
     except Exception:
         if len(texts) == 1:
-            place = positions[0]
+            position = positions[0]
             state.report.documents -= 1
-            state.report.skip(f"{files[place.file].path}, document {place.record}", "not tokenised")
+            state.report.skip(f"{files[position.file].path}, document {position.record}", "not tokenised")
             return [np.empty(0, np.int32)]
     middle = len(texts) // 2
     return [
@@ -354,17 +354,17 @@ def _batches(
             continue
         state.file = number + 1
         state.file_bytes, state.file_characters = file.nbytes, state.report.characters
-        record = start.record if number == start.file else 0
+        first = start.record if number == start.file else 0
         offset = start.offset if number == start.file else 0
         before = state.report.left_out()
-        found = read_documents(file, state.report, text_column=options.text_column, start=record)
+        found = read_documents(file, state.report, text_column=options.text_column, start=first)
         while (document := _next(found, file, state.report)) is not None:
-            place, text = document
+            record, text = document
             if taken < options.skip:
                 taken += 1
                 continue
             texts.append(text)
-            positions.append(Position(number, place, offset if place == record else 0, taken, before))
+            positions.append(Position(number, record, offset if record == first else 0, taken, before))
             taken += 1
             characters += len(text)
             if characters >= _BATCH_CHARACTERS or len(texts) == _BATCH_TEXTS:
@@ -401,26 +401,26 @@ class _Buffer:
         self._dtype = text_dtype(vocabulary)
         self._array: NDArray[Any] = np.empty(size, self._dtype)
         self._starts: list[int] = []
-        self.places = 0
+        self.used = 0
 
     @property
     def is_full(self) -> bool:
         """True if fewer than two slots are left, of which the separator takes one."""
-        return self.places + 1 >= self._size
+        return self.used + 1 >= self._size
 
     def take(self, tokens: TokenArray) -> int:
         """Copies as much of a text as there is room for, and ends it."""
-        count = min(len(tokens), self._size - self.places - 1)
-        self._starts.append(self.places)
-        self._array[self.places : self.places + count] = tokens[:count]
-        self._array[self.places + count] = self._end
-        self.places += count + 1
+        count = min(len(tokens), self._size - self.used - 1)
+        self._starts.append(self.used)
+        self._array[self.used : self.used + count] = tokens[:count]
+        self._array[self.used + count] = self._end
+        self.used += count + 1
         return count
 
     def empty(self) -> tuple[NDArray[Any], NDArray[np.int32]]:
         """Returns its contents and empties it."""
-        filled = self._array[: self.places], np.array(self._starts, np.int32)
+        filled = self._array[: self.used], np.array(self._starts, np.int32)
         self._array = np.empty(self._size, self._dtype)
         self._starts = []
-        self.places = 0
+        self.used = 0
         return filled

@@ -127,16 +127,16 @@ def find_files(
         if path == "-":
             found["-"] = DocumentFile("-", "text", 0, is_stream=True)
             continue
-        place = expanded(path)
-        named = _status(place)
-        places = [place]
+        root = expanded(path)
+        named = _status(root)
+        roots = [root]
         if named is None:
-            places = [Path(each) for each in sorted(glob.glob(str(place), recursive=True))]  # noqa: PTH207
-            if not places:
+            roots = [Path(each) for each in sorted(glob.glob(str(root), recursive=True))]  # noqa: PTH207
+            if not roots:
                 raise InvalidInputError(
                     f"There is no {path}.", "Name a file, a folder, a glob, or - for stdin."
                 )
-        for each in places:
+        for each in roots:
             at = _status(each)
             is_folder = at is not None and stat.S_ISDIR(at.st_mode)
             for file in _walk(each, include, exclude, report) if is_folder else [each]:
@@ -146,7 +146,7 @@ def find_files(
                 elif stat.S_ISREG(status.st_mode):
                     whole = str(file.resolve())
                     found.setdefault(whole, DocumentFile(whole, _kind(file), status.st_size))
-                elif named is not None and file == place:
+                elif named is not None and file == root:
                     # Not resolved: the target of a pipe's name in /dev/fd has no path.
                     whole = str(file.absolute())
                     found[whole] = DocumentFile(whole, _kind(file), 0, is_stream=True)

@@ -122,17 +122,17 @@ def merge_indexes(
 
 def _copied(source: IndexFolder, target: IndexFolder, entry: SegmentEntry) -> SegmentEntry:
     """A segment that stays as it is: linked where both are on one disk, else copied."""
-    place = target.path / entry.name
-    unfinished = place.with_name(f"{entry.name}.tmp")
+    destination = target.path / entry.name
+    unfinished = destination.with_name(f"{entry.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        if place.exists():  # merged before
+        if destination.exists():  # merged before
             return entry
         unfinished.mkdir()
         for name in entry.files:
             _link(source.path / entry.name / name, unfinished / name)
         sync_folder(unfinished)
-        unfinished.rename(place)
+        unfinished.rename(destination)
         sync_folder(target.path)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)

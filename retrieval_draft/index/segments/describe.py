@@ -62,12 +62,12 @@ def describe(segments: Sequence[Segment], samples: int = 2000, seed: int = 0) ->
     for number in chosen:
         segment = segments[number]
         rank = int(random.integers(segment.num_tokens))
-        place = int(segment.suffixes[rank])
+        position = int(segment.suffixes[rank])
         near = [other for other in (rank - 1, rank + 1) if 0 <= other < segment.num_tokens]
-        longest = max((_common(segment, place, int(segment.suffixes[other])) for other in near), default=0)
+        longest = max((_common(segment, position, int(segment.suffixes[other])) for other in near), default=0)
         lengths[longest] += 1
         for length in CONTEXTS:
-            context = segment.tokens[place : place + length].astype(np.int64)
+            context = segment.tokens[position : position + length].astype(np.int64)
             if len(context) == length and not (context == segment.separator).any():
                 branching[length].append(len(segment.followers(context.astype(np.int32), _READ)))
     found = {length: np.array(counts, np.int64) for length, counts in branching.items()}

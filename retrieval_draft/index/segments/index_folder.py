@@ -181,7 +181,7 @@ class IndexFolder:
         except OSError as error:
             raise DatastoreError(
                 f"Cannot make the folder {path}: {error.strerror or error}.",
-                "Name a folder in a place that can be written.",
+                "Name a folder that can be written.",
             ) from error
         now = _now()
         manifest = Manifest(

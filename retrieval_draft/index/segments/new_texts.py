@@ -43,9 +43,9 @@ def new_texts(segments: Segments, prompt: TokenArray, reply: TokenArray) -> list
         enough[:_UNTOLD] = 0
         fresh = np.concatenate((lengths < enough, [bool(len(reply))]))
         wanted = np.zeros(len(fresh) + kernels.LONGEST, bool)
-        for place in np.flatnonzero(np.diff(fresh, prepend=False)):
-            if fresh[place]:
-                wanted[max(place - kernels.LONGEST + 1, 0) : place] = True
+        for position in np.flatnonzero(np.diff(fresh, prepend=False)):
+            if fresh[position]:
+                wanted[max(position - kernels.LONGEST + 1, 0) : position] = True
         wanted = (wanted[: len(fresh)] | fresh)[: len(prompt)]
         edges = np.flatnonzero(np.diff(wanted, prepend=False, append=False))
         pieces = [prompt[begin:end] for begin, end in zip(edges[::2], edges[1::2], strict=True)]

@@ -78,12 +78,12 @@ class Segment:
             )
         joined = np.full(length, vocabulary, text_dtype(vocabulary))
         documents = np.empty(len(texts), np.int32)
-        place = 0
+        start = 0
         for number, text in enumerate(texts):
             _check_ids(int(text.min()), int(text.max()), vocabulary)
-            documents[number] = place
-            joined[place : place + len(text)] = text
-            place += len(text) + 1
+            documents[number] = start
+            joined[start : start + len(text)] = text
+            start += len(text) + 1
         return cls.join(joined, documents, vocabulary, threads)
 
     @classmethod
@@ -216,13 +216,15 @@ class Segment:
         """
         count, first, is_single = self._find(context)
         if is_single:
-            places = np.array([first], np.int64)
+            positions = np.array([first], np.int64)
         else:
             ranks = first + np.linspace(0, count, min(count, most), endpoint=False).astype(np.int64)
-            places = self.suffixes[ranks].astype(np.int64)
-        places += len(context)
-        inside = (places >= 0) & (places < len(self.tokens))  # a suffix array may have been altered on disk
-        following = self.tokens[places[inside]]
+            positions = self.suffixes[ranks].astype(np.int64)
+        positions += len(context)
+        inside = (positions >= 0) & (
+            positions < len(self.tokens)
+        )  # a suffix array may have been altered on disk
+        following = self.tokens[positions[inside]]
         values, counts = np.unique(following[following != self.separator], return_counts=True)
         return {int(value): int(number) for value, number in zip(values, counts, strict=True)}
 

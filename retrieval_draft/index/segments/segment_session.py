@@ -111,15 +111,15 @@ class SegmentSession:
         if segments is self._segments:
             return
         chain, longest, _ = match_state(len(segments))
-        known = {id(segment): place for place, segment in enumerate(self._segments)}
+        known = {id(segment): index for index, segment in enumerate(self._segments)}
         rows = np.empty((len(segments), self._match.SEGMENT_FIELDS), np.int64)
-        for place, segment in enumerate(segments):
-            rows[place] = segment.row
+        for index, segment in enumerate(segments):
+            rows[index] = segment.row
             old = known.get(id(segment))
             if old is not None:
-                chain[place], longest[place] = self._chain[old], self._longest[old]
+                chain[index], longest[index] = self._chain[old], self._longest[old]
             else:
-                self._match.locate(rows, place, chain, longest, self._tail)
+                self._match.locate(rows, index, chain, longest, self._tail)
         self._segments, self._rows, self._chain, self._longest = segments, rows, chain, longest
 
 

@@ -88,8 +88,8 @@ class SegmentStore:
         """
         with self._lock:
             chosen = self._due(most_tokens)
-            claim = {id(segment) for segment in chosen}
-            self._claimed |= claim
+            merging = {id(segment) for segment in chosen}
+            self._claimed |= merging
         if not chosen:
             return most_tokens is None and self._evict()
         try:
@@ -100,7 +100,7 @@ class SegmentStore:
                 self._retire(chosen)
         finally:
             with self._lock:
-                self._claimed -= claim
+                self._claimed -= merging
         if most_tokens is None:
             self._evict()
         return True

@@ -64,18 +64,22 @@ class Connector:
         }
         if url.tls is not None:
             options |= {"ssl": True, **url.tls}
-        once = Retry(NoBackoff(), 0)
-        single = options | {"retry": once, "socket_read_size": _READ_SIZE, "db": url.database}
+        no_retry = Retry(NoBackoff(), 0)
+        single = options | {"retry": no_retry, "socket_read_size": _READ_SIZE, "db": url.database}
         if url.kind in ("unix", "embedded"):
             path = url.path if url.kind == "unix" else self._ensure()
             return Redis(unix_socket_path=str(path), **single)
         single["socket_keepalive"] = True
         if url.kind == "cluster":
             nodes = [ClusterNode(host, port) for host, port in url.hosts]
-            return RedisCluster(startup_nodes=nodes, retry=once, **options)
+            return RedisCluster(startup_nodes=nodes, retry=no_retry, **options)
         if url.kind == "sentinel":
             tls = {} if url.tls is None else {"ssl": True, **url.tls}
-            asking = {"socket_timeout": self._timeout, "socket_connect_timeout": self._timeout, "retry": once}
+            asking = {
+                "socket_timeout": self._timeout,
+                "socket_connect_timeout": self._timeout,
+                "retry": no_retry,
+            }
             sentinel = Sentinel(list(url.hosts), sentinel_kwargs=asking | tls | dict(url.sentinel), **single)
             return sentinel.master_for(url.service)
         ((host, port),) = url.hosts

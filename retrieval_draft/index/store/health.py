@@ -14,7 +14,7 @@ STATES = ("connected", "connecting", "refusing", "unreachable", "denied", "close
 """``refusing``: Redis answers with errors, as when it is full or read-only. ``denied``: it does not accept
 user or password, or the user lacks permissions."""
 
-_SAID = {
+_MESSAGES = {
     "refusing": "refuses what is sent",
     "unreachable": "cannot be reached",
     "denied": "denies access",
@@ -84,10 +84,10 @@ class Health:
     def _say(self, state: str) -> None:
         if state == "connected":
             _log.info("The store %s is connected.", self._store)
-        elif state in _SAID:
+        elif state in _MESSAGES:
             _log.warning(
                 "The store %s %s: %s. Drafting goes on from what is here; what is new waits to be sent.",
                 self._store,
-                _SAID[state],
+                _MESSAGES[state],
                 self.reason.rstrip("."),
             )

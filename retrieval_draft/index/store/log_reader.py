@@ -29,8 +29,8 @@ of blocking reads."""
 
 _READ = """
 local out, room = {}, tonumber(ARGV[3])
-for place, key in ipairs(KEYS) do
-  local items, from, more = {}, '(' .. ARGV[3 + place], 0
+for index, key in ipairs(KEYS) do
+  local items, from, more = {}, '(' .. ARGV[3 + index], 0
   while #items < tonumber(ARGV[1]) do
     if room <= 0 then more = 1 break end
     local found = redis.pcall('XRANGE', key, from, '+', 'COUNT', 1)
@@ -43,7 +43,7 @@ for place, key in ipairs(KEYS) do
     from = '(' .. id
   end
   if #items == tonumber(ARGV[1]) then more = 1 end
-  out[place] = {items, more}
+  out[index] = {items, more}
 end
 return out
 """
@@ -53,8 +53,8 @@ and after one that is too long no other is read in the same call."""
 
 _LAST = """
 local found = redis.call('XINFO', 'STREAM', KEYS[1])
-for place = 1, #found, 2 do
-  if found[place] == 'last-generated-id' then return found[place + 1] end
+for index = 1, #found, 2 do
+  if found[index] == 'last-generated-id' then return found[index + 1] end
 end
 """
 

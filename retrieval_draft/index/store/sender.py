@@ -38,8 +38,8 @@ _TRIM_SECONDS = 2.0
 _REVIVE = """
 local last = '18446744073709551615'
 local found = redis.call('XINFO', 'STREAM', KEYS[1])
-for place = 1, #found, 2 do
-  if found[place] == 'last-generated-id' and found[place + 1] ~= last .. '-' .. last then return 0 end
+for index = 1, #found, 2 do
+  if found[index] == 'last-generated-id' and found[index + 1] ~= last .. '-' .. last then return 0 end
 end
 local entries = redis.call('XRANGE', KEYS[1], '-', '+')
 redis.call('DEL', KEYS[1])
@@ -196,7 +196,7 @@ class Sender:
     def _send(self, client: Any) -> None:
         """Sends unsent entries, in pipelines; raises Redis' answer to the first one it refused."""
         while self._unsent and not self._stopped.is_set():
-            batch = [self._unsent[place] for place in range(min(_RUNS, len(self._unsent)))]
+            batch = [self._unsent[index] for index in range(min(_RUNS, len(self._unsent)))]
             tokens = sum(map(len, batch)) // 4
             self._stopped.wait(self._rate.wait(tokens, time.monotonic()))
             pipe = client.pipeline(transaction=False)

@@ -45,29 +45,29 @@ class SequenceSet:
         if lasts and number == lasts[-1] + 1:
             lasts[-1] = number
             return True
-        place = bisect_right(firsts, number)
-        if place and number <= lasts[place - 1]:
+        index = bisect_right(firsts, number)
+        if index and number <= lasts[index - 1]:
             return False
-        joins_left = place > 0 and number == lasts[place - 1] + 1
-        joins_right = place < len(firsts) and number == firsts[place] - 1
+        joins_left = index > 0 and number == lasts[index - 1] + 1
+        joins_right = index < len(firsts) and number == firsts[index] - 1
         if joins_left and joins_right:
-            lasts[place - 1] = lasts.pop(place)
-            del firsts[place]
+            lasts[index - 1] = lasts.pop(index)
+            del firsts[index]
         elif joins_left:
-            lasts[place - 1] = number
+            lasts[index - 1] = number
         elif joins_right:
-            firsts[place] = number
+            firsts[index] = number
         else:
-            firsts.insert(place, number)
-            lasts.insert(place, number)
+            firsts.insert(index, number)
+            lasts.insert(index, number)
             if len(firsts) > MAX_GAPS + 1:
                 del firsts[1], lasts[0]
         return True
 
     def __contains__(self, number: int) -> bool:
         """True if a number was added, or counts as known."""
-        place = bisect_right(self._firsts, number)
-        return place > 0 and number <= self._lasts[place - 1]
+        index = bisect_right(self._firsts, number)
+        return index > 0 and number <= self._lasts[index - 1]
 
     def __len__(self) -> int:
         """Numbers in all ranges."""

@@ -39,7 +39,7 @@ from retrieval_draft.index.store.snapshot_state import (
     sealed,
 )
 
-__all__ = ["LogState", "Snapshot", "SnapshotInfo", "SnapshotPlace"]
+__all__ = ["LogState", "Snapshot", "SnapshotInfo", "SnapshotLocation"]
 
 _TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _NAME = re.compile(r"snapshot-(\d{13})-[0-9a-f]{8}")
@@ -75,14 +75,14 @@ class _UnreachableError(DatastoreError):
     """Failure of the storage itself, not of one snapshot in it."""
 
 
-class SnapshotPlace:
+class SnapshotLocation:
     """Storage for snapshots of one namespace.
 
     Each is a folder, an index like those of ``index build``, with a file that holds its position in the log.
     The file of the position is written last: without it a snapshot does not count.
 
     Args:
-        place: A folder, or any URL of fsspec.
+        location: A folder, or any URL of fsspec.
         namespace: ``fingerprint:tenant``.
         fingerprint: Of the tokenizer.
         vocabulary: Number of token ids.
@@ -95,7 +95,7 @@ class SnapshotPlace:
 
     def __init__(
         self,
-        place: str | Path,
+        location: str | Path,
         namespace: str,
         fingerprint: str,
         vocabulary: int,
@@ -109,7 +109,7 @@ class SnapshotPlace:
             raise InvalidInputError(
                 f"The tenant {tenant!r} is no name.", "Use 1 to 64 letters, digits, dots, - and _."
             )
-        text = str(place).removeprefix("file://")
+        text = str(location).removeprefix("file://")
         self._remote: Any = None
         if "://" in text:
             self._remote, root = _file_system(text)
@@ -255,14 +255,14 @@ class SnapshotPlace:
 
         Raises:
             FileNotFoundError: It is missing.
-            DatastoreError: It is too large, or the place cannot be read.
+            DatastoreError: It is too large, or the location cannot be read.
         """
         try:
             content = bytes(self._remote.cat_file(f"{self._root}/{name}/{part}", start=0, end=most + 1))
         except FileNotFoundError:
             raise
         except Exception as error:  # any type: it depends on the file system of the URL
-            raise _UnreachableError(f"Snapshots cannot be read: {error}.", "Check the place.") from error
+            raise _UnreachableError(f"Snapshots cannot be read: {error}.", "Check the location.") from error
         if len(content) > most:
             raise DatastoreError(f"{name}/{part} has more than {most} bytes.", "Remove the snapshot.")
         return content
@@ -277,7 +277,7 @@ class SnapshotPlace:
                 names = [path.name for path in self._local.iterdir()] if self._local.exists() else []
         except Exception as error:  # any type: it depends on the file system of the URL
             raise DatastoreError(
-                f"Snapshots cannot be listed: {error}.", "Check the place and its rights."
+                f"Snapshots cannot be listed: {error}.", "Check the location and its rights."
             ) from error
         # A time in the future comes from a wrong clock and does not show the newest one.
         latest = f"snapshot-{int((time.time() + _AHEAD_SECONDS) * 1000):013d}-~"
@@ -378,7 +378,7 @@ class SnapshotPlace:
         except (FileNotFoundError, RetrievalDraftError):  # it was pruned, or is damaged
             raise
         except Exception as error:  # any type: it depends on the file system of the URL
-            raise _UnreachableError(f"{name} cannot be copied: {error}.", "Check the place.") from error
+            raise _UnreachableError(f"{name} cannot be copied: {error}.", "Check the location.") from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -423,6 +423,6 @@ def _file_system(url: str) -> tuple[Any, str]:
     except Exception as error:  # any type: some file systems connect at once
         raise DatastoreError(
             f"Snapshots cannot be kept at {url.partition('://')[0]}://...: {type(error).__name__}.",
-            "Check the place, and what its file system needs.",
+            "Check the location, and what its file system needs.",
         ) from None
     return file_system, root

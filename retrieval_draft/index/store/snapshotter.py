@@ -17,7 +17,7 @@ from retrieval_draft.index.store.counts import StoreCounts
 from retrieval_draft.index.store.keys import lock_key
 from retrieval_draft.index.store.log_replica import LogReplica
 from retrieval_draft.index.store.reconnecting_worker import FAILURES
-from retrieval_draft.index.store.snapshots import SnapshotInfo, SnapshotPlace
+from retrieval_draft.index.store.snapshots import SnapshotInfo, SnapshotLocation
 
 __all__ = ["Snapshotter"]
 
@@ -59,17 +59,17 @@ class Snapshotter:
         self._stopped = stopped
         self._failing = False
         self._wrote = float("-inf")
-        self._place: SnapshotPlace | None = None
+        self._location: SnapshotLocation | None = None
         if config.snapshots is not None:
             fingerprint = namespace.partition(":")[0]
-            self._place = SnapshotPlace(config.snapshots, namespace, fingerprint, vocabulary)
+            self._location = SnapshotLocation(config.snapshots, namespace, fingerprint, vocabulary)
 
     def restore(self) -> None:
         """Restores the mirror from the newest readable snapshot, if there is one."""
-        if self._place is None:
+        if self._location is None:
             return
         try:
-            found = self._place.newest()
+            found = self._location.newest()
         except (OSError, RetrievalDraftError) as error:
             self._fail("read", error)
             return
@@ -82,16 +82,16 @@ class Snapshotter:
         Raises:
             DatastoreError: No storage is configured, or it cannot be written.
         """
-        if self._place is None:
+        if self._location is None:
             raise DatastoreError(
-                "There is no place for snapshots.", "Name a folder or a URL: snapshots= or --snapshots."
+                "There is no location for snapshots.", "Name a folder or a URL: snapshots= or --snapshots."
             )
         segments, state = self._mirror.snapshot(self._namespace)
-        info = self._place.write(segments, state)
+        info = self._location.write(segments, state)
         self._counts.snapshots += 1
         self._wrote = time.monotonic()
         with suppress(DatastoreError):  # the next snapshot tries again
-            self._place.prune()
+            self._location.prune()
         return info
 
     def run(self, begun: threading.Event) -> None:
@@ -105,7 +105,7 @@ class Snapshotter:
                 self.restore()
         finally:
             begun.set()
-        if self._place is None:
+        if self._location is None:
             return
         while not self._stopped.wait(self._wait()):
             try:
@@ -120,8 +120,8 @@ class Snapshotter:
 
     def _due(self) -> bool:
         """True if the newest snapshot is old enough, and there is something new to write."""
-        assert self._place is not None
-        listed = self._place.listing()
+        assert self._location is not None
+        listed = self._location.listing()
         if not listed:
             return self._mirror.entries > 0
         newest = listed[0]

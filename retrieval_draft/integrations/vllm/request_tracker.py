@@ -101,10 +101,10 @@ class RequestTracker:
         self._seen[found[found >= 0] if new else found] = self._step
         if len(self) > len(rows) - len(new):
             self._let_go(len(new))
-        for place in new:
-            end = int(ends[place])
-            slot = found[place] = self._free.pop()
-            self._known[slot, :end] = token_ids[rows[place], :end]
+        for index in new:
+            end = int(ends[index])
+            slot = found[index] = self._free.pop()
+            self._known[slot, :end] = token_ids[rows[index], :end]
             self.lengths[slot], self._seen[slot] = end, self._step
             self.sessions[slot] = self.drafted[slot] = -1
             self.ended[slot] = False

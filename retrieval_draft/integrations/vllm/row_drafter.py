@@ -91,7 +91,7 @@ class RowDrafter:
         self._vocabulary = vocabulary
         self._eos = frozenset(eos)
         self.costs = costs
-        self._floor = min_prob
+        self._min_prob = min_prob
         self._clock = clock
         self.tracker = RequestTracker(2 * max_rows + 2, self._over)
         self._held: dict[int, list[int]] = {}
@@ -127,9 +127,9 @@ class RowDrafter:
         slots, new = tracker.follow(token_ids_cpu[:batch], rows, ends - counts, ends)
         if self.costs is not None and len(rows) == batch and not new:
             self._time(slots, int(ends.max(initial=0)), begin)
-        for place in new:
-            start = int(ends[place] - counts[place])
-            tracker.sessions[slots[place]] = self._open(token_ids_cpu[rows[place], :start])
+        for index in new:
+            start = int(ends[index] - counts[index])
+            tracker.sessions[slots[index]] = self._open(token_ids_cpu[rows[index], :start])
         drafts: list[list[int]] = [[] for _ in range(batch)]
         tracker.drafted[slots] = 0
         drafting = tracker.sessions[slots] != _NOBODY
@@ -158,7 +158,7 @@ class RowDrafter:
         emitted = self._until_ends(slots, sampled)
         limits = np.clip(self._max_length - ends - 1, 0, self._most)
         limits[self.tracker.ended[slots]] = 0
-        min_prob = self._floor
+        min_prob = self._min_prob
         if self.costs is not None:
             min_prob = max(min_prob, self.costs.min_prob(len(slots), self._most))
         tokens, lengths, probs = self._chains.step(
@@ -201,11 +201,11 @@ class RowDrafter:
             self.tracker.ended[slot] = False
             self._endless.add(slot)
             return [*self._held.pop(slot, ()), *sampled]
-        for place, token in enumerate(sampled):
+        for index, token in enumerate(sampled):
             if token in self._eos:
                 self.tracker.ended[slot] = True
-                self._held[slot] = list(sampled[place + 1 :])
-                return sampled[: place + 1]
+                self._held[slot] = list(sampled[index + 1 :])
+                return sampled[: index + 1]
         return sampled
 
     def _time(self, slots: NDArray[np.int64], longest: int, begin: float) -> None:

@@ -28,8 +28,8 @@ DRAFTS_AGAIN = (64, 1024)
 """Numbers of timed steps without drafts after which likely ones are verified once, so that the estimate of
 their cost is tested: the first, doubled each time, up to the last."""
 
-FLOOR_STEPS = 16
-"""Steps for which a floor is kept: computing it takes a tenth as long as the other work."""
+MIN_PROB_STEPS = 16
+"""Steps for which the smallest probability is kept: computing it takes a tenth as long as the other work."""
 
 LIKELY = 0.5
 """Smallest path probability of drafts verified for that test."""
@@ -59,7 +59,7 @@ class StepCosts:
         self._asked = 0
         self._without: Counter[int] = Counter()
         self._wait_to_draft = DRAFTS_AGAIN[0]
-        self._floors: dict[tuple[int, int], tuple[int, float]] = {}
+        self._min_probs: dict[tuple[int, int], tuple[int, float]] = {}
 
     def seconds_by_size(self, rows: int = 1) -> dict[int, float]:
         """The present curve for so many rows: seconds by number of tokens; empty before any step."""
@@ -70,7 +70,7 @@ class StepCosts:
         """Smallest path probability with which a draft can pay: shorter chains are found faster.
 
         The last draft of the best choice yields its path probability, and costs one more token at the rate of
-        that step, which is at least the rate without drafts. The floor is computed every few steps.
+        that step, which is at least the rate without drafts. The probability is computed every few steps.
 
         Args:
             rows: Number of rows in the batch.
@@ -78,11 +78,11 @@ class StepCosts:
         """
         if self._is_due(_bucket(rows)):
             return 0.0
-        asked, min_prob = self._floors.get((rows, most), (FLOOR_STEPS, 0.0))
-        if asked >= FLOOR_STEPS:
+        asked, min_prob = self._min_probs.get((rows, most), (MIN_PROB_STEPS, 0.0))
+        if asked >= MIN_PROB_STEPS:
             seconds = self._curve(rows).seconds_up_to(rows * (most + 1))[rows - 1 :]
             asked, min_prob = 0, float(rows / seconds[0] * np.diff(seconds).min())
-        self._floors[rows, most] = asked + 1, min_prob
+        self._min_probs[rows, most] = asked + 1, min_prob
         return min_prob
 
     def choose(
@@ -108,13 +108,13 @@ class StepCosts:
         # Equal ones in the order of rows and depths, so that each row's choice is a prefix.
         probs = path_probs.ravel()
         order = np.argsort(-probs, kind="stable")[:count]
-        worth = self._curve(rows).choose(probs[order], context, rows)
-        if not worth and self._is_due(_bucket(rows)):
-            worth = int(np.count_nonzero(probs[order] >= LIKELY))
-            if worth:
+        paying = self._curve(rows).choose(probs[order], context, rows)
+        if not paying and self._is_due(_bucket(rows)):
+            paying = int(np.count_nonzero(probs[order] >= LIKELY))
+            if paying:
                 self._without[_bucket(rows)] = 0
                 self._wait_to_draft = min(2 * self._wait_to_draft, DRAFTS_AGAIN[1])
-        return np.bincount(order[:worth] // most, minlength=rows).astype(np.int32)
+        return np.bincount(order[:paying] // most, minlength=rows).astype(np.int32)
 
     def observe(self, rows: int, tokens: int, context: int, seconds: float) -> None:
         """Records a step that only verified drafts.

@@ -26,11 +26,11 @@ def tree_view(row: RowStep, text: Callable[[int], str]) -> dict[str, Any]:
     """
     tree, accepted = row.plan.tree, set(row.path)
     shown = [node for node in range(len(tree)) if node < _MOST or node in accepted]
-    place = {node: number for number, node in enumerate(shown)}
+    index_of = {node: number for number, node in enumerate(shown)}
     nodes = [
         {
             "text": text(int(tree.tokens[node])),
-            "parent": place.get(int(tree.parents[node]), -1),
+            "parent": index_of.get(int(tree.parents[node]), -1),
             "prob": round(float(tree.path_probs[node]), 4),
             "sources": _sources(row.plan, node),
             "accepted": node in accepted,

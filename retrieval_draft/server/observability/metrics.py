@@ -53,7 +53,7 @@ class ServerMetrics:
         per_position = self._vector(
             Counter, "spec_decode_num_accepted_tokens_per_pos", "Accepted by depth, from 0.", "position"
         )
-        self._positions = [self._child(per_position, str(place)) for place in range(_POSITIONS)]
+        self._positions = [self._child(per_position, str(position)) for position in range(_POSITIONS)]
         self._row_steps = self._counter("row_steps", "Steps of all rows, those without drafts included.")
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts.")
         self._generated = self._counter("generation_tokens", "Tokens of replies.")
@@ -65,10 +65,12 @@ class ServerMetrics:
         }
         self._failures = self._counter("source_failures", "Calls in which a draft source raised.")
         self._running = self._one(Gauge, "num_requests_running", "Rows in the batch.")
-        self._waiting = self._one(Gauge, "num_requests_waiting", "Requests that wait for a place.")
+        self._waiting = self._one(Gauge, "num_requests_waiting", "Requests that wait for a row of the batch.")
         self._first_token = self._histogram("time_to_first_token_seconds", "From arrival.", SECONDS)
         self._latency = self._histogram("e2e_request_latency_seconds", "From arrival to the end.", SECONDS)
-        self._queued = self._histogram("request_queue_time_seconds", "Waiting for a place.", SECONDS)
+        self._queued = self._histogram(
+            "request_queue_time_seconds", "Waiting for a row of the batch.", SECONDS
+        )
         self._prefill = self._histogram("request_prefill_time_seconds", "The prompt's pass.", SECONDS)
         self._prompts = self._histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self._replies = self._histogram("request_generation_tokens", "Tokens of a reply.", _TOKENS)
@@ -121,8 +123,8 @@ class ServerMetrics:
             accepted += taken
             emitted += len(row.tokens)
             self._nodes.observe(nodes)
-            for place in range(taken):
-                self._positions[min(place, _POSITIONS - 1)].inc()
+            for position in range(taken):
+                self._positions[min(position, _POSITIONS - 1)].inc()
         rows = len(report.rows)
         self._drafts.inc(drafts)
         self._drafted.inc(drafted)

@@ -33,7 +33,7 @@ def speculative_decoding(
         mean_acceptance_length 2.33, acceptance_histogram [1, 0, 2], tokens_per_step 2.0
     """
     steps = stats.steps - stats.nodes[0]
-    said: dict[str, Any] = {
+    counts: dict[str, Any] = {
         "mean_acceptance_length": 1.0 + stats.accepted / steps if steps else 1.0,
         "draft_acceptance_rate": stats.acceptance_rate,
         "num_spec_steps": steps,
@@ -42,8 +42,8 @@ def speculative_decoding(
     }
     if accepted_steps is not None:
         longest = max(accepted_steps, default=0)
-        said["acceptance_histogram"] = [accepted_steps.get(count, 0) for count in range(longest + 1)]
-    return said | {
+        counts["acceptance_histogram"] = [accepted_steps.get(count, 0) for count in range(longest + 1)]
+    return counts | {
         "num_steps": stats.steps,
         "tokens_per_step": stats.tokens_per_step,
         "accepted_by_source": dict(stats.accepted_by_source),

@@ -157,9 +157,9 @@ class ChatRequest(GenerationFields):
         Raises:
             ApiError: A message is invalid, or there are too many.
         """
-        said = bytes(self.messages)
+        encoded = bytes(self.messages)
         for name, what in ((b'"role"', "messages"), (b'"function"', "calls of tools")):
-            if said.count(name) > _MAX_MESSAGES:
+            if encoded.count(name) > _MAX_MESSAGES:
                 raise ApiError(400, f"messages has more than {_MAX_MESSAGES} {what}.", "messages")
         return [_plain(each) for each in decode_field(self.messages, _MESSAGES, "messages")]
 
@@ -174,11 +174,11 @@ def _plain(message: Message) -> dict[str, Any]:
             raise ApiError(
                 400, f"messages: {name} is not supported by this server; leave it out.", "messages"
             )
-    said = {name: value for name in _PASSED_ON if (value := getattr(message, name)) is not None}
-    said["content"] = text_of(message.content, "messages")
+    fields = {name: value for name in _PASSED_ON if (value := getattr(message, name)) is not None}
+    fields["content"] = text_of(message.content, "messages")
     if message.tool_calls:
-        said["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
-    return said
+        fields["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+    return fields
 
 
 def _tool_call(call: _ToolCall) -> dict[str, Any]:
@@ -191,5 +191,5 @@ def _tool_call(call: _ToolCall) -> dict[str, Any]:
     with suppress(msgspec.DecodeError, RecursionError):  # text that is no object stays as it is
         arguments = _VARIABLES.decode(arguments)
     function = {"name": call.function.name, "arguments": arguments}
-    said: dict[str, Any] = {"type": call.type, "function": function}
-    return said if call.id is None else {"id": call.id, **said}
+    plain: dict[str, Any] = {"type": call.type, "function": function}
+    return plain if call.id is None else {"id": call.id, **plain}

@@ -137,10 +137,10 @@ class ReplyText:
 
     def _look(self) -> None:
         """Looks for stop strings in the held text, and releases text that cannot be part of one."""
-        found = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        found = [(position, stop) for stop in self._stops if (position := self._held.find(stop)) >= 0]
         if found:
-            place, self.stopped = min(found, key=lambda each: (each[0], -len(each[1])))
-            self._release(place + len(self.stopped) if self._keeps_stop else place)
+            position, self.stopped = min(found, key=lambda each: (each[0], -len(each[1])))
+            self._release(position + len(self.stopped) if self._keeps_stop else position)
             self._held, self._hidden = "", []
             return
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
@@ -153,11 +153,11 @@ class ReplyText:
 
     def _shown(self, end: int) -> str:
         """The part of ``held[:end]`` that is text."""
-        parts, place = [], 0
+        parts, position = [], 0
         for begin, stop in self._hidden:
-            parts.append(self._held[place : min(begin, end)])
-            place = min(stop, end)
-        parts.append(self._held[place:end])
+            parts.append(self._held[position : min(begin, end)])
+            position = min(stop, end)
+        parts.append(self._held[position:end])
         return "".join(parts)
 
 

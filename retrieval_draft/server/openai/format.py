@@ -103,11 +103,13 @@ class CompletionFormat(_Common):
         """All choices."""
         choices = []
         for reply in replies:
-            text, logprobs = (reply.prompt_text or "") + reply.said, None
+            text, logprobs = (reply.prompt_text or "") + reply.text, None
             if self._with_logprobs:
-                tokens, said = _echoed(reply) if reply.prompt_text is not None else ([], [])
+                tokens, prompt_logprobs = _echoed(reply) if reply.prompt_text is not None else ([], [])
                 offsets = [*reply.prompt_offsets, *_offsets(reply)]
-                logprobs = self._logprobs([*tokens, *reply.tokens], [*said, *reply.logprobs], offsets)
+                logprobs = self._logprobs(
+                    [*tokens, *reply.tokens], [*prompt_logprobs, *reply.logprobs], offsets
+                )
             for index in reply.indices:
                 choice = self._choice(index, text, logprobs, reply.reason)
                 choices.append(choice | self._ids(reply.tokens))
@@ -117,11 +119,11 @@ class CompletionFormat(_Common):
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(
-        self, tokens: Sequence[int], said: Sequence[TokenLogprobs | None], offsets: Sequence[int]
+        self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs | None], offsets: Sequence[int]
     ) -> dict[str, Any]:
         texts = [self._texts.text(token) for token in tokens]
         tops: list[dict[str, float] | None] = []
-        for token, each in zip(tokens, said, strict=True):
+        for token, each in zip(tokens, logprobs, strict=True):
             if each is None:
                 tops.append(None)
                 continue
@@ -130,7 +132,7 @@ class CompletionFormat(_Common):
             tops.append({**top, self._texts.text(token): _finite(each.logprob)})
         return {
             "tokens": texts,
-            "token_logprobs": [None if each is None else _finite(each.logprob) for each in said],
+            "token_logprobs": [None if each is None else _finite(each.logprob) for each in logprobs],
             "top_logprobs": tops,
             "text_offset": list(offsets),
         }
@@ -164,7 +166,7 @@ class ChatFormat(_Common):
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": reply.said, "refusal": None},
+                "message": {"role": "assistant", "content": reply.text, "refusal": None},
                 "logprobs": self._logprobs(reply.logprobs) if self._with_logprobs else None,
                 "finish_reason": reply.reason,
                 **self._ids(reply.tokens),
@@ -177,9 +179,9 @@ class ChatFormat(_Common):
     def _delta(self, index: int, delta: dict[str, Any], logprobs: Any, reason: str | None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, said: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    def _logprobs(self, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
         content = []
-        for each in said:
+        for each in logprobs:
             named = zip(each.top, each.top_logprobs, strict=True)
             top = [self._token(token, value) for token, value in named]
             content.append({**self._token(each.token, each.logprob), "top_logprobs": top})
@@ -192,14 +194,14 @@ class ChatFormat(_Common):
 
 def _echoed(reply: Reply) -> tuple[list[int], list[TokenLogprobs | None]]:
     """Tokens of the prompt and their log probabilities: None for the first."""
-    said = [] if reply.prompt_logprobs is None else reply.prompt_logprobs.said
-    return list(reply.prompt), [None, *said]
+    logprobs = [] if reply.prompt_logprobs is None else reply.prompt_logprobs.logprobs
+    return list(reply.prompt), [None, *logprobs]
 
 
 def _offsets(reply: Reply) -> list[int]:
     """Offsets of the reply's tokens in the text; for those of a stop string, which is not in it, its end."""
     begin = len(reply.prompt_text or "")
-    end = len(reply.said) if reply.reason is not None else max(reply.offsets, default=0)
+    end = len(reply.text) if reply.reason is not None else max(reply.offsets, default=0)
     return [begin + min(offset, end) for offset in reply.offsets]
 
 

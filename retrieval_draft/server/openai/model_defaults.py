@@ -39,9 +39,9 @@ def usable_defaults(drafter: RetrievalDrafter) -> dict[str, Any]:
     try:
         drafter.continuous.prepare(prompt, seed=0, **{"max_new_tokens": 1, **options})
     except (RetrievalDraftError, ValueError) as error:
-        said = error.message if isinstance(error, RetrievalDraftError) else str(error)
+        reason = error.message if isinstance(error, RetrievalDraftError) else str(error)
         raise InvalidInputError(
-            f"The model's generation_config asks for what drafting does not do: {said}",
+            f"The model's generation_config asks for what drafting does not do: {reason}",
             "Take it out of the model's generation_config.json.",
         ) from error
     return options

@@ -119,7 +119,7 @@ def prepare_request(asks: GenerationParams, fields: GenerationFields, means: Mea
             raise ApiError(400, f"{name} names the token {max(tokens)}; ids end at {vocabulary - 1}.", name)
     asked = PreparedRequest()
     documents, asked.predicted = _references(fields, means)
-    for place, prompt in enumerate(asks.prompts):
+    for index, prompt in enumerate(asks.prompts):
         means.check()
         room = _room(len(prompt), asks.max_tokens, target.max_positions, settings)
         if (fields.min_tokens or 0) > max(room, 1):
@@ -157,7 +157,7 @@ def prepare_request(asks: GenerationParams, fields: GenerationFields, means: Mea
                 else ApiError(400, f"The model's generation options refuse this: {error}")
             ) from error
         copies = samples if greedy else 1
-        _add(asked, prepared, asks, fields, means, place, copies, room < 1)
+        _add(asked, prepared, asks, fields, means, index, copies, room < 1)
         asked.prompt_tokens += len(prompt)
     return asked
 
@@ -230,7 +230,7 @@ def _add(
     asks: GenerationParams,
     fields: GenerationFields,
     means: Means,
-    place: int,
+    index: int,
     copies: int,
     silent: bool,
 ) -> None:
@@ -240,11 +240,11 @@ def _add(
     specials = stopping_specials(means.tokenizer, stops) if stops else {}
     ids = first.prompt
     tail = ids[-16:].tolist()
-    said, offsets = None, []
-    echoed = asks.echoed[place] if asks.echoed else None
+    prompt_logprobs, offsets = None, []
+    echoed = asks.echoed[index] if asks.echoed else None
     if echoed is not None and asks.top_logprobs is not None:
-        said = PromptLogprobs(ids, asks.top_logprobs)
-        first.read_prompt = said
+        prompt_logprobs = PromptLogprobs(ids, asks.top_logprobs)
+        first.read_prompt = prompt_logprobs
         means.check()
         prompt_text = ReplyText(decode)
         prompt_text.push(ids.tolist())
@@ -260,4 +260,4 @@ def _add(
         begin = sum(len(reply.indices) for reply in asked.replies)
         indices = range(begin, begin + copies)
         shown = None if stops else ReplyText(decode, tail)
-        asked.replies.append(Reply(indices, shown, ids.tolist(), echoed, said, silent, offsets))
+        asked.replies.append(Reply(indices, shown, ids.tolist(), echoed, prompt_logprobs, silent, offsets))

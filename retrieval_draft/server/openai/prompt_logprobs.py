@@ -18,17 +18,17 @@ class PromptLogprobs:
         k: Alternatives of each token.
 
     Attributes:
-        said: Log probabilities from the second token on; the first has none.
+        logprobs: Log probabilities from the second token on; the first has none.
     """
 
     def __init__(self, prompt: TokenArray, k: int) -> None:
         self._next = [int(token) for token in prompt[1:]]
         self._k = k
-        self.said: list[TokenLogprobs] = []
+        self.logprobs: list[TokenLogprobs] = []
 
     def __call__(self, logits: Tensor) -> None:
         """Reads the logits of the next positions: (m, vocabulary)."""
         for row in logits:
-            place = len(self.said)
-            if place < len(self._next):
-                self.said.append(token_logprobs(row, self._next[place], self._k))
+            index = len(self.logprobs)
+            if index < len(self._next):
+                self.logprobs.append(token_logprobs(row, self._next[index], self._k))

@@ -22,7 +22,7 @@ class Reply:
 
     Args:
         indices: Indices among the client's choices; several where greedy ones are equal.
-        text: Makes its text; None where the engine does, for stop strings.
+        detokenizer: Makes its text; None where the engine does, for stop strings.
         prompt: Its prompt's token ids.
         prompt_text: The prompt as text, where it is echoed.
         prompt_logprobs: Its log probabilities, where they are echoed.
@@ -34,7 +34,7 @@ class Reply:
         logprobs: One for each token, where they are wanted.
         drafted: Indices of the tokens that were drafted.
         marks: The pieces of the text that became final last, and whether each one's token was drafted.
-        said: The text so far.
+        text: The text so far.
         offsets: Offset of each token in it.
         reason: "stop" or "length"; None while it is decoded.
         stats: Counts, once it has ended.
@@ -45,21 +45,21 @@ class Reply:
     def __init__(
         self,
         indices: Sequence[int],
-        text: ReplyText | None,
+        detokenizer: ReplyText | None,
         prompt: Sequence[int],
         prompt_text: str | None = None,
         prompt_logprobs: PromptLogprobs | None = None,
         silent: bool = False,
         prompt_offsets: Sequence[int] = (),
     ) -> None:
-        self.indices, self._text, self.prompt = indices, text, prompt
+        self.indices, self._detokenizer, self.prompt = indices, detokenizer, prompt
         self.prompt_text, self.prompt_logprobs, self._silent = prompt_text, prompt_logprobs, silent
         self.prompt_offsets = prompt_offsets
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.drafted: list[int] = []
         self.marks: list[tuple[str, bool]] = []
-        self.said = ""
+        self.text = ""
         self.offsets: list[int] = []
         self.reason: str | None = None
         self.stats = DraftStats()
@@ -76,13 +76,13 @@ class Reply:
         self.logprobs += event.logprobs
         pieces, offsets = event.pieces, event.offsets
         if pieces is None:
-            assert self._text is not None
-            self._text.push(event.tokens)
-            pieces, offsets = self._text.pieces[begin:], self._text.offsets[begin:]
+            assert self._detokenizer is not None
+            self._detokenizer.push(event.tokens)
+            pieces, offsets = self._detokenizer.pieces[begin:], self._detokenizer.offsets[begin:]
         self.offsets += offsets
-        self.marks = [(piece, place < event.accepted) for place, piece in enumerate(pieces) if piece]
+        self.marks = [(piece, index < event.accepted) for index, piece in enumerate(pieces) if piece]
         text = "".join(pieces)
-        self.said += text
+        self.text += text
         return text
 
     def end(self, event: Ended) -> str:
@@ -94,9 +94,9 @@ class Reply:
             return ""
         rest = event.rest
         if rest is None:
-            assert self._text is not None
-            rest = self._text.finish()
-        self.said += rest
+            assert self._detokenizer is not None
+            rest = self._detokenizer.finish()
+        self.text += rest
         self.marks = [(rest, False)] if rest else []
         return rest
 
@@ -122,9 +122,9 @@ def predicted_tokens(replies: Iterable[Reply], predicted: Sequence[int]) -> tupl
     pairs = set(pairwise(predicted))
     accepted = 0
     for reply in replies:
-        for place in reply.drafted:
-            before = reply.tokens[place - 1] if place else (reply.prompt[-1] if len(reply.prompt) else -1)
-            accepted += (before, reply.tokens[place]) in pairs
+        for index in reply.drafted:
+            before = reply.tokens[index - 1] if index else (reply.prompt[-1] if len(reply.prompt) else -1)
+            accepted += (before, reply.tokens[index]) in pairs
     return accepted, max(len(predicted) - accepted, 0)
 
 

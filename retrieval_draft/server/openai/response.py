@@ -79,11 +79,11 @@ class ResponseWriter:
         """Server-sent events, an error among them if there is one, and ``[DONE]``."""
         try:
             begun: set[int] = set()
-            async for place, text, begin, end in self._pieces():
-                reply = self.asked.replies[place]
+            async for index, text, begin, end in self._pieces():
+                reply = self.asked.replies[index]
                 pieces: list[dict[str, Any]] = []
-                if place not in begun:
-                    begun.add(place)
+                if index not in begun:
+                    begun.add(index)
                     pieces += self.shape.begin(reply)
                 new = self.shape.piece(reply, text, begin, end)
                 if self.with_marks:

@@ -68,6 +68,6 @@ def _alphabet() -> dict[str, int]:
     """Byte by letter: printable bytes are themselves, the others are numbered from 256, in order."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letters = {chr(byte): byte for byte in plain}
-    for place, byte in enumerate(byte for byte in range(256) if byte not in plain):
-        letters[chr(256 + place)] = byte
+    for number, byte in enumerate(byte for byte in range(256) if byte not in plain):
+        letters[chr(256 + number)] = byte
     return letters

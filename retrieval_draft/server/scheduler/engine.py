@@ -114,7 +114,7 @@ class ServingEngine:
         if widest > self._settings.max_batch:
             raise ApiError(
                 400,
-                f"A prompt with {widest} samples needs as many places; this server decodes "
+                f"A prompt with {widest} samples needs as many rows; this server decodes "
                 f"{self._settings.max_batch} rows together.",
                 "n",
             )
@@ -226,8 +226,8 @@ class ServingEngine:
     def _admit(self, batch: Batch) -> None:
         """One pass over the prompt of one group that joins, and no more before the next step."""
         while True:
-            places = self._settings.max_batch - self.running
-            group = self._queue.next(places) if places > 0 else None
+            free_rows = self._settings.max_batch - self.running
+            group = self._queue.next(free_rows) if free_rows > 0 else None
             if group is None:
                 break
             self._joining.append(_Joining(group, self._open(group), monotonic()))
@@ -357,16 +357,16 @@ class ServingEngine:
 
     def _failed(self, job: Job, error: Exception, batch: Batch | None) -> None:
         _log.error("Request %s failed: %r", job.id, error, exc_info=error)
-        said = from_library(error)
+        failure = from_library(error)
         if batch is not None:
-            self._drop(batch, job, said, "error")
+            self._drop(batch, job, failure, "error")
             return
         # In the middle of a step: its other rows leave before the next one.
-        job.given_up = said
+        job.given_up = failure
         for choice in job.choices:
             if not choice.over and choice.row not in self._choices:
                 self._end(choice, "error")
-        self._outbox[job.channel].append(Failed(said))
+        self._outbox[job.channel].append(Failed(failure))
 
     def _fail_all(self, error: Exception) -> None:
         # If no row had joined yet, the waiting jobs would break the next batch too.

@@ -96,7 +96,7 @@ class Job:
     def add(self, prepared: DecodeRequests) -> Sequence[Choice]:
         """Adds the choices of one prompt."""
         begin = self.size
-        choices = [Choice(self, begin + place, request) for place, request in enumerate(prepared.requests)]
+        choices = [Choice(self, begin + index, request) for index, request in enumerate(prepared.requests)]
         self.groups.append(SequenceGroup(self, prepared, choices))
         return choices
 

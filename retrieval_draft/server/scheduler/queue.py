@@ -72,11 +72,11 @@ class JobQueue:
                 self._changed.wait()
             return bool(self._groups)
 
-    def next(self, places: int) -> SequenceGroup | None:
+    def next(self, free_rows: int) -> SequenceGroup | None:
         """The first group of the tenant whose turn it is, if it fits into so many free rows."""
         with self._changed:
             tenant = next(iter(self._groups), None)
-            if tenant is None or len(self._groups[tenant][0].choices) > places:
+            if tenant is None or len(self._groups[tenant][0].choices) > free_rows:
                 return None
             waiting = self._groups.pop(tenant)
             group = waiting.popleft()

@@ -38,13 +38,13 @@ def llama(path: str) -> Any:
 def reply(llama: Any, ids: list[int], drafts: Any, new: int) -> list[int]:
     llama.draft_model = drafts
     llama.reset()
-    said = []
+    emitted = []
     for token in llama.generate(ids, temp=0.0):
-        said.append(token)
-        if len(said) == new:
+        emitted.append(token)
+        if len(emitted) == new:
             break
     llama.draft_model = None
-    return said
+    return emitted
 
 
 def test_the_vocabulary_is_the_hugging_face_tokenizers(path: str) -> None:

@@ -47,12 +47,12 @@ def drafted(request: Any, path: str) -> Iterator[tuple[Any, RetrievalDraftModel]
 
 
 def reply(llama: Any, prompt: list[int], new: int = 80, **options: Any) -> list[int]:
-    said = []
+    emitted = []
     for token in llama.generate(prompt, **{"temp": 0.0, **options}):
-        said.append(token)
-        if len(said) == new:
+        emitted.append(token)
+        if len(emitted) == new:
             break
-    return said
+    return emitted
 
 
 def test_a_draft_model_is_one_to_the_engine(path: str) -> None:
@@ -104,10 +104,10 @@ def test_conversations_and_abandoned_replies(plain: Any, drafted: tuple[Any, Ret
     llama, drafts = drafted
     text = llama.tokenize(b"the cat sat")
     for turn in range(4):
-        said = reply(llama, text, 30)
-        assert said == reply(plain, text, 30)
+        emitted = reply(llama, text, 30)
+        assert emitted == reply(plain, text, 30)
         reply(llama, llama.tokenize(b"something else"), 3)  # left after three tokens
-        text = text + said[:20] + llama.tokenize(f" turn {turn}".encode(), add_bos=False)
+        text = text + emitted[:20] + llama.tokenize(f" turn {turn}".encode(), add_bos=False)
     drafts.finish()
     assert drafts.stats.requests == 8
 
@@ -148,13 +148,13 @@ def test_reset_between_requests(plain: Any, drafted: tuple[Any, RetrievalDraftMo
 def test_a_corpus_of_the_same_vocabulary_is_taken(path: str, plain: Any, tmp_path: Path) -> None:
     tokenizer = GgufTokenizer(path)
     ids = tokenizer(["the cat"], add_special_tokens=True)["input_ids"][0]
-    said = np.array(reply(plain, ids, 80), np.int32)
+    emitted = np.array(reply(plain, ids, 80), np.int32)
     for name, fingerprint in (("own", tokenizer_fingerprint(tokenizer)), ("foreign", "0" * 32)):
         folder = IndexFolder.create(tmp_path / name, fingerprint, vocabulary_size(tokenizer))
-        folder.publish([folder.write(Segment.build([said], vocabulary_size(tokenizer)))])
+        folder.publish([folder.write(Segment.build([emitted], vocabulary_size(tokenizer)))])
     with RetrievalDraftModel.for_gguf(path, corpora=[tmp_path / "own"]) as drafts:
         drafts.warm_up(engine(path))
-        assert reply(engine(path, drafts), ids) == said.tolist()
+        assert reply(engine(path, drafts), ids) == emitted.tolist()
         drafts.finish()
         assert drafts.stats.accepted_by_level["corpus"] > 0
     with pytest.raises(TokenizerMismatchError):

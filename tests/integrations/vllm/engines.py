@@ -70,8 +70,8 @@ def same_or_tie(plain: Any, ids: list[int], reference: list[int], other: list[in
 
     if reference == other:
         return True
-    place = next(n for n, pair in enumerate(zip(reference, other, strict=True)) if pair[0] != pair[1])
-    prompt = {"prompt_token_ids": [*ids, *reference[:place]]}
+    index = next(n for n, pair in enumerate(zip(reference, other, strict=True)) if pair[0] != pair[1])
+    prompt = {"prompt_token_ids": [*ids, *reference[:index]]}
     sampling = SamplingParams(temperature=0, max_tokens=1, logprobs=5)
     found = plain.generate([prompt], sampling, use_tqdm=False)[0].outputs[0].logprobs[0]
-    return abs(found[reference[place]].logprob - found[other[place]].logprob) < TIE
+    return abs(found[reference[index]].logprob - found[other[index]].logprob) < TIE

@@ -16,7 +16,7 @@ HALF = torch.bfloat16
 
 
 class Says(torch.nn.Module):
-    """A model whose logits are the same at every place."""
+    """A model whose logits are the same at every position."""
 
     def __init__(self, logits: list[float], dtype: torch.dtype) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def test_number_that_is_none_is_never_right() -> None:
 
 def test_drawn_tokens_are_judged_with_their_noise() -> None:
     model, noise = Says([0.0] * 16, torch.float32), GumbelNoise(3, 16, torch.device("cpu"))
-    reply = [int(noise.at(2 + place).argmax()) for place in range(6)]
+    reply = [int(noise.at(2 + index).argmax()) for index in range(6)]
     assert count_ties(model, [0, 0], reply, noise).best == 6
     moved = [(token + 1) % 16 for token in reply]
     assert count_ties(model, [0, 0], moved, noise).worse == 6

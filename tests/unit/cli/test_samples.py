@@ -22,11 +22,11 @@ def test_samples_are_printed_between_dashes_and_the_best_come_first(command: Com
     assert out.count("-" * 20) == 2
     assert "tokens per step" in err
     code, out, _ = command(*words, "--samples", "2", "--best-of", "5", "--json")
-    said = json.loads(out)
+    result = json.loads(out)
     assert code == 0
-    assert len(said["samples"]) == 2
-    assert said["samples"][0]["mean_logprob"] >= said["samples"][1]["mean_logprob"]
-    assert said["stats"]["requests"] == 5
+    assert len(result["samples"]) == 2
+    assert result["samples"][0]["mean_logprob"] >= result["samples"][1]["mean_logprob"]
+    assert result["stats"]["requests"] == 5
 
 
 @pytest.mark.parametrize(

@@ -42,15 +42,15 @@ def test_one_run_drafts_from_another_and_a_snapshot_keeps_it(
         assert code == 0
         assert [(each["tenant"], each["entries"]) for each in status["namespaces"]] == [("default", 2)]
         assert "default" in command("store", "status")[1]
-        place = str(tmp_path / "snapshots")
-        code, out, _ = command("store", "snapshot", "--tokenizer", tiny, "--snapshots", place, "--json")
+        location = str(tmp_path / "snapshots")
+        code, out, _ = command("store", "snapshot", "--tokenizer", tiny, "--snapshots", location, "--json")
         taken = json.loads(out)
         assert (code, taken["entries"]) == (0, 2)
-        (folder,) = Path(place).glob(f"*/default/{taken['name']}")
+        (folder,) = Path(location).glob(f"*/default/{taken['name']}")
         assert IndexFolder.open(folder).manifest.tokens == taken["tokens"]
         assert json.loads(command("index", "inspect", str(folder), "--json")[1])
         server.client().flushall()
-        third = json.loads(command(*words, "--snapshots", place)[1])
+        third = json.loads(command(*words, "--snapshots", location)[1])
         assert third["stats"]["accepted_by_level"]["shared"] > 0
 
 

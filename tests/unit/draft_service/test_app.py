@@ -166,7 +166,7 @@ anything = st.recursive(
 )
 ids = st.lists(st.integers(-1, 65), max_size=6) | anything
 rows = st.lists(st.lists(numbers, max_size=3), max_size=3) | anything
-said = st.fixed_dictionaries(
+top_logprobs = st.fixed_dictionaries(
     {"tokens": rows, "probs": st.lists(st.lists(st.floats(0, 1), max_size=3), max_size=3) | anything},
     optional={"nodes": st.lists(st.integers(0, 70), max_size=3) | anything},
 )
@@ -179,7 +179,7 @@ steps = st.fixed_dictionaries(
         "deepest": st.integers(0, 9) | anything,
         "chain": st.booleans() | anything,
         "floor": st.floats(0, 1) | anything,
-        "said": said | anything,
+        "said": top_logprobs | anything,
         "extra": anything,
     },
 )

@@ -63,11 +63,11 @@ def scripted(answer: Answer) -> Iterator[tuple[str, list[int]]]:
                 length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
                 while len(data) < length:
                     data += peer.recv(65536)
-                said = answer(head.split()[1], data[:length])
+                response = answer(head.split()[1], data[:length])
                 data = data[length:]
-                if said is None:
+                if response is None:
                     return
-                peer.sendall(said)
+                peer.sendall(response)
 
     def accept() -> None:
         while True:
@@ -209,7 +209,7 @@ def test_a_batch_goes_on_where_one_fails() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "error", "message"),
+    ("response", "error", "message"),
     [
         (b"SSH-2.0-OpenSSH\r\n\r\n", ServiceUnavailableError, "no HTTP"),
         (b"HTTP/1.1 200 OK\r\n\r\n", ServiceUnavailableError, "length"),
@@ -221,8 +221,8 @@ def test_a_batch_goes_on_where_one_fails() -> None:
         (reply(wire.ErrorReply(wire.Failure("other", code=409)), 409), OutOfStepError, "other"),
     ],
 )
-def test_what_answers_is_told(said: bytes, error: type[Exception], message: str) -> None:
-    with scripted(lambda path, body: said) as (url, _):
+def test_what_answers_is_told(response: bytes, error: type[Exception], message: str) -> None:
+    with scripted(lambda path, body: response) as (url, _):
         with DraftClient(url, timeout=2) as client, pytest.raises(error, match=message):
             client.open([1])
         with DraftClient(url, timeout=2, on_error="empty") as client:

@@ -17,7 +17,7 @@ from tests.support.draft_services import call, draft_service
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([], "Which ids are there?"),
         (["--vocabulary", "9", "--host", "0.0.0.0"], "0.0.0.0 can be reached by others"),
@@ -26,11 +26,11 @@ from tests.support.draft_services import call, draft_service
         (["--vocabulary", "9", "--index", "nowhere"], "tokenizer"),
     ],
 )
-def test_what_cannot_be_served(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_served(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(["drafts", "serve", *words])
     assert done.value.code == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_an_address_that_is_taken(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_former_field_names_are_read(json: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({}, "prompt"),
         ({"prompt": []}, "length >= 1"),
@@ -65,8 +65,8 @@ def test_former_field_names_are_read(json: bool) -> None:
         ({"prompt": "text"}, "array"),
     ],
 )
-def test_what_is_no_message_is_refused(fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(msgspec.DecodeError, match=said):
+def test_what_is_no_message_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(msgspec.DecodeError, match=message):
         wire.decode(packed(**fields), wire.OpenRequest)
 
 

@@ -82,16 +82,16 @@ def evidence(prob: float, length: int) -> Proposal:
 def test_match_length_tells_equal_estimates_apart() -> None:
     calibration = Calibration(priors=False)
     for _ in range(400):
-        for length, said in ((1, 2), (12, 1)):
+        for length, emitted in ((1, 2), (12, 1)):
             guess = [evidence(0.5, length)]
-            calibration.observe(fuse(0, guess, calibration, 4), guess, np.array([said], np.int32))
+            calibration.observe(fuse(0, guess, calibration, 4), guess, np.array([emitted], np.int32))
     short, long = (fuse(0, [evidence(0.5, length)], calibration, 4).probs[1] for length in (1, 12))
     assert short < 0.2 < 0.8 < long
     blind = Calibration(priors=False, without=FEATURES)
     for _ in range(400):
-        for length, said in ((1, 2), (12, 1)):
+        for length, emitted in ((1, 2), (12, 1)):
             guess = [evidence(0.5, length)]
-            blind.observe(fuse(0, guess, blind, 4), guess, np.array([said], np.int32))
+            blind.observe(fuse(0, guess, blind, 4), guess, np.array([emitted], np.int32))
     short, long = (fuse(0, [evidence(0.5, length)], blind, 4).probs[1] for length in (1, 12))
     assert short == long
 
@@ -105,8 +105,8 @@ def test_a_source_that_is_sure_of_something_else_is_evidence_against() -> None:
             proposal([1], [-1], [0.5], "automaton"),
             proposal([2], [-1], [0.95 if sure else 0.05], "history"),
         ]
-        said = 2 if sure else 1
-        calibration.observe(fuse(0, guess, calibration, 4), guess, np.array([said], np.int32))
+        emitted = 2 if sure else 1
+        calibration.observe(fuse(0, guess, calibration, 4), guess, np.array([emitted], np.int32))
     probs = []
     for prob in (0.95, 0.05):
         guess = [proposal([1], [-1], [0.5], "automaton"), proposal([2], [-1], [prob], "history")]

@@ -71,7 +71,7 @@ def as_proposal(items: list[tuple[int, int, float]], source: str) -> Proposal:
 
 def naive(proposals: list[Proposal]) -> dict[tuple[int, ...], float]:
     """Path to path probability of the whole union, mixed with the weights that it starts with."""
-    said: dict[tuple[int, ...], list[float]] = {}
+    log_odds: dict[tuple[int, ...], list[float]] = {}
     for given_tree in proposals:
         paths: list[tuple[int, ...]] = []
         for token, parent, prob in zip(
@@ -80,10 +80,10 @@ def naive(proposals: list[Proposal]) -> dict[tuple[int, ...], float]:
             path = (*(paths[parent] if parent >= 0 else ()), token)
             paths.append(path)
             kept = min(max(prob, 1e-6), 0.999)
-            said.setdefault(path, []).append(math.log(kept / (1 - kept)))
+            log_odds.setdefault(path, []).append(math.log(kept / (1 - kept)))
     out: dict[tuple[int, ...], float] = {}
-    for path in sorted(said, key=len):
-        odds = said[path]
+    for path in sorted(log_odds, key=len):
+        odds = log_odds[path]
         mixed = odds[0] if len(odds) == 1 else AGREEMENT * sum(odds) / len(odds) + AGREEMENT_ODDS
         out[path] = out.get(path[:-1], 1.0) * min(max(1 / (1 + math.exp(-mixed)), 1e-6), 0.999)
     return out

@@ -145,14 +145,14 @@ PROMPT = np.array([1, 2], np.int32)
 
 def steps(sessions: SourceSessions, count: int = 2) -> list[list[tuple[str, int]]]:
     """Name and length of each proposal of each step of a whole request."""
-    said = []
+    proposed = []
     for _ in range(count):
-        said.append([(each.source, len(each)) for each in sessions.propose(4)])
+        proposed.append([(each.source, len(each)) for each in sessions.propose(4)])
         sessions.observe(PROMPT)
         sessions.learn(LOGITS)
         sessions.learn_hidden(None)
     sessions.close()
-    return said
+    return proposed
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -161,13 +161,13 @@ def test_a_source_that_raises_is_left_out_for_the_request_and_the_others_go_on(
 ) -> None:
     bad, good = Raising("bad", call), Raising("good")
     hierarchy = SourceHierarchy([bad, good])
-    said = steps(hierarchy.open(PROMPT))
+    proposed = steps(hierarchy.open(PROMPT))
     whole = [*CALLS[:4], *CALLS[:4], "close"]
     assert bad.opened[0].calls == whole[: whole.index(call) + 1]
     assert good.opened[0].calls == whole
     left = 0 if call == "propose" else 1
     later = 1 if call == "close" else 0
-    assert said == [[("bad", left), ("good", 1)], [("bad", later), ("good", 1)]], "each in its place"
+    assert proposed == [[("bad", left), ("good", 1)], [("bad", later), ("good", 1)]], "each in its place"
     assert hierarchy.failures == 1
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert f"'bad' raised in {call}" in caplog.text

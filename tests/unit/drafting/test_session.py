@@ -34,7 +34,7 @@ class Guesser:
     def close(self) -> None: ...
 
 
-def nothing_said(nodes: int) -> Predictions:
+def no_predictions(nodes: int) -> Predictions:
     return Predictions(
         np.zeros(nodes, np.int32),
         np.ones(nodes, np.bool_),
@@ -58,7 +58,7 @@ def test_drafts_that_do_not_pay_are_not_verified_and_are_tried_again() -> None:
             verified.append(size)
             emitted = np.full(1 if token != 1 else size + 1, token, np.int32)
             drafting.observe(emitted)
-            top = nothing_said(size + 1)
+            top = no_predictions(size + 1)
             contexts = plan.tree.contexts(np.ones(3, np.int32))
             drafting.learn(plan, emitted, NodeLogits(contexts, top.top_tokens, top.top_probs))
         return verified

@@ -136,8 +136,8 @@ def test_requests_of_one_prompt_are_opened_together_and_keep_their_places() -> N
     sessions = opened(engine(source, nodes=4), *requests)
     assert source.groups == [([1, 2], 3)]
     assert len(source.sessions) == 4
-    for place, session in enumerate(sessions):
-        session.observe(np.array([50 + place], np.int32))
+    for index, session in enumerate(sessions):
+        session.observe(np.array([50 + index], np.int32))
     by_text = sorted(session.text for session in source.sessions)
     assert by_text == [[1, 2, 50], [1, 2, 52], [1, 2, 53], [9, 51]]
 
@@ -147,7 +147,7 @@ def test_a_prompt_is_learned_from_as_the_configuration_says(
     wanted: Any, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        HeadCost, "rows_worth", lambda self, new, prompt: 2 if (new, prompt) == (17, 3) else -1
+        HeadCost, "paying_rows", lambda self, new, prompt: 2 if (new, prompt) == (17, 3) else -1
     )
     asked = request(1, 2, 3)
     opened(engine(OracleSource(), nodes=4, prefill_logits=wanted), asked)

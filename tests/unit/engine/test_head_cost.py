@@ -16,9 +16,9 @@ from tests.support.models import make
 
 def test_the_head_runs_over_a_prompt_only_where_that_pays() -> None:
     cost = HeadCost(row=1.0, step=10.0)
-    assert cost.rows_worth(100, 1000) == 1
-    assert cost.rows_worth(100, 7) == 7
-    assert cost.rows_worth(1, 1000) == 1
+    assert cost.paying_rows(100, 1000) == 1
+    assert cost.paying_rows(100, 7) == 7
+    assert cost.paying_rows(1, 1000) == 1
 
 
 class Timed(Target):

@@ -15,16 +15,16 @@ from retrieval_draft.engine.logits import LogitReader, top_k
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reader_equals_torch(vocabulary: int, rows: int, dtype: torch.dtype) -> None:
     logits = (torch.randn(rows + 2, vocabulary) * 4).to(dtype)
-    said = LogitReader(8).read(logits, rows)
+    found = LogitReader(8).read(logits, rows)
     probs = logits[:rows].float().softmax(-1)
     k = min(8, vocabulary)
-    assert said.next_tokens.tolist() == logits[:rows].argmax(-1).tolist()
-    assert said.finite.all()
-    assert said.top_tokens.shape == said.top_probs.shape == (rows, k)
-    tokens = torch.from_numpy(said.top_tokens.astype(np.int64))
+    assert found.next_tokens.tolist() == logits[:rows].argmax(-1).tolist()
+    assert found.finite.all()
+    assert found.top_tokens.shape == found.top_probs.shape == (rows, k)
+    tokens = torch.from_numpy(found.top_tokens.astype(np.int64))
     torch.testing.assert_close(probs.gather(-1, tokens), probs.topk(k).values)
-    torch.testing.assert_close(torch.from_numpy(said.top_probs), probs.topk(k).values, rtol=2e-4, atol=1e-7)
-    assert all(len(set(row)) == k for row in said.top_tokens.tolist())
+    torch.testing.assert_close(torch.from_numpy(found.top_probs), probs.topk(k).values, rtol=2e-4, atol=1e-7)
+    assert all(len(set(row)) == k for row in found.top_tokens.tolist())
 
 
 @pytest.mark.parametrize("vocabulary", [50, 8200])
@@ -46,8 +46,8 @@ def test_nan_is_flagged_in_its_row_only(vocabulary: int, at: int, k: int) -> Non
 
 
 def test_argmax_alone_reads_no_alternatives() -> None:
-    said = LogitReader(0).read(torch.randn(2, 9000))
-    assert said.top_tokens.shape == (2, 0)
+    found = LogitReader(0).read(torch.randn(2, 9000))
+    assert found.top_tokens.shape == (2, 0)
 
 
 def test_top_k_in_few_blocks() -> None:

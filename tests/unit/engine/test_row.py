@@ -271,10 +271,10 @@ def test_rows_of_one_prompt_share_its_pass_and_nothing_after_it() -> None:
     assert told.calls == [("start", [root], PROMPT.tolist(), None)], "the owner's sources learned the prompt"
     step(owner, tree_of([root, 30], [-1, 0]), 30, 31)
     step(other, tree_of([root, 40], [-1, 0]), 40, 41)
-    for made, said in ((owner, [30, 31]), (other, [40, 41])):
+    for made, reply in ((owner, [30, 31]), (other, [40, 41])):
         made.finish()
-        assert made.text.reply.tolist() == [root, *said]
-        assert_cache_holds(made, [*PROMPT.tolist(), root, said[0]])
+        assert made.text.reply.tolist() == [root, *reply]
+        assert_cache_holds(made, [*PROMPT.tolist(), root, reply[0]])
 
 
 def test_who_waits_for_the_reply_gets_it_at_the_end() -> None:

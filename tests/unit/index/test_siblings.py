@@ -20,18 +20,18 @@ def test_a_sibling_is_offered_what_another_said() -> None:
     one, other = SiblingSource().open_parallel(tokens(1, 2), (), 2)
     one.observe(tokens(3, 4, 5))
     other.observe(tokens(3))
-    said = other.propose(4)
-    assert (said.tokens[0], said.parents[0], said.source) == (4, -1, "siblings")
-    assert said.tokens.tolist()[:2] == [4, 5]
+    proposal = other.propose(4)
+    assert (proposal.tokens[0], proposal.parents[0], proposal.source) == (4, -1, "siblings")
+    assert proposal.tokens.tolist()[:2] == [4, 5]
     assert 5 not in one.propose(4).tokens.tolist()[:1], "nothing has followed its own end"
 
 
 def test_the_first_tokens_of_a_reply_have_the_prompt_before_them() -> None:
     one, other = SiblingSource().open_parallel(np.arange(100, dtype=np.int32), (), 2)
     one.observe(tokens(7))
-    said = other.propose(1)
-    assert said.tokens.tolist() == [7]
-    assert said.match_lengths[0] == 32
+    proposal = other.propose(1)
+    assert proposal.tokens.tolist() == [7]
+    assert proposal.match_lengths[0] == 32
 
 
 def test_a_request_alone_proposes_nothing() -> None:
@@ -55,7 +55,7 @@ def test_texts_that_grow_in_turns_equal_counting(seed: int) -> None:
     begin = rng.integers(0, 3, int(rng.integers(0, 6))).tolist()
     automaton.insert(np.array(begin, np.int32))
     texts = [list(begin) for _ in range(4)]
-    places = [automaton.place] * 4
+    states = [automaton.state] * 4
     followed: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
     for end, token in enumerate(begin):
         for start in range(end + 1):
@@ -63,9 +63,9 @@ def test_texts_that_grow_in_turns_equal_counting(seed: int) -> None:
     for _ in range(50):
         turn = int(rng.integers(0, 4))
         added = rng.integers(0, 3, int(rng.integers(1, 4))).tolist()
-        automaton.place = places[turn]
+        automaton.state = states[turn]
         automaton.insert(np.array(added, np.int32))
-        places[turn] = automaton.place
+        states[turn] = automaton.state
         for token in added:
             text = texts[turn]
             for start in range(len(text) + 1):

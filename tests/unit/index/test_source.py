@@ -11,7 +11,7 @@ from retrieval_draft.methods.stand import StandTable
 NO_NUMBERS = [np.nan, np.inf, -np.inf, -0.5, 2.0, 3e38]
 
 
-def said(*rows: list[float]) -> NodeLogits:
+def predictions(*rows: list[float]) -> NodeLogits:
     """After 5 6 7 8 the tokens 9 and 10, with each row's probabilities."""
     count = len(rows)
     return NodeLogits(
@@ -23,7 +23,7 @@ def said(*rows: list[float]) -> NodeLogits:
 
 @pytest.mark.parametrize("bad", NO_NUMBERS)
 def test_a_position_that_says_no_number_says_nothing(bad: float) -> None:
-    kept = said([0.5, 0.25], [bad, 0.25], [0.5, bad], [1.0, 0.0])
+    kept = predictions([0.5, 0.25], [bad, 0.25], [0.5, bad], [1.0, 0.0])
     assert kept.top_probs.tolist() == [[0.5, 0.25], [1.0, 0.0]]
     assert kept.contexts.shape == (2, 4)
     assert kept.top_tokens.shape == (2, 2)
@@ -34,8 +34,8 @@ def test_the_matrix_keeps_what_it_learned(bad: float) -> None:
     source, clean = AdjacencySource(1024, 8), AdjacencySource(1024, 8)
     prompt = np.array([5, 6, 7, 8], np.int32)
     for each in (source, clean):
-        each.open(prompt).learn(said([0.5, 0.25]))
-    source.open(prompt).learn(said([bad, bad]))
+        each.open(prompt).learn(predictions([0.5, 0.25]))
+    source.open(prompt).learn(predictions([bad, bad]))
     found, expected = source.open(prompt).propose(16), clean.open(prompt).propose(16)
     assert found.tokens.tolist() == expected.tokens.tolist()
     assert found.probs.tolist() == expected.probs.tolist()
@@ -44,7 +44,7 @@ def test_the_matrix_keeps_what_it_learned(bad: float) -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -0.5])
 def test_kernels_leave_out_what_reaches_them_all_the_same(bad: float) -> None:
     table = StandTable(64)
-    logits = said([0.5, 0.25])
+    logits = predictions([0.5, 0.25])
     logits.top_probs[0, 0] = bad  # the array is the caller's
     table.learn(logits)
     tokens, probs, _ = table.row(np.array([7, 8], np.int32))
@@ -58,7 +58,7 @@ def test_kernels_leave_out_what_reaches_them_all_the_same(bad: float) -> None:
 def test_an_id_of_no_vocabulary_takes_no_memory() -> None:
     matrix = AdjacencySource(16, 8).matrix
     before = matrix.nbytes
-    logits = said([0.5, 0.25])
+    logits = predictions([0.5, 0.25])
     logits.top_tokens[0, 0] = 2**31 - 1
     matrix.learn(logits)
     assert matrix.nbytes < before + (1 << 16)

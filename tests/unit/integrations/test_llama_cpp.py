@@ -29,7 +29,7 @@ class Engine:
         self.passes: list[int] = []
 
     def generate(self, prompt: list[int], new: int) -> list[int]:
-        said: list[int] = []
+        emitted: list[int] = []
         known, tokens = 0, list(prompt)
         at = len(prompt) - 1
         while True:
@@ -40,9 +40,9 @@ class Engine:
             while at < known:
                 token = self._next(self._buffer[: at + 1].tolist())
                 at += 1
-                said.append(token)
-                if len(said) == new:
-                    return said
+                emitted.append(token)
+                if len(emitted) == new:
+                    return emitted
                 tokens = [token]
                 if at < known and token != self._buffer[at]:
                     known = at

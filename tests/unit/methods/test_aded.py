@@ -11,7 +11,7 @@ import pytest
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.segments.segment import Segment
-from retrieval_draft.methods.aded import METHOD, ROW_BYTES, AdedSession, TrigramMatrix, _Place
+from retrieval_draft.methods.aded import METHOD, ROW_BYTES, AdedSession, TrigramMatrix, _Node
 from retrieval_draft.methods.method import MethodContext
 
 
@@ -62,18 +62,18 @@ def test_rows_come_from_the_corpus_and_twelve_are_kept():
 
 
 def test_the_score_of_a_way():
-    place = _Place([(9, 0.75), (5, 0.25)])
-    assert place.choose() == 0  # no visits yet: all scores are 0
-    place.visits, place.wins = [6, 1], [0.0, 0.0]
+    node = _Node([(9, 0.75), (5, 0.25)])
+    assert node.choose() == 0  # no visits yet: all scores are 0
+    node.visits, node.wins = [6, 1], [0.0, 0.0]
     scale = (32 + math.log(16 / 8)) * math.sqrt(7)
     assert scale * 0.75 / 7 < scale * 0.25 / 2
-    assert place.choose() == 1
-    place.visits = [4, 1]  # .75 / 5 against .25 / 2
-    assert place.choose() == 0
-    place.visits, place.wins = [5, 1], [0.0, 0.0]
-    assert place.choose() == 0  # equal: the first
-    place.wins = [0.0, 0.1]
-    assert place.choose() == 1
+    assert node.choose() == 1
+    node.visits = [4, 1]  # .75 / 5 against .25 / 2
+    assert node.choose() == 0
+    node.visits, node.wins = [5, 1], [0.0, 0.0]
+    assert node.choose() == 0  # equal: the first
+    node.wins = [0.0, 0.1]
+    assert node.choose() == 1
 
 
 def worked():

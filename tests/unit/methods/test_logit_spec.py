@@ -17,7 +17,7 @@ def ids(*tokens):
     return np.array(tokens, np.int32)
 
 
-def said(*rows):
+def predictions(*rows):
     """Rows of (context, ranking), rankings of equal length."""
     contexts = np.array([[*[-1] * (4 - len(context)), *context] for context, _ in rows], np.int32)
     ranking = np.array([ranking for _, ranking in rows], np.int32)
@@ -36,7 +36,7 @@ def branches(proposal):
 def test_the_worked_example():
     opened = session(7, 8, 9, 4, 7)
     assert branches(opened.propose(64)) == [(8, 9, 4, 7)]
-    opened.learn(said(([7, 8, 9, 4], [7, 8, 4])))
+    opened.learn(predictions(([7, 8, 9, 4], [7, 8, 4])))
     proposal = opened.propose(64)
     assert branches(proposal) == [(8, 9, 4, 7), (4, 7)]
     assert proposal.match_lengths.tolist() == [1, 1, 1, 1, 0, 1]
@@ -46,7 +46,7 @@ def test_the_longest_n_gram_and_the_guess_count_as_text():
     # "5 1 2" goes on with 3, "1 2" last with 6
     assert branches(session(5, 1, 2, 3, 1, 2, 6, 5, 1, 2).propose(1)) == [(3,)]
     opened = session(9, 2, 6, 5, 1, 8, 5, 1, 2, 3, 5, 1)
-    opened.learn(said(([1, 2, 3, 5], [1, 2])))
+    opened.learn(predictions(([1, 2, 3, 5], [1, 2])))
     # "2" alone was first followed by 6, "5 1 2" by 3
     assert branches(opened.propose(64)) == [(8, 5, 1, 2, 3, 5, 1), (2, 3, 5, 1)]
 
@@ -64,7 +64,7 @@ def test_lengths_by_rank():
 
 def test_ranks_behind_32_are_single_tokens():
     opened = session(50, 99)
-    opened.learn(said(([50], [99, *range(100, 163)])))
+    opened.learn(predictions(([50], [99, *range(100, 163)])))
     proposal = opened.propose(100)
     assert proposal.tokens.tolist() == list(range(100, 163))
     assert proposal.parents.tolist() == [-1] * 63
@@ -73,7 +73,7 @@ def test_ranks_behind_32_are_single_tokens():
 
 def test_the_rows_of_other_nodes_are_not_read():
     opened = session(1, 2, 3)
-    opened.learn(said(([-1, 1, 2, 3], [8, 9]), ([1, 2, 3, 8], [4, 5]), ([1, 2, 3, 6], [7, 7])))
+    opened.learn(predictions(([-1, 1, 2, 3], [8, 9]), ([1, 2, 3, 8], [4, 5]), ([1, 2, 3, 6], [7, 7])))
     opened.observe(ids(8, 4))
     assert opened.propose(64).tokens.tolist() == [5]
     opened.observe(ids(3))
@@ -82,7 +82,7 @@ def test_the_rows_of_other_nodes_are_not_read():
 
 def test_of_equal_contexts_the_one_that_chose_the_last_token():
     opened = session(5, 5, 5, 5)
-    opened.learn(said(([5, 5, 5, 5], [5, 1]), ([5, 5, 5, 5], [6, 2]), ([5, 5, 5, 5], [5, 3])))
+    opened.learn(predictions(([5, 5, 5, 5], [5, 1]), ([5, 5, 5, 5], [6, 2]), ([5, 5, 5, 5], [5, 3])))
     opened.observe(ids(5, 5, 6))
     assert opened.propose(64).tokens.tolist() == [2]
 
@@ -99,7 +99,7 @@ def test_a_later_full_continuation_overrides_and_an_earlier_longer_one_stays():
 
 def test_learning_before_and_after_the_text_moves_on_is_the_same():
     first, second = session(1, 2), session(1, 2)
-    logits = said(([1, 2], [0, 3]), ([1, 2, 0], [4, 0]))
+    logits = predictions(([1, 2], [0, 3]), ([1, 2, 0], [4, 0]))
     first.learn(logits)
     first.observe(ids(0, 4))
     second.observe(ids(0, 4))
@@ -112,5 +112,5 @@ def test_empty_prompt_and_minus_one():
     assert len(opened.propose(64)) == 0
     opened.observe(ids())
     opened.observe(ids(0))
-    opened.learn(said(([], [0, -1])))
+    opened.learn(predictions(([], [0, -1])))
     assert len(opened.propose(64)) == 0

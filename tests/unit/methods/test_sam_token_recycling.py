@@ -20,7 +20,7 @@ def ids(*tokens):
     return np.array(tokens, np.int32)
 
 
-def said(token, *best):
+def predictions(token, *best):
     return NodeLogits(
         np.array([[-1, -1, -1, token]], np.int32),
         np.array([best], np.int32),
@@ -30,7 +30,7 @@ def said(token, *best):
 
 def test_a_match_of_five_is_copied_and_the_tree_is_not_asked():
     opened = source().open(ids(1, 2, 3, 4, 5, 8, 9, 1, 2, 3, 4, 5))
-    opened.learn(said(5, 7))
+    opened.learn(predictions(5, 7))
     proposal = opened.propose(80)
     assert proposal.tokens.tolist() == [8, 9, 1, 2, 3, 4, 5]
     assert proposal.parents.tolist() == [-1, 0, 1, 2, 3, 4, 5]
@@ -40,7 +40,7 @@ def test_a_match_of_five_is_copied_and_the_tree_is_not_asked():
 def test_a_match_of_four_is_left_to_the_tree():
     opened = source().open(ids(8, 2, 3, 4, 5, 8, 9, 1, 2, 3, 4, 5))
     assert len(opened.propose(80)) == 0
-    opened.learn(said(5, 7, 6))
+    opened.learn(predictions(5, 7, 6))
     assert opened.propose(80).tokens.tolist() == [7, 6]
 
 
@@ -77,7 +77,7 @@ def test_empty_prompt_and_rows_across_requests():
     opened = made.open(ids())
     opened.observe(ids())
     assert len(opened.propose(80)) == 0
-    opened.learn(said(3, 0))
+    opened.learn(predictions(3, 0))
     opened.close()
     assert made.open(ids(3)).propose(80).tokens.tolist() == [0]
     assert made.nbytes == 64 * 8 * 4

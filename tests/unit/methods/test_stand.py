@@ -21,9 +21,9 @@ def ids(*tokens):
     return np.array(tokens, np.int32)
 
 
-def said(context, tokens, probs=None):
+def predictions(context, tokens, probs=None):
     padded = [*[-1] * (4 - len(context)), *context]
-    probs = [0.9 / 2**place for place in range(len(tokens))] if probs is None else probs
+    probs = [0.9 / 2**index for index in range(len(tokens))] if probs is None else probs
     return NodeLogits(
         np.array([padded], np.int32), np.array([tokens], np.int32), np.array([probs], np.float32)
     )
@@ -43,13 +43,13 @@ def test_the_shape_has_80_nodes_and_13_levels():
 
 def test_rows_average_all_visits():
     table = StandTable(64)
-    table.learn(said([5, 7], [9], [0.6]))
-    table.learn(said([5, 7], [4, 9], [0.5, 0.2]))
+    table.learn(predictions([5, 7], [9], [0.6]))
+    table.learn(predictions([5, 7], [4, 9], [0.5, 0.2]))
     tokens, probs, order = table.longest([5, 7])
     assert (tokens, order) == ([9, 4], 2)
     assert probs == pytest.approx([0.4, 0.25])  # (.6 + .2) / 2 and .5 / 2
     for _ in range(38):
-        table.learn(said([5, 7], [3], [1.0]))
+        table.learn(predictions([5, 7], [3], [1.0]))
     tokens, probs, _ = table.longest([5, 7])
     assert tokens == [3, 9, 4]
     assert probs == pytest.approx([38 / 40, 0.8 / 40, 0.5 / 40], rel=1e-4)
@@ -57,19 +57,19 @@ def test_rows_average_all_visits():
 
 def test_ten_are_kept():
     table = StandTable(64)
-    table.learn(said([5, 7], list(range(12))))
+    table.learn(predictions([5, 7], list(range(12))))
     assert table.longest([5, 7])[0] == list(range(10))
 
 
 def test_the_longest_of_four_three_and_two_tokens_and_never_one():
     opened = source().open(ids(1, 2, 3, 4))
-    opened.learn(said([4], [8]))
+    opened.learn(predictions([4], [8]))
     assert len(opened.propose(80)) == 0
-    opened.learn(said([9, 3, 4], [5]))
+    opened.learn(predictions([9, 3, 4], [5]))
     assert opened.propose(1).match_lengths.tolist() == [2]
-    opened.learn(said([9, 2, 3, 4], [6]))
+    opened.learn(predictions([9, 2, 3, 4], [6]))
     assert opened.propose(1).tokens.tolist() == [6]
-    opened.learn(said([1, 2, 3, 4], [7]))
+    opened.learn(predictions([1, 2, 3, 4], [7]))
     proposal = opened.propose(1)
     assert proposal.tokens.tolist() == [7]
     assert proposal.match_lengths.tolist() == [4]
@@ -77,8 +77,8 @@ def test_the_longest_of_four_three_and_two_tokens_and_never_one():
 
 def test_the_worked_example():
     opened = source().open(ids(5, 7))
-    opened.learn(said([5, 7], [9, 4], [0.6, 0.3]))
-    opened.learn(said([7, 9], [2], [0.8]))
+    opened.learn(predictions([5, 7], [9, 4], [0.6, 0.3]))
+    opened.learn(predictions([7, 9], [2], [0.8]))
     proposal = opened.propose(80)
     assert proposal.tokens.tolist() == [9, 2, 4]
     assert proposal.parents.tolist() == [-1, 0, -1]
@@ -91,10 +91,10 @@ def test_token_zero_short_and_empty_prompts():
     opened.observe(ids())
     assert len(opened.propose(80)) == 0
     opened.observe(ids(0))
-    opened.learn(said([0], [0]))
+    opened.learn(predictions([0], [0]))
     assert len(opened.propose(80)) == 0
     opened.observe(ids(0))
-    opened.learn(said([0, 0], [0]))
+    opened.learn(predictions([0, 0], [0]))
     assert opened.propose(80).tokens.tolist() == [0] * 13
     opened.learn(NodeLogits(np.empty((0, 4), np.int32), np.empty((0, 1), np.int32), np.empty((0, 1), "f4")))
 
@@ -103,11 +103,11 @@ def test_rows_outlive_requests_and_the_table_does_not_grow():
     made = source(16)
     before = made.nbytes
     first = made.open(ids(1, 2))
-    first.learn(said([1, 2], [3]))
+    first.learn(predictions([1, 2], [3]))
     first.close()
     second = made.open(ids(1, 2))
     assert second.propose(1).tokens.tolist() == [3]
     for token in range(3, 200):
-        second.learn(said([token, token + 1], [7]))
+        second.learn(predictions([token, token + 1], [7]))
     assert made.nbytes == before
     assert second.propose(1).tokens.tolist() == []  # the least recently written rows made room

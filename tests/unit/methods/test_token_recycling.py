@@ -22,7 +22,7 @@ def ids(*tokens):
     return np.array(tokens, np.int32)
 
 
-def said(*rows):
+def predictions(*rows):
     """Rows of (token, its next tokens best first), padded to the widest with -1."""
     width = max((len(best) for _, best in rows), default=1)
     contexts = np.array([[-1, -1, -1, token] for token, _ in rows], np.int32).reshape(-1, 4)
@@ -54,7 +54,7 @@ def test_the_template_follows_zipfs_law():
 
 def test_rows_fill_the_template():
     opened = source().open(ids(1, 7))
-    opened.learn(said((7, [9, 4]), (9, [2]), (4, [7])))
+    opened.learn(predictions((7, [9, 4]), (9, [2]), (4, [7])))
     proposal = opened.propose(80)
     # ranks 0, 1, 00, (10), (000) ..: below 9 comes 2, below 4 comes 7 whose row starts again
     pairs = zip(proposal.parents, proposal.tokens, strict=True)
@@ -67,8 +67,8 @@ def test_rows_fill_the_template():
 
 def test_a_row_is_overwritten_and_the_last_of_equal_nodes_stays():
     matrix = RecycledTokens(16)
-    matrix.learn(said((7, [9, 4, 3])))
-    matrix.learn(said((7, [1, 2]), (5, [5]), (7, [6])))
+    matrix.learn(predictions((7, [9, 4, 3])))
+    matrix.learn(predictions((7, [1, 2]), (5, [5]), (7, [6])))
     assert matrix.row(7) == [6]
     assert matrix.row(5) == [5]
 
@@ -76,7 +76,7 @@ def test_a_row_is_overwritten_and_the_last_of_equal_nodes_stays():
 def test_token_zero_is_a_token_and_minus_one_is_none():
     opened = source().open(ids(0))
     assert len(opened.propose(80)) == 0
-    opened.learn(said((-1, [3]), (0, [0])))
+    opened.learn(predictions((-1, [3]), (0, [0])))
     assert opened.propose(80).tokens.tolist() == [0] * 6
     assert opened.propose(80).parents.tolist() == [-1, 0, 1, 2, 3, 4]
 
@@ -85,7 +85,7 @@ def test_ids_beyond_the_vocabulary_get_rows_but_not_any_number():
     made = source(4)
     opened = made.open(ids(9))
     before = made.nbytes
-    opened.learn(said((9, [1]), (2**30, [2])))
+    opened.learn(predictions((9, [1]), (2**30, [2])))
     assert opened.propose(1).tokens.tolist() == [1]
     assert made.nbytes == before // 4 * 10
 
@@ -94,9 +94,9 @@ def test_empty_prompt_no_predictions_and_budgets():
     made = source()
     opened = made.open(ids())
     opened.observe(ids())
-    opened.learn(said())
+    opened.learn(predictions())
     assert len(opened.propose(80)) == 0
-    opened.learn(said((3, [1, 2])))
+    opened.learn(predictions((3, [1, 2])))
     opened.observe(ids(8, 3))
     assert opened.propose(1).tokens.tolist() == [1]
     assert len(opened.propose(0)) == 0
@@ -104,14 +104,14 @@ def test_empty_prompt_no_predictions_and_budgets():
 
 def test_more_than_eight_alternatives_are_cut():
     matrix = RecycledTokens(16)
-    matrix.learn(said((1, list(range(12)))))
+    matrix.learn(predictions((1, list(range(12)))))
     assert matrix.row(1) == list(range(8))
 
 
 def test_rows_outlive_requests():
     made = source()
     first = made.open(ids(7))
-    first.learn(said((7, [9])))
+    first.learn(predictions((7, [9])))
     first.close()
     assert made.open(ids(7)).propose(5).tokens.tolist() == [9]
     assert source().open(ids(7)).propose(5).tokens.tolist() == []

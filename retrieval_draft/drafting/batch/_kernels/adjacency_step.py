@@ -64,7 +64,7 @@ def expand_adjacency(
     visits: NDArray[np.int32],
     row_tokens: NDArray[np.int32],
     row_probs: NDArray[np.float32],
-    doubt: NDArray[np.float64],
+    backoff: NDArray[np.float64],
     rows: NDArray[np.int64],
     needed: float,
     tokens: NDArray[np.int32],
@@ -79,7 +79,7 @@ def expand_adjacency(
         visits: int32, shape (table rows,).
         row_tokens: int32, shape (table rows, k).
         row_probs: float32, shape (table rows, k).
-        doubt: float64, shape (5,). Back-off constant of each order.
+        backoff: float64, shape (5,). Back-off constant of each order.
         rows: int64, shape (4,). From `ask_rows`.
         needed: Probability below which a child is of no use.
         tokens: int32, shape (children,), their limit. Written, as are the next two.
@@ -97,11 +97,11 @@ def expand_adjacency(
         if row == NO_ROW or mass <= needed:
             continue
         order = ORDERS - back
-        claim = mass * visits[row] / (visits[row] + doubt[order])
-        mass -= claim
-        for place in range(width):
-            token = row_tokens[row, place]
-            share = claim * row_probs[row, place]
+        weight = mass * visits[row] / (visits[row] + backoff[order])
+        mass -= weight
+        for column in range(width):
+            token = row_tokens[row, column]
+            share = weight * row_probs[row, column]
             if token < 0 or share <= 0.25 * needed:  # the most probable come first
                 break
             match = 0

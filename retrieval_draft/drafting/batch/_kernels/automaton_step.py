@@ -91,26 +91,26 @@ def expand_automaton(
         edge = states[state, FIRST_EDGE]
         if edge >= 0 and total > 0:
             distinct = states[state, DEGREE]
-            once = escape * distinct / (total + escape * distinct)
-            leave = once
+            escape_per_order = escape * distinct / (total + escape * distinct)
+            escape_prob = escape_per_order
             for _ in range(min(length, cap) - min(below, cap) - 1):
-                leave *= once
-            claim = mass * (1.0 - leave) / (total + recency)
-            mass *= leave
+                escape_prob *= escape_per_order
+            weight = mass * (1.0 - escape_prob) / (total + recency)
+            mass *= escape_prob
             read = 0
             unread = total + recency
-            while edge >= 0 and read < len(tokens) and claim * unread > needed:
-                weight = edges[edge, TAKEN] + (recency if read == 0 else 0.0)
-                unread -= weight
+            while edge >= 0 and read < len(tokens) and weight * unread > needed:
+                count = edges[edge, TAKEN] + (recency if read == 0 else 0.0)
+                unread -= count
                 token = edges[edge, TOKEN]
-                place = 0
-                while place < found and tokens[place] != token:
-                    place += 1
-                if place < found:
-                    probs[place] += claim * weight
+                child = 0
+                while child < found and tokens[child] != token:
+                    child += 1
+                if child < found:
+                    probs[child] += weight * count
                 elif found < len(tokens):
                     tokens[found] = token
-                    probs[found] = claim * weight
+                    probs[found] = weight * count
                     lengths[found] = length
                     found += 1
                 edge = edges[edge, NEXT]

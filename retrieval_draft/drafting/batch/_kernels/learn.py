@@ -119,8 +119,8 @@ def learn_rows(
         text = int32_row(slots[slot, TEXT], slots[slot, TEXT_ROOM])
         for item in range(len(emitted)):
             for back in range(width):
-                place = length - width + back
-                contexts[first + item, back] = text[place] if place >= 0 else -1
+                position = length - width + back
+                contexts[first + item, back] = text[position] if position >= 0 else -1
             text[length] = emitted[item]
             length += 1
         slots[slot, LENGTH] = length

@@ -31,7 +31,7 @@ from retrieval_draft.drafting.batch._kernels.views import int32_row, int32_rows,
 from retrieval_draft.index._kernels import automaton
 from retrieval_draft.index._kernels.adjacency import ORDERS
 from retrieval_draft.index._kernels.segment_match import TOKENS, WIDTH, locate
-from retrieval_draft.index._kernels.segment_tree import CONTEXTS, DEEPEST, POOL, RANGES, gather
+from retrieval_draft.index._kernels.segment_tree import CONTEXTS, MAX_DEPTH, POOL, RANGES, gather
 
 CHILDREN = 24
 """Children of one source considered for one node; of the automaton half as many."""
@@ -89,7 +89,7 @@ def propose_rows(
     visits: NDArray[np.int32],
     row_tokens: NDArray[np.int32],
     row_probs: NDArray[np.float32],
-    doubt: NDArray[np.float64],
+    backoff: NDArray[np.float64],
     segments: NDArray[np.int64],
     group_starts: NDArray[np.int64],
     group_columns: NDArray[np.int64],
@@ -121,7 +121,7 @@ def propose_rows(
         evidence: float32, shape (slots, nodes, columns). Written.
         chosen: int32, shape (slots, max_chain). Written: nodes of each chain.
         columns: int64, shape (2,). See REQUEST and SEEN.
-        keys, visits, row_tokens, row_probs, doubt: The adjacency matrix.
+        keys, visits, row_tokens, row_probs, backoff: The adjacency matrix.
         automaton_params: float64, shape (3,): escape factor, order cap, recency.
         segments: int64, shape (segments, SEGMENT_FIELDS). Those of group g are
             group_starts[g]..group_starts[g + 1] - 1.
@@ -150,7 +150,7 @@ def propose_rows(
     child_prob = np.empty(CHILDREN, np.float64)
     child_length = np.empty(CHILDREN, np.int32)
     run_child = np.empty(MAX_RUNS, np.int64)
-    run_weight = np.empty(MAX_RUNS, np.float64)
+    run_count = np.empty(MAX_RUNS, np.float64)
     seen_in = np.empty(CHILDREN, np.int64)
     sources = (evidence.shape[2] - OWN) // PER_SOURCE
     left = np.zeros(sources, np.float64)
@@ -181,8 +181,8 @@ def propose_rows(
         if row + 1 < last_row:
             prefetch(slots[ids[row + 1] & SLOT_MASK, META_AT])
         for back in range(ORDERS):
-            place = length - ORDERS + back
-            context[back] = text[place] if place >= 0 else -1
+            position = length - ORDERS + back
+            context[back] = text[position] if position >= 0 else -1
         if columns[SEEN] >= 0:
             ask_keys(keys, context, hashes)
         if columns[REQUEST] >= 0 and slots[slot, INSERTED] < length:
@@ -208,8 +208,8 @@ def propose_rows(
                 for item in range(num_ranges[group]):
                     segment = begin + range_segment[group, item]
                     tokens_at, token_width = segments[segment, TOKENS], segments[segment, WIDTH]
-                    for place in range(ranges[group, item, 0], ranges[group, item, 1]):
-                        prefetch(tokens_at + token_width * pool[group, place])
+                    for index in range(ranges[group, item, 0], ranges[group, item, 1]):
+                        prefetch(tokens_at + token_width * pool[group, index])
 
         size = np.int64(1)  # literals would compile the callees twice
         node = np.int64(0)
@@ -233,7 +233,7 @@ def propose_rows(
                     )  # fmt: skip
             if columns[SEEN] >= 0:
                 found = expand_adjacency(
-                    visits, row_tokens, row_probs, doubt, rows, least, child_token, child_prob, child_length
+                    visits, row_tokens, row_probs, backoff, rows, least, child_token, child_prob, child_length
                 )  # fmt: skip
                 size = add_children(
                     columns[SEEN], source_slots[columns[SEEN]], found, child_token, child_prob,
@@ -241,12 +241,12 @@ def propose_rows(
                 )  # fmt: skip
             for group in range(groups):
                 left[group_columns[group]] = 0.0
-                if num_contexts[group] > 0 and depth < DEEPEST:
+                if num_contexts[group] > 0 and depth < MAX_DEPTH:
                     begin, end = group_starts[group], group_starts[group + 1]
                     found = expand_segments(
                         segments[begin:end], pool[group], ranges[group], range_segment[group],
                         range_scale[group], range_context[group], num_ranges[group], context_length[group],
-                        num_contexts[group], segment_params, depth, least, run_child, run_weight, seen_in,
+                        num_contexts[group], segment_params, depth, least, run_child, run_count, seen_in,
                         child_token, child_prob, child_length,
                     )  # fmt: skip
                     size = add_children(
@@ -278,7 +278,7 @@ def propose_rows(
                 ask_keys(keys, context, hashes)
             state, matched = follow_automaton(states, edges, table, state, matched, token)
             for group in range(groups):
-                if num_contexts[group] > 0 and depth < DEEPEST:
+                if num_contexts[group] > 0 and depth < MAX_DEPTH:
                     begin, end = group_starts[group], group_starts[group + 1]
                     if not follow_segments(
                         segments[begin:end], pool[group], ranges[group], range_segment[group],
@@ -291,7 +291,7 @@ def propose_rows(
         slots[slot, PENDING] = size
         slots[slot, CHAIN] = depth
         out_lengths[row] = depth
-        for place in range(depth, width):
-            out_tokens[row, place] = -1
-            out_probs[row, place] = 0.0
+        for column in range(depth, width):
+            out_tokens[row, column] = -1
+            out_probs[row, column] = 0.0
     return misfits

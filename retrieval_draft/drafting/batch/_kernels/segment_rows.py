@@ -37,7 +37,7 @@ SHORT = 3
 TOGETHER = 512
 """Approximate number of lookups that advance together."""
 
-SEGMENT, TOKENS_ASKED, SHIFT, FIRST, LAST, PLACE = range(6)
+SEGMENT, TOKENS_ASKED, SHIFT, FIRST, LAST, POSITION = range(6)
 QUERY_FIELDS = 6
 
 
@@ -92,13 +92,13 @@ def _search_suffixes(
             first, last = queries[query, FIRST], queries[query, LAST]
             if first < last:
                 segment = queries[query, SEGMENT]
-                place = load_int32(segments[segment, SUFFIXES], (first + last) >> 1)
-                queries[query, PLACE] = place
-                prefetch(segments[segment, TOKENS] + segments[segment, WIDTH] * place)
+                position = load_int32(segments[segment, SUFFIXES], (first + last) >> 1)
+                queries[query, POSITION] = position
+                prefetch(segments[segment, TOKENS] + segments[segment, WIDTH] * position)
         for query in range(count):
             if queries[query, FIRST] < queries[query, LAST]:
                 key = prefix_at(
-                    segments, queries[query, SEGMENT], queries[query, PLACE], queries[query, TOKENS_ASKED]
+                    segments, queries[query, SEGMENT], queries[query, POSITION], queries[query, TOKENS_ASKED]
                 )
                 again |= _halve(queries, prefixes, query, key, above)
 
@@ -142,8 +142,8 @@ def find_together(
         queries[query, FIRST] = queries[query, LAST] = sample
         found = False
         if begin < segments[segment, SIZE]:
-            place = load_int32(segments[segment, SUFFIXES], begin)
-            found = prefix_at(segments, segment, place, queries[query, TOKENS_ASKED]) == prefixes[query]
+            position = load_int32(segments[segment, SUFFIXES], begin)
+            found = prefix_at(segments, segment, position, queries[query, TOKENS_ASKED]) == prefixes[query]
         if not found:
             low[query] = -1
         elif (
@@ -229,8 +229,8 @@ def advance_rows(
                 if whole:
                     occurs = entries[asked + short, 0] != entries[asked + short, 1]
                 if occurs:
-                    for place in range(LONGEST):
-                        end[place] = tail[slot, place]
+                    for index in range(LONGEST):
+                        end[index] = tail[slot, index]
                     advance(
                         segments[segment : segment + 1], chain[slot, segment : segment + 1],
                         longest[slot, segment : segment + 1], end, text[slots[slot, LOCATED] :],
@@ -248,9 +248,9 @@ def advance_rows(
                     asked += 1
                 if whole:
                     asked += 1
-            for place in range(LONGEST):
-                at = length - LONGEST + place
-                tail[slot, place] = text[at] if at >= 0 else -1
+            for index in range(LONGEST):
+                at = length - LONGEST + index
+                tail[slot, index] = text[at] if at >= 0 else -1
             slots[slot, LOCATED] = length
 
 

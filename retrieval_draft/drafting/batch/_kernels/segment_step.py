@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import inner_kernel
 from retrieval_draft.index._kernels.segment_match import SEPARATOR, token_at
-from retrieval_draft.index._kernels.segment_tree import INSIDE, worth
+from retrieval_draft.index._kernels.segment_tree import INSIDE, effective_order
 
 MAX_RUNS = 64
 """Runs of equal tokens that are kept separate in one context; further ones are counted, not proposed."""
@@ -32,7 +32,7 @@ def expand_segments(
     depth: int,
     needed: float,
     run_child: NDArray[np.int64],
-    run_weight: NDArray[np.float64],
+    run_count: NDArray[np.float64],
     seen_in: NDArray[np.int64],
     tokens: NDArray[np.int32],
     probs: NDArray[np.float64],
@@ -55,7 +55,7 @@ def expand_segments(
         depth: Tokens of the chain so far.
         needed: Probability below which a child is of no use.
         run_child: int64, shape (MAX_RUNS,). Scratch.
-        run_weight: float64, shape (MAX_RUNS,). Scratch.
+        run_count: float64, shape (MAX_RUNS,). Scratch.
         seen_in: int64. Scratch, as long as `tokens`.
         tokens: int32, shape (children,), their limit. Written, as are the next two.
         probs: float64, shape (children,).
@@ -82,15 +82,15 @@ def expand_segments(
                 stop = begin + 1
                 while stop < end and token_at(segments, segment, pool[stop] + depth) == token:
                     stop += 1
-                weight = range_scale[item] * (stop - begin)
+                count = range_scale[item] * (stop - begin)
                 begin = stop
                 if token == segments[segment, SEPARATOR]:
                     continue
-                total += weight
-                place = 0
-                while place < found and tokens[place] != token:
-                    place += 1
-                if place == found:
+                total += count
+                child = 0
+                while child < found and tokens[child] != token:
+                    child += 1
+                if child == found:
                     if found == len(tokens):
                         distinct += 1
                         continue
@@ -99,17 +99,17 @@ def expand_segments(
                     lengths[found] = context_length[context] + depth
                     seen_in[found] = -1
                     found += 1
-                if seen_in[place] != context:
-                    seen_in[place] = context
+                if seen_in[child] != context:
+                    seen_in[child] = context
                     distinct += 1
                 if runs < len(run_child):
-                    run_child[runs] = place
-                    run_weight[runs] = weight
+                    run_child[runs] = child
+                    run_count[runs] = count
                     runs += 1
             item += 1
         if runs == 0:
             continue
-        once = escape * distinct / (total + escape * distinct)
+        escape_per_order = escape * distinct / (total + escape * distinct)
         below = min(depth, INSIDE)
         if depth == 0:
             below = context_length[context + 1]
@@ -117,12 +117,14 @@ def expand_segments(
             for other in range(num_ranges - 1, item - 1, -1):
                 if ranges[other, 1] > ranges[other, 0]:
                     below = context_length[range_context[other]] + depth
-        orders = worth(context_length[context] + depth, cap, gain) - worth(below, cap, gain)
-        leave = once ** max(orders, 1.0)
-        claim = mass * (1.0 - leave) / total
-        mass *= leave
+        orders = effective_order(context_length[context] + depth, cap, gain) - effective_order(
+            below, cap, gain
+        )
+        escape_prob = escape_per_order ** max(orders, 1.0)
+        weight = mass * (1.0 - escape_prob) / total
+        mass *= escape_prob
         for run in range(runs):
-            probs[run_child[run]] += claim * run_weight[run]
+            probs[run_child[run]] += weight * run_count[run]
     return found
 
 

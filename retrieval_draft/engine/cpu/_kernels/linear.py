@@ -145,9 +145,9 @@ def linear(job: int) -> None:
     while block < blocks:
         next_block = claim(job)
         first, last = block * size, min((block + 1) * size, rows)
-        for place in range(last - first):
+        for line in range(last - first):
             for token in range(tokens):
-                sums[place, token] = 0.0
+                sums[line, token] = 0.0
         for run in range(0, length, run_length):
             part = min(run_length, length - run)
             whole = part - part % STEP
@@ -210,8 +210,8 @@ def widen_rows(source: int, target: int, rows: int, length: int) -> None:
         begin, out = source + row * length * 2, target + row * length * 4
         widen(begin, out, whole, 0)
         rest = carray(floats_at(out), (length,))
-        for place in range(whole, length):
-            rest[place] = load_bfloat16(begin + place * 2)
+        for column in range(whole, length):
+            rest[column] = load_bfloat16(begin + column * 2)
 
 
 @kernel
@@ -234,12 +234,12 @@ def _rest(
             out = carray(floats_at(y + (line * MAX_TOKENS + token) * 4), (1,))
             total = np.float32(0.0)
             if half:
-                for place in range(begin, end):
-                    total += load_bfloat16(w + (line * w_stride + place) * 2) * given[place]
+                for column in range(begin, end):
+                    total += load_bfloat16(w + (line * w_stride + column) * 2) * given[column]
             else:
                 weights = carray(floats_at(w + line * w_stride * 4), (end,))
-                for place in range(begin, end):
-                    total += weights[place] * given[place]
+                for column in range(begin, end):
+                    total += weights[column] * given[column]
             out[0] += total
 
 
@@ -257,19 +257,19 @@ def write(sums: NDArray[np.float32], bias: int, y: int, offset: int, first: int,
     """
     count = sums.shape[0]
     if half:
-        for place in range(count):
-            total = sums[place]
+        for index in range(count):
+            total = sums[index]
             if bias != 0:
-                total += load_bfloat16(bias + (first + place) * 2)
-            store_bfloat16(y + (offset + place) * 2, total)
+                total += load_bfloat16(bias + (first + index) * 2)
+            store_bfloat16(y + (offset + index) * 2, total)
         return
     out = carray(floats_at(y + offset * 4), (count,))
-    for place in range(count):
-        out[place] = sums[place]
+    for index in range(count):
+        out[index] = sums[index]
     if bias != 0:
         terms = carray(floats_at(bias + first * 4), (count,))
-        for place in range(count):
-            out[place] += terms[place]
+        for index in range(count):
+            out[index] += terms[index]
 
 
 def linear_numpy(
@@ -295,8 +295,10 @@ def linear_numpy(
         part = min(run_length, length - run)
         whole = part - part % STEP
         lanes = np.zeros((tokens, w.shape[0], LANES), np.float64)
-        for place in range(run, run + whole, LANES):
-            exact = x[:, None, place : place + LANES].astype(np.float64) * w[None, :, place : place + LANES]
+        for column in range(run, run + whole, LANES):
+            exact = (
+                x[:, None, column : column + LANES].astype(np.float64) * w[None, :, column : column + LANES]
+            )
             lanes = (lanes + exact).astype(np.float32).astype(np.float64)
         halves = lanes.astype(np.float32)
         while halves.shape[-1] > 1:
@@ -304,8 +306,8 @@ def linear_numpy(
             halves = halves[..., :middle] + halves[..., middle:]
         out += halves[..., 0]
         rest = np.zeros_like(out)
-        for place in range(run + whole, run + part):
-            rest += x[:, None, place] * w[None, :, place]
+        for column in range(run + whole, run + part):
+            rest += x[:, None, column] * w[None, :, column]
         if whole < part:
             out += rest
     return out if bias is None else out + bias

@@ -116,9 +116,9 @@ def linear_tokenwise(job: int) -> None:
     while block < blocks:
         next_block = claim(job)
         first, last = block * size, min((block + 1) * size, rows)
-        for place in range(last - first):
+        for line in range(last - first):
             for token in range(vectors * LANES):
-                sums[place, token] = 0.0
+                sums[line, token] = 0.0
         for run in range(0, length, RUN):
             part = min(RUN, length - run)
             start = w + (first * stride + run) * bytes_each
@@ -134,8 +134,8 @@ def linear_tokenwise(job: int) -> None:
                     begin, out = start + line * stride * 2, wide_at + line * RUN * 4
                     widen(begin, out, whole, ahead)
                     rest = carray(floats_at(out), (RUN,))
-                    for place in range(whole, part):
-                        rest[place] = load_bfloat16(begin + place * 2)
+                    for column in range(whole, part):
+                        rest[column] = load_bfloat16(begin + column * 2)
                 start, ahead, tile_stride = wide_at, 0, RUN
             begin = 0
             for group in range(groups):
@@ -164,11 +164,11 @@ def pack(source: int, target: int, tokens: int, length: int, width: int) -> None
         end = min(begin + STEP, length)
         for first in range(0, width, LANES):
             last = min(first + LANES, tokens)
-            for place in range(begin, end):
+            for column in range(begin, end):
                 for token in range(first, last):
-                    out[place, token] = given[token, place]
+                    out[column, token] = given[token, column]
                 for token in range(max(first, last), first + LANES):
-                    out[place, token] = 0.0
+                    out[column, token] = 0.0
 
 
 def linear_tokenwise_numpy(
@@ -190,8 +190,8 @@ def linear_tokenwise_numpy(
         whole = end - (end - run) % _TURNS
         for begin, stop in ((run, whole), (whole, end)):
             total = np.zeros(out.shape, np.float64)
-            for place in range(begin, stop):
-                exact = x[:, None, place].astype(np.float64) * w[None, :, place]
+            for column in range(begin, stop):
+                exact = x[:, None, column].astype(np.float64) * w[None, :, column]
                 total = (total + exact).astype(np.float32).astype(np.float64)
             out += total.astype(np.float32)
     return out if bias is None else out + bias

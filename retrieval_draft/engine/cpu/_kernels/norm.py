@@ -29,11 +29,11 @@ def rms_norm_float32(x: int, y: int, scale: NDArray[np.float32], rows: int, eps:
         given = carray(floats_at(x + row * length * 4), (length,))
         out = carray(floats_at(y + row * length * 4), (length,))
         total = np.float32(0.0)
-        for place in range(length):
-            total += given[place] * given[place]
+        for column in range(length):
+            total += given[column] * given[column]
         factor = np.float32(1.0) / np.sqrt(total / np.float32(length) + np.float32(eps))
-        for place in range(length):
-            out[place] = given[place] * factor * scale[place]
+        for column in range(length):
+            out[column] = given[column] * factor * scale[column]
 
 
 @sum_kernel
@@ -50,20 +50,20 @@ def rms_norm_bfloat16(
     for row in range(rows):
         begin, out = x + row * length * 2, y + row * length * 2
         total = np.float32(0.0)
-        for place in range(length):
-            wide[place] = load_bfloat16(begin + place * 2)
-        for place in range(length):
-            total += wide[place] * wide[place]
+        for column in range(length):
+            wide[column] = load_bfloat16(begin + column * 2)
+        for column in range(length):
+            total += wide[column] * wide[column]
         factor = np.float32(1.0) / np.sqrt(total / np.float32(length) + np.float32(eps))
-        for place in range(length):
-            wide[place] *= factor
+        for column in range(length):
+            wide[column] *= factor
         if twice:
-            for place in range(length):
-                store_bfloat16(out + place * 2, wide[place])
-            for place in range(length):
-                wide[place] = load_bfloat16(out + place * 2)
-        for place in range(length):
-            store_bfloat16(out + place * 2, wide[place] * scale[place])
+            for column in range(length):
+                store_bfloat16(out + column * 2, wide[column])
+            for column in range(length):
+                wide[column] = load_bfloat16(out + column * 2)
+        for column in range(length):
+            store_bfloat16(out + column * 2, wide[column] * scale[column])
 
 
 def rms_norm_numpy(x: NDArray[np.float32], scale: NDArray[np.float32], eps: float) -> NDArray[np.float32]:

@@ -75,7 +75,7 @@ def _dot_tile(
     length: Any, y: Any, y_stride: Any, ahead: Any,
 ) -> None:  # fmt: skip
     multiply_add = _multiply_add(builder)
-    places = [(row, token) for row in range(rows) for token in range(tokens)]
+    cells = [(row, token) for row in range(rows) for token in range(tokens)]
     wide = 2 if half else 4
     w_rows = [_offset(builder, w, w_stride, wide * row) for row in range(rows)]
     x_rows = [_offset(builder, x, x_stride, 4 * token) for token in range(tokens)]
@@ -86,14 +86,14 @@ def _dot_tile(
     builder.cbranch(builder.icmp_signed(">", length, _long(0)), loop, done)
 
     builder.position_at_end(loop)
-    place = builder.phi(_LONG)
-    place.add_incoming(_long(0), entry)
-    starts = {where: builder.phi(_VECTOR) for where in places}
+    column = builder.phi(_LONG)
+    column.add_incoming(_long(0), entry)
+    starts = {cell: builder.phi(_VECTOR) for cell in cells}
     sums: dict[tuple[int, int], Any] = dict(starts)
-    x_here, w_here = builder.mul(place, _long(4)), builder.mul(place, _long(wide))
+    x_here, w_here = builder.mul(column, _long(4)), builder.mul(column, _long(wide))
     if half:
         # Measured: a tile of bfloat16 is fetched best as it lies in memory, one of float32 row beside row.
-        next_lines = builder.add(builder.add(w, ahead), builder.mul(place, _long(rows * wide)))
+        next_lines = builder.add(builder.add(w, ahead), builder.mul(column, _long(rows * wide)))
         for line in range(-(-rows * STEP * wide // _LINE)):
             _prefetch(builder, builder.add(next_lines, _long(line * _LINE)))
     else:
@@ -120,15 +120,15 @@ def _dot_tile(
                 given = _load(builder, inputs[token][part], _VECTOR, 4)
                 for row in range(rows):
                     sums[row, token] = builder.call(multiply_add, [weights[row], given, sums[row, token]])
-    after = builder.add(place, _long(STEP))
-    place.add_incoming(after, loop)
-    for where in places:
-        starts[where].add_incoming(zero, entry)
-        starts[where].add_incoming(sums[where], loop)
+    after = builder.add(column, _long(STEP))
+    column.add_incoming(after, loop)
+    for cell in cells:
+        starts[cell].add_incoming(zero, entry)
+        starts[cell].add_incoming(sums[cell], loop)
     builder.cbranch(builder.icmp_signed("<", after, length), loop, done)
 
     builder.position_at_end(done)
-    for row, token in places:
+    for row, token in cells:
         vector = builder.phi(_VECTOR)
         vector.add_incoming(zero, entry)
         vector.add_incoming(sums[row, token], loop)
@@ -170,10 +170,10 @@ def _outer_tile(
     length: Any, y: Any, y_stride: Any, ahead: Any,
 ) -> None:  # fmt: skip
     multiply_add = _multiply_add(builder)
-    places = [(row, part) for row in range(rows) for part in range(vectors)]
+    cells = [(row, part) for row in range(rows) for part in range(vectors)]
     w_rows = [_offset(builder, w, w_stride, 4 * row) for row in range(rows)]
     lines = [_offset(builder, y, y_stride, 4 * row) for row in range(rows)]
-    outs = {(row, part): builder.add(lines[row], _long(4 * LANES * part)) for row, part in places}
+    outs = {(row, part): builder.add(lines[row], _long(4 * LANES * part)) for row, part in cells}
     zero = ir.Constant(_VECTOR, [0.0] * LANES)
 
     entry = builder.block
@@ -181,12 +181,12 @@ def _outer_tile(
     builder.branch(loop)
 
     builder.position_at_end(loop)
-    place = builder.phi(_LONG)
-    place.add_incoming(_long(0), entry)
-    starts = {where: builder.phi(_VECTOR) for where in places}
+    column = builder.phi(_LONG)
+    column.add_incoming(_long(0), entry)
+    starts = {cell: builder.phi(_VECTOR) for cell in cells}
     sums: dict[tuple[int, int], Any] = dict(starts)
-    w_here = builder.mul(place, _long(4))
-    x_here = builder.add(x, builder.mul(builder.mul(place, x_stride), _long(4)))
+    w_here = builder.mul(column, _long(4))
+    x_here = builder.add(x, builder.mul(builder.mul(column, x_stride), _long(4)))
     for w_row in w_rows:
         _prefetch(builder, builder.add(builder.add(w_row, w_here), ahead))
     for turn in range(turns):
@@ -199,16 +199,16 @@ def _outer_tile(
             weight = _spread(builder, _load(builder, address, _FLOAT, 4))
             for part in range(vectors):
                 sums[row, part] = builder.call(multiply_add, [weight, given[part], sums[row, part]])
-    after = builder.add(place, _long(turns))
-    place.add_incoming(after, loop)
-    for where in places:
-        starts[where].add_incoming(zero, entry)
-        starts[where].add_incoming(sums[where], loop)
+    after = builder.add(column, _long(turns))
+    column.add_incoming(after, loop)
+    for cell in cells:
+        starts[cell].add_incoming(zero, entry)
+        starts[cell].add_incoming(sums[cell], loop)
     builder.cbranch(builder.icmp_signed("<", after, length), loop, done)
 
     builder.position_at_end(done)
-    for where in places:
-        _add_at(builder, outs[where], sums[where], _VECTOR)
+    for cell in cells:
+        _add_at(builder, outs[cell], sums[cell], _VECTOR)
 
 
 def _multiply_add(builder: Any) -> Any:
@@ -274,11 +274,11 @@ def widen(context: Any, source: Any, target: Any, length: Any, ahead: Any) -> An
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, target, length, ahead = arguments
-        with cgutils.for_range_slice(builder, _long(0), length, _long(STEP)) as (place, _):
-            begin = _offset(builder, source, place, 2)
+        with cgutils.for_range_slice(builder, _long(0), length, _long(STEP)) as (column, _):
+            begin = _offset(builder, source, column, 2)
             _prefetch(builder, builder.add(begin, ahead))
             for part, vector in enumerate(_load_halves(builder, begin)):
-                address = builder.add(_offset(builder, target, place, 4), _long(4 * part * LANES))
+                address = builder.add(_offset(builder, target, column, 4), _long(4 * part * LANES))
                 builder.store(vector, builder.inttoptr(address, _VECTOR.as_pointer()), align=4)
         return context.get_dummy_value()
 

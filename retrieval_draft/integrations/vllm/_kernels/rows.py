@@ -70,32 +70,32 @@ def follow_rows(
     claimed[:] = False
     missing = 0
     width = min(token_ids.shape[1], known.shape[1])
-    for place in range(len(rows)):
-        slot = guesses[place]
-        found[place] = -1
-        if not _is_inside(rows[place], len(token_ids), starts[place], ends[place], width):
+    for index in range(len(rows)):
+        slot = guesses[index]
+        found[index] = -1
+        if not _is_inside(rows[index], len(token_ids), starts[index], ends[index], width):
             continue
-        fits = 0 <= slot < len(lengths) and lengths[slot] == starts[place]
-        if fits and _same(known[slot], token_ids[rows[place]], starts[place]):
-            found[place] = slot
+        fits = 0 <= slot < len(lengths) and lengths[slot] == starts[index]
+        if fits and _same(known[slot], token_ids[rows[index]], starts[index]):
+            found[index] = slot
             claimed[slot] = True
         else:
             missing += 1
     if missing:
-        for place in range(len(rows)):
-            if found[place] >= 0 or not _is_inside(
-                rows[place], len(token_ids), starts[place], ends[place], width
+        for index in range(len(rows)):
+            if found[index] >= 0 or not _is_inside(
+                rows[index], len(token_ids), starts[index], ends[index], width
             ):
                 continue
             for slot in range(len(lengths)):
-                if claimed[slot] or lengths[slot] != starts[place]:
+                if claimed[slot] or lengths[slot] != starts[index]:
                     continue
-                if _same(known[slot], token_ids[rows[place]], starts[place]):
-                    found[place] = slot
+                if _same(known[slot], token_ids[rows[index]], starts[index]):
+                    found[index] = slot
                     claimed[slot] = True
                     break
-    for place in range(len(rows)):
-        slot = found[place]
+    for index in range(len(rows)):
+        slot = found[index]
         if slot >= 0:
-            known[slot, starts[place] : ends[place]] = token_ids[rows[place], starts[place] : ends[place]]
-            lengths[slot] = ends[place]
+            known[slot, starts[index] : ends[index]] = token_ids[rows[index], starts[index] : ends[index]]
+            lengths[slot] = ends[index]

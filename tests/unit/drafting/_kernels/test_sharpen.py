@@ -1,4 +1,4 @@
-"""Drafts ranked by the noise that will draw: more are right where guesses are laws, none lost otherwise."""
+"""Drafts ranked by the noise that draws: more are right where guesses are distributions, else none lost."""
 
 from __future__ import annotations
 
@@ -78,26 +78,28 @@ def test_without_noise_or_its_evidence_nothing_changes() -> None:
         np.testing.assert_array_equal(getattr(plain, name), getattr(same, name))
 
 
-def accepted(calibration: Calibration, law: np.ndarray, informed: bool, steps: int, told: bool) -> float:
+def accepted(
+    calibration: Calibration, distribution: np.ndarray, informed: bool, steps: int, told: bool
+) -> float:
     """Share of steps in which the one node that is verified is what the target draws.
 
     Args:
-        law: The target's, of which the source knows the three most probable tokens.
-        informed: Whether what is drawn follows `law`; else it is the first or the third token, whatever the
-            noise says of them.
+        distribution: The target's, of which the source knows the three most probable tokens.
+        informed: Whether what is drawn follows `distribution`; else it is the first or the third token,
+            whatever the noise says of them.
         told: Whether the draft's ranking knows the noise.
     """
-    best = np.argsort(-law)[:3]
+    best = np.argsort(-distribution)[:3]
     rng = np.random.default_rng(0)
     right = 0
     for seed in range(steps):
         drawn_with = noise(seed)
         opened = calibration.open(drawn_with if told else None)
         opened.position = 9
-        proposal = guesses(best.tolist(), [-1] * 3, law[best].tolist())
+        proposal = guesses(best.tolist(), [-1] * 3, distribution[best].tolist())
         tree = fuse(0, [proposal], opened, 3)
         if informed:
-            drawn = drawn_with.draw(torch.from_numpy(np.log(law)).float(), 9)
+            drawn = drawn_with.draw(torch.from_numpy(np.log(distribution)).float(), 9)
         else:
             drawn = int(best[0] if rng.random() < 0.6 else best[2])
         right += int(tree.tokens[1]) == drawn
@@ -106,39 +108,39 @@ def accepted(calibration: Calibration, law: np.ndarray, informed: bool, steps: i
 
 
 def test_where_guesses_are_the_law_the_noise_tells_which_is_drawn() -> None:
-    law = np.random.default_rng(3).dirichlet(np.full(VOCABULARY, 0.1))
-    without = accepted(Calibration(), law, informed=True, steps=1500, told=False)
-    known = accepted(Calibration(), law, informed=True, steps=1500, told=True)
-    assert without == pytest.approx(law.max(), abs=0.05), "the most probable token, every time"
+    distribution = np.random.default_rng(3).dirichlet(np.full(VOCABULARY, 0.1))
+    without = accepted(Calibration(), distribution, informed=True, steps=1500, told=False)
+    known = accepted(Calibration(), distribution, informed=True, steps=1500, told=True)
+    assert without == pytest.approx(distribution.max(), abs=0.05), "the most probable token, every time"
     assert known > without + 0.2
-    assert known > 0.9 * np.sort(law)[-3:].sum()
+    assert known > 0.9 * np.sort(distribution)[-3:].sum()
 
 
 def test_where_the_noise_says_nothing_nothing_is_lost_for_long() -> None:
-    law = np.full(VOCABULARY, 0.1 / (VOCABULARY - 3))
-    law[[4, 9, 2]] = 0.45, 0.25, 0.2
+    distribution = np.full(VOCABULARY, 0.1 / (VOCABULARY - 3))
+    distribution[[4, 9, 2]] = 0.45, 0.25, 0.2
     calibration = Calibration()
-    accepted(calibration, law, informed=False, steps=3000, told=True)
-    known = accepted(calibration, law, informed=False, steps=1500, told=True)
+    accepted(calibration, distribution, informed=False, steps=3000, told=True)
+    known = accepted(calibration, distribution, informed=False, steps=1500, told=True)
     assert known > 0.6 - 0.06, "the first token, as without noise"
 
 
 def test_probabilities_given_the_noise_come_true() -> None:
-    law = np.random.default_rng(5).dirichlet(np.full(VOCABULARY, 0.2))
-    best = np.argsort(-law)[:6]
+    distribution = np.random.default_rng(5).dirichlet(np.full(VOCABULARY, 0.2))
+    best = np.argsort(-distribution)[:6]
     calibration = Calibration()
-    said, came = [], []
+    guessed, came = [], []
     for seed in range(4000):
         drawn_with = noise(seed)
         opened = calibration.open(drawn_with)
         opened.position = 3
-        tree = fuse(0, [proposal := guesses(best.tolist(), [-1] * 6, law[best].tolist())], opened, 6)
-        drawn = drawn_with.draw(torch.from_numpy(np.log(law)).float(), 3)
+        tree = fuse(0, [proposal := guesses(best.tolist(), [-1] * 6, distribution[best].tolist())], opened, 6)
+        drawn = drawn_with.draw(torch.from_numpy(np.log(distribution)).float(), 3)
         if seed >= 1000:
-            said += tree.probs[1:].tolist()
+            guessed += tree.probs[1:].tolist()
             came += [int(token) == drawn for token in tree.tokens[1:]]
         opened.observe(tree, [proposal], np.array([drawn], np.int32))
-    predicted, outcomes = np.array(said), np.array(came)
+    predicted, outcomes = np.array(guessed), np.array(came)
     bins = (predicted * 5).astype(int).clip(0, 4)
     error = sum(
         abs(predicted[bins == b].mean() - outcomes[bins == b].mean()) * (bins == b).mean() for b in set(bins)

@@ -147,24 +147,24 @@ def test_a_batch_of_a_proposer_shares_its_history() -> None:
 def test_long_texts_grow_their_arrays(batch: ChainBatch) -> None:
     random = np.random.default_rng(0)
     ids = [batch.open(random.integers(0, VOCABULARY, 20, np.int32)) for _ in range(20)]
-    said = random.integers(0, VOCABULARY, (20, 4000), np.int32)
+    emitted = random.integers(0, VOCABULARY, (20, 4000), np.int32)
     for begin in range(0, 4000, 500):
-        batch.step(ids, said[:, begin : begin + 500].ravel(), [500] * 20)
-    for session, text in zip(ids, said, strict=True):
+        batch.step(ids, emitted[:, begin : begin + 500].ravel(), [500] * 20)
+    for session, text in zip(ids, emitted, strict=True):
         assert batch.text(session)[20:].tolist() == text.tolist()
-    tokens, _, _ = batch.step(ids[:1], said[0, 100:112], [12])
-    assert tokens[0, 0] == said[0, 112]
+    tokens, _, _ = batch.step(ids[:1], emitted[0, 100:112], [12])
+    assert tokens[0, 0] == emitted[0, 112]
 
 
 def test_threads_change_nothing() -> None:
     random = np.random.default_rng(1)
     prompts = random.integers(0, 6, (40, 60)).astype(np.int32)
-    said = random.integers(0, 6, (5, 40, 2)).astype(np.int32)
+    emitted = random.integers(0, 6, (5, 40, 2)).astype(np.int32)
     results = []
     for threads in (1, 3):
         batch = _batch("automaton", "adjacency", threads=threads)
         ids = [batch.open(prompt) for prompt in prompts]
-        results.append([batch.step(ids, step.ravel(), [2] * 40) for step in said])
+        results.append([batch.step(ids, step.ravel(), [2] * 40) for step in emitted])
         batch.shut_down()
     for one, other in zip(*results, strict=True):
         for array, same in zip(one, other, strict=True):
@@ -188,7 +188,7 @@ def test_wrong_guesses_shorten_chains() -> None:
     session = batch.open(np.tile(_ids(1, 2, 3), 10))
     chains = []
     for token in range(100, 200):
-        # The text comes back to a place that it knows, and goes on otherwise every time.
+        # The text comes back to a position that it knows, and goes on otherwise every time.
         _, lengths, _ = batch.step([session], [token, 1, 2], [3])
         chains.append(int(lengths[0]))
     assert np.mean(chains[-20:]) < np.mean(chains[:5])

@@ -80,8 +80,8 @@ def test_committed_paths_are_what_plain_text_leaves(name: str) -> None:
     for cache, prompt, more in zip(caches, ragged(LENGTHS), texts, strict=True):
         whole = torch.cat([prompt, torch.tensor([[*more, 11]])], 1)
         with torch.no_grad():
-            said = target.verify_tree(cache, DraftTree.root(11), whole.shape[1] - 1)[0]
-            torch.testing.assert_close(said, model(whole).logits[0, -1], atol=2e-5, rtol=2e-5)
+            logits = target.verify_tree(cache, DraftTree.root(11), whole.shape[1] - 1)[0]
+            torch.testing.assert_close(logits, model(whole).logits[0, -1], atol=2e-5, rtol=2e-5)
 
 
 def test_a_layer_that_attends_in_its_own_way_is_noticed() -> None:

@@ -15,7 +15,7 @@ ALL = ExpansionLimits(top_k=3, depth=4, entropy_stop=None)
 TEXT = prompt_ids(40)[0].numpy().astype(np.int32)
 
 
-def law(model: torch.nn.Module, text: list[int]) -> torch.Tensor:
+def distribution(model: torch.nn.Module, text: list[int]) -> torch.Tensor:
     with torch.no_grad():
         return model(torch.tensor([text])).logits[0, -1].float().softmax(-1)
 
@@ -36,7 +36,7 @@ def test_probabilities_are_the_models_own_on_each_path(name: str, slack: int) ->
         text = TEXT[:end]
         tree = expansion.grow(text, 20)
         for path, prob in zip(paths(tree), tree.probs, strict=True):
-            expected = law(model, [*text.tolist(), *path[:-1]])[path[-1]]
+            expected = distribution(model, [*text.tolist(), *path[:-1]])[path[-1]]
             np.testing.assert_allclose(prob, float(expected), rtol=2e-3)
 
 
@@ -102,7 +102,7 @@ def test_a_long_text_enters_in_runs() -> None:
     model = make("mistral")
     text = prompt_ids(300)[0].numpy().astype(np.int32)
     tree = Expansion(Target(model), ALL).grow(text, 3)
-    np.testing.assert_allclose(tree.probs[0], float(law(model, text.tolist()).max()), rtol=2e-3)
+    np.testing.assert_allclose(tree.probs[0], float(distribution(model, text.tolist()).max()), rtol=2e-3)
 
 
 def test_review_gives_the_law_after_each_guess() -> None:
@@ -111,6 +111,6 @@ def test_review_gives_the_law_after_each_guess() -> None:
     logs = expansion.review(TEXT[:20], np.array([5, 6], np.int32))
     assert logs.shape == (3, 97)
     for size, guesses in enumerate(([], [5], [5, 6])):
-        expected = law(model, [*TEXT[:20].tolist(), *guesses]).log()
+        expected = distribution(model, [*TEXT[:20].tolist(), *guesses]).log()
         np.testing.assert_allclose(logs[size].numpy(), expected.numpy(), atol=2e-3)
     assert expansion.review(TEXT[:21], np.empty(0, np.int32)).shape == (1, 97)

@@ -50,12 +50,14 @@ def test_shared_tokens_are_proposed_with_their_share() -> None:
     text = "abc de"
     proposal = source.open(np.array(TARGET(text)["input_ids"], np.int32)).propose(40)
     with torch.no_grad():
-        law = draft(torch.tensor([DRAFT(text)["input_ids"]])).logits[0, -1].float().softmax(-1).numpy()
+        distribution = (
+            draft(torch.tensor([DRAFT(text)["input_ids"]])).logits[0, -1].float().softmax(-1).numpy()
+        )
     shared = {}
     for piece, number in DRAFT.get_vocab().items():
         mark = piece.replace("▁", "Ġ")
         if piece != "<eos>" and mark in TARGET.get_vocab():
-            shared[TARGET.get_vocab()[mark]] = law[number]
+            shared[TARGET.get_vocab()[mark]] = distribution[number]
     total = sum(shared.values())
     assert set(proposal.tokens.tolist()) == set(shared)
     for token, prob in zip(proposal.tokens.tolist(), proposal.probs.tolist(), strict=True):

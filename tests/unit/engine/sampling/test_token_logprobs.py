@@ -9,7 +9,7 @@ from retrieval_draft.engine.sampling.token_logprobs import token_logprobs
 
 
 def test_logprobs_of_a_token() -> None:
-    said = token_logprobs(torch.tensor([0.5, 0.25, 0.25]).log(), 1, 1)
-    assert said.logprob == pytest.approx(-1.3863, abs=1e-4)
-    assert said.top == [0]
-    assert said.top_logprobs == pytest.approx([-0.6931], abs=1e-4)
+    found = token_logprobs(torch.tensor([0.5, 0.25, 0.25]).log(), 1, 1)
+    assert found.logprob == pytest.approx(-1.3863, abs=1e-4)
+    assert found.top == [0]
+    assert found.top_logprobs == pytest.approx([-0.6931], abs=1e-4)

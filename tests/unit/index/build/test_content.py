@@ -83,7 +83,7 @@ def test_what_stands_before_a_tear_is_read(tmp_path, name: str, kept: float) -> 
 
 
 def test_every_byte_before_a_broken_one_is_read(tmp_path) -> None:
-    # Stored blocks: what is packed stands there as it is, and so does the broken byte's place.
+    # Stored blocks: what is packed stands there as it is, and so does the broken byte's position.
     packed = bytearray(gzip.compress(RANDOM, 0) + gzip.compress(b"behind"))
     packed[-14] ^= 0xFF
     found, why = read(written(tmp_path / "a", bytes(packed)))

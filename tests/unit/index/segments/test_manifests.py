@@ -40,13 +40,13 @@ def fields(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 def changed(document: Any, path: tuple[Any, ...], value: Any) -> Any:
     made = copy.deepcopy(document)
-    place = made
+    parent = made
     for name in path[:-1]:
-        place = place[name]
+        parent = parent[name]
     if value is ABSENT:
-        del place[path[-1]]
+        del parent[path[-1]]
     else:
-        place[path[-1]] = value
+        parent[path[-1]] = value
     return made
 
 

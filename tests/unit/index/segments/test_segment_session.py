@@ -61,12 +61,12 @@ def test_step_by_step_equals_at_once() -> None:
     segments = [segment(*runs[:3]), segment(*runs[3:], vocabulary=80000)]
     text = random.integers(0, 5, 120).tolist()
     grown = session(segments, text[:1])
-    place = 1
-    while place < len(text):
+    position = 1
+    while position < len(text):
         step = int(random.integers(1, 6))
-        grown.observe(np.array(text[place : place + step], np.int32))
-        place += step
-        fresh = session(segments, text[: min(place, len(text))])
+        grown.observe(np.array(text[position : position + step], np.int32))
+        position += step
+        fresh = session(segments, text[: min(position, len(text))])
         mine, theirs = grown.propose(20), fresh.propose(20)
         assert mine.tokens.tolist() == theirs.tokens.tolist()
         assert mine.parents.tolist() == theirs.parents.tolist()

@@ -135,7 +135,7 @@ def test_a_cluster_spreads_the_shards(tmp_path) -> None:
             for number in range(60):
                 share(stores[number % 6], number)
             wait_same(stores, runs(*range(60)))
-            # The shards that six servers write to are chance; the places of all shards are not.
+            # The shards that six servers write to are chance; the servers that hold the shards are not.
             for shard in range(SHARDS):
                 client(cluster.url).xadd(stream_key("spread:all", str(shard)), {"a": b"1"})
             assert all(node.client().keys("rd:spread:all:*") for node in cluster.nodes)

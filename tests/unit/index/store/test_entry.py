@@ -24,9 +24,9 @@ def reason(payload, reader=None) -> str:
     return caught.value.reason
 
 
-def changed(payload: bytes, place: int, value) -> bytes:
+def changed(payload: bytes, index: int, value) -> bytes:
     fields = msgspec.msgpack.decode(payload)
-    fields[place] = value
+    fields[index] = value
     return msgspec.msgpack.encode(fields)
 
 
@@ -45,7 +45,7 @@ def test_the_wire_format_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "expected"),
+    ("index", "value", "expected"),
     [
         (0, 2, "version"),
         (0, "1", "malformed"),
@@ -60,8 +60,8 @@ def test_the_wire_format_stays() -> None:
         (5, bytes(5000), "length"),
     ],
 )
-def test_what_does_not_fit_is_rejected(place, value, expected) -> None:
-    assert reason(changed(codec().encode(SERVER, 3, RUN), place, value)) == expected
+def test_what_does_not_fit_is_rejected(index, value, expected) -> None:
+    assert reason(changed(codec().encode(SERVER, 3, RUN), index, value)) == expected
 
 
 def test_another_version_may_look_quite_different() -> None:
@@ -76,8 +76,8 @@ def test_with_a_key_unsigned_and_altered_entries_are_rejected() -> None:
     assert reason(codec().encode(SERVER, 3, RUN), signed) == "unsigned"
     assert reason(codec("other").encode(SERVER, 3, RUN), signed) == "altered"
     payload = signed.encode(SERVER, 3, RUN)
-    for place, value in ((2, bytes(16)), (3, 4), (4, 1), (5, bytes(4)), (6, bytes(32))):
-        assert reason(changed(payload, place, value), signed) == "altered"
+    for index, value in ((2, bytes(16)), (3, 4), (4, 1), (5, bytes(4)), (6, bytes(32))):
+        assert reason(changed(payload, index, value), signed) == "altered"
     # A signed entry of another tenant is signed for that tenant.
     assert reason(codec("secret", "f:other").encode(SERVER, 3, RUN), signed) == "namespace"
     assert reason(changed(codec("secret", "f:other").encode(SERVER, 3, RUN), 1, "f:t"), signed) == "altered"
@@ -94,6 +94,6 @@ def test_no_bytes_crash_the_reader(payload) -> None:
 @given(st.data())
 def test_no_flipped_bit_passes_a_signature(data) -> None:
     payload = bytearray(codec("secret").encode(SERVER, 3, RUN))
-    place = data.draw(st.integers(0, len(payload) * 8 - 1))
-    payload[place // 8] ^= 1 << place % 8
+    bit = data.draw(st.integers(0, len(payload) * 8 - 1))
+    payload[bit // 8] ^= 1 << bit % 8
     reason(bytes(payload), codec("secret"))

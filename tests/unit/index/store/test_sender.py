@@ -59,12 +59,12 @@ class Sending:
         self.turns.lost()
         self.client = self.redis.client()
 
-    def said(self, key: bytes = KEY) -> list[tuple[int, int]]:
+    def sent(self, key: bytes = KEY) -> list[tuple[int, int]]:
         """Sequence number and first token of each entry in the stream."""
         entries = [self.codec.decode(payload) for payload in self.redis.payloads(key)]
         return [(entry.sequence, int(np.frombuffer(entry.tokens, "<u4")[0])) for entry in entries]
 
-    def once(self) -> int:
+    def read(self) -> int:
         """Entries that a reader of the stream takes in."""
         reader = LogReplica(VOCABULARY, self.codec, StoreConfig("redis://there"), StoreCounts())
         reader.take("0", [[name, [b"e", payload]] for name, payload in self.redis.streams[KEY]])
@@ -78,7 +78,7 @@ def test_runs_go_in_order_and_are_counted() -> None:
     made.turn()
     made.put(4)
     made.turn()
-    assert made.said() == [(0, 7), (1, 9), (2, 4)]
+    assert made.sent() == [(0, 7), (1, 9), (2, 4)]
     assert (made.counts.sent, made.counts.resent, made.sender.idle) == (3, 0, True)
 
 
@@ -87,13 +87,13 @@ def test_what_redis_refused_and_all_after_it_goes_again_and_nothing_before_it() 
     made.put(1, 2, 3)
     made.redis.accepts = 1
     made.fails(ResponseError)
-    assert made.said() == [(0, 1)]
+    assert made.sent() == [(0, 1)]
     assert not made.sender.idle
     made.redis.accepts = None
     made.put(4)
     made.turn()
     made.turn()
-    assert made.said() == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert made.sent() == [(0, 1), (1, 2), (2, 3), (3, 4)]
     assert (made.counts.sent, made.counts.resent) == (4, 0)
 
 
@@ -103,8 +103,8 @@ def test_without_an_answer_all_goes_again_and_a_reader_has_it_once() -> None:
     made.redis.dies = True
     made.fails()
     made.turn()
-    assert made.said() == [(0, 1), (1, 2), (0, 1), (1, 2)]
-    assert made.once() == 2
+    assert made.sent() == [(0, 1), (1, 2), (0, 1), (1, 2)]
+    assert made.read() == 2
     assert made.counts.sent == 2
 
 
@@ -115,7 +115,7 @@ def test_another_connection_to_the_same_redis_sends_nothing_again() -> None:
     made.turns.lost()
     made.client = made.redis.client()
     made.turn()
-    assert made.said() == [(0, 1), (1, 2)]
+    assert made.sent() == [(0, 1), (1, 2)]
 
 
 def test_after_a_crash_of_redis_what_it_took_goes_again_before_what_is_new() -> None:
@@ -129,8 +129,8 @@ def test_after_a_crash_of_redis_what_it_took_goes_again_before_what_is_new() -> 
     made.fails()
     made.turn()
     made.turn()
-    assert made.said() == [(2, 3), (0, 1), (1, 2), (2, 3)], "the first of it without an answer"
-    assert made.once() == 3
+    assert made.sent() == [(2, 3), (0, 1), (1, 2), (2, 3)], "the first of it without an answer"
+    assert made.read() == 3
     assert (made.counts.sent, made.counts.resent) == (3, 2)
 
 
@@ -142,7 +142,7 @@ def test_a_restart_that_another_thread_noticed_is_looked_for() -> None:
     made.redis.run_id = "second"
     made.sender.look_again()  # this connection works on, through a proxy for one
     made.turn()
-    assert made.said() == [(0, 1)]
+    assert made.sent() == [(0, 1)]
     assert made.counts.resent == 1
 
 
@@ -162,7 +162,7 @@ def test_what_was_accepted_long_before_the_crash_is_safe(goes_on: bool, monkeypa
     made.redis.run_id = "second"
     made.sender.look_again()
     made.turn()
-    assert made.said() == ([(1, 2)] if goes_on else [])
+    assert made.sent() == ([(1, 2)] if goes_on else [])
 
 
 def test_what_others_lost_is_put_back() -> None:
@@ -171,7 +171,7 @@ def test_what_others_lost_is_put_back() -> None:
     made.sender.put_back([lost])
     made.put(1)
     made.turn()
-    assert made.said() == [(5, 8), (0, 1)]
+    assert made.sent() == [(5, 8), (0, 1)]
     assert (made.counts.sent, made.counts.resent) == (1, 1)
     assert made.sender.idle
 
@@ -208,7 +208,7 @@ def test_where_something_else_has_the_streams_name_another_is_used() -> None:
     made.fails(ResponseError)
     made.redis.accepts = None
     made.turn()
-    assert (made.said(KEY), made.said(OTHER)) == ([], [(0, 1)])
+    assert (made.sent(KEY), made.sent(OTHER)) == ([], [(0, 1)])
 
 
 def test_a_stream_without_ids_left_is_given_some(monkeypatch) -> None:
@@ -221,7 +221,7 @@ def test_a_stream_without_ids_left_is_given_some(monkeypatch) -> None:
     assert revived == [(KEY,)]
     made.redis.accepts = None
     made.turn()
-    assert made.said() == [(0, 1)]
+    assert made.sent() == [(0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -262,5 +262,5 @@ def test_a_user_who_may_not_measure_still_sends(monkeypatch) -> None:
         made.put(number)
         made.turn()
         clock.now += 10
-    assert [sequence for sequence, _ in made.said()] == [0, 1, 2]
+    assert [sequence for sequence, _ in made.sent()] == [0, 1, 2]
     assert asked == [KEY]

@@ -52,7 +52,7 @@ def test_toml(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    ("environment", "message"),
     [
         ({"RETRIEVAL_DRAFT_MIN_PROB": "much"}, "RETRIEVAL_DRAFT_MIN_PROB: Expected `float`"),
         ({"RETRIEVAL_DRAFT_MIN_PROB": "1.5"}, "RETRIEVAL_DRAFT_MIN_PROB: Expected `float` <= 1.0"),
@@ -64,14 +64,14 @@ def test_toml(tmp_path: Path) -> None:
         ({"RETRIEVAL_DRAFT_CONFIG": "/nowhere.json"}, "cannot be read"),
     ],
 )
-def test_what_is_refused(environment: dict[str, str], said: str) -> None:
-    with pytest.raises(InvalidInputError, match=said):
+def test_what_is_refused(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
         VllmOptions.read(environment)
 
 
 def test_a_file_with_unknown_options_or_no_table(tmp_path: Path) -> None:
     file = tmp_path / "options.json"
-    for text, said in (('{"minprob": 1}', "minprob"), ("[]", "holds a list"), ("{", "cannot be read")):
+    for text, message in (('{"minprob": 1}', "minprob"), ("[]", "holds a list"), ("{", "cannot be read")):
         file.write_text(text)
-        with pytest.raises(InvalidInputError, match=said):
+        with pytest.raises(InvalidInputError, match=message):
             VllmOptions.read({"RETRIEVAL_DRAFT_CONFIG": str(file)})

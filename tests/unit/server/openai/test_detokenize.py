@@ -45,7 +45,7 @@ def test_the_first_stop_string_in_the_text_wins_and_of_two_there_the_longer() ->
     text = ReplyText(letters, (), ("D", "EN", "b"))
     text.push(tokens("aEND"))
     assert (text.text, text.stopped) == ("a", "EN")
-    # Both begin at one place, and the token that completes the longer one comes with the shorter.
+    # Both begin at one position, and the token that completes the longer one comes with the shorter.
     other = ReplyText(lambda ids: "".join("xEND"[:4] for _ in ids), (), ("E", "END"))
     other.push([0])
     assert (other.text, other.stopped) == ("x", "END")
@@ -56,11 +56,11 @@ def test_characters_of_several_bytes_come_whole(sizes: tuple[int, ...]) -> None:
     tokenizer = byte_tokenizer()
     whole = "naïve 猫が座った 🙂🇪🇺 ok"
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
-    text, pieces, place = ReplyText(decoder(tokenizer)), [], 0
-    while place < len(ids):
+    text, pieces, position = ReplyText(decoder(tokenizer)), [], 0
+    while position < len(ids):
         for size in sizes:
-            pieces.append(text.push(ids[place : place + size]))
-            place += size
+            pieces.append(text.push(ids[position : position + size]))
+            position += size
     pieces.append(text.finish())
     assert "".join(pieces) == text.text == whole
     assert all("\ufffd" not in piece for piece in pieces)
@@ -84,11 +84,11 @@ def test_chunks_do_not_change_the_text() -> None:
         one = ReplyText(decoder(tokenizer), (), ("a", "bc"))
         other = ReplyText(decoder(tokenizer), (), ("a", "bc"))
         one.push(ids)
-        place = 0
-        while place < len(ids):
+        position = 0
+        while position < len(ids):
             size = draw.randint(1, 9)
-            other.push(ids[place : place + size])
-            place += size
+            other.push(ids[position : position + size])
+            position += size
         one.finish()
         other.finish()
         assert (one.text, one.stopped) == (other.text, other.stopped)

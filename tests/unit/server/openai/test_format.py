@@ -40,11 +40,11 @@ def made(kind: type[Any], ids: bool = False, logprobs: bool = False) -> Any:
 
 
 def reply(
-    *indices: int, tokens: Sequence[int] = (), ends: bool = True, said: Sequence[Any] = (), **more: Any
+    *indices: int, tokens: Sequence[int] = (), ends: bool = True, logprobs: Sequence[Any] = (), **more: Any
 ) -> Reply:
     """A reply of the given tokens."""
     found = Reply(indices or [0], ReplyText(lambda ids: "".join(map(Texts().text, ids))), [9], **more)
-    found.take(Tokens(0, tokens, said, 0))
+    found.take(Tokens(0, tokens, logprobs, 0))
     if ends:
         found.end(Ended(0, "stop", DraftStats(), 0.0, {}))
     return found
@@ -121,7 +121,7 @@ def test_pieces_of_a_chat() -> None:
 def test_a_piece_that_says_nothing_is_not_sent(kind: Any) -> None:
     going = reply(tokens=[1], ends=False)
     assert made(kind).piece(going, "", 0, 1) == []
-    assert len(made(kind, ids=True).piece(going, "", 0, 1)) == 1, "ids are said even where the text waits"
+    assert len(made(kind, ids=True).piece(going, "", 0, 1)) == 1, "ids are returned even where the text waits"
     assert len(made(kind).piece(reply(tokens=[1]), "", 1, 1)) == 1, "and so is the reason"
 
 
@@ -131,7 +131,7 @@ def test_the_last_piece_has_no_choices() -> None:
 
 
 def test_log_probabilities_of_a_completion() -> None:
-    (choice,) = made(CompletionFormat, logprobs=True).whole([reply(tokens=[1, 2], said=LOGPROBS)], USAGE)[
+    (choice,) = made(CompletionFormat, logprobs=True).whole([reply(tokens=[1, 2], logprobs=LOGPROBS)], USAGE)[
         "choices"
     ]
     assert choice["logprobs"] == {
@@ -143,7 +143,7 @@ def test_log_probabilities_of_a_completion() -> None:
 
 
 def test_log_probabilities_of_a_chat() -> None:
-    (choice,) = made(ChatFormat, logprobs=True).whole([reply(tokens=[1], said=LOGPROBS[:1])], USAGE)[
+    (choice,) = made(ChatFormat, logprobs=True).whole([reply(tokens=[1], logprobs=LOGPROBS[:1])], USAGE)[
         "choices"
     ]
     assert choice["logprobs"] == {
@@ -161,9 +161,9 @@ def test_log_probabilities_of_a_chat() -> None:
 
 def test_an_echoed_prompt_stands_before_the_reply_with_its_log_probabilities() -> None:
     prompt: Any = PromptLogprobs([9, 8], 1)
-    prompt.said = [TokenLogprobs(8, -2.0, [7], [-1.5])]
+    prompt.logprobs = [TokenLogprobs(8, -2.0, [7], [-1.5])]
     echoed = {"prompt_text": "ih", "prompt_logprobs": prompt, "prompt_offsets": [0, 1]}
-    found = reply(tokens=[1], said=LOGPROBS[:1], **echoed)
+    found = reply(tokens=[1], logprobs=LOGPROBS[:1], **echoed)
     found.prompt = [9, 8]
     format = made(CompletionFormat, logprobs=True)
     (choice,) = format.whole([found], USAGE)["choices"]

@@ -40,7 +40,7 @@ def test_text_comes_piece_by_piece_with_the_end_of_it_last() -> None:
     assert made.marks == [("a", True)]
     assert made.take(Tokens(0, [3], (), 0)) == ""
     assert made.end(end()) == "bc"
-    assert (made.said, made.reason, made.logprob) == ("abc", "stop", -3.0)
+    assert (made.text, made.reason, made.logprob) == ("abc", "stop", -3.0)
     assert made.marks == [("bc", False)]
     assert made.offsets == [0, 1, 2]
     assert made.mean_logprob == -1.0
@@ -50,14 +50,14 @@ def test_text_that_the_engine_made_is_taken_as_it_is() -> None:
     made = Reply([0], None, [1])
     assert made.take(Tokens(0, [1, 2], (), 0, ["x", ""], [0, 1])) == "x"
     assert made.end(end(rest="yz")) == "yz"
-    assert (made.said, made.offsets) == ("xyz", [0, 1])
+    assert (made.text, made.offsets) == ("xyz", [0, 1])
 
 
 def test_where_only_the_prompt_is_wanted_nothing_is_said() -> None:
     made = reply(silent=True)
     assert made.take(Tokens(0, [1, 2], (), 1)) == ""
     assert made.end(end()) == ""
-    assert (made.tokens, made.said, made.reason) == ([], "", "length")
+    assert (made.tokens, made.text, made.reason) == ([], "", "length")
 
 
 def test_drafting_is_counted_over_all_choices() -> None:

@@ -153,9 +153,9 @@ def test_a_failure_is_an_event_of_a_stream_and_raised_from_a_whole_response() ->
 
 def test_of_competing_samples_the_best_of_each_prompt_are_returned() -> None:
     async def check() -> None:
-        said = [tokens(0, 1), tokens(1, 2), tokens(2, 3, 3), tokens(3, 4)]
+        taken = [tokens(0, 1), tokens(1, 2), tokens(2, 3, 3), tokens(3, 4)]
         ends = [over(0, -2.0), over(1, -1.0), over(2, -3.0), over(3, -1.6)]
-        body = await writer(*said, *ends, choices=4, prompts=2, kept=1).whole()
+        body = await writer(*taken, *ends, choices=4, prompts=2, kept=1).whole()
         assert [(each["index"], each["text"]) for each in body["choices"]] == [(0, "b"), (1, "cc")]
 
     run(check)

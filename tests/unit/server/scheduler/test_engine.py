@@ -80,7 +80,7 @@ def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), 120))
 
 
-def said(events: list[Event], index: int = 0) -> list[int]:
+def tokens_of(events: list[Event], index: int = 0) -> list[int]:
     """Tokens of one choice."""
     found = [each for each in events if isinstance(each, Tokens) and each.index == index]
     return [token for each in found for token in each.tokens]
@@ -115,7 +115,7 @@ def test_a_job_is_told_its_tokens_and_its_end() -> None:
             job = job_of(DRAFTER, prompt_ids(9))
             engine.submit(job)
             events = await ended(job)
-        assert said(events) == alone(prompt_ids(9))
+        assert tokens_of(events) == alone(prompt_ids(9))
         assert ends_of(events) == {0: "length"}
         assert (ends.starts, ends.ends) == (["job"], [("job", "length")])
         assert (job.ended, job.choices[0].over) == (1, True)
@@ -130,7 +130,7 @@ def test_the_model_s_end_token_is_a_stop() -> None:
             job = job_of(DRAFTER, prompt_ids(9), eos_token_id=reply[3])
             engine.submit(job)
             events = await ended(job)
-        assert said(events) == reply[: reply.index(reply[3]) + 1]
+        assert tokens_of(events) == reply[: reply.index(reply[3]) + 1]
         assert ends_of(events) == {0: "stop"}
 
     run(check)
@@ -139,11 +139,11 @@ def test_the_model_s_end_token_is_a_stop() -> None:
 def test_jobs_in_company_say_what_they_say_alone() -> None:
     async def check() -> None:
         with serving(max_batch=2) as (engine, _):
-            jobs = [job_of(DRAFTER, prompt_ids(7 + place, seed=place), f"{place}") for place in range(4)]
+            jobs = [job_of(DRAFTER, prompt_ids(7 + number, seed=number), f"{number}") for number in range(4)]
             for job in jobs:
                 engine.submit(job)
-            found = [said(await ended(job)) for job in jobs]
-        assert found == [alone(prompt_ids(7 + place, seed=place)) for place in range(4)]
+            found = [tokens_of(await ended(job)) for job in jobs]
+        assert found == [alone(prompt_ids(7 + number, seed=number)) for number in range(4)]
 
     run(check)
 
@@ -157,7 +157,7 @@ def test_samples_of_a_prompt_are_choices_of_their_own() -> None:
             engine.submit(job)
             events = await ended(job)
         out = DRAFTER.generate(prompt_ids(9), max_new_tokens=8, **options)
-        assert [said(events, index) for index in range(3)] == out[:, 9:].tolist()
+        assert [tokens_of(events, index) for index in range(3)] == out[:, 9:].tolist()
         assert ends_of(events) == dict.fromkeys(range(3), "length")
 
     run(check)
@@ -167,9 +167,7 @@ def test_more_samples_than_rows_are_refused() -> None:
     async def check() -> None:
         with serving(max_batch=2) as (engine, _):
             job = job_of(DRAFTER, prompt_ids(9), do_sample=True, num_return_sequences=3)
-            with pytest.raises(
-                ApiError, match="3 samples needs as many places; this server decodes 2"
-            ) as wide:
+            with pytest.raises(ApiError, match="3 samples needs as many rows; this server decodes 2") as wide:
                 engine.submit(job)
         assert (wide.value.status, wide.value.param) == (400, "n")
 
@@ -187,7 +185,7 @@ def test_one_that_waits_can_be_given_up_and_never_starts() -> None:
             engine.give_up(second, ApiError(500, "a later reason"))
             GATE.open.set()
             assert failure(await ended(second)).message == "gone"
-            assert said(await ended(first)) == alone(prompt_ids(9))
+            assert tokens_of(await ended(first)) == alone(prompt_ids(9))
         assert ends.starts == ["a"]
         assert ends.ends == [("b", "abort"), ("a", "length")]
 
@@ -205,7 +203,7 @@ def test_one_that_runs_can_be_given_up_and_the_others_go_on() -> None:
             engine.give_up(first, ApiError(499, "gone"))
             GATE.open.set()
             assert failure(await ended(first)).message == "gone"
-            assert said(await ended(second)) == alone(prompt_ids(12))
+            assert tokens_of(await ended(second)) == alone(prompt_ids(12))
         assert ends.ends == [("a", "abort"), ("b", "length")]
 
     run(check)
@@ -259,7 +257,7 @@ def test_a_request_whose_own_processor_raises_fails_alone() -> None:
             for job in (bad, good):
                 engine.submit(job)
             error = failure(await ended(bad))
-            assert said(await ended(good)) == alone(prompt_ids(12))
+            assert tokens_of(await ended(good)) == alone(prompt_ids(12))
         assert error.status == 500
         assert "secret" not in error.message
         assert sorted(ends.ends) == [("bad", "error"), ("good", "length")]
@@ -282,7 +280,7 @@ def test_a_request_whose_sources_cannot_be_opened_fails_alone(monkeypatch: pytes
             for job in (bad, good):
                 engine.submit(job)
             assert failure(await ended(bad)).status == 500
-            assert said(await ended(good)) == alone(prompt_ids(12))
+            assert tokens_of(await ended(good)) == alone(prompt_ids(12))
         assert sorted(ends.ends) == [("bad", "error"), ("good", "length")]
 
     run(check)
@@ -307,7 +305,7 @@ def test_a_batch_that_breaks_fails_its_requests_and_the_next_is_served(
             assert failure(await ended(first)).status == 500
             second = job_of(DRAFTER, prompt_ids(9), "b")
             engine.submit(second)
-            assert said(await ended(second)) == alone(prompt_ids(9))
+            assert tokens_of(await ended(second)) == alone(prompt_ids(9))
         assert ends.ends == [("a", "error"), ("b", "length")]
 
     run(check)
@@ -323,7 +321,7 @@ def test_about_to_stop_it_takes_no_more_and_ends_what_it_has() -> None:
                 engine.submit(job_of(DRAFTER, prompt_ids(9)))
             assert (late.value.status, late.value.headers()) == (503, {"Retry-After": "5"})
             GATE.open.set()
-            assert said(await ended(job)) == alone(prompt_ids(9))
+            assert tokens_of(await ended(job)) == alone(prompt_ids(9))
 
     run(check)
 
@@ -377,7 +375,7 @@ def test_stop_strings_cut_the_text_and_end_the_row() -> None:
             engine.submit(job)
             events = await ended(job)
         assert ends_of(events) == {0: "stop"}
-        assert said(events) == reply[:4]
+        assert tokens_of(events) == reply[:4]
         shown = [piece for each in events if isinstance(each, Tokens) for piece in each.pieces or ()]
         (end,) = [each for each in events if isinstance(each, Ended)]
         assert "".join(shown) + str(end.rest) == decode(reply[:2])

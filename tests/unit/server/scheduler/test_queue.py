@@ -12,10 +12,10 @@ from retrieval_draft.server.scheduler.queue import JobQueue
 from tests.support.jobs import empty_job
 
 
-def order(queue: JobQueue, places: int = 8) -> list[str]:
+def order(queue: JobQueue, free_rows: int = 8) -> list[str]:
     """Names of the jobs whose groups come next, until there are no more."""
     names = []
-    while (group := queue.next(places)) is not None:
+    while (group := queue.next(free_rows)) is not None:
         names.append(group.job.id)
     return names
 

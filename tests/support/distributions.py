@@ -12,17 +12,17 @@ FEWEST = 5.0
 """Outcomes expected less often are counted together, as usual for the chi-square approximation."""
 
 
-def chi_square_z(samples: Sequence[Hashable], law: Mapping[Hashable, float]) -> float:
+def chi_square_z(samples: Sequence[Hashable], distribution: Mapping[Hashable, float]) -> float:
     """Pearson's chi-square as a standard normal variable (Wilson and Hilferty, 1931); above 4 is no chance.
 
-    An outcome that the law does not know gives infinity.
+    An outcome that the distribution does not know gives infinity.
     """
     counts = Counter(samples)
-    if any(law.get(outcome, 0.0) <= 0.0 for outcome in counts):
+    if any(distribution.get(outcome, 0.0) <= 0.0 for outcome in counts):
         return math.inf
     total = len(samples)
     statistic, cells, rest, rest_count = 0.0, 0, 0.0, 0
-    for outcome, prob in law.items():
+    for outcome, prob in distribution.items():
         expected = prob * total
         if expected < FEWEST:
             rest, rest_count = rest + expected, rest_count + counts[outcome]
@@ -36,11 +36,11 @@ def chi_square_z(samples: Sequence[Hashable], law: Mapping[Hashable, float]) -> 
     return ((statistic / freedom) ** (1.0 / 3.0) - (1.0 - spread)) / math.sqrt(spread)
 
 
-def excess_variation(samples: Sequence[Hashable], law: Mapping[Hashable, float]) -> float:
-    """Total variation between samples and law over what so many samples of the law have on average."""
+def excess_variation(samples: Sequence[Hashable], distribution: Mapping[Hashable, float]) -> float:
+    """Total variation from the distribution, over what so many samples of it have on average."""
     counts, total = Counter(samples), len(samples)
-    outcomes = set(law) | set(counts)
-    found = 0.5 * sum(abs(counts[o] / total - law.get(o, 0.0)) for o in outcomes)
+    outcomes = set(distribution) | set(counts)
+    found = 0.5 * sum(abs(counts[o] / total - distribution.get(o, 0.0)) for o in outcomes)
     # Mean absolute deviation of a binomial share, by its normal approximation.
-    usual = 0.5 * sum(math.sqrt(2.0 * p * (1.0 - p) / (math.pi * total)) for p in law.values())
+    usual = 0.5 * sum(math.sqrt(2.0 * p * (1.0 - p) / (math.pi * total)) for p in distribution.values())
     return found / usual

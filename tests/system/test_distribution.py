@@ -1,4 +1,4 @@
-"""The joint law of several tokens of a real model, with drafts of every kind, over many samples."""
+"""The joint distribution of several tokens of a real model, with drafts of every kind, over many samples."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
+from tests.support.distributions import chi_square_z, excess_variation
 from tests.support.drafters import prompt_ids
-from tests.support.laws import chi_square_z, excess_variation
 from tests.support.models import make
 
 VOCABULARY = 5
 TOKENS = 4
 
 
-def law_of(model: Any, prompt: torch.Tensor, temperature: float) -> dict[tuple[int, ...], float]:
+def distribution_of(model: Any, prompt: torch.Tensor, temperature: float) -> dict[tuple[int, ...], float]:
     """Probability of each sequence of `TOKENS` tokens, from the plain model."""
     replies = torch.tensor(list(product(range(VOCABULARY), repeat=TOKENS)))
     text = torch.cat([prompt.expand(len(replies), -1), replies], 1)
@@ -32,7 +32,7 @@ def law_of(model: Any, prompt: torch.Tensor, temperature: float) -> dict[tuple[i
 )
 def test_samples_follow_the_law_of_the_model(draft: str | None, samples: int, rounds: int) -> None:
     model, prompt = make("llama", vocab_size=VOCABULARY, initializer_range=0.3), prompt_ids(9, VOCABULARY)
-    law = law_of(model, prompt, 0.9)
+    distribution = distribution_of(model, prompt, 0.9)
     config = DraftConfig(nodes=12, top_k=4)
     drafter = RetrievalDrafter.for_model(model, config=config, draft_model=draft)
     drawn: list[tuple[int, ...]] = []
@@ -44,6 +44,8 @@ def test_samples_follow_the_law_of_the_model(draft: str | None, samples: int, ro
         drawn += [tuple(reply) for reply in out[:, prompt.shape[1] :].tolist()]
     assert drafter.stats.tokens_per_step > 1.3, "drafts were taken"
     assert drafter.stats.drafted > 3 * drafter.stats.steps, "trees had several children"
-    assert chi_square_z(drawn, law) < 3.5
-    assert excess_variation(drawn, law) < 1.3
-    assert chi_square_z(drawn, law_of(model, prompt, 1.3)) > 5, "so many samples tell temperatures apart"
+    assert chi_square_z(drawn, distribution) < 3.5
+    assert excess_variation(drawn, distribution) < 1.3
+    assert chi_square_z(drawn, distribution_of(model, prompt, 1.3)) > 5, (
+        "so many samples tell temperatures apart"
+    )
