@@ -150,7 +150,7 @@ def merge(
 
     opened = [IndexFolder.open(path) for path in indexes]
     paths = [index.path.resolve() for index in opened]
-    if len(set(paths)) < len(places):
+    if len(set(paths)) < len(paths):
         raise InvalidInputError("An index is named twice.", "Name each once.")
     first = opened[0].manifest
     target = opened[0]

@@ -55,20 +55,19 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class _RowOutput:
-    """A row's part of a pass: logits and hidden states at its nodes, padded ones included, and a summary."""
+    """A row's part of a pass: its drafts, logits and hidden states at their nodes, padding included."""
 
+    plan: DraftPlan
     logits: Tensor
-    summary: Predictions
+    predictions: Predictions
     hidden: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Verified:
-    """A pass over some rows."""
+    """A pass over some rows, and its time."""
 
-    rows: Sequence[Row]
-    plans: Sequence[DraftPlan]
-    parts: Sequence[_RowOutput]
+    outputs: dict[Row, _RowOutput]
     nodes: int
     seconds: float
 
@@ -85,8 +84,8 @@ class _StepCosts:
     seconds: float
 
 
-def _accept(row: Row, plan: DraftPlan, output: _RowOutput) -> list[int]:
-    return row.accept(plan, output.logits, output.summary, output.hidden)
+def _accept(row: Row, output: _RowOutput) -> list[int]:
+    return row.accept(output.plan, output.logits, output.predictions, output.hidden)
 
 
 class Batch:
@@ -144,7 +143,11 @@ class Batch:
         return row
 
     def row(
-        self, request: DecodeRequest, drafting: DraftSession | None, stats: DraftStats, beside: bool = False
+        self,
+        request: DecodeRequest,
+        drafting: DraftSession | None,
+        stats: DraftStats,
+        has_others: bool = False,
     ) -> Row:
         """A row that has not joined yet.
 
@@ -152,10 +155,10 @@ class Batch:
             request: The request to decode.
             drafting: Its drafts; None decodes one token a step.
             stats: Its counts.
-            beside: Whether there is another row that has not joined yet.
+            has_others: Whether there is another row that has not joined yet.
         """
         target = self._target
-        attention = target.attention_of_row() if self.rows or beside else target.attention
+        attention = target.attention_of_row() if self.rows or has_others else target.attention
         return Row(target, request, drafting, attention, stats)
 
     def joining(self, row: Row, prefix_owner: Row | None = None) -> Iterator[None]:
@@ -203,39 +206,36 @@ class Batch:
         prepared = self._of_each(Row.prepare, list(planned), list(planned.values()))
         packed = perf_counter()
         verified = self._verify_groups(prepared, planned)
-        forward = sum(each.seconds for each in verified)
-        passed = [row for each in verified for row in each.rows]
-        plans = {row: plan for each in verified for row, plan in zip(each.rows, each.plans, strict=True)}
-        accepted = self._of_each(
-            _accept, passed, list(plans.values()), [part for each in verified for part in each.parts]
-        )
+        outputs = {row: output for each in verified for row, output in each.outputs.items()}
+        emitted: dict[Row, list[int]] = self._of_each(_accept, list(outputs), list(outputs.values()))
         ended = perf_counter()
-        rows, emitted = list(accepted), list(accepted.values())
+        rows = list(emitted)
+        step = Step(
+            rows=rows,
+            plans=[outputs[row].plan for row in rows],
+            emitted=list(emitted.values()),
+            learn_seconds=learnt - started,
+            draft_seconds=drafted - learnt,
+            commit_seconds=packed - drafted,
+            forward_seconds=sum(each.seconds for each in verified),
+            seconds=ended - started,
+        )
         if len(verified) == 1 and rows:
             self._costs = _StepCosts(
-                len(verified[0].rows),
-                verified[0].nodes,
-                max(row.length for row in rows),
-                sum(map(len, emitted)),
-                forward,
-                ended - started,
+                rows=len(outputs),
+                nodes=verified[0].nodes,
+                length=max(row.length for row in rows),
+                emitted=sum(map(len, step.emitted)),
+                forward_seconds=step.forward_seconds,
+                seconds=step.seconds,
             )
         stats.passes += len(verified)
-        stats.learn_seconds += learnt - started
-        stats.draft_seconds += drafted - learnt
-        stats.commit_seconds += packed - drafted
-        stats.forward_seconds += forward
-        stats.accept_seconds += ended - packed - forward
-        return Step(
-            rows,
-            [plans[row] for row in rows],
-            emitted,
-            learnt - started,
-            drafted - learnt,
-            packed - drafted,
-            forward,
-            ended - started,
-        )
+        stats.learn_seconds += step.learn_seconds
+        stats.draft_seconds += step.draft_seconds
+        stats.commit_seconds += step.commit_seconds
+        stats.forward_seconds += step.forward_seconds
+        stats.accept_seconds += ended - packed - step.forward_seconds
+        return step
 
     def _apply_feedback(self) -> None:
         """Updates sources, calibration and costs with the result of the last step, once."""
@@ -295,13 +295,11 @@ class Batch:
         self, rows: Sequence[Row], plans: Sequence[DraftPlan], inputs: Sequence[TreeInputs]
     ) -> _Verified:
         """One pass over the trees of all rows, and its predictions."""
-        began, caches, hidden = perf_counter(), [row.cache for row in rows], None
-        if any(row.drafting is not None and row.drafting.wants_hidden for row in rows):
-            with self._target.watching_hidden():
-                logits = self._target.verify_rows(caches, inputs)
-                hidden = self._target.hidden
-        else:
-            logits = self._target.verify_rows(caches, inputs)
+        began = perf_counter()
+        wants_hidden = any(row.drafting is not None and row.drafting.wants_hidden for row in rows)
+        with self._target.watching_hidden(wants_hidden):
+            logits = self._target.verify_rows([row.cache for row in rows], inputs)
+            hidden = self._target.hidden if wants_hidden else None
         launched = perf_counter()
         begins = [0]
         for given in inputs:
@@ -309,11 +307,21 @@ class Batch:
         predictions = self._read(logits, begins, [len(plan.tree) for plan in plans])
         # On CUDA the pass is over when its logits have been read; nothing else waits for it.
         ended = perf_counter() if self._target.device.type == "cuda" else launched
-        parts = [
-            _RowOutput(logits[begin:end], each, None if hidden is None else hidden[begin:end])
-            for each, (begin, end) in zip(predictions, pairwise(begins), strict=True)
+        outputs = {
+            row: _RowOutput(plan, logits[begin:end], each, None if hidden is None else hidden[begin:end])
+            for row, plan, each, (begin, end) in zip(rows, plans, predictions, pairwise(begins), strict=True)
+        }
+        return _Verified(outputs, begins[-1], ended - began)
+
+    def _read(self, logits: Tensor, begins: Sequence[int], nodes: Sequence[int]) -> list[Predictions]:
+        """Summaries of each row's part of the logits, in one copy; padded nodes left out."""
+        if len(nodes) == 1:
+            return [self._reader.read(logits, nodes[0])]
+        whole = self._reader.read(logits)
+        return [
+            Predictions(*(getattr(whole, name)[begin : begin + size] for name in Predictions.__slots__))
+            for begin, size in zip(begins, nodes, strict=False)
         ]
-        return _Verified(rows, plans, parts, begins[-1], ended - began)
 
     def _verify_alone(
         self, rows: Sequence[Row], plans: Sequence[DraftPlan], error: Exception
@@ -334,16 +342,6 @@ class Batch:
         for row in self.rows:
             row.forget()
         self.rows = []
-
-    def _read(self, logits: Tensor, begins: Sequence[int], nodes: Sequence[int]) -> list[Predictions]:
-        """Summaries of each row's part of the logits, in one copy; padded nodes left out."""
-        if len(nodes) == 1:
-            return [self._reader.read(logits, nodes[0])]
-        whole = self._reader.read(logits)
-        return [
-            Predictions(*(getattr(whole, name)[begin : begin + size] for name in Predictions.__slots__))
-            for begin, size in zip(begins, nodes, strict=False)
-        ]
 
 
 def decode(

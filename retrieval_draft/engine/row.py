@@ -39,7 +39,7 @@ _log = logging.getLogger("retrieval_draft")
 class _Feedback(NamedTuple):
     """Result of a step, for drafting: its drafts, the accepted path and tokens, and the predictions.
 
-    `hidden` is (d,), the input of the output head at the path's end; None where nobody drafts from it.
+    `hidden` is (d,), the input of the output head at the path's end; None where no source drafts from it.
     """
 
     plan: DraftPlan

@@ -219,8 +219,8 @@ class ServingEngine:
         for choice in job.choices:
             if not choice.over:
                 told = True
-                self._end(choice, reason)
-        if told:
+                self._end(choice, "error" if job.failed else reason)
+        if told and not job.failed:
             self._outbox[job.channel].append(Failed(error))
 
     def _admit(self, batch: Batch) -> None:
@@ -261,13 +261,14 @@ class ServingEngine:
             self._joined(joining.group.choices[0], row, joining)
             rest = zip(joining.group.choices[1:], joining.draftings[1:], strict=True)
             for choice, drafting in rest:
-                other = batch.row(choice.request, drafting, choice.stats, beside=True)
+                other = batch.row(choice.request, drafting, choice.stats, has_others=True)
                 for _ in batch.joining(other, row):
                     pass
                 self._joined(choice, other, joining)
             self._joining.remove(joining)
         except Exception as error:  # of the model, or of this request's own processors
-            self._failed(joining.group.job, error, batch)
+            job = joining.group.job
+            self._drop(batch, job, _failure(job, error), "error")
 
     def _next(self, ready: Sequence[_Joining]) -> _Joining:
         """The group whose prompt is passed next: tenants take turns, and so do the prompts of one."""
@@ -304,8 +305,10 @@ class ServingEngine:
         """
         choices = joining.group.choices
         joining.draftings = joining.opening.result()
-        beside = any(other.row is not None for other in self._joining)
-        joining.row = batch.row(choices[0].request, joining.draftings[0], choices[0].stats, beside=beside)
+        has_others = any(other.row is not None for other in self._joining)
+        joining.row = batch.row(
+            choices[0].request, joining.draftings[0], choices[0].stats, has_others=has_others
+        )
         joining.passes = batch.joining(joining.row)
 
     def _joined(self, choice: Choice, row: Row, joining: _Joining) -> None:
@@ -352,21 +355,16 @@ class ServingEngine:
 
     def _row_failed(self, row: Row, error: Exception) -> None:
         choice = self._choices.pop(row, None)
-        if choice is not None:
-            self._failed(choice.job, error, None)
-
-    def _failed(self, job: Job, error: Exception, batch: Batch | None) -> None:
-        _log.error("Request %s failed: %r", job.id, error, exc_info=error)
-        failure = from_library(error)
-        if batch is not None:
-            self._drop(batch, job, failure, "error")
+        if choice is None:
             return
+        job, failure = choice.job, _failure(choice.job, error)
+        if not job.failed:
+            self._outbox[job.channel].append(Failed(failure))
         # In the middle of a step: its other rows leave before the next one.
-        job.given_up = failure
-        for choice in job.choices:
-            if not choice.over and choice.row not in self._choices:
-                self._end(choice, "error")
-        self._outbox[job.channel].append(Failed(failure))
+        job.given_up, job.failed = failure, True
+        for other in job.choices:
+            if not other.over and other.row not in self._choices:
+                self._end(other, "error")
 
     def _fail_all(self, error: Exception) -> None:
         # If no row had joined yet, the waiting jobs would break the next batch too.
@@ -386,6 +384,12 @@ class ServingEngine:
                 loop.call_soon_threadsafe(_put_all, mine)
             except RuntimeError:  # the loop has ended, and its requests with it
                 _log.debug("An event loop has ended before its requests.")
+
+
+def _failure(job: Job, error: Exception) -> ApiError:
+    """The answer to an error of a job, which is logged."""
+    _log.error("Request %s failed: %r", job.id, error, exc_info=error)
+    return from_library(error)
 
 
 def _put_all(events: Sequence[tuple[Channel, Sequence[Event]]]) -> None:

@@ -77,7 +77,8 @@ class Job:
         traceparent: W3C's header of the HTTP request, for traces; None without.
         client_id: The client's id of the request, for logs; None without.
         groups: One for each prompt.
-        given_up: Reason of its abort; None if it is not aborted.
+        given_up: Error that ends it early; None if there is none.
+        failed: Whether that is the error of a row of it, which its client has been told.
         ended: Choices that are over.
     """
 
@@ -91,6 +92,7 @@ class Job:
     client_id: str | None = None
     groups: list[SequenceGroup] = field(default_factory=list)
     given_up: ApiError | None = None
+    failed: bool = False
     ended: int = 0
 
     def add(self, prepared: DecodeRequests) -> Sequence[Choice]:

@@ -265,6 +265,23 @@ def test_a_request_whose_own_processor_raises_fails_alone() -> None:
     run(check)
 
 
+def test_an_error_of_one_choice_ends_all_of_its_request_and_is_told_once() -> None:
+    async def check() -> None:
+        with serving() as (engine, ends):
+            bad = job_of(
+                DRAFTER, prompt_ids(9), "bad", do_sample=True, num_return_sequences=3,
+                logits_processor=[Broken()],
+            )  # fmt: skip
+            engine.submit(bad)
+            assert failure(await ended(bad)).status == 500
+            await asyncio.to_thread(wait_until, lambda: engine.running == 0)
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(bad.channel.get(), 0.1)
+        assert ends.ends == [("bad", "error")] * 3
+
+    run(check)
+
+
 def test_a_request_whose_sources_cannot_be_opened_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     async def check() -> None:
         whole = type(DRAFTER.continuous).open
