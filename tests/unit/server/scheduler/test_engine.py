@@ -265,12 +265,22 @@ def test_a_request_whose_own_processor_raises_fails_alone() -> None:
     run(check)
 
 
+class BrokenOnce(Broken):
+    """Raises for one of three rows that share it, in their first step."""
+
+    def __init__(self) -> None:
+        self.left = 5
+
+    def __deepcopy__(self, memo: Any) -> BrokenOnce:
+        return self
+
+
 def test_an_error_of_one_choice_ends_all_of_its_request_and_is_told_once() -> None:
     async def check() -> None:
         with serving() as (engine, ends):
             bad = job_of(
                 DRAFTER, prompt_ids(9), "bad", do_sample=True, num_return_sequences=3,
-                logits_processor=[Broken()],
+                logits_processor=[BrokenOnce()],
             )  # fmt: skip
             engine.submit(bad)
             assert failure(await ended(bad)).status == 500
