@@ -14,7 +14,7 @@ import xxhash
 from retrieval_draft.index.segments.index_folder import Manifest, _own_checksum
 from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.index.store.snapshot_state import StateFile, sealed
-from retrieval_draft.index.store.snapshots import LogState, SnapshotLocation
+from retrieval_draft.index.store.snapshots import LogState, SnapshotPlace
 
 FINGERPRINT = "f" * 32
 NAMESPACE = f"{FINGERPRINT}:default"
@@ -34,8 +34,8 @@ def state(created: int = NOW, entries: int = 3, namespace: str = NAMESPACE) -> L
     return LogState(namespace, {"0": "1763-5"}, {"ab": [0, 2**63 - 1]}, entries, "0" * 16, created)
 
 
-def opened(where, tmp_path, namespace: str = NAMESPACE) -> SnapshotLocation:
-    return SnapshotLocation(where, namespace, namespace.partition(":")[0], 100, tmp_path / "cache")
+def opened(where, tmp_path, namespace: str = NAMESPACE) -> SnapshotPlace:
+    return SnapshotPlace(where, namespace, namespace.partition(":")[0], 100, tmp_path / "cache")
 
 
 def tear_segment(folder: Path) -> None:

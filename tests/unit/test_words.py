@@ -58,6 +58,8 @@ NAMES_KEPT = {
     ("retrieval_draft/draft_service/wire.py", "floor"): "a former field that clients still send",
     ("retrieval_draft/draft_service/wire.py", "said"): "a former field that clients still send",
     ("retrieval_draft/bench/ties.py", "floor"): "torch.floor",
+    ("retrieval_draft/index/store/snapshots.py", "SnapshotPlace"): "programs of others import it",
+    ("retrieval_draft/index/store/snapshotter.py", "SnapshotPlace"): "programs of others import it",
     ("retrieval_draft/engine/logits.py", "_read_in_place"): "the idiom: nothing is copied",
 }
 """Names that stay, by file, each with the reason."""

@@ -39,7 +39,7 @@ from retrieval_draft.index.store.snapshot_state import (
     sealed,
 )
 
-__all__ = ["LogState", "Snapshot", "SnapshotInfo", "SnapshotLocation"]
+__all__ = ["LogState", "Snapshot", "SnapshotInfo", "SnapshotPlace"]
 
 _TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _NAME = re.compile(r"snapshot-(\d{13})-[0-9a-f]{8}")
@@ -75,7 +75,7 @@ class _UnreachableError(DatastoreError):
     """Failure of the storage itself, not of one snapshot in it."""
 
 
-class SnapshotLocation:
+class SnapshotPlace:
     """Storage for snapshots of one namespace.
 
     Each is a folder, an index like those of ``index build``, with a file that holds its position in the log.

@@ -17,7 +17,7 @@ from retrieval_draft.index.store.counts import StoreCounts
 from retrieval_draft.index.store.keys import lock_key
 from retrieval_draft.index.store.log_replica import LogReplica
 from retrieval_draft.index.store.reconnecting_worker import FAILURES
-from retrieval_draft.index.store.snapshots import SnapshotInfo, SnapshotLocation
+from retrieval_draft.index.store.snapshots import SnapshotInfo, SnapshotPlace
 
 __all__ = ["Snapshotter"]
 
@@ -59,10 +59,10 @@ class Snapshotter:
         self._stopped = stopped
         self._failing = False
         self._wrote = float("-inf")
-        self._location: SnapshotLocation | None = None
+        self._location: SnapshotPlace | None = None
         if config.snapshots is not None:
             fingerprint = namespace.partition(":")[0]
-            self._location = SnapshotLocation(config.snapshots, namespace, fingerprint, vocabulary)
+            self._location = SnapshotPlace(config.snapshots, namespace, fingerprint, vocabulary)
 
     def restore(self) -> None:
         """Restores the mirror from the newest readable snapshot, if there is one."""

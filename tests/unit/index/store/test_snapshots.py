@@ -17,7 +17,7 @@ import pytest
 from retrieval_draft.errors import DatastoreError, InvalidInputError
 from retrieval_draft.index.segments import segment as segment_module
 from retrieval_draft.index.segments.index_folder import IndexFolder
-from retrieval_draft.index.store.snapshots import SnapshotLocation
+from retrieval_draft.index.store.snapshots import SnapshotPlace
 from tests.support.snapshots import (
     FINGERPRINT,
     NAMESPACE,
@@ -48,7 +48,7 @@ def root(tmp_path) -> Path:
     return tmp_path / "snapshots" / FINGERPRINT / "default"
 
 
-def three(tmp_path) -> tuple[SnapshotLocation, list[Path]]:
+def three(tmp_path) -> tuple[SnapshotPlace, list[Path]]:
     """A location with three snapshots, and their folders, oldest first."""
     location = opened(tmp_path / "snapshots", tmp_path)
     for number in range(3):
@@ -219,14 +219,12 @@ def test_a_snapshot_from_the_future_counts_as_the_oldest(where, tmp_path) -> Non
 def test_a_foreign_snapshot_is_passed_over(tmp_path, caplog) -> None:
     location, _ = three(tmp_path)
     foreign = "0" * 32
-    SnapshotLocation(tmp_path / "other", f"{foreign}:default", foreign, 100).write(
+    SnapshotPlace(tmp_path / "other", f"{foreign}:default", foreign, 100).write(
         [segment([1])], state(NOW + 9, 9, f"{foreign}:default")
     )
     folder = next((tmp_path / "other").glob("*/*/snapshot-*"))
     shutil.copytree(folder, root(tmp_path) / folder.name)
-    SnapshotLocation(tmp_path / "third", NAMESPACE, FINGERPRINT, 101).write(
-        [segment([1])], state(NOW + 10, 9)
-    )
+    SnapshotPlace(tmp_path / "third", NAMESPACE, FINGERPRINT, 101).write([segment([1])], state(NOW + 10, 9))
     folder = next((tmp_path / "third").glob("*/*/snapshot-*"))
     shutil.copytree(folder, root(tmp_path) / folder.name)
     with caplog.at_level(logging.WARNING, WARNED):
@@ -242,7 +240,7 @@ def test_tenants_do_not_see_each_other(where, tmp_path) -> None:
 @pytest.mark.parametrize("tenant", ["", ".", "..", "a/b", "../x", "a b", "a" * 65, "a\n", "a:b", "\u00e4"])
 def test_a_tenant_must_be_a_name(tenant, tmp_path) -> None:
     with pytest.raises(InvalidInputError, match="tenant"):
-        SnapshotLocation(tmp_path, f"{FINGERPRINT}:{tenant}", FINGERPRINT, 100)
+        SnapshotPlace(tmp_path, f"{FINGERPRINT}:{tenant}", FINGERPRINT, 100)
 
 
 def test_two_writers_at_once(where, tmp_path) -> None:
