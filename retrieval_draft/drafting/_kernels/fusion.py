@@ -404,7 +404,8 @@ def fuse(
         out_probs[0, number] = calibrated[node]
         out_probs[1, number] = path[node]
         out_sources[number] = trie_named[node]
-        out_evidence[number] = evidence[node]
+        for column in range(evidence.shape[1]):  # numba compiles a message about shapes for a whole row
+            out_evidence[number, column] = evidence[node, column]
     return chosen + 1
 
 

@@ -74,7 +74,9 @@ def choose(
         return -1 if noisy else 0, np.nan
     held = (values, tokens, weights)
     temperature = np.float32(1.0)
-    count = -1  # the first so many of values are kept; -1 for all of the row
+    # The first so many of values are kept; -1 for all of the row. No literal, for which numba would compile
+    # every function that it is passed to once more.
+    count = np.int64(-1)
     for step in range(kinds.shape[0]):
         if kinds[step] == TEMPERATURE:
             temperature = np.float32(numbers[step])

@@ -265,7 +265,9 @@ def gather(
         Ranges, and contexts. ``context_length[c]`` is the length of context c, and one entry more that of the
         next shorter one with other occurrences, or 0.
     """
-    length = 3  # ends shorter than a key are looked up here first, and `longest` is 0 for them
+    # Ends shorter than a key are looked up here first, and `longest` is 0 for them. A bare 3 would have numba
+    # compile all that it is passed to twice: for the literal, and for any integer.
+    length = np.int64(3)
     for segment in range(len(segments)):
         length = max(length, longest[segment])
     contexts = 0

@@ -83,8 +83,9 @@ def sort_buckets(
         if end - begin > 1:
             bucket = suffixes[begin:end]
             _sort_run(
-                address, width, length, separator, bits, bucket, 1, keys, spare_keys, spare, heads, histogram
-            )
+                address, width, length, separator, bits, bucket, np.int64(1), keys, spare_keys, spare, heads,
+                histogram,
+            )  # fmt: skip
             _finish_runs(
                 address, width, length, separator, bits, bucket, keys, spare_keys, spare, heads, histogram
             )  # fmt: skip
