@@ -184,6 +184,11 @@ def test_passes_are_timed_on_the_engine() -> None:
     assert llama.resets == len(llama.evaluated) + 1
 
 
+def test_no_text_has_no_drafts() -> None:
+    with made(num_pred_tokens=4) as drafts:
+        assert drafts(np.array([], np.intc)).tolist() == []
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -191,7 +196,6 @@ def test_passes_are_timed_on_the_engine() -> None:
         [1, 2, VOCABULARY, 1, 2],
         [2**31 - 1],
         [-(2**31)],
-        [],
     ],
 )
 def test_a_text_of_other_ids_is_not_drafted_for(text: list[int]) -> None:
