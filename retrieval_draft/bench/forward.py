@@ -46,7 +46,10 @@ def measure_forward(models: Sequence[Any], *, context: int = 256, rounds: int = 
     for each in kernels:
         each.prepare()
     with torch.no_grad():
-        passes = [_passes(model, context) for model in models]
+        passes = [
+            {"stock": _passes(model, context, choose=False), "ours": _passes(model, context, choose=True)}
+            for model in models
+        ]
         times: dict[tuple[int, str, int], list[float]] = {}
         machine = _Machine(models[0].device)
         with progress("Measuring forward passes", rounds * len(SIZES) * len(models)) as advance:
@@ -57,7 +60,7 @@ def measure_forward(models: Sequence[Any], *, context: int = 256, rounds: int = 
                         for name in ("stock", "ours"):
                             with kernels[number].applied() if name == "ours" else nullcontext():
                                 begin = time.perf_counter()
-                                forward(size)
+                                forward[name](size)
                                 seconds = time.perf_counter() - begin
                             if turn:  # The first round warms caches up.
                                 times.setdefault((number, name, size), []).append(seconds)
@@ -71,8 +74,11 @@ def measure_forward(models: Sequence[Any], *, context: int = 256, rounds: int = 
     ]  # fmt: skip
 
 
-def _passes(model: Any, context: int) -> Callable[[int], object]:
+def _passes(model: Any, context: int, choose: bool) -> Callable[[int], object]:
+    """Passes over so many nodes; with `choose` on as many threads as are fastest, else on all."""
     target = Target(model)
+    if not choose:
+        target.threads = None
     forward = tree_passes(target, context)
 
     def run(nodes: int) -> None:

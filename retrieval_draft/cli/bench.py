@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from retrieval_draft.cli import bench_datastores
-from retrieval_draft.cli.bench_common import Out, finish, ratio_range, split
+from retrieval_draft.cli.bench_common import Beside, Out, finish, ratio_range, split
 from retrieval_draft.cli.common import DIFFERENT, Chat, CpuKernels, Device, Dtype, Index, Json, Model, Nodes
 from retrieval_draft.cli.output import print_json, print_table
 
@@ -64,6 +64,7 @@ def live(
     ] = None,
     chat: Chat = False,
     cpu_kernels: CpuKernels = True,
+    beside: Beside = 0,
     dtype: Dtype = "float32",
     device: Device = None,
     out: Out = None,
@@ -75,6 +76,7 @@ def live(
     from retrieval_draft.models.loading import check_name, load_model
 
     check_name(model)  # before torch, whose import takes seconds
+    from retrieval_draft.bench.busy import busy_processes
     from retrieval_draft.bench.live import live as run
     from retrieval_draft.bench.prompts import random_prompts, read_prompts, spread
 
@@ -83,21 +85,22 @@ def live(
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     if random_ids is not None:
         chosen = random_prompts(random_ids, prompt_length, len(tokenizer), tokenizer.all_special_ids, seed)
-    result = run(
-        loaded,
-        tokenizer,
-        chosen,
-        max_new_tokens=max_new_tokens,
-        methods=names,
-        nodes=nodes,
-        record=record,
-        cpu_kernels=cpu_kernels,
-        history=history,
-        corpora=index or (),
-        draft_model=draft_model if draft_model in (None, "self") else load_model(str(draft_model))[0],
-        chat=chat,
-    )
-    result["model"] = model
+    with busy_processes(beside):
+        result = run(
+            loaded,
+            tokenizer,
+            chosen,
+            max_new_tokens=max_new_tokens,
+            methods=names,
+            nodes=nodes,
+            record=record,
+            cpu_kernels=cpu_kernels,
+            history=history,
+            corpora=index or (),
+            draft_model=draft_model if draft_model in (None, "self") else load_model(str(draft_model))[0],
+            chat=chat,
+        )
+    result |= {"model": model, "beside": beside}
     finish(result, out)
     if json:
         print_json(result)
@@ -217,6 +220,7 @@ def forward(
     dtypes: Annotated[str, typer.Option(help="One or more, by commas, measured in turn.")] = "float32",
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache.")] = 256,
     rounds: Annotated[int, typer.Option(min=1, help="Timings of each case.")] = 7,
+    beside: Beside = 0,
     device: Device = None,
     out: Out = None,
     json: Json = False,
@@ -225,15 +229,17 @@ def forward(
     from retrieval_draft.models.loading import check_name, load_model
 
     check_name(model)  # before torch, whose import takes seconds
+    from retrieval_draft.bench.busy import busy_processes
     from retrieval_draft.bench.forward import SIZES, measure_forward
 
     names = split(dtypes)
     if not names:
         raise typer.BadParameter("name one", param_hint="--dtypes")
     models = [load_model(model, dtype=name, device=device)[0] for name in names]
-    results = measure_forward(models, context=context, rounds=rounds)
+    with busy_processes(beside):
+        results = measure_forward(models, context=context, rounds=rounds)
     for result in results:
-        result["model"] = model
+        result |= {"model": model, "beside": beside}
     result = results[0] | {"by_dtype": {each["dtype"]: each for each in results[1:]}}
     finish(result, out)
     if json:

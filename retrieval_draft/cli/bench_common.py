@@ -10,11 +10,13 @@ import typer
 
 from retrieval_draft.errors import InvalidInputError
 
-__all__ = ["Out", "finish", "ratio_range", "split"]
+__all__ = ["Beside", "Out", "finish", "ratio_range", "split"]
 
 Out = Annotated[
     Path | None, typer.Option(help="Write the JSON object to a file as well.", show_default=False)
 ]
+
+Beside = Annotated[int, typer.Option(min=0, help="Busy processes beside the measurement.")]
 
 
 def ratio_range(ratio: dict[str, float] | None) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
+
+from retrieval_draft.drafting.time_curve import TimeCurve
 
 __all__ = ["CostModel"]
 
@@ -18,12 +19,6 @@ MORE_SIZES = (128, 256, 512, 1024)
 ROUNDS = 2
 ENOUGH_SECONDS = 1.0
 MAX_ROUNDS = 7
-RATE_ALL = 0.03
-"""Share of a step's error that moves the whole curve: a longer context, a warmer machine."""
-
-MEASURED = 3.0
-REMEMBERED = 24.0
-"""The measurement weighs as three real steps of a size; a step never weighs less than one in 24."""
 
 STEP_MEMORY = 0.99
 SETTLED = 16
@@ -31,8 +26,21 @@ SETTLED = 16
 many steps. On simulated CPUs this yields 1 to 6% more tokens a second than each step's own best rate, on a
 simulated GPU as much; request by request it would yield less."""
 
-OUTLIER = 0.7
-"""Natural log of the largest correction by one step: a stalled machine is not a slow model."""
+OVERHEAD_MEMORY = 24
+"""Steps over which the loop's own time is averaged."""
+
+TRIAL_STEPS = (40, 640)
+"""Steps between two trials of another number of nodes: the first, doubled after each trial that found the
+curve right, up to the last."""
+
+TRIAL_SHARE = 0.008
+"""Share of the time that trials may lose in the long run."""
+
+TRIAL_LEAST = 4
+"""Draft nodes that a trial of more verifies at least, where the tree has so many."""
+
+SURPRISE = 0.2
+"""Error of the curve, in natural logarithms, after which trials come as often as at the start."""
 
 
 class CostModel:
@@ -48,20 +56,24 @@ class CostModel:
 
     def __init__(self) -> None:
         self.device: object = None
-        self._sizes: tuple[int, ...] = SIZES
-        self._log_sizes = np.log2(np.array(SIZES, np.float64))
-        self._log_seconds: NDArray[np.float64] | None = None
-        self._weights: NDArray[np.float64] = np.full(len(SIZES), MEASURED)
-        self._table: NDArray[np.float64] = np.empty(0, np.float64)
+        self._times: TimeCurve | None = None
+        # Tokens of recent steps, and their time in passes over one token, so that both fade together and a
+        # machine that slows down does not leave a rate that no step can reach.
         self._emitted = 0.0
         self._spent = 0.0
         self._steps = 0
         self._overhead = 0.0
+        self._trial: int | None = None
+        self._is_trial_repeated = False
+        self._is_trial_larger = False
+        self._trial_wait = TRIAL_STEPS[0]
+        self._steps_to_trial = TRIAL_STEPS[0]
+        self._seconds_to_trial = 0.0
 
     @property
     def is_measured(self) -> bool:
         """True if `measure` or `load` has run."""
-        return self._log_seconds is not None
+        return self._times is not None
 
     @classmethod
     def measure(
@@ -98,15 +110,11 @@ class CostModel:
 
     def load(self, seconds: dict[int, float]) -> None:
         """Sets the curve from measured seconds for every size of `SIZES`; more tokens never cost less."""
-        self._log_seconds = np.log([max(seconds[size], 1e-9) for size in SIZES])
-        self._weights = np.full(len(SIZES), MEASURED)
-        self._table = np.empty(0, np.float64)
+        self._times = TimeCurve({size: seconds[size] for size in SIZES})
 
     def seconds_by_size(self) -> dict[int, float]:
         """The present curve: seconds by number of tokens."""
-        if self._log_seconds is None:
-            return {}
-        return dict(zip(self._sizes, np.exp(np.maximum.accumulate(self._log_seconds)).tolist(), strict=True))
+        return {} if self._times is None else self._times.by_size()
 
     def for_rows(self, rows: int) -> CostModel:
         """A model of passes over `rows` rows that starts from this one.
@@ -116,16 +124,14 @@ class CostModel:
         """
         model = CostModel()
         model.device = self.device
-        model._sizes = (*SIZES, *(size for size in MORE_SIZES if size < rows * MORE_SIZES[0]))
-        model._log_sizes = np.log2(np.array(model._sizes, np.float64))
-        model._weights = np.ones(len(model._sizes))
-        if self._log_seconds is not None:
-            model._log_seconds = np.log(self._curve(model._sizes[-1])[np.array(model._sizes) - 1])
+        if self._times is not None:
+            more = (size for size in MORE_SIZES if size < rows * MORE_SIZES[0])
+            model._times = self._times.extended((*SIZES, *more))
         return model
 
     def seconds(self, tokens: int) -> float:
         """t(tokens), interpolated between the measured sizes."""
-        return float(self._curve(tokens)[tokens - 1])
+        return self._curve.seconds(tokens)
 
     def choose(self, path_probs: NDArray[np.float32], context_length: int = 0, rows: int = 1) -> int:
         """Number of draft nodes to verify for the most tokens a second; 0 is possible.
@@ -142,18 +148,32 @@ class CostModel:
         Returns:
             n in 0..len(path_probs).
         """
-        if self._log_seconds is None or not len(path_probs):
+        if self._times is None or not len(path_probs):
             return 0
         expected = np.empty(len(path_probs) + 1, np.float64)
         expected[0] = rows
         np.cumsum(path_probs, out=expected[1:])
         expected[1:] += rows
         end = rows - 1 + len(expected)
-        seconds = self._curve(end)[rows - 1 : end] + self._overhead
+        seconds = self._times.up_to(end)[rows - 1 : end] + self._overhead
         rate = float((expected / seconds).max())
         if self._steps >= SETTLED:
-            rate = max(rate, self._emitted / self._spent)
-        return int(np.argmax(expected - rate * seconds))
+            rate = max(rate, self._emitted / (self._spent * self._times.seconds(1)))
+        return self._or_trial(int(np.argmax(expected - rate * seconds)), len(path_probs))
+
+    def _or_trial(self, best: int, most: int) -> int:
+        """The best number of draft nodes, of at most `most`; where a trial is due, twice or a quarter of it.
+
+        Sizes that are not verified are not timed: a curve on which drafts are dear would stay so for good.
+        """
+        if self._is_trial_repeated:
+            self._trial = min(self._trial or 0, most)
+        elif self._steps_to_trial <= 0 and self._seconds_to_trial <= 0:
+            is_larger = self._is_trial_larger or not best
+            self._trial = min(max(2 * best, TRIAL_LEAST), most) if is_larger else best // 4
+        else:
+            return best
+        return self._trial
 
     def note_step(self, emitted: int, seconds: float, forward_seconds: float) -> None:
         """Records a whole step.
@@ -163,13 +183,28 @@ class CostModel:
             seconds: Its duration, drafting and bookkeeping included.
             forward_seconds: The part of it in the forward pass.
         """
-        if seconds <= 0:
+        if seconds <= 0 or self._times is None:
             return
+        if self._trial is not None:
+            self._end_trial(emitted, seconds)
         self._steps += 1
+        self._steps_to_trial -= 1
+        self._seconds_to_trial -= seconds
         self._emitted = self._emitted * STEP_MEMORY + emitted
-        self._spent = self._spent * STEP_MEMORY + seconds
+        self._spent = self._spent * STEP_MEMORY + seconds / self._times.seconds(1)
         over = min(max(seconds - forward_seconds, 0.0), forward_seconds)
-        self._overhead += (over - self._overhead) / min(self._steps, REMEMBERED)
+        self._overhead += (over - self._overhead) / min(self._steps, OVERHEAD_MEMORY)
+
+    def _end_trial(self, emitted: int, seconds: float) -> None:
+        """Sets the next trial's time: what this one lost is to be a small share of all time."""
+        assert self._times is not None
+        lost = seconds
+        if self._emitted:
+            lost -= emitted * self._spent / self._emitted * self._times.seconds(1)
+        self._seconds_to_trial = max(self._seconds_to_trial, 0.0) + max(lost, 0.0) / TRIAL_SHARE
+        self._steps_to_trial = self._trial_wait
+        if not self._is_trial_repeated:
+            self._trial, self._is_trial_larger = None, not self._is_trial_larger
 
     def observe(self, tokens: int, context_length: int, seconds: float) -> None:
         """Refines the curve from a real pass.
@@ -179,37 +214,20 @@ class CostModel:
             context_length: Tokens in the cache.
             seconds: Its duration.
         """
-        if self._log_seconds is None or seconds <= 0:
+        if self._times is None or seconds <= 0:
             return
-        log_tokens = float(np.log2(tokens))
-        expected = float(np.interp(log_tokens, self._log_sizes, self._log_seconds))
-        error = min(max(float(np.log(seconds)) - expected, -OUTLIER), OUTLIER)
-        nearness = np.maximum(0.0, 1.0 - np.abs(self._log_sizes - log_tokens))
-        self._weights = np.minimum(self._weights + nearness, REMEMBERED)
-        rate = np.maximum(nearness / self._weights, RATE_ALL)
-        self._log_seconds = self._log_seconds + error * rate
-        self._table = np.empty(0, np.float64)
+        is_surprise = abs(np.log(seconds / self._times.seconds(tokens))) > SURPRISE
+        is_believed = self._times.observe(tokens, seconds)
+        if self._trial is not None:
+            self._is_trial_repeated = not is_believed and not self._is_trial_repeated
+            self._trial_wait = TRIAL_STEPS[0] if is_surprise else min(2 * self._trial_wait, TRIAL_STEPS[1])
 
     def seconds_up_to(self, tokens: int) -> NDArray[np.float64]:
         """t(1), t(2), ..., t(tokens): float64, shape (tokens,). Not to be written to."""
-        return self._curve(tokens)[:tokens]
+        return self._curve.up_to(tokens)[:tokens]
 
-    def _curve(self, tokens: int) -> NDArray[np.float64]:
-        if self._log_seconds is None:
+    @property
+    def _curve(self) -> TimeCurve:
+        if self._times is None:
             raise RuntimeError("the cost model was asked before it was measured")
-        if len(self._table) < tokens:
-            # The next timed pass makes it stale, so it extends no further than `tokens`.
-            reach = _log2_up_to(max(64, 1 << (tokens - 1).bit_length()))
-            # Made monotone only here: one slow pass of a small size must not raise the larger ones for good.
-            known = np.maximum.accumulate(self._log_seconds)
-            logs = np.interp(reach, self._log_sizes, known)
-            slope = (known[-1] - known[-2]) / (self._log_sizes[-1] - self._log_sizes[-2])
-            beyond = reach > self._log_sizes[-1]
-            logs[beyond] = known[-1] + slope * (reach[beyond] - self._log_sizes[-1])
-            self._table = np.exp(logs)
-        return self._table
-
-
-@cache
-def _log2_up_to(count: int) -> NDArray[np.float64]:
-    return np.log2(np.arange(1, count + 1))
+        return self._times

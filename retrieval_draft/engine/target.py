@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from retrieval_draft.engine.cache.packed_cache import PackedCache
 from retrieval_draft.engine.compat import cache_parameter
 from retrieval_draft.engine.cpu.attention import WIDE_ATTENTION
 from retrieval_draft.engine.rope_switch import RopeSwitch, rope_switch
+from retrieval_draft.engine.thread_choice import ThreadChoice
 from retrieval_draft.engine.wrapped_models import check_layers, device_of, is_compiled, uncompiled, unwrap
 from retrieval_draft.errors import UnsupportedModelError
 
@@ -65,6 +67,7 @@ class Target:
         self.rope: RopeSwitch | None = rope_switch(model)
         self.device: torch.device = device_of(embedding)
         self.attention = TreeAttention(self.windows, model.dtype, self.device)
+        self.threads: ThreadChoice | None = ThreadChoice() if self.device.type == "cpu" else None
         self._kinds = [kind for kind, _ in layers]
         self._rows_by: Callable[..., Tensor | None] | None = None
         self.hidden: Tensor | None = None
@@ -173,7 +176,8 @@ class Target:
             options["logits_to_keep"] = keep
         factors = nullcontext() if self.rope is None else self.rope.as_new()
         with uncompiled(self._compiled), cuda_attention(self.model, self.device), factors:
-            out = self.model(
+            forward = partial(
+                self.model,
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
@@ -181,6 +185,7 @@ class Target:
                 return_dict=True,
                 **options,
             )
+            out = forward() if self.threads is None else self.threads.run(ids.shape[1], forward)
         logits: Tensor = out.logits[0]
         return logits if self._keeps_logits else logits[-keep:]
 

@@ -21,7 +21,7 @@ _stale_thread: int | None = None
 """The thread that forked this process, or None in one that was not forked."""
 
 
-def on_threads(function: int, threads: int) -> Callable[[Any], object]:
+def on_threads(function: int) -> Callable[[Any, int], object]:
     """Makes a function that calls a compiled one on several threads at once and returns when all calls have.
 
     The threads are those of torch's OpenMP pool, which the calling thread owns; they are counted by
@@ -29,18 +29,21 @@ def on_threads(function: int, threads: int) -> Callable[[Any], object]:
 
     Args:
         function: Address of a C function of one pointer.
-        threads: Number of calls.
 
     Returns:
-        Takes the ctypes object whose address each call is given.
+        Takes the ctypes object whose address each call is given, and the number of calls.
     """
-    one = _C_FUNCTION(function)
-    if threads < 2:
-        return one
-    parallel = _openmp()
-    if parallel is None:
-        return lambda argument: _run_on_own_threads(one, argument, threads)
-    return lambda argument: parallel(function, argument, threads, 0)
+    one, parallel = _C_FUNCTION(function), _openmp()
+
+    def run(argument: Any, threads: int) -> None:
+        if threads < 2:
+            one(argument)
+        elif parallel is None:
+            _run_on_own_threads(one, argument, threads)
+        else:
+            parallel(function, argument, threads, 0)
+
+    return run
 
 
 def in_live_pool(work: Callable[[], Result]) -> Result:

@@ -72,12 +72,13 @@ def _compiled_layer(name: str, weight: Tensor, bias: Tensor | None) -> Linear:
 
     rows, length = weight.shape
     packs, half = name == "tokenwise", weight.dtype == torch.bfloat16
-    threads = min(torch.get_num_threads(), 1 + weight.nbytes // _THREAD_BYTES)
+    useful = 1 + weight.nbytes // _THREAD_BYTES
     block = kernels.BLOCK
     if not packs:
+        threads = min(torch.get_num_threads(), useful)
         block = min(block, -(-rows // (threads * kernels.TILE)) * kernels.TILE)
     most, widen_rows = kernels.MAX_TOKENS, kernels.widen_rows
-    run = on_threads(_machine_code(name), threads)
+    run = on_threads(_machine_code(name))
     make_job: Any = c_int64 * kernels.JOB
     dtype, size = weight.dtype, weight.element_size()
 
@@ -108,7 +109,7 @@ def _compiled_layer(name: str, weight: Tensor, bias: Tensor | None) -> Linear:
                 0, w_at, part, bias_at, y_at + size * begin * rows, some, rows, length, block,
                 weight.stride(0), half, step,
             )  # fmt: skip
-            run(job)
+            run(job, min(torch.get_num_threads(), useful))
         return y
 
     return call

@@ -34,7 +34,7 @@ def test_every_thread_gets_the_argument_once(
         monkeypatch.setattr(threads_module, "_openmp", lambda: None)
     function, address, calls = record()
     argument = (ctypes.c_int64 * 2)(7, 8)
-    on_threads(address, number)(argument)
+    on_threads(address)(argument, number)
     assert [given for given, _ in calls] == [ctypes.addressof(argument)] * number
     if openmp:
         assert len({thread for _, thread in calls}) == number
@@ -54,18 +54,23 @@ def test_torch_and_kernels_share_one_pool(two_threads: None) -> None:
 def test_the_number_of_threads_of_torch_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def note(function: int, number: int) -> object:
-        asked.append(number)
-        return on_threads(function, number)
+    def note(function: int) -> object:
+        run = on_threads(function)
+
+        def noted(job: object, number: int) -> None:
+            asked.append(number)
+            run(job, number)
+
+        return noted
 
     monkeypatch.setattr("retrieval_draft.engine.cpu.linear_kernels.on_threads", note)
-    weight = torch.ones(2048, 512)
+    layer = tiled(torch.ones(2048, 512))
     for number in (1, 2):
         torch.set_num_threads(number)
-        tiled(weight)(torch.ones(1, 512))
+        layer(torch.ones(1, 512))
+    tiled(torch.ones(4, 4))(torch.ones(1, 4))
     torch.set_num_threads(1)
-    tiled(torch.ones(4, 4))
-    assert asked == [1, 2, 1]
+    assert asked == [1, 2, 1], "a small layer is not worth another thread"
 
 
 def test_several_server_threads_at_once(two_threads: None) -> None:

@@ -1,0 +1,251 @@
+"""The number of threads of a pass over few tokens, chosen by measured time and again when times change."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from retrieval_draft.drafting.time_curve import TimeCurve
+
+__all__ = ["ThreadChoice", "allowed_threads", "idle_processors"]
+
+Result = TypeVar("Result")
+
+ASSUMED = {1: 1.0, 2: 1.05, 4: 1.1, 8: 1.2, 16: 1.4, 32: 2.5, 64: 5.0}
+"""t(n) over t(1) before more than one pass was timed."""
+
+GAIN = 1 / 3
+"""Assumed exponent of the gain from threads: two take 1.26 times less time than one."""
+
+MOST_TOKENS = 64
+"""Passes over more tokens use as many threads as they may: arithmetic is their limit."""
+
+TRIAL_PASSES = 8
+"""Passes between two trials at least."""
+
+TRIAL_SHARE = 0.008
+"""Share of the time that trials may lose in the long run."""
+
+SLOWER = 1.25
+"""Times the expected seconds from which two passes in a row call for a trial of fewer threads."""
+
+IDLE_SECONDS = 0.25
+"""Time between two looks at the machine's idle processors."""
+
+FREE = 0.6
+"""Idle processors that call for a trial of more threads."""
+
+
+class ThreadChoice:
+    """Chooses between 1, 2, 4, ... threads and as many as torch may use, pass by pass.
+
+    Beside a busy process two threads on two processors are slower than one: whichever of them is not running
+    keeps the other waiting. So the times of each number of threads are kept as a curve over the number of
+    tokens, and the fastest is used. The next smaller and larger ones are tried now and then, for a bounded
+    share of the time; at once when passes became slower, or when processors became idle.
+
+    Args:
+        limit: Threads that may be used at most, asked before each pass.
+        idle: Idle processors since the last call, or None where that cannot be known.
+        clock: Seconds, for tests.
+    """
+
+    def __init__(
+        self,
+        limit: Callable[[], int] | None = None,
+        idle: Callable[[], float | None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._allowed = allowed_threads if limit is None else limit
+        self._idle = idle_processors() if idle is None else idle
+        self._clock = clock
+        self._limit = 0
+        self._curves: dict[int, TimeCurve] = {}
+        self._reset(1)
+
+    def _reset(self, limit: int) -> None:
+        self._limit = limit
+        self._curves = {}
+        self._counts = [*(1 << power for power in range(limit.bit_length()) if 1 << power < limit), limit]
+        self._trial: int | None = None
+        self._is_trial_repeated = False
+        self._is_upwards = False
+        self._passes = 0
+        self._seconds_to_trial = 0.0
+        self._slower = 0
+        self._is_called_for = False
+        self._looked = self._clock()
+        self._was_free = False
+
+    def run(self, tokens: int, work: Callable[[], Result]) -> Result:
+        """Calls `work`, a pass over so many tokens, with the number of threads that should be fastest."""
+        limit = self._allowed()
+        if limit != self._limit:
+            self._reset(limit)
+        if limit < 2 or tokens > MOST_TOKENS:
+            with _threads(limit):
+                return work()
+        threads = self.choose(tokens)
+        with _threads(threads):
+            began = self._clock()
+            out = work()
+            seconds = self._clock() - began
+        self.observe(threads, tokens, seconds)
+        return out
+
+    def choose(self, tokens: int) -> int:
+        """The number of threads for a pass over so many tokens; of a trial, if one is due."""
+        if not self._curves:
+            return self._limit
+        best = min(self._counts, key=lambda count: self._curves[count].seconds(tokens))
+        if self._is_trial_repeated and self._trial is not None:
+            return self._trial
+        self._look_for_idle(best)
+        if self._passes < TRIAL_PASSES or (self._seconds_to_trial > 0 and not self._is_called_for):
+            return best
+        index = self._counts.index(best)
+        others = self._counts[max(index - 1, 0) : index] + self._counts[index + 1 : index + 2]
+        self._trial = others[-1] if self._is_upwards else others[0]
+        return self._trial
+
+    def observe(self, threads: int, tokens: int, seconds: float) -> None:
+        """Records the time of a pass with so many threads."""
+        if seconds <= 0:
+            return
+        if not self._curves:
+            one = seconds * (threads / self._limit) ** GAIN
+            curve = TimeCurve({size: share * one for size, share in ASSUMED.items()})
+            curve = curve.scaled(one / curve.seconds(tokens))
+            self._curves = {count: curve.scaled((self._limit / count) ** GAIN) for count in self._counts}
+        self._passes += 1
+        self._seconds_to_trial -= seconds
+        expected = self._curves[threads].seconds(tokens)
+        is_believed = self._curves[threads].observe(tokens, seconds)
+        if threads == self._trial:
+            least = min(curve.seconds(tokens) for curve in self._curves.values())
+            lost = max(seconds - least, 0.0)
+            self._seconds_to_trial = max(self._seconds_to_trial, 0.0) + lost / TRIAL_SHARE
+            self._is_trial_repeated = not is_believed and not self._is_trial_repeated
+            if not self._is_trial_repeated:
+                self._trial, self._is_upwards = None, not self._is_upwards
+                self._passes, self._slower, self._is_called_for = 0, 0, False
+            return
+        self._slower = self._slower + 1 if seconds > SLOWER * expected else 0
+        if self._slower == 2 and threads > 1:
+            self._call_for_trial(upwards=False)
+
+    def _call_for_trial(self, upwards: bool) -> None:
+        """Makes a trial due, however much the last ones lost."""
+        self._is_called_for, self._is_upwards, self._passes = True, upwards, TRIAL_PASSES
+
+    def _look_for_idle(self, best: int) -> None:
+        """Calls for a trial of more threads once when processors became idle."""
+        now = self._clock()
+        if now - self._looked < IDLE_SECONDS:
+            return
+        self._looked = now
+        idle = self._idle()
+        is_free = idle is not None and idle > FREE
+        if is_free and not self._was_free and best < self._limit:
+            self._call_for_trial(upwards=True)
+        self._was_free = is_free
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count != before:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count != before:
+            torch.set_num_threads(before)
+
+
+def allowed_threads() -> int:
+    """Threads that torch may use, no more than the processors that this process may run on.
+
+    torch follows ``OMP_NUM_THREADS`` and ``torch.set_num_threads``. Affinity and the limit of a control group
+    (``cpu.max``) may be smaller.
+    """
+    return int(max(1, min(torch.get_num_threads(), _affinity(), _quota())))
+
+
+def _affinity() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class _Quota:
+    """Processors that the control group may use, read every few seconds: the limit may change."""
+
+    _SECONDS = 2.0
+
+    def __init__(self, root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> None:
+        self._root, self._own = root, own
+        self._read = -math.inf
+        self._count: float = math.inf
+
+    def __call__(self) -> float:
+        """Rounded up; infinity without a limit."""
+        now = time.monotonic()
+        if now - self._read >= self._SECONDS:
+            self._read, self._count = now, min(map(self._limit, self._groups()), default=math.inf)
+        return self._count
+
+    def _groups(self) -> list[Path]:
+        """The group's folder and those above it, each of which may have a limit."""
+        try:
+            names = [line.split(":", 2)[2].strip("/") for line in self._own.read_text().splitlines()]
+        except (OSError, IndexError):
+            names = [""]
+        folders = {self._root}
+        for name in names:
+            folder = self._root / name
+            folders.update([folder, *(above for above in folder.parents if self._root in above.parents)])
+        return sorted(folders)
+
+    def _limit(self, folder: Path) -> float:
+        try:
+            quota, period = (folder / "cpu.max").read_text().split()[:2]
+            return math.inf if quota == "max" else max(1, math.ceil(int(quota) / int(period)))
+        except (OSError, ValueError, ZeroDivisionError):
+            return math.inf
+
+
+_quota = _Quota()
+
+
+def idle_processors(stat: Path = Path("/proc/stat")) -> Callable[[], float | None]:
+    """Makes a function that gives the idle processors since its last call, of those that may be used.
+
+    Returns:
+        Gives a number; None at the first call, and where the system does not count idle time.
+    """
+    last: tuple[float, float] | None = None
+    tick = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+
+    def idle() -> float | None:
+        nonlocal last
+        try:
+            own = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+            lines = (line.split() for line in stat.read_text().splitlines() if line.startswith("cpu"))
+            ticks = sum(int(line[4]) + int(line[5]) for line in lines if line[0] in own)
+        except (OSError, AttributeError, ValueError, IndexError):
+            return None
+        now = time.monotonic()
+        before, last = last, (now, ticks / tick)
+        if before is None or now <= before[0]:
+            return None
+        return (last[1] - before[1]) / (now - before[0])
+
+    return idle
