@@ -24,6 +24,7 @@ __all__ = [
     "CACHE_NAMES",
     "cache_parameter",
     "callers_model_inputs",
+    "croppable_layers",
     "empty_layer",
     "given_cache",
     "hidden_arguments",
@@ -31,6 +32,7 @@ __all__ = [
     "layer_kinds",
     "makes_cache_anew",
     "output_cache_name",
+    "own_cache",
     "query_length",
     "require_parts",
 ]
@@ -172,6 +174,20 @@ def _inferred_kinds(text: Any) -> list[str]:
         kinds = [kind] * int(text.num_hidden_layers)
     shared = getattr(text, "num_kv_shared_layers", None) or 0
     return list(kinds[: len(kinds) - shared])
+
+
+@cache
+def croppable_layers() -> tuple[type, ...]:
+    """Types of cache layers, without their children, that can be cropped to any shorter text."""
+    names = ("DynamicLayer", "DynamicIndexedLayer", "DummyLayer")
+    return tuple(getattr(cache_utils, name) for name in names if hasattr(cache_utils, name))
+
+
+def own_cache(model: Any) -> Any:
+    """An empty cache as `model.generate` makes it; None for models that make one in their first pass."""
+    if not model._supports_default_dynamic_cache():
+        return None
+    return cache_utils.DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
 def empty_layer() -> Any:
