@@ -34,7 +34,7 @@ from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.threads import in_live_pool
 from retrieval_draft.engine.verification import Verification
 from retrieval_draft.engine.wrapped_models import unwrap
-from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.errors import InvalidInputError, UnsupportedModelError
 from retrieval_draft.generation.checks import (
     arguments_of_generate,
     best_of_options,
@@ -158,8 +158,7 @@ class RetrievalDrafter:
         Raises:
             UnknownMethodError: No method of that name.
             InvalidInputError: `config` names another method than `method`.
-            UnsupportedModelError: The model generates no text, or nothing can be drafted for it and `strict` is
-                set.
+            UnsupportedModelError: The model generates no text, or `strict` is set and nothing can be drafted.
             TokenizerMismatchError: The tokenizer belongs to another model, or a corpus to another tokenizer.
             DatastoreError: A corpus is missing or torn.
         """
@@ -406,7 +405,17 @@ class RetrievalDrafter:
 
     @property
     def continuous(self) -> ContinuousDrafter:
-        """Continuous batching with this drafter, for servers."""
+        """Continuous batching with this drafter, for servers.
+
+        Raises:
+            UnsupportedModelError: Nothing is drafted for the model.
+        """
+        if self.verification.way == "plain":
+            raise UnsupportedModelError(
+                f"{type(self.target.model).__name__} cannot be decoded in a running batch: "
+                f"{self.verification.reason}",
+                "Use drafter.generate or model.generate for this model.",
+            )
         return ContinuousDrafter(self)
 
     def warm_up(self) -> None:

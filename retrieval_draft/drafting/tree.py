@@ -105,9 +105,7 @@ class DraftTree:
 
         chain = np.empty(min(max_depth, self.num_draft_tokens), np.int32)
         gains = np.empty(len(self.tokens), np.float32)
-        size = best_chain(
-            self.parents, self.depths, self.path_probs, len(chain), min_prob, gains, chain
-        )
+        size = best_chain(self.parents, self.depths, self.path_probs, len(chain), min_prob, gains, chain)
         return chain[:size]
 
     def ancestors(self) -> NDArray[np.bool_]:

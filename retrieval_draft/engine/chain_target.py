@@ -19,7 +19,7 @@ from retrieval_draft.engine.compat import given_cache, own_cache
 from retrieval_draft.engine.rope_switch import rope_switch
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.verification import Verification
-from retrieval_draft.engine.wrapped_models import check_layers, uncompiled
+from retrieval_draft.engine.wrapped_models import check_decoder, check_layers, uncompiled
 from retrieval_draft.errors import UnsupportedModelError
 
 __all__ = ["ChainTarget"]
@@ -35,8 +35,8 @@ class ChainTarget(Target):
         model: Any causal language model of transformers.
 
     Attributes:
-        longest: Tokens of the longest text that is drafted for; None for any. A model that chooses keys beyond
-            some length may say other things there for several tokens at once.
+        longest: Tokens of the longest text that is drafted for; None for any. A model that chooses keys
+            beyond some length may say other things there for several tokens at once.
 
     Raises:
         UnsupportedModelError: The model is no decoder alone, or a token depends on those beside it.
@@ -46,11 +46,7 @@ class ChainTarget(Target):
     longest: int | None = None
 
     def _set_up(self) -> None:
-        if getattr(self.model.config, "is_encoder_decoder", False):
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} is an encoder-decoder model.",
-                "Only decoder-only models are drafted for.",
-            )
+        check_decoder(self.model)
         check_layers(self.model)
         self.verification = Verification("chain", "several tokens after a state are as one after another")
         self.rope = rope_switch(self.model)
@@ -85,11 +81,11 @@ class ChainTarget(Target):
         else:
             yield self._forward(cache, prompt[None], cache.get_seq_length(), rows, 0)
 
-    def refill(self, cache: ChainCache, text: Tensor, chunk: int | None) -> None:
+    def refill(self, cache: Any, text: Tensor, chunk: int | None) -> None:
         """Has the next pass take the whole text again."""
         cache.hold(text)
 
-    def verify(self, cache: ChainCache, inputs: TreeInputs) -> Tensor:
+    def verify(self, cache: Any, inputs: TreeInputs) -> Tensor:
         """One pass over pending tokens and a chain, which stays staged in the cache.
 
         Returns:
@@ -105,13 +101,13 @@ class ChainTarget(Target):
         return torch.cat([self.verify(*row) for row in zip(caches, inputs, strict=True)])
 
     def verify_tree(
-        self, cache: ChainCache, tree: DraftTree, length: int, moved: NDArray[np.int64] | None = None
+        self, cache: Any, tree: DraftTree, length: int, moved: NDArray[np.int64] | None = None
     ) -> Tensor:
         """Runs `verify` on the nodes as a chain, for probes and measurements; it can be dropped always."""
         cache.save(len(tree))
         return self.verify(cache, self.attention.prepare(tree, length, moved))
 
-    def _forward(self, cache: ChainCache, ids: Tensor, offset: int, keep: int, whole: int) -> Tensor:
+    def _forward(self, cache: Any, ids: Tensor, offset: int, keep: int, whole: int) -> Tensor:
         return self._pass(cache, ids, offset, keep, ids.shape[1])
 
     def _pass(self, cache: ChainCache, ids: Tensor, offset: int, keep: int, new: int) -> Tensor:

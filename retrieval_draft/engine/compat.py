@@ -27,8 +27,10 @@ __all__ = [
     "croppable_layers",
     "empty_layer",
     "given_cache",
+    "has_length",
     "hidden_arguments",
     "is_callers_own",
+    "is_empty",
     "layer_kinds",
     "makes_cache_anew",
     "output_cache_name",
@@ -91,6 +93,19 @@ def is_callers_own(cache: Any) -> bool:
         return True
     found = hidden_arguments()
     return found is None or given_cache(found) is cache
+
+
+def is_empty(cache: Any) -> bool:
+    """True if a cache of transformers holds no token: by its keys, or without any by its states."""
+    states = [getattr(layer, "has_previous_state", None) for layer in cache.layers]
+    if any(any(state.values()) if isinstance(state, dict) else bool(state) for state in states):
+        return False
+    return not has_length(cache) or cache.get_seq_length() == 0
+
+
+def has_length(cache: Any) -> bool:
+    """True if some layer of a cache counts tokens, as attention does and recurrent states do not."""
+    return any(isinstance(layer, cache_utils.CacheLayerMixin) for layer in cache.layers)
 
 
 def hidden_arguments() -> dict[str, Any] | None:

@@ -78,7 +78,9 @@ def find_target(model: Any, strict: bool = False) -> Target:
         return plain
     reason = f"no trees: {no_tree.message}"
     if chain.longest is not None:
-        reason += f" No drafts beyond {chain.longest} tokens, where several tokens at once differ from single ones."
+        reason += (
+            f" No drafts beyond {chain.longest} tokens, where several tokens at once differ from single ones."
+        )
     chain.verification = Verification("chain", reason)
     return chain
 
@@ -186,7 +188,7 @@ def _compare_chain(target: ChainTarget, length: int) -> float:
 
 
 def _generated(model: Any, prompt: Tensor) -> tuple[list[int], Tensor]:
-    """A reply of `_REPLY` tokens by the model's own ``generate``, and (tokens, vocabulary) logits before each."""
+    """A reply of `_REPLY` tokens by the model's own ``generate``, and its logits, (tokens, vocabulary)."""
     config = GenerationConfig(
         max_new_tokens=_REPLY,
         min_new_tokens=_REPLY,

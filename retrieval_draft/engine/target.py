@@ -25,6 +25,7 @@ from retrieval_draft.engine.cpu.attention import WIDE_ATTENTION
 from retrieval_draft.engine.rope_switch import RopeSwitch, rope_switch
 from retrieval_draft.engine.verification import Verification
 from retrieval_draft.engine.wrapped_models import (
+    check_decoder,
     check_generates,
     check_layers,
     device_of,
@@ -122,9 +123,7 @@ class Target:
         """An empty cache with room for `capacity` tokens: a `SpeculativeCache`, or a `ChainCache`."""
         return SpeculativeCache(self.model.config, capacity, keeps_all)
 
-    def prefill(
-        self, cache: SpeculativeCache, prompt: Tensor, rows: int, chunk: int | None = None
-    ) -> Iterator[Tensor]:
+    def prefill(self, cache: Any, prompt: Tensor, rows: int, chunk: int | None = None) -> Iterator[Tensor]:
         """Appends `prompt` to the cache.
 
         Args:
@@ -142,7 +141,7 @@ class Target:
 
     def prefill_passes(
         self,
-        cache: SpeculativeCache,
+        cache: Any,
         prompt: Tensor,
         rows: int,
         chunk: int | Callable[[], int | None] | None = None,
@@ -170,7 +169,7 @@ class Target:
             done += size
             yield logits if wanted > 0 else None
 
-    def append(self, cache: SpeculativeCache, text: Tensor, offset: int) -> Iterator[Tensor]:
+    def append(self, cache: Any, text: Tensor, offset: int) -> Iterator[Tensor]:
         """Appends `text`, int64, shape (length,), after `offset` cached tokens, in runs of `_APPENDED`.
 
         Yields:
@@ -182,7 +181,7 @@ class Target:
             offset += len(part)
 
     def refill(self, cache: Any, text: Tensor, chunk: int | None) -> None:
-        """Passes a text, int64, shape (length,), again to an empty cache; one more token follows elsewhere."""
+        """Passes a text, int64, shape (length,), to an empty cache; one more token follows elsewhere."""
         for _ in self.prefill_passes(cache, text, 1, chunk, further=1):
             pass
 
@@ -190,7 +189,7 @@ class Target:
         """The largest depth, at most `wanted`, of drafts below a root at position `root`."""
         return wanted if self.rope is None else self.rope.max_depth(root, wanted)
 
-    def _forward(self, cache: SpeculativeCache, ids: Tensor, offset: int, keep: int, whole: int) -> Tensor:
+    def _forward(self, cache: Any, ids: Tensor, offset: int, keep: int, whole: int) -> Tensor:
         """A pass over a part of a text of `whole` tokens."""
         end = offset + ids.shape[1]
         positions = torch.arange(offset, end, device=ids.device)[None]
@@ -222,7 +221,7 @@ class Target:
         logits: Tensor = out.logits[0]
         return logits if self._keeps_logits else logits[-keep:]
 
-    def verify(self, cache: SpeculativeCache, inputs: TreeInputs) -> Tensor:
+    def verify(self, cache: Any, inputs: TreeInputs) -> Tensor:
         """One pass over a tree, whose nodes stay staged in the cache.
 
         Returns:
@@ -236,7 +235,7 @@ class Target:
         finally:
             cache.stage(False)
 
-    def verify_rows(self, caches: Sequence[SpeculativeCache], inputs: Sequence[TreeInputs]) -> Tensor:
+    def verify_rows(self, caches: Sequence[Any], inputs: Sequence[TreeInputs]) -> Tensor:
         """One pass over the trees of several requests, whose nodes stay staged in their caches.
 
         Args:
@@ -316,7 +315,7 @@ class Target:
         return TreeAttention(self.windows, self.model.dtype, self.device)
 
     def verify_tree(
-        self, cache: SpeculativeCache, tree: DraftTree, length: int, moved: NDArray[np.int64] | None = None
+        self, cache: Any, tree: DraftTree, length: int, moved: NDArray[np.int64] | None = None
     ) -> Tensor:
         """Runs `verify` on a tree without a pending commit, for probes and measurements.
 
@@ -348,6 +347,7 @@ def _side_by_side(inputs: Sequence[TreeInputs]) -> tuple[Tensor, Tensor]:
 
 def _check(model: PreTrainedModel) -> None:
     """Refuses models that are known not to work, before anything runs."""
+    check_decoder(model)
     name = type(model).__name__
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModelError(

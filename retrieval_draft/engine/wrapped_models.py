@@ -13,6 +13,7 @@ from transformers import GenerationMixin
 from retrieval_draft.errors import InvalidInputError, UnsupportedModelError
 
 __all__ = [
+    "check_decoder",
     "check_generates",
     "check_layers",
     "device_of",
@@ -67,6 +68,19 @@ def check_generates(model: Any) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot generate: it has no output head, or is no model of transformers.",
             "Load one with AutoModelForCausalLM.from_pretrained(name).",
+        )
+
+
+def check_decoder(model: Any) -> None:
+    """Refuses encoder-decoder models.
+
+    Raises:
+        UnsupportedModelError: As above.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder model.",
+            "Only decoder-only models are drafted for.",
         )
 
 

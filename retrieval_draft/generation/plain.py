@@ -31,9 +31,7 @@ def refuse_extras(**options: Any) -> None:
             )
 
 
-def generate_plainly(
-    model: Any, inputs: Any, seed: Any, options: dict[str, Any]
-) -> tuple[Any, DraftStats]:
+def generate_plainly(model: Any, inputs: Any, seed: Any, options: dict[str, Any]) -> tuple[Any, DraftStats]:
     """The output of the model's own ``generate``, and its counts.
 
     Args:

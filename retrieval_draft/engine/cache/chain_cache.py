@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from retrieval_draft.engine.cache.saved_states import SavedStates, can_crop, crop_layers, tensors_of
+from retrieval_draft.engine.compat import has_length
 from retrieval_draft.index.source import TokenArray
 
 __all__ = ["ChainCache"]
@@ -37,14 +38,19 @@ class ChainCache(Cache):
     """
 
     def __init__(self, make: Callable[[], Cache | None]) -> None:
-        super().__init__(layers=[])
+        self.inner: Any = make()
+        super().__init__(layers=_layers(self.inner))
+        self.text: TokenArray = np.zeros(0, np.int32)
         self._make = make
+        self._length = self._longest = 0
+        self._pending = torch.empty((1, 0), dtype=torch.int64, device="cpu")
+        self._staged: Tensor | None = None
         self._saved = SavedStates()
-        self.reset()
+        self._is_saved = self._is_lost = self._has_others = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Committed tokens; with those that passes of others have added, where a layer counts them."""
-        if self._has_others and any(isinstance(layer, CacheLayerMixin) for layer in self.layers):
+        if self._has_others and has_length(self):
             return int(super().get_seq_length(layer_idx))
         return self._length
 
@@ -83,8 +89,9 @@ class ChainCache(Cache):
         """
         if self._is_lost:
             raise RuntimeError("A pass failed after it had changed the states of the text.")
-        self._staged = torch.cat([self._pending.to(chain.device), chain], 1) if self.pending else chain
-        return self._staged
+        staged = torch.cat([self._pending.to(chain.device), chain], 1) if self.pending else chain
+        self._staged = staged
+        return staged
 
     def passed(self, inner: Any, new: int) -> None:
         """Notes that the model has added `new` tokens of text to the cache that it returned."""
@@ -119,7 +126,8 @@ class ChainCache(Cache):
         """Takes the staged chain back, also after a pass that failed."""
         if self._staged is None:
             return
-        new, self._staged = self._staged.shape[1], None
+        new = self._staged.shape[1]
+        self._staged = None
         # Without a copy the states of one more token stay.
         self._is_lost = not self._is_saved and not can_crop(self.inner, self._length + new)
         if not self._is_lost:
@@ -161,12 +169,11 @@ class ChainCache(Cache):
 
     def reset(self) -> None:
         """Forgets the text."""
-        self.inner: Any = self._make()
+        self.inner = self._make()
         self.layers = _layers(self.inner)
-        self.text: TokenArray = np.zeros(0, np.int32)
+        self.text = self.text[:0]
         self._length = self._longest = 0
-        self._pending = torch.empty((1, 0), dtype=torch.int64, device="cpu")
-        self._staged: Tensor | None = None
+        self._pending, self._staged = self._pending[:, :0], None
         self._is_saved = self._is_lost = self._has_others = False
 
     def hold(self, text: Tensor) -> None:

@@ -122,6 +122,6 @@ def _copied(value: Any, into: Any) -> Any:
         known = into if isinstance(into, dict) else {}
         return {key: _copied(each, known.get(key)) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        known = into if isinstance(into, (list, tuple)) and len(into) == len(value) else [None] * len(value)
-        return type(value)(_copied(each, old) for each, old in zip(value, known, strict=True))
+        old = into if isinstance(into, (list, tuple)) and len(into) == len(value) else [None] * len(value)
+        return type(value)(_copied(each, before) for each, before in zip(value, old, strict=True))
     return value
