@@ -206,6 +206,15 @@ def test_a_dynamic_cache_goes_in_and_comes_back(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EDGES)
+def test_a_prompt_in_parts(name: str) -> None:
+    model, _ = built(name)
+    prompt, text = prompt_ids(), stock(name)
+    drafter = drafter_of(name, PlantedSource(reply_of(text, prompt), wrong=0.2))
+    ours = drafter.generate(prompt, max_new_tokens=NEW, do_sample=False, prefill_chunk_size=5)
+    assert near_ties(model, ours, text) == 0
+
+
+@pytest.mark.parametrize("name", EDGES)
 def test_siblings_fork_the_state(name: str) -> None:
     model, _ = built(name)
     prompt = prompt_ids()
@@ -243,7 +252,7 @@ def test_no_drafts_beyond_a_length_where_several_tokens_differ_from_one_after_an
     with Passes(model) as passes:
         ours = drafter.generate(prompt, max_new_tokens=NEW, do_sample=False)
     assert near_ties(model, ours, text) == 0
-    assert passes.sizes[-20:] == [1] * 20
+    assert passes.sizes[-15:] == [1] * 15
     assert drafter.stats.accepted > 8
 
 

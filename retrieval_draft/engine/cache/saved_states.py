@@ -58,7 +58,7 @@ def can_crop(cache: Cache, length: int) -> bool:
 
 def crop_layers(cache: Cache, length: int) -> None:
     """Removes what follows the first `length` tokens from the layers that can be cropped."""
-    for layer in cache.layers:
+    for layer in getattr(cache, "layers", ()):
         if isinstance(layer, DynamicLayer) and layer.is_initialized and _has_crop(layer):
             excess = layer.get_seq_length() - length
             if excess > 0:
