@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from retrieval_draft.drafting.tree import DraftTree
 
-__all__ = ["Budget", "Costs"]
+__all__ = ["MOST_CARRIED", "Budget", "Costs"]
 
 
 MOST_CARRIED = 64

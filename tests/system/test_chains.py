@@ -227,7 +227,7 @@ def test_siblings_fork_the_state(name: str) -> None:
     assert sum(size == prompt.shape[1] for size in passes.sizes) == 1, "one pass over the prompt for all"
 
 
-@pytest.mark.parametrize("name", EDGES[:2])
+@pytest.mark.parametrize("name", EDGES[:1])
 def test_half_precision_agrees_with_undrafted_text(name: str) -> None:
     model = make_family(name).to(torch.bfloat16)
     target = find_target(model)
@@ -240,6 +240,7 @@ def test_half_precision_agrees_with_undrafted_text(name: str) -> None:
     assert same >= 5, "rounding may part the texts, a lost state would at once"
 
 
+@pytest.mark.skipif("deepseek_v32" not in KNOWN, reason="this transformers has no such model")
 def test_no_drafts_beyond_a_length_where_several_tokens_differ_from_one_after_another() -> None:
     model = make_family("deepseek_v32", index_topk=32)
     target = find_target(model)
