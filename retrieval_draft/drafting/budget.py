@@ -14,7 +14,7 @@ __all__ = ["MOST_CARRIED", "Budget", "Costs"]
 
 
 MOST_CARRIED = 64
-"""Repeated tokens at which a step goes without drafts, after which none are left, whatever the budget."""
+"""Repeated tokens at which a step goes without drafts, after which none are left, at any budget."""
 
 
 class Costs(Protocol):

@@ -15,7 +15,7 @@ from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.attention.chain_inputs import ChainAttention
 from retrieval_draft.engine.attention.tree_mask import TreeInputs
 from retrieval_draft.engine.cache.chain_cache import ChainCache
-from retrieval_draft.engine.compat import given_cache, own_cache
+from retrieval_draft.engine.compat import given_cache, limited_steps, own_cache, steps_as_alone
 from retrieval_draft.engine.rope_switch import rope_switch
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.verification import Verification
@@ -36,7 +36,7 @@ class ChainTarget(Target):
 
     Attributes:
         longest: Tokens of the longest text that is drafted for; None for any. A model that chooses keys
-            beyond some length may say other things there for several tokens at once.
+            beyond some length may predict other tokens there for several at once.
 
     Raises:
         UnsupportedModelError: The model is no decoder alone, or a token depends on those beside it.
@@ -51,6 +51,7 @@ class ChainTarget(Target):
         self.verification = Verification("chain", "several tokens after a state are as one after another")
         self.rope = rope_switch(self.model)
         self.attention = self.attention_of_row()
+        self._limited = limited_steps(self.model)
         self._ones = torch.ones((1, 0), dtype=torch.int64, device=self.device)
 
     def cache(self, capacity: int, keeps_all: bool = False) -> ChainCache:
@@ -123,7 +124,8 @@ class ChainTarget(Target):
                 self._ones = self._ones.new_ones((1, end + _AHEAD))
             options["attention_mask"] = self._ones[:, :end]
         factors = nullcontext() if self.rope is None else self.rope.as_new()
-        with uncompiled(self._compiled), factors:
+        steps = nullcontext() if new else steps_as_alone(self._limited)
+        with uncompiled(self._compiled), factors, steps:
             out = self.model(input_ids=ids, use_cache=True, return_dict=True, **options)
         inner = given_cache(out)
         if inner is None and cache.inner is None:

@@ -8,7 +8,8 @@ calls ``cache`` from 5.24 on and ``past_key_values`` before.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
 from typing import Any
@@ -32,11 +33,13 @@ __all__ = [
     "is_callers_own",
     "is_empty",
     "layer_kinds",
+    "limited_steps",
     "makes_cache_anew",
     "output_cache_name",
     "own_cache",
     "query_length",
     "require_parts",
+    "steps_as_alone",
 ]
 
 CACHE_NAMES = ("cache", "past_key_values")
@@ -228,6 +231,33 @@ def makes_cache_anew(model: Any, cache: Any, length: int) -> bool:
     if "cache_position" in inspect.signature(model.prepare_inputs_for_generation).parameters:
         given["cache_position"] = torch.arange(length, device=model.device)
     return given_cache(model.prepare_inputs_for_generation(ids, **given)) is None
+
+
+_NO_LIMIT = (0.0, float("inf"))
+
+
+def limited_steps(model: Any) -> list[Any]:
+    """Layers that limit the time steps of tokens in passes over several of them only: those of Nemotron-H."""
+    return [
+        part for part in model.modules() if tuple(getattr(part, "time_step_limit", _NO_LIMIT)) != _NO_LIMIT
+    ]
+
+
+@contextmanager
+def steps_as_alone(layers: list[Any]) -> Iterator[None]:
+    """Gives the tokens of a pass over several the time steps that each has in a pass of its own.
+
+    Args:
+        layers: Those of `limited_steps`.
+    """
+    limits = [layer.time_step_limit for layer in layers]
+    try:
+        for layer in layers:
+            layer.time_step_limit = _NO_LIMIT
+        yield
+    finally:
+        for layer, limit in zip(layers, limits, strict=True):
+            layer.time_step_limit = limit
 
 
 def query_length(given: Any) -> int:

@@ -43,7 +43,8 @@ class ModelState:
     def of(cls, model: Any) -> ModelState:
         """The state of a model of transformers as it is now."""
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        rows = None if head is None else int(head.weight.shape[0])
+        weight: Any = getattr(head, "weight", None)
+        rows = int(weight.shape[0]) if isinstance(weight, torch.Tensor) else None
         return cls(int(embedding.weight.shape[0]), rows, model.dtype, device_of(embedding))
 
     def check(self, model: Any, needs_masks: bool = True) -> None:

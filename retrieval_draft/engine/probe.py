@@ -87,7 +87,7 @@ def find_target(model: Any, strict: bool = False) -> Target:
 
 @torch.no_grad()
 def probe_chain(target: ChainTarget) -> float:
-    """Compares chains, refused and continued ones too, with what the model's own ``generate`` says.
+    """Compares chains, refused and continued ones too, with the model's own ``generate``.
 
     On a text shorter than a convolution, a short one, and one beyond each window, chunk or number of chosen
     keys that the configuration names. A model that fails beyond one of these only is drafted for up to there.

@@ -17,7 +17,7 @@ class Verification:
     Attributes:
         way: "tree" for several guesses in one pass, "chain" for one path, "plain" for no drafts: the text is
             then that of `model.generate`.
-        reason: Why that way, and not one before it in this list.
+        reason: The cause, as far as it is not the first of them.
     """
 
     way: Way

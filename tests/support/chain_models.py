@@ -150,7 +150,7 @@ _RECURRENT = (
     "lfm2",
 )  # fmt: skip
 _TAKES_SEVERAL = hasattr(cache_utils, "LinearAttentionLayer")
-"""Whether recurrent models take several tokens after a state: older transformers began anew with them."""
+"""True if recurrent models take several tokens after a state: older transformers began anew with them."""
 
 KNOWN = tuple(
     name

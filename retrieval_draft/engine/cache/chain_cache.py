@@ -21,7 +21,7 @@ __all__ = ["ChainCache"]
 class ChainCache(Cache):
     """A cache of transformers, with the tokens that it has not committed yet.
 
-    Where a chain is accepted as a whole, the states of its pass stay. Where every layer can be cropped, what
+    After a chain that is accepted as a whole the states of its pass stay. If every layer can be cropped, what
     was refused is cropped. Else the states before the pass come back, and the accepted tokens are *pending*:
     they go in front of the next drafts, so that no pass is spent on repair.
 
