@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from typing import Any
 
@@ -9,12 +10,16 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
-from retrieval_draft import RetrievalDrafter
+from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.engine.chain_target import ChainTarget
 from retrieval_draft.engine.probe import find_target
+from retrieval_draft.server.scheduler.channel import Tokens
+from retrieval_draft.server.scheduler.engine import ServingEngine
+from retrieval_draft.server.settings import ServerSettings
 from tests.support.batches import padded, ragged
 from tests.support.chain_models import KNOWN, make_family
 from tests.support.drafters import drafter_with, near_ties, prompt_ids, reply_of
+from tests.support.jobs import ended, job_of
 from tests.support.models import CACHE, VOCABULARY
 from tests.support.sources import OracleSource, PlantedSource
 
@@ -238,6 +243,35 @@ def test_half_precision_agrees_with_undrafted_text(name: str) -> None:
     ours = drafter.generate(prompt, max_new_tokens=30, do_sample=False)
     same = int((ours == wanted).long().cumprod(1).sum()) - prompt.shape[1]
     assert same >= 5, "rounding may part the texts, a lost state would at once"
+
+
+@pytest.mark.parametrize("name", EDGES[:2])
+def test_the_server_batches_rows_with_states_of_their_own(name: str) -> None:
+    model, _ = built(name)
+    drafter = RetrievalDrafter.for_model(
+        model, method="prompt_lookup", config=DraftConfig(method="prompt_lookup", nodes=4)
+    )
+    # Prompts that repeat themselves, so that lookups draft; longer than one slice of the server.
+    prompts = [torch.cat([part, part, part], 1) for part in ragged((30, 17, 5, 22))]
+    wanted = [reply_of(model.generate(each, max_new_tokens=12, do_sample=False), each) for each in prompts]
+
+    async def check() -> list[list[int]]:
+        engine = ServingEngine(drafter, ServerSettings("m", prefill_chunk=16, max_batch=3))
+        engine.start()
+        try:
+            jobs = [
+                job_of(drafter, each, str(number), max_new_tokens=12) for number, each in enumerate(prompts)
+            ]
+            for job in jobs:
+                engine.submit(job)
+            told = [await ended(job) for job in jobs]
+        finally:
+            assert engine.stop(60)
+        return [
+            [token for each in events if isinstance(each, Tokens) for token in each.tokens] for events in told
+        ]
+
+    assert asyncio.run(asyncio.wait_for(check(), 120)) == wanted
 
 
 @pytest.mark.skipif("deepseek_v32" not in KNOWN, reason="this transformers has no such model")
