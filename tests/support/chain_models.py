@@ -84,18 +84,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "falcon_h1": ("FalconH1Config", {**_MAMBA, "mamba_d_ssm": 64, "pad_token_id": 0}),
-    "mamba2": (
-        "Mamba2Config",
-        {
-            "num_heads": 8,
-            "head_dim": 8,
-            "state_size": 8,
-            "expand": 2,
-            "n_groups": 1,
-            "chunk_size": 16,
-            "num_hidden_layers": 2,
-        },
-    ),
     "lfm2": (
         "Lfm2Config",
         {"layer_types": ["conv", "full_attention", "conv"], "full_attn_idxs": None, "pad_token_id": 0},
@@ -142,12 +130,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Configurations by name; of those that the installed transformers has."""
 
-_OWN_SHAPE = ("bloom", "mpt", "gpt_neo", "mamba", "mamba2")
+_OWN_SHAPE = ("bloom", "mpt", "gpt_neo", "mamba")
 """Families whose settings have other names than `SHAPE`."""
 
 _RECURRENT = (
-    "qwen3_next", "qwen3_5_text", "kimi_linear", "nemotron_h", "granitemoehybrid", "falcon_h1", "mamba2",
-    "lfm2",
+    "qwen3_next", "qwen3_5_text", "kimi_linear", "nemotron_h", "granitemoehybrid", "falcon_h1", "lfm2",
 )  # fmt: skip
 _TAKES_SEVERAL = hasattr(cache_utils, "LinearAttentionLayer")
 """True if recurrent models take several tokens after a state: older transformers began anew with them."""
