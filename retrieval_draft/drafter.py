@@ -138,7 +138,7 @@ class RetrievalDrafter:
         """Makes a drafter for `model`, after trying on the model in which way it can verify drafts.
 
         Trees where it takes their masks, else chains where several tokens at once are as one after another;
-        else the text is that of ``model.generate``, and a warning names the reason. `verification` tells which.
+        else the text is that of ``model.generate``, and a warning names the reason, as `verification` does.
 
         Args:
             model: Any model of transformers that generates text.
