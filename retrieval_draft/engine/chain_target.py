@@ -77,7 +77,7 @@ class ChainTarget(Target):
         further: int = 0,
     ) -> Iterator[Tensor | None]:
         """As for trees; in one pass where several tokens after a long text may differ from a whole text."""
-        if self.rope is None and self.longest is None:
+        if self.rope is None and self.longest is None and not self._limited:
             yield from super().prefill_passes(cache, prompt, rows, chunk, further)
         else:
             yield self._forward(cache, prompt[None], cache.get_seq_length(), rows, 0)
