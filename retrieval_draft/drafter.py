@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -21,18 +21,20 @@ from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafting.open_stores import open_draft_stores
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.cache.cache_rows import write_back
-from retrieval_draft.engine.compat import given_cache, is_callers_own
+from retrieval_draft.engine.compat import given_cache, is_callers_own, output_cache_name
 from retrieval_draft.engine.cpu.kernels import CpuKernels
 from retrieval_draft.engine.decode import decode
 from retrieval_draft.engine.draft_engine import DraftEngine
 from retrieval_draft.engine.draft_models.choose import make_draft_sources
 from retrieval_draft.engine.model_state import ModelState, check_modules, outside_inference
-from retrieval_draft.engine.probe import probe
+from retrieval_draft.engine.probe import find_target
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.row import Row
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.threads import in_live_pool
-from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.engine.verification import Verification
+from retrieval_draft.engine.wrapped_models import unwrap
+from retrieval_draft.errors import InvalidInputError, UnsupportedModelError
 from retrieval_draft.generation.checks import (
     arguments_of_generate,
     best_of_options,
@@ -44,6 +46,7 @@ from retrieval_draft.generation.checks import (
 )
 from retrieval_draft.generation.hf_generate import through_model
 from retrieval_draft.generation.output import best_rows, make_output
+from retrieval_draft.generation.plain import generate_plainly, refuse_extras, sample_plainly
 from retrieval_draft.generation.requests import DecodeOptions, Seeds, make_requests, share_when_finished
 from retrieval_draft.generation.streaming import ending, shown_streamer, stream_rows
 from retrieval_draft.index.source import TokenArray
@@ -130,11 +133,15 @@ class RetrievalDrafter:
         store: Any = None,
         draft_model: Any = None,
         config: DraftConfig | None = None,
+        strict: bool = False,
     ) -> RetrievalDrafter:
-        """Makes a drafter for `model`, after checking that the model can verify trees.
+        """Makes a drafter for `model`, after trying on the model in which way it can verify drafts.
+
+        Trees where it takes their masks, else chains where several tokens at once are as one after another;
+        else the text is that of ``model.generate``, and a warning names the reason, as `verification` does.
 
         Args:
-            model: Any causal language model of transformers with full or sliding-window attention.
+            model: Any model of transformers that generates text.
             tokenizer: Needed for text in `prediction`, `documents` and `stop_strings` only.
             method: A drafting method, or "none" for plain decoding through the same loop; None for that of
                 `config`, "calibrated" without one.
@@ -146,11 +153,12 @@ class RetrievalDrafter:
             draft_model: A model with the same tokenizer, a pair of another model and its tokenizer, "self"
                 for the target with layers skipped, a draft source such as `HeadDraft`, or a list of those.
             config: All other settings.
+            strict: Whether a model that nothing can be drafted for is refused.
 
         Raises:
             UnknownMethodError: No method of that name.
             InvalidInputError: `config` names another method than `method`.
-            UnsupportedModelError: The model's state cannot be rolled back, or it ignores masks.
+            UnsupportedModelError: The model generates no text, or `strict` is set and nothing can be drafted.
             TokenizerMismatchError: The tokenizer belongs to another model, or a corpus to another tokenizer.
             DatastoreError: A corpus is missing or torn.
         """
@@ -162,14 +170,25 @@ class RetrievalDrafter:
                 f"Leave one of them out, or pass config=DraftConfig(method={method!r}, ...).",
             )
         with outside_inference():
-            target = Target(model)
+            check_modules(unwrap(model))
+            target = in_live_pool(lambda: find_target(model, strict))
             if tokenizer is not None:
                 check_tokenizer(tokenizer, model, target.embedding_rows)
-            check_modules(target.model)
-            in_live_pool(lambda: probe(target))
             stores = open_draft_stores(tokenizer, target.embedding_rows, config, corpora, phrases, store)
             parts = MethodContext(config, stores, make_draft_sources(draft_model, target, tokenizer))
-            return cls(target, tokenizer, parts, make_draft_engine(target, parts))
+            drafter = cls(target, tokenizer, parts, make_draft_engine(target, parts))
+        if target.verification.way == "plain":
+            _log.warning(
+                "Nothing is drafted for %s, whose text is that of its own generate: %s",
+                type(target.model).__name__,
+                target.verification.reason,
+            )
+        return drafter
+
+    @property
+    def verification(self) -> Verification:
+        """The way in which drafts are verified, "tree", "chain" or "plain", and the reason."""
+        return self.target.verification
 
     def namespace(self, tenant: str, history_bytes: int) -> RetrievalDrafter:
         """A drafter over the same model that shares corpora and measurements, but no learned state.
@@ -257,6 +276,12 @@ class RetrievalDrafter:
             if shown is not streamer:
                 stack.enter_context(ending(shown))
             self.check_model()
+            if self.verification.way == "plain":
+                refuse_extras(sample=sample, best_of=best_of, output_prompt_logits=output_prompt_logits)
+                self.check_share(share)
+                options |= {"streamer": shown, "attention_mask": mask, "generation_config": config}
+                options |= {output_cache_name(): cache if cache is not None else past_key_values}
+                return self._plain(lambda: generate_plainly(self.target.model, ids, seed, options))
             keep_best = best_of_options(best_of, self.target.model, config, options)
             references = self.references(documents, prediction)
             extras = DecodeOptions(shown, seed, sample, references, output_prompt_logits, keep_best, share)
@@ -274,6 +299,13 @@ class RetrievalDrafter:
                 return self._run(input_ids, processors, criteria, config, model_inputs, known, extras)
 
             return through_model(self.target, self.tokenizer, run, ids, mask, config, options)
+
+    def _plain(self, generate: Callable[[], tuple[Any, DraftStats]]) -> Any:
+        """The output of the model's own loop, which is counted."""
+        with self.lock:
+            out, self.last_stats = in_live_pool(generate)
+            self.stats.add(self.last_stats)
+        return out
 
     @property
     def _own_config(self) -> GenerationConfig:
@@ -311,6 +343,11 @@ class RetrievalDrafter:
                     "Make one with RetrievalDrafter.for_model(model).",
                 )
             self.check_model()
+            if self.verification.way == "plain":
+                self.check_share(draft_share)
+                options = {**model_inputs, "streamer": draft_streamer}
+                parts = (input_ids, logits_processor, stopping_criteria, generation_config)
+                return self._plain(lambda: sample_plainly(self.target.model, *parts, draft_seed, options))
             check_prompt(input_ids, model_inputs.get("attention_mask"))
             check_generation(
                 generation_config, logits_processor, len(input_ids), model_inputs, self._own_config
@@ -368,7 +405,17 @@ class RetrievalDrafter:
 
     @property
     def continuous(self) -> ContinuousDrafter:
-        """Continuous batching with this drafter, for servers."""
+        """Continuous batching with this drafter, for servers.
+
+        Raises:
+            UnsupportedModelError: Nothing is drafted for the model.
+        """
+        if self.verification.way == "plain":
+            raise UnsupportedModelError(
+                f"{type(self.target.model).__name__} cannot be decoded in a running batch: "
+                f"{self.verification.reason}",
+                "Use drafter.generate or model.generate for this model.",
+            )
         return ContinuousDrafter(self)
 
     def warm_up(self) -> None:
@@ -380,10 +427,10 @@ class RetrievalDrafter:
     def _warm_up(self) -> None:
         with self.lock, outside_inference():
             self.check_model()
-            probe(self.target)
-            self.kernels.prepare()
-            with self.kernels.applied():
-                self.draft_engine.prepare()
+            if self.verification.way != "plain":
+                self.kernels.prepare()
+                with self.kernels.applied():
+                    self.draft_engine.prepare()
 
     def flush(self) -> None:
         """Waits until finished requests' texts can be drafted from; no request waits for that."""
@@ -444,7 +491,7 @@ class RetrievalDrafter:
         Raises:
             UnsupportedModelError: It was changed so; the message names the cause.
         """
-        self._state.check(self.target.model)
+        self._state.check(self.target.model, self.verification.way == "tree")
         check_modules(self.target.model)
 
     def references(self, documents: Any, prediction: Any) -> list[TokenArray]:

@@ -274,16 +274,11 @@ class ProposerSession:
         """
         if not 0 <= max_tokens <= MAX_NODES:
             raise InvalidInputError(f"max_tokens is {max_tokens}; it must lie in 0..{MAX_NODES}.")
-        from retrieval_draft.drafting._kernels.chain import best_chain
-
         wanted = min(MAX_NODES, max(16, 2 * max_tokens)) if nodes is None else nodes
         tree = self.propose(wanted, max_tokens)
         assert self._plan is not None
-        chain = np.empty(max_tokens, np.int32)
-        gains = np.empty(len(tree), np.float32)
-        size = best_chain(tree.parents, tree.depths, tree.path_probs, max_tokens, min_prob, gains, chain)
-        kept = chain[:size]
-        self._plan = DraftPlan(_path(tree, kept), self._plan.fused, self._plan.proposals)
+        kept = tree.best_path(max_tokens, min_prob)
+        self._plan = DraftPlan(tree.path(kept), self._plan.fused, self._plan.proposals)
         return tree.tokens[kept], tree.path_probs[kept]
 
     def cut(self, nodes: int) -> None:
@@ -388,16 +383,3 @@ def _emitted_logits(text: TokenArray, count: int) -> NodeLogits:
     first = np.arange(len(text) - count, len(text))
     contexts = padded[first[:, None] + np.arange(CONTEXT)]  # a view of windows takes four times as long
     return NodeLogits(contexts, text[-count:, None].copy(), np.ones((count, 1), np.float32))
-
-
-def _path(tree: DraftTree, nodes: NDArray[np.int32]) -> DraftTree:
-    """The tree of the root and one path below it."""
-    kept = np.concatenate((np.zeros(1, np.int32), nodes))
-    return DraftTree(
-        tree.tokens[kept],
-        np.arange(-1, len(kept) - 1, dtype=np.int32),
-        tree.depths[kept],
-        tree.probs[kept],
-        tree.path_probs[kept],
-        tree.sources[kept],
-    )

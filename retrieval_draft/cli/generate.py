@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,7 +30,7 @@ from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.models.chat import chat_inputs
 
 if TYPE_CHECKING:
-    from retrieval_draft.drafting.stats import DraftStats
+    from retrieval_draft.drafter import RetrievalDrafter
 
 __all__ = ["generate", "print_piece"]
 
@@ -122,7 +123,7 @@ def generate(
         print_samples(drafter, tokenizer, inputs, sampling, json)
         drafter.close()
         if stats and drafter.last_stats is not None:
-            _print_stats(drafter.last_stats, drafter.last_stats.seconds)
+            _print_stats(drafter, drafter.last_stats.seconds)
         return
     streamer = DraftStreamer(tokenizer, None if json else lambda piece, drafted: print_piece(
         piece, drafted and show_drafts
@@ -144,6 +145,7 @@ def generate(
                 "tokens_per_step": done.tokens_per_step,
                 "seconds": seconds,
                 "stats": done.as_dict(),
+                "verification": asdict(drafter.verification),
                 "model": model,
                 "method": method,
                 "device": str(inputs["input_ids"].device),
@@ -153,7 +155,7 @@ def generate(
     else:
         print()
     if stats:
-        _print_stats(done, seconds)
+        _print_stats(drafter, seconds)
 
 
 def _encode(tokenizer: Any, text: str, chat: bool) -> Any:
@@ -170,9 +172,12 @@ def print_piece(piece: str, drafted: bool) -> None:
     print(piece, end="", flush=True)
 
 
-def _print_stats(stats: DraftStats, seconds: float) -> None:
+def _print_stats(drafter: RetrievalDrafter, seconds: float) -> None:
+    stats = drafter.last_stats
+    assert stats is not None
     parts = ("prefill", "draft", "forward", "accept", "commit", "learn")
     rows = [
+        ("verification", drafter.verification.way),
         ("prompt tokens", f"{stats.prompt_tokens}"),
         ("new tokens", f"{stats.tokens}"),
         ("steps", f"{stats.steps}"),
@@ -189,3 +194,4 @@ def _print_stats(stats: DraftStats, seconds: float) -> None:
         ("tokens a second", f"{stats.tokens / seconds:.1f}"),
     ]
     print_table("", ("drafting", ""), rows, sys.stderr)
+    print(f"{drafter.verification.way}: {drafter.verification.reason}", file=sys.stderr)

@@ -10,19 +10,31 @@ from numpy.typing import NDArray
 
 from retrieval_draft.drafting.tree import DraftTree
 
-__all__ = ["Budget", "Costs"]
+__all__ = ["MOST_CARRIED", "Budget", "Costs"]
+
+
+MOST_CARRIED = 64
+"""Repeated tokens at which a step goes without drafts, after which none are left, at any budget."""
 
 
 class Costs(Protocol):
     """Interface of a cost model, as a budget uses it."""
 
-    def choose(self, path_probs: NDArray[np.float32], context_length: int, rows: int = 1) -> int:
+    def choose(
+        self,
+        path_probs: NDArray[np.float32],
+        context_length: int,
+        rows: int = 1,
+        carried: int | None = None,
+    ) -> int:
         """The number of draft nodes with the most expected tokens a second.
 
         Args:
             path_probs: float32, shape (n,). Path probabilities of the draft nodes, best first.
             context_length: Tokens in the cache.
             rows: Rows that share the pass.
+            carried: Accepted tokens that the pass repeats in front of a chain, and the next one with what is
+                accepted of it in part; None where no pass repeats any.
         """
         ...
 
@@ -80,6 +92,27 @@ class Budget:
         owner = np.repeat(np.arange(len(trees)), sizes)
         shares: list[int] = np.bincount(owner[chosen], minlength=len(trees)).tolist()
         return shares
+
+    def alone(
+        self, chains: Sequence[DraftTree], lengths: Sequence[int], carried: Sequence[int | None]
+    ) -> list[int]:
+        """Draft nodes of each chain to verify, in a pass of its own.
+
+        Args:
+            chains: One for each row.
+            lengths: Committed tokens of each row.
+            carried: Accepted tokens that each row's pass repeats in front of its chain; None where no pass
+                repeats any.
+        """
+        sizes = []
+        for chain, length, repeated in zip(chains, lengths, carried, strict=True):
+            size = chain.num_draft_tokens
+            if repeated is not None and repeated > MOST_CARRIED:
+                size = 0
+            elif self._costs and size:
+                size = self._cost(1).choose(chain.path_probs[1:], length, 1, repeated)
+            sizes.append(size)
+        return sizes
 
     def timed(self, rows: int, nodes: int, length: int, seconds: float) -> None:
         """Records the time of a pass over `rows` rows and `nodes` nodes, roots included."""

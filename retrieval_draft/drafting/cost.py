@@ -133,7 +133,13 @@ class CostModel:
         """t(tokens), interpolated between the measured sizes."""
         return self._curve.seconds(tokens)
 
-    def choose(self, path_probs: NDArray[np.float32], context_length: int = 0, rows: int = 1) -> int:
+    def choose(
+        self,
+        path_probs: NDArray[np.float32],
+        context_length: int = 0,
+        rows: int = 1,
+        carried: int | None = None,
+    ) -> int:
         """Number of draft nodes to verify for the most tokens a second; 0 is possible.
 
         The time of a node could be spent on steps like the recent ones, so it pays if it yields more than
@@ -144,6 +150,8 @@ class CostModel:
             path_probs: float32, shape (n,). Path probabilities of the draft nodes, best first, root excluded.
             context_length: Tokens in the cache. The curve follows it through `observe`.
             rows: Rows that share the pass; each has a root, which is a certain token.
+            carried: Accepted tokens that the pass repeats in front of a chain. They are repeated again, with
+                root and drafts that were accepted, unless all drafts are. None where no pass repeats any.
 
         Returns:
             n in 0..len(path_probs).
@@ -154,8 +162,13 @@ class CostModel:
         expected[0] = rows
         np.cumsum(path_probs, out=expected[1:])
         expected[1:] += rows
-        end = rows - 1 + len(expected)
-        seconds = self._times.up_to(end)[rows - 1 : end] + self._overhead
+        first = rows - 1 + (carried or 0)
+        curve = self._times.up_to(first + len(expected) * (1 if carried is None else 2))
+        seconds = curve[first : first + len(expected)] + self._overhead
+        if carried is not None:
+            refused = 1.0 - np.concatenate(([1.0], path_probs))
+            again = curve[carried + np.rint(expected).astype(np.int64)] - curve[0]
+            seconds = seconds + refused * again
         rate = float((expected / seconds).max())
         if self._steps >= SETTLED:
             rate = max(rate, self._emitted / (self._spent * self._times.seconds(1)))

@@ -39,6 +39,9 @@ MAX_CHOICE = 64
 """Nodes that sources propose for each that is verified, where the noise chooses between them. On replies of
 Gemma 270M, 8 nodes: 1% more tokens a step at a temperature of 0.6, 3% at 1."""
 
+_CHOICE_OF_PATHS = 64
+"""Nodes of a tree from which a short chain is chosen, at most twice its own."""
+
 Fuse = Callable[[int, Sequence[Proposal], Any, int], DraftTree]
 
 
@@ -61,6 +64,12 @@ class DraftPlan:
         if nodes >= self.tree.num_draft_tokens:
             return self
         return DraftPlan(self.tree.truncate(nodes), self.fused, self.proposals)
+
+    def chain(self, nodes: int) -> DraftPlan:
+        """The plan that verifies the best path of this one's tree, `nodes` drafts at most."""
+        if not self.tree.num_draft_tokens:
+            return self
+        return DraftPlan(self.tree.path(self.tree.best_path(nodes)), self.fused, self.proposals)
 
 
 class DraftSession:
@@ -109,6 +118,11 @@ class DraftSession:
         self._calibration.position = length + 1
         fused = self._fuse(root, proposals, self._calibration, most)
         return DraftPlan(_usable(fused, max_depth, self._vocabulary), fused, proposals)
+
+    def propose_chain(self, root: int, length: int, max_depth: int) -> DraftPlan:
+        """As `propose`, but one path: the one with the most accepted tokens on average."""
+        wanted = max(self._max_nodes, min(2 * self._max_nodes, _CHOICE_OF_PATHS))
+        return self.propose(root, length, max_depth, wanted).chain(self._max_nodes)
 
     def count(self, plan: DraftPlan, path: Sequence[int]) -> None:
         """Counts the nodes of a step that were verified and accepted."""

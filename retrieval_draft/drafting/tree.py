@@ -78,6 +78,36 @@ class DraftTree:
             None if self.evidence is None else self.evidence[:end],
         )
 
+    def path(self, nodes: NDArray[np.int32]) -> DraftTree:
+        """The chain of the root and one path below it.
+
+        Args:
+            nodes: int32, shape (n,). Nodes of the path from a child of the root on.
+        """
+        kept = np.concatenate((np.zeros(1, np.int32), nodes))
+        return DraftTree(
+            self.tokens[kept],
+            np.arange(-1, len(kept) - 1, dtype=np.int32),
+            self.depths[kept],
+            self.probs[kept],
+            self.path_probs[kept],
+            self.sources[kept],
+        )
+
+    def best_path(self, max_depth: int, min_prob: float = 0.0) -> NDArray[np.int32]:
+        """Nodes of the path with the most accepted tokens on average: int32, root excluded.
+
+        Args:
+            max_depth: Largest length of it.
+            min_prob: Smallest path probability of its nodes.
+        """
+        from retrieval_draft.drafting._kernels.chain import best_chain
+
+        chain = np.empty(min(max_depth, self.num_draft_tokens), np.int32)
+        gains = np.empty(len(self.tokens), np.float32)
+        size = best_chain(self.parents, self.depths, self.path_probs, len(chain), min_prob, gains, chain)
+        return chain[:size]
+
     def ancestors(self) -> NDArray[np.bool_]:
         """Ancestor matrix: bool, shape (n + 1, n + 1), [i, j] true if j is i or above i.
 

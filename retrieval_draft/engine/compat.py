@@ -8,7 +8,8 @@ calls ``cache`` from 5.24 on and ``past_key_values`` before.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
 from typing import Any
@@ -24,15 +25,21 @@ __all__ = [
     "CACHE_NAMES",
     "cache_parameter",
     "callers_model_inputs",
+    "croppable_layers",
     "empty_layer",
     "given_cache",
+    "has_length",
     "hidden_arguments",
     "is_callers_own",
+    "is_empty",
     "layer_kinds",
+    "limited_steps",
     "makes_cache_anew",
     "output_cache_name",
+    "own_cache",
     "query_length",
     "require_parts",
+    "steps_as_alone",
 ]
 
 CACHE_NAMES = ("cache", "past_key_values")
@@ -89,6 +96,19 @@ def is_callers_own(cache: Any) -> bool:
         return True
     found = hidden_arguments()
     return found is None or given_cache(found) is cache
+
+
+def is_empty(cache: Any) -> bool:
+    """True if a cache of transformers holds no token: by its keys, or without any by its states."""
+    states = [getattr(layer, "has_previous_state", None) for layer in cache.layers]
+    if any(any(state.values()) if isinstance(state, dict) else bool(state) for state in states):
+        return False
+    return not has_length(cache) or cache.get_seq_length() == 0
+
+
+def has_length(cache: Any) -> bool:
+    """True if some layer of a cache counts tokens, as attention does and recurrent states do not."""
+    return any(isinstance(layer, cache_utils.CacheLayerMixin) for layer in cache.layers)
 
 
 def hidden_arguments() -> dict[str, Any] | None:
@@ -174,6 +194,20 @@ def _inferred_kinds(text: Any) -> list[str]:
     return list(kinds[: len(kinds) - shared])
 
 
+@cache
+def croppable_layers() -> tuple[type, ...]:
+    """Types of cache layers, without their children, that can be cropped to any shorter text."""
+    names = ("DynamicLayer", "DynamicIndexedLayer", "DummyLayer")
+    return tuple(getattr(cache_utils, name) for name in names if hasattr(cache_utils, name))
+
+
+def own_cache(model: Any) -> Any:
+    """An empty cache as `model.generate` makes it; None for models that make one in their first pass."""
+    if not model._supports_default_dynamic_cache():
+        return None
+    return cache_utils.DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
 def empty_layer() -> Any:
     """A cache layer for a "dummy" of `layer_kinds`, which holds nothing."""
     kind: Any = cache_utils.DummyLayer
@@ -197,6 +231,33 @@ def makes_cache_anew(model: Any, cache: Any, length: int) -> bool:
     if "cache_position" in inspect.signature(model.prepare_inputs_for_generation).parameters:
         given["cache_position"] = torch.arange(length, device=model.device)
     return given_cache(model.prepare_inputs_for_generation(ids, **given)) is None
+
+
+_NO_LIMIT = (0.0, float("inf"))
+
+
+def limited_steps(model: Any) -> list[Any]:
+    """Layers that limit the time steps of tokens in passes over several of them only: those of Nemotron-H."""
+    return [
+        part for part in model.modules() if tuple(getattr(part, "time_step_limit", _NO_LIMIT)) != _NO_LIMIT
+    ]
+
+
+@contextmanager
+def steps_as_alone(layers: list[Any]) -> Iterator[None]:
+    """Gives the tokens of a pass over several the time steps that each has in a pass of its own.
+
+    Args:
+        layers: Those of `limited_steps`.
+    """
+    limits = [layer.time_step_limit for layer in layers]
+    try:
+        for layer in layers:
+            layer.time_step_limit = _NO_LIMIT
+        yield
+    finally:
+        for layer, limit in zip(layers, limits, strict=True):
+            layer.time_step_limit = limit
 
 
 def query_length(given: Any) -> int:

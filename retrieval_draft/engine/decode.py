@@ -248,7 +248,11 @@ class Batch:
     def _plan(self) -> dict[Row, DraftPlan]:
         """The trees to verify: every row's proposals, cut to its share of the budget."""
         planned: dict[Row, DraftPlan] = self._of_each(Row.propose, self.rows)
-        sizes = self._budget.share([plan.tree for plan in planned.values()], [row.length for row in planned])
+        trees, lengths = [plan.tree for plan in planned.values()], [row.length for row in planned]
+        if self._target.shares_passes:
+            sizes = self._budget.share(trees, lengths)
+        else:
+            sizes = self._budget.alone(trees, lengths, [row.carried for row in planned])
         return {row: plan.cut(size) for (row, plan), size in zip(planned.items(), sizes, strict=True)}
 
     def _of_each(
@@ -286,6 +290,8 @@ class Batch:
 
     def _shared(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
         """Groups of rows that share a pass: one of all rows, unless their rotary factors differ."""
+        if not self._target.shares_passes:
+            return [[row] for row in rows]
         rope = self._target.rope
         if rope is not None:
             return [[rows[at] for at in group] for group in rope.shared([row.length for row in rows])]
@@ -295,6 +301,7 @@ class Batch:
         self, rows: Sequence[Row], plans: Sequence[DraftPlan], inputs: Sequence[TreeInputs]
     ) -> _Verified:
         """One pass over the trees of all rows, and its predictions."""
+        repeated = sum(row.carried or 0 for row in rows)
         began = perf_counter()
         wants_hidden = any(row.drafting is not None and row.drafting.wants_hidden for row in rows)
         with self._target.watching_hidden(wants_hidden):
@@ -311,7 +318,7 @@ class Batch:
             row: _RowOutput(plan, logits[begin:end], each, None if hidden is None else hidden[begin:end])
             for row, plan, each, (begin, end) in zip(rows, plans, predictions, pairwise(begins), strict=True)
         }
-        return _Verified(outputs, begins[-1], ended - began)
+        return _Verified(outputs, repeated + begins[-1], ended - began)
 
     def _read(self, logits: Tensor, begins: Sequence[int], nodes: Sequence[int]) -> list[Predictions]:
         """Summaries of each row's part of the logits, in one copy; padded nodes left out."""

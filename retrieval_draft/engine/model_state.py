@@ -43,11 +43,16 @@ class ModelState:
     def of(cls, model: Any) -> ModelState:
         """The state of a model of transformers as it is now."""
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        rows = None if head is None else int(head.weight.shape[0])
+        weight: Any = getattr(head, "weight", None)
+        rows = int(weight.shape[0]) if isinstance(weight, torch.Tensor) else None
         return cls(int(embedding.weight.shape[0]), rows, model.dtype, device_of(embedding))
 
-    def check(self, model: Any) -> None:
+    def check(self, model: Any, needs_masks: bool = True) -> None:
         """Refuses a model that has changed. Takes microseconds.
+
+        Args:
+            model: The model.
+            needs_masks: Whether its attention must follow masks of trees.
 
         Raises:
             UnsupportedModelError: Names the change, with both values.
@@ -68,7 +73,7 @@ class ModelState:
                 _ANEW,
             )
         attention = str(model.config.get_text_config(decoder=True)._attn_implementation)
-        if any(part in attention for part in _NO_MASKS):
+        if needs_masks and any(part in attention for part in _NO_MASKS):
             raise UnsupportedModelError(
                 f"The model's attention was set to {attention!r}, which ignores tree masks.",
                 'Set it back with model.set_attn_implementation("sdpa").',

@@ -1,15 +1,27 @@
-"""A functional check that a model verifies trees as it would have decoded their paths."""
+"""Functional checks of the ways in which a model can verify drafts, on the model itself."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import GenerationConfig
 
 from retrieval_draft.drafting.tree import DraftTree
+from retrieval_draft.engine.attention.tree_mask import TreeInputs
+from retrieval_draft.engine.cache.chain_cache import ChainCache
+from retrieval_draft.engine.chain_target import ChainTarget
+from retrieval_draft.engine.plain_target import PlainTarget
 from retrieval_draft.engine.target import Target, disagreement, tolerance
+from retrieval_draft.engine.verification import Verification
+from retrieval_draft.engine.wrapped_models import check_generates, unwrap
 from retrieval_draft.errors import RetrievalDraftError, UnsupportedModelError
 
-__all__ = ["probe"]
+__all__ = ["find_target", "probe", "probe_chain"]
 
 _PROMPT = 8
 _LONG_WINDOW = 64
@@ -22,8 +34,181 @@ _MANY = 256
 """Children of a root, so that a window that counts slots loses keys enough to be noticed in any dtype."""
 
 
+_SHORT = (2, _PROMPT)
+"""Texts that chains are tried on always; the first is shorter than most convolutions."""
+
+_REPLY = 7
+"""Tokens that a model generates on its own, to compare chains with."""
+
+_NEAR_END = 1024
+"""The longest text of a model that is tried up to its end."""
+
+_SIZE_NAMES = ("window", "chunk", "topk", "top_k", "budget", "local_attention")
+"""Parts of the names of settings that limit the keys of a token."""
+
 _WORDS = 8
 """Different tokens of a probed text: few, so that a model that keeps the best keys finds equal ones in it."""
+
+
+def find_target(model: Any, strict: bool = False) -> Target:
+    """The model as it can be decoded with: by trees, else by chains, else by its own ``generate`` alone.
+
+    Args:
+        model: Any model of transformers that generates text.
+        strict: Whether a model that can only be decoded plainly is refused.
+
+    Raises:
+        UnsupportedModelError: It generates no text, or `strict` forbids it.
+    """
+    check_generates(unwrap(model))
+    try:
+        target = Target(model)
+        probe(target)
+        return target
+    except UnsupportedModelError as error:
+        no_tree = error
+    try:
+        chain = ChainTarget(model)
+        probe_chain(chain)
+    except UnsupportedModelError as error:
+        if strict:
+            raise
+        plain = PlainTarget(model)
+        plain.verification = Verification("plain", error.message)
+        return plain
+    reason = f"no trees: {no_tree.message}"
+    if chain.longest is not None:
+        reason += (
+            f" No drafts beyond {chain.longest} tokens, where several tokens at once differ from single ones."
+        )
+    chain.verification = Verification("chain", reason)
+    return chain
+
+
+@torch.no_grad()
+def probe_chain(target: ChainTarget) -> float:
+    """Compares chains, refused and continued ones too, with the model's own ``generate``.
+
+    On a text shorter than a convolution, a short one, and one beyond each window, chunk or number of chosen
+    keys that the configuration names. A model that fails beyond one of these only is drafted for up to there.
+
+    Args:
+        target: The model; its `longest` is set.
+
+    Returns:
+        The largest difference found, RMS over the standard deviation of the logits.
+
+    Raises:
+        UnsupportedModelError: Several tokens after a state give other logits than one after another, or a
+            pass fails.
+    """
+    end = 2 * _LONGEST_PROBE if target.max_positions is None else target.max_positions
+    longest = end - _REPLY
+    found = max((_compare_chain(target, length) for length in _SHORT if length <= longest), default=0.0)
+    for window in sorted(set(_named_sizes(target))):
+        length = window + max(2, window // 4)
+        if length > longest:
+            break
+        try:
+            found = max(found, _compare_chain(target, length))
+        except UnsupportedModelError:
+            if window < _PROMPT + _REPLY:
+                raise
+            _compare_chain(target, window - _REPLY)
+            target.longest = window
+            return found
+    if max(_SHORT) < longest and end <= _NEAR_END:
+        found = max(found, _compare_chain(target, longest))
+    return found
+
+
+def _named_sizes(target: Target) -> Iterator[int]:
+    """Windows, chunks and numbers of chosen keys that the configuration names, as far as they are tried."""
+    text = target.model.config.get_text_config(decoder=True)
+    for name, value in text.to_dict().items():
+        if any(part in name for part in _SIZE_NAMES) and not name.endswith("layers"):
+            for size in value.values() if isinstance(value, dict) else (value,):
+                if type(size) is int and 1 < size <= _LONGEST_PROBE:
+                    yield size
+
+
+def _compare_chain(target: ChainTarget, length: int) -> float:
+    """`probe_chain` of one text of `length` tokens."""
+    random = np.random.default_rng(0)
+    words = random.integers(0, min(target.vocabulary, 1000), 2 * _WORDS)
+    prompt = torch.from_numpy(random.choice(words, length)).to(target.device)
+    name = type(target.model).__name__
+    try:
+        reply, wanted = _generated(target.model, prompt[None])
+        wrong = [next(int(word) for word in words if word != token) for token in reply]
+
+        def passed(cache: ChainCache, chain: list[int], kept: int) -> Tensor:
+            """Logits after the first `kept` tokens of a chain, the others of which are refused."""
+            ids = torch.tensor([chain], device=target.device)
+            logits = target.verify(cache, TreeInputs(ids, ids, None, None))
+            cache.commit(None, kept, kept)
+            return logits[:kept]
+
+        found = []
+        for parts, chains in (
+            (1, [(reply[:4], 4), (reply[4:5], 1)]),
+            (
+                2,
+                [
+                    ([reply[0], wrong[1]], 1),
+                    ([*reply[1:3], *wrong[3:5]], 2),
+                    (reply[3:4], 1),
+                    (reply[4:6], 2),
+                ],
+            ),
+        ):
+            cache = target.cache(length)
+            logits = [*target.prefill(cache, prompt, 1, -(-length // parts))]
+            logits += [passed(cache, *chain) for chain in chains]
+            together = torch.cat(logits)
+            found.append(disagreement(together, wanted[: len(together)]))
+    except RetrievalDraftError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{name} failed on several tokens after a state: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}",
+            "Use model.generate for this model.",
+        ) from error
+    difference, limit = max(found), tolerance(target.model.dtype)
+    # As for trees, NaN compares false.
+    if difference > limit:
+        raise UnsupportedModelError(
+            f"{name} says something else for several tokens after a text of {length} than for one after "
+            f"another: the logits differ by {difference:.2g} of their standard deviation, at most {limit:g} "
+            "is allowed.",
+            "Use model.generate for this model.",
+        )
+    return difference
+
+
+def _generated(model: Any, prompt: Tensor) -> tuple[list[int], Tensor]:
+    """A reply of `_REPLY` tokens by the model's own ``generate``, and its logits, (tokens, vocabulary)."""
+    config = GenerationConfig(
+        max_new_tokens=_REPLY,
+        min_new_tokens=_REPLY,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=0,
+        use_cache=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    log = logging.getLogger("transformers")
+    level = log.level
+    log.setLevel(logging.ERROR)  # of settings that sampling alone would use
+    try:
+        out = type(model).generate(
+            model, prompt, attention_mask=torch.ones_like(prompt), generation_config=config
+        )
+    finally:
+        log.setLevel(level)
+    return out.sequences[0, prompt.shape[1] :].tolist(), torch.cat(out.logits)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
 from retrieval_draft.engine.compat import makes_cache_anew
@@ -142,4 +143,4 @@ def rope_switch(model: Any) -> RopeSwitch | None:
     if grows:
         modules = [module for module in model.modules() if hasattr(module, "original_max_seq_len")]
         return RopeSwitch(length, rotary=modules)
-    return RopeSwitch(length, renews=makes_cache_anew(model, SpeculativeCache(model.config), length + 1))
+    return RopeSwitch(length, renews=makes_cache_anew(model, DynamicCache(config=text), length + 1))

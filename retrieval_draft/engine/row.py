@@ -16,11 +16,11 @@ from retrieval_draft.drafting.predictions import Predictions
 from retrieval_draft.drafting.session import DraftPlan, DraftSession
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.drafting.tree import DraftTree
-from retrieval_draft.engine.attention.tree_mask import TreeAttention, TreeInputs
+from retrieval_draft.engine.attention.tree_mask import TreeInputs
 from retrieval_draft.engine.logits import LogitReader
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.sampling.sampling import non_finite
-from retrieval_draft.engine.target import Target
+from retrieval_draft.engine.target import Attention, Target
 from retrieval_draft.engine.transcript import Transcript
 from retrieval_draft.engine.verify import walk
 from retrieval_draft.index.source import NodeLogits
@@ -74,7 +74,7 @@ class Row:
         target: Target,
         request: DecodeRequest,
         drafting: DraftSession | None,
-        attention: TreeAttention,
+        attention: Attention,
         stats: DraftStats,
     ) -> None:
         self.target, self.request, self.drafting, self.stats = target, request, drafting, stats
@@ -162,10 +162,10 @@ class Row:
         if self.drafting is None:
             tree = DraftTree.root(root)
             return DraftPlan(tree, tree, ())
-        max_depth, rope = self.request.max_length - len(self.text) - 1, self.target.rope
-        return self.drafting.propose(
-            root, length, max_depth if rope is None else rope.max_depth(length, max_depth)
-        )
+        max_depth = self.target.max_depth(length, self.request.max_length - len(self.text) - 1)
+        if self.target.verification.way == "tree":
+            return self.drafting.propose(root, length, max_depth)
+        return self.drafting.propose_chain(root, length, max_depth)
 
     def prepare(self, plan: DraftPlan) -> TreeInputs:
         """Packs the tree for the model, and moves the last accepted path into place."""
@@ -173,8 +173,7 @@ class Row:
         self._commit(inputs.moved)
         if self._renews_cache():
             text = torch.from_numpy(self.text.tokens[:-1].astype(np.int64)).to(self.target.device)
-            for _ in self.target.prefill_passes(self.cache, text, 1, self.request.prefill_chunk, further=1):
-                pass
+            self.target.refill(self.cache, text, self.request.prefill_chunk)
         return inputs
 
     def _renews_cache(self) -> bool:
@@ -187,7 +186,6 @@ class Row:
 
     def prepare_again(self, plan: DraftPlan) -> TreeInputs:
         """Repeats `prepare` after a pass that failed: staged nodes are dropped, the committed text stays."""
-        self.cache.stage(False)
         self.cache.drop()
         return self.attention.prepare(plan.tree, len(self.text) - 1, None)
 
@@ -237,7 +235,7 @@ class Row:
         """Moves the last accepted path into place, so that the cache can be used further."""
         moved = None if self._moved is None else torch.from_numpy(self._moved).to(self.target.device)
         self._commit(moved)
-        self.cache.text = self.text.tokens[:-1].copy()
+        self.cache.text = self.text.tokens[: self.cache.get_seq_length()].copy()
         self._prompt_end = self._predictions = self._hidden_end = None
         if self.request.finished is not None:
             self.request.finished(self.text.reply)
@@ -300,6 +298,12 @@ class Row:
         if self._path:
             self.cache.commit(moved, self._kept, len(self._path))
         self._path, self._moved = (), None
+
+    @property
+    def carried(self) -> int | None:
+        """Accepted tokens that the next pass repeats in front of its drafts; None where none ever are."""
+        carried: int | None = self.cache.carries(len(self._path))
+        return carried
 
     @property
     def path(self) -> Sequence[int]:

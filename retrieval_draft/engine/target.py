@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 
 from retrieval_draft.drafting.tree import DraftTree
+from retrieval_draft.engine.attention.chain_inputs import ChainAttention
 from retrieval_draft.engine.attention.cuda import CUDA_ATTENTION, cuda_attention
 from retrieval_draft.engine.attention.packed import can_pack, packed_attention
 from retrieval_draft.engine.attention.tree_mask import TreeAttention, TreeInputs
@@ -24,7 +25,16 @@ from retrieval_draft.engine.compat import cache_parameter
 from retrieval_draft.engine.cpu.attention import WIDE_ATTENTION
 from retrieval_draft.engine.rope_switch import RopeSwitch, rope_switch
 from retrieval_draft.engine.thread_choice import ThreadChoice
-from retrieval_draft.engine.wrapped_models import check_layers, device_of, is_compiled, uncompiled, unwrap
+from retrieval_draft.engine.verification import Verification
+from retrieval_draft.engine.wrapped_models import (
+    check_decoder,
+    check_generates,
+    check_layers,
+    device_of,
+    is_compiled,
+    uncompiled,
+    unwrap,
+)
 from retrieval_draft.errors import UnsupportedModelError
 
 __all__ = ["Target", "disagreement", "tolerance"]
@@ -40,6 +50,10 @@ _LOGIT_BYTES = 256 << 20
 """The most memory that prompt logits take at a time."""
 
 
+Attention = TreeAttention | ChainAttention
+"""Makes model inputs of drafts."""
+
+
 class Target:
     """Forward passes over prompts and trees, through one reusable set of masks.
 
@@ -49,30 +63,46 @@ class Target:
 
     Raises:
         UnsupportedModelError: The model cannot verify trees.
+
+    Attributes:
+        verification: The way in which drafts are verified, and the reason for it.
+        shares_passes: Whether the rows of a batch share a pass; each gets its own else.
     """
+
+    verification = Verification("tree", "the model takes masks and positions of a tree")
+    shares_passes = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         model = unwrap(model)
-        _check(model)
+        check_generates(model)
         self.model = model
         self._compiled = is_compiled(model)
         embedding: Any = model.get_input_embeddings()
         text = model.config.get_text_config(decoder=True)
-        layers = layer_windows(model.config)
-        self.windows = {kind: window for kind, window in layers if kind != "dummy"}
         self.embedding_rows = int(embedding.weight.shape[0])
         self.vocabulary = min(self.embedding_rows, int(text.vocab_size))
         limit = getattr(text, "max_position_embeddings", None)
         self.max_positions: int | None = limit if isinstance(limit, int) and limit > 0 else None
-        self.rope: RopeSwitch | None = rope_switch(model)
+        self.rope: RopeSwitch | None = None
         self.device: torch.device = device_of(embedding)
-        self.attention = TreeAttention(self.windows, model.dtype, self.device)
         self.threads: ThreadChoice | None = ThreadChoice() if self.device.type == "cpu" else None
+        self.hidden: Tensor | None = None
+        parameters = inspect.signature(model.forward).parameters
+        self._cache_parameter = cache_parameter(model)
+        self._keeps_logits = "logits_to_keep" in parameters
+        self._takes_mask = "attention_mask" in parameters
+        self._takes_positions = "position_ids" in parameters
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """Prepares for trees, or refuses the model."""
+        _check(self.model)
+        layers = layer_windows(self.model.config)
+        self.windows = {kind: window for kind, window in layers if kind != "dummy"}
+        self.rope = rope_switch(self.model)
+        self.attention: Attention = self.attention_of_row()
         self._kinds = [kind for kind, _ in layers]
         self._rows_by: Callable[..., Tensor | None] | None = None
-        self.hidden: Tensor | None = None
-        self._cache_parameter = cache_parameter(model)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @contextmanager
     def watching_hidden(self, wanted: bool = True) -> Iterator[None]:
@@ -92,13 +122,11 @@ class Target:
             handle.remove()
             self.hidden = None
 
-    def cache(self, capacity: int, keeps_all: bool = False) -> SpeculativeCache:
-        """An empty cache with room for `capacity` tokens."""
+    def cache(self, capacity: int, keeps_all: bool = False) -> Any:
+        """An empty cache with room for `capacity` tokens: a `SpeculativeCache`, or a `ChainCache`."""
         return SpeculativeCache(self.model.config, capacity, keeps_all)
 
-    def prefill(
-        self, cache: SpeculativeCache, prompt: Tensor, rows: int, chunk: int | None = None
-    ) -> Iterator[Tensor]:
+    def prefill(self, cache: Any, prompt: Tensor, rows: int, chunk: int | None = None) -> Iterator[Tensor]:
         """Appends `prompt` to the cache.
 
         Args:
@@ -116,7 +144,7 @@ class Target:
 
     def prefill_passes(
         self,
-        cache: SpeculativeCache,
+        cache: Any,
         prompt: Tensor,
         rows: int,
         chunk: int | Callable[[], int | None] | None = None,
@@ -144,7 +172,7 @@ class Target:
             done += size
             yield logits if wanted > 0 else None
 
-    def append(self, cache: SpeculativeCache, text: Tensor, offset: int) -> Iterator[Tensor]:
+    def append(self, cache: Any, text: Tensor, offset: int) -> Iterator[Tensor]:
         """Appends `text`, int64, shape (length,), after `offset` cached tokens, in runs of `_APPENDED`.
 
         Yields:
@@ -155,7 +183,16 @@ class Target:
             yield self._forward(cache, part[None], offset, 1, whole)
             offset += len(part)
 
-    def _forward(self, cache: SpeculativeCache, ids: Tensor, offset: int, keep: int, whole: int) -> Tensor:
+    def refill(self, cache: Any, text: Tensor, chunk: int | None) -> None:
+        """Passes a text, int64, shape (length,), to an empty cache; one more token follows elsewhere."""
+        for _ in self.prefill_passes(cache, text, 1, chunk, further=1):
+            pass
+
+    def max_depth(self, root: int, wanted: int) -> int:
+        """The largest depth, at most `wanted`, of drafts below a root at position `root`."""
+        return wanted if self.rope is None else self.rope.max_depth(root, wanted)
+
+    def _forward(self, cache: Any, ids: Tensor, offset: int, keep: int, whole: int) -> Tensor:
         """A pass over a part of a text of `whole` tokens."""
         end = offset + ids.shape[1]
         positions = torch.arange(offset, end, device=ids.device)[None]
@@ -189,7 +226,7 @@ class Target:
         logits: Tensor = out.logits[0]
         return logits if self._keeps_logits else logits[-keep:]
 
-    def verify(self, cache: SpeculativeCache, inputs: TreeInputs) -> Tensor:
+    def verify(self, cache: Any, inputs: TreeInputs) -> Tensor:
         """One pass over a tree, whose nodes stay staged in the cache.
 
         Returns:
@@ -203,7 +240,7 @@ class Target:
         finally:
             cache.stage(False)
 
-    def verify_rows(self, caches: Sequence[SpeculativeCache], inputs: Sequence[TreeInputs]) -> Tensor:
+    def verify_rows(self, caches: Sequence[Any], inputs: Sequence[TreeInputs]) -> Tensor:
         """One pass over the trees of several requests, whose nodes stay staged in their caches.
 
         Args:
@@ -278,12 +315,12 @@ class Target:
     def _one_by_one(self, caches: Sequence[SpeculativeCache], inputs: Sequence[TreeInputs]) -> Tensor:
         return torch.cat([self.verify(*row) for row in zip(caches, inputs, strict=True)])
 
-    def attention_of_row(self) -> TreeAttention:
+    def attention_of_row(self) -> Attention:
         """Masks for one more request beside others; `attention` serves one that is alone."""
         return TreeAttention(self.windows, self.model.dtype, self.device)
 
     def verify_tree(
-        self, cache: SpeculativeCache, tree: DraftTree, length: int, moved: NDArray[np.int64] | None = None
+        self, cache: Any, tree: DraftTree, length: int, moved: NDArray[np.int64] | None = None
     ) -> Tensor:
         """Runs `verify` on a tree without a pending commit, for probes and measurements.
 
@@ -315,16 +352,8 @@ def _side_by_side(inputs: Sequence[TreeInputs]) -> tuple[Tensor, Tensor]:
 
 def _check(model: PreTrainedModel) -> None:
     """Refuses models that are known not to work, before anything runs."""
+    check_decoder(model)
     name = type(model).__name__
-    if not isinstance(model, GenerationMixin):
-        raise UnsupportedModelError(
-            f"{name} cannot generate: it has no output head, or is no model of transformers.",
-            "Load one with AutoModelForCausalLM.from_pretrained(name).",
-        )
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{name} is an encoder-decoder model.", "Only decoder-only models are supported."
-        )
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModelError(
             f"{name} has recurrent state, which cannot be rolled back after a rejected draft token.",

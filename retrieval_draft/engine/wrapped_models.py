@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationMixin
 
 from retrieval_draft.errors import InvalidInputError, UnsupportedModelError
 
 __all__ = [
+    "check_decoder",
+    "check_generates",
     "check_layers",
     "device_of",
     "is_compiled",
@@ -53,6 +56,32 @@ def unwrap(model: Any) -> Any:
         if inner is None:
             return given
         given = inner
+
+
+def check_generates(model: Any) -> None:
+    """Refuses a model without text to generate.
+
+    Raises:
+        UnsupportedModelError: It has no output head, or is no model of transformers.
+    """
+    if not isinstance(model, GenerationMixin):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot generate: it has no output head, or is no model of transformers.",
+            "Load one with AutoModelForCausalLM.from_pretrained(name).",
+        )
+
+
+def check_decoder(model: Any) -> None:
+    """Refuses encoder-decoder models.
+
+    Raises:
+        UnsupportedModelError: As above.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder model.",
+            "Only decoder-only models are drafted for.",
+        )
 
 
 def is_compiled(model: nn.Module) -> bool:

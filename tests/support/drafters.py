@@ -18,10 +18,10 @@ from tests.support.sources import NoCalibration, fuse
 NEAR = 1e-4
 
 
-def drafter_with(model: Any, *sources: Any, **options: Any) -> RetrievalDrafter:
+def drafter_with(model: Any, *sources: Any, target: Target | None = None, **options: Any) -> RetrievalDrafter:
     """A drafter over stand-in sources, fused in their own order."""
     config = DraftConfig(**{"nodes": 8, "prefill_logits": True, **options})
-    target = Target(model)
+    target = Target(model) if target is None else target
     supply = DraftEngine(target, config, sources, fuse)
     supply._calibration = NoCalibration()
     return RetrievalDrafter(target, None, MethodContext(config, DraftStores(target.embedding_rows)), supply)

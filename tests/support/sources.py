@@ -85,6 +85,7 @@ class OracleSource:
     """Opens `OracleSession`s; `replies` are the true replies of the requests in order."""
 
     name, level, nbytes = "oracle", "request", 0
+    session: type[OracleSession] = OracleSession
 
     def __init__(
         self, *replies: Sequence[int], vocabulary: int = 97, wrong: float = 0.2, seed: int = 0
@@ -95,7 +96,7 @@ class OracleSource:
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> OracleSession:
         reply = self.replies[len(self.sessions) % len(self.replies)] if self.replies else ()
-        self.sessions.append(OracleSession(prompt, reply, *self.options))
+        self.sessions.append(self.session(prompt, reply, *self.options))
         return self.sessions[-1]
 
     def flush(self) -> None:
@@ -103,6 +104,25 @@ class OracleSource:
 
     def close(self) -> None:
         """Nothing to end."""
+
+
+class PlantedSession(OracleSession):
+    """Proposes the reply as a chain, in which some tokens are wrong."""
+
+    def propose(self, budget: int) -> Proposal:
+        at = len(self.text) - self.start
+        chain = self.reply[at : at + budget]
+        wrong = self.rng.random(len(chain)) < self.wrong
+        drafts = [
+            (token + 1) % self.vocabulary if off else token for token, off in zip(chain, wrong, strict=True)
+        ]
+        return proposal(drafts, list(range(-1, len(drafts) - 1)))
+
+
+class PlantedSource(OracleSource):
+    """Opens `PlantedSession`s."""
+
+    session = PlantedSession
 
 
 class BrokenSource(OracleSource):

@@ -221,7 +221,8 @@ def test_layers_that_round_by_the_whole_pass_are_refused() -> None:
     with pytest.warns(DeprecationWarning, match="quantiz"):
         model = torch.ao.quantization.quantize_dynamic(wide(), {torch.nn.Linear}, dtype=torch.qint8)
     with pytest.raises(UnsupportedModelError, match=r"q_proj is of torch's dynamic quantisation"):
-        RetrievalDrafter.for_model(model)
+        RetrievalDrafter.for_model(model, strict=True)
+    assert RetrievalDrafter.for_model(model).verification.way == "plain"
 
 
 # accelerate and PEFT

@@ -15,6 +15,8 @@ from transformers import (
 )
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
+from retrieval_draft.engine.probe import probe
+from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import (
     InvalidInputError,
     TokenizerMismatchError,
@@ -98,7 +100,7 @@ def test_unknown_method_and_unsupported_parts() -> None:
 @pytest.mark.parametrize("window", [16, 256])
 def test_windows_by_place_in_the_pass_are_seen_on_texts_beyond_them(window: int) -> None:
     with pytest.raises(UnsupportedModelError, match="for a tree than for its paths"):
-        RetrievalDrafter.for_model(make("gpt-neo", attention="eager", window_size=window))
+        probe(Target(make("gpt-neo", attention="eager", window_size=window)))
 
 
 @pytest.mark.parametrize("kept", [16, 256, 505])
@@ -107,22 +109,22 @@ def test_best_keys_of_a_text_with_equal_ones_are_seen(kept: int) -> None:
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.self_attn.A)  # zeros value all keys alike
     with pytest.raises(UnsupportedModelError, match="for a tree than for its paths"):
-        RetrievalDrafter.for_model(model)
+        probe(Target(model))
 
 
 def test_a_window_that_no_text_can_leave_does_no_harm() -> None:
-    RetrievalDrafter.for_model(make("doge", keep_window_size=512))
+    probe(Target(make("doge", keep_window_size=512)))
 
 
 def test_windows_by_place_in_the_pass_are_seen_in_half_precision() -> None:
     model = make("gpt-neo", attention="eager", window_size=256, vocab_size=512).to(torch.bfloat16)
     with pytest.raises(UnsupportedModelError, match="for a tree than for its paths"):
-        RetrievalDrafter.for_model(model)
+        probe(Target(model))
 
 
 def test_a_mask_of_the_models_own_for_so_many_places_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="mask of its own for 512 tokens"):
-        RetrievalDrafter.for_model(make("gpt-neo", attention="eager", window_size=512))
+        probe(Target(make("gpt-neo", attention="eager", window_size=512)))
 
 
 @pytest.mark.parametrize("given", ["small", 3, (MODEL,), [MODEL, "small"]])
@@ -160,17 +162,19 @@ def test_foreign_tokenizer_is_refused() -> None:
     RetrievalDrafter.for_model(model, Tokenizer(97, eos=5), method="none")
 
 
-def test_models_that_cannot_verify_trees_are_refused() -> None:
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4))
+@pytest.mark.parametrize("name", ["mamba", "bloom", "flash"])
+def test_models_that_cannot_verify_trees_are_no_target_for_them(name: str) -> None:
+    if name == "mamba":
+        model: Any = MambaForCausalLM(
+            MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
+        )
+    elif name == "bloom":
+        model = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2))
+    else:
+        model = make("llama")
+        model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UnsupportedModelError):
-        RetrievalDrafter.for_model(mamba)
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2))
-    with pytest.raises(UnsupportedModelError):
-        RetrievalDrafter.for_model(bloom)
-    flash = make("llama")
-    flash.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(UnsupportedModelError, match="sdpa"):
-        RetrievalDrafter.for_model(flash)
+        probe(Target(model))
 
 
 def test_probe_finds_a_model_that_ignores_the_mask() -> None:
@@ -178,7 +182,8 @@ def test_probe_finds_a_model_that_ignores_the_mask() -> None:
     forward = model.model.forward
     model.model.forward = lambda *args, attention_mask=None, **kwargs: forward(*args, **kwargs)
     with pytest.raises(UnsupportedModelError, match="says something else"):
-        RetrievalDrafter.for_model(model)
+        probe(Target(model))
+    assert RetrievalDrafter.for_model(model).verification.way == "chain"
 
 
 @pytest.mark.parametrize("share", ["reply", "all"])

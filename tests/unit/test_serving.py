@@ -10,6 +10,7 @@ import torch
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.drafting.stats import DraftStats
+from tests.support.chain_models import KNOWN, make_family
 from tests.support.drafters import prompt_ids
 from tests.support.models import make
 
@@ -22,9 +23,10 @@ def drafter(model: Any) -> RetrievalDrafter:
     )
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return make("llama")
+@pytest.fixture(scope="module", params=["llama", *(name for name in ("lfm2",) if name in KNOWN)])
+def model(request: Any) -> Any:
+    """A model that verifies trees, and one that verifies chains."""
+    return make("llama") if request.param == "llama" else make_family(request.param)
 
 
 def joined(batch: Any, continuous: Any, prompt: torch.Tensor, **options: Any) -> list[Any]:

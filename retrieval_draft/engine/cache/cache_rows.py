@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from retrieval_draft.engine.cache.chain_cache import ChainCache
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache, SpeculativeLayer
+from retrieval_draft.engine.compat import has_length, is_empty
 from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import InvalidInputError, UnsupportedGenerationError
 from retrieval_draft.index.source import TokenArray
 
-__all__ = ["CacheRows", "adopt", "write_back"]
+__all__ = ["CacheRows", "RowCache", "adopt", "write_back"]
+
+RowCache = SpeculativeCache | ChainCache
+"""The cache of one row, of trees or of chains."""
 
 
 class CacheRows(Cache):
@@ -25,7 +30,7 @@ class CacheRows(Cache):
         rows: In the order of the sequences they belong to.
     """
 
-    def __init__(self, rows: Sequence[SpeculativeCache]) -> None:
+    def __init__(self, rows: Sequence[RowCache]) -> None:
         super().__init__(layers=rows[0].layers)
         self.rows = tuple(rows)
 
@@ -41,14 +46,14 @@ class CacheRows(Cache):
 
 def adopt(
     given: Any, prompts: Sequence[TokenArray], padding: Sequence[int], target: Target
-) -> list[SpeculativeCache]:
+) -> list[RowCache]:
     """Caches that begin each row, from the caller's ``cache`` or ``past_key_values``.
 
     A cache that this package made records its text: tokens beyond the common beginning with the prompt are
     removed, so that an edited conversation is right too. A cache of transformers is trusted, and copied.
 
     Args:
-        given: A `SpeculativeCache`, a `CacheRows` or a ``DynamicCache`` of transformers.
+        given: A `RowCache`, a `CacheRows` or a ``DynamicCache`` of transformers.
         prompts: int32, shape (length,) each. Whole texts, cached tokens included, padding stripped.
         padding: Tokens that were stripped from each.
         target: The model.
@@ -60,14 +65,16 @@ def adopt(
         InvalidInputError: It holds other rows or more text than the prompts.
         UnsupportedGenerationError: It is of another type.
     """
-    if isinstance(given, (SpeculativeCache, CacheRows)):
-        rows = [given] if isinstance(given, SpeculativeCache) else list(given.rows)
+    if isinstance(given, (SpeculativeCache, ChainCache, CacheRows)):
+        rows = list(given.rows) if isinstance(given, CacheRows) else [given]
         if len(rows) != len(prompts):
             raise _other_rows(len(rows), len(prompts))
         return [_trimmed(cache, prompt, target) for cache, prompt in zip(rows, prompts, strict=True)]
     if isinstance(given, DynamicCache):
-        if given.get_seq_length() == 0:
+        if is_empty(given):
             return [target.cache(len(prompt), _keeps_all(given)) for prompt in prompts]
+        if target.verification.way == "chain":
+            return [_taken_over(given, prompts, padding, target)]
         some: Any = next(layer for layer in given.layers if getattr(layer, "is_initialized", False))
         batch = int(some.keys.shape[0])
         if batch != len(prompts):
@@ -93,12 +100,42 @@ def _other_rows(found: int, wanted: int) -> InvalidInputError:
     )
 
 
-def _trimmed(cache: SpeculativeCache, prompt: TokenArray, target: Target) -> SpeculativeCache:
+def _trimmed(cache: RowCache, prompt: TokenArray, target: Target) -> RowCache:
     """The cache cropped to the prompt's beginning; a new one where a window has left that."""
     cache.drop()
     known = min(len(cache.text), cache.get_seq_length(), len(prompt) - 1)
     differs = np.flatnonzero(cache.text[:known] != prompt[:known])
-    return cache if cache.keep(int(differs[0]) if len(differs) else known) else target.cache(len(prompt))
+    if cache.keep(int(differs[0]) if len(differs) else known):
+        return cache
+    fresh: RowCache = target.cache(len(prompt))
+    return fresh
+
+
+def _taken_over(
+    given: DynamicCache, prompts: Sequence[TokenArray], padding: Sequence[int], target: Target
+) -> RowCache:
+    """A copy of a caller's cache of one text, as it is."""
+    if len(prompts) > 1 or padding[0] or not has_length(given):
+        raise UnsupportedGenerationError(
+            "The cache holds several texts, padding, or states that do not tell their text's length: not "
+            "supported for a model that drafts are verified for in chains.",
+            "Pass what an earlier call returned, or the rows one by one without padding.",
+        )
+    prompt, length = prompts[0], int(given.get_seq_length())
+    if length > len(prompt):
+        raise _too_long(length, len(prompt))
+    cache = target.cache(len(prompt))
+    cache.load(given, length)
+    # The last token of the prompt is passed again, for its logits.
+    taken: RowCache = cache if cache.keep(min(length, len(prompt) - 1)) else target.cache(len(prompt))
+    return taken
+
+
+def _too_long(cached: int, length: int) -> InvalidInputError:
+    return InvalidInputError(
+        f"The cache holds {cached} tokens, the prompt has {length}.",
+        "input_ids is the whole text, what is cached included.",
+    )
 
 
 def _keeps_all(given: DynamicCache) -> bool:
@@ -110,11 +147,8 @@ def _copied(given: DynamicCache, row: int, left: int, prompt: TokenArray, target
     """One row of a cache of transformers, its left padding stripped."""
     length = int(given.get_seq_length()) - left
     if length > len(prompt):
-        raise InvalidInputError(
-            f"The cache holds {length} tokens, the prompt has {len(prompt)}.",
-            "input_ids is the whole text, what is cached included.",
-        )
-    cache = target.cache(len(prompt) + 64, _keeps_all(given))
+        raise _too_long(length, len(prompt))
+    cache: SpeculativeCache = target.cache(len(prompt) + 64, _keeps_all(given))
     for mine, theirs in zip(cache.layers, given.layers, strict=False):
         if not isinstance(mine, SpeculativeLayer) or not getattr(theirs, "is_initialized", False):
             continue
@@ -130,10 +164,11 @@ def _copied(given: DynamicCache, row: int, left: int, prompt: TokenArray, target
         keys, values = layer.keys[row : row + 1, :, begin:], layer.values[row : row + 1, :, begin:]
         mine.load(keys, values, first - left)
     # The last token of the prompt is passed again, for its logits.
-    return cache if cache.keep(min(length, len(prompt) - 1)) else target.cache(len(prompt))
+    fresh: SpeculativeCache = target.cache(len(prompt))
+    return cache if cache.keep(min(length, len(prompt) - 1)) else fresh
 
 
-def write_back(cache: SpeculativeCache, given: DynamicCache, left: int) -> None:
+def write_back(cache: RowCache, given: DynamicCache, left: int) -> None:
     """Writes one row's keys and values to a caller's own cache of transformers, as `model.generate` would.
 
     Args:
@@ -141,6 +176,9 @@ def write_back(cache: SpeculativeCache, given: DynamicCache, left: int) -> None:
         given: Empty, or the beginning of the same text.
         left: Padding before the text, which gets slots of zeros: no token attends to them.
     """
+    if isinstance(cache, ChainCache):
+        cache.write_to(given)
+        return
     replicated: Any = getattr(given, "layer_class_to_replicate", None)
     while replicated is not None and len(given.layers) < len(cache.layers):
         given.layers.append(replicated())

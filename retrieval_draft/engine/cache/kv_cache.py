@@ -352,6 +352,9 @@ class SpeculativeCache(Cache):
                 indices = here[layer.device]
             layer.commit(indices, kept, count)
 
+    def carries(self, accepted: int) -> None:
+        """Accepted tokens that the next pass repeats: none ever, since a path can be moved into place."""
+
     def clone(self, capacity: int = 0) -> SpeculativeCache:
         """A copy of the committed text, with room for `capacity` tokens in all; staged nodes are left out."""
         copy = object.__new__(SpeculativeCache)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import numpy as np
 
-from retrieval_draft.drafting.budget import Budget
+from retrieval_draft.drafting.budget import MOST_CARRIED, Budget
 from retrieval_draft.drafting.cost import SIZES, CostModel
 from retrieval_draft.drafting.tree import DraftTree
 
@@ -64,3 +66,19 @@ def test_costs_of_several_rows_are_learned_apart() -> None:
     learned = budget._cost(4)
     assert abs(learned.seconds(8) - 10.0) < 0.5, "3 rows count as 4"
     assert learned.seconds(512) > 10.0
+
+
+def test_chains_have_passes_of_their_own_and_repeat_a_bounded_number_of_tokens() -> None:
+    asked: list[Any] = []
+
+    class Fixed:
+        def choose(self, path_probs: Any, length: int, rows: int = 1, carried: int | None = None) -> int:
+            asked.append((len(path_probs), length, rows, carried))
+            return 1
+
+    chains = [tree(0.9, 0.8), tree(), tree(0.7)]
+    budget = Budget(cast(Any, Fixed()))
+    assert budget.alone(chains, [10, 20, 30], [None, 3, 4]) == [1, 0, 1]
+    assert asked == [(2, 10, 1, None), (1, 30, 1, 4)]
+    assert budget.alone(chains, [10, 20, 30], [MOST_CARRIED, 3, MOST_CARRIED + 1]) == [1, 0, 0]
+    assert Budget().alone(chains, [10, 20, 30], [None, 3, MOST_CARRIED + 1]) == [2, 0, 0]

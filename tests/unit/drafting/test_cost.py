@@ -162,3 +162,18 @@ def test_a_busy_minute_is_forgotten_within_two_seconds() -> None:
             cost.note_step(1 + nodes // 2, seconds, seconds)
     assert cost.seconds(1) == pytest.approx(FLAT_CPU[1], rel=0.1)
     assert cost.choose(probs) == usual
+
+
+def test_a_chain_is_priced_with_what_its_pass_repeats() -> None:
+    model = CostModel()
+    model.load({size: float(size) for size in SIZES})  # twice the tokens take twice the time
+    likely = np.array([0.98, 0.96, 0.94, 0.92], np.float32)
+    assert model.choose(likely, 0) == model.choose(likely, 0, 1, None)
+    model.load({size: 1.0 + 0.01 * size for size in SIZES})  # tokens cost next to nothing
+    unlikely = np.array([0.5, 0.25, 0.12, 0.06], np.float32)
+    assert model.choose(unlikely, 0, 1, 20) > 0
+    model.load({size: 0.5 + 0.5 * size for size in SIZES})
+    free = model.choose(unlikely, 0, 1, None)
+    assert model.choose(unlikely, 0, 1, 30) < max(free, 1), "what is repeated after a refusal costs too"
+    certain = np.ones(4, np.float32)
+    assert model.choose(certain, 0, 1, 30) == 4, "a chain that is accepted for sure clears all"
