@@ -65,7 +65,7 @@ class QuantizedWeight:
 def quantized_weight(layer: nn.Module) -> QuantizedWeight | None:
     """The quantised weight of a linear layer; None for one that is another's, or that we cannot read.
 
-    Known are quanto's qint8 and qint4 and torchao's int8 and its integers of fewer bits that have a byte each.
+    Known are quanto's qint8 and qint4, torchao's int8, and its fewer bits in a byte for each weight.
     Layers that quantise their inputs, too, are left alone: their results depend on all of an input.
 
     Args:
@@ -77,7 +77,7 @@ def quantized_weight(layer: nn.Module) -> QuantizedWeight | None:
         return None
     plain = type(layer) is nn.Linear
     quanto = type(layer).__name__ == "QLinear" and type(layer).__module__.startswith("optimum.quanto.")
-    if not plain and not (quanto and getattr(layer, "activation_qtype", False) is None):
+    if not plain and not (quanto and layer.__dict__.get("activation_qtype", "") is None):
         return None
     if weight.device.type != "cpu" or weight.dtype not in _TYPES or weight.dim() != 2 or not weight.numel():
         return None

@@ -1,8 +1,8 @@
 """y = x Wᵀ + b for few tokens and quantised weights, which are read once, as the integers that they are.
 
 As in `linear` the threads claim blocks of rows. Up to four tokens are multiplied with weights that become
-float32 in registers; for more a band of rows is widened into the nearest cache, once for all tokens. Either way the
-order of the sums is that of `linear`.
+float32 in registers; for more a band of rows is widened into the nearest cache, once for all tokens. Either
+way the order of the sums is that of `linear`.
 """
 
 from __future__ import annotations
@@ -318,7 +318,7 @@ def linear_quantized_numpy(
     Args:
         x: float32, shape (tokens, length).
         w: Integers, shape (rows, length), one for each weight.
-        scale: float32, shape (rows, groups); with one column it is applied to the sums if there is no `shift`.
+        scale: float32, shape (rows, groups); without `shift` (rows, 1), and the sums are scaled.
         shift: float32, shape (rows, groups), added to scaled weights, or None.
         bias: float32, shape (rows,), or None.
 

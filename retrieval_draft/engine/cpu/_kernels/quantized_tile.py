@@ -35,13 +35,13 @@ _BYTES, _INTS = ir.VectorType(_BYTE, LANES), ir.VectorType(_INT, LANES)
 def quantized_tile(rows: int, tokens: int, planes: int, grouped: bool, plane_stride: int) -> Any:
     """Makes a tile as `vector_tile.dot_tile` is one, over weights of one byte, or of half a byte.
 
-    ``tile(w, w_stride, x, x_stride, length, y, y_stride, ahead, terms, terms_stride, terms_plane, left, group)``
-    adds to y[r, t] the dot product of weight row r and token t, in the order of sums of `dot_tile` on the widened
-    weights. With two planes the bytes of row r hold two weight rows, that of the lower halves (r) and
-    that of the upper ones, whose sums go to y[plane_stride + r].
+    ``tile(w, w_stride, x, x_stride, length, y, y_stride, ahead, terms, terms_stride, terms_plane, left,
+    group)`` adds to y[r, t] the dot product of weight row r and token t, in the order of sums of `dot_tile`
+    on the widened weights. With two planes the bytes of row r hold two weight rows, that of the lower halves
+    (r) and that of the upper ones, whose sums go to y[plane_stride + r].
 
-    An integer q of one plane is signed and stands for q, of two planes it is 0 to 15. With `grouped` it stands for
-    q · scale + offset, rounded once; those of a group of elements are two floats beside each other in `terms`.
+    The integers of one plane are signed, those of two are 0 to 15. With `grouped` a q stands for q · scale +
+    offset, rounded once; those of a group of elements are two floats beside each other in `terms`.
 
     Args:
         rows: Rows of bytes, 1 to 8.
@@ -52,8 +52,8 @@ def quantized_tile(rows: int, tokens: int, planes: int, grouped: bool, plane_str
 
     Returns:
         The function. Addresses are intp; w_stride and `ahead` are in bytes, the other strides in floats;
-        `length` is a multiple of `STEP`, and so are `left`, the elements left of the first group, and `group`;
-        `terms` is where the terms of the first group stand, and of the rows and planes at the given strides.
+        `length` is a multiple of `STEP`, and so are `left`, the elements left of the first group, and
+        `group`; `terms` is the address of the first group's terms in the first row and plane.
     """
 
     @intrinsic
@@ -68,9 +68,9 @@ def quantized_tile(rows: int, tokens: int, planes: int, grouped: bool, plane_str
 
 
 def _quantized_tile(
-    builder: Any, rows: int, tokens: int, planes: int, grouped: bool, plane_stride: int, w: Any, w_stride: Any,
-    x: Any, x_stride: Any, length: Any, y: Any, y_stride: Any, ahead: Any, terms: Any, terms_stride: Any,
-    terms_plane: Any, left: Any, group: Any,
+    builder: Any, rows: int, tokens: int, planes: int, grouped: bool, plane_stride: int, w: Any,
+    w_stride: Any, x: Any, x_stride: Any, length: Any, y: Any, y_stride: Any, ahead: Any, terms: Any,
+    terms_stride: Any, terms_plane: Any, left: Any, group: Any,
 ) -> None:  # fmt: skip
     multiply_add = multiply_add_of(builder)
     cells = [(plane, row, token) for plane in range(planes) for row in range(rows) for token in range(tokens)]
@@ -160,10 +160,11 @@ def _terms(builder: Any, address: Any) -> tuple[Any, Any]:
 
 
 def widen_integers(planes: int, grouped: bool) -> Any:
-    """Makes ``widen(source, target, length, ahead, plane_bytes, terms, terms_plane)``, weights as `quantized_tile` sees them.
+    """Makes ``widen(source, target, length, ahead, plane_bytes, terms, terms_plane)``.
 
-    It writes float32 from bytes of one group, and prefetches those `ahead` bytes further, `length` a multiple of STEP, each plane `plane_bytes` after
-    the last one; `terms` is the address of the group's terms, `terms_plane` the floats to those of the next plane.
+    It writes the weights that `quantized_tile` sees in `length` bytes of one group, a multiple of STEP, as
+    float32, each plane `plane_bytes` after the last one, and prefetches the bytes `ahead` of them. `terms` is
+    the address of the group's terms, `terms_plane` the floats from there to those of the next plane.
     """
 
     @intrinsic
