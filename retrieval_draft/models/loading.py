@@ -45,7 +45,7 @@ def load_model(
             spreads the layers over all devices.
         attn_implementation: Passed on to transformers.
         weights: "int8" or "int4": quanto rounds the weights of all linear layers to so many bits, the output
-            head's too where it is tied to the embedding. The model says something else then.
+            head's too where it is tied to the embedding. It is then another model, with other replies.
 
     Returns:
         Model and tokenizer.

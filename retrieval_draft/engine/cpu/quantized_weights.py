@@ -38,7 +38,7 @@ class QuantizedWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of inputs and outputs."""
+        """Type of inputs and outputs."""
         return self.own.dtype
 
     @property
@@ -73,7 +73,7 @@ def quantized_weight(layer: nn.Module) -> QuantizedWeight | None:
     """
     weight = layer._parameters.get("weight")
     read = _READERS.get((type(weight).__module__.partition(".")[0], type(weight).__name__))
-    if read is None or weight is None or getattr(numba_config, "DISABLE_JIT", 0):
+    if read is None or weight is None or getattr(numba_config, "DISABLE_JIT", False):
         return None
     plain = type(layer) is nn.Linear
     quanto = type(layer).__name__ == "QLinear" and type(layer).__module__.startswith("optimum.quanto.")
@@ -91,7 +91,7 @@ def quantized_weight(layer: nn.Module) -> QuantizedWeight | None:
 
 
 def _is_readable(weight: QuantizedWeight) -> bool:
-    """True if the tensors are what `QuantizedWeight` says that they are."""
+    """True if the tensors have the shapes and dtypes of a `QuantizedWeight`."""
     from retrieval_draft.engine.cpu._kernels.vector_tile import STEP
 
     rows, length = weight.shape

@@ -1,8 +1,8 @@
 """y = x Wᵀ + b for few tokens and quantised weights, which are read once, as the integers that they are.
 
 As in `linear` the threads claim blocks of rows. Up to four tokens are multiplied with weights that become
-float32 in registers; for more a band of rows is widened into the nearest cache, once for all tokens. Either
-way the order of the sums is that of `linear`.
+float32 in registers, and int8 with some more; for many a band of rows is widened into the nearest cache, once
+for all tokens. Either way the order of the sums is that of `linear`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ QUANTIZED_JOB = 16
 """int64 fields of a job."""
 
 _GROUP = 4
-_FETCHES = 3
+_TILE_FOR_TWO, _TILE_FOR_ONE = 4, 8
+_OFTEN = 4
+"""Groups of tokens for which int8 are widened in registers: measured, more are better widened once."""
+
 _BAND = 6
 """Rows of weights widened at a time."""
 
@@ -64,11 +67,11 @@ def _integers(
 ) -> None:
     """A tile of int8 weights, whose scale is applied to the sums, with the only group of tokens."""
     s = MAX_TOKENS
-    if rows == 8:
+    if rows == _TILE_FOR_ONE:
         _i8x1(w, w_stride, x, x_stride, length, y, s, ahead, 0, 0, 0, 0, 0)
-    elif rows == 4:
+    elif rows == _TILE_FOR_TWO:
         _i4x2(w, w_stride, x, x_stride, length, y, s, ahead, 0, 0, 0, 0, 0)
-    elif rows == 3:
+    elif rows == TILE:
         if tokens == 3:
             _i3x3(w, w_stride, x, x_stride, length, y, s, ahead, 0, 0, 0, 0, 0)
         else:
@@ -101,11 +104,11 @@ def _grouped(
 ) -> None:
     """A tile of int8 weights with scales by group."""
     s = MAX_TOKENS
-    if rows == 8:
+    if rows == _TILE_FOR_ONE:
         _g8x1(w, w_stride, x, x_stride, length, y, s, ahead, terms, terms_stride, 0, left, group)
-    elif rows == 4:
+    elif rows == _TILE_FOR_TWO:
         _g4x2(w, w_stride, x, x_stride, length, y, s, ahead, terms, terms_stride, 0, left, group)
-    elif rows == 3:
+    elif rows == TILE:
         if tokens == 3:
             _g3x3(w, w_stride, x, x_stride, length, y, s, ahead, terms, terms_stride, 0, left, group)
         else:
@@ -180,7 +183,9 @@ def linear_quantized(job: int) -> None:
     terms_stride = 2 * groups_each
     terms_plane = lines * terms_stride
     groups = (tokens + _GROUP - 1) // _GROUP
-    tile_rows = 8 if tokens == 1 else 4 if tokens == 2 else TILE
+    # For several groups of tokens weights are widened anew, beside the sums, which take longer.
+    in_registers = groups <= (_OFTEN if group == 0 else 2 if planes == 1 else 1)
+    tile_rows = _TILE_FOR_ONE if tokens == 1 else _TILE_FOR_TWO if tokens == 2 else TILE
     if planes == 2:
         tile_rows = 4 if tokens == 1 else 2 if tokens == 2 else 1
     band = tile_rows if groups == 1 else _BAND // planes
@@ -212,27 +217,35 @@ def linear_quantized(job: int) -> None:
                 first_term = terms
                 if group:
                     first_term += (row * terms_stride + run // group * 2) * 4
-                if groups == 1:
-                    line = row
-                    while line < end:
-                        count = tile_rows if end - line >= tile_rows else 1
-                        at = start + (line - row) * stride
-                        out = sums_at + (line - first) * MAX_TOKENS * 4
-                        term = first_term + (line - row) * terms_stride * 4
-                        given = x + run * 4
-                        if group == 0:
-                            _integers(count, tokens, at, stride, given, length, whole, out, ahead)
-                        elif planes == 1:
-                            _grouped(
-                                count, tokens, at, stride, given, length, whole, out, ahead, term,
-                                terms_stride, left, group,
-                            )  # fmt: skip
-                        else:
-                            _nibbles(
-                                count, tokens, at, stride, given, length, whole, out, ahead, term,
-                                terms_stride, terms_plane, left, group,
-                            )  # fmt: skip
-                        line += count
+                if in_registers:
+                    begin = 0
+                    for part_of_tokens in range(groups):
+                        after = tokens * (part_of_tokens + 1) // groups
+                        some = after - begin
+                        count_most = tile_rows
+                        if groups > 1:
+                            count_most = _TILE_FOR_TWO if some == 2 else TILE
+                        given = x + (begin * length + run) * 4
+                        line = row
+                        while line < end:
+                            count = count_most if end - line >= count_most else 1
+                            at = start + (line - row) * stride
+                            out = sums_at + ((line - first) * MAX_TOKENS + begin) * 4
+                            term = first_term + (line - row) * terms_stride * 4
+                            if group == 0:
+                                _integers(count, some, at, stride, given, length, whole, out, ahead)
+                            elif planes == 1:
+                                _grouped(
+                                    count, some, at, stride, given, length, whole, out, ahead, term,
+                                    terms_stride, left, group,
+                                )  # fmt: skip
+                            else:
+                                _nibbles(
+                                    count, some, at, stride, given, length, whole, out, ahead, term,
+                                    terms_stride, terms_plane, left, group,
+                                )  # fmt: skip
+                            line += count
+                        begin, ahead = after, 0
                 else:
                     for line in range(row, end):
                         _widen_row(
