@@ -47,6 +47,7 @@ def test_greedy_with_weights_of_few_bits_equals_model_generate(weights: str) -> 
     pytest.importorskip("optimum.quanto")
     model, tokenizer = load_model("gemma3-270m", device="cpu", weights=weights)
     drafter = RetrievalDrafter.for_model(model, tokenizer)
+    drafter.kernels.prepare()
     assert len(drafter.kernels.linear.choices()) == 6
     for prompt in read_prompts([PROMPTS])[:2]:
         ids = torch.tensor([prompt.encode(tokenizer)])
