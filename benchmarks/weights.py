@@ -19,6 +19,7 @@ from retrieval_draft.models.loading import load_model
 __all__ = ["measure_weights", "quantize_gguf"]
 
 LLAMA = "llama.cpp"
+_WARM_UP = "The first reply compiles kernels and measures them."
 
 
 def measure_weights(
@@ -29,7 +30,6 @@ def measure_weights(
     methods: Sequence[str],
     gguf: Path | None = None,
     max_new_tokens: int = 48,
-    rounds: int = 3,
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Decodes every prompt with every weights and method in turns, and by llama.cpp.
@@ -41,12 +41,11 @@ def measure_weights(
         methods: Names of drafting methods, which draft from no earlier prompt.
         gguf: File of the same model for llama.cpp; None leaves it out.
         max_new_tokens: For each reply.
-        rounds: The first one more is not counted: it compiles, and measures kernels.
         threads: Of torch and of llama.cpp; None for those of torch.
 
     Returns:
-        Tokens a second, prompts' passes included, by weights and method: median, least and most over all
-        replies.
+        Tokens a second, prompts' passes included, by weights and method: median, least and most over the
+        replies. Each prompt is decoded once, as drafts are made of what was replied before.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -60,15 +59,15 @@ def measure_weights(
     if gguf is not None:
         run[LLAMA] = _llama(gguf, max_new_tokens, threads)
     speeds: dict[str, list[float]] = {name: [] for name in run}
-    with progress("Decoding (replies)", (rounds + 1) * len(prompts) * len(run), delay=0.0) as advance:
-        for number in range(rounds + 1):
-            for prompt in prompts:
-                ids = list(prompt.encode(tokenizer))
-                for name, decode in run.items():
-                    tokens, seconds = decode(ids)
-                    if number:
-                        speeds[name].append(tokens / seconds)
-                    advance()
+    for decode in run.values():
+        decode(list(tokenizer(_WARM_UP)["input_ids"]))
+    with progress("Decoding (replies)", len(prompts) * len(run), delay=0.0) as advance:
+        for prompt in prompts:
+            ids = list(prompt.encode(tokenizer))
+            for name, decode in run.items():
+                tokens, seconds = decode(ids)
+                speeds[name].append(tokens / seconds)
+                advance()
     return {
         "tokens_per_second": {
             name: {"median": statistics.median(found), "least": min(found), "most": max(found)}
@@ -76,7 +75,6 @@ def measure_weights(
         },
         "model": model,
         "prompts": len(prompts),
-        "rounds": rounds,
         "max_new_tokens": max_new_tokens,
         "threads": threads,
         "provenance": provenance(),

@@ -28,25 +28,26 @@ def weights(
         typer.Option(help="Q8_0 file for llama.cpp; made of a packaged model's, if it is not there."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each reply at most.")] = 48,
-    rounds: Annotated[int, typer.Option(min=1, help="After one that is not counted.")] = 3,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="So many prompts, taken in turn from every task.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of all engines.", show_default=False)] = None,
     out: Out = None,
     json: Json = False,
 ) -> None:
     """Compare weights of few bits on the CPU: tokens a second, in turns."""
     from benchmarks.weights import measure_weights, quantize_gguf
-    from retrieval_draft.bench.prompts import read_prompts
+    from retrieval_draft.bench.prompts import read_prompts, spread
 
     if gguf is not None and model in PACKAGED:
         quantize_gguf(packaged_gguf(model), gguf)
     result = measure_weights(
         model,
-        read_prompts(prompts),
+        spread(read_prompts(prompts), limit),
         weights=split(weights),
         methods=split(methods),
         gguf=gguf,
         max_new_tokens=max_new_tokens,
-        rounds=rounds,
         threads=threads,
     )
     finish(result, out)
