@@ -9,7 +9,18 @@ import typer
 
 from retrieval_draft.cli import bench_datastores
 from retrieval_draft.cli.bench_common import Beside, Out, finish, ratio_range, split
-from retrieval_draft.cli.common import DIFFERENT, Chat, CpuKernels, Device, Dtype, Index, Json, Model, Nodes
+from retrieval_draft.cli.common import (
+    DIFFERENT,
+    Chat,
+    CpuKernels,
+    Device,
+    Dtype,
+    Index,
+    Json,
+    Model,
+    Nodes,
+    Weights,
+)
 from retrieval_draft.cli.output import print_json, print_table
 
 __all__ = ["app", "print_live"]
@@ -66,6 +77,7 @@ def live(
     cpu_kernels: CpuKernels = True,
     beside: Beside = 0,
     dtype: Dtype = "float32",
+    weights: Weights = None,
     device: Device = None,
     out: Out = None,
     json: Json = False,
@@ -73,16 +85,17 @@ def live(
     """Compare decoding methods on a model: speed, tokens per step, and equality of the text."""
     if not prompts and random_ids is None:
         raise typer.BadParameter("name a file, or use --random-ids", param_hint="--prompts")
-    from retrieval_draft.models.loading import check_name, load_model
+    from retrieval_draft.models.loading import check_name, check_weights, load_model
 
     check_name(model)  # before torch, whose import takes seconds
+    check_weights(weights)
     from retrieval_draft.bench.busy import busy_processes
     from retrieval_draft.bench.live import live as run
     from retrieval_draft.bench.prompts import random_prompts, read_prompts, spread
 
     names = split(methods)
     chosen = [] if random_ids is not None else spread(read_prompts(prompts or []), limit, split(tasks), seed)
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device, weights=weights)
     if random_ids is not None:
         chosen = random_prompts(random_ids, prompt_length, len(tokenizer), tokenizer.all_special_ids, seed)
     with busy_processes(beside):
@@ -100,7 +113,7 @@ def live(
             draft_model=draft_model if draft_model in (None, "self") else load_model(str(draft_model))[0],
             chat=chat,
         )
-    result |= {"model": model, "beside": beside}
+    result |= {"model": model, "weights": weights, "beside": beside}
     finish(result, out)
     if json:
         print_json(result)

@@ -22,6 +22,7 @@ __all__ = [
     "Json",
     "Model",
     "Nodes",
+    "Weights",
     "text_of",
     "text_of_stdin",
 ]
@@ -81,6 +82,10 @@ def _is_text(text: str) -> bool:
 Model = Annotated[str, typer.Option("--model", help=f"A folder, a hub name, {NAMES}.", show_default=False)]
 Chat = Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto.")]
+Weights = Annotated[
+    str | None,
+    typer.Option("--weights", help="int8 or int4: round the weights, by optimum-quanto.", show_default=False),
+]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, ... or auto. CUDA where there is one, by default.")
 ]

@@ -22,6 +22,7 @@ from retrieval_draft.cli.common import (
     Json,
     Model,
     Nodes,
+    Weights,
     text_of,
     text_of_stdin,
 )
@@ -73,6 +74,7 @@ def generate(
     ] = None,
     chat: Chat = False,
     dtype: Dtype = "float32",
+    weights: Weights = None,
     device: Device = None,
     cpu_kernels: CpuKernels = True,
     stats: Annotated[bool, typer.Option("--stats", help="Print drafting counts on stderr.")] = False,
@@ -87,7 +89,7 @@ def generate(
     if not text:
         raise InvalidInputError("The prompt is empty.", "Give some text, or - and text on stdin.")
     from retrieval_draft.config import DraftConfig
-    from retrieval_draft.models.loading import check_name, load_model
+    from retrieval_draft.models.loading import check_name, check_weights, load_model
 
     config = DraftConfig(
         method=method,
@@ -97,12 +99,13 @@ def generate(
     )
     shared = store_config(store, tenant, share, snapshots)
     check_name(model)
+    check_weights(weights)
     # These import torch, which takes seconds.
     from retrieval_draft.bench.forward_passes import ForwardPasses
     from retrieval_draft.cli._draft_streamer import DraftStreamer
     from retrieval_draft.drafter import RetrievalDrafter
 
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device, weights=weights)
     drafts: Any = draft_model
     if draft_model not in (None, "self"):
         drafts = load_model(str(draft_model), dtype=dtype, device=device)

@@ -11,7 +11,7 @@ import typer
 
 from retrieval_draft.cli._store_options import Share, Snapshots, Store, Tenant
 from retrieval_draft.cli._store_options import config as store_config
-from retrieval_draft.cli.common import CpuKernels, Device, Dtype, Index, Model, Nodes
+from retrieval_draft.cli.common import CpuKernels, Device, Dtype, Index, Model, Nodes, Weights
 from retrieval_draft.errors import InvalidInputError, RetrievalDraftError
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def serve(
         ),
     ] = None,
     dtype: Dtype = "float32",
+    weights: Weights = None,
     device: Device = None,
     cpu_kernels: CpuKernels = True,
     threads: Annotated[
@@ -143,9 +144,10 @@ def serve(
         )
     if engine != "transformers":
         raise InvalidInputError(f"There is no engine {engine!r}.", "Choose transformers or vllm.")
-    from retrieval_draft.models.loading import check_name, load_model
+    from retrieval_draft.models.loading import check_name, check_weights, load_model
 
     check_name(model)  # before torch, whose import takes seconds
+    check_weights(weights)
 
     def load() -> tuple[Any, Any]:
         import torch
@@ -161,7 +163,7 @@ def serve(
         )
         if threads is not None:
             torch.set_num_threads(threads)
-        loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+        loaded, tokenizer = load_model(model, dtype=dtype, device=device, weights=weights)
         drafts: Any = draft_model
         if draft_model not in (None, "self"):
             drafts = load_model(str(draft_model), dtype=dtype, device=device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,14 @@ from retrieval_draft.models.quiet import quiet_transformers
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_name", "load_model", "load_tokenizer"]
+__all__ = ["check_name", "check_weights", "load_model", "load_tokenizer"]
 
 _CACHED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 _SECONDS = 10.0
 _NAME_ONE = f"Check the name and the connection, or name a local folder, {NAMES}."
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+WEIGHTS = ("int8", "int4")
 
 
 def load_model(
@@ -31,6 +33,7 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
+    weights: str | None = None,
 ) -> tuple[Any, Any]:
     """Loads a causal language model and its tokenizer, ready for inference.
 
@@ -41,13 +44,20 @@ def load_model(
         device: Device of the weights. None takes CUDA where there is one, else the CPU; "auto"
             spreads the layers over all devices.
         attn_implementation: Passed on to transformers.
+        weights: "int8" or "int4": quanto rounds the weights of all linear layers to so many bits, the output
+            head's too where it is tied to the embedding. It is then another model, with other replies.
 
     Returns:
         Model and tokenizer.
 
     Raises:
-        ModelFileError: The model is missing, torn or incomplete.
+        ModelFileError: The model is missing, torn or incomplete, or quanto is not installed.
     """
+    check_weights(weights)
+    if weights is not None and str(device) == "auto":
+        raise InvalidInputError(
+            f"A model with {weights} weights is not spread over devices.", 'Name one device, such as "cpu".'
+        )
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise InvalidInputError(f"Unknown dtype {dtype!r}.", f"Choose one of: {', '.join(DTYPES)}.")
     folder = _resolve(name)
@@ -73,7 +83,45 @@ def load_model(
         )
     if str(device) != "auto":
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if weights is not None:
+        _quantize(model, weights)
     return model.eval(), tokenizer
+
+
+def check_weights(weights: str | None) -> None:
+    """Refuses weights that `load_model` cannot make, before anything large is imported.
+
+    Args:
+        weights: As for `load_model`.
+
+    Raises:
+        InvalidInputError: There are none of that name.
+        ModelFileError: quanto is not installed.
+    """
+    if weights is None:
+        return
+    if weights not in WEIGHTS:
+        raise InvalidInputError(f"Unknown weights {weights!r}.", f"Choose one of: {', '.join(WEIGHTS)}.")
+    if find_spec("optimum") is None or find_spec("optimum.quanto") is None:
+        raise ModelFileError(
+            f"Weights are rounded to {weights} by optimum-quanto, which is not installed.",
+            'Run: pip install "retrieval_draft[quanto]"',
+        )
+
+
+def _quantize(model: Any, weights: str) -> None:
+    """Replaces the linear layers of a model by those of quanto. An embedding that was tied stays as it is."""
+    from optimum import quanto
+
+    try:
+        quanto.quantize(model, weights=quanto.qtypes[f"q{weights}"])
+        quanto.freeze(model)
+    except RuntimeError as error:
+        # Packings of torch, which quanto chooses for some dtypes, do not take every shape.
+        raise InvalidInputError(
+            f"quanto cannot hold the weights of {type(model).__name__} as {weights}: {error}.",
+            "Choose int8 or another dtype.",
+        ) from error
 
 
 def load_tokenizer(name: str) -> Any:

@@ -42,6 +42,21 @@ def stock(gemma: tuple[Any, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_greedy_with_weights_of_few_bits_equals_model_generate(weights: str) -> None:
+    pytest.importorskip("optimum.quanto")
+    model, tokenizer = load_model("gemma3-270m", device="cpu", weights=weights)
+    drafter = RetrievalDrafter.for_model(model, tokenizer)
+    drafter.kernels.prepare()
+    assert len(drafter.kernels.linear.choices()) == 6
+    for prompt in read_prompts([PROMPTS])[:2]:
+        ids = torch.tensor([prompt.encode(tokenizer)])
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+        near_ties(model, drafter.generate(ids, **options), model.generate(ids, **options))
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("nodes", [None, 16])
 def test_greedy_equals_model_generate(
     gemma: tuple[Any, Any], stock: list[tuple[torch.Tensor, torch.Tensor]], nodes: int | None

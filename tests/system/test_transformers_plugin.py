@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
+from retrieval_draft.engine.cpu.linear import CpuLinear
 from retrieval_draft.engine.wrapped_models import is_compiled
 from retrieval_draft.errors import UnsupportedGenerationError, UnsupportedModelError
 from tests.support.drafters import near_ties, prompt_ids
@@ -187,12 +188,28 @@ def test_a_compiled_model_is_compiled_for_others_afterwards() -> None:
 # Quantisation
 
 
-def test_quanto_weights() -> None:
+ALL_LAYERS = 3 * 7 + 1
+"""Linear layers of a tiny Llama, the head among them."""
+
+
+@pytest.mark.parametrize(
+    ("weights", "layers"), [("qint8", ALL_LAYERS), ("qint4", ALL_LAYERS - 1), ("qfloat8", 0)]
+)
+def test_quanto_weights(weights: str, layers: int) -> None:
+    """The vocabulary is odd: two rows of four bits do not share its bytes."""
     quanto = pytest.importorskip("optimum.quanto")
     model = wide()
-    quanto.quantize(model, weights=quanto.qint8)
+    quanto.quantize(model, weights=getattr(quanto, weights))
     quanto.freeze(model)
-    check(model, plain_layers=0)
+    check(model, plain_layers=layers)
+
+
+def test_quanto_weights_and_inputs() -> None:
+    quanto = pytest.importorskip("optimum.quanto")
+    model = wide()
+    quanto.quantize(model, weights=quanto.qint8, activations=quanto.qint8, exclude="lm_head")
+    quanto.freeze(model)
+    assert len(CpuLinear(model)._layers()) == 1  # the head, which is plain
 
 
 @pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "IntxWeightOnlyConfig"])
@@ -201,7 +218,7 @@ def test_torchao_weights(name: str) -> None:
     model = wide()
     options = {"weight_dtype": torch.int4} if name.startswith("Intx") else {}
     torchao.quantize_(model, getattr(torchao, name)(**options))
-    check(model, plain_layers=0)
+    check(model, plain_layers=ALL_LAYERS)
 
 
 def test_bitsandbytes_weights() -> None:

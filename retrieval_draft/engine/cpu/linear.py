@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from retrieval_draft._progress import progress
-from retrieval_draft.engine.cpu.linear_choice import SIZES, LinearChoices, shape_key
+from retrieval_draft.engine.cpu.linear_choice import SIZES, LinearChoices, Weight, shape_key
 from retrieval_draft.engine.cpu.linear_kernels import Linear, is_tiled_available
+from retrieval_draft.engine.cpu.quantized_weights import QuantizedWeight, quantized_weight
 from retrieval_draft.engine.substitution import is_free, is_ordinary_call
 
 __all__ = ["CpuLinear"]
@@ -20,8 +22,8 @@ __all__ = ["CpuLinear"]
 class CpuLinear:
     """Faster ``forward`` functions for a model's linear layers.
 
-    Layers on other devices, quantised or wrapped ones, and those whose ``forward`` other code replaced are
-    left alone.
+    Layers of quanto and torchao that hold their weights as integers are taken, too. Those on other devices,
+    otherwise quantised or wrapped ones, and those whose ``forward`` other code replaced are left alone.
 
     Args:
         model: Any model.
@@ -30,10 +32,11 @@ class CpuLinear:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._choices: LinearChoices | None = None
+        self._quantized: WeakKeyDictionary[nn.Module, QuantizedWeight] = WeakKeyDictionary()
 
     def prepare(self) -> None:
         """Times the kernels on those of this model's shapes not yet measured with this number of threads."""
-        weights = [_weight(layer) for layer in self._layers()]
+        weights = [weight for _, weight in self._layers()]
         wanted = self._current().missing(weights) if weights else {}
         if wanted:
             with progress("Measuring linear layers", len(wanted) * len(SIZES)) as advance, torch.no_grad():
@@ -41,15 +44,15 @@ class CpuLinear:
 
     def choices(self) -> dict[str, dict[int, str]]:
         """The chosen kernel by shape and number of tokens, as `prepare` measured them."""
-        weights = [_weight(layer) for layer in self._layers()]
+        weights = [weight for _, weight in self._layers()]
         choices = self._current()
         return {shape_key(weight): choices.names(weight) for weight in weights if choices.has(weight)}
 
     def forwards(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
         """Each measured layer with its fastest ``forward``."""
         choices = self._current()
-        for layer in self._layers():
-            weight, bias = _weight(layer), layer._parameters.get("bias")
+        for layer, weight in self._layers():
+            bias = layer._parameters.get("bias")
             if choices.has(weight):
                 yield layer, _forward(layer._parameters, choices.layers(weight, bias))
 
@@ -59,35 +62,35 @@ class CpuLinear:
             self._choices = LinearChoices(threads)
         return self._choices
 
-    def _layers(self) -> list[nn.Module]:
-        return [module for module in self._model.modules() if _is_plain(module)]
+    def _layers(self) -> list[tuple[nn.Module, Weight]]:
+        found = ((module, self._readable(module)) for module in self._model.modules())
+        return [(module, weight) for module, weight in found if weight is not None]
 
+    def _readable(self, module: nn.Module) -> Weight | None:
+        """The weight of a linear layer of torch, quanto or torchao; None if our kernels cannot read it."""
+        if not isinstance(module, nn.Linear) or not is_free(module):
+            return None
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        if bias is not None and not (
+            weight is not None
+            and type(bias) is nn.Parameter
+            and bias.dtype == weight.dtype
+            and bias.device == weight.device
+            and bias.is_contiguous()
+        ):
+            return None
+        if type(weight) is not nn.Parameter:
+            return self._quantized_weight(module, weight)
+        plain = type(module) is nn.Linear and weight.device.type == "cpu" and weight.numel() > 0
+        return weight if plain and is_tiled_available(weight) else None
 
-def _weight(layer: nn.Module) -> Tensor:
-    weight: Any = layer.weight
-    return weight  # type: ignore[no-any-return]
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """True if a module is a linear layer as torch makes them, with weights that our kernels can read."""
-    if type(module) is not nn.Linear or not is_free(module):
-        return False
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    return (
-        type(weight) is nn.Parameter
-        and weight.device.type == "cpu"
-        and weight.numel() > 0
-        and is_tiled_available(weight)
-        and (
-            bias is None
-            or (
-                type(bias) is nn.Parameter
-                and bias.dtype == weight.dtype
-                and bias.device == weight.device
-                and bias.is_contiguous()
-            )
-        )
-    )
+    def _quantized_weight(self, module: nn.Module, weight: Tensor | None) -> QuantizedWeight | None:
+        known = self._quantized.get(module)
+        if known is None or known.own is not weight:
+            known = quantized_weight(module)
+            if known is not None:
+                self._quantized[module] = known
+        return known
 
 
 def _forward(parameters: Any, by_tokens: list[Linear]) -> Callable[[Tensor], Tensor]:

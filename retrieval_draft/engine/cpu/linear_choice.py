@@ -21,8 +21,13 @@ from torch import Tensor
 from retrieval_draft._files import cache_home
 from retrieval_draft._kernels.jit import source_stamp
 from retrieval_draft.engine.cpu.linear_kernels import KERNELS, OURS, Linear, is_tiled_available
+from retrieval_draft.engine.cpu.quantized_kernels import QUANTIZED_KERNELS
+from retrieval_draft.engine.cpu.quantized_weights import QuantizedWeight
 
-__all__ = ["SIZES", "LinearChoices", "machine", "shape_key"]
+__all__ = ["SIZES", "LinearChoices", "Weight", "machine", "shape_key"]
+
+Weight = Tensor | QuantizedWeight
+"""(rows, length), as the layer holds it."""
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 256)
 """Numbers of tokens measured; one in between uses the choice of the next larger, one beyond that of the
@@ -34,7 +39,9 @@ HOPELESS = 1.5
 """A kernel this many times slower than the best in the first round is not timed again."""
 
 SKIPPED = 3.0
-"""A kernel this many times slower than the best is not tried on the next larger size."""
+"""A kernel r times slower than the best, if r is more than this, is not tried before r times as many tokens.
+
+The best one's time grows at most as the number of tokens does, and no kernel's time shrinks."""
 
 TIE = 1.1
 """A kernel that comes first is used where a later one is faster by less, which may be chance."""
@@ -45,15 +52,26 @@ MEASURED_BYTES = 192 << 20
 MANY_TOKENS = 64
 """Above, arithmetic is the limit and not memory: an eighth of the weights shows as much."""
 
+_QUANTIZED_SHARE = 4
+
 MAX_SECONDS = 12.0
 """Seconds after which the remaining shapes are not measured and use our kernel."""
 
 _LOG = logging.getLogger("retrieval_draft")
 
 
-def shape_key(weight: Tensor) -> str:
-    """Key of a weight's shape and dtype in the file of choices."""
-    return f"{str(weight.dtype).removeprefix('torch.')} {weight.shape[0]}x{weight.shape[1]}"
+def shape_key(weight: Weight) -> str:
+    """Key of a weight's shape, dtype and representation in the file of choices."""
+    kind = f"{weight.kind} " if isinstance(weight, QuantizedWeight) else ""
+    return f"{kind}{str(weight.dtype).removeprefix('torch.')} {weight.shape[0]}x{weight.shape[1]}"
+
+
+def _kernels(weight: Weight) -> dict[str, Callable[[Any, Tensor | None], Linear]]:
+    """The kernels that can read a weight, by name."""
+    if isinstance(weight, QuantizedWeight):
+        return dict(QUANTIZED_KERNELS)
+    available = is_tiled_available(weight)
+    return {name: make for name, make in KERNELS.items() if available or name not in OURS}
 
 
 class LinearChoices:
@@ -73,38 +91,38 @@ class LinearChoices:
         self.path = (cache_home() / "linear" if folder is None else folder) / f"{digest}.json"
         self._names = self._read()
 
-    def has(self, weight: Tensor) -> bool:
+    def has(self, weight: Weight) -> bool:
         """True if a weight's shape has been measured."""
         return shape_key(weight) in self._names
 
-    def missing(self, weights: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    def missing(self, weights: Sequence[Weight]) -> dict[str, list[Weight]]:
         """The `weights` whose shape has not been measured, by shape."""
-        wanted: dict[str, list[Tensor]] = {}
+        wanted: dict[str, list[Weight]] = {}
         for weight in weights:
             key = shape_key(weight)
             if key not in self._names:
                 wanted.setdefault(key, []).append(weight)
         return wanted
 
-    def names(self, weight: Tensor) -> dict[int, str]:
+    def names(self, weight: Weight) -> dict[int, str]:
         """The chosen kernel of a measured shape by number of tokens, for each of `SIZES`."""
         return self._names[shape_key(weight)]
 
-    def layers(self, weight: Tensor, bias: Tensor | None = None) -> list[Linear]:
+    def layers(self, weight: Weight, bias: Tensor | None = None) -> list[Linear]:
         """The layer for each number of tokens, 0 to the last of `SIZES`, which is used for more too.
 
         Args:
-            weight: (rows, length), float32 or bfloat16, of a measured shape.
+            weight: (rows, length), for float32 or bfloat16, of a measured shape.
             bias: (rows,), or None.
         """
         names = self.names(weight)
-        made = {name: KERNELS[name](weight, bias) for name in set(names.values())}
+        made = {name: _kernels(weight)[name](weight, bias) for name in set(names.values())}
         by_tokens: list[Linear] = [made[names[SIZES[0]]]]
         for size in SIZES:
             by_tokens += [made[names[size]]] * (size + 1 - len(by_tokens))
         return by_tokens
 
-    def measure(self, wanted: dict[str, list[Tensor]], advance: Callable[[], object] | None = None) -> None:
+    def measure(self, wanted: dict[str, list[Weight]], advance: Callable[[], object] | None = None) -> None:
         """Times every kernel on each shape of `missing` and keeps the fastest ones.
 
         Args:
@@ -115,7 +133,7 @@ class LinearChoices:
         complete = True
         for key, weights in wanted.items():
             names: dict[int, str] = {}
-            skipped: set[str] = set()
+            skipped: dict[str, float] = {}
             for size in SIZES:
                 in_time = time.perf_counter() - begin < MAX_SECONDS
                 complete = complete and in_time
@@ -123,7 +141,7 @@ class LinearChoices:
                     some = _enough(weights, MEASURED_BYTES // (8 if size > MANY_TOKENS else 1))
                     names[size], skipped = _fastest(some, size, skipped)
                 else:
-                    names[size] = "tiled" if is_tiled_available(weights[0]) else "stock"
+                    names[size] = next(iter(_kernels(weights[0])))
                 if advance is not None:
                     advance()
             self._names[key] = names
@@ -143,7 +161,8 @@ class LinearChoices:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             _LOG.info("measuring linear kernels again: %s cannot be read (%s)", self.path, error)
             return {}
-        known = {key: names for key, names in shapes.items() if set(names.values()) <= KERNELS.keys()}
+        kernels = KERNELS.keys() | QUANTIZED_KERNELS.keys()
+        known = {key: names for key, names in shapes.items() if set(names.values()) <= kernels}
         return known
 
     def _write(self) -> None:
@@ -167,32 +186,36 @@ class LinearChoices:
             _LOG.info("linear kernels will be measured again: %s cannot be written (%s)", self.path, error)
 
 
-def _enough(weights: Sequence[Tensor], most: int) -> list[Tensor]:
-    """The first weights that come to `most` bytes together; of a larger one that many bytes of rows."""
-    each = weights[0].nbytes
-    if each > most:
-        rows = max(1, weights[0].shape[0] * most // each)
-        return [weights[0][:rows]]
+def _enough(weights: Sequence[Weight], most: int) -> list[Weight]:
+    """The first weights that come to `most` bytes together; of a larger one that many bytes of rows.
+
+    A quantised weight stays whole, and there are fewer of them: their own library widens all, for each call.
+    """
+    first = weights[0]
+    each = first.nbytes
+    if isinstance(first, QuantizedWeight):
+        most //= _QUANTIZED_SHARE
+    elif each > most:
+        return [first[: max(1, first.shape[0] * most // each)]]
     return list(weights[: max(1, most // max(each, 1))])
 
 
-def _fastest(weights: Sequence[Tensor], tokens: int, skipped: set[str]) -> tuple[str, set[str]]:
-    """The name of the fastest kernel, and those so slow that the next size need not try them."""
+def _fastest(
+    weights: Sequence[Weight], tokens: int, skipped: dict[str, float]
+) -> tuple[str, dict[str, float]]:
+    """The name of the fastest kernel, and the numbers of tokens before which slow ones need not be tried."""
     # The caller's random numbers are the caller's.
     random = np.random.default_rng(0).standard_normal((tokens, weights[0].shape[1]), np.float32)
     x = torch.from_numpy(random).to(weights[0].dtype)
-    tried = [
-        name
-        for name in KERNELS
-        if name not in skipped and (name not in OURS or is_tiled_available(weights[0]))
-    ] or ["stock"]  # fmt: skip
+    kernels = _kernels(weights[0])
+    tried = [name for name in kernels if skipped.get(name, 0) <= tokens] or [next(iter(kernels))]
     least = dict.fromkeys(tried, float("inf"))
     for turn in range(ROUNDS):
         best = min(least.values())
         for name in tried:
             if turn and least[name] > HOPELESS * best:
                 continue
-            layers = [KERNELS[name](weight, None) for weight in weights]
+            layers = [kernels[name](weight, None) for weight in weights]
             if not turn:
                 layers[0](x)
             begin = time.perf_counter()
@@ -201,7 +224,8 @@ def _fastest(weights: Sequence[Tensor], tokens: int, skipped: set[str]) -> tuple
             least[name] = min(least[name], time.perf_counter() - begin)
     best = min(least.values())
     winner = next(name for name in tried if least[name] <= TIE * best)
-    return winner, {name for name, seconds in least.items() if seconds > SKIPPED * best}
+    slow = {name: tokens * seconds / best for name, seconds in least.items() if seconds > SKIPPED * best}
+    return winner, {**skipped, **slow}
 
 
 def machine(threads: int) -> dict[str, object]:

@@ -45,6 +45,33 @@ def test_dtype_by_name(tiny: Path) -> None:
         load_model(str(tiny), dtype="int7")
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_weights_are_rounded_and_the_head_with_them(tiny: Path, weights: str) -> None:
+    quanto = pytest.importorskip("optimum.quanto")
+    plain, (model, _) = (
+        load_model(str(tiny), device="cpu")[0],
+        load_model(str(tiny), device="cpu", weights=weights),
+    )
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert linear
+    assert all(isinstance(module, quanto.QLinear) and module.frozen for module in linear)
+    assert isinstance(model.lm_head, quanto.QLinear)
+    embeddings = model.get_input_embeddings().weight, plain.get_input_embeddings().weight
+    assert type(embeddings[0]) is torch.nn.Parameter
+    assert torch.equal(*embeddings)
+    assert not model.training
+
+
+def test_weights_that_there_are_not(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidInputError, match=r"'int3'.*int8, int4"):
+        load_model(str(tiny), weights="int3")
+    with pytest.raises(InvalidInputError, match="not spread over devices"):
+        load_model(str(tiny), weights="int8", device="auto")
+    monkeypatch.setattr("retrieval_draft.models.loading.find_spec", lambda name: None)
+    with pytest.raises(ModelFileError, match=r"not installed.*retrieval_draft\[quanto\]"):
+        load_model(str(tiny), weights="int8")
+
+
 def test_absent_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="absent"):
         load_model(str(tmp_path / "absent"))

@@ -127,6 +127,40 @@ def test_other_layers_are_left_alone(model: Model, change: Any) -> None:
     assert model.first.__dict__.get("forward") is before
 
 
+def _integers(model: nn.Module) -> None:
+    quanto = pytest.importorskip("optimum.quanto")
+    quanto.quantize(model, weights=quanto.qint8)
+    quanto.freeze(model)
+
+
+@torch.no_grad()
+def test_layers_of_integers_are_lent_and_given_back(model: Model) -> None:
+    _integers(model)
+    x, layers = torch.randn(3, 32), {"first", "second", "tied"}
+    own, made = model(x), prepared(model)
+    assert set(made.choices()) == {"int8 float32 48x32", "int8 float32 32x48"}
+    with lend_forwards(made.forwards()):
+        assert lent(model) == layers
+        assert torch.allclose(model(x), own, atol=1e-5)
+        assert torch.allclose(model(x[None]), own[None], atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            model.first(x)
+        fresh = Model()
+        nn.init.zeros_(fresh.first.weight)
+        _integers(fresh)
+        model.first.weight = fresh.first.weight
+        assert torch.equal(model.first(x), model.first.bias.expand(3, 48))
+    assert lent(model) == set()
+    # Weights that were replaced are read anew, and the old ones let go.
+    gone = weakref.ref(model.second.weight)
+    model.second.weight = fresh.second.weight
+    del own
+    with lend_forwards(made.forwards()):
+        assert torch.allclose(model.second(torch.ones(1, 48)), fresh.second(torch.ones(1, 48)), atol=1e-5)
+    gc.collect()
+    assert gone() is None
+
+
 def test_gradients_flow_as_ever(model: Model) -> None:
     x = torch.randn(3, 32)
     with lend_forwards(prepared(model).forwards()):
