@@ -34,7 +34,7 @@ def is_ordinary_call(input: Any) -> bool:
 
 
 @contextmanager
-def lend_forwards(forwards: Iterable[tuple[nn.Module, Callable[[Tensor], Tensor]]]) -> Iterator[None]:
+def lend_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Lends modules these ``forward`` functions for the duration of the context.
 
     Of several users of one module at a time the first decides and the last restores.

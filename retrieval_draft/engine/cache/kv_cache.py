@@ -315,6 +315,9 @@ class SpeculativeCache(Cache):
         UnsupportedModelError: A layer keeps state that a rejected draft token would spoil.
     """
 
+    takes_states_alone = True
+    """`update` needs nothing but keys, values and the layer's number."""
+
     def __init__(self, config: PreTrainedConfig, capacity: int = 0, keeps_all: bool = False) -> None:
         super().__init__(
             layers=[

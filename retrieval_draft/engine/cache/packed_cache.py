@@ -51,6 +51,9 @@ class PackedCache(Cache):
         nodes 0-2 see keys of the first request, nodes 3-4 of the second
     """
 
+    takes_states_alone = True
+    """As of `SpeculativeCache`."""
+
     def __init__(
         self,
         caches: Sequence[SpeculativeCache],

@@ -13,7 +13,7 @@ from transformers.masking_utils import sdpa_mask
 
 from retrieval_draft.engine.substitution import is_ordinary_call, lend_attention
 
-__all__ = ["WIDE_ATTENTION", "is_worthwhile", "wide_attention"]
+__all__ = ["WIDE_ATTENTION", "is_worthwhile", "wide_attention", "wide_attention_forward"]
 
 WIDE_ATTENTION = "retrieval_draft_cpu"
 """The name of our attention in transformers' registry."""
@@ -21,7 +21,7 @@ WIDE_ATTENTION = "retrieval_draft_cpu"
 _MAX_TOKENS = 64
 
 
-def _attend(
+def wide_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Attention with the interface of transformers' sdpa; few bfloat16 queries are computed in float32."""
@@ -35,7 +35,7 @@ def _attend(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-AttentionInterface.register(WIDE_ATTENTION, _attend)
+AttentionInterface.register(WIDE_ATTENTION, wide_attention_forward)
 AttentionMaskInterface.register(WIDE_ATTENTION, sdpa_mask)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from retrieval_draft.engine.cpu.attention import is_worthwhile, wide_attention
+from retrieval_draft.engine.cpu.decoder_layer import CpuDecoderLayers
 from retrieval_draft.engine.cpu.linear import CpuLinear
 from retrieval_draft.engine.cpu.norm import CpuNorm
 from retrieval_draft.engine.substitution import lend_forwards
@@ -34,6 +35,7 @@ class CpuKernels:
         self._enabled = enabled
         self.linear = CpuLinear(model)
         self._norm = CpuNorm(model)
+        self._layers = CpuDecoderLayers(model, self.linear, self._norm)
 
     @property
     def is_active(self) -> bool:
@@ -46,16 +48,19 @@ class CpuKernels:
         )
 
     def prepare(self) -> None:
-        """Measures which kernels are fastest here, once for a machine and a shape."""
+        """Measures which kernels are fastest here, once for a machine and a shape; observes layers."""
         if self.is_active:
             self.linear.prepare()
+            self._layers.prepare()
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Lends the model the kernels for the duration of the context."""
         with ExitStack() as stack:
             if self.is_active:
-                stack.enter_context(lend_forwards(chain(self.linear.forwards(), self._norm.forwards())))
+                parts = (self.linear, self._norm, self._layers)
+                forwards = chain.from_iterable(part.forwards() for part in parts)
+                stack.enter_context(lend_forwards(forwards))
                 if is_worthwhile(self._model):
                     stack.enter_context(wide_attention(self._model))
             yield

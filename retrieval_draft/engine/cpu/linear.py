@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +17,35 @@ from retrieval_draft.engine.cpu.linear_kernels import Linear, is_tiled_available
 from retrieval_draft.engine.cpu.quantized_weights import QuantizedWeight, quantized_weight
 from retrieval_draft.engine.substitution import is_free, is_ordinary_call
 
-__all__ = ["CpuLinear"]
+__all__ = ["CpuLinear", "LayerKernels"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKernels:
+    """Kernels of a linear layer, and that which they were made for.
+
+    Attributes:
+        choices: The measurements.
+        weight: The layer's weight.
+        bias: The layer's bias.
+        by_tokens: The fastest for each number of tokens; the last one for more, too.
+        first: Our own for any number.
+    """
+
+    choices: LinearChoices
+    weight: Weight
+    bias: Tensor | None
+    by_tokens: list[Linear]
+    first: Linear
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that the kernels read."""
+        if isinstance(self.weight, QuantizedWeight):
+            read = [self.weight.data, self.weight.terms]
+        else:
+            read = [self.weight]
+        return read if self.bias is None else [*read, self.bias]
 
 
 class CpuLinear:
@@ -33,6 +62,7 @@ class CpuLinear:
         self._model = model
         self._choices: LinearChoices | None = None
         self._quantized: WeakKeyDictionary[nn.Module, QuantizedWeight] = WeakKeyDictionary()
+        self._made: WeakKeyDictionary[nn.Module, LayerKernels] = WeakKeyDictionary()
 
     def prepare(self) -> None:
         """Times the kernels on those of this model's shapes not yet measured with this number of threads."""
@@ -50,11 +80,34 @@ class CpuLinear:
 
     def forwards(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
         """Each measured layer with its fastest ``forward``."""
-        choices = self._current()
         for layer, weight in self._layers():
-            bias = layer._parameters.get("bias")
-            if choices.has(weight):
-                yield layer, _forward(layer._parameters, choices.layers(weight, bias))
+            made = self._kernels(layer, weight)
+            if made is not None:
+                yield layer, _forward(layer._parameters, made.by_tokens)
+
+    def kernels(self, layer: nn.Module) -> LayerKernels | None:
+        """A measured layer's kernels; None for another module.
+
+        Args:
+            layer: Any module.
+        """
+        weight = self._readable(layer)
+        return None if weight is None else self._kernels(layer, weight)
+
+    def _kernels(self, layer: nn.Module, weight: Weight) -> LayerKernels | None:
+        choices, bias, known = self._current(), layer._parameters.get("bias"), self._made.get(layer)
+        if (
+            known is None
+            or known.choices is not choices
+            or known.weight is not weight
+            or known.bias is not bias
+        ):
+            if not choices.has(weight):
+                return None
+            known = self._made[layer] = LayerKernels(
+                choices, weight, bias, choices.layers(weight, bias), choices.first(weight, bias)
+            )
+        return known
 
     def _current(self) -> LinearChoices:
         threads = torch.get_num_threads()

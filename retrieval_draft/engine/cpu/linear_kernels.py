@@ -18,8 +18,8 @@ from torch.nn.functional import linear
 from retrieval_draft.engine.threads import on_threads
 
 __all__ = [
-    "KERNELS", "OURS", "THREAD_BYTES", "Linear", "fresh", "is_tiled_available", "stock", "tiled", "tokenwise",
-    "transposed",
+    "KERNELS", "OURS", "CompiledLinear", "Linear", "block_of", "fresh", "is_tiled_available", "stock",
+    "tiled", "tokenwise", "transposed",
 ]  # fmt: skip
 
 Linear = Callable[[Tensor], Tensor]
@@ -48,7 +48,7 @@ def tiled(weight: Tensor, bias: Tensor | None = None) -> Linear:
     Example:
         weight = [[1, 0], [1, 1]], bias = [0, 5]: [[1, 2]] gives [[1, 8]]
     """
-    return _compiled_layer("tiled", weight, bias)
+    return CompiledLinear("tiled", weight, bias)
 
 
 def tokenwise(weight: Tensor, bias: Tensor | None = None) -> Linear:
@@ -64,58 +64,110 @@ def tokenwise(weight: Tensor, bias: Tensor | None = None) -> Linear:
     Example:
         weight = [[1, 0], [1, 1]], bias = [0, 5]: [[1, 2], [3, 4]] gives [[1, 8], [3, 12]]
     """
-    return _compiled_layer("tokenwise", weight, bias)
+    return CompiledLinear("tokenwise", weight, bias)
 
 
-def _compiled_layer(name: str, weight: Tensor, bias: Tensor | None) -> Linear:
-    """Layer of `tiled` and `tokenwise`, which differ in the order of x and of the sums."""
-    from retrieval_draft.engine.cpu._kernels import linear as kernels
-    from retrieval_draft.engine.cpu._kernels.linear_tokenwise import pack
-    from retrieval_draft.engine.cpu._kernels.vector_tile import LANES
+class CompiledLinear:
+    """A layer of one of our kernels: a call, or a job that is one stage of several.
 
-    rows, length = weight.shape
-    packs, half = name == "tokenwise", weight.dtype == torch.bfloat16
-    useful = 1 + weight.nbytes // THREAD_BYTES
-    block = kernels.BLOCK
-    if not packs:
-        threads = min(torch.get_num_threads(), useful)
-        block = min(block, -(-rows // (threads * kernels.TILE)) * kernels.TILE)
-    most, widen_rows = kernels.MAX_TOKENS, kernels.widen_rows
-    run = on_threads(_machine_code(name))
-    make_job: Any = c_int64 * kernels.JOB
-    dtype, size = weight.dtype, weight.element_size()
+    Args:
+        name: "tiled" or "tokenwise", which differ in the order of x and of the sums.
+        weight: (rows, length), float32 or bfloat16, each row contiguous.
+        bias: (rows,), contiguous, of the weight's dtype.
 
-    def call(x: Tensor) -> Tensor:
-        shape = x.shape
-        x = x.contiguous()
-        y = fresh((*shape[:-1], rows), dtype)
+    Attributes:
+        function: Address of the C function of a job.
+        nbytes: Bytes of the weight.
+        rows: Elements of an output.
+        length: Elements of an input.
+        packs: Whether a job's input is packed, `LANES` tokens side by side.
+        is_ordered: Whether a job's input has the elements at even indices of each step first.
+    """
+
+    def __init__(self, name: str, weight: Any, bias: Tensor | None) -> None:
+        from retrieval_draft.engine.cpu._kernels.linear import BLOCK, MAX_TOKENS, TILE, widen_rows
+        from retrieval_draft.engine.cpu._kernels.linear_tokenwise import pack
+        from retrieval_draft.engine.cpu._kernels.vector_tile import LANES
+
+        self.bias, self._weight = bias, weight
+        self.rows, self.length = map(int, weight.shape)
+        self.nbytes = int(weight.nbytes)
+        self.dtype: torch.dtype = weight.dtype
+        self.packs, self.is_ordered = name == "tokenwise", self.dtype == torch.bfloat16
+        self.function = self._machine_code(name)
+        self._block = block_of(self.nbytes, self.rows, BLOCK, BLOCK if self.packs else TILE)
+        self._run = on_threads(self.function)
+        self._most, self._lanes = MAX_TOKENS, LANES
+        self._widen, self._pack = widen_rows, pack
+
+    def _machine_code(self, name: str) -> int:
+        """The address of a compiled kernel, which lives as long as the process."""
+        with _compiling:
+            return int(_compiled(name).address)
+
+    def job(self, x: int, y: int, tokens: int) -> list[int]:
+        """The fields of a job.
+
+        Args:
+            x: Address of the input, float32, in the order of this kernel.
+            y: Address of the output, (tokens, rows), of the weight's dtype.
+            tokens: 1 to `MAX_TOKENS`.
+        """
+        bias = 0 if self.bias is None else self.bias.data_ptr()
+        step = -(-tokens // self._lanes) if self.packs else self.length
+        return [
+            0, self._weight.data_ptr(), x, bias, y, tokens, self.rows, self.length, self._block,
+            self._weight.stride(0), int(self.is_ordered), step,
+        ]  # fmt: skip
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer, for inputs of the weight's dtype; at most `MAX_TOKENS` are multiplied at a time."""
+        shape, rows, length = x.shape, self.rows, self.length
+        given = x.contiguous()
+        y = fresh((*shape[:-1], rows), self.dtype)
         tokens = y.numel() // rows
         if not tokens:
             return y
-        given = x
-        if half:
-            given = torch.empty(tokens * length, dtype=torch.float32, device="cpu")
-            widen_rows(x.data_ptr(), given.data_ptr(), tokens, length)
-        x_at, y_at, w_at = given.data_ptr(), y.data_ptr(), weight.data_ptr()
-        bias_at = 0 if bias is None else bias.data_ptr()
-        if packs:
-            words = length * min(-(-tokens // LANES) * LANES, most)
-            packed = torch.empty(words, dtype=torch.float32, device="cpu")
-        for begin in range(0, tokens, most):
-            some = min(most, tokens - begin)
-            part, step = x_at + 4 * begin * length, length
-            if packs:
-                step = -(-some // LANES)
-                pack(part, packed.data_ptr(), some, length, step * LANES)
+        given = self._float32(given, tokens)
+        if self.packs:
+            columns = min(-(-tokens // self._lanes) * self._lanes, self._most)
+            packed = torch.empty(length * columns, dtype=torch.float32, device="cpu")
+        size = y.element_size()
+        for begin in range(0, tokens, self._most):
+            some = min(self._most, tokens - begin)
+            part = given.data_ptr() + 4 * begin * length
+            if self.packs:
+                self._pack(part, packed.data_ptr(), some, length, -(-some // self._lanes) * self._lanes)
                 part = packed.data_ptr()
-            job = make_job(
-                0, w_at, part, bias_at, y_at + size * begin * rows, some, rows, length, block,
-                weight.stride(0), half, step,
-            )  # fmt: skip
-            run(job, min(torch.get_num_threads(), useful))
+            fields = self.job(part, y.data_ptr() + size * begin * rows, some)
+            threads = min(torch.get_num_threads(), useful_threads(self.nbytes))
+            self._run(_job_type(len(fields))(*fields), threads)
         return y
 
-    return call
+    def _float32(self, x: Tensor, tokens: int) -> Tensor:
+        """Contiguous inputs as the kernel reads them, before packing."""
+        if not self.is_ordered:
+            return x
+        given = torch.empty(tokens * self.length, dtype=torch.float32, device="cpu")
+        self._widen(x.data_ptr(), given.data_ptr(), tokens, self.length)
+        return given
+
+
+def block_of(weight_bytes: int, rows: int, most: int, tile: int) -> int:
+    """Rows that a thread claims at once: as many as leave each useful thread a block, in whole tiles."""
+    threads = min(torch.get_num_threads(), useful_threads(weight_bytes))
+    return max(min(most, -(-rows // (threads * tile)) * tile), 1)
+
+
+def useful_threads(weight_bytes: int) -> int:
+    """Threads that are worth waking for so many bytes of weights."""
+    return 1 + weight_bytes // THREAD_BYTES
+
+
+@cache
+def _job_type(fields: int) -> Any:
+    kind: Any = c_int64 * fields
+    return kind
 
 
 def transposed(weight: Tensor, bias: Tensor | None = None) -> Linear:
@@ -174,12 +226,6 @@ def is_tiled_available(weight: Tensor) -> bool:
 
 
 _compiling = threading.Lock()
-
-
-def _machine_code(name: str) -> int:
-    """The address of a compiled kernel, which lives as long as the process."""
-    with _compiling:
-        return int(_compiled(name).address)
 
 
 @cache

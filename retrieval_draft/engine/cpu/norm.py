@@ -3,20 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
 from numba import config as numba_config
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from retrieval_draft.engine.substitution import is_free, is_ordinary_call
 
-__all__ = ["CpuNorm"]
+__all__ = ["CpuNorm", "Norm"]
 
 _TYPES = (torch.float32, torch.bfloat16)
 _CLOSE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7}
 """Relative difference to the module's own result that is rounding: a few units in the last place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """An RMS norm as our kernels compute it. It holds parameters and not the module, so that is freed.
+
+    Attributes:
+        parameters: Those of the module.
+        weight: The weight when it was read.
+        scale: float32, shape (length,); each element times that of a normed row.
+        eps: Added to the mean of squares.
+        offset: The scale less the weight.
+        twice: Whether rows are rounded to the weight's dtype before they are scaled.
+    """
+
+    parameters: dict[str, nn.Parameter | None]
+    weight: nn.Parameter
+    scale: NDArray[np.float32]
+    eps: float
+    offset: float
+    twice: bool
+
+    @property
+    def address(self) -> int:
+        """The scale's."""
+        return int(self.scale.ctypes.data)
+
+    def refresh(self) -> None:
+        """Reads the weight again, which may have been changed in place."""
+        with torch.no_grad():
+            torch.add(self.weight.float(), self.offset, out=torch.from_numpy(self.scale))
 
 
 class CpuNorm:
@@ -35,27 +69,39 @@ class CpuNorm:
 
     def forwards(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
         """Each RMS norm with its faster ``forward``."""
-        if getattr(numba_config, "DISABLE_JIT", 0):
-            return
         for module in self._model.modules():
-            if not type(module).__name__.endswith("RMSNorm") or not is_free(module):
-                continue
-            weight, eps = module._parameters.get("weight"), _eps(module)
-            if (
-                type(weight) is not nn.Parameter
-                or eps is None
-                or len(module._parameters) != 1
-                or weight.device.type != "cpu"
-                or weight.dtype not in _TYPES
-                or weight.dim() != 1
-            ):
-                continue
-            kind = (type(module), weight.dtype)
-            if kind not in self._rules:
-                self._rules[kind] = _rule(module, weight, eps)
-            rule = self._rules[kind]
-            if rule is not None:
-                yield module, _forward(module, weight, eps, *rule)
+            norm = self.norm(module)
+            if norm is not None:
+                yield module, _forward(module, norm)
+
+    def norm(self, module: nn.Module) -> Norm | None:
+        """A module's norm; None for another module."""
+        if getattr(numba_config, "DISABLE_JIT", 0):
+            return None
+        if not type(module).__name__.endswith("RMSNorm") or not is_free(module):
+            return None
+        weight, eps = module._parameters.get("weight"), _eps(module)
+        if (
+            type(weight) is not nn.Parameter
+            or eps is None
+            or len(module._parameters) != 1
+            or weight.device.type != "cpu"
+            or weight.dtype not in _TYPES
+            or weight.dim() != 1
+        ):
+            return None
+        kind = (type(module), weight.dtype)
+        if kind not in self._rules:
+            self._rules[kind] = _rule(module, weight, eps)
+        rule = self._rules[kind]
+        return None if rule is None else _norm(module, weight, eps, *rule)
+
+
+def _norm(module: nn.Module, weight: nn.Parameter, eps: float, offset: float, twice: bool) -> Norm:
+    scale = np.empty(len(weight), np.float32)
+    norm = Norm(module._parameters, weight, scale, eps, offset, twice)
+    norm.refresh()
+    return norm
 
 
 def _eps(module: nn.Module) -> float | None:
@@ -66,7 +112,7 @@ def _eps(module: nn.Module) -> float | None:
     return None
 
 
-def _rule(module: nn.Module, weight: Tensor, eps: float) -> tuple[float, bool] | None:
+def _rule(module: nn.Module, weight: nn.Parameter, eps: float) -> tuple[float, bool] | None:
     """Offset of the weight, and whether rows are rounded before scaling; None for another rule."""
     random = np.random.default_rng(0).standard_normal((8, len(weight)), np.float32)
     x = torch.from_numpy(random).mul_(3).to(weight.dtype)
@@ -75,7 +121,7 @@ def _rule(module: nn.Module, weight: Tensor, eps: float) -> tuple[float, bool] |
         expected = own(module, x).float()
         for offset in (0.0, 1.0):
             for twice in (False, True)[: 1 if weight.dtype == torch.float32 else 2]:
-                got = _forward(module, weight, eps, offset, twice)(x).float()
+                got = _forward(module, _norm(module, weight, eps, offset, twice))(x).float()
                 close = _CLOSE[weight.dtype] * expected.abs() + 1e-7
                 # In bfloat16 the wrong time of rounding shows in many elements, rounding itself in few.
                 few = (got != expected).float().mean() < 0.02 or weight.dtype == torch.float32
@@ -84,15 +130,12 @@ def _rule(module: nn.Module, weight: Tensor, eps: float) -> tuple[float, bool] |
     return None
 
 
-def _forward(
-    module: nn.Module, weight: Tensor, eps: float, offset: float, twice: bool
-) -> Callable[[Tensor], Tensor]:
+def _forward(module: nn.Module, norm: Norm) -> Callable[[Tensor], Tensor]:
     from retrieval_draft.engine.cpu._kernels.norm import rms_norm_bfloat16, rms_norm_float32
 
-    dtype, length, own, parameters = weight.dtype, len(weight), type(module).forward, module._parameters
-    with torch.no_grad():
-        scale = (weight.detach().float() + offset).numpy() if offset else weight.detach().float().numpy()
-    holder = _Weak(module)
+    own, parameters, weight = type(module).forward, norm.parameters, norm.weight
+    dtype, length, scale, eps, twice = weight.dtype, len(weight), norm.scale, norm.eps, norm.twice
+    holder = ref(module)
 
     def forward(input: Tensor) -> Tensor:
         if not (
@@ -102,7 +145,7 @@ def _forward(
             and input.device.type == "cpu"
             and input.shape[-1] == length
         ):
-            return own(holder.module(), input)  # type: ignore[no-any-return]
+            return own(holder(), input)  # type: ignore[no-any-return]
         x = input.contiguous()
         y = torch.empty_like(x)
         rows = x.numel() // length
@@ -114,18 +157,3 @@ def _forward(
         return y
 
     return forward
-
-
-class _Weak:
-    """A module that its own ``forward`` does not keep alive."""
-
-    def __init__(self, module: nn.Module) -> None:
-        import weakref
-
-        self._reference = weakref.ref(module)
-
-    def module(self) -> nn.Module:
-        module = self._reference()
-        if module is None:
-            raise RuntimeError("the module of this forward is gone")
-        return module

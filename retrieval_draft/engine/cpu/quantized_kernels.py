@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from ctypes import c_int64
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from retrieval_draft.engine.cpu.linear_kernels import THREAD_BYTES, Linear, fresh
+from retrieval_draft.engine.cpu.linear_kernels import CompiledLinear, Linear, block_of
 from retrieval_draft.engine.cpu.quantized_weights import QuantizedWeight
-from retrieval_draft.engine.threads import on_threads
 
-__all__ = ["QUANTIZED_KERNELS", "own", "quantized"]
+__all__ = ["QUANTIZED_KERNELS", "QuantizedLinear", "own", "quantized"]
 
 
 def quantized(weight: QuantizedWeight, bias: Tensor | None = None) -> Linear:
@@ -34,36 +31,40 @@ def quantized(weight: QuantizedWeight, bias: Tensor | None = None) -> Linear:
     Example:
         integers [[1, 0], [1, 1]], scales [2, 3], bias [0, 5]: [[1, 2]] gives [[2, 14]]
     """
-    from retrieval_draft.engine.cpu._kernels.linear import BLOCK, MAX_TOKENS
-    from retrieval_draft.engine.cpu._kernels.linear_quantized import QUANTIZED_JOB
+    return QuantizedLinear(weight, bias)
 
-    rows, length = weight.shape
-    data, terms, planes, group = weight.data, weight.terms, weight.planes, weight.group
-    half, dtype = weight.dtype == torch.bfloat16, weight.dtype
-    size = 2 if half else 4
-    useful = 1 + weight.nbytes // THREAD_BYTES
-    threads = min(torch.get_num_threads(), useful)
-    lines, tile = rows // planes, 8
-    block = max(min(BLOCK, -(-lines // (threads * tile)) * tile), 1)
-    run = on_threads(_machine_code())
-    make_job: Any = c_int64 * QUANTIZED_JOB
 
-    def call(x: Tensor) -> Tensor:
-        shape = x.shape
-        x = x.float().contiguous()
-        y = fresh((*shape[:-1], rows), dtype)
-        tokens = y.numel() // rows
-        bias_at = 0 if bias is None else bias.data_ptr()
-        for begin in range(0, tokens, MAX_TOKENS):
-            job = make_job(
-                0, data.data_ptr(), x.data_ptr() + 4 * begin * length, bias_at,
-                y.data_ptr() + size * begin * rows, min(MAX_TOKENS, tokens - begin), rows, length, block,
-                data.stride(0), half, planes, terms.data_ptr(), group,
-            )  # fmt: skip
-            run(job, min(torch.get_num_threads(), useful))
-        return y
+class QuantizedLinear(CompiledLinear):
+    """As `CompiledLinear`, for integers, with inputs in their own order.
 
-    return call
+    Args:
+        weight: (rows, length).
+        bias: (rows,), contiguous, of the weight's dtype.
+    """
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+        from retrieval_draft.engine.cpu._kernels.linear import BLOCK
+
+        super().__init__("quantized", weight, bias)
+        self._is_half, self.is_ordered = self.is_ordered, False
+        self._data, self._terms = weight.data, weight.terms
+        self._planes, self._group = weight.planes, weight.group
+        self._block = block_of(self.nbytes, self.rows // self._planes, BLOCK, _TILE)
+
+    def _machine_code(self, name: str) -> int:
+        with _compiling:
+            return int(_compiled().address)
+
+    def job(self, x: int, y: int, tokens: int) -> list[int]:
+        """The fields of a job, as for `CompiledLinear`."""
+        bias = 0 if self.bias is None else self.bias.data_ptr()
+        return [
+            0, self._data.data_ptr(), x, bias, y, tokens, self.rows, self.length, self._block,
+            self._data.stride(0), int(self._is_half), self._planes, self._terms.data_ptr(), self._group, 0, 0,
+        ]  # fmt: skip
+
+    def _float32(self, x: Tensor, tokens: int) -> Tensor:
+        return x.float()
 
 
 def own(weight: QuantizedWeight, bias: Tensor | None = None) -> Linear:
@@ -78,13 +79,10 @@ QUANTIZED_KERNELS: dict[str, Callable[[QuantizedWeight, Tensor | None], Linear]]
 }
 """Kernels by name. Of those about equally fast the first is used."""
 
+_TILE = 8
+"""Rows of bytes that a block of the kernel is a multiple of."""
+
 _compiling = threading.Lock()
-
-
-def _machine_code() -> int:
-    """The address of the compiled kernel, which lives as long as the process."""
-    with _compiling:
-        return int(_compiled().address)
 
 
 @cache

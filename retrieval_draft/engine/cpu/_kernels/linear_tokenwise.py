@@ -26,7 +26,7 @@ from retrieval_draft.engine.cpu._kernels.vector_tile import (
     widen,
 )
 
-__all__ = ["MAX_VECTORS", "RUN", "linear_tokenwise", "linear_tokenwise_numpy", "pack"]
+__all__ = ["MAX_VECTORS", "RUN", "linear_tokenwise", "linear_tokenwise_numpy", "multiply", "pack", "rows_of"]
 
 MAX_VECTORS = MAX_TOKENS // LANES
 
@@ -49,7 +49,8 @@ _tile_4, _line_4, _rest_4 = outer_tile(_ROWS_4, 4, _TURNS), outer_tile(1, 4, _TU
 
 
 @kernel
-def _rows_of(vectors: int) -> int:
+def rows_of(vectors: int) -> int:
+    """Rows of a tile of so many vectors."""
     if vectors == 1:
         return _ROWS_1
     if vectors == 2:
@@ -58,7 +59,7 @@ def _rows_of(vectors: int) -> int:
 
 
 @kernel
-def _multiply(
+def multiply(
     rows: int, vectors: int, w: int, w_stride: int, x: int, x_stride: int, length: int, y: int, ahead: int
 ) -> None:
     """A tile of a few rows, or one row, with one group of tokens."""
@@ -140,14 +141,14 @@ def linear_tokenwise(job: int) -> None:
             begin = 0
             for group in range(groups):
                 after = vectors * (group + 1) // groups
-                tile_rows = _rows_of(after - begin)
+                tile_rows = rows_of(after - begin)
                 given = x + (run * vectors + begin) * LANES * 4
                 line = first
                 while line < last:
                     count = tile_rows if last - line >= tile_rows else 1
                     at = start + (line - first) * tile_stride * 4
                     out = sums_at + ((line - first) * MAX_TOKENS + begin * LANES) * 4
-                    _multiply(count, after - begin, at, tile_stride, given, vectors * LANES, part, out, ahead)
+                    multiply(count, after - begin, at, tile_stride, given, vectors * LANES, part, out, ahead)
                     line += count
                 begin, ahead = after, 0
         for token in range(tokens):

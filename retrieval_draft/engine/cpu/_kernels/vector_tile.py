@@ -364,7 +364,9 @@ def stack_floats(context: Any, count: Any) -> Any:
     size = count.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        room = cgutils.alloca_once(builder, ir.ArrayType(_FLOAT, size))
+        # numba's own alloca writes zeros at each call, one instruction each.
+        with builder.goto_entry_block():
+            room = builder.alloca(ir.ArrayType(_FLOAT, size))
         room.align = 64
         return builder.ptrtoint(room, _LONG)
 

@@ -1,0 +1,567 @@
+"""The work between a decoder layer's matrices, and a job of several stages that threads go through together.
+
+Each parallel section costs its launch and its end, which for the matrices of a small model is as much as the
+matrix. A section of stages pays once: threads share each stage's blocks and begin the next when all are finished. No
+thread waits for one that has not begun: it finds nothing to claim when it comes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.np.numpy_support import carray
+from numpy.typing import NDArray
+
+from retrieval_draft._kernels.jit import kernel, sum_kernel
+from retrieval_draft.engine.cpu._kernels.linear import MAX_TOKENS, TILE, floats, widen_rows
+from retrieval_draft.engine.cpu._kernels.linear_tokenwise import multiply, rows_of
+from retrieval_draft.engine.cpu._kernels.vector_tile import (
+    LANES,
+    STEP,
+    claim,
+    floats_at,
+    integers_at,
+    intrinsic,
+    load_bfloat16,
+    long,
+    stack_floats,
+    store_bfloat16,
+    types,
+)
+
+__all__ = [
+    "CHUNK", "ENTRY", "GELU_TANH", "MAX_HEAD", "MAX_ROW", "SILU", "add_and_norm", "attend",
+    "attend_numpy", "gate", "gate_numpy", "head_positions", "layout", "run_stages",
+]  # fmt: skip
+
+ENTRY = 4
+"""int64 fields of an entry of `run_stages`."""
+
+SILU, GELU_TANH = 0, 1
+"""Activations of `gate`."""
+
+CHUNK = 512
+"""Columns that a thread claims at once in `gate` and `layout`: a multiple of `STEP`."""
+
+MAX_HEAD = 512
+"""Largest dimension of a head in `head_positions`."""
+
+MAX_ROW = 16384
+"""Longest row of `add_and_norm`."""
+
+_ROWS = MAX_TOKENS * CHUNK
+
+_GROUP = 12
+"""Queries of a head that a thread takes at once in `attend`."""
+
+_VECTORS = 4
+_QUERIES = _GROUP * MAX_HEAD
+_SCORES = _GROUP * MAX_TOKENS
+_SLICES = MAX_HEAD // (_VECTORS * LANES)
+_TOTALS = _SLICES * _GROUP * MAX_TOKENS
+_WIDE = MAX_HEAD * MAX_TOKENS
+_STATE = 2 * _GROUP
+_LOWEST = np.float32(-3e38)
+
+
+@intrinsic
+def _call(context: Any, address: Any, argument: Any) -> Any:
+    """Calls the C function of one integer at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [arguments[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), generate
+
+
+@intrinsic
+def _count(context: Any, address: Any) -> Any:
+    """Adds one to the int64 at an address; what this thread wrote before is seen by who sees the sum."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        builder.atomic_rmw("add", pointer, long(1), "seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
+
+
+@intrinsic
+def _seen(context: Any, address: Any) -> Any:
+    """The int64 at an address, read atomically."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(pointer, "seq_cst", 8)
+
+    return types.int64(types.intp), generate
+
+
+@intrinsic
+def _doubles_at(context: Any, address: Any) -> Any:
+    """A pointer to float64 from an address, for `numba.carray`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.DoubleType().as_pointer())
+
+    return types.CPointer(types.float64)(types.intp), generate
+
+
+@intrinsic
+def _bytes_at(context: Any, address: Any) -> Any:
+    """A pointer to int8 from an address, for `numba.carray`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.CPointer(types.int8)(types.intp), generate
+
+
+def run_stages(program: int) -> None:
+    """One thread's way through a program of jobs, in order.
+
+    Args:
+        program: Address of int64: [0] the number of entries, then ENTRY fields for each: [0] address of a C
+            function of one integer, which works on blocks of a job that threads claim and returns when none
+            is left, or 0 for a barrier: here a thread waits until all entries before are finished; [1] the
+            job's address; [2], [3] threads that entered and left the entry, 0 at the start.
+    """
+    count = carray(integers_at(program), (1,))[0]
+    entries = carray(integers_at(program + 8), (count, ENTRY))
+    first = 0
+    for index in range(count):
+        at = program + 8 + index * ENTRY * 8
+        if entries[index, 0] != 0:
+            _count(at + 16)
+            _call(entries[index, 0], entries[index, 1])
+            _count(at + 24)
+            continue
+        for before in range(first, index):
+            at = program + 8 + before * ENTRY * 8
+            # This thread has seen all blocks claimed, each by a thread that had entered. So when as many
+            # have left as had entered, all are finished; who enters later finds none.
+            left = _seen(at + 24)
+            while left != _seen(at + 16):
+                left = _seen(at + 24)
+        first = index + 1
+
+
+@kernel
+def _rounded(value: float) -> float:
+    """The nearest bfloat16."""
+    scratch = stack_floats(1)
+    store_bfloat16(scratch, value)
+    return load_bfloat16(scratch)
+
+
+@kernel
+def _order(column: int, whole: int) -> int:
+    """The index of a column where each `STEP` columns before `whole` have those at even indices first."""
+    if column >= whole:
+        return column
+    within = column % STEP
+    return column - within + (within >> 1) + (within & 1) * LANES
+
+
+@sum_kernel
+def _scaled(x: int, scale: int, length: int, eps: float, twice: bool, half: bool) -> None:
+    """RMS norm of a row of float32 in place, rounded to bfloat16 if `half`; see `rms_norm_bfloat16`."""
+    row, factors = carray(floats_at(x), (length,)), carray(floats_at(scale), (length,))
+    total = np.float32(0.0)
+    for column in range(length):
+        total += row[column] * row[column]
+    factor = np.float32(1.0) / np.sqrt(total / np.float32(length) + np.float32(eps))
+    if twice:
+        for column in range(length):
+            row[column] = _rounded(row[column] * factor) * factors[column]
+    else:
+        for column in range(length):
+            row[column] = row[column] * factor * factors[column]
+    if half:
+        for column in range(length):
+            row[column] = _rounded(row[column])
+
+
+@kernel
+def _read(source: int, target: int, length: int, half: bool) -> None:
+    """A row of float32 or bfloat16 as float32."""
+    out = carray(floats_at(target), (length,))
+    if half:
+        for column in range(length):
+            out[column] = load_bfloat16(source + column * 2)
+    else:
+        given = carray(floats_at(source), (length,))
+        for column in range(length):
+            out[column] = given[column]
+
+
+@kernel
+def _write(source: int, target: int, length: int, half: bool) -> None:
+    """A row of float32 as float32 or bfloat16."""
+    given = carray(floats_at(source), (length,))
+    if half:
+        for column in range(length):
+            store_bfloat16(target + column * 2, given[column])
+    else:
+        out = carray(floats_at(target), (length,))
+        for column in range(length):
+            out[column] = given[column]
+
+
+def add_and_norm(job: int) -> None:
+    """A token's vector, normed, added to the residual, and normed for the next matrix. A block is a token.
+
+    Of x, residual r, scales a and b: h = r + norm(x; a), y = norm(h; b), each step rounded to the type.
+
+    Args:
+        job: Address of int64: [0] the next block; addresses of [1] x, (tokens, length), [2] r, of that shape,
+            or 0, [3] a, float32 (length,), or 0, [4] h, written, or 0, [5] b, or 0, [6] y, float32, written
+            if there is b; [7] tokens, [8] length, at most `MAX_ROW`; [9] eps of a and [10] of b as bits of
+            float64; [11] whether a is scaled by after rounding, [12] b; [13] whether x, r and h are bfloat16,
+            else they are float32; [14] whether y has even indices of each `STEP` first.
+    """
+    field = carray(integers_at(job), (15,))
+    tokens, length, half, ordered = field[7], field[8], field[13] != 0, field[14] != 0
+    size = 2 if half else 4
+    eps = carray(_doubles_at(job + 72), (2,))
+    row_at, other_at = stack_floats(MAX_ROW), stack_floats(MAX_ROW)
+    row, other = carray(floats_at(row_at), (length,)), carray(floats_at(other_at), (length,))
+    whole = length - length % STEP
+    token = claim(job)
+    while token < tokens:
+        begin = token * length * size
+        _read(field[1] + begin, row_at, length, half)
+        if field[3] != 0:
+            _scaled(row_at, field[3], length, eps[0], field[11] != 0, half)
+        if field[2] != 0:
+            _read(field[2] + begin, other_at, length, half)
+            for column in range(length):
+                row[column] += other[column]
+            if half:
+                for column in range(length):
+                    row[column] = _rounded(row[column])
+        if field[4] != 0:
+            _write(row_at, field[4] + begin, length, half)
+        if field[5] != 0:
+            _scaled(row_at, field[5], length, eps[1], field[12] != 0, half)
+            out = carray(floats_at(field[6] + token * length * 4), (length,))
+            if ordered:
+                for column in range(length):
+                    out[_order(column, whole)] = row[column]
+            else:
+                for column in range(length):
+                    out[column] = row[column]
+        token = claim(job)
+
+
+@kernel
+def _exponentials(x: NDArray[np.float32], powers: NDArray[np.int32], y: NDArray[np.float32]) -> None:
+    """Y = exp(x) to two units in the last place, by the polynomial of Cephes' expf, without a branch.
+
+    Args:
+        x: float32, shape (n,), changed.
+        powers: int32, shape (n,), scratch.
+        y: float32, shape (n,), written; x beyond ±87 is taken as that.
+    """
+    for index in range(len(x)):
+        value = min(max(x[index], np.float32(-87.0)), np.float32(87.0))
+        power = np.floor(value * np.float32(1.44269504088896341) + np.float32(0.5))
+        rest = value - power * np.float32(0.693359375) + power * np.float32(2.12194440e-4)
+        total = np.float32(1.9875691500e-4)
+        total = total * rest + np.float32(1.3981999507e-3)
+        total = total * rest + np.float32(8.3334519073e-3)
+        total = total * rest + np.float32(4.1665795894e-2)
+        total = total * rest + np.float32(1.6666665459e-1)
+        total = total * rest + np.float32(5.0000001201e-1)
+        y[index] = total * rest * rest + rest + np.float32(1.0)
+        powers[index] = (np.int32(power) + np.int32(127)) << np.int32(23)
+    scales = powers.view(np.float32)
+    for index in range(len(x)):
+        y[index] *= scales[index]
+
+
+def gate(job: int) -> None:
+    """The product f(g) · u, each step rounded to the type; f is SiLU, or GELU by tanh.
+
+    A block is `CHUNK` columns of a token. Both f are g / (1 + exp(-z)): with z = g, and with
+    z = 2 · sqrt(2 / π) · (g + 0.044715 g³).
+
+    Args:
+        job: Address of int64: [0] the next block; addresses of [1] g and [2] u, (tokens, length), and [3] y,
+            float32, written; [4] tokens, [5] length, [6] `SILU` or `GELU_TANH`, [7] whether g and u are
+            bfloat16, else they are float32; [8] whether y has even indices of each `STEP` first.
+    """
+    field = carray(integers_at(job), (9,))
+    tokens, length, half, ordered = field[4], field[5], field[7] != 0, field[8] != 0
+    size = 2 if half else 4
+    g_at, z_at, y_at, bits_at = (
+        stack_floats(CHUNK), stack_floats(CHUNK), stack_floats(CHUNK), stack_floats(CHUNK),
+    )  # fmt: skip
+    whole = length - length % STEP
+    chunks = (length + CHUNK - 1) // CHUNK
+    block = claim(job)
+    while block < tokens * chunks:
+        token, first = block // chunks, block % chunks * CHUNK
+        count = min(CHUNK, length - first)
+        begin = (token * length + first) * size
+        g, z = carray(floats_at(g_at), (count,)), carray(floats_at(z_at), (count,))
+        y = carray(floats_at(y_at), (count,))
+        powers = carray(floats_at(bits_at), (count,)).view(np.int32)
+        _read(field[1] + begin, g_at, count, half)
+        if field[6] == SILU:
+            for column in range(count):
+                z[column] = -g[column]
+        else:
+            for column in range(count):
+                cube = g[column] * g[column] * g[column]
+                z[column] = np.float32(-1.5957691216) * (g[column] + np.float32(0.044715) * cube)
+        _exponentials(z, powers, y)
+        for column in range(count):
+            y[column] = g[column] / (np.float32(1.0) + y[column])
+        _read(field[2] + begin, z_at, count, half)
+        if half:
+            for column in range(count):
+                y[column] = _rounded(_rounded(y[column]) * z[column])
+        else:
+            for column in range(count):
+                y[column] *= z[column]
+        out = carray(floats_at(field[3] + token * length * 4), (length,))
+        if ordered:
+            for column in range(count):
+                out[_order(first + column, whole)] = y[column]
+        else:
+            for column in range(count):
+                out[first + column] = y[column]
+        block = claim(job)
+
+
+def gate_numpy(g: NDArray[np.float32], u: NDArray[np.float32], activation: int) -> NDArray[np.float32]:
+    """The twin of `gate` for float32 of any shape."""
+    given: Any = g.astype(np.float64)
+    z = given if activation == SILU else 2 * np.sqrt(2 / np.pi) * (given + 0.044715 * given**3)
+    return (given / (1 + np.exp(-np.clip(z, -700, 700))) * u).astype(np.float32)
+
+
+def head_positions(job: int) -> None:
+    """Norms the heads of queries or keys, and rotates their halves by position. A block is a token.
+
+    Of a head's halves a and b: (a, b) · cos + (-b, a) · sin, each step rounded to the type.
+
+    Args:
+        job: Address of int64: [0] the next block; [1] address of x, (tokens, heads, dim), changed; [2]
+            address of the norm's scale, float32 (dim,), or 0; addresses of [3] cos and [4] sin, (tokens,
+            dim); [5] tokens, [6] heads, [7] dim, even, at most `MAX_HEAD`; [8] eps as bits of float64; [9]
+            whether the norm rounds before it scales; [10] whether x, cos and sin are bfloat16, else float32.
+    """
+    field = carray(integers_at(job), (11,))
+    tokens, heads, dim, half = field[5], field[6], field[7], field[10] != 0
+    size, middle = 2 if half else 4, field[7] // 2
+    eps = carray(_doubles_at(job + 64), (1,))[0]
+    x_at, cos_at, sin_at = stack_floats(MAX_HEAD), stack_floats(MAX_HEAD), stack_floats(MAX_HEAD)
+    x = carray(floats_at(x_at), (dim,))
+    cos, sin = carray(floats_at(cos_at), (dim,)), carray(floats_at(sin_at), (dim,))
+    token = claim(job)
+    while token < tokens:
+        _read(field[3] + token * dim * size, cos_at, dim, half)
+        _read(field[4] + token * dim * size, sin_at, dim, half)
+        for head in range(heads):
+            at = field[1] + (token * heads + head) * dim * size
+            _read(at, x_at, dim, half)
+            if field[2] != 0:
+                _scaled(x_at, field[2], dim, eps, field[9] != 0, half)
+            for column in range(middle):
+                a, b = x[column], x[middle + column]
+                if half:
+                    x[column] = _rounded(a * cos[column]) + _rounded(-b * sin[column])
+                    x[middle + column] = _rounded(b * cos[middle + column]) + _rounded(
+                        a * sin[middle + column]
+                    )
+                else:
+                    x[column] = a * cos[column] - b * sin[column]
+                    x[middle + column] = b * cos[middle + column] + a * sin[middle + column]
+            _write(x_at, at, dim, half)
+        token = claim(job)
+
+
+def attend(job: int) -> None:
+    """Attention of few queries over keys that all of them may see, but for a mask. A block is a head's group.
+
+    Keys are taken `MAX_TOKENS` at a time: scores are exponentiated below the largest so far, and sums that
+    were made below a smaller one are scaled (online softmax, Milakov and Gimelshein 2018).
+
+    Args:
+        job: Address of int64: [0] the next block; addresses of [1] queries, (tokens, heads, dim), [2] keys
+            and [3] values, rows of dim elements, and [4] the mask, added to scores, rows of keys, or 0;
+            [5] address of the output, (tokens, heads, dim), written; [6] tokens, [7] heads, [8] dim, a
+            multiple of `STEP`, at most `MAX_HEAD`, [9] keys; [10], [11] elements from one head of keys and
+            of values to the next; [12] elements from a row of the mask to the next; [13] heads of queries
+            for one of keys; [14] the scale of scores as bits of float64; [15] whether all are bfloat16, else
+            float32; [16] whether the mask is of bool, one byte each, true for what is seen.
+    """
+    field = carray(integers_at(job), (17,))
+    tokens, heads, dim, keys, half = field[6], field[7], field[8], field[9], field[15] != 0
+    size = 2 if half else 4
+    scale = np.float32(carray(_doubles_at(job + 112), (1,))[0])
+    query_at, score_at, total_at = stack_floats(_QUERIES), stack_floats(_SCORES), stack_floats(_TOTALS)
+    key_at, value_at, mask_at, bits_at = (
+        stack_floats(_WIDE), stack_floats(_WIDE), stack_floats(MAX_TOKENS), stack_floats(MAX_TOKENS),
+    )  # fmt: skip
+    query = carray(floats_at(query_at), (_GROUP, dim))
+    scores = carray(floats_at(score_at), (_GROUP, MAX_TOKENS))
+    totals = carray(floats_at(total_at), (_SLICES, _GROUP, MAX_TOKENS))
+    shifted = carray(floats_at(mask_at), (MAX_TOKENS,))
+    powers = carray(floats_at(bits_at), (MAX_TOKENS,)).view(np.int32)
+    state_at = stack_floats(_STATE)
+    state = carray(floats_at(state_at), (2, _GROUP))
+    largest, weight = state[0], state[1]
+    groups = (tokens + _GROUP - 1) // _GROUP
+    columns = _VECTORS * LANES
+    slices = (dim + columns - 1) // columns
+    block = claim(job)
+    while block < heads * groups:
+        head, first = block // groups, block % groups * _GROUP
+        count = min(_GROUP, tokens - first)
+        for row in range(count):
+            at = field[1] + ((first + row) * heads + head) * dim * size
+            _read(at, query_at + row * dim * 4, dim, half)
+            for column in range(dim):
+                query[row, column] *= scale
+            largest[row], weight[row] = _LOWEST, np.float32(0.0)
+            for part in range(slices):
+                for column in range(columns):
+                    totals[part, row, column] = 0.0
+        group = head // field[13]
+        for begin in range(0, keys, MAX_TOKENS):
+            some = min(MAX_TOKENS, keys - begin)
+            key = field[2] + (group * field[10] + begin * dim) * size
+            value = field[3] + (group * field[11] + begin * dim) * size
+            if half:
+                _read(key, key_at, some * dim, True)
+                _read(value, value_at, some * dim, True)
+                key, value = key_at, value_at
+            for row in range(count):
+                for column in range(MAX_TOKENS):
+                    scores[row, column] = 0.0
+            row = 0
+            while row < count:
+                rows = TILE if count - row >= TILE else 1
+                for column in range(0, some, 4):
+                    at = score_at + (row * MAX_TOKENS + column) * 4
+                    floats(
+                        rows, min(4, some - column), query_at + row * dim * 4, dim, key + column * dim * 4,
+                        dim, dim, at, 0,
+                    )  # fmt: skip
+                row += rows
+            for row in range(count):
+                if field[4] != 0:
+                    at = field[4] + (first + row) * field[12] * (1 if field[16] else size)
+                    if field[16]:
+                        seen = carray(_bytes_at(at), (keys,))
+                        for column in range(some):
+                            if seen[begin + column] == 0:
+                                scores[row, column] = _LOWEST
+                    else:
+                        _read(at + begin * size, mask_at, some, half)
+                        for column in range(some):
+                            scores[row, column] = max(scores[row, column] + shifted[column], _LOWEST)
+                most = largest[row]
+                for column in range(some):
+                    most = max(most, scores[row, column])
+                factor = np.exp(largest[row] - most)
+                for column in range(some):
+                    shifted[column] = scores[row, column] - most
+                _exponentials(shifted[:some], powers[:some], scores[row, :some])
+                total = np.float32(0.0)
+                for column in range(some):
+                    total += scores[row, column]
+                weight[row] = weight[row] * factor + total
+                largest[row] = most
+                for part in range(slices):
+                    for column in range(columns):
+                        totals[part, row, column] *= factor
+            for part in range(slices):
+                vectors = min(_VECTORS, dim // LANES - part * _VECTORS)
+                tile = rows_of(vectors)
+                row = 0
+                while row < count:
+                    rows = tile if count - row >= tile else 1
+                    at = score_at + row * MAX_TOKENS * 4
+                    multiply(
+                        rows, vectors, at, MAX_TOKENS, value + part * columns * 4, dim, some,
+                        total_at + (part * _GROUP + row) * MAX_TOKENS * 4, 0,
+                    )  # fmt: skip
+                    row += rows
+        for row in range(count):
+            factor = np.float32(1.0) / weight[row]
+            for part in range(slices):
+                for column in range(min(columns, dim - part * columns)):
+                    query[row, part * columns + column] = totals[part, row, column] * factor
+            at = field[5] + ((first + row) * heads + head) * dim * size
+            _write(query_at + row * dim * 4, at, dim, half)
+        block = claim(job)
+
+
+def attend_numpy(
+    query: NDArray[np.float32],
+    key: NDArray[np.float32],
+    value: NDArray[np.float32],
+    mask: NDArray[np.float32],
+    scale: float,
+) -> NDArray[np.float32]:
+    """The twin of `attend` for float32.
+
+    Args:
+        query: (tokens, heads, dim).
+        key: (heads of keys, keys, dim), as `value`.
+        value: Each head of it serves as many of queries, one after the other.
+        mask: (tokens, keys), added to the scores.
+        scale: Factor of the scores.
+
+    Returns:
+        (tokens, heads, dim).
+    """
+    times = query.shape[1] // key.shape[0]
+    keys, values = (each.astype(np.float64).repeat(times, 0) for each in (key, value))
+    scores = np.einsum("thd,hkd->htk", query.astype(np.float64), keys) * scale + mask
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("htk,hkd->thd", weights, values).astype(np.float32)
+
+
+def layout(job: int) -> None:
+    """Brings inputs of a matrix into the order that its kernel reads. A block is `CHUNK` columns.
+
+    Args:
+        job: Address of int64: [0] the next block; addresses of [1] x, (tokens, length), and [2] y, float32,
+            written; [3] tokens, [4] length, [5] whether x is bfloat16, else float32; [6] columns of a
+            packed y, (length, columns), with zeros after the tokens, or 0 for y as x, (tokens, length);
+            [7] whether x is bfloat16 and y has even indices of each `STEP` first.
+    """
+    field = carray(integers_at(job), (8,))
+    tokens, length, half, width, ordered = field[3], field[4], field[5] != 0, field[6], field[7] != 0
+    size = 2 if half else 4
+    row_at = stack_floats(_ROWS)
+    rows = carray(floats_at(row_at), (MAX_TOKENS, CHUNK))
+    block = claim(job)
+    while block * CHUNK < length:
+        first = block * CHUNK
+        count = min(CHUNK, length - first)
+        for token in range(tokens):
+            source = field[1] + (token * length + first) * size
+            target = row_at + token * CHUNK * 4 if width else field[2] + (token * length + first) * 4
+            if half and ordered:
+                widen_rows(source, target, 1, count)
+            else:
+                _read(source, target, count, half)
+        if width:
+            out = carray(floats_at(field[2]), (length, width))
+            for column in range(count):
+                for token in range(tokens):
+                    out[first + column, token] = rows[token, column]
+                for token in range(tokens, width):
+                    out[first + column, token] = 0.0
+        block = claim(job)

@@ -1,0 +1,707 @@
+"""Decoder layers on the CPU in two parallel sections, where modules take a dozen and Python between each."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from retrieval_draft.engine.compat import cache_parameter
+from retrieval_draft.engine.cpu.attention import wide_attention_forward
+from retrieval_draft.engine.cpu.linear import CpuLinear, LayerKernels
+from retrieval_draft.engine.cpu.linear_kernels import CompiledLinear
+from retrieval_draft.engine.cpu.norm import CpuNorm, Norm
+from retrieval_draft.engine.cpu.stage_program import At, StageProgram, stage_function
+from retrieval_draft.engine.substitution import is_free, is_ordinary_call, lend_attention
+
+__all__ = ["CpuDecoderLayers"]
+
+MOST_TOKENS = 64
+"""The largest pass of the kernels."""
+
+ATTENTION_TOKENS = {torch.float32: 32, torch.bfloat16: 8}
+"""The largest pass whose attention is ours, measured; of more, torch's is as fast."""
+
+_TRIED = (3, 2, 1, 4, 8, 16, 32)
+"""Numbers of tokens of which one is tried: the first for which our matrix kernels are the fastest."""
+
+_TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 0.02}
+"""RMS difference to the module's own result over its deviation that rounding explains."""
+
+_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_HEAD_NORMS = ("q_norm", "k_norm")
+_ALIGNED = 64
+
+Forward = Callable[..., Any]
+
+_LOG = logging.getLogger("retrieval_draft")
+
+
+@dataclass(frozen=True, slots=True)
+class _Calls:
+    """The arguments of a layer's cache and attention, beside tensors.
+
+    Attributes:
+        cache_name: The layer's argument for the cache, which transformers renamed.
+        layer_index: The layer's number in the cache.
+        fixed: Arguments of the attention that are the same in each call.
+        passed: Arguments of the layer that its attention gets.
+        activation: `SILU` or `GELU_TANH`.
+        head: Dimension of a head.
+    """
+
+    cache_name: str
+    layer_index: int
+    fixed: dict[str, Any]
+    passed: tuple[str, ...]
+    activation: int
+    head: int
+
+    @property
+    def is_usual_attention(self) -> bool:
+        """True if nothing that the attention is given changes the formula."""
+        fixed = {name: value for name, value in self.fixed.items() if value is not None}
+        return (
+            isinstance(fixed.get("scaling"), float)
+            and fixed.get("dropout", 0.0) == 0.0
+            and fixed.keys() <= {"scaling", "dropout", "sliding_window"}
+        )
+
+
+class CpuDecoderLayers:
+    """Faster ``forward`` functions for decoder layers of the usual structure.
+
+    A layer counts as one when it has the parts, by the names that transformers gives them (RMS norms,
+    separate projections of queries, keys and values, a gated MLP), and its own results on random inputs are
+    reproduced: queries, keys and values as its attention gets them, and its output. Others keep their
+    modules.
+
+    Args:
+        model: Any model of transformers.
+        linear: Its linear layers.
+        norm: Its norms.
+    """
+
+    def __init__(self, model: Any, linear: CpuLinear, norm: CpuNorm) -> None:
+        self._model = model
+        self._linear = linear
+        self._norm = norm
+        self._known: WeakKeyDictionary[nn.Module, tuple[_Parts, _Calls] | None] = WeakKeyDictionary()
+
+    def prepare(self) -> None:
+        """Observes the layers that are new, or have other parameters than before."""
+        for module in list(self._model.modules()):
+            known = self._known.get(module)
+            if (module in self._known and known is None) or (known is not None and known[0].is_current()):
+                continue
+            if isinstance(getattr(module, "self_attn", None), nn.Module) and _is_free(module):
+                parts = self._parts(module)
+                calls = None if parts is None else _observe(self._model, module, parts)
+                self._known[module] = None if parts is None or calls is None else (parts, calls)
+
+    def forwards(self) -> Iterator[tuple[nn.Module, Forward]]:
+        """Each layer whose results are reproduced with its faster ``forward``."""
+        for module, known in list(self._known.items()):
+            if known is not None and _is_free(module) and known[0].is_current():
+                known[0].refresh()
+                yield module, _forward(module, *known)
+
+    def _parts(self, layer: Any) -> _Parts | None:
+        attention, mlp = layer.self_attn, getattr(layer, "mlp", None)
+        linear = {}
+        for name in _LINEAR:
+            module = getattr(attention if name in _LINEAR[:4] else mlp, name, None)
+            made = None if module is None else self._linear.kernels(module)
+            if made is None:
+                return None
+            linear[name] = made
+        names = ["input_layernorm", "post_attention_layernorm"]
+        if hasattr(layer, "pre_feedforward_layernorm"):
+            names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        modules = {name: getattr(layer, name, None) for name in names}
+        if hasattr(attention, "q_norm") or hasattr(attention, "k_norm"):
+            modules |= {name: getattr(attention, name, None) for name in _HEAD_NORMS}
+        norms = {name: None if norm is None else self._norm.norm(norm) for name, norm in modules.items()}
+        found = {name: norm for name, norm in norms.items() if norm is not None}
+        if len(found) < len(norms) or not _fit(linear, found, getattr(attention, "head_dim", None)):
+            return None
+        return _Parts(layer, linear, found)
+
+
+def _fit(linear: dict[str, LayerKernels], norms: dict[str, Norm], head: Any) -> bool:
+    """True if all are of one dtype and of shapes for each other: kernels read memory by them.
+
+    Args:
+        linear: By name, the matrices.
+        norms: By name.
+        head: The dimension of a head.
+    """
+    from retrieval_draft.engine.cpu._kernels.stages import MAX_HEAD, MAX_ROW
+
+    if not isinstance(head, int) or not 0 < head <= MAX_HEAD or head % 2:
+        return False
+    q, k, v, o, gate, up, down = (tuple(linear[name].weight.shape) for name in _LINEAR)
+    width = q[1]
+    return (
+        len({made.weight.dtype for made in linear.values()} | {norm.weight.dtype for norm in norms.values()})
+        == 1
+        and width <= MAX_ROW
+        and all(rows % head == 0 for rows, _ in (q, k, v))
+        and k == v
+        and k[1] == width
+        and q[0] % k[0] == 0
+        and o == (width, q[0])
+        and gate == up == (gate[0], width)
+        and down == (width, gate[0])
+        and all(len(norm.scale) == (head if name in _HEAD_NORMS else width) for name, norm in norms.items())
+    )
+
+
+class _Parts:
+    """A layer's matrices and norms, and its two programs for each number of tokens.
+
+    It holds parameters and not modules, which could then not be freed.
+
+    Args:
+        layer: A decoder layer.
+        linear: Kernels of the matrices, by name.
+        norms: By name.
+    """
+
+    def __init__(self, layer: Any, linear: dict[str, LayerKernels], norms: dict[str, Norm]) -> None:
+        self.linear, self.norms = linear, norms
+        self.dtype: torch.dtype = layer.self_attn.q_proj.weight.dtype
+        self.width = int(layer.self_attn.q_proj.weight.shape[1])
+        self.own: Forward = type(layer).forward
+        self._hooks = [
+            hooks
+            for module in layer.modules()
+            if module is not layer
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        inner = [getattr(layer.self_attn, name, None) or getattr(layer.mlp, name) for name in _LINEAR]
+        self._parameters = [
+            (module._parameters, name, parameter)
+            for module in inner
+            for name, parameter in module._parameters.items()
+        ]
+        self._parameters += [(norm.parameters, "weight", norm.weight) for norm in norms.values()]
+        self._addresses = [tensor.data_ptr for made in linear.values() for tensor in made.tensors]
+        self._programs: dict[int, tuple[list[int], _Programs | None]] = {}
+
+    def is_current(self) -> bool:
+        """True while parameters are those that were read, and no module in the layer has hooks."""
+        return not any(self._hooks) and all(
+            parameters[name] is known for parameters, name, known in self._parameters
+        )
+
+    def layers(self, tokens: int) -> dict[str, CompiledLinear] | None:
+        """Our kernels for so many tokens; None where others are faster for more than half of the bytes."""
+        best = {name: made.by_tokens[tokens] for name, made in self.linear.items()}
+        ours = {
+            name: layer if isinstance(layer, CompiledLinear) else self.linear[name].first
+            for name, layer in best.items()
+        }
+        found = {name: layer for name, layer in ours.items() if isinstance(layer, CompiledLinear)}
+        if len(found) < len(best) or len({layer.is_ordered for layer in found.values()}) > 1:
+            return None
+        fast = sum(layer.nbytes for name, layer in found.items() if layer is best[name])
+        return found if 2 * fast > sum(layer.nbytes for layer in found.values()) else None
+
+    def refresh(self) -> None:
+        """Reads the weights of norms again, which may have been changed in place."""
+        for norm in self.norms.values():
+            norm.refresh()
+
+    def programs(self, tokens: int, calls: _Calls) -> _Programs | None:
+        """The layer's programs; None where our kernels are not the fastest.
+
+        Args:
+            tokens: Number of tokens, at most `MOST_TOKENS`.
+            calls: Those of the layer.
+        """
+        found = self._programs.get(tokens)
+        if found is None or (found[1] is not None and found[0] != [address() for address in self._addresses]):
+            layers = self.layers(tokens)
+            made = None
+            if layers is not None:
+                before = _Before(layers, self.norms, tokens, calls.head, self.dtype)
+                after = _After(layers, self.norms, tokens, calls.activation, self.dtype)
+                attending = None
+                if (
+                    calls.is_usual_attention
+                    and tokens <= ATTENTION_TOKENS[self.dtype]
+                    and _can_attend(calls.head)
+                ):
+                    scale = float(calls.fixed["scaling"])
+                    attending = _After(
+                        layers, self.norms, tokens, calls.activation, self.dtype, calls.head, scale
+                    )
+                made = before, after, attending
+            found = self._programs[tokens] = [address() for address in self._addresses], made
+        return found[1]
+
+
+class _Builder:
+    """A program over scratch memory, which grows as stages need it."""
+
+    def __init__(self, bases: tuple[str, ...], tokens: int, dtype: torch.dtype) -> None:
+        from retrieval_draft.engine.cpu._kernels.vector_tile import LANES
+
+        self.program = StageProgram((*bases, "scratch"))
+        self.bytes = 0
+        self._tokens = tokens
+        self._columns = -(-tokens // LANES) * LANES
+        self._half = int(dtype is torch.bfloat16)
+        self._size = dtype.itemsize
+
+    def room(self, elements: int, size: int = 0) -> At:
+        """Scratch memory for so many elements of `size` bytes, by default the dtype's."""
+        at = At("scratch", self.bytes)
+        self.bytes += -(-elements * (size or self._size) // _ALIGNED) * _ALIGNED
+        return at
+
+    def norm(
+        self, x: At, length: int, *, first: Norm | None = None, residual: At | None = None,
+        out: At | None = None, second: Norm | None = None, ordered: bool = False,
+    ) -> At:  # fmt: skip
+        """Adds a stage of `add_and_norm`, and returns the normed rows, float32."""
+        y = self.room(self._tokens * length, 4) if second else At("scratch")
+        self.program.stage(
+            stage_function("add_and_norm"),
+            [
+                0, x, residual or 0, first.address if first else 0, out or 0, second.address if second else 0,
+                y if second else 0, self._tokens, length,
+                *(_bits(norm.eps if norm else 0.0) for norm in (first, second)),
+                *(int(norm.twice) if norm else 0 for norm in (first, second)), self._half, int(ordered),
+            ],
+        )  # fmt: skip
+        self.program.barrier()
+        return y
+
+    def multiply(self, x: At, layers: list[CompiledLinear], outs: list[At], given: bool = False) -> None:
+        """Adds stages that multiply the same rows, and writes each product to one of `outs`.
+
+        Args:
+            x: The rows: float32 in the kernels' order, or, if `given`, as a module gives them.
+            layers: Matrices that need no product of another.
+            outs: (tokens, rows) of each.
+            given: Whether x is of the dtype.
+        """
+        length, ordered = layers[0].length, layers[0].is_ordered
+        plain, packed = x, None
+        if given and (self._half or ordered) and not all(layer.packs for layer in layers):
+            plain = self.room(self._tokens * length, 4)
+            self._lay_out(x, plain, length, 0, self._half, ordered)
+        if any(layer.packs for layer in layers):
+            packed = self.room(length * self._columns, 4)
+            half = self._half if given else 0
+            self._lay_out(x, packed, length, self._columns, half, ordered)
+        if plain is not x or packed is not None:
+            self.program.barrier()
+        for layer, out in zip(layers, outs, strict=True):
+            source = packed if layer.packs and packed is not None else plain
+            # The job wants integers; addresses of input and output are put in afterwards.
+            fields: list[int | At] = [*layer.job(0, 0, self._tokens)]
+            fields[2], fields[4] = source, out
+            self.program.stage(layer.function, fields)
+        self.program.barrier()
+
+    def attend(self, out: At, heads: int, dim: int, scale: float) -> None:
+        """Adds a stage of `attend`, of values given when the program runs."""
+        query, key, value, mask, keys, key_stride, value_stride, mask_stride, times, is_bool = map(
+            At, _ATTENTION
+        )
+        self.program.stage(
+            stage_function("attend"),
+            [
+                0, query, key, value, mask, out, self._tokens, heads, dim, keys, key_stride, value_stride,
+                mask_stride, times, _bits(scale), self._half, is_bool,
+            ],
+        )  # fmt: skip
+        self.program.barrier()
+
+    def _lay_out(self, x: At, y: At, length: int, columns: int, half: int, ordered: bool) -> None:
+        self.program.stage(
+            stage_function("layout"), [0, x, y, self._tokens, length, half, columns, int(ordered and half)]
+        )
+
+
+_ATTENTION = (
+    "query", "key", "value", "mask", "keys", "key stride", "value stride", "mask stride", "times", "bool",
+)  # fmt: skip
+"""Addresses and numbers of the stage `attend` that are known when it runs."""
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> tuple[int, ...] | None:
+    """The values of `_ATTENTION`; None for what the stage does not read.
+
+    Args:
+        query: (1, heads, tokens, dim), in memory (tokens, heads, dim).
+        key: (1, heads of keys, keys, dim), as `value`.
+        value: Rows are contiguous, as those of keys.
+        mask: (1, 1, tokens, keys), or None, which for one token means that all is seen.
+    """
+    tokens, dim, keys = query.shape[2], query.shape[3], key.shape[2]
+    if not (
+        key.shape == value.shape
+        and key.dtype is value.dtype is query.dtype
+        and key.shape[3] == dim
+        and keys > 0
+        and all(rows.stride(2) == dim and rows.stride(3) == 1 for rows in (key, value))
+    ):
+        return None
+    at, stride, is_bool = 0, 0, False
+    if mask is None:
+        if tokens > 1:
+            return None
+    elif (
+        mask.shape == (1, 1, tokens, keys) and mask.stride(3) == 1 and mask.dtype in (query.dtype, torch.bool)
+    ):
+        at, stride, is_bool = mask.data_ptr(), mask.stride(2), mask.dtype is torch.bool
+    else:
+        return None
+    return (
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), at, keys, key.stride(1), value.stride(1), stride,
+        query.shape[1] // key.shape[1], int(is_bool),
+    )  # fmt: skip
+
+
+class _Before:
+    """From a layer's input to the queries, keys and values of its attention.
+
+    Args:
+        layers: The matrices, by name.
+        norms: The norms, by name.
+        tokens: Number of tokens.
+        head: Dimension of a head.
+        dtype: Type of the layer.
+    """
+
+    def __init__(
+        self, layers: dict[str, CompiledLinear], norms: dict[str, Norm], tokens: int, head: int,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        q, k, v = (layers[name] for name in _LINEAR[:3])
+        made = _Builder(("x", "cos", "sin", "heads"), tokens, dtype)
+        size, half = dtype.itemsize, int(dtype is torch.bfloat16)
+        at = [At("heads", size * tokens * rows) for rows in (0, q.rows, q.rows + k.rows)]
+        y = made.norm(At("x"), q.length, second=norms["input_layernorm"], ordered=q.is_ordered)
+        made.multiply(y, [q, k, v], at)
+        for name, where, rows in (("q_norm", at[0], q.rows), ("k_norm", at[1], k.rows)):
+            norm = norms.get(name)
+            made.program.stage(
+                stage_function("head_positions"),
+                [
+                    0, where, norm.address if norm else 0, At("cos"), At("sin"), tokens, rows // head, head,
+                    _bits(norm.eps if norm else 0.0), int(norm.twice) if norm else 0, half,
+                ],
+            )  # fmt: skip
+        self._program, self._bytes, self._dtype = made.program, made.bytes, dtype
+        self._elements = tokens * (q.rows + k.rows + v.rows)
+        counts = [rows // head for rows in (q.rows, k.rows, v.rows)]
+        # Shapes, strides and offsets of (1, heads, tokens, dim) in memory of (tokens, heads, dim).
+        starts = [tokens * rows for rows in (0, q.rows, q.rows + k.rows)]
+        self._views = [
+            ((1, count, tokens, head), (count * head * tokens, head, count * head, 1), start)
+            for count, start in zip(counts, starts, strict=True)
+        ]
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+        """Queries, keys and values, (1, heads, tokens, dim) each, of x, (1, tokens, width)."""
+        heads = torch.empty(self._elements, dtype=self._dtype)
+        scratch = torch.empty(self._bytes, dtype=torch.uint8)
+        addresses = [tensor.data_ptr() for tensor in (x, cos, sin, heads, scratch)]
+        self._program.run(addresses, torch.get_num_threads())
+        return [heads.as_strided(*view) for view in self._views]
+
+
+class _After:
+    """From the output of a layer's attention to the layer's.
+
+    Args:
+        layers: The matrices, by name.
+        norms: The norms, by name.
+        tokens: Number of tokens.
+        activation: `SILU` or `GELU_TANH`.
+        dtype: Type of the layer.
+        head: Dimension of a head, or 0 if the attention is computed elsewhere.
+        scale: Scale of the attention's scores.
+    """
+
+    def __init__(
+        self, layers: dict[str, CompiledLinear], norms: dict[str, Norm], tokens: int, activation: int,
+        dtype: torch.dtype, head: int = 0, scale: float = 1.0,
+    ) -> None:  # fmt: skip
+        o, gate, up, down = (layers[name] for name in _LINEAR[3:])
+        made = _Builder(("residual", "out", *_ATTENTION), tokens, dtype)
+        attended = At("query")
+        if head:
+            attended = made.room(tokens * o.length)
+            made.attend(attended, o.length // head, head, scale)
+        product = made.room(tokens * o.rows)
+        made.multiply(attended, [o], [product], given=True)
+        hidden = made.room(tokens * o.rows)
+        is_sandwich = "pre_feedforward_layernorm" in norms
+        y = made.norm(
+            product,
+            o.rows,
+            first=norms["post_attention_layernorm"] if is_sandwich else None,
+            residual=At("residual"),
+            out=hidden,
+            second=norms["pre_feedforward_layernorm" if is_sandwich else "post_attention_layernorm"],
+            ordered=gate.is_ordered,
+        )
+        gates, ups = made.room(tokens * gate.rows), made.room(tokens * gate.rows)
+        made.multiply(y, [gate, up], [gates, ups])
+        inner = made.room(tokens * gate.rows, 4)
+        made.program.stage(
+            stage_function("gate"),
+            [
+                0, gates, ups, inner, tokens, gate.rows, activation, int(dtype is torch.bfloat16),
+                int(down.is_ordered),
+            ],
+        )  # fmt: skip
+        made.program.barrier()
+        product = made.room(tokens * down.rows)
+        made.multiply(inner, [down], [product])
+        made.norm(
+            product,
+            down.rows,
+            first=norms["post_feedforward_layernorm"] if is_sandwich else None,
+            residual=hidden,
+            out=At("out"),
+        )
+        self._program, self._bytes = made.program, made.bytes
+
+    def __call__(self, residual: Tensor, attention: Sequence[int]) -> Tensor:
+        """The layer's output, (1, tokens, width).
+
+        Args:
+            residual: The layer's input, of that shape.
+            attention: The values of `_ATTENTION`; without attention the address of its output and zeros.
+        """
+        out = torch.empty_like(residual)
+        scratch = torch.empty(self._bytes, dtype=torch.uint8)
+        addresses = (residual.data_ptr(), out.data_ptr(), *attention, scratch.data_ptr())
+        self._program.run(addresses, torch.get_num_threads())
+        return out
+
+
+_Programs = tuple[_Before, _After, _After | None]
+"""Before the attention, after it, and from before it, where our own attention does."""
+
+
+def _is_free(layer: nn.Module) -> bool:
+    """True if no other code has replaced the ``forward`` of a module in the layer."""
+    return all(map(is_free, layer.modules()))
+
+
+_UNUSED = (0,) * (len(_ATTENTION) - 1)
+
+
+def _bits(value: float) -> int:
+    return int(np.float64(value).view(np.int64))
+
+
+_LAYER_ARGUMENTS = frozenset(
+    ["attention_mask", "position_ids", "use_cache", "cache_position", "position_embeddings"]
+)
+
+
+def _forward(module: nn.Module, parts: _Parts, calls: _Calls) -> Forward:
+    """A layer's ``forward``; calls with other arguments go to the layer's own."""
+    layer, own = ref(module), parts.own
+    dtype, width, known = parts.dtype, parts.width, _LAYER_ARGUMENTS | {calls.cache_name}
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        module: Any = layer()
+        cache: Any = kwargs.get(calls.cache_name)
+        positions: Any = kwargs.get("position_embeddings")
+        if not (
+            not args
+            and is_ordinary_call(hidden_states)
+            and hidden_states.dtype is dtype
+            and hidden_states.device.type == "cpu"
+            and hidden_states.dim() == 3
+            and hidden_states.shape[0] == 1
+            and 0 < hidden_states.shape[1] <= MOST_TOKENS
+            and hidden_states.shape[2] == width
+            and getattr(cache, "takes_states_alone", False)
+            and not module.training
+            and all(name in known or kwargs[name] is None or kwargs[name] is False for name in kwargs)
+            and parts.is_current()
+        ):
+            return own(module, hidden_states, *args, **kwargs)
+        attention = module.self_attn
+        attend = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation)
+        tokens = hidden_states.shape[1]
+        programs = None
+        if attend is not None and _are_usual(positions, (1, tokens, calls.head), dtype):
+            programs = parts.programs(tokens, calls)
+        if attend is None or programs is None:
+            return own(module, hidden_states, *args, **kwargs)
+        before, after, attending = programs
+        hidden_states = hidden_states.contiguous()
+        cos, sin = (tensor.contiguous() for tensor in positions)
+        query, key, value = before(hidden_states, cos, sin)
+        key, value = cache.update(key, value, calls.layer_index)
+        mask = kwargs.get("attention_mask")
+        if attending is not None and attend in (sdpa_attention_forward, wide_attention_forward):
+            given = _attention(query, key, value, mask)
+            if given is not None:
+                return attending(hidden_states, given)
+        passed = {name: kwargs.get(name) for name in calls.passed}
+        attended, _ = attend(attention, query, key, value, mask, **calls.fixed, **passed)
+        attended = attended.contiguous()
+        return after(hidden_states, (attended.data_ptr(), *_UNUSED))
+
+    return forward
+
+
+def _can_attend(dim: int) -> bool:
+    from retrieval_draft.engine.cpu._kernels.vector_tile import STEP
+
+    return dim % STEP == 0
+
+
+def _are_usual(positions: Any, shape: tuple[int, int, int], dtype: torch.dtype) -> bool:
+    """True for cos and sin of this shape."""
+    return (
+        isinstance(positions, tuple)
+        and len(positions) == 2
+        and all(
+            type(tensor) is Tensor
+            and tensor.dtype is dtype
+            and tensor.device.type == "cpu"
+            and tensor.shape == shape
+            for tensor in positions
+        )
+    )
+
+
+_RECORDER = "retrieval_draft_recorder"
+_recording = threading.local()
+
+
+class _Recorder:
+    """A cache that notes what it is given, and an attention's arguments and result.
+
+    Args:
+        attended: The attention's result.
+    """
+
+    takes_states_alone = True
+
+    def __init__(self, attended: Tensor) -> None:
+        self.attended = attended
+        self.layer_index = -1
+        self.states: list[Tensor] = []
+        self.kwargs: dict[str, Any] = {}
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Returns keys and values as they are."""
+        self.layer_index = layer_idx
+        return key, value
+
+
+def _record(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """The attention of a thread that observes a layer; for other threads of that time, torch's."""
+    recorder = getattr(_recording, "recorder", None)
+    if recorder is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    recorder.states, recorder.kwargs = [query, key, value], kwargs
+    return recorder.attended, None
+
+
+AttentionInterface.register(_RECORDER, _record)
+AttentionMaskInterface.register(_RECORDER, sdpa_mask)
+
+
+@torch.no_grad()
+def _observe(model: Any, layer: Any, parts: _Parts) -> _Calls | None:
+    """The calls of a layer, if its results are ours; None for one of another structure."""
+    head, activation = layer.self_attn.head_dim, _activation(layer.mlp)
+    tokens = next((size for size in _TRIED if parts.layers(size)), 0)
+    if activation is None or not tokens:
+        return None
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.from_numpy(random.standard_normal(shape, np.float32)).to(parts.dtype)
+
+    x = normal(1, tokens, parts.width)
+    x[:, -1] *= 0.01  # of a small row a constant that is added before a root shows
+    angles = torch.cat([normal(1, tokens, head // 2).float()] * 2, -1)
+    given = {
+        "attention_mask": normal(1, 1, tokens, tokens),
+        "position_ids": torch.arange(tokens)[None],
+        "position_embeddings": (angles.cos().to(parts.dtype), angles.sin().to(parts.dtype)),
+    }
+    attended = normal(1, tokens, layer.self_attn.q_proj.weight.shape[0] // head, head)
+    cache_name = cache_parameter(layer)
+    own, ours = _Recorder(attended), _Recorder(attended)
+    with lend_attention(model, _RECORDER, ("sdpa",)) as replaced:
+        if replaced is None:
+            return None
+        try:
+            _recording.recorder = own
+            try:
+                expected = parts.own(layer, x, **given, **{cache_name: own})
+            except Exception as error:  # a layer that is called in another way
+                _LOG.debug("%s keeps its modules: %r", type(layer).__name__, error)
+                return None
+            inner = _LAYER_ARGUMENTS & own.kwargs.keys()
+            fixed = {name: value for name, value in own.kwargs.items() if name not in inner}
+            calls = _Calls(cache_name, own.layer_index, fixed, tuple(inner), activation, head)
+            _recording.recorder = ours
+            got = _forward(layer, parts, calls)(x, **given, **{cache_name: ours})
+        finally:
+            _recording.recorder = None
+    if (
+        len(own.states) == 3
+        and own.layer_index == ours.layer_index >= 0
+        and all(value is None or isinstance(value, bool | int | float | str) for value in fixed.values())
+        and type(expected) is Tensor
+        and all(_agree(*pair) for pair in zip([got, *ours.states], [expected, *own.states], strict=True))
+    ):
+        return calls
+    return None
+
+
+def _activation(mlp: Any) -> int | None:
+    """`SILU` or `GELU_TANH`, if the activation of a gated MLP is one of them."""
+    from retrieval_draft.engine.cpu._kernels.stages import GELU_TANH, SILU, gate_numpy
+
+    x = np.linspace(-8, 8, 161, dtype=np.float32)
+    own = getattr(mlp, "act_fn", None)
+    try:
+        got = own(torch.from_numpy(x)).numpy()  # type: ignore[misc]
+    except Exception:  # none, or one of several arguments
+        return None
+    for kind in (SILU, GELU_TANH):
+        if got.shape == x.shape and np.allclose(
+            got, gate_numpy(x, np.ones_like(x), kind), rtol=1e-4, atol=1e-6
+        ):
+            return kind
+    return None
+
+
+def _agree(got: Tensor, expected: Tensor) -> bool:
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return False
+    difference = (got.float() - expected.float()).square().mean(-1).sqrt()
+    return bool((difference <= _TOLERANCE[got.dtype] * expected.float().square().mean(-1).sqrt()).all())
