@@ -119,7 +119,8 @@ class ChainTarget(Target):
         if self._keeps_logits:
             options["logits_to_keep"] = keep
         if self._takes_positions:
-            options["position_ids"] = torch.arange(offset, end, device=ids.device)[None]
+            positions = torch.arange(offset + cache.shift, end + cache.shift, device=ids.device)
+            options["position_ids"] = positions[None]
         if self._takes_mask:
             if self._ones.shape[1] < end:
                 self._ones = self._ones.new_ones((1, end + _AHEAD))
