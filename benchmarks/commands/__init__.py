@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks.commands import chains, drafts, llama_cpp, parts, sampling, serve, store, vllm
+from benchmarks.commands import chains, drafts, llama_cpp, models, parts, sampling, serve, store, vllm
 
 __all__ = ["app"]
 
@@ -19,6 +19,6 @@ app = typer.Typer(
 )
 for _command in (
     parts.automaton, sampling.batch, chains.chains, parts.cold, drafts.drafts, sampling.draw, parts.fusion,
-    llama_cpp.llama_cpp, sampling.samples, serve.serve, store.store, vllm.vllm,
+    llama_cpp.llama_cpp, models.models, sampling.samples, serve.serve, store.store, vllm.vllm,
 ):  # fmt: skip
     app.command(_command.__name__)(_command)
