@@ -45,8 +45,8 @@ def models(
         attention=attention,
         limit=limit,
         jobs=jobs,
+        keep=lambda found: finish(found, out),
     )
-    finish(result, out)
     if json:
         print_json(result)
     else:

@@ -1,16 +1,12 @@
-"""Trials of many models, each in a process of its own with limits of time and memory."""
+"""Trials of many models, each in a process of its own, and the numbers of them by outcome."""
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
-import resource
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -20,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from benchmarks.models.isolated import Failed, isolated
 from benchmarks.models.shapes import NO_TEXT, VARIANTS
 from benchmarks.models.tiny import tiny_model
 from benchmarks.models.trials import TRIALS, described, try_model
@@ -33,9 +30,6 @@ OUTCOMES = ("equal", "plain", "refused", "differs", "crashed", "stock_fails", "n
 _LISTED = ("equal", "plain", "differs")
 """Outcomes whose models are listed; the others come with a reason each."""
 
-_MEMORY = 12 << 30
-"""Bytes of address space of one process."""
-
 
 def measure_models(
     names: Sequence[str] = (),
@@ -45,6 +39,7 @@ def measure_models(
     attention: str | None = None,
     limit: float = 240.0,
     jobs: int = 1,
+    keep: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Tries models against `model.generate`.
 
@@ -55,6 +50,7 @@ def measure_models(
         attention: Attention implementation; None for each model's own choice.
         limit: Seconds for each model.
         jobs: Models at the same time.
+        keep: Called after every model with the object so far.
 
     Returns:
         The object that ``python -m benchmarks models --json`` prints.
@@ -69,7 +65,7 @@ def measure_models(
     _check(names, [*classes, *variants], "model")
     _check(trials, TRIALS, "trial")
     chosen = list(dict.fromkeys(names)) or [*classes, *variants]
-    begin = time.monotonic()
+    begin, source = time.monotonic(), provenance()
 
     def run(name: str) -> dict[str, Any]:
         family, settings = variants.get(name, (name, {}))
@@ -78,14 +74,23 @@ def measure_models(
         if family in NO_TEXT and not image_text:
             return {**entry, "outcome": "not_built", "error": NO_TEXT[family]}
         arguments = (family, classes[family], settings, image_text, attention, tuple(trials))
-        return {**entry, **_in_process(arguments, limit)}
+        try:
+            found: dict[str, Any] = isolated(_tried, *arguments, limit=limit)
+        except Failed as error:
+            return {**entry, "outcome": "crashed", "error": str(error)}
+        return {**entry, **found}
 
     with ThreadPoolExecutor(jobs) as pool, progress("Trying models", len(chosen), delay=0.0) as advance:
-        entries = {}
+        entries: dict[str, dict[str, Any]] = {}
+        result = summary(entries)
         for name, entry in zip(chosen, pool.map(run, chosen), strict=True):
             entries[name] = entry
+            seconds = round(time.monotonic() - begin, 1)
+            result = {**summary(entries), "seconds": seconds, "provenance": source}
+            if keep is not None:
+                keep(result)
             advance()
-    return {**summary(entries), "seconds": round(time.monotonic() - begin, 1), "provenance": provenance()}
+    return result
 
 
 def summary(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -121,36 +126,7 @@ def _check(given: Sequence[str], allowed: Sequence[str], noun: str) -> None:
         )
 
 
-def _in_process(arguments: tuple[Any, ...], limit: float) -> dict[str, Any]:
-    """The trials of one model, in a process forked from one that has imported everything and run nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, *arguments), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        if not receiver.poll(limit):
-            return {"outcome": "crashed", "error": f"not done after {limit:g} s"}
-        result: dict[str, Any] = receiver.recv()
-        return result
-    except EOFError:
-        process.join()
-        return {"outcome": "crashed", "error": f"the process died with exit code {process.exitcode}"}
-    finally:
-        process.kill()
-        process.join()
-        receiver.close()
-
-
-def _child(sender: Connection, *arguments: Any) -> None:
-    with open(os.devnull, "w") as nothing:  # models print  # noqa: PTH123
-        os.dup2(nothing.fileno(), 1)
-        os.dup2(nothing.fileno(), 2)
-    sender.send(_outcome(*arguments))
-
-
-def _outcome(
+def _tried(
     family: str,
     kind: str,
     settings: dict[str, Any],
@@ -158,7 +134,6 @@ def _outcome(
     attention: str | None,
     trials: Sequence[str],
 ) -> dict[str, Any]:
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()

@@ -29,6 +29,7 @@ against ``method="none"`` with the same seed; `batch` is three left-padded promp
 `images` is a prompt with an image, for classes for which one can be made."""
 
 _NEW = 60
+_OPTIONS: dict[str, Any] = {"max_new_tokens": _NEW, "do_sample": False, "pad_token_id": 0}
 _NODES = 16
 _SHOWN = 300
 
@@ -144,7 +145,7 @@ def _greedy(model: Any) -> Trial:
     mask = torch.ones_like(prompt)
     stock = _stock(model, prompt, mask)
     with RetrievalDrafter.for_model(model) as drafter:
-        return _judged(drafter.generate(prompt, mask, **_options()), stock, prompt.shape[1], drafter)
+        return _judged(_ours(drafter, prompt, mask), stock, prompt.shape[1], drafter)
 
 
 def _drafts(model: Any) -> Trial:
@@ -152,18 +153,18 @@ def _drafts(model: Any) -> Trial:
     mask = torch.ones_like(prompt)
     stock = _stock(model, prompt, mask)
     with _drafter(model) as drafter:
-        ours = drafter.generate(prompt, mask, **_planted(stock[0, prompt.shape[1] :]), **_options())
+        ours = _ours(drafter, prompt, mask, **_planted(stock[0, prompt.shape[1] :]))
         return _judged(ours, stock, prompt.shape[1], drafter)
 
 
 def _seeded(model: Any) -> Trial:
     prompt = random_prompt(50, 5)
     mask = torch.ones_like(prompt)
-    options = {**_options(), "do_sample": True, "temperature": 0.7, "top_k": 0, "seed": 11}
+    options = {"do_sample": True, "temperature": 0.7, "top_k": 0, "seed": 11}
     with RetrievalDrafter.for_model(model, method="none") as undrafted:
-        expected = undrafted.generate(prompt, mask, **options)
+        expected = _ours(undrafted, prompt, mask, **options)
     with _drafter(model) as drafter:
-        ours = drafter.generate(prompt, mask, **_planted(expected[0, prompt.shape[1] :]), **options)
+        ours = _ours(drafter, prompt, mask, **_planted(expected[0, prompt.shape[1] :]), **options)
         return _judged(ours, expected, prompt.shape[1], drafter)
 
 
@@ -181,7 +182,7 @@ def _batch(model: Any, way: str) -> Trial:
         else [_stock(model, each, torch.ones_like(each))[0] for each in prompts]
     )
     with _drafter(model, _NODES // 2) as drafter:
-        ours = drafter.generate(ids, mask, **_options())
+        ours = _ours(drafter, ids, mask)
         rows = [
             _judged(row[None, width:], text[None, -_NEW:], 0, drafter)
             for row, text in zip(ours, expected, strict=True)
@@ -197,12 +198,8 @@ def _images(model: Any) -> Trial | None:
     ids, mask, pixels = inputs
     stock = _stock(model, ids, mask, **pixels)
     with _drafter(model) as drafter:
-        ours = drafter.generate(ids, mask, **_planted(stock[0, ids.shape[1] :]), **pixels, **_options())
+        ours = _ours(drafter, ids, mask, **_planted(stock[0, ids.shape[1] :]), **pixels)
         return _judged(ours, stock, ids.shape[1], drafter)
-
-
-def _options() -> dict[str, Any]:
-    return {"max_new_tokens": _NEW, "do_sample": False, "pad_token_id": 0}
 
 
 def _drafter(model: Any, nodes: int = _NODES) -> RetrievalDrafter:
@@ -211,10 +208,18 @@ def _drafter(model: Any, nodes: int = _NODES) -> RetrievalDrafter:
 
 def _stock(model: Any, ids: Tensor, mask: Tensor, **inputs: Any) -> Tensor:
     """Greedy text of `model.generate`: int64, shape (batch, length + new)."""
+    torch.manual_seed(0)  # Reformer hashes at random
     try:
-        out: Tensor = model.generate(ids, attention_mask=mask, **inputs, **_options())
+        out: Tensor = model.generate(ids, attention_mask=mask, **{**_OPTIONS, **inputs})
     except Exception as error:
         raise _StockFails(described(error)) from error
+    return out
+
+
+def _ours(drafter: RetrievalDrafter, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
+    """The drafter's text from the same state of torch's generator: int64, shape (batch, length + new)."""
+    torch.manual_seed(0)
+    out: Tensor = drafter.generate(ids, mask, **{**_OPTIONS, **options})
     return out
 
 
