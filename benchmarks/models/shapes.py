@@ -136,6 +136,7 @@ _LONGROPE: dict[str, Any] = {
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    "blenderbot": {"encoder_layers": LAYERS},
     "blt": {
         "patch_in_forward": False,
         "encoder_hash_byte_group_size": [2, 3],

@@ -40,4 +40,4 @@ def test_no_model_differs_and_none_crashes(words: tuple[str, ...], tmp_path: Pat
     assert sorted([*result["equal"], *result["plain"], *result["refused"]]) == sorted(names)
     for name in result["equal"]:
         trial = result["models"][name]["trials"]["drafts"]
-        assert trial["passes"] <= 0.35 * trial["tokens"], name
+        assert trial["passes"] < 0.5 * trial["tokens"], name
