@@ -37,7 +37,7 @@ _ROWS: tuple[tuple[int, str], ...] = (
         HIDDEN,
         "hidden_size d_model n_embd emb_dim embedding_dim embedding_size input_embedding_size "
         "output_embedding_size word_embed_proj_dim attention_hidden_size lru_width hidden_size_global "
-        "dim_model_base backbone_hidden_size",
+        "dim_model_base backbone_hidden_size out_hidden_size text_hidden_size mm_hidden_size",
     ),
     (
         96,
@@ -226,10 +226,15 @@ SETTINGS |= {
 
 _MROPE_TEXT: dict[str, Any] = {"text_config": {"rope_parameters": _MROPE}}
 
+_WINDOWED_VISION: dict[str, Any] = {"vision_config": {"window_size": 112}}
+
 IMAGE_TEXT_SETTINGS: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {49: 4}},
     "chameleon": {"vocabulary_map": {"<image>": 200, "IMGIMGA": 201}},
     "cohere_compass": {"text_config": SETTINGS["cohere_compass_text"]},
     "emu3": {"vocabulary_map": {"<|extra_0|>": 200, "<image>": 201, "<|visual token 000000|>": 202}},
+    "exaone4_5": _WINDOWED_VISION,
+    "gemma3": {"vision_config": {"image_size": 64}, "mm_tokens_per_image": 4},
     "glm46v": _MROPE_TEXT,
     "glm4v": _MROPE_TEXT,
     "glm4v_moe": {
@@ -239,8 +244,11 @@ IMAGE_TEXT_SETTINGS: dict[str, dict[str, Any]] = {
     },
     "glm5_next": {"text_config": {"index_topk": 16, "index_kpool": 4}},
     "glm_ocr": _MROPE_TEXT,
-    "granite_docling": {"vision_config": {"out_hidden_size": 64}},
-    "inkling2": {"vision_config": {"text_hidden_size": 64}},
+    "hy_v4_vl": {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}},
+    "hyperclovax_vision_v2": _WINDOWED_VISION,
+    "llava_next": {"image_grid_pinpoints": [[224, 224]]},
+    "llava_next_video": {"image_grid_pinpoints": [[224, 224]]},
+    "llava_onevision": {"image_grid_pinpoints": [[384, 384]]},
     "mistral4": {
         "head_dim": 16,
         "rope_parameters": {
@@ -251,11 +259,10 @@ IMAGE_TEXT_SETTINGS: dict[str, dict[str, Any]] = {
         },
     },
     "molmo2": {"adapter_config": {"vision_feature_layer": [3, 2]}},
-    "muse_spark": {"audio_config": {"out_hidden_size": 64}},
     "paddleocr_vl": _MROPE_TEXT,
     "paligemma": {"hidden_size": 64, "projection_dim": 64, "text_config": {"num_key_value_heads": 4}},
-    "qwen2_5_omni_thinker": _MROPE_TEXT,
-    "qwen2_5_vl": _MROPE_TEXT,
+    "qwen2_5_omni_thinker": {**_MROPE_TEXT, **_WINDOWED_VISION},
+    "qwen2_5_vl": {**_MROPE_TEXT, **_WINDOWED_VISION},
     "qwen2_vl": _MROPE_TEXT,
     "step3p7": {"text_config": {"sliding_window": WINDOW}},
 }

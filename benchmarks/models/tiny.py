@@ -58,8 +58,11 @@ def tiny_model(
         config._attn_implementation = attention
     torch.manual_seed(0)
     model = made(config).eval()
+    if not model.can_generate():
+        raise ValueError(f"{kind} has no generate")
     for name, weights in model.named_parameters():
-        if name.endswith(".A") and not weights.any():  # Doge: with zeros no token sees another
+        # With zeros no token of Doge sees another, and no image is read by Gemma 3.
+        if (weights.ndim > 1 or name.endswith(".A")) and not weights.any():
             nn.init.normal_(weights)
     given = model.generation_config
     for option in _NO_OPTIONS:
@@ -74,8 +77,8 @@ def _config_for(kind: Any, config: Any) -> Any:
     wanted = kind.config_class
     if wanted is None or isinstance(config, wanted):
         return config
-    parts = (part for part in vars(config).values() if isinstance(part, wanted))
-    return next(parts, None) or config.get_text_config(decoder=True)
+    parts = (*vars(config).values(), config.get_text_config(decoder=True))
+    return next((part for part in parts if isinstance(part, wanted)), config)
 
 
 def _spread(model: Any) -> None:
