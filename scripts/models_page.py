@@ -23,6 +23,8 @@ OUTCOMES = {
     "not_built": "no tiny model",
 }
 SHOWN = 160
+_SAME = ("equal", "rounding")
+_DRAFTED = {True: "drafted", False: "plain"}
 
 
 def main(*paths: str) -> None:
@@ -73,13 +75,16 @@ def _way(entry: dict[str, Any]) -> str:
 
 
 def _note(entry: dict[str, Any]) -> str:
-    """The reason for a way other than trees, and the verdict on images."""
+    """The reason for a way other than trees, and the way after images."""
     if not _way(entry):
         return f"{OUTCOMES[entry['outcome']]}: {_short(entry['error'])}"
     notes = [] if entry["way"] == "tree" else [_short(entry["reason"].removeprefix("no trees: "))]
-    images = entry["trials"].get("images", {}).get("verdict")
+    images = entry["trials"].get("images")
     if images:
-        notes.append("with images: " + ("equal" if images == "rounding" else images))
+        notes.append(
+            "with images: "
+            + (_DRAFTED[bool(images["drafted"])] if images["verdict"] in _SAME else images["verdict"])
+        )
     return "; ".join(notes)
 
 

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -62,8 +63,8 @@ def measure_models(
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if image_text else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     )
     variants = {} if image_text else {name: each for name, each in VARIANTS.items() if each[0] in classes}
-    _check(names, [*classes, *variants], "model")
-    _check(trials, TRIALS, "trial")
+    _check(names, [*classes, *variants], "a model type of transformers with such a class, or a variant")
+    _check(trials, TRIALS, "a trial")
     chosen = list(dict.fromkeys(names)) or [*classes, *variants]
     begin, source = time.monotonic(), provenance()
 
@@ -119,11 +120,12 @@ def failed(result: dict[str, Any]) -> bool:
 
 
 def _check(given: Sequence[str], allowed: Sequence[str], noun: str) -> None:
-    unknown = [name for name in given if name not in allowed]
-    if unknown:
-        raise InvalidInputError(
-            f"No such {noun}: {', '.join(unknown)}.", f"Allowed: {', '.join(sorted(allowed))}."
-        )
+    for name in given:
+        if name not in allowed:
+            close = get_close_matches(name, allowed, n=8, cutoff=0.3) or sorted(allowed)[:8]
+            raise InvalidInputError(
+                f"{name!r} is not {noun}.", f"There are {len(allowed)}, such as {', '.join(close)}."
+            )
 
 
 def _tried(

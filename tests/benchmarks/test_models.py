@@ -207,13 +207,17 @@ def test_page_has_one_row_for_each_family() -> None:
         "c": entry("stock_fails", family="c", error="IndexError: none (a.py:3)"),
     }
     seen = entry(
-        "equal", "tree", family="d", mapping="image-text", trials={"images": {"verdict": "rounding"}}
+        "equal",
+        "tree",
+        family="d",
+        mapping="image-text",
+        trials={"images": {"verdict": "rounding", "drafted": 5}},
     )
     versions = {"versions": {"transformers": "5.24.0"}}
     page = script.tables_of({"models": each, "provenance": versions} for each in (models, {"d": seen}))
     assert "| `a` | tree | `a:wide`: chain |" in page
     assert "| `b` | plain | state \\| from zero |" in page
     assert "| `c` | - | `model.generate` fails on the tiny model: IndexError: none |" in page
-    assert "| `d` | tree | with images: equal |" in page
+    assert "| `d` | tree | with images: drafted |" in page
     assert "transformers 5.24.0" in page
     assert "4 models, variants included: 1 tree, 1 chain, 1 plain; 1 not measured." in page
