@@ -23,8 +23,8 @@ from retrieval_draft.errors import RetrievalDraftError, UnsupportedModelError
 __all__ = ["TRIALS", "Trial", "described", "try_model"]
 
 TRIALS = ("greedy", "drafts", "seeded", "batch", "images")
-"""`greedy` is `for_model(model)` as a user calls it; `drafts` are 16 nodes, with two copies of the reply, a
-fifth and a sixth of their tokens wrong, as documents, and a third one as prediction; `seeded` is sampling
+"""`greedy` is `for_model(model)` as a user calls it; `drafts` are 16 nodes, with copies of the reply, a
+fifth, a sixth and a ninth of their tokens wrong, as documents and prediction; `seeded` is sampling
 against ``method="none"`` with the same seed; `batch` is three left-padded prompts against each alone;
 `images` is a prompt with an image, for classes for which one can be made."""
 
@@ -177,16 +177,13 @@ def _batch(model: Any, way: str) -> Trial:
     )
     # Undrafted text is that of the model's own batch, which padding may change.
     expected = (
-        list(_stock(model, ids, mask))
+        _stock(model, ids, mask)[:, width:]
         if way == "plain"
-        else [_stock(model, each, torch.ones_like(each))[0] for each in prompts]
+        else torch.cat([_stock(model, each, torch.ones_like(each))[:, each.shape[1] :] for each in prompts])
     )
-    with _drafter(model, _NODES // 2) as drafter:
-        ours = _ours(drafter, ids, mask)
-        rows = [
-            _judged(row[None, width:], text[None, -_NEW:], 0, drafter)
-            for row, text in zip(ours, expected, strict=True)
-        ]
+    with _drafter(model) as drafter:
+        ours = _ours(drafter, ids, mask, **_planted(*expected))[:, width:]
+        rows = [_judged(*pair, 0, drafter) for pair in zip(ours.split(1), expected.split(1), strict=True)]
     bad = [f"row {number} {row.note}" for number, row in enumerate(rows) if row.verdict != "equal"]
     return _with(rows[0], "differs" if bad else "equal", "; ".join(bad))
 
@@ -202,8 +199,8 @@ def _images(model: Any) -> Trial | None:
         return _judged(ours, stock, ids.shape[1], drafter)
 
 
-def _drafter(model: Any, nodes: int = _NODES) -> RetrievalDrafter:
-    return RetrievalDrafter.for_model(model, config=DraftConfig(nodes=nodes))
+def _drafter(model: Any) -> RetrievalDrafter:
+    return RetrievalDrafter.for_model(model, config=DraftConfig(nodes=_NODES))
 
 
 def _stock(model: Any, ids: Tensor, mask: Tensor, **inputs: Any) -> Tensor:
@@ -223,17 +220,19 @@ def _ours(drafter: RetrievalDrafter, ids: Tensor, mask: Tensor, **options: Any) 
     return out
 
 
-def _planted(reply: Tensor) -> dict[str, Any]:
-    """Texts to draft from, in which every fifth, sixth or ninth token of the reply is another."""
-    copies = []
+def _planted(*replies: Tensor) -> dict[str, Any]:
+    """Texts to draft from, in which every fifth, sixth or ninth token of a reply is another."""
+    documents: list[list[int]] = []
     for seed, every in enumerate((5, 6, 9)):
         generator = torch.Generator().manual_seed(seed)
-        wrong = reply.clone()
-        wrong[every - 1 :: every] = torch.randint(
-            TEXT_IDS.start, TEXT_IDS.stop, (len(reply) // every,), generator=generator
-        )
-        copies.append(wrong.tolist())
-    return {"documents": copies[:2], "prediction": copies[2]}
+        for reply in replies:
+            wrong = reply.clone()
+            count = len(wrong[every - 1 :: every])
+            wrong[every - 1 :: every] = torch.randint(
+                TEXT_IDS.start, TEXT_IDS.stop, (count,), generator=generator
+            )
+            documents.append(wrong.tolist())
+    return {"documents": documents[:-1], "prediction": documents[-1]}
 
 
 def _judged(ours: Tensor, expected: Tensor, start: int, drafter: RetrievalDrafter) -> Trial:
