@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ against ``method="none"`` with the same seed; `batch` is three left-padded promp
 _NEW = 60
 _OPTIONS: dict[str, Any] = {"max_new_tokens": _NEW, "do_sample": False, "pad_token_id": 0}
 _NODES = 16
+_HISTORY = 1 << 20
 _SHOWN = 300
 
 
@@ -54,6 +55,23 @@ class Trial:
     passes: int = 0
     drafted: int = 0
     accepted: int = 0
+
+
+class _Subject:
+    """A model with its drafters.
+
+    Args:
+        model: A tiny one.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.default = RetrievalDrafter.for_model(model)
+        self._planted = RetrievalDrafter.for_model(model, config=DraftConfig(nodes=_NODES))
+
+    def fresh(self) -> RetrievalDrafter:
+        """A drafter of `_NODES` nodes that has seen no text."""
+        return self._planted.namespace("trial", _HISTORY)
 
 
 class _StockFails(Exception):
@@ -92,24 +110,24 @@ def try_model(model: Any, image_text: bool, trials: Iterable[str] = TRIALS) -> d
     except _StockFails as error:
         return {**result, "outcome": "stock_fails", "error": str(error), "trials": {}}
     try:
-        with RetrievalDrafter.for_model(model) as drafter:
-            result |= {"way": drafter.verification.way, "reason": drafter.verification.reason}
+        subject = _Subject(model)
     except Exception as error:
         outcome = "refused" if isinstance(error, UnsupportedModelError) else "crashed"
         return {**result, "outcome": outcome, "error": described(error), "trials": {}}
+    way = subject.default.verification.way
+    result |= {"way": way, "reason": subject.default.verification.reason}
     wanted = [name for name in TRIALS if name in trials and (name != "images" or image_text)]
-    found = {name: trial for name in wanted if (trial := _tried(model, name, result["way"])) is not None}
+    found = {name: trial for name in wanted if (trial := _tried(subject, name)) is not None}
     different = [name for name, trial in found.items() if trial.verdict == "differs"]
     if different and _to_float64(model):
+        subject = _Subject(model)
         for name in different:
-            again = _tried(model, name, result["way"])
+            again = _tried(subject, name)
             if again is not None and again.verdict == "equal":
-                found[name] = _with(found[name], "rounding", f"{found[name].note}; equal in float64")
-    return {
-        **result,
-        **_outcome(found, result["way"]),
-        "trials": {name: asdict(each) for name, each in found.items()},
-    }
+                found[name] = replace(
+                    found[name], verdict="rounding", note=f"{found[name].note}; equal in float64"
+                )
+    return {**result, **_outcome(found, way), "trials": {name: asdict(each) for name, each in found.items()}}
 
 
 def _outcome(trials: dict[str, Trial], way: str) -> dict[str, str]:
@@ -121,17 +139,17 @@ def _outcome(trials: dict[str, Trial], way: str) -> dict[str, str]:
     return {"outcome": "plain" if way == "plain" else "equal", "error": ""}
 
 
-def _tried(model: Any, name: str, way: str) -> Trial | None:
+def _tried(subject: _Subject, name: str) -> Trial | None:
     """A trial by name; None where no input can be made for it."""
-    calls: dict[str, Callable[[], Trial | None]] = {
-        "greedy": lambda: _greedy(model),
-        "drafts": lambda: _drafts(model),
-        "seeded": lambda: _seeded(model),
-        "batch": lambda: _batch(model, way),
-        "images": lambda: _images(model),
+    calls: dict[str, Callable[[_Subject], Trial | None]] = {
+        "greedy": _greedy,
+        "drafts": _drafts,
+        "seeded": _seeded,
+        "batch": _batch,
+        "images": _images,
     }
     try:
-        return calls[name]()
+        return calls[name](subject)
     except _StockFails as error:
         return Trial("stock fails", str(error))
     except RetrievalDraftError as error:
@@ -140,67 +158,61 @@ def _tried(model: Any, name: str, way: str) -> Trial | None:
         return Trial("crashed", described(error))
 
 
-def _greedy(model: Any) -> Trial:
+def _greedy(subject: _Subject) -> Trial:
     prompt = random_prompt(50, 5)
     mask = torch.ones_like(prompt)
-    stock = _stock(model, prompt, mask)
-    with RetrievalDrafter.for_model(model) as drafter:
-        return _judged(_ours(drafter, prompt, mask), stock, prompt.shape[1], drafter)
+    expected = _stock(subject.model, prompt, mask)
+    return _judged(_ours(subject.default, prompt, mask), expected, prompt.shape[1], subject.default)
 
 
-def _drafts(model: Any) -> Trial:
+def _drafts(subject: _Subject) -> Trial:
     prompt = random_prompt(50, 5)
     mask = torch.ones_like(prompt)
-    stock = _stock(model, prompt, mask)
-    with _drafter(model) as drafter:
-        ours = _ours(drafter, prompt, mask, **_planted(stock[0, prompt.shape[1] :]))
-        return _judged(ours, stock, prompt.shape[1], drafter)
+    expected = _stock(subject.model, prompt, mask)
+    with subject.fresh() as drafter:
+        ours = _ours(drafter, prompt, mask, **_planted(expected[0, prompt.shape[1] :]))
+        return _judged(ours, expected, prompt.shape[1], drafter)
 
 
-def _seeded(model: Any) -> Trial:
+def _seeded(subject: _Subject) -> Trial:
     prompt = random_prompt(50, 5)
     mask = torch.ones_like(prompt)
     options = {"do_sample": True, "temperature": 0.7, "top_k": 0, "seed": 11}
-    with RetrievalDrafter.for_model(model, method="none") as undrafted:
+    with RetrievalDrafter.for_model(subject.model, method="none") as undrafted:
         expected = _ours(undrafted, prompt, mask, **options)
-    with _drafter(model) as drafter:
+    with subject.fresh() as drafter:
         ours = _ours(drafter, prompt, mask, **_planted(expected[0, prompt.shape[1] :]), **options)
         return _judged(ours, expected, prompt.shape[1], drafter)
 
 
-def _batch(model: Any, way: str) -> Trial:
+def _batch(subject: _Subject) -> Trial:
     prompts = [random_prompt(length, seed) for length, seed in ((50, 5), (33, 6), (41, 7))]
     width = max(prompt.shape[1] for prompt in prompts)
-    ids = torch.cat([torch.nn.functional.pad(each, (width - each.shape[1], 0)) for each in prompts])
-    mask = torch.cat(
-        [torch.nn.functional.pad(torch.ones_like(each), (width - each.shape[1], 0)) for each in prompts]
-    )
-    # Undrafted text is that of the model's own batch, which padding may change.
-    expected = (
-        _stock(model, ids, mask)[:, width:]
-        if way == "plain"
-        else torch.cat([_stock(model, each, torch.ones_like(each))[:, each.shape[1] :] for each in prompts])
-    )
-    with _drafter(model) as drafter:
+    pad = torch.nn.functional.pad
+    ids = torch.cat([pad(each, (width - each.shape[1], 0)) for each in prompts])
+    mask = torch.cat([pad(torch.ones_like(each), (width - each.shape[1], 0)) for each in prompts])
+    if subject.default.verification.way == "plain":
+        # Undrafted text is that of the model's own batch, which padding may change.
+        expected = _stock(subject.model, ids, mask)[:, width:]
+    else:
+        alone = [_stock(subject.model, each, torch.ones_like(each))[:, each.shape[1] :] for each in prompts]
+        expected = torch.cat(alone)
+    with subject.fresh() as drafter:
         ours = _ours(drafter, ids, mask, **_planted(*expected))[:, width:]
         rows = [_judged(*pair, 0, drafter) for pair in zip(ours.split(1), expected.split(1), strict=True)]
     bad = [f"row {number} {row.note}" for number, row in enumerate(rows) if row.verdict != "equal"]
-    return _with(rows[0], "differs" if bad else "equal", "; ".join(bad))
+    return replace(rows[0], verdict="differs" if bad else "equal", note="; ".join(bad))
 
 
-def _images(model: Any) -> Trial | None:
-    inputs = image_prompt(model)
+def _images(subject: _Subject) -> Trial | None:
+    inputs = image_prompt(subject.model)
     if inputs is None:
         return None
     ids, mask, pixels = inputs
-    stock = _stock(model, ids, mask, **pixels)
-    with _drafter(model) as drafter:
-        ours = _ours(drafter, ids, mask, **_planted(stock[0, ids.shape[1] :]), **pixels)
-        return _judged(ours, stock, ids.shape[1], drafter)
-
-
-def _drafter(model: Any) -> RetrievalDrafter:
-    return RetrievalDrafter.for_model(model, config=DraftConfig(nodes=_NODES))
+    expected = _stock(subject.model, ids, mask, **pixels)
+    with subject.fresh() as drafter:
+        ours = _ours(drafter, ids, mask, **_planted(expected[0, ids.shape[1] :]), **pixels)
+        return _judged(ours, expected, ids.shape[1], drafter)
 
 
 def _stock(model: Any, ids: Tensor, mask: Tensor, **inputs: Any) -> Tensor:
@@ -245,10 +257,6 @@ def _judged(ours: Tensor, expected: Tensor, start: int, drafter: RetrievalDrafte
     stats = drafter.last_stats or DraftStats()
     counts = (stats.tokens, stats.passes, stats.drafted, stats.accepted)
     return Trial("differs" if note else "equal", note, *counts)
-
-
-def _with(trial: Trial, verdict: str, note: str) -> Trial:
-    return Trial(verdict, note, trial.tokens, trial.passes, trial.drafted, trial.accepted)
 
 
 def _to_float64(model: Any) -> bool:
