@@ -67,6 +67,8 @@ def tiny_model(
     given = model.generation_config
     for option in _NO_OPTIONS:
         setattr(given, option, None)
+    if model.config.is_encoder_decoder:
+        given.decoder_start_token_id = TEXT_IDS.start
     given.num_beams, given.no_repeat_ngram_size, given.do_sample = 1, 0, False
     _spread(model)
     return model
