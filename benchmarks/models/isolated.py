@@ -16,7 +16,7 @@ _MEMORY = 12 << 30
 
 
 class Failed(Exception):
-    """The process gave no result; the message says why."""
+    """The process gave no result; the message names the cause."""
 
 
 def isolated(call: Callable[..., Any], *arguments: Any, limit: float) -> Any:
