@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import resource
+import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -13,6 +15,9 @@ __all__ = ["Failed", "isolated"]
 
 _MEMORY = 12 << 30
 """Bytes of address space."""
+
+_LATER = 5
+"""Seconds after its limit in which the process is ended by its parent, before it ends itself."""
 
 
 class Failed(Exception):
@@ -33,7 +38,7 @@ def isolated(call: Callable[..., Any], *arguments: Any, limit: float) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([call.__module__])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(sender, call, arguments), daemon=True)
+    process = context.Process(target=_run, args=(sender, limit, call, arguments), daemon=True)
     process.start()
     sender.close()
     try:
@@ -49,7 +54,8 @@ def isolated(call: Callable[..., Any], *arguments: Any, limit: float) -> Any:
         receiver.close()
 
 
-def _run(sender: Connection, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _run(sender: Connection, limit: float, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    signal.alarm(math.ceil(limit) + _LATER)  # its parent may have been killed
     nothing = os.open(os.devnull, os.O_WRONLY)  # models print
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
