@@ -96,8 +96,9 @@ def _variant(name: str, entry: dict[str, Any], first: dict[str, Any]) -> str:
 
 
 def _short(text: str) -> str:
-    """One line for a cell: no line of code's number, no bars."""
-    text = re.sub(r" \(\w+\.py:\d+\)", "", text).replace("|", "\\|").replace("<", "&lt;")
+    """One line for a cell, without numbers that only a debugger needs."""
+    text = re.sub(r" \(\w+\.py:\d+\)|: the logits differ by .*? is allowed", "", text)
+    text = text.replace("|", "\\|").replace("<", "&lt;")
     return text if len(text) <= SHOWN else text[:SHOWN].rsplit(" ", 1)[0] + " ..."
 
 
