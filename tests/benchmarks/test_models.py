@@ -1,0 +1,223 @@
+"""Trials of tiny models: a wrong text, a crash and a hang are noticed, and rounding is no difference."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.models.configs import tiny_config
+from benchmarks.models.images import image_prompt
+from benchmarks.models.isolated import Failed, isolated
+from benchmarks.models.measure import OUTCOMES, failed, measure_models, summary
+from benchmarks.models.shapes import HEADS, VOCABULARY, WINDOW
+from benchmarks.models.tiny import tiny_model
+from benchmarks.models.trials import try_model
+from retrieval_draft import RetrievalDrafter
+from retrieval_draft.errors import InvalidInputError, UnsupportedModelError
+from tests.support.commands import Command
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def llama() -> Any:
+    return tiny_model("llama", "LlamaForCausalLM")
+
+
+def patched(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
+    """Changes what every drafter generates: `change` gets the model and the output."""
+    generate = RetrievalDrafter.generate
+
+    def changed(self: Any, *given: Any, **options: Any) -> Any:
+        return change(self.target.model, generate(self, *given, **options))
+
+    monkeypatch.setattr(RetrievalDrafter, "generate", changed)
+
+
+def flipped(out: torch.Tensor) -> torch.Tensor:
+    out = out.clone()
+    out[:, -7] = (out[:, -7] + 1) % VOCABULARY
+    return out
+
+
+def test_configurations_are_tiny_and_keep_every_kind_of_layer() -> None:
+    config = tiny_config("gemma3_text")
+    assert (config.vocab_size, config.num_attention_heads, config.sliding_window) == (
+        VOCABULARY,
+        HEADS,
+        WINDOW,
+    )
+    assert set(config.layer_types) == {"sliding_attention", "full_attention"}
+    assert len(config.layer_types) == config.num_hidden_layers == 4
+    assert config.eos_token_id is None
+    assert config.pad_token_id == 0
+    hybrid = tiny_config("qwen3_next")
+    assert {"linear_attention", "full_attention"} <= set(hybrid.layer_types)
+    assert tiny_config("llama", {"num_hidden_layers": 1}).num_hidden_layers == 1
+    parts = tiny_config("gemma3", image_text=True)
+    assert parts.text_config.hidden_size == 64
+    assert parts.image_token_id in range(150, VOCABULARY)
+
+
+def test_texts_of_tiny_models_vary(llama: Any) -> None:
+    prompt = torch.arange(3, 40)[None]
+    assert llama.generate(prompt, max_new_tokens=40, do_sample=False)[0, 37:].unique().numel() >= 12
+
+
+def test_model_whose_texts_are_right_is_equal(llama: Any) -> None:
+    result = try_model(llama, image_text=False)
+    assert (result["outcome"], result["way"], result["error"]) == ("equal", "tree", "")
+    assert list(result["trials"]) == ["greedy", "drafts", "seeded", "batch"]
+    assert all(trial["verdict"] == "equal" for trial in result["trials"].values())
+    for name in ("drafts", "seeded"):
+        trial = result["trials"][name]
+        assert trial["passes"] < 0.35 * trial["tokens"]
+        assert 0 < trial["accepted"] < trial["drafted"]
+
+
+@pytest.mark.parametrize("name", ["greedy", "drafts", "batch"])
+def test_wrong_text_differs(llama: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    patched(monkeypatch, lambda model, out: flipped(out))
+    result = try_model(llama, image_text=False, trials=[name])
+    assert result["outcome"] == "differs"
+    assert "after 53 tokens" in result["error"]
+
+
+def test_text_that_drafts_change_differs_with_a_seed(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = RetrievalDrafter.generate
+
+    def changed(self: Any, *given: Any, **options: Any) -> Any:
+        out = generate(self, *given, **options)
+        return flipped(out) if "documents" in options else out
+
+    monkeypatch.setattr(RetrievalDrafter, "generate", changed)
+    assert try_model(llama, image_text=False, trials=["seeded"])["outcome"] == "differs"
+
+
+def test_difference_that_is_gone_in_float64_is_rounding(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    patched(monkeypatch, lambda model, out: flipped(out) if model.dtype == torch.float32 else out)
+    result = try_model(llama, image_text=False, trials=["drafts"])
+    assert result["outcome"] == "equal"
+    assert result["trials"]["drafts"]["verdict"] == "rounding"
+    assert summary({"llama": result})["rounding"] == ["llama"]
+
+
+def test_errors_are_told_apart(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: Any, out: torch.Tensor) -> torch.Tensor:
+        raise IndexError("beyond the end")
+
+    with monkeypatch.context() as patch:
+        patched(patch, broken)
+        crashed = try_model(llama, image_text=False, trials=["drafts"])
+    assert crashed["outcome"] == "crashed"
+    assert "beyond the end" in crashed["error"]
+
+    def refused(*given: Any, **options: Any) -> Any:
+        raise UnsupportedModelError("no text")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RetrievalDrafter, "for_model", refused)
+        assert try_model(llama, image_text=False)["outcome"] == "refused"
+    with monkeypatch.context() as patch:
+        patch.setattr(type(llama), "generate", broken)
+        assert try_model(llama, image_text=False)["outcome"] == "stock_fails"
+
+
+def test_images_are_found_by_trying() -> None:
+    model = tiny_model("llava", "LlavaForConditionalGeneration", image_text=True)
+    inputs = image_prompt(model)
+    assert inputs is not None
+    ids, _, given = inputs
+    assert (
+        int((ids == model.config.image_token_id).sum())
+        == model.get_image_features(**given).pooler_output[0].shape[0]
+    )
+    assert image_prompt(tiny_model("llama", "LlamaForCausalLM")) is None
+
+
+def test_call_in_another_process_has_limits() -> None:
+    assert isolated(math.comb, 5, 2, limit=60) == 10
+    with pytest.raises(Failed, match=r"not done after 0\.5 s"):
+        isolated(time.sleep, 60, limit=0.5)
+    with pytest.raises(Failed, match="exit code 7"):
+        isolated(os._exit, 7, limit=60)
+
+
+def test_unknown_names_are_refused() -> None:
+    for given in ({"names": ["lama"]}, {"trials": ["fast"]}, {"names": ["qwen3_vl"]}):
+        with pytest.raises(InvalidInputError):
+            measure_models(**given)
+
+
+def entry(outcome: str, way: str | None = None, **more: Any) -> dict[str, Any]:
+    names = {"family": "a", "mapping": "causal", "error": "", "reason": "", "trials": {}}
+    return {**names, "outcome": outcome, "way": way, **more}
+
+
+def test_models_are_counted_by_outcome() -> None:
+    models = {outcome: entry(outcome, error="why") for outcome in OUTCOMES}
+    models |= {"a": entry("equal", "chain"), "b": entry("plain", "plain")}
+    result = summary(models)
+    assert result["equal"] == ["equal", "a"]
+    assert result["refused"] == {"refused": "why"}
+    assert result["stock_fails"] == {"stock_fails": "why"}
+    assert result["ways"] == {"tree": 0, "chain": 1, "plain": 1}
+    assert failed(result)
+    assert not failed(summary({"a": entry("equal", "tree"), "b": entry("refused", error="why")}))
+
+
+@pytest.mark.slow
+def test_command_prints_json_and_exits_by_the_result(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = command("benchmarks", "models", "llama", "musicgen", "--trials", "drafts", "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert result["equal"] == ["llama"]
+    assert list(result["not_built"]) == ["musicgen"]
+    assert result["models"]["llama"]["trials"]["drafts"]["passes"] < 21
+    assert command("benchmarks", "models", "lama")[0] == 1
+    monkeypatch.setattr(
+        "benchmarks.models.measure.measure_models", lambda *given, **options: summary({"a": entry("differs")})
+    )
+    code, out, _ = command("benchmarks", "models")
+    assert code == 3
+    assert "differs 1" in out
+
+
+def test_page_has_one_row_for_each_family() -> None:
+    spec = importlib.util.spec_from_file_location("models_page", ROOT / "scripts" / "models_page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    models = {
+        "a": entry("equal", "tree"),
+        "a:wide": entry("equal", "chain", reason="its own windows"),
+        "b": entry("plain", "plain", family="b", reason="state | from zero"),
+        "c": entry("stock_fails", family="c", error="IndexError: none (a.py:3)"),
+    }
+    seen = entry(
+        "equal",
+        "tree",
+        family="d",
+        mapping="image-text",
+        trials={"images": {"verdict": "rounding", "drafted": 5}},
+    )
+    versions = {"versions": {"transformers": "5.24.0"}}
+    page = script.tables_of({"models": each, "provenance": versions} for each in (models, {"d": seen}))
+    assert "| `a` | tree | `a:wide`: chain |" in page
+    assert "| `b` | plain | state \\| from zero |" in page
+    assert "| `c` | - | `model.generate` fails on the tiny model: IndexError: none |" in page
+    assert "| `d` | tree | with images: drafted |" in page
+    assert "transformers 5.24.0" in page
+    assert "4 models, variants included: 1 tree, 1 chain, 1 plain; 1 not measured." in page
