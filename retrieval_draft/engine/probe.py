@@ -144,7 +144,7 @@ def _compare_chain(target: ChainTarget, length: int) -> float:
 
         def passed(cache: ChainCache, chain: list[int], kept: int) -> Tensor:
             """Logits after the first `kept` tokens of a chain, the others of which are refused."""
-            ids = torch.tensor([chain], device=target.device)
+            ids = torch.tensor([chain], dtype=torch.int64, device=target.device)
             logits = target.verify(cache, TreeInputs(ids, ids, None, None))
             cache.commit(None, kept, kept)
             return logits[:kept]
