@@ -169,7 +169,7 @@ def _compare_chain(target: ChainTarget, length: int) -> float:
             found.append(disagreement(together, wanted[: len(together)]))
     except RetrievalDraftError:
         raise
-    except Exception as error:
+    except Exception as error:  # a model's own code raises anything
         raise UnsupportedModelError(
             f"{name} failed on several tokens after a state: {type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}",

@@ -133,7 +133,7 @@ def test_wholly_right_and_wholly_wrong_chains(name: str, wrong: float) -> None:
 
 
 @pytest.mark.parametrize("name", EDGES)
-def test_steps_without_drafts_between_those_with_some(name: str) -> None:
+def test_steps_without_drafts_between_those_with_some(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = built(name)
     prompt, text = prompt_ids(), stock(name)
     source = PlantedSource(reply_of(text, prompt), wrong=0.3, seed=1)
@@ -149,10 +149,10 @@ def test_steps_without_drafts_between_those_with_some(name: str) -> None:
             calls.append(budget)
             return whole(budget if len(calls) % 2 else 0)
 
-        session.propose = propose  # type: ignore[method-assign]
+        monkeypatch.setattr(session, "propose", propose)
         return session
 
-    source.open = every_other  # type: ignore[method-assign]
+    monkeypatch.setattr(source, "open", every_other)
     ours = drafter.generate(prompt, max_new_tokens=NEW, do_sample=False)
     assert near_ties(model, ours, text) == 0
     assert drafter.stats.nodes[0] > 0 < drafter.stats.accepted

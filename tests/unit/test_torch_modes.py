@@ -39,7 +39,7 @@ def small(model: torch.nn.Module) -> RetrievalDrafter:
 def test_every_tensor_is_made_with_a_device_and_a_dtype() -> None:
     home = Path(retrieval_draft.__file__).parent
     loose = []
-    for path in [*home.glob("*.py"), *home.glob("engine/*.py"), *home.glob("methods/*.py")]:
+    for path in [*home.glob("*.py"), *home.glob("engine/**/*.py"), *home.glob("methods/*.py")]:
         for call in ast.walk(ast.parse(path.read_text())):
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
                 continue

@@ -17,13 +17,16 @@ from torch.nn.functional import linear
 
 from retrieval_draft.engine.threads import on_threads
 
-__all__ = ["KERNELS", "OURS", "Linear", "is_tiled_available", "stock", "tiled", "tokenwise", "transposed"]
+__all__ = [
+    "KERNELS", "OURS", "THREAD_BYTES", "Linear", "fresh", "is_tiled_available", "stock", "tiled", "tokenwise",
+    "transposed",
+]  # fmt: skip
 
 Linear = Callable[[Tensor], Tensor]
 """A layer from (..., length) to (..., rows), of the weight's dtype."""
 
 _TILED_TYPES = (torch.float32, torch.bfloat16)
-_THREAD_BYTES = 1 << 16
+THREAD_BYTES = 1 << 16
 """Weights that are worth waking another thread for."""
 
 _HUGE_BYTES = 4 << 20
@@ -72,7 +75,7 @@ def _compiled_layer(name: str, weight: Tensor, bias: Tensor | None) -> Linear:
 
     rows, length = weight.shape
     packs, half = name == "tokenwise", weight.dtype == torch.bfloat16
-    useful = 1 + weight.nbytes // _THREAD_BYTES
+    useful = 1 + weight.nbytes // THREAD_BYTES
     block = kernels.BLOCK
     if not packs:
         threads = min(torch.get_num_threads(), useful)
@@ -85,7 +88,7 @@ def _compiled_layer(name: str, weight: Tensor, bias: Tensor | None) -> Linear:
     def call(x: Tensor) -> Tensor:
         shape = x.shape
         x = x.contiguous()
-        y = _fresh((*shape[:-1], rows), dtype)
+        y = fresh((*shape[:-1], rows), dtype)
         tokens = y.numel() // rows
         if not tokens:
             return y
@@ -136,7 +139,7 @@ def stock(weight: Tensor, bias: Tensor | None = None) -> Linear:
     return lambda x: linear(x, weight, bias)
 
 
-def _fresh(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def fresh(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Memory for a result. numpy asks for huge pages: page faults of the logits cost much.
 
     Measured for 64 x 262,144 float32: first writes take a third of the time in memory of torch's own.

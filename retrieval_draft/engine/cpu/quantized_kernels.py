@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from retrieval_draft.engine.cpu.linear_kernels import _THREAD_BYTES, Linear, _fresh
+from retrieval_draft.engine.cpu.linear_kernels import THREAD_BYTES, Linear, fresh
 from retrieval_draft.engine.cpu.quantized_weights import QuantizedWeight
 from retrieval_draft.engine.threads import on_threads
 
@@ -41,7 +41,7 @@ def quantized(weight: QuantizedWeight, bias: Tensor | None = None) -> Linear:
     data, terms, planes, group = weight.data, weight.terms, weight.planes, weight.group
     half, dtype = weight.dtype == torch.bfloat16, weight.dtype
     size = 2 if half else 4
-    useful = 1 + weight.nbytes // _THREAD_BYTES
+    useful = 1 + weight.nbytes // THREAD_BYTES
     threads = min(torch.get_num_threads(), useful)
     lines, tile = rows // planes, 8
     block = max(min(BLOCK, -(-lines // (threads * tile)) * tile), 1)
@@ -51,7 +51,7 @@ def quantized(weight: QuantizedWeight, bias: Tensor | None = None) -> Linear:
     def call(x: Tensor) -> Tensor:
         shape = x.shape
         x = x.float().contiguous()
-        y = _fresh((*shape[:-1], rows), dtype)
+        y = fresh((*shape[:-1], rows), dtype)
         tokens = y.numel() // rows
         bias_at = 0 if bias is None else bias.data_ptr()
         for begin in range(0, tokens, MAX_TOKENS):

@@ -163,8 +163,11 @@ def _torchao_groups(weight: Any) -> QuantizedWeight | None:
         return None
     shape = rows, length // weight.block_size[1]
     scale = weight.scale.reshape(shape)
-    zero = torch.zeros(shape) if weight.zero_point is None else weight.zero_point.reshape(shape)
-    return QuantizedWeight(weight, weight.qdata, _terms(scale, -zero.float() * scale.float()))
+    if weight.zero_point is None:
+        offset = torch.zeros(shape, dtype=torch.float32, device="cpu")
+    else:
+        offset = -weight.zero_point.reshape(shape).float() * scale.float()
+    return QuantizedWeight(weight, weight.qdata, _terms(scale, offset))
 
 
 _READERS: Mapping[tuple[str, str], Callable[[Any], QuantizedWeight | None]] = {

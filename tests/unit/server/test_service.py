@@ -133,7 +133,7 @@ def test_what_preparing_raises_comes_out() -> None:
 
 def test_preparing_ends_once_nobody_waits_for_it() -> None:
     async def check() -> None:
-        begun, gone, found = threading.Event(), threading.Event(), []
+        begun, gone, noted, found = threading.Event(), threading.Event(), threading.Event(), []
 
         def slow(loaded: Loaded, means: Means) -> PreparedRequest:
             begun.set()
@@ -143,6 +143,8 @@ def test_preparing_ends_once_nobody_waits_for_it() -> None:
             except ApiError as error:
                 found.append(error.status)
                 raise
+            finally:
+                noted.set()
             return prepare(loaded, means)
 
         with started() as service:
@@ -153,6 +155,7 @@ def test_preparing_ends_once_nobody_waits_for_it() -> None:
             with pytest.raises(asyncio.CancelledError):
                 await waiting
             gone.set()
+            assert await asyncio.to_thread(noted.wait, 60)
         assert found == [499]
 
     run(check)

@@ -28,7 +28,8 @@ from retrieval_draft.engine.cpu._kernels.vector_tile import (
 )
 
 __all__ = [
-    "BLOCK", "JOB", "MAX_TOKENS", "SIGNATURE", "TILE", "linear", "linear_numpy", "widen_rows", "write",
+    "BLOCK", "JOB", "MAX_TOKENS", "RUN", "SIGNATURE", "TILE", "add_rest", "floats", "linear",
+    "linear_numpy", "run_length_of", "widen_rows", "write",
 ]  # fmt: skip
 
 SIGNATURE = types.void(types.intp)
@@ -63,7 +64,7 @@ _h4x2, _h8x1 = dot_tile(4, 2, True), dot_tile(8, 1, True)
 
 
 @kernel
-def _floats(
+def floats(
     rows: int, tokens: int, w: int, w_stride: int, x: int, x_stride: int, length: int, y: int, ahead: int
 ) -> None:
     """A tile of float32 weights with one group of tokens."""
@@ -139,7 +140,7 @@ def linear(job: int) -> None:
         tile_rows = _TILE_OF_HALVES
     # With several groups of tokens two tiles share the part of x in the L1 cache.
     band = tile_rows if groups == 1 else _BAND
-    run_length = _run_length(length)
+    run_length = run_length_of(length)
     blocks = (rows + size - 1) // size
     block = claim(job)
     while block < blocks:
@@ -181,7 +182,7 @@ def linear(job: int) -> None:
                         if half and not widened:
                             _halves(count, after - begin, at, stride, given, x_stride, whole, out, ahead)
                         else:
-                            _floats(count, after - begin, at, tile_stride, given, x_stride, whole, out, ahead)
+                            floats(count, after - begin, at, tile_stride, given, x_stride, whole, out, ahead)
                         line += count
                     begin = after
                     if group == _FETCHES:
@@ -189,14 +190,14 @@ def linear(job: int) -> None:
                 if whole < part:
                     at = w + (row * stride + run) * bytes_each
                     out = sums_at + (row - first) * MAX_TOKENS * 4
-                    _rest(end - row, tokens, at, stride, x + run * 4, x_stride, whole, part, out, half)
+                    add_rest(end - row, tokens, at, stride, x + run * 4, x_stride, whole, part, out, half)
         for token in range(tokens):
             write(sums[: last - first, token], bias, y, token * rows + first, first, half)
         block = next_block
 
 
 @kernel
-def _run_length(length: int) -> int:
+def run_length_of(length: int) -> int:
     """Elements of a row in each run: runs of equal length, at most `RUN`, whole steps."""
     runs = (length + RUN - 1) // RUN
     return max((length + runs * STEP - 1) // (max(runs, 1) * STEP), 1) * STEP
@@ -215,7 +216,7 @@ def widen_rows(source: int, target: int, rows: int, length: int) -> None:
 
 
 @kernel
-def _rest(
+def add_rest(
     count: int,
     tokens: int,
     w: int,
@@ -290,7 +291,7 @@ def linear_numpy(
     """
     tokens, length = x.shape
     out = np.zeros((tokens, w.shape[0]), np.float32)
-    run_length = _run_length(length)
+    run_length = run_length_of(length)
     for run in range(0, length, run_length):
         part = min(run_length, length - run)
         whole = part - part % STEP

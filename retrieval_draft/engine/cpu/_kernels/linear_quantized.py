@@ -17,10 +17,10 @@ from retrieval_draft.engine.cpu._kernels.linear import (
     MAX_TOKENS,
     RUN,
     TILE,
-    _floats,
-    _rest,
-    _run_length,
+    add_rest,
+    floats,
     linear_numpy,
+    run_length_of,
     write,
 )
 from retrieval_draft.engine.cpu._kernels.quantized_tile import (
@@ -189,7 +189,7 @@ def linear_quantized(job: int) -> None:
     if planes == 2:
         tile_rows = 4 if tokens == 1 else 2 if tokens == 2 else 1
     band = tile_rows if groups == 1 else _BAND // planes
-    run_length = _run_length(length)
+    run_length = run_length_of(length)
     blocks = (lines + size - 1) // size
     block = claim(job)
     while block < blocks:
@@ -262,7 +262,7 @@ def linear_quantized(job: int) -> None:
                                 count = TILE if end - line >= TILE else 1
                                 at = wide_at + (plane * band + line - row) * RUN * 4
                                 out = sums_at + ((plane * BLOCK + line - first) * MAX_TOKENS + begin) * 4
-                                _floats(count, after - begin, at, RUN, given, length, whole, out, 0)
+                                floats(count, after - begin, at, RUN, given, length, whole, out, 0)
                                 line += count
                         begin = after
                 if whole < part:  # never with groups, which are whole steps
@@ -316,7 +316,7 @@ def _rest_of_rows(
     for line in range(count):
         for column in range(begin, end):
             wide[column] = integer_at(w + line * w_stride + column)
-        _rest(1, tokens, room, RUN, x, x_stride, begin, end, y + line * MAX_TOKENS * 4, False)
+        add_rest(1, tokens, room, RUN, x, x_stride, begin, end, y + line * MAX_TOKENS * 4, False)
 
 
 def linear_quantized_numpy(

@@ -9,19 +9,19 @@ from llvmlite import ir
 from retrieval_draft.engine.cpu._kernels.vector_tile import (
     LANES,
     STEP,
+    add_at,
     cgutils,
     intrinsic,
+    lane_sum,
+    lane_sums_of_four,
+    load,
+    long,
+    multiply_add_of,
+    offset_by,
+    prefetch,
+    spread,
     types,
 )
-from retrieval_draft.engine.cpu._kernels.vector_tile import _across as across
-from retrieval_draft.engine.cpu._kernels.vector_tile import _across_four as across_four
-from retrieval_draft.engine.cpu._kernels.vector_tile import _add_at as add_at
-from retrieval_draft.engine.cpu._kernels.vector_tile import _load as load
-from retrieval_draft.engine.cpu._kernels.vector_tile import _long as long
-from retrieval_draft.engine.cpu._kernels.vector_tile import _multiply_add as multiply_add_of
-from retrieval_draft.engine.cpu._kernels.vector_tile import _offset as offset
-from retrieval_draft.engine.cpu._kernels.vector_tile import _prefetch as prefetch
-from retrieval_draft.engine.cpu._kernels.vector_tile import _spread as spread
 
 __all__ = ["integer_at", "quantized_tile", "widen_integers"]
 
@@ -74,10 +74,12 @@ def _quantized_tile(
 ) -> None:  # fmt: skip
     multiply_add = multiply_add_of(builder)
     cells = [(plane, row, token) for plane in range(planes) for row in range(rows) for token in range(tokens)]
-    w_rows = [offset(builder, w, w_stride, row) for row in range(rows)]
-    x_rows = [offset(builder, x, x_stride, 4 * token) for token in range(tokens)]
+    w_rows = [offset_by(builder, w, w_stride, row) for row in range(rows)]
+    x_rows = [offset_by(builder, x, x_stride, 4 * token) for token in range(tokens)]
     t_rows = {
-        (plane, row): offset(builder, offset(builder, long(0), terms_plane, 4 * plane), terms_stride, 4 * row)
+        (plane, row): offset_by(
+            builder, offset_by(builder, long(0), terms_plane, 4 * plane), terms_stride, 4 * row
+        )
         for plane in range(planes)
         for row in range(rows)
     }
@@ -135,13 +137,13 @@ def _quantized_tile(
         sums[cell] = vector
     for plane in range(planes):
         for row in range(rows):
-            line = offset(builder, y, y_stride, 4 * (plane * plane_stride + row))
+            line = offset_by(builder, y, y_stride, 4 * (plane * plane_stride + row))
             vectors = [sums[plane, row, token] for token in range(tokens)]
             if tokens > 2:
-                add_at(builder, line, across_four(builder, [*vectors, zero][:4]), _QUARTET)
+                add_at(builder, line, lane_sums_of_four(builder, [*vectors, zero][:4]), _QUARTET)
                 continue
             for token, vector in enumerate(vectors):
-                add_at(builder, builder.add(line, long(4 * token)), across(builder, vector), _FLOAT)
+                add_at(builder, builder.add(line, long(4 * token)), lane_sum(builder, vector), _FLOAT)
 
 
 def _widened(builder: Any, data: Any, planes: int) -> list[Any]:
@@ -173,12 +175,18 @@ def widen_integers(planes: int, grouped: bool) -> Any:
             source, target, length, ahead, plane_bytes, terms, terms_plane = arguments
             multiply_add = multiply_add_of(builder)
             found = (
-                [_terms(builder, offset(builder, terms, terms_plane, 4 * plane)) for plane in range(planes)]
+                [
+                    _terms(builder, offset_by(builder, terms, terms_plane, 4 * plane))
+                    for plane in range(planes)
+                ]
                 if grouped
                 else []
             )
-            with cgutils.for_range_slice(builder, long(0), length, long(STEP)) as (column, _):
-                out, here = offset(builder, target, column, 4), builder.add(source, column)
+            with cgutils.for_range_slice(builder, long(0), length, long(STEP)) as (
+                column,
+                _,
+            ):
+                out, here = offset_by(builder, target, column, 4), builder.add(source, column)
                 prefetch(builder, builder.add(here, ahead))
                 for part in range(STEP // LANES):
                     data = load(builder, builder.add(here, long(part * LANES)), _BYTES, 1)
@@ -186,7 +194,7 @@ def widen_integers(planes: int, grouped: bool) -> Any:
                         if grouped:
                             weight = builder.call(multiply_add, [weight, *found[plane]])
                         address = builder.add(
-                            offset(builder, out, plane_bytes, plane), long(4 * part * LANES)
+                            offset_by(builder, out, plane_bytes, plane), long(4 * part * LANES)
                         )
                         builder.store(weight, builder.inttoptr(address, _VECTOR.as_pointer()), align=4)
             return context.get_dummy_value()

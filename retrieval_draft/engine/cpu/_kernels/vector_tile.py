@@ -20,14 +20,26 @@ from numba.extending import intrinsic as _intrinsic
 __all__ = [
     "LANES",
     "STEP",
+    "add_at",
+    "cgutils",
     "claim",
     "dot_tile",
     "floats_at",
     "integers_at",
+    "intrinsic",
+    "lane_sum",
+    "lane_sums_of_four",
+    "load",
     "load_bfloat16",
+    "long",
+    "multiply_add_of",
+    "offset_by",
     "outer_tile",
+    "prefetch",
+    "spread",
     "stack_floats",
     "store_bfloat16",
+    "types",
     "widen",
 ]
 
@@ -74,53 +86,53 @@ def _dot_tile(
     builder: Any, rows: int, tokens: int, half: bool, w: Any, w_stride: Any, x: Any, x_stride: Any,
     length: Any, y: Any, y_stride: Any, ahead: Any,
 ) -> None:  # fmt: skip
-    multiply_add = _multiply_add(builder)
+    multiply_add = multiply_add_of(builder)
     cells = [(row, token) for row in range(rows) for token in range(tokens)]
     wide = 2 if half else 4
-    w_rows = [_offset(builder, w, w_stride, wide * row) for row in range(rows)]
-    x_rows = [_offset(builder, x, x_stride, 4 * token) for token in range(tokens)]
+    w_rows = [offset_by(builder, w, w_stride, wide * row) for row in range(rows)]
+    x_rows = [offset_by(builder, x, x_stride, 4 * token) for token in range(tokens)]
 
     entry = builder.block
     loop, done = builder.append_basic_block("tile.loop"), builder.append_basic_block("tile.done")
     zero = ir.Constant(_VECTOR, [0.0] * LANES)
-    builder.cbranch(builder.icmp_signed(">", length, _long(0)), loop, done)
+    builder.cbranch(builder.icmp_signed(">", length, long(0)), loop, done)
 
     builder.position_at_end(loop)
     column = builder.phi(_LONG)
-    column.add_incoming(_long(0), entry)
+    column.add_incoming(long(0), entry)
     starts = {cell: builder.phi(_VECTOR) for cell in cells}
     sums: dict[tuple[int, int], Any] = dict(starts)
-    x_here, w_here = builder.mul(column, _long(4)), builder.mul(column, _long(wide))
+    x_here, w_here = builder.mul(column, long(4)), builder.mul(column, long(wide))
     if half:
         # Measured: a tile of bfloat16 is fetched best as it lies in memory, one of float32 row beside row.
-        next_lines = builder.add(builder.add(w, ahead), builder.mul(column, _long(rows * wide)))
+        next_lines = builder.add(builder.add(w, ahead), builder.mul(column, long(rows * wide)))
         for line in range(-(-rows * STEP * wide // _LINE)):
-            _prefetch(builder, builder.add(next_lines, _long(line * _LINE)))
+            prefetch(builder, builder.add(next_lines, long(line * _LINE)))
     else:
         for w_row in w_rows:
             next_line = builder.add(builder.add(w_row, w_here), ahead)
             for line in range(STEP * wide // _LINE):
-                _prefetch(builder, builder.add(next_line, _long(line * _LINE)))
-    shifts = [_long(4 * part * LANES) for part in range(STEP // LANES)]
+                prefetch(builder, builder.add(next_line, long(line * _LINE)))
+    shifts = [long(4 * part * LANES) for part in range(STEP // LANES)]
     inputs = [[builder.add(builder.add(x_row, x_here), shift) for shift in shifts] for x_row in x_rows]
     if half:
         for row in range(rows):
             # One row at a time: its weights take two registers.
             for part, weight in enumerate(_load_halves(builder, builder.add(w_rows[row], w_here))):
                 for token in range(tokens):
-                    given = _load(builder, inputs[token][part], _VECTOR, 4)
+                    given = load(builder, inputs[token][part], _VECTOR, 4)
                     sums[row, token] = builder.call(multiply_add, [weight, given, sums[row, token]])
     else:
         for part, shift in enumerate(shifts):
             weights = [
-                _load(builder, builder.add(builder.add(w_row, w_here), shift), _VECTOR, 4) for w_row in w_rows
+                load(builder, builder.add(builder.add(w_row, w_here), shift), _VECTOR, 4) for w_row in w_rows
             ]
             for token in range(tokens):
                 # One token at a time: 3 x 4 sums, 3 weights and an input are the 16 registers of AVX2.
-                given = _load(builder, inputs[token][part], _VECTOR, 4)
+                given = load(builder, inputs[token][part], _VECTOR, 4)
                 for row in range(rows):
                     sums[row, token] = builder.call(multiply_add, [weights[row], given, sums[row, token]])
-    after = builder.add(column, _long(STEP))
+    after = builder.add(column, long(STEP))
     column.add_incoming(after, loop)
     for cell in cells:
         starts[cell].add_incoming(zero, entry)
@@ -134,13 +146,13 @@ def _dot_tile(
         vector.add_incoming(sums[row, token], loop)
         sums[row, token] = vector
     for row in range(rows):
-        line = _offset(builder, y, y_stride, 4 * row)
+        line = offset_by(builder, y, y_stride, 4 * row)
         across = [sums[row, token] for token in range(tokens)]
         if tokens > 2:
-            _add_at(builder, line, _across_four(builder, [*across, zero][:4]), _QUARTET)
+            add_at(builder, line, lane_sums_of_four(builder, [*across, zero][:4]), _QUARTET)
             continue
         for token, vector in enumerate(across):
-            _add_at(builder, builder.add(line, _long(4 * token)), _across(builder, vector), _FLOAT)
+            add_at(builder, builder.add(line, long(4 * token)), lane_sum(builder, vector), _FLOAT)
 
 
 def outer_tile(rows: int, vectors: int, turns: int) -> Any:
@@ -169,11 +181,11 @@ def _outer_tile(
     builder: Any, rows: int, vectors: int, turns: int, w: Any, w_stride: Any, x: Any, x_stride: Any,
     length: Any, y: Any, y_stride: Any, ahead: Any,
 ) -> None:  # fmt: skip
-    multiply_add = _multiply_add(builder)
+    multiply_add = multiply_add_of(builder)
     cells = [(row, part) for row in range(rows) for part in range(vectors)]
-    w_rows = [_offset(builder, w, w_stride, 4 * row) for row in range(rows)]
-    lines = [_offset(builder, y, y_stride, 4 * row) for row in range(rows)]
-    outs = {(row, part): builder.add(lines[row], _long(4 * LANES * part)) for row, part in cells}
+    w_rows = [offset_by(builder, w, w_stride, 4 * row) for row in range(rows)]
+    lines = [offset_by(builder, y, y_stride, 4 * row) for row in range(rows)]
+    outs = {(row, part): builder.add(lines[row], long(4 * LANES * part)) for row, part in cells}
     zero = ir.Constant(_VECTOR, [0.0] * LANES)
 
     entry = builder.block
@@ -182,24 +194,24 @@ def _outer_tile(
 
     builder.position_at_end(loop)
     column = builder.phi(_LONG)
-    column.add_incoming(_long(0), entry)
+    column.add_incoming(long(0), entry)
     starts = {cell: builder.phi(_VECTOR) for cell in cells}
     sums: dict[tuple[int, int], Any] = dict(starts)
-    w_here = builder.mul(column, _long(4))
-    x_here = builder.add(x, builder.mul(builder.mul(column, x_stride), _long(4)))
+    w_here = builder.mul(column, long(4))
+    x_here = builder.add(x, builder.mul(builder.mul(column, x_stride), long(4)))
     for w_row in w_rows:
-        _prefetch(builder, builder.add(builder.add(w_row, w_here), ahead))
+        prefetch(builder, builder.add(builder.add(w_row, w_here), ahead))
     for turn in range(turns):
-        line = _offset(builder, x_here, x_stride, 4 * turn)
+        line = offset_by(builder, x_here, x_stride, 4 * turn)
         given = [
-            _load(builder, builder.add(line, _long(4 * LANES * part)), _VECTOR, 4) for part in range(vectors)
+            load(builder, builder.add(line, long(4 * LANES * part)), _VECTOR, 4) for part in range(vectors)
         ]
         for row in range(rows):
-            address = builder.add(builder.add(w_rows[row], w_here), _long(4 * turn))
-            weight = _spread(builder, _load(builder, address, _FLOAT, 4))
+            address = builder.add(builder.add(w_rows[row], w_here), long(4 * turn))
+            weight = spread(builder, load(builder, address, _FLOAT, 4))
             for part in range(vectors):
                 sums[row, part] = builder.call(multiply_add, [weight, given[part], sums[row, part]])
-    after = builder.add(column, _long(turns))
+    after = builder.add(column, long(turns))
     column.add_incoming(after, loop)
     for cell in cells:
         starts[cell].add_incoming(zero, entry)
@@ -208,27 +220,27 @@ def _outer_tile(
 
     builder.position_at_end(done)
     for cell in cells:
-        _add_at(builder, outs[cell], sums[cell], _VECTOR)
+        add_at(builder, outs[cell], sums[cell], _VECTOR)
 
 
-def _multiply_add(builder: Any) -> Any:
+def multiply_add_of(builder: Any) -> Any:
     return cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32"
     )
 
 
-def _spread(builder: Any, value: Any) -> Any:
+def spread(builder: Any, value: Any) -> Any:
     """A float in every lane."""
     alone = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, ir.Constant(_INT, 0))
     return _shuffled(builder, alone, alone, [0] * LANES)
 
 
-def _add_at(builder: Any, address: Any, value: Any, kind: Any) -> None:
+def add_at(builder: Any, address: Any, value: Any, kind: Any) -> None:
     pointer = builder.inttoptr(address, kind.as_pointer())
     builder.store(builder.fadd(builder.load(pointer, align=4), value), pointer, align=4)
 
 
-def _across(builder: Any, vector: Any) -> Any:
+def lane_sum(builder: Any, vector: Any) -> Any:
     """The sum of the lanes: the upper half is added to the lower one, until one lane is left."""
     width = LANES
     while width > 1:
@@ -241,8 +253,8 @@ def _folded(builder: Any, vector: Any, width: int) -> Any:
     return builder.fadd(low, high)
 
 
-def _across_four(builder: Any, vectors: list[Any]) -> Any:
-    """The sums of the lanes of four vectors, in the order of `_across`, with a third of its instructions."""
+def lane_sums_of_four(builder: Any, vectors: list[Any]) -> Any:
+    """The sums of the lanes of four vectors, in the order of `lane_sum`, with a third of its instructions."""
     if LANES > 8:
         vectors = [_folded(builder, vector, LANES) for vector in vectors]
     pairs = [
@@ -274,11 +286,11 @@ def widen(context: Any, source: Any, target: Any, length: Any, ahead: Any) -> An
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, target, length, ahead = arguments
-        with cgutils.for_range_slice(builder, _long(0), length, _long(STEP)) as (column, _):
-            begin = _offset(builder, source, column, 2)
-            _prefetch(builder, builder.add(begin, ahead))
+        with cgutils.for_range_slice(builder, long(0), length, long(STEP)) as (column, _):
+            begin = offset_by(builder, source, column, 2)
+            prefetch(builder, builder.add(begin, ahead))
             for part, vector in enumerate(_load_halves(builder, begin)):
-                address = builder.add(_offset(builder, target, column, 4), _long(4 * part * LANES))
+                address = builder.add(offset_by(builder, target, column, 4), long(4 * part * LANES))
                 builder.store(vector, builder.inttoptr(address, _VECTOR.as_pointer()), align=4)
         return context.get_dummy_value()
 
@@ -290,7 +302,7 @@ def load_bfloat16(context: Any, address: Any) -> Any:
     """The bfloat16 at an address, as float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        bits = builder.zext(_load(builder, arguments[0], _SHORT, 2), _INT)
+        bits = builder.zext(load(builder, arguments[0], _SHORT, 2), _INT)
         return builder.bitcast(builder.shl(bits, ir.Constant(_INT, 16)), _FLOAT)
 
     return types.float32(types.intp), generate
@@ -320,7 +332,7 @@ def claim(context: Any, address: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = builder.inttoptr(arguments[0], _LONG.as_pointer())
-        return builder.atomic_rmw("add", pointer, _long(1), "monotonic")
+        return builder.atomic_rmw("add", pointer, long(1), "monotonic")
 
     return types.int64(types.intp), generate
 
@@ -359,15 +371,15 @@ def stack_floats(context: Any, count: Any) -> Any:
     return types.intp(count), generate
 
 
-def _long(value: int) -> Any:
+def long(value: int) -> Any:
     return ir.Constant(_LONG, value)
 
 
-def _offset(builder: Any, base: Any, stride: Any, scale: int) -> Any:
-    return builder.add(base, builder.mul(stride, _long(scale)))
+def offset_by(builder: Any, base: Any, stride: Any, scale: int) -> Any:
+    return builder.add(base, builder.mul(stride, long(scale)))
 
 
-def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
+def load(builder: Any, address: Any, kind: Any, align: int) -> Any:
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
 
 
@@ -377,13 +389,13 @@ def _load_halves(builder: Any, address: Any) -> tuple[Any, Any]:
     A bfloat16 is the upper half of a float32's bits: of each pair one is moved up, the other is in place.
     """
     whole = ir.VectorType(_INT, LANES)
-    pairs = _load(builder, address, whole, 2)
+    pairs = load(builder, address, whole, 2)
     even = builder.shl(pairs, ir.Constant(whole, [16] * LANES))
     odd = builder.and_(pairs, ir.Constant(whole, [0xFFFF0000] * LANES))
     return builder.bitcast(even, _VECTOR), builder.bitcast(odd, _VECTOR)
 
 
-def _prefetch(builder: Any, address: Any) -> None:
+def prefetch(builder: Any, address: Any) -> None:
     function = cgutils.get_or_insert_function(
         builder.module,
         ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT]),

@@ -37,9 +37,10 @@ def windowed() -> DynamicCache:
 
 
 def recurrent() -> DynamicCache:
-    cache: Any = full()
-    cache.layers.append(Recurrence())
-    return cache  # type: ignore[no-any-return]
+    cache = full()
+    layers: Any = cache.layers
+    layers.append(Recurrence())
+    return cache
 
 
 def passed(inner: Cache, ids: torch.Tensor) -> None:
@@ -121,10 +122,10 @@ def test_a_full_window_comes_back() -> None:
     assert cache.pending == 1
 
 
-def test_states_are_copied_only_for_drafts() -> None:
+def test_states_are_copied_only_for_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = begun(recurrent, [1, 2])
     taken: list[int] = []
-    cache._saved.take = lambda inner: taken.append(1)  # type: ignore[method-assign]
+    monkeypatch.setattr(cache._saved, "take", lambda inner: taken.append(1))
     for token in (3, 4):
         step(cache, [token], 1)
     assert not taken
