@@ -25,8 +25,11 @@ def models(
         bool, typer.Option("--vision", help="The classes that read images and text, not those of text.")
     ] = False,
     trials: Annotated[
-        str, typer.Option(help="By commas: greedy, drafts, seeded, batch, images.")
-    ] = "greedy,drafts,seeded,batch,images",
+        str, typer.Option(help="By commas: greedy, drafts, seeded, batch, server, images.")
+    ] = "greedy,drafts,seeded,batch,server,images",
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Models of each type, with other weights and prompts.")
+    ] = 1,
     attention: Annotated[
         str | None, typer.Option(help="eager, sdpa, ... Each model's own choice by default.")
     ] = None,
@@ -35,7 +38,10 @@ def models(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Draft for every model of transformers, tiny and random, and compare with its own generate."""
+    """Draft for every model of transformers, tiny and random, and compare with its own generate.
+
+    A difference that is gone in float64 counts as rounding.
+    """
     from benchmarks.models.measure import failed, measure_models
 
     result = measure_models(
@@ -44,6 +50,7 @@ def models(
         trials=split(trials),
         attention=attention,
         limit=limit,
+        seeds=seeds,
         jobs=jobs,
         keep=lambda found: finish(found, out),
     )
@@ -52,7 +59,7 @@ def models(
     else:
         print_table(
             "",
-            ("model", "result", "way", "passes", "tokens", "note"),
+            ("model", "result", "way", "passes", "tokens", "seeds", "rounding", "note"),
             list(map(_row, result["models"].items())),
         )
         counts = ", ".join(
@@ -68,7 +75,9 @@ def models(
 def _row(item: tuple[str, dict[str, Any]]) -> tuple[str, ...]:
     name, entry = item
     drafts = entry.get("trials", {}).get("drafts", {})
-    numbers = (str(drafts.get("passes", "")), str(drafts.get("tokens", "")))
+    rounding = sum(trial["verdicts"].get("rounding", 0) for trial in entry.get("trials", {}).values())
+    numbers = [str(drafts.get(key, "")) for key in ("passes", "tokens")]
+    numbers += [str(entry["seeds"]), str(rounding)]
     return (
         name,
         entry["outcome"].replace("_", " "),

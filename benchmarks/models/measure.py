@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
@@ -20,16 +21,19 @@ from transformers.models.auto.modeling_auto import (
 from benchmarks.models.isolated import Failed, isolated
 from benchmarks.models.shapes import NO_TEXT, VARIANTS
 from benchmarks.models.tiny import tiny_model
-from benchmarks.models.trials import TRIALS, described, try_model
+from benchmarks.models.trials import COUNTS, TRIALS, described, try_model
 from retrieval_draft._progress import progress
 from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.errors import InvalidInputError
 
-__all__ = ["OUTCOMES", "failed", "measure_models", "summary"]
+__all__ = ["OUTCOMES", "failed", "measure_models", "merged", "summary"]
 
 OUTCOMES = ("equal", "plain", "refused", "differs", "crashed", "stock_fails", "not_built")
 _LISTED = ("equal", "plain", "differs")
 """Outcomes whose models are listed; the others come with a reason each."""
+
+_WORST = ("crashed", "differs", "refused", "stock_fails", "not_built", "plain", "equal")
+_WORST_VERDICTS = ("crashed", "differs", "refused", "stock fails", "rounding", "equal")
 
 
 def measure_models(
@@ -39,6 +43,7 @@ def measure_models(
     trials: Sequence[str] = TRIALS,
     attention: str | None = None,
     limit: float = 240.0,
+    seeds: int = 1,
     jobs: int = 1,
     keep: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
@@ -50,6 +55,7 @@ def measure_models(
         trials: Names of `TRIALS`.
         attention: Attention implementation; None for each model's own choice.
         limit: Seconds for each model.
+        seeds: Models of each name, with other weights and prompts.
         jobs: Models at the same time.
         keep: Called after every model with the object so far.
 
@@ -68,30 +74,69 @@ def measure_models(
     chosen = list(dict.fromkeys(names)) or [*classes, *variants]
     begin, source = time.monotonic(), provenance()
 
-    def run(name: str) -> dict[str, Any]:
+    def run(name: str, seed: int) -> dict[str, Any]:
         family, settings = variants.get(name, (name, {}))
         mapping = "image-text" if image_text else "causal"
         entry = {"family": family, "mapping": mapping, "class": classes[family]}
         if family in NO_TEXT and not image_text:
             return {**entry, "outcome": "not_built", "error": NO_TEXT[family]}
-        arguments = (family, classes[family], settings, image_text, attention, tuple(trials))
+        arguments = (family, classes[family], settings, image_text, attention, tuple(trials), seed)
         try:
             found: dict[str, Any] = isolated(_tried, *arguments, limit=limit)
         except Failed as error:
             return {**entry, "outcome": "crashed", "error": str(error)}
         return {**entry, **found}
 
-    with ThreadPoolExecutor(jobs) as pool, progress("Trying models", len(chosen), delay=0.0) as advance:
-        entries: dict[str, dict[str, Any]] = {}
-        result = summary(entries)
-        for name, entry in zip(chosen, pool.map(run, chosen), strict=True):
-            entries[name] = entry
+    runs = [(name, seed) for name in chosen for seed in range(seeds)]
+    with ThreadPoolExecutor(jobs) as pool, progress("Trying models", len(runs), delay=0.0) as advance:
+        found: dict[str, list[dict[str, Any]]] = {}
+        result = summary({})
+        for (name, seed), entry in zip(runs, pool.map(lambda each: run(*each), runs), strict=True):
+            found.setdefault(name, []).append(entry)
+            advance()
+            if seed < seeds - 1:
+                continue
             seconds = round(time.monotonic() - begin, 1)
+            entries = {name: merged(each) for name, each in found.items()}
             result = {**summary(entries), "seconds": seconds, "provenance": source}
             if keep is not None:
                 keep(result)
-            advance()
     return result
+
+
+def merged(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One entry for models of several seeds, in their order.
+
+    Returns:
+        The entry with the worst outcome, in which "error", and each "note" of a trial, names the seeds; the
+        counts of a trial are those of all. New are "seeds", their number, "ways", the number of models by
+        way, and "verdicts" of each trial, the number of models by verdict.
+    """
+    worst = min(entries, key=lambda entry: _WORST.index(entry["outcome"]))
+    trials: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(name for entry in entries for name in entry.get("trials", {})):
+        each = [entry.get("trials", {}).get(name) for entry in entries]
+        verdicts = Counter(trial["verdict"] for trial in each if trial)
+        trials[name] = {
+            "verdict": min(verdicts, key=_WORST_VERDICTS.index),
+            "note": _by_seed([trial["note"] if trial else "" for trial in each]),
+            **{key: sum(trial[key] for trial in each if trial) for key in COUNTS},
+            "verdicts": dict(verdicts),
+        }
+    return {
+        **worst,
+        "error": _by_seed([entry["error"] for entry in entries]),
+        "trials": trials,
+        "seeds": len(entries),
+        "ways": dict(Counter(entry.get("way") for entry in entries)),
+    }
+
+
+def _by_seed(texts: Sequence[str]) -> str:
+    """The texts that are not empty, with the number of each if there are several in all."""
+    if len(texts) == 1:
+        return texts[0]
+    return "; ".join(f"seed {seed}: {text}" for seed, text in enumerate(texts) if text)
 
 
 def summary(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -135,6 +180,7 @@ def _tried(
     image_text: bool,
     attention: str | None,
     trials: Sequence[str],
+    seed: int,
 ) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -142,9 +188,9 @@ def _tried(
     logging.getLogger("retrieval_draft").setLevel(logging.ERROR)
     begin = time.monotonic()
     try:
-        model = tiny_model(family, kind, settings, image_text, attention)
+        model = tiny_model(family, kind, settings, image_text, attention, seed)
     except Exception as error:
         return {"outcome": "not_built", "error": described(error)}
     built = time.monotonic() - begin
-    result = try_model(model, image_text, trials)
+    result = try_model(model, image_text, trials, seed)
     return {**result, "seconds": {"build": round(built, 1), "all": round(time.monotonic() - begin, 1)}}

@@ -68,11 +68,11 @@ _ROWS: tuple[tuple[int, str], ...] = (
         "linear_head_dim",
     ),
     (
-        16,
-        "kv_lora_rank qk_nope_head_dim v_head_dim o_lora_rank adapter_rank laurel_rank "
+        16,  # of an index with fewer heads many keys are equal: all of its heads give 0
+        "index_n_heads kv_lora_rank qk_nope_head_dim v_head_dim o_lora_rank adapter_rank laurel_rank "
         "hidden_size_per_layer_input mamba_d_head mamba_head_dim mamba_chunk_size chunk_size",
     ),
-    (32, "q_lora_rank index_head_dim router_hidden_size"),
+    (32, "q_lora_rank index_head_dim index_topk router_hidden_size"),
     (24, "qk_head_dim"),
     (
         8,
@@ -82,8 +82,8 @@ _ROWS: tuple[tuple[int, str], ...] = (
     ),
     (2, "num_experts_per_tok num_experts_per_token moe_k moe_topk moe_top_k n_group num_expert_group"),
     (1, "topk_group"),
-    (4, "index_n_heads index_topk linear_num_heads linear_num_key_heads linear_num_value_heads"),
-    (128, "mamba_d_ssm"),
+    (4, "linear_num_heads linear_num_key_heads linear_num_value_heads"),
+    (128, "mamba_d_ssm keep_window_size"),
     (
         512,
         "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions context_length "
@@ -92,7 +92,7 @@ _ROWS: tuple[tuple[int, str], ...] = (
     (
         WINDOW,
         "sliding_window attention_chunk_size local_attention attention_window_size window_size "
-        "sliding_window_size keep_window_size local_attn_chunk_length lsh_attn_chunk_length",
+        "sliding_window_size local_attn_chunk_length lsh_attn_chunk_length",
     ),
 )
 
@@ -281,6 +281,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bamba:full": ("bamba", {"attn_layer_indices": [0, 1, 2, 3]}),
     "bert:encoder": ("bert", {"is_decoder": False}),
     "deepseek_v2:dense": ("deepseek_v2", {"first_k_dense_replace": 4}),
+    "deepseek_v32:ties": ("deepseek_v32", {"index_n_heads": 4, "index_topk": 64}),
+    "doge:narrow": ("doge", {"keep_window_size": 64}),
     "doge:wide": ("doge", {"keep_window_size": 512}),
     "falcon:alibi": ("falcon", {"alibi": True}),
     "falcon:new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),

@@ -39,6 +39,7 @@ def tiny_model(
     settings: Mapping[str, Any] | None = None,
     image_text: bool = False,
     attention: str | None = None,
+    seed: int = 0,
 ) -> Any:
     """A model in float32, for inference.
 
@@ -48,6 +49,7 @@ def tiny_model(
         settings: Of the configuration.
         image_text: Whether the class reads images.
         attention: Attention implementation; None for the model's own choice.
+        seed: Of the weights.
 
     Raises:
         Exception: Any that the model's class raises at such a configuration.
@@ -56,7 +58,7 @@ def tiny_model(
     config = _config_for(made, tiny_config(family, settings, image_text))
     if attention is not None:
         config._attn_implementation = attention
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = made(config).eval()
     if not model.can_generate():
         raise ValueError(f"{kind} has no generate")
@@ -70,7 +72,7 @@ def tiny_model(
     if model.config.is_encoder_decoder:
         given.decoder_start_token_id = TEXT_IDS.start
     given.num_beams, given.no_repeat_ngram_size, given.do_sample = 1, 0, False
-    _spread(model)
+    _spread(model, seed)
     return model
 
 
@@ -83,7 +85,7 @@ def _config_for(kind: Any, config: Any) -> Any:
     return next((part for part in parts if isinstance(part, wanted)), config)
 
 
-def _spread(model: Any) -> None:
+def _spread(model: Any, seed: int) -> None:
     """Changes weights until greedy text varies.
 
     With tied embeddings the newest token's own embedding wins unless it is small, and some initialisations
@@ -98,7 +100,7 @@ def _spread(model: Any) -> None:
             if type(part) in (nn.Linear, nn.Embedding) or type(part).__name__ == "Conv1D":
                 part.weight.normal_(0, scale)
 
-    torch.manual_seed(1)
+    torch.manual_seed(seed + 1)
     best, kept = _distinct_tokens(model), copy.deepcopy(model.state_dict())
     for change in (shrink, shrink, draw, shrink, draw, functools.partial(draw, 1.0), shrink):
         if best >= _DISTINCT:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,26 +14,34 @@ import torch
 from torch import Tensor
 
 from benchmarks.models.images import image_prompt
+from benchmarks.models.served import served
 from benchmarks.models.shapes import TEXT_IDS
 from benchmarks.models.tiny import random_prompt
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafter import RetrievalDrafter
-from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.errors import RetrievalDraftError, UnsupportedModelError
 
-__all__ = ["TRIALS", "Trial", "described", "try_model"]
+__all__ = ["COUNTS", "TRIALS", "Trial", "described", "try_model"]
 
-TRIALS = ("greedy", "drafts", "seeded", "batch", "images")
+TRIALS = ("greedy", "drafts", "seeded", "batch", "server", "images")
 """`greedy` is `for_model(model)` as a user calls it; `drafts` are 16 nodes, with copies of the reply, a
 fifth, a sixth and a ninth of their tokens wrong, as documents and prediction; `seeded` is sampling
-against ``method="none"`` with the same seed; `batch` is three left-padded prompts against each alone;
-`images` is a prompt with an image, for classes for which one can be made."""
+against ``method="none"`` with the same seed; `batch` is four left-padded prompts against each alone;
+`server` has the server's scheduler decode the same four, three greedily and one sampled, where something is
+drafted; `images` is a prompt with an image, for classes for which one can be made."""
+
+COUNTS = ("tokens", "passes", "drafted", "accepted", "calls")
+"""Attributes of a `Trial` that several trials have in all."""
 
 _NEW = 60
 _OPTIONS: dict[str, Any] = {"max_new_tokens": _NEW, "do_sample": False, "pad_token_id": 0}
 _NODES = 16
 _HISTORY = 1 << 20
 _SHOWN = 300
+_SEEDS = 1000
+_LENGTHS = (50, 33, 41, 20)
+"""Tokens of the prompts of a batch; the first is the prompt of trials with one."""
+_SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_k": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,7 @@ class Trial:
         passes: Forward passes over drafts, that of the prompt left out.
         drafted: Draft tokens verified.
         accepted: Draft tokens emitted.
+        calls: Calls of the model, in `drafts`: one for the prompt and one for each pass.
     """
 
     verdict: str
@@ -55,19 +65,26 @@ class Trial:
     passes: int = 0
     drafted: int = 0
     accepted: int = 0
+    calls: int = 0
 
 
 class _Subject:
-    """A model with its drafters.
+    """A model with its drafters and prompts.
 
     Args:
         model: A tiny one.
+        seed: Of the prompts and of sampling.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, seed: int) -> None:
         self.model = model
+        self.seed = _SEEDS * seed + 11
+        self.prompts = _prompts(seed)
         self.default = RetrievalDrafter.for_model(model)
-        self._planted = RetrievalDrafter.for_model(model, config=DraftConfig(nodes=_NODES))
+        # Not "auto", which passes a prompt several times to find out.
+        self._planted = RetrievalDrafter.for_model(
+            model, config=DraftConfig(nodes=_NODES, prefill_logits=False)
+        )
 
     def fresh(self) -> RetrievalDrafter:
         """A drafter of `_NODES` nodes that has seen no text."""
@@ -85,13 +102,16 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:_SHOWN]}{at}"
 
 
-def try_model(model: Any, image_text: bool, trials: Iterable[str] = TRIALS) -> dict[str, Any]:
+def try_model(
+    model: Any, image_text: bool, trials: Iterable[str] = TRIALS, seed: int = 0
+) -> dict[str, Any]:
     """Runs trials of a model, and those that differ again in float64, to which it is then converted.
 
     Args:
         model: A tiny one in float32.
         image_text: Whether its class reads images.
         trials: Names of `TRIALS`.
+        seed: Of the prompts and of sampling.
 
     Returns:
         For JSON: "outcome", one of equal, plain, refused, differs, crashed and stock_fails; "error", empty
@@ -104,13 +124,13 @@ def try_model(model: Any, image_text: bool, trials: Iterable[str] = TRIALS) -> d
         "way": None,
         "reason": "",
     }
-    prompt = random_prompt(50, 5)
+    prompt = _prompts(seed)[0]
     try:
         _stock(model, prompt, torch.ones_like(prompt))
     except _StockFails as error:
         return {**result, "outcome": "stock_fails", "error": str(error), "trials": {}}
     try:
-        subject = _Subject(model)
+        subject = _Subject(model, seed)
     except Exception as error:
         outcome = "refused" if isinstance(error, UnsupportedModelError) else "crashed"
         return {**result, "outcome": outcome, "error": described(error), "trials": {}}
@@ -119,8 +139,8 @@ def try_model(model: Any, image_text: bool, trials: Iterable[str] = TRIALS) -> d
     wanted = [name for name in TRIALS if name in trials and (name != "images" or image_text)]
     found = {name: trial for name in wanted if (trial := _tried(subject, name)) is not None}
     different = [name for name, trial in found.items() if trial.verdict == "differs"]
-    if different and _to_float64(model):
-        subject = _Subject(model)
+    if different and _to_float64(model, prompt):
+        subject = _Subject(model, seed)
         for name in different:
             again = _tried(subject, name)
             if again is not None and again.verdict == "equal":
@@ -146,6 +166,7 @@ def _tried(subject: _Subject, name: str) -> Trial | None:
         "drafts": _drafts,
         "seeded": _seeded,
         "batch": _batch,
+        "server": _server,
         "images": _images,
     }
     try:
@@ -159,34 +180,35 @@ def _tried(subject: _Subject, name: str) -> Trial | None:
 
 
 def _greedy(subject: _Subject) -> Trial:
-    prompt = random_prompt(50, 5)
+    prompt = subject.prompts[0]
     mask = torch.ones_like(prompt)
     expected = _stock(subject.model, prompt, mask)
     return _judged(_ours(subject.default, prompt, mask), expected, prompt.shape[1], subject.default)
 
 
 def _drafts(subject: _Subject) -> Trial:
-    prompt = random_prompt(50, 5)
+    prompt = subject.prompts[0]
     mask = torch.ones_like(prompt)
     expected = _stock(subject.model, prompt, mask)
     with subject.fresh() as drafter:
-        ours = _ours(drafter, prompt, mask, **_planted(expected[0, prompt.shape[1] :]))
-        return _judged(ours, expected, prompt.shape[1], drafter)
+        drafter.warm_up()
+        with _counted_calls(subject.model) as calls:
+            ours = _ours(drafter, prompt, mask, **_planted(expected[0, prompt.shape[1] :]))
+        return replace(_judged(ours, expected, prompt.shape[1], drafter), calls=len(calls))
 
 
 def _seeded(subject: _Subject) -> Trial:
-    prompt = random_prompt(50, 5)
+    prompt = subject.prompts[0]
     mask = torch.ones_like(prompt)
-    options = {"do_sample": True, "temperature": 0.7, "top_k": 0, "seed": 11}
-    with RetrievalDrafter.for_model(subject.model, method="none") as undrafted:
-        expected = _ours(undrafted, prompt, mask, **options)
+    options = {**_SAMPLED, "seed": subject.seed}
+    expected = _undrafted(subject, prompt, **options)
     with subject.fresh() as drafter:
         ours = _ours(drafter, prompt, mask, **_planted(expected[0, prompt.shape[1] :]), **options)
         return _judged(ours, expected, prompt.shape[1], drafter)
 
 
 def _batch(subject: _Subject) -> Trial:
-    prompts = [random_prompt(length, seed) for length, seed in ((50, 5), (33, 6), (41, 7))]
+    prompts = subject.prompts
     width = max(prompt.shape[1] for prompt in prompts)
     pad = torch.nn.functional.pad
     ids = torch.cat([pad(each, (width - each.shape[1], 0)) for each in prompts])
@@ -195,11 +217,45 @@ def _batch(subject: _Subject) -> Trial:
         # Undrafted text is that of the model's own batch, which padding may change.
         expected = _stock(subject.model, ids, mask)[:, width:]
     else:
-        alone = [_stock(subject.model, each, torch.ones_like(each))[:, each.shape[1] :] for each in prompts]
-        expected = torch.cat(alone)
+        expected = torch.cat(_alone(subject, prompts))
     with subject.fresh() as drafter:
         ours = _ours(drafter, ids, mask, **_planted(*expected))[:, width:]
-        rows = [_judged(*pair, 0, drafter) for pair in zip(ours.split(1), expected.split(1), strict=True)]
+        return _judged_rows(ours.split(1), expected.split(1), drafter)
+
+
+def _server(subject: _Subject) -> Trial | None:
+    if subject.default.verification.way == "plain":
+        return None  # the server refuses such a model
+    *greedy, last = subject.prompts
+    sampled = {**_SAMPLED, "seed": subject.seed}
+    expected = [
+        *_alone(subject, greedy),
+        _undrafted(subject, last, **sampled)[:, last.shape[1] :],
+    ]
+    options = [
+        {**_OPTIONS, **more, **_planted(text[0])}
+        for text, more in zip(expected, [*({} for _ in greedy), sampled], strict=True)
+    ]
+    with subject.fresh() as drafter:
+        replies = served(drafter, subject.prompts, options)
+        ours = [torch.tensor([reply], dtype=torch.int64) for reply in replies]
+        return _judged_rows(ours, expected, drafter)
+
+
+def _alone(subject: _Subject, prompts: Iterable[Tensor]) -> list[Tensor]:
+    """Greedy replies of the model's own generate to each prompt alone: int64, shape (1, new)."""
+    return [_stock(subject.model, each, torch.ones_like(each))[:, each.shape[1] :] for each in prompts]
+
+
+def _undrafted(subject: _Subject, prompt: Tensor, **options: Any) -> Tensor:
+    """Text of the same decoding loop without drafts: int64, shape (1, length + new)."""
+    with RetrievalDrafter.for_model(subject.model, method="none") as undrafted:
+        return _ours(undrafted, prompt, torch.ones_like(prompt), **options)
+
+
+def _judged_rows(ours: Iterable[Tensor], expected: Iterable[Tensor], drafter: RetrievalDrafter) -> Trial:
+    """As `_judged` for replies, int64, shape (1, new) each."""
+    rows = [_judged(*pair, 0, drafter) for pair in zip(ours, expected, strict=True)]
     bad = [f"row {number} {row.note}" for number, row in enumerate(rows) if row.verdict != "equal"]
     return replace(rows[0], verdict="differs" if bad else "equal", note="; ".join(bad))
 
@@ -213,6 +269,22 @@ def _images(subject: _Subject) -> Trial | None:
     with subject.fresh() as drafter:
         ours = _ours(drafter, ids, mask, **_planted(expected[0, ids.shape[1] :]), **pixels)
         return _judged(ours, expected, ids.shape[1], drafter)
+
+
+@contextmanager
+def _counted_calls(model: Any) -> Iterator[list[None]]:
+    """A list that grows with each call of a model."""
+    calls: list[None] = []
+    handle = model.register_forward_pre_hook(lambda *_: calls.append(None))
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _prompts(seed: int) -> list[Tensor]:
+    """Prompts of `_LENGTHS` tokens: int64, shape (1, length) each."""
+    return [random_prompt(length, _SEEDS * seed + 5 + row) for row, length in enumerate(_LENGTHS)]
 
 
 def _stock(model: Any, ids: Tensor, mask: Tensor, **inputs: Any) -> Tensor:
@@ -254,17 +326,16 @@ def _judged(ours: Tensor, expected: Tensor, start: int, drafter: RetrievalDrafte
         size = min(ours.shape[1], expected.shape[1])
         different = (ours[0, :size] != expected[0, :size]).nonzero()
         note = f"after {int(different[0]) - start if len(different) else size - start} tokens"
-    stats = drafter.last_stats or DraftStats()
+    stats = drafter.last_stats or drafter.stats  # the server counts for all of its requests
     counts = (stats.tokens, stats.passes, stats.drafted, stats.accepted)
     return Trial("differs" if note else "equal", note, *counts)
 
 
-def _to_float64(model: Any) -> bool:
-    """Converts a model, except where it cannot be."""
+def _to_float64(model: Any, prompt: Tensor) -> bool:
+    """Converts a model, except where it cannot be tried on a prompt then, int64, shape (1, length)."""
     for part in model.modules():
         if hasattr(getattr(part, "config", None), "_experts_implementation"):
             part.config._experts_implementation = "eager"  # grouped products know no float64
-    prompt = random_prompt(50, 5)
     try:
         _stock(model.double(), prompt, torch.ones_like(prompt))
     except _StockFails:

@@ -40,6 +40,9 @@ _SHORT = (2, _PROMPT)
 _REPLY = 7
 """Tokens that a model generates on its own, to compare chains with."""
 
+_LEAST = _PROMPT + _REPLY
+"""The least size beyond which alone nothing is drafted."""
+
 _NEAR_END = 1024
 """The longest text of a model that is tried up to its end."""
 
@@ -90,7 +93,8 @@ def probe_chain(target: ChainTarget) -> float:
     """Compares chains, refused and continued ones too, with the model's own ``generate``.
 
     On a text shorter than a convolution, a short one, and one beyond each window, chunk or number of chosen
-    keys that the configuration names. A model that fails beyond one of these only is drafted for up to there.
+    keys that the configuration names, and up to the end of short contexts. A model that fails beyond one of
+    these sizes only is drafted for up to there.
 
     Args:
         target: The model; its `longest` is set.
@@ -105,20 +109,21 @@ def probe_chain(target: ChainTarget) -> float:
     end = 2 * _LONGEST_PROBE if target.max_positions is None else target.max_positions
     longest = end - _REPLY
     found = max((_compare_chain(target, length) for length in _SHORT if length <= longest), default=0.0)
-    for window in sorted(set(_named_sizes(target))):
-        length = window + max(2, window // 4)
+    sizes = sorted(set(_named_sizes(target)))
+    tried = [(window, window + max(2, window // 4)) for window in sizes]
+    if max(_SHORT) < longest and end <= _NEAR_END:
+        tried.append((min([end, *(window for window in sizes if window >= _LEAST)]), longest))
+    for window, length in tried:
         if length > longest:
-            break
+            continue
         try:
             found = max(found, _compare_chain(target, length))
         except UnsupportedModelError:
-            if window < _PROMPT + _REPLY:
+            if not _LEAST <= window < end:
                 raise
             _compare_chain(target, window - _REPLY)
             target.longest = window
-            return found
-    if max(_SHORT) < longest and end <= _NEAR_END:
-        found = max(found, _compare_chain(target, longest))
+            break
     return found
 
 
