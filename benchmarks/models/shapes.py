@@ -68,11 +68,12 @@ _ROWS: tuple[tuple[int, str], ...] = (
         "linear_head_dim",
     ),
     (
-        16,  # of an index with fewer heads many keys are equal: all of its heads give 0
-        "index_n_heads kv_lora_rank qk_nope_head_dim v_head_dim o_lora_rank adapter_rank laurel_rank "
+        16,
+        "kv_lora_rank qk_nope_head_dim v_head_dim o_lora_rank adapter_rank laurel_rank "
         "hidden_size_per_layer_input mamba_d_head mamba_head_dim mamba_chunk_size chunk_size",
     ),
     (32, "q_lora_rank index_head_dim index_topk router_hidden_size"),
+    (64, "index_n_heads"),  # of few heads all give 0 for many keys, which then are equal
     (24, "qk_head_dim"),
     (
         8,
@@ -281,8 +282,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bamba:full": ("bamba", {"attn_layer_indices": [0, 1, 2, 3]}),
     "bert:encoder": ("bert", {"is_decoder": False}),
     "deepseek_v2:dense": ("deepseek_v2", {"first_k_dense_replace": 4}),
-    "deepseek_v32:ties": ("deepseek_v32", {"index_n_heads": 4, "index_topk": 64}),
-    "doge:narrow": ("doge", {"keep_window_size": 64}),
+    "deepseek_v32:ties": ("deepseek_v32", {"index_n_heads": 4, "index_topk": 96}),
     "doge:wide": ("doge", {"keep_window_size": 512}),
     "falcon:alibi": ("falcon", {"alibi": True}),
     "falcon:new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),

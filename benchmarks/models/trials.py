@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.models.float64 import to_float64
 from benchmarks.models.images import image_prompt
 from benchmarks.models.served import served
 from benchmarks.models.shapes import TEXT_IDS
@@ -102,9 +103,7 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:_SHOWN]}{at}"
 
 
-def try_model(
-    model: Any, image_text: bool, trials: Iterable[str] = TRIALS, seed: int = 0
-) -> dict[str, Any]:
+def try_model(model: Any, image_text: bool, trials: Iterable[str] = TRIALS, seed: int = 0) -> dict[str, Any]:
     """Runs trials of a model, and those that differ again in float64, to which it is then converted.
 
     Args:
@@ -139,7 +138,7 @@ def try_model(
     wanted = [name for name in TRIALS if name in trials and (name != "images" or image_text)]
     found = {name: trial for name in wanted if (trial := _tried(subject, name)) is not None}
     different = [name for name, trial in found.items() if trial.verdict == "differs"]
-    if different and _to_float64(model, prompt):
+    if different and to_float64(model, lambda: _stock(model, prompt, torch.ones_like(prompt))):
         subject = _Subject(model, seed)
         for name in different:
             again = _tried(subject, name)
@@ -329,18 +328,6 @@ def _judged(ours: Tensor, expected: Tensor, start: int, drafter: RetrievalDrafte
     stats = drafter.last_stats or drafter.stats  # the server counts for all of its requests
     counts = (stats.tokens, stats.passes, stats.drafted, stats.accepted)
     return Trial("differs" if note else "equal", note, *counts)
-
-
-def _to_float64(model: Any, prompt: Tensor) -> bool:
-    """Converts a model, except where it cannot be tried on a prompt then, int64, shape (1, length)."""
-    for part in model.modules():
-        if hasattr(getattr(part, "config", None), "_experts_implementation"):
-            part.config._experts_implementation = "eager"  # grouped products know no float64
-    try:
-        _stock(model.double(), prompt, torch.ones_like(prompt))
-    except _StockFails:
-        return False
-    return True
 
 
 def _layers(model: Any) -> dict[str, int]:

@@ -82,7 +82,8 @@ def find_target(model: Any, strict: bool = False) -> Target:
     reason = f"no trees: {no_tree.message}"
     if chain.longest is not None:
         reason += (
-            f" No drafts beyond {chain.longest} tokens, where several tokens at once differ from single ones."
+            f" No drafts for texts that may become longer than {chain.longest} tokens, where several tokens "
+            "at once differ from single ones."
         )
     chain.verification = Verification("chain", reason)
     return chain
@@ -93,8 +94,8 @@ def probe_chain(target: ChainTarget) -> float:
     """Compares chains, refused and continued ones too, with the model's own ``generate``.
 
     On a text shorter than a convolution, a short one, and one beyond each window, chunk or number of chosen
-    keys that the configuration names, and up to the end of short contexts. A model that fails beyond one of
-    these sizes only is drafted for up to there.
+    keys that the configuration names, and up to the end of short contexts. Where a model fails beyond one of
+    these sizes only, texts that end before it are drafted for.
 
     Args:
         target: The model; its `longest` is set.

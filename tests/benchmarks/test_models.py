@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from benchmarks.models.configs import tiny_config
+from benchmarks.models.float64 import to_float64
 from benchmarks.models.images import image_prompt
 from benchmarks.models.isolated import Failed, isolated
-from benchmarks.models.measure import OUTCOMES, failed, measure_models, summary
+from benchmarks.models.measure import OUTCOMES, failed, measure_models, merged, summary
 from benchmarks.models.shapes import HEADS, VOCABULARY, WINDOW
 from benchmarks.models.tiny import tiny_model
 from benchmarks.models.trials import try_model
@@ -76,12 +77,95 @@ def test_texts_of_tiny_models_vary(llama: Any) -> None:
 def test_model_whose_texts_are_right_is_equal(llama: Any) -> None:
     result = try_model(llama, image_text=False)
     assert (result["outcome"], result["way"], result["error"]) == ("equal", "tree", "")
-    assert list(result["trials"]) == ["greedy", "drafts", "seeded", "batch"]
+    assert list(result["trials"]) == ["greedy", "drafts", "seeded", "batch", "server"]
     assert all(trial["verdict"] == "equal" for trial in result["trials"].values())
-    for name in ("drafts", "seeded"):
+    for name in ("drafts", "seeded", "server"):
         trial = result["trials"][name]
         assert trial["passes"] < 0.35 * trial["tokens"]
         assert 0 < trial["accepted"] < trial["drafted"]
+
+
+def test_recurrent_states_need_no_pass_for_repair() -> None:
+    model = tiny_model("nemotron_h", "NemotronHForCausalLM", seed=1)
+    result = try_model(model, image_text=False, trials=["drafts"], seed=1)
+    trial = result["trials"]["drafts"]
+    assert (result["outcome"], result["way"]) == ("equal", "chain")
+    assert trial["passes"] <= 0.35 * trial["tokens"]
+    assert trial["calls"] == 1 + trial["passes"], "one for the prompt, and one for each pass over drafts"
+
+
+def test_weights_and_prompts_differ_by_seed() -> None:
+    prompt = torch.arange(3, 40)[None]
+    texts = []
+    for seed in (0, 0, 1):
+        model = tiny_model("llama", "LlamaForCausalLM", seed=seed)
+        texts.append(model.generate(prompt, max_new_tokens=8, do_sample=False))
+    assert torch.equal(texts[0], texts[1])
+    assert not torch.equal(texts[0], texts[2])
+
+
+def test_seeds_of_a_model_are_counted_together() -> None:
+    def trial(verdict: str, note: str = "") -> dict[str, Any]:
+        counts = {"tokens": 60, "passes": 15, "drafted": 200, "accepted": 45, "calls": 16}
+        return {"drafts": {"verdict": verdict, "note": note, **counts}}
+
+    found = merged(
+        [
+            entry("equal", "chain", trials=trial("equal")),
+            entry(
+                "differs", "chain", error="drafts: after 3 tokens", trials=trial("differs", "after 3 tokens")
+            ),
+            entry("crashed", error="not done after 5 s"),
+            entry("equal", "tree", trials=trial("rounding", "after 9 tokens; equal in float64")),
+        ]
+    )
+    assert (found["outcome"], found["seeds"]) == ("crashed", 4)
+    assert found["error"] == "seed 1: drafts: after 3 tokens; seed 2: not done after 5 s"
+    assert found["ways"] == {"chain": 2, None: 1, "tree": 1}
+    drafts = found["trials"]["drafts"]
+    assert (drafts["verdict"], drafts["tokens"], drafts["calls"]) == ("differs", 180, 48)
+    assert drafts["verdicts"] == {"equal": 1, "differs": 1, "rounding": 1}
+    assert drafts["note"] == "seed 1: after 3 tokens; seed 3: after 9 tokens; equal in float64"
+    alone = merged([entry("equal", "tree", trials=trial("equal"))])
+    assert (alone["error"], alone["trials"]["drafts"]["verdicts"]) == ("", {"equal": 1})
+
+
+def test_server_that_says_something_else_differs(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import benchmarks.models.trials as trials
+
+    served = trials.served
+
+    def changed(*given: Any) -> list[list[int]]:
+        first, *others = served(*given)
+        return [[*first[:7], (first[7] + 1) % VOCABULARY, *first[8:]], *others]
+
+    monkeypatch.setattr(trials, "served", changed)
+    result = try_model(llama, image_text=False, trials=["server"])
+    assert result["error"] == "server: row 0 after 7 tokens"
+
+
+def test_what_a_model_converts_to_float32_becomes_float64(llama: Any) -> None:
+    kinds: list[torch.dtype] = []
+
+    def converted(module: Any, args: Any, options: Any) -> None:
+        hidden = options["hidden_states"] if "hidden_states" in options else args[0]
+        kinds.extend([hidden.float().dtype, hidden.to(torch.float32).dtype])
+
+    llama.model.layers[0].register_forward_pre_hook(converted, with_kwargs=True)
+    prompt = torch.arange(3, 40)[None]
+    assert to_float64(llama, lambda: llama.generate(prompt, max_new_tokens=2, do_sample=False))
+    assert set(kinds) == {torch.float64}
+    assert torch.ones(1).double().float().dtype == torch.float32, "only in the model's passes"
+
+
+def test_model_that_fails_when_float32_is_replaced_computes_in_float64_otherwise(llama: Any) -> None:
+    def fixed(module: Any, args: Any, options: Any) -> None:
+        assert torch.ones(1, dtype=torch.float32).dtype == torch.float32
+
+    llama.model.layers[0].register_forward_pre_hook(fixed, with_kwargs=True)
+    prompt = torch.arange(3, 40)[None]
+    assert to_float64(llama, lambda: llama.generate(prompt, max_new_tokens=2, do_sample=False))
+    assert llama.dtype == torch.float64
 
 
 @pytest.mark.parametrize("name", ["greedy", "drafts", "batch"])
@@ -159,7 +243,7 @@ def test_unknown_names_are_refused() -> None:
 
 
 def entry(outcome: str, way: str | None = None, **more: Any) -> dict[str, Any]:
-    names = {"family": "a", "mapping": "causal", "error": "", "reason": "", "trials": {}}
+    names = {"family": "a", "mapping": "causal", "error": "", "reason": "", "trials": {}, "seeds": 1}
     return {**names, "outcome": outcome, "way": way, **more}
 
 
@@ -179,12 +263,14 @@ def test_models_are_counted_by_outcome() -> None:
 def test_command_prints_json_and_exits_by_the_result(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, out, _ = command("benchmarks", "models", "llama", "musicgen", "--trials", "drafts", "--json")
+    words = ("llama", "musicgen", "--trials", "drafts", "--seeds", "2", "--json")
+    code, out, _ = command("benchmarks", "models", *words)
     assert code == 0
     result = json.loads(out)
     assert result["equal"] == ["llama"]
     assert list(result["not_built"]) == ["musicgen"]
-    assert result["models"]["llama"]["trials"]["drafts"]["passes"] < 21
+    assert result["models"]["llama"]["trials"]["drafts"]["verdicts"] == {"equal": 2}
+    assert result["models"]["llama"]["trials"]["drafts"]["passes"] < 42
     assert command("benchmarks", "models", "lama")[0] == 1
     monkeypatch.setattr(
         "benchmarks.models.measure.measure_models", lambda *given, **options: summary({"a": entry("differs")})

@@ -28,7 +28,7 @@ IMAGE_TEXT = ("gemma3", "llava", "qwen2_5_vl")
 def test_no_model_differs_and_none_crashes(words: tuple[str, ...], tmp_path: Path) -> None:
     out = tmp_path / "models.json"
     command = [sys.executable, "-m", "benchmarks", "models", *words, "--out", str(out), "--jobs", "2"]
-    command += ["--trials", "drafts,seeded,batch,images"]
+    command += ["--trials", "drafts,seeded,batch,server,images"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout + done.stderr
