@@ -110,11 +110,11 @@ class TimeCurve:
             self._covariance *= wider
             towards *= wider
             variance = (variance - NOISE**2) * wider + NOISE**2
-        # No size moves further than the timed one, nor against it: a jump would make anything of those that are
-        # known little.
+        # No size moves further than the timed one, nor against it: a jump would make anything of those that
+        # are known little.
         self._logs = self._logs + np.clip(towards / variance, 0.0, 1.0) * error
-        # Symmetric to the last bit, and bounded by rows and columns: of anything else, widened time and again,
-        # variances become negative, and the curve runs away.
+        # Symmetric to the last bit, and bounded by rows and columns: of anything else, widened time and
+        # again, variances become negative, and the curve runs away.
         self._covariance -= np.outer(towards, towards) / variance
         excess = np.sqrt(np.maximum(self._covariance.diagonal() / MOST_VARIANCE, 1.0))
         self._covariance /= excess[:, None] * excess

@@ -246,7 +246,24 @@ def probe(target: Target) -> float:
     ]
     found = max((_compare(target, *text) for text in tried if text[0] <= longest), default=0.0)
     _refuse_fixed_masks(target)
+    target.passes_whole = _differs_in_parts(target, max(min(2 * tried[0][0], longest), 1))
     return found
+
+
+def _differs_in_parts(target: Target, length: int) -> bool:
+    """True if a text of `length` tokens passed in two parts has other logits at its end than at once.
+
+    As in models that read a prompt in both directions, or whose window layers forget between two passes.
+    """
+    prompt = torch.from_numpy(np.random.default_rng(0).integers(0, min(target.vocabulary, 1000), length))
+    prompt, ends = prompt.to(target.device), []
+    for parts in (1, 2):
+        try:
+            *_, logits = target.prefill(target.cache(length), prompt, 1, -(-length // parts))
+        except Exception:  # a model's own code raises anything
+            return True
+        ends.append(logits[-1:])
+    return disagreement(*ends) > tolerance(target.model.dtype)
 
 
 def _refuse_fixed_masks(target: Target) -> None:

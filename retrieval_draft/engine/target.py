@@ -68,10 +68,13 @@ class Target:
     Attributes:
         verification: The way in which drafts are verified, and the reason for it.
         shares_passes: Whether the rows of a batch share a pass; each gets its own else.
+        passes_whole: Whether a prompt is passed at once unless its caller asks for parts: its tokens may see
+            later ones.
     """
 
     verification = Verification("tree", "the model takes masks and positions of a tree")
     shares_passes = True
+    passes_whole = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         model = unwrap(model)
@@ -173,6 +176,9 @@ class Target:
         """
         length, offset = len(prompt), cache.get_seq_length()
         whole = offset + length + further
+        if self.passes_whole and (chunk() if callable(chunk) else chunk) is None:
+            yield self._forward(cache, prompt[None], offset, rows, whole)
+            return
         together = max(16, _LOGIT_BYTES // (4 * self.vocabulary))
         done = 0
         while done < length:
