@@ -226,6 +226,23 @@ def test_images_are_found_by_trying() -> None:
         == model.get_image_features(**given).pooler_output[0].shape[0]
     )
     assert image_prompt(tiny_model("llama", "LlamaForCausalLM")) is None
+    other = image_prompt(model, 1)
+    assert other is not None
+    assert not torch.equal(other[0], ids)
+    assert not torch.equal(other[2]["pixel_values"], given["pixel_values"])
+
+
+def test_text_after_images_is_tried_greedily_and_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("images", "seeded-images")
+    model = tiny_model("smolvlm", "SmolVLMForConditionalGeneration", image_text=True)
+    result = try_model(model, True, names, seed=1)
+    assert result["outcome"] == "equal"
+    assert {name: trial["verdict"] for name, trial in result["trials"].items()} == dict.fromkeys(
+        names, "equal"
+    )
+    assert all(trial["accepted"] > 0 for trial in result["trials"].values())
+    patched(monkeypatch, lambda _, out: flipped(out))
+    assert try_model(model, True, ("images",))["outcome"] == "differs"
 
 
 def test_call_in_another_process_has_limits() -> None:
