@@ -102,9 +102,9 @@ def _pixels(model: Any, seed: int) -> Iterator[dict[str, Tensor]]:
         yield {"pixel_values": flat, "image_grid_thw": grid}
         yield {"pixel_values": flat.view(_PATCHES**2, channels, patch, -1), "image_grid_thw": grid}
     side = 3  # Gemma 4 pools three patches by three
-    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(-1)[None]
+    positions = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(-1)[None]
     rows = torch.rand(1, side**2, channels * patch**2, generator=generator)
-    yield {"pixel_values": rows, "image_position_ids": places}
+    yield {"pixel_values": rows, "image_position_ids": positions}
     rows = torch.randn(1, _PATCHES**2, channels * patch**2, generator=generator)
     shapes = torch.tensor([[_PATCHES, _PATCHES]])
     seen = torch.ones(1, _PATCHES**2, dtype=torch.int64)
