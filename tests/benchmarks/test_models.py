@@ -316,11 +316,21 @@ def test_page_has_one_row_for_each_family() -> None:
         mapping="image-text",
         trials={"images": {"verdict": "rounding", "drafted": 5}},
     )
+    unseen = entry("equal", "tree", family="e", mapping="image-text")
     versions = {"versions": {"transformers": "5.24.0"}}
-    page = script.tables_of({"models": each, "provenance": versions} for each in (models, {"d": seen}))
+    page = script.tables_of(
+        {"models": each, "provenance": versions} for each in (models, {"d": seen, "e": unseen})
+    )
     assert "| `a` | tree | `a:wide`: chain |" in page
     assert "| `b` | plain | state \\| from zero |" in page
     assert "| `c` | - | `model.generate` fails on the tiny model: IndexError: none |" in page
     assert "| `d` | tree | with images: drafted |" in page
+    assert "| `e` | tree | not tried with images |" in page
     assert "transformers 5.24.0" in page
+    again = script.tables_of([{"models": {"e": unseen}, "provenance": versions}], page)
+    assert "| `a` | tree | `a:wide`: chain |" in again
+    assert "| `d` |" not in again
+    newer = {"versions": {"transformers": "5.25.0"}}
+    with pytest.raises(SystemExit, match="another version"):
+        script.tables_of([{"models": {"e": unseen}, "provenance": newer}], page)
     assert "4 models, variants included: 1 tree, 1 chain, 1 plain; 1 not measured." in page
