@@ -30,12 +30,17 @@ _DRAFTED = {True: "drafted", False: "plain"}
 def main(*paths: str) -> None:
     *sources, page = paths
     results = [json.loads(Path(path).read_text(encoding="utf-8")) for path in sources]
-    text, _, _ = Path(page).read_text(encoding="utf-8").partition(MARK)
-    Path(page).write_text(f"{text}{MARK}\n{tables_of(results)}", encoding="utf-8")
+    text, _, earlier = Path(page).read_text(encoding="utf-8").partition(MARK)
+    Path(page).write_text(f"{text}{MARK}\n{tables_of(results, earlier)}", encoding="utf-8")
 
 
-def tables_of(results: Iterable[dict[str, Any]]) -> str:
-    """A table for each kind of class; of models that several results hold the last counts."""
+def tables_of(results: Iterable[dict[str, Any]], earlier: str = "") -> str:
+    """A table for each kind of class; of models that several results hold the last counts.
+
+    Args:
+        results: That the command wrote.
+        earlier: What this made before: its table of a kind that no result is of stays.
+    """
     tables: dict[str, dict[str, dict[str, Any]]] = {mapping: {} for mapping in TITLES}
     versions = set()
     for result in results:
@@ -46,8 +51,17 @@ def tables_of(results: Iterable[dict[str, Any]]) -> str:
         raise SystemExit(
             f"These results are of transformers {', '.join(sorted(versions))}: measure with one."
         )
-    parts = [f"Made with transformers {versions.pop()}.\n"]
-    parts += ["\n".join(_table(TITLES[mapping], models)) for mapping, models in tables.items() if models]
+    first, *kept = re.split(r"^(?=## )", earlier, flags=re.MULTILINE)
+    begin = f"Made with transformers {versions.pop()}.\n"
+    parts = [begin]
+    for mapping, title in TITLES.items():
+        if tables[mapping]:
+            parts.append("\n".join(_table(title, tables[mapping])))
+            continue
+        stays = [table.rstrip("\n") + "\n" for table in kept if table.startswith(f"## {title}\n")]
+        if stays and first.strip() != begin.strip():
+            raise SystemExit(f"The table {title!r} is of another version: give its results too.")
+        parts += stays
     return "\n".join(parts)
 
 
@@ -85,6 +99,8 @@ def _note(entry: dict[str, Any]) -> str:
             "with images: "
             + (_DRAFTED[bool(images["drafted"])] if images["verdict"] in _SAME else images["verdict"])
         )
+    elif entry["mapping"] == "image-text":
+        notes.append("not tried with images")
     return "; ".join(notes)
 
 

@@ -25,8 +25,8 @@ def models(
         bool, typer.Option("--vision", help="The classes that read images and text, not those of text.")
     ] = False,
     trials: Annotated[
-        str, typer.Option(help="By commas: greedy, drafts, seeded, batch, server, images.")
-    ] = "greedy,drafts,seeded,batch,server,images",
+        str, typer.Option(help="By commas: greedy, drafts, seeded, batch, server, images, seeded-images.")
+    ] = "greedy,drafts,seeded,batch,server,images,seeded-images",
     seeds: Annotated[
         int, typer.Option(min=1, help="Models of each type, with other weights and prompts.")
     ] = 1,

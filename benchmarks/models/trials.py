@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -24,12 +25,13 @@ from retrieval_draft.errors import RetrievalDraftError, UnsupportedModelError
 
 __all__ = ["COUNTS", "TRIALS", "Trial", "described", "try_model"]
 
-TRIALS = ("greedy", "drafts", "seeded", "batch", "server", "images")
+TRIALS = ("greedy", "drafts", "seeded", "batch", "server", "images", "seeded-images")
 """`greedy` is `for_model(model)` as a user calls it; `drafts` are 16 nodes, with copies of the reply, a
 fifth, a sixth and a ninth of their tokens wrong, as documents and prediction; `seeded` is sampling
 against ``method="none"`` with the same seed; `batch` is four left-padded prompts against each alone;
 `server` has the server's scheduler decode the same four, three greedily and one sampled, where something is
-drafted; `images` is a prompt with an image, for classes for which one can be made."""
+drafted; `images` is a prompt with an image, for classes for which one can be made, and `seeded-images` is
+sampling after it."""
 
 COUNTS = ("tokens", "passes", "drafted", "accepted", "calls")
 """Attributes of a `Trial` that several trials have in all."""
@@ -87,6 +89,11 @@ class _Subject:
             model, config=DraftConfig(nodes=_NODES, prefill_logits=False)
         )
 
+    @functools.cached_property
+    def pictured(self) -> tuple[Tensor, Tensor, dict[str, Any]] | None:
+        """A prompt with an image, as `image_prompt` makes it."""
+        return image_prompt(self.model, self.seed)
+
     def fresh(self) -> RetrievalDrafter:
         """A drafter of `_NODES` nodes that has seen no text."""
         return self._planted.namespace("trial", _HISTORY)
@@ -135,7 +142,7 @@ def try_model(model: Any, image_text: bool, trials: Iterable[str] = TRIALS, seed
         return {**result, "outcome": outcome, "error": described(error), "trials": {}}
     way = subject.default.verification.way
     result |= {"way": way, "reason": subject.default.verification.reason}
-    wanted = [name for name in TRIALS if name in trials and (name != "images" or image_text)]
+    wanted = [name for name in TRIALS if name in trials and (image_text or not name.endswith("images"))]
     found = {name: trial for name in wanted if (trial := _tried(subject, name)) is not None}
     different = [name for name, trial in found.items() if trial.verdict == "differs"]
     if different and to_float64(model, lambda: _stock(model, prompt, torch.ones_like(prompt))):
@@ -167,6 +174,7 @@ def _tried(subject: _Subject, name: str) -> Trial | None:
         "batch": _batch,
         "server": _server,
         "images": _images,
+        "seeded-images": _seeded_images,
     }
     try:
         return calls[name](subject)
@@ -260,13 +268,24 @@ def _judged_rows(ours: Iterable[Tensor], expected: Iterable[Tensor], drafter: Re
 
 
 def _images(subject: _Subject) -> Trial | None:
-    inputs = image_prompt(subject.model)
-    if inputs is None:
+    if subject.pictured is None:
         return None
-    ids, mask, pixels = inputs
+    ids, mask, pixels = subject.pictured
     expected = _stock(subject.model, ids, mask, **pixels)
     with subject.fresh() as drafter:
         ours = _ours(drafter, ids, mask, **_planted(expected[0, ids.shape[1] :]), **pixels)
+        return _judged(ours, expected, ids.shape[1], drafter)
+
+
+def _seeded_images(subject: _Subject) -> Trial | None:
+    if subject.pictured is None or subject.default.verification.way == "plain":
+        return None  # sampled plainly, both texts are one call
+    ids, mask, pixels = subject.pictured
+    options = {**pixels, **_SAMPLED, "seed": subject.seed}
+    with RetrievalDrafter.for_model(subject.model, method="none") as undrafted:
+        expected = _ours(undrafted, ids, mask, **options)
+    with subject.fresh() as drafter:
+        ours = _ours(drafter, ids, mask, **_planted(expected[0, ids.shape[1] :]), **options)
         return _judged(ours, expected, ids.shape[1], drafter)
 
 

@@ -11,6 +11,9 @@ from retrieval_draft.index.source import TokenArray
 __all__ = ["placeholder_ids", "takes_media", "text_runs"]
 
 _ENDINGS = ("_token_id", "_token_ids", "_token_index")
+_IDS = 1 << 31
+"""Ids are int32: a text holds none above."""
+
 _OF_TEXT = {"bos", "eos", "pad", "sep", "unk", "cls", "mask", "decoder_start", "forced_bos", "forced_eos"}
 """Names of ids that belong to text, such as ``eos_token_id``, without their endings."""
 
@@ -35,7 +38,7 @@ def placeholder_ids(config: Any) -> frozenset[int]:
             if stem not in _OF_TEXT and not stem.startswith("_"):
                 value = getattr(part, name, None)
                 values = value if isinstance(value, (list, tuple)) else [value]
-                found.update(each for each in values if type(each) is int and each >= 0)
+                found.update(each for each in values if type(each) is int and 0 <= each < _IDS)
     return frozenset(found)
 
 

@@ -118,7 +118,8 @@ def _pass_own(
     head, hidden = model.get_output_embeddings(), []
 
     def keep(module: Any, args: tuple[Tensor, ...]) -> None:
-        hidden.append(args[0][:, -1])
+        if args and args[0].ndim == 3:
+            hidden.append(args[0][:, -1])
 
     handle = None if head is None else head.register_forward_pre_hook(keep)
     try:

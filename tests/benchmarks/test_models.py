@@ -226,6 +226,23 @@ def test_images_are_found_by_trying() -> None:
         == model.get_image_features(**given).pooler_output[0].shape[0]
     )
     assert image_prompt(tiny_model("llama", "LlamaForCausalLM")) is None
+    other = image_prompt(model, 1)
+    assert other is not None
+    assert not torch.equal(other[0], ids)
+    assert not torch.equal(other[2]["pixel_values"], given["pixel_values"])
+
+
+def test_text_after_images_is_tried_greedily_and_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("images", "seeded-images")
+    model = tiny_model("smolvlm", "SmolVLMForConditionalGeneration", image_text=True)
+    result = try_model(model, True, names, seed=1)
+    assert result["outcome"] == "equal"
+    assert {name: trial["verdict"] for name, trial in result["trials"].items()} == dict.fromkeys(
+        names, "equal"
+    )
+    assert all(trial["accepted"] > 0 for trial in result["trials"].values())
+    patched(monkeypatch, lambda _, out: flipped(out))
+    assert try_model(model, True, ("images",))["outcome"] == "differs"
 
 
 def test_call_in_another_process_has_limits() -> None:
@@ -299,11 +316,21 @@ def test_page_has_one_row_for_each_family() -> None:
         mapping="image-text",
         trials={"images": {"verdict": "rounding", "drafted": 5}},
     )
+    unseen = entry("equal", "tree", family="e", mapping="image-text")
     versions = {"versions": {"transformers": "5.24.0"}}
-    page = script.tables_of({"models": each, "provenance": versions} for each in (models, {"d": seen}))
+    page = script.tables_of(
+        {"models": each, "provenance": versions} for each in (models, {"d": seen, "e": unseen})
+    )
     assert "| `a` | tree | `a:wide`: chain |" in page
     assert "| `b` | plain | state \\| from zero |" in page
     assert "| `c` | - | `model.generate` fails on the tiny model: IndexError: none |" in page
     assert "| `d` | tree | with images: drafted |" in page
+    assert "| `e` | tree | not tried with images |" in page
     assert "transformers 5.24.0" in page
+    again = script.tables_of([{"models": {"e": unseen}, "provenance": versions}], page)
+    assert "| `a` | tree | `a:wide`: chain |" in again
+    assert "| `d` |" not in again
+    newer = {"versions": {"transformers": "5.25.0"}}
+    with pytest.raises(SystemExit, match="another version"):
+        script.tables_of([{"models": {"e": unseen}, "provenance": newer}], page)
     assert "4 models, variants included: 1 tree, 1 chain, 1 plain; 1 not measured." in page

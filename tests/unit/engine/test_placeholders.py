@@ -36,6 +36,10 @@ def test_ids_of_images_are_told_from_those_of_text() -> None:
     assert placeholder_ids(CLASSES["idefics3"][1]()) == {IMAGE}
     assert placeholder_ids(LlamaConfig(bos_token_id=1, eos_token_id=[2, 3], pad_token_id=4)) == set()
 
+    config = CLASSES["idefics3"][1]()
+    config.image_token_id = 1 << 40
+    assert placeholder_ids(config) == set()  # no text of int32 ids holds it
+
 
 def test_models_that_read_images_are_told_from_those_of_text() -> None:
     assert takes_media(make_image_model("llava"))
