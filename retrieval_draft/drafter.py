@@ -20,7 +20,9 @@ from transformers.cache_utils import DynamicCache
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafting.open_stores import open_draft_stores
 from retrieval_draft.drafting.stats import DraftStats
-from retrieval_draft.engine.cache.cache_rows import write_back
+from retrieval_draft.engine.cache.cache_rows import CacheRows, write_back
+from retrieval_draft.engine.cache.chain_cache import ChainCache
+from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
 from retrieval_draft.engine.compat import given_cache, is_callers_own, output_cache_name
 from retrieval_draft.engine.cpu.kernels import CpuKernels
 from retrieval_draft.engine.decode import decode
@@ -28,19 +30,21 @@ from retrieval_draft.engine.draft_engine import DraftEngine
 from retrieval_draft.engine.draft_models.choose import make_draft_sources
 from retrieval_draft.engine.model_state import ModelState, check_modules, outside_inference
 from retrieval_draft.engine.probe import find_target
+from retrieval_draft.engine.prompt_inputs import NotVerifiable, pass_prompts
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.row import Row
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.threads import in_live_pool
 from retrieval_draft.engine.verification import Verification
 from retrieval_draft.engine.wrapped_models import unwrap
-from retrieval_draft.errors import InvalidInputError, UnsupportedModelError
+from retrieval_draft.errors import InvalidInputError, UnsupportedGenerationError, UnsupportedModelError
 from retrieval_draft.generation.checks import (
     arguments_of_generate,
     best_of_options,
     check_generation,
     check_prompt,
     check_tokenizer,
+    further_inputs,
     reference_tokens,
     strip_prompts,
 )
@@ -48,7 +52,7 @@ from retrieval_draft.generation.hf_generate import through_model
 from retrieval_draft.generation.output import best_rows, make_output
 from retrieval_draft.generation.plain import generate_plainly, refuse_extras, sample_plainly
 from retrieval_draft.generation.requests import DecodeOptions, Seeds, make_requests, share_when_finished
-from retrieval_draft.generation.streaming import ending, shown_streamer, stream_rows
+from retrieval_draft.generation.streaming import WithoutEnd, ending, shown_streamer, stream_rows
 from retrieval_draft.index.source import TokenArray
 from retrieval_draft.index.store.config import check_share
 from retrieval_draft.index.store.store import SharedStore
@@ -119,6 +123,7 @@ class RetrievalDrafter:
             self.kernels, self.lock = beside.kernels, beside.lock
         self._state = ModelState.of(target.model)
         self._has_warned = False
+        self._plain_reasons: set[str] = set()
         _drafters.add(self)
 
     @classmethod
@@ -287,6 +292,8 @@ class RetrievalDrafter:
             extras = DecodeOptions(shown, seed, sample, references, output_prompt_logits, keep_best, share)
             self.check_share(share)
             known = cache if cache is not None else past_key_values
+            if self.target.takes_media and isinstance(known, DynamicCache) and known.get_seq_length():
+                options[output_cache_name()] = known  # the model alone knows the positions of further text
 
             def run(
                 input_ids: Tensor,
@@ -295,8 +302,10 @@ class RetrievalDrafter:
                 config: GenerationConfig,
                 model_inputs: dict[str, Any],
             ) -> Any:
-                check_generation(config, processors, len(input_ids), model_inputs, self._own_config)
-                return self._run(input_ids, processors, criteria, config, model_inputs, known, extras)
+                media = self._media_inputs(model_inputs)
+                rows = len(input_ids)
+                check_generation(config, processors, rows, model_inputs, self._own_config, bool(media))
+                return self._run(input_ids, processors, criteria, config, model_inputs, known, extras, media)
 
             return through_model(self.target, self.tokenizer, run, ids, mask, config, options)
 
@@ -349,8 +358,14 @@ class RetrievalDrafter:
                 parts = (input_ids, logits_processor, stopping_criteria, generation_config)
                 return self._plain(lambda: sample_plainly(self.target.model, *parts, draft_seed, options))
             check_prompt(input_ids, model_inputs.get("attention_mask"))
+            media = self._media_inputs(model_inputs)
             check_generation(
-                generation_config, logits_processor, len(input_ids), model_inputs, self._own_config
+                generation_config,
+                logits_processor,
+                len(input_ids),
+                model_inputs,
+                self._own_config,
+                bool(media),
             )
             self.check_share(draft_share)
             references = self.references(draft_documents, draft_prediction)
@@ -367,6 +382,7 @@ class RetrievalDrafter:
                     model_inputs,
                     cache,
                     extras,
+                    media,
                 )
             )
 
@@ -536,22 +552,52 @@ class RetrievalDrafter:
         model_inputs: dict[str, Any],
         cache: Any,
         extras: DecodeOptions,
+        media: frozenset[str],
     ) -> Any:
         target = self.target
         mask = model_inputs.get("attention_mask")
-        prompts = strip_prompts(input_ids, mask, target.embedding_rows, target.max_positions)
+        # Ids that stand for images may lie outside of the embedding, and take fewer positions than tokens.
+        limits = (_ANY_ID, None) if media else (target.embedding_rows, target.max_positions)
+        prompts = strip_prompts(input_ids, mask, *limits)
+        if media and isinstance(cache, (SpeculativeCache, ChainCache, CacheRows)):
+            raise UnsupportedGenerationError(
+                f"A cache of an earlier call is not supported beside {', '.join(sorted(media))}.",
+                "Leave it out and pass the whole conversation with its images; text alone may follow.",
+            )
         total = DraftStats()
         with ExitStack() as stack:
             stack.enter_context(self.lock)
             stack.enter_context(outside_inference())
             stream = stream_rows(extras.streamer, input_ids, config)
+            self.last_stats = total
+            requests = make_requests(
+                target,
+                prompts,
+                input_ids,
+                processors,
+                criteria,
+                config,
+                None if media else cache,
+                extras,
+                stream,
+                media=bool(media),
+            )
+            if media:
+                kind = (media, min(map(len, prompts)) < input_ids.shape[1], len(prompts) > 1)
+                try:
+                    total.prefill_seconds += pass_prompts(
+                        target, requests, input_ids, config, model_inputs, kind
+                    )
+                except NotVerifiable as reason:
+                    self._warn_plain(str(reason))
+                    refuse_extras(best_of=extras.best_of, output_prompt_logits=extras.keep_prompt_logits)
+                    shown = None if extras.streamer is None else WithoutEnd(extras.streamer)
+                    parts = (input_ids, processors, criteria, config)
+                    further = {**model_inputs, "streamer": shown}
+                    return self._plain(lambda: sample_plainly(target.model, *parts, extras.seeds, further))
             self.kernels.prepare()
             stack.enter_context(self.kernels.applied())
             self.draft_engine.prepare()
-            self.last_stats = total
-            requests = make_requests(
-                target, prompts, input_ids, processors, criteria, config, cache, extras, stream
-            )
             share_when_finished(self.store, requests, extras.share)
             rows = self._decode(requests, extras, total)
         if isinstance(cache, DynamicCache) and len(rows) == 1:
@@ -560,6 +606,29 @@ class RetrievalDrafter:
             kept = best_rows(rows, config.num_return_sequences or 1, extras.best_of)
             rows, input_ids = [rows[row] for row in kept], input_ids[kept]
         return make_output(rows, input_ids, config)
+
+    def _media_inputs(self, model_inputs: dict[str, Any]) -> frozenset[str]:
+        """Names of inputs for which the model passes the prompt itself: those of images, or its own cache.
+
+        Called inside of `model.generate`, whose caller's arguments are looked up.
+        """
+        if not self.target.takes_media:
+            return frozenset()
+        found = set(further_inputs(model_inputs))
+        cache = given_cache(model_inputs)
+        if isinstance(cache, DynamicCache) and cache.get_seq_length():
+            found.add("cache")
+        return frozenset(found) if found - {"position_ids"} else frozenset()
+
+    def _warn_plain(self, reason: str) -> None:
+        """Warns once for each reason that a call is decoded without drafts."""
+        if reason not in self._plain_reasons:
+            self._plain_reasons.add(reason)
+            _log.warning(
+                "%s generates in its own loop, without drafts, for prompts like this one: %s.",
+                type(self.target.model).__name__,
+                reason,
+            )
 
     def _decode(self, requests: list[DecodeRequest], extras: DecodeOptions, total: DraftStats) -> list[Row]:
         """Decodes a batch with sessions of the sources for each row, and counts it even after an error."""
@@ -581,6 +650,9 @@ class RetrievalDrafter:
                 total.add(stats)
             self.stats.add(total)
 
+
+_ANY_ID = 1 << 31
+"""More than any token id."""
 
 _NO_COPY = (
     "Make one with for_model for each model, or keep it with save_pretrained. A model whose generate is a "

@@ -151,6 +151,11 @@ class ContinuousDrafter:
         """True if `open` may run in parallel with the batch: no source runs a model then."""
         return not self._drafter.context.models
 
+    @property
+    def passes_whole(self) -> bool:
+        """True if a prompt is to be passed at once: in parts the model reads it otherwise."""
+        return self._drafter.target.passes_whole
+
     def plain_seconds(self, rows: int) -> float:
         """Measured seconds of a pass over one token of each row; 0 where nothing is measured."""
         return self._drafter.draft_engine.budget.plain_seconds(rows)

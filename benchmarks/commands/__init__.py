@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks.commands import chains, drafts, llama_cpp, parts, sampling, serve, store, vllm, weights
+from benchmarks.commands import (
+    chains,
+    drafts,
+    llama_cpp,
+    models,
+    parts,
+    sampling,
+    serve,
+    store,
+    vllm,
+    weights,
+)
 
 __all__ = ["app"]
 
@@ -19,7 +30,7 @@ app = typer.Typer(
 )
 for _command in (
     parts.automaton, sampling.batch, chains.chains, parts.cold, drafts.drafts, sampling.draw, parts.fusion,
-    llama_cpp.llama_cpp, sampling.samples, serve.serve, store.store, vllm.vllm,
+    llama_cpp.llama_cpp, models.models, sampling.samples, serve.serve, store.store, vllm.vllm,
     weights.weights,
 ):  # fmt: skip
     app.command(_command.__name__)(_command)

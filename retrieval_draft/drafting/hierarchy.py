@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from retrieval_draft.index.source import (
     DraftSource,
     NodeLogits,
@@ -173,6 +175,16 @@ class SourceHierarchy:
             for request, session in zip(opened, sessions, strict=True):
                 request.append(_Opened(guarded, session))
         return [SourceSessions(request) for request in opened]
+
+    def keep(self, texts: Sequence[TokenArray]) -> None:
+        """Adds texts, int32 each, to the sources that keep those of requests, and that can add some apart."""
+        for guarded in self._guarded:
+            keep: Any = getattr(guarded.source, "keep", None)
+            for text in texts if keep is not None else ():
+                try:
+                    keep(text, np.empty(0, np.int32))
+                except Exception as error:  # as above
+                    guarded.failed("keep", error)
 
     def prepare(self) -> None:
         """Runs the sources' preparations before the first request, such as measuring kernels."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,6 +41,8 @@ Gemma 270M, 8 nodes: 1% more tokens a step at a temperature of 0.6, 3% at 1."""
 
 _CHOICE_OF_PATHS = 64
 """Nodes of a tree from which a short chain is chosen, at most twice its own."""
+
+_NONE = np.empty(0, np.int32)
 
 Fuse = Callable[[int, Sequence[Proposal], Any, int], DraftTree]
 
@@ -82,6 +84,7 @@ class DraftSession:
         max_nodes: Draft nodes at most.
         vocabulary: Number of token ids that the model can embed.
         stats: Counts to add to.
+        excluded: Ids that are no text, such as those that stand for an image: neither drafted nor learned.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class DraftSession:
         max_nodes: int,
         vocabulary: int,
         stats: DraftStats,
+        excluded: Iterable[int] = (),
     ) -> None:
         self._sessions = sessions
         self._fuse = fuse
@@ -99,6 +103,7 @@ class DraftSession:
         self._max_nodes = max_nodes
         self._vocabulary = vocabulary
         self._stats = stats
+        self._excluded = np.array(sorted(excluded), np.int32)
 
     def propose(self, root: int, length: int, max_depth: int, nodes: int | None = None) -> DraftPlan:
         """Drafts of the next step before the budget cuts them.
@@ -117,7 +122,7 @@ class DraftSession:
             return DraftPlan(tree, tree, proposals)
         self._calibration.position = length + 1
         fused = self._fuse(root, proposals, self._calibration, most)
-        return DraftPlan(_usable(fused, max_depth, self._vocabulary), fused, proposals)
+        return DraftPlan(_usable(fused, max_depth, self._vocabulary, self._excluded), fused, proposals)
 
     def propose_chain(self, root: int, length: int, max_depth: int) -> DraftPlan:
         """As `propose`, but one path: the one with the most accepted tokens on average."""
@@ -146,7 +151,7 @@ class DraftSession:
             emitted: int32, shape (m,). Tokens accepted in this step, the bonus token last.
             logits: The target's predictions, at nodes of the tree or elsewhere in the text.
         """
-        self._sessions.learn(logits)
+        self._sessions.learn(self._learnable(logits))
         if plan.proposals:
             self._calibration.observe(plan.fused, plan.proposals, emitted)
 
@@ -171,8 +176,19 @@ class DraftSession:
         self._sessions.observe(first)
         if predictions is not None:
             contexts = prompt_contexts(prompt, len(predictions.next_tokens))
-            self._sessions.learn(NodeLogits(contexts, predictions.top_tokens, predictions.top_probs))
+            logits = NodeLogits(contexts, predictions.top_tokens, predictions.top_probs)
+            self._sessions.learn(self._learnable(logits))
         self._stats.learn_seconds += time.perf_counter() - begin
+
+    def _learnable(self, logits: NodeLogits) -> NodeLogits:
+        """Leaves out positions at which excluded ids are among the predictions, or before them."""
+        if not len(self._excluded):
+            return logits
+        kept = ~(
+            np.isin(logits.top_tokens, self._excluded).any(-1)
+            | np.isin(logits.contexts, self._excluded).any(-1)
+        )
+        return NodeLogits(logits.contexts[kept], logits.top_tokens[kept], logits.top_probs[kept])
 
     def close(self) -> None:
         """Ends the request in every source. Further calls do nothing."""
@@ -221,15 +237,19 @@ def prompt_contexts(prompt: TokenArray, count: int) -> NDArray[np.int32]:
     return np.ascontiguousarray(windows[len(windows) - count :])
 
 
-def _usable(tree: DraftTree, max_depth: int, vocabulary: int) -> DraftTree:
-    """Leaves out nodes that are too deep to be emitted or that the model cannot embed."""
+def _usable(
+    tree: DraftTree, max_depth: int, vocabulary: int, excluded: NDArray[np.int32] = _NONE
+) -> DraftTree:
+    """Leaves out nodes that are too deep to be emitted, that the model cannot embed, or that are excluded."""
     if (
         int(tree.tokens.max()) < vocabulary
         and int(tree.tokens.min()) >= 0
         and (len(tree) <= max_depth or int(tree.depths.max()) <= max_depth)
+        and not (len(excluded) and np.isin(tree.tokens[1:], excluded).any())
     ):
         return tree
     bad = (tree.depths > max_depth) | (tree.tokens >= vocabulary) | (tree.tokens < 0)
+    bad |= np.isin(tree.tokens, excluded)
     bad[0] = False
     for node in range(1, len(tree)):
         bad[node] |= bad[tree.parents[node]]

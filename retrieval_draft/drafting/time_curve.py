@@ -110,10 +110,14 @@ class TimeCurve:
             self._covariance *= wider
             towards *= wider
             variance = (variance - NOISE**2) * wider + NOISE**2
-        gain = towards / variance
-        self._logs = self._logs + gain * error
-        self._covariance -= gain[:, None] * towards[None]
-        np.clip(self._covariance, -MOST_VARIANCE, MOST_VARIANCE, out=self._covariance)
+        # No size moves further than the timed one, nor against it: a jump would make anything of those that
+        # are known little.
+        self._logs = self._logs + np.clip(towards / variance, 0.0, 1.0) * error
+        # Symmetric to the last bit, and bounded by rows and columns: of anything else, widened time and
+        # again, variances become negative, and the curve runs away.
+        self._covariance -= np.outer(towards, towards) / variance
+        excess = np.sqrt(np.maximum(self._covariance.diagonal() / MOST_VARIANCE, 1.0))
+        self._covariance /= excess[:, None] * excess
         self._table = np.empty(0, np.float64)
         return True
 
@@ -141,7 +145,7 @@ class TimeCurve:
         if len(known) > 1 and beyond.any():
             slope = (known[-1] - known[-2]) / (self._knots[-1] - self._knots[-2])
             logs[beyond] = known[-1] + slope * (reach[beyond] - self._knots[-1])
-        return np.minimum(logs, np.log(LONGEST_SECONDS))
+        return np.clip(logs, np.log(LEAST_SECONDS), np.log(LONGEST_SECONDS))
 
     def _ascending(self) -> NDArray[np.float64]:
         """The nearest curve, by weighted squares, on which more tokens never cost less: float64, (sizes,).

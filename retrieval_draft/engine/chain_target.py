@@ -36,8 +36,9 @@ class ChainTarget(Target):
         model: Any causal language model of transformers.
 
     Attributes:
-        longest: Tokens of the longest text that is drafted for; None for any. A model that chooses keys
-            beyond some length may predict other tokens there for several at once.
+        longest: Tokens that a text may have at most to be drafted for; None for any. A model that chooses
+            keys beyond some length may choose others there for several tokens at once; of equal keys also
+            where earlier ones, before that length, were passed several at once and are rounded otherwise.
 
     Raises:
         UnsupportedModelError: The model is no decoder alone, or a token depends on those beside it.
@@ -64,9 +65,12 @@ class ChainTarget(Target):
         return ChainAttention(self.device)
 
     def max_depth(self, root: int, wanted: int) -> int:
-        """The length, at most `wanted`, of a chain below a root at position `root`."""
-        if self.longest is not None:
-            wanted = min(wanted, max(self.longest - root - 1, 0))
+        """The length of a chain below a root at position `root`.
+
+        It is at most `wanted`, with which the text has one token less than it may have.
+        """
+        if self.longest is not None and root + wanted + 2 > self.longest:
+            return 0
         return super().max_depth(root, wanted)
 
     def prefill_passes(
@@ -119,7 +123,8 @@ class ChainTarget(Target):
         if self._keeps_logits:
             options["logits_to_keep"] = keep
         if self._takes_positions:
-            options["position_ids"] = torch.arange(offset, end, device=ids.device)[None]
+            positions = torch.arange(offset + cache.shift, end + cache.shift, device=ids.device)
+            options["position_ids"] = positions[None]
         if self._takes_mask:
             if self._ones.shape[1] < end:
                 self._ones = self._ones.new_ones((1, end + _AHEAD))

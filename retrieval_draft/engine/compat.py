@@ -35,6 +35,7 @@ __all__ = [
     "layer_kinds",
     "limited_steps",
     "makes_cache_anew",
+    "next_inputs",
     "output_cache_name",
     "own_cache",
     "query_length",
@@ -258,6 +259,21 @@ def steps_as_alone(layers: list[Any]) -> Iterator[None]:
     finally:
         for layer, limit in zip(layers, limits, strict=True):
             layer.time_step_limit = limit
+
+
+def next_inputs(model: Any, ids: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a model's forward pass over the last of `ids`, as its own decoding loop makes them.
+
+    Args:
+        model: Of transformers.
+        ids: int64, shape (batch, length), the new token included.
+        inputs: Model inputs, updated by the model after its last pass.
+    """
+    known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    # Before 5.2 positions in the cache, which are among the inputs, mark the new tokens.
+    new = {"next_sequence_length": 1} if "next_sequence_length" in known else {}
+    prepared: dict[str, Any] = model.prepare_inputs_for_generation(ids, **new, **inputs)
+    return prepared
 
 
 def query_length(given: Any) -> int:

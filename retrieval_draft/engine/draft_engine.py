@@ -138,7 +138,9 @@ class DraftEngine:
         for owner in requests:
             if owner.prefix_owner is None:
                 indices = [i for i, r in enumerate(requests) if r is owner or r.prefix_owner is owner]
-                sessions = self._hierarchy.open_parallel(owner.prompt, references, len(indices))
+                *earlier, context = owner.runs
+                sessions = self._hierarchy.open_parallel(context, [*earlier, *references], len(indices))
+                self._hierarchy.keep(earlier)
                 opened.update(zip(indices, sessions, strict=True))
         return [self._session(request, opened[index], stats[index]) for index, request in enumerate(requests)]
 
@@ -156,6 +158,7 @@ class DraftEngine:
             self._max_nodes,
             self._target.vocabulary,
             stats,
+            request.placeholders,
         )
 
     def flush(self) -> None:

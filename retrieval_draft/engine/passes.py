@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrieval_draft.drafting.cost import SIZES
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.target import Target
 
@@ -17,6 +18,8 @@ __all__ = ["tree_passes"]
 def tree_passes(target: Target, context: int) -> Callable[[int], Tensor]:
     """Fills a cache with random text and returns a function that runs a pass over n nodes after it.
 
+    The nodes are a root and its children, or a chain, which is cut at the end of the longest text.
+
     Args:
         target: The model.
         context: Tokens in the cache, fewer where the model allows fewer.
@@ -25,8 +28,11 @@ def tree_passes(target: Target, context: int) -> Callable[[int], Tensor]:
         Takes the number of nodes, root included; gives their logits, (n, vocabulary).
     """
     length = context
+    is_chain = target.verification.way == "chain"
+    most = max(SIZES) if is_chain else 2  # positions of the nodes
     if target.max_positions is not None:
-        length = max(1, min(length, target.max_positions - 2))
+        length = max(1, min(length, target.max_positions - most))
+        most = min(most, target.max_positions - length)
     rng = np.random.default_rng(0)
     ids = torch.from_numpy(rng.integers(0, target.vocabulary, length)).to(target.device)
     cache = target.cache(length + 128)
@@ -34,6 +40,8 @@ def tree_passes(target: Target, context: int) -> Callable[[int], Tensor]:
         pass
 
     def forward(nodes: int) -> Tensor:
+        if is_chain:
+            nodes = min(nodes, most)
         tree = DraftTree(
             tokens=rng.integers(0, target.vocabulary, nodes).astype(np.int32),
             parents=np.array([-1] + [0] * (nodes - 1), np.int32),

@@ -40,6 +40,9 @@ _SHORT = (2, _PROMPT)
 _REPLY = 7
 """Tokens that a model generates on its own, to compare chains with."""
 
+_LEAST = _PROMPT + _REPLY
+"""The least size beyond which alone nothing is drafted."""
+
 _NEAR_END = 1024
 """The longest text of a model that is tried up to its end."""
 
@@ -79,7 +82,8 @@ def find_target(model: Any, strict: bool = False) -> Target:
     reason = f"no trees: {no_tree.message}"
     if chain.longest is not None:
         reason += (
-            f" No drafts beyond {chain.longest} tokens, where several tokens at once differ from single ones."
+            f" No drafts for texts that may become longer than {chain.longest} tokens, where several tokens "
+            "at once differ from single ones."
         )
     chain.verification = Verification("chain", reason)
     return chain
@@ -90,7 +94,8 @@ def probe_chain(target: ChainTarget) -> float:
     """Compares chains, refused and continued ones too, with the model's own ``generate``.
 
     On a text shorter than a convolution, a short one, and one beyond each window, chunk or number of chosen
-    keys that the configuration names. A model that fails beyond one of these only is drafted for up to there.
+    keys that the configuration names, and up to the end of short contexts. Where a model fails beyond one of
+    these sizes only, texts that end before it are drafted for.
 
     Args:
         target: The model; its `longest` is set.
@@ -105,20 +110,21 @@ def probe_chain(target: ChainTarget) -> float:
     end = 2 * _LONGEST_PROBE if target.max_positions is None else target.max_positions
     longest = end - _REPLY
     found = max((_compare_chain(target, length) for length in _SHORT if length <= longest), default=0.0)
-    for window in sorted(set(_named_sizes(target))):
-        length = window + max(2, window // 4)
+    sizes = sorted(set(_named_sizes(target)))
+    tried = [(window, window + max(2, window // 4)) for window in sizes]
+    if max(_SHORT) < longest and end <= _NEAR_END:
+        tried.append((min([end, *(window for window in sizes if window >= _LEAST)]), longest))
+    for window, length in tried:
         if length > longest:
-            break
+            continue
         try:
             found = max(found, _compare_chain(target, length))
         except UnsupportedModelError:
-            if window < _PROMPT + _REPLY:
+            if not _LEAST <= window < end:
                 raise
             _compare_chain(target, window - _REPLY)
             target.longest = window
-            return found
-    if max(_SHORT) < longest and end <= _NEAR_END:
-        found = max(found, _compare_chain(target, longest))
+            break
     return found
 
 
@@ -240,7 +246,24 @@ def probe(target: Target) -> float:
     ]
     found = max((_compare(target, *text) for text in tried if text[0] <= longest), default=0.0)
     _refuse_fixed_masks(target)
+    target.passes_whole = _differs_in_parts(target, max(min(2 * tried[0][0], longest), 1))
     return found
+
+
+def _differs_in_parts(target: Target, length: int) -> bool:
+    """True if a text of `length` tokens passed in two parts has other logits at its end than at once.
+
+    As in models that read a prompt in both directions, or whose window layers forget between two passes.
+    """
+    prompt = torch.from_numpy(np.random.default_rng(0).integers(0, min(target.vocabulary, 1000), length))
+    prompt, ends = prompt.to(target.device), []
+    for parts in (1, 2):
+        try:
+            *_, logits = target.prefill(target.cache(length), prompt, 1, -(-length // parts))
+        except Exception:  # a model's own code raises anything
+            return True
+        ends.append(logits[-1:])
+    return disagreement(*ends) > tolerance(target.model.dtype)
 
 
 def _refuse_fixed_masks(target: Target) -> None:

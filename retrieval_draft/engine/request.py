@@ -8,12 +8,27 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
+from retrieval_draft.engine.cache.chain_cache import ChainCache
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
+from retrieval_draft.engine.placeholders import text_runs
 from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.engine.sampling.sampling import Sampler
 from retrieval_draft.index.source import TokenArray
 
-__all__ = ["DecodeRequest"]
+__all__ = ["DecodeRequest", "PassedPrompt"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PassedPrompt:
+    """Results of a prompt's pass that the model made itself.
+
+    Attributes:
+        logits: (m, vocabulary), float, at the last positions.
+        hidden: (d,), the output head's input at the last one.
+    """
+
+    logits: Tensor
+    hidden: Tensor
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +52,9 @@ class DecodeRequest:
         prefix_owner: An earlier request of the batch with the same prompt, whose prompt pass serves both.
         keep_prompt_logits: Whether the logits at the prompt's positions are kept.
         read_prompt: Called with those logits instead, run by run: (m, vocabulary) each; they are not kept.
+        placeholders: Ids that stand for images and the like, from which nothing is learned.
+        passed: Results of the prompt's pass, where the model made that itself; `cache` holds the whole prompt
+            then.
     """
 
     prompt: TokenArray
@@ -51,7 +69,14 @@ class DecodeRequest:
     finished: Callable[[TokenArray], None] | None = None
     prompt_rows: int = 1
     prefill_chunk: int | None = None
-    cache: SpeculativeCache | None = None
+    cache: SpeculativeCache | ChainCache | None = None
     prefix_owner: DecodeRequest | None = None
     keep_prompt_logits: bool = False
     read_prompt: Callable[[Tensor], None] | None = None
+    placeholders: frozenset[int] = frozenset()
+    passed: PassedPrompt | None = None
+
+    @property
+    def runs(self) -> list[TokenArray]:
+        """The prompt's text between placeholders: int32 each; the last leads to the reply, or is empty."""
+        return text_runs(self.prompt, self.placeholders)

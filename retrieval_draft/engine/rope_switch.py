@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from retrieval_draft.engine.cache.chain_cache import ChainCache
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
 from retrieval_draft.engine.compat import makes_cache_anew
 from retrieval_draft.errors import UnsupportedModelError
@@ -68,7 +69,7 @@ class RopeSwitch:
             return None
         return whole - 1
 
-    def fits(self, cache: SpeculativeCache, length: int) -> bool:
+    def fits(self, cache: SpeculativeCache | ChainCache, length: int) -> bool:
         """True if the keys of `cache` are those that begin a text of `length` tokens."""
         longest = cache.longest
         if longest == 0:

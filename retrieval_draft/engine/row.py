@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import perf_counter
 from typing import NamedTuple
 
@@ -18,12 +18,13 @@ from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.attention.tree_mask import TreeInputs
 from retrieval_draft.engine.logits import LogitReader
+from retrieval_draft.engine.placeholders import text_runs
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.sampling.sampling import non_finite
 from retrieval_draft.engine.target import Attention, Target
 from retrieval_draft.engine.transcript import Transcript
 from retrieval_draft.engine.verify import walk
-from retrieval_draft.index.source import NodeLogits
+from retrieval_draft.index.source import NodeLogits, TokenArray
 
 __all__ = ["Row"]
 
@@ -95,6 +96,7 @@ class Row:
         self._predictions: Predictions | None = None
         self._hidden_end: Tensor | None = None
         self._feedback: _Feedback | None = None
+        self._context = request.runs[-1]
         stats.requests += 1
         stats.prompt_tokens += len(request.prompt)
 
@@ -111,7 +113,12 @@ class Row:
         wanted = len(fed) if reads_all else min(request.prompt_rows, len(fed))
         parts, kept = [], []
         passed = self.cache.get_seq_length()
-        for logits in self.target.prefill_passes(self.cache, prompt, wanted, lambda: request.prefill_chunk):
+        passes: Iterable[Tensor | None] = (
+            self.target.prefill_passes(self.cache, prompt, wanted, lambda: request.prefill_chunk)
+            if request.passed is None
+            else [request.passed.logits]
+        )
+        for logits in passes:
             if logits is not None:
                 parts.append(reader.read(logits))
                 if request.keep_prompt_logits:
@@ -127,14 +134,15 @@ class Row:
             self.prompt_logits = torch.cat(kept)
         predictions = Predictions(*(np.concatenate([getattr(p, name) for p in parts]) for name in _FIELDS))
         self._prompt_end = end
-        self._predictions = _last(predictions)
+        self._predictions = _last(predictions, 1)
         self._begin(self._prompt_end)
         self.stats.prefill_seconds += perf_counter() - begin
-        if self.drafting is not None:
-            self.drafting.start(self.text.reply, request.prompt, predictions)
-            if self.target.hidden is not None:
-                self._hidden_end = self.target.hidden[-1]
-                self.drafting.learn_hidden(self._hidden_end)
+        drafting = self._begin_drafting(predictions)
+        if drafting is not None:
+            hidden = self.target.hidden if request.passed is None else request.passed.hidden[None]
+            if hidden is not None:
+                self._hidden_end = hidden[-1]
+                drafting.learn_hidden(self._hidden_end)
 
     def fork(self, prefix_owner: Row) -> None:
         """Takes over the result of `prefill` of a row with the same prompt, and emits its own first token."""
@@ -145,10 +153,31 @@ class Row:
         self._predictions = prefix_owner._predictions
         self._begin(prefix_owner._prompt_end)
         self.stats.prefill_seconds += perf_counter() - begin
-        if self.drafting is not None:
-            self.drafting.start(self.text.reply, self.request.prompt, None)
-            if prefix_owner._hidden_end is not None:
-                self.drafting.learn_hidden(prefix_owner._hidden_end)
+        drafting = self._begin_drafting(None)
+        if drafting is not None and prefix_owner._hidden_end is not None:
+            drafting.learn_hidden(prefix_owner._hidden_end)
+
+    def _begin_drafting(self, predictions: Predictions | None) -> DraftSession | None:
+        """Passes the first token on to the sources; None where there are no drafts."""
+        if self.drafting is None or self._ends_drafting(self.text.reply):
+            return None
+        context = self._context
+        if predictions is not None and len(context) < len(predictions.next_tokens):
+            predictions = _last(predictions, len(context)) if len(context) else None
+        self.drafting.start(self.text.reply, context, predictions)
+        return self.drafting
+
+    def _ends_drafting(self, emitted: TokenArray) -> bool:
+        """Ends drafting where a placeholder was emitted: nothing is learned of it or of the text after it."""
+        (text, *more) = text_runs(emitted, self.request.placeholders)
+        if not more:
+            return False
+        assert self.drafting is not None
+        if len(text):
+            self.drafting.observe(text)
+        self.drafting.close()
+        self.drafting = None
+        return True
 
     def _begin(self, logits: Tensor) -> None:
         assert self._predictions is not None
@@ -169,7 +198,7 @@ class Row:
 
     def prepare(self, plan: DraftPlan) -> TreeInputs:
         """Packs the tree for the model, and moves the last accepted path into place."""
-        inputs = self.attention.prepare(plan.tree, len(self.text) - 1, self._moved)
+        inputs = self.attention.prepare(plan.tree, len(self.text) - 1, self._moved, self.cache.shift)
         self._commit(inputs.moved)
         if self._renews_cache():
             text = torch.from_numpy(self.text.tokens[:-1].astype(np.int64)).to(self.target.device)
@@ -187,7 +216,7 @@ class Row:
     def prepare_again(self, plan: DraftPlan) -> TreeInputs:
         """Repeats `prepare` after a pass that failed: staged nodes are dropped, the committed text stays."""
         self.cache.drop()
-        return self.attention.prepare(plan.tree, len(self.text) - 1, None)
+        return self.attention.prepare(plan.tree, len(self.text) - 1, None, self.cache.shift)
 
     def accept(
         self, plan: DraftPlan, logits: Tensor, predictions: Predictions, hidden: Tensor | None = None
@@ -225,8 +254,11 @@ class Row:
         before = len(self.text) - len(emitted) - 1
         drafting.count(plan, path)
         accepted = np.array(emitted, np.int32)
+        if self._ends_drafting(accepted):
+            return
         drafting.observe(accepted)
-        contexts = plan.tree.contexts(self.text.tokens[max(0, before - 3) : before])
+        begin = self.text.prompt_length - len(self._context)
+        contexts = plan.tree.contexts(self.text.tokens[max(begin, before - 3) : before])
         drafting.learn(plan, accepted, NodeLogits(contexts, predictions.top_tokens, predictions.top_probs))
         if hidden is not None:
             drafting.learn_hidden(hidden)
@@ -330,5 +362,5 @@ class Row:
 _FIELDS = ("next_tokens", "finite", "top_tokens", "top_probs")
 
 
-def _last(predictions: Predictions) -> Predictions:
-    return Predictions(*(getattr(predictions, name)[-1:] for name in _FIELDS))
+def _last(predictions: Predictions, count: int) -> Predictions:
+    return Predictions(*(getattr(predictions, name)[-count:] for name in _FIELDS))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from retrieval_draft.engine.cache.kv_cache import SpeculativeCache, layer_window
 from retrieval_draft.engine.cache.packed_cache import PackedCache
 from retrieval_draft.engine.compat import cache_parameter
 from retrieval_draft.engine.cpu.attention import WIDE_ATTENTION
+from retrieval_draft.engine.placeholders import placeholder_ids, takes_media
 from retrieval_draft.engine.rope_switch import RopeSwitch, rope_switch
 from retrieval_draft.engine.thread_choice import ThreadChoice
 from retrieval_draft.engine.verification import Verification
@@ -67,10 +68,13 @@ class Target:
     Attributes:
         verification: The way in which drafts are verified, and the reason for it.
         shares_passes: Whether the rows of a batch share a pass; each gets its own else.
+        passes_whole: Whether a prompt is passed at once unless its caller asks for parts: its tokens may see
+            later ones.
     """
 
     verification = Verification("tree", "the model takes masks and positions of a tree")
     shares_passes = True
+    passes_whole = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         model = unwrap(model)
@@ -103,6 +107,21 @@ class Target:
         self.attention: Attention = self.attention_of_row()
         self._kinds = [kind for kind, _ in layers]
         self._rows_by: Callable[..., Tensor | None] | None = None
+
+    @cached_property
+    def takes_media(self) -> bool:
+        """True if the model reads images, sound or video beside text."""
+        return takes_media(self.model)
+
+    @cached_property
+    def placeholders(self) -> frozenset[int]:
+        """Ids that stand for images and the like in a text."""
+        return placeholder_ids(self.model.config) if self.takes_media else frozenset()
+
+    @cached_property
+    def media_ways(self) -> dict[Hashable, str]:
+        """Kinds of inputs with images that were tried, with a reason against trees, empty for none."""
+        return {}
 
     @contextmanager
     def watching_hidden(self, wanted: bool = True) -> Iterator[None]:
@@ -157,6 +176,9 @@ class Target:
         """
         length, offset = len(prompt), cache.get_seq_length()
         whole = offset + length + further
+        if self.passes_whole and (chunk() if callable(chunk) else chunk) is None:
+            yield self._forward(cache, prompt[None], offset, rows, whole)
+            return
         together = max(16, _LOGIT_BYTES // (4 * self.vocabulary))
         done = 0
         while done < length:
@@ -195,7 +217,7 @@ class Target:
     def _forward(self, cache: Any, ids: Tensor, offset: int, keep: int, whole: int) -> Tensor:
         """A pass over a part of a text of `whole` tokens."""
         end = offset + ids.shape[1]
-        positions = torch.arange(offset, end, device=ids.device)[None]
+        positions = torch.arange(offset + cache.shift, end + cache.shift, device=ids.device)[None]
         extra = None if self.rope is None else self.rope.extra_position(end, whole)
         if extra is None:
             return self._call(cache, ids, positions, None, keep)
@@ -327,10 +349,10 @@ class Target:
         Args:
             cache: Holds `length` committed tokens.
             tree: The tree to verify, the root included.
-            length: Committed tokens; the root's position.
+            length: Committed tokens; the root's position, unless the cache shifts it.
             moved: int64, shape (m,). As for `TreeAttention.prepare`.
         """
-        return self.verify(cache, self.attention.prepare(tree, length, moved))
+        return self.verify(cache, self.attention.prepare(tree, length, moved, cache.shift))
 
 
 def disagreement(logits: Tensor, others: Tensor) -> float:

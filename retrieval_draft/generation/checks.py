@@ -24,6 +24,7 @@ __all__ = [
     "check_options",
     "check_prompt",
     "check_tokenizer",
+    "further_inputs",
     "reference_tokens",
     "strip_prompts",
 ]
@@ -231,6 +232,7 @@ def check_generation(
     rows: int,
     model_inputs: dict[str, Any],
     own: GenerationConfig | None = None,
+    takes_media: bool = False,
 ) -> None:
     """Refuses generation modes that drafted decoding does not do.
 
@@ -243,6 +245,7 @@ def check_generation(
         model_inputs: Inputs that model.generate would pass to the model. Those that transformers adds are
             accepted; those of the caller that would change the output are refused by name.
         own: The model's own configuration.
+        takes_media: Whether inputs beside token ids are passed on, as those of images are.
 
     Raises:
         UnsupportedGenerationError: Names the option and the alternative.
@@ -282,17 +285,27 @@ def check_generation(
                 f"{name}={getattr(config, name, None)!r} is not supported by drafted decoding.",
                 hints.get(name, stock),
             )
+    extra = [name for name in further_inputs(model_inputs) if not takes_media or name == "inputs_embeds"]
+    if extra:
+        raise UnsupportedGenerationError(
+            f"Drafted decoding takes token ids only; it cannot pass on {', '.join(sorted(extra))}.",
+            stock,
+        )
+
+
+def further_inputs(model_inputs: dict[str, Any]) -> list[str]:
+    """Names of the caller's model inputs that are no text: those of images, and unusual positions.
+
+    Args:
+        model_inputs: As the decoding loop received them.
+    """
     given = callers_model_inputs(model_inputs)
     known = {"input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache", *CACHE_NAMES}
     known |= {"output_attentions", "output_hidden_states"}  # they are in the configuration too
     extra = [name for name, value in given.items() if name not in known and not _is_empty(value)]
     if "position_ids" in given and not _are_usual(model_inputs):
         extra.append("position_ids")
-    if extra:
-        raise UnsupportedGenerationError(
-            f"Drafted decoding takes token ids only; it cannot pass on {', '.join(sorted(extra))}.",
-            stock,
-        )
+    return extra
 
 
 def _is_empty(value: Any) -> bool:

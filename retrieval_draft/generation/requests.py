@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from retrieval_draft.engine.cache.cache_rows import adopt
+from retrieval_draft.engine.placeholders import text_runs
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.engine.sampling.row_processors import criteria_of_row, processors_of_row
@@ -86,6 +87,8 @@ def make_requests(
     cache: Any,
     extras: DecodeOptions,
     stream: StreamRows | None = None,
+    *,
+    media: bool = False,
 ) -> list[DecodeRequest]:
     """One request for each row. Rows with the same prompt share its pass, with noise of their own.
 
@@ -102,6 +105,7 @@ def make_requests(
         cache: The caller's cache, or None.
         extras: Options of the call beyond those of model.generate.
         stream: Takes the rows' new tokens.
+        media: Whether the prompts hold images or the like, so that no row stands for another.
 
     Raises:
         InvalidInputError: There are not as many seeds as prompts.
@@ -111,7 +115,7 @@ def make_requests(
     dictionary = bool(config.return_dict_in_generate)
     keeps = dictionary and bool(config.output_scores), dictionary and bool(config.output_logits)
     width = input_ids.shape[1]
-    owners = _prefix_owners(prompts)
+    owners = list(range(len(prompts))) if media else _prefix_owners(prompts)
     seeds = _seeds(extras.seeds, len(prompts), returned) if config.do_sample else [0] * len(prompts)
     caches: list[Any] = [None] * len(prompts)
     if cache is not None:
@@ -121,12 +125,13 @@ def make_requests(
         )
         caches = [adopted[row // returned] if row % returned == 0 else None for row in range(len(prompts))]
         owners = [row - row % returned for row in range(len(prompts))]
-    samples: Counter[tuple[int, bytes]] = Counter()
+    samples: Counter[tuple[int, bytes | int]] = Counter()
     requests: list[DecodeRequest] = []
     for row, prompt in enumerate(prompts):
         noise = None
         if config.do_sample:
-            key = (seeds[row], prompt.tobytes())
+            # With images two prompts of equal ids may differ.
+            key = (seeds[row], row // returned if media else prompt.tobytes())
             sample = extras.sample + samples[key]
             noise = GumbelNoise(seeds[row], _logit_width(target), target.device, sample=sample)
             samples[key] += 1
@@ -143,6 +148,7 @@ def make_requests(
         request.cache = caches[row]
         request.prefix_owner = None if owners[row] == row else requests[owners[row]]
         request.keep_prompt_logits = extras.keep_prompt_logits
+        request.placeholders = target.placeholders
         set_limits(request, criteria_of_row(criteria, len(prompts)), config, width - len(prompt))
         requests.append(request)
     return requests
@@ -227,9 +233,22 @@ def share_when_finished(
     nothing = np.empty(0, np.int32)
     for request in requests:
         # Rows with the same prompt share it once.
-        prompt = request.prompt if request.prefix_owner is None else nothing
-        request.finished = partial(_hand_over, store, prompt, share)
+        prompt = request.runs if request.prefix_owner is None else [nothing]
+        request.finished = partial(_hand_over, store, prompt, request.placeholders, share)
 
 
-def _hand_over(store: SharedStore, prompt: TokenArray, share: str | None, reply: TokenArray) -> None:
-    store.share(prompt, reply, share)
+def _hand_over(
+    store: SharedStore,
+    prompt: Sequence[TokenArray],
+    placeholders: frozenset[int],
+    share: str | None,
+    reply: TokenArray,
+) -> None:
+    nothing = np.empty(0, np.int32)
+    *earlier, context = prompt
+    for text in earlier:
+        store.share(text, nothing, share)
+    first, *others = text_runs(reply, placeholders)
+    store.share(context, first, share)
+    for text in others:
+        store.share(nothing, text, share)

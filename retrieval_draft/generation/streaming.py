@@ -17,6 +17,7 @@ from retrieval_draft.errors import InvalidInputError, UnsupportedGenerationError
 __all__ = [
     "ShownPrompt",
     "StreamRows",
+    "WithoutEnd",
     "effective",
     "ending",
     "heal_tokens",
@@ -178,6 +179,20 @@ class ShownPrompt:
     def end(self) -> None:
         """Passes the end on."""
         self._streamer.end()
+
+
+class WithoutEnd:
+    """A streamer that is ended elsewhere, for loops that would end it.
+
+    Args:
+        streamer: Anything with `put`.
+    """
+
+    def __init__(self, streamer: Any) -> None:
+        self.put = streamer.put
+
+    def end(self) -> None:
+        """Does nothing."""
 
 
 def shown_streamer(streamer: Any = None) -> ShownPrompt | None:

@@ -22,15 +22,19 @@ class ChainAttention:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def prepare(self, tree: DraftTree, length: int, moved: NDArray[np.int64] | None = None) -> TreeInputs:
+    def prepare(
+        self, tree: DraftTree, length: int, moved: NDArray[np.int64] | None = None, shift: int = 0
+    ) -> TreeInputs:
         """Arguments for a forward pass over a chain after `length` tokens.
 
         Args:
             tree: Root and drafts, each the parent of the next.
-            length: Position of the root.
+            length: Tokens before the root.
             moved: None: an accepted chain lies in place.
+            shift: Position of the root, less `length`.
         """
         assert moved is None
+        length += shift
         ids = torch.from_numpy(tree.tokens.astype(np.int64)).to(self.device)[None]
         positions = torch.arange(length, length + len(tree), device=self.device)[None]
         return TreeInputs(ids, positions, None, None)

@@ -107,15 +107,15 @@ class _Mask:
 
 
 def _pack(
-    out: NDArray[np.int64], tree: DraftTree, nodes: int, length: int, moved: NDArray[np.int64] | None
+    out: NDArray[np.int64], tree: DraftTree, nodes: int, root: int, moved: NDArray[np.int64] | None
 ) -> None:
-    """Writes tokens, positions, depths, path indices and the mask's bytes."""
+    """Writes tokens, positions from `root` on, depths, path indices and the mask's bytes."""
     real = len(tree)
     out[: 3 * nodes] = 0
     out[:real] = tree.tokens
     out[nodes : nodes + real] = tree.depths
     out[2 * nodes : 2 * nodes + real] = tree.depths
-    out[nodes : 2 * nodes] += length
+    out[nodes : 2 * nodes] += root
     end = 3 * nodes
     if moved is not None:
         out[end : end + len(moved)] = moved
@@ -152,14 +152,17 @@ class TreeAttention:
         """Nodes that a tree of `nodes` has when it is forwarded, the root included."""
         return padded_size(nodes) if self.pads else nodes
 
-    def prepare(self, tree: DraftTree, length: int, moved: NDArray[np.int64] | None = None) -> TreeInputs:
+    def prepare(
+        self, tree: DraftTree, length: int, moved: NDArray[np.int64] | None = None, shift: int = 0
+    ) -> TreeInputs:
         """Arguments for a forward pass over `tree` after `length` committed tokens.
 
         Args:
             tree: The tree to verify, the root included.
-            length: Committed tokens; the root's position.
+            length: Committed tokens.
             moved: int64, shape (m,). Indices for `SpeculativeCache.commit`, copied to the device with the
                 tree.
+            shift: The root's position, less `length`.
         """
         nodes = self.size(len(tree))
         extra = 0 if moved is None else len(moved)
@@ -168,7 +171,7 @@ class TreeAttention:
             # A pass whose result was never read, as a probe's, may still wait for its copy.
             self._sent.synchronize()
         self._reserve(words)
-        _pack(self._host.numpy()[:words], tree, nodes, length, moved)
+        _pack(self._host.numpy()[:words], tree, nodes, length + shift, moved)
         return self.unpack(self._send(words), nodes, extra, int(tree.depths.max()), length)
 
     def unpack(self, up: Tensor, nodes: int, extra: int, max_depth: int, length: int) -> TreeInputs:

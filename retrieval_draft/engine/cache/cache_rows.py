@@ -17,7 +17,7 @@ from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import InvalidInputError, UnsupportedGenerationError
 from retrieval_draft.index.source import TokenArray
 
-__all__ = ["CacheRows", "RowCache", "adopt", "write_back"]
+__all__ = ["CacheRows", "RowCache", "adopt", "copied_row", "write_back"]
 
 RowCache = SpeculativeCache | ChainCache
 """The cache of one row, of trees or of chains."""
@@ -103,6 +103,11 @@ def _other_rows(found: int, wanted: int) -> InvalidInputError:
 def _trimmed(cache: RowCache, prompt: TokenArray, target: Target) -> RowCache:
     """The cache cropped to the prompt's beginning; a new one where a window has left that."""
     cache.drop()
+    if len(cache.text) < cache.fixed or (cache.text[: cache.fixed] != prompt[: cache.fixed]).any():
+        raise InvalidInputError(
+            f"The cache begins with {cache.fixed} tokens that hold images, the prompt with others.",
+            "Pass the whole conversation, or pass its images again and leave the cache out.",
+        )
     known = min(len(cache.text), cache.get_seq_length(), len(prompt) - 1)
     differs = np.flatnonzero(cache.text[:known] != prompt[:known])
     if cache.keep(int(differs[0]) if len(differs) else known):
@@ -148,7 +153,26 @@ def _copied(given: DynamicCache, row: int, left: int, prompt: TokenArray, target
     length = int(given.get_seq_length()) - left
     if length > len(prompt):
         raise _too_long(length, len(prompt))
-    cache: SpeculativeCache = target.cache(len(prompt) + 64, _keeps_all(given))
+    cache = copied_row(given, row, left, target, len(prompt) + 64)
+    # The last token of the prompt is passed again, for its logits.
+    fresh: SpeculativeCache = target.cache(len(prompt))
+    return cache if cache.keep(min(length, len(prompt) - 1)) else fresh
+
+
+def copied_row(given: DynamicCache, row: int, left: int, target: Target, capacity: int) -> SpeculativeCache:
+    """All of one row of a cache of transformers, its left padding stripped.
+
+    Args:
+        given: Holds text.
+        row: Index in the batch.
+        left: Padding before the text.
+        target: The model.
+        capacity: Tokens to make room for.
+
+    Raises:
+        UnsupportedGenerationError: A layer is of another type than those that the drafter's caches replace.
+    """
+    cache: SpeculativeCache = target.cache(capacity, _keeps_all(given))
     for mine, theirs in zip(cache.layers, given.layers, strict=False):
         if not isinstance(mine, SpeculativeLayer) or not getattr(theirs, "is_initialized", False):
             continue
@@ -163,9 +187,7 @@ def _copied(given: DynamicCache, row: int, left: int, prompt: TokenArray, target
         begin = first - (total - layer.keys.shape[-2])
         keys, values = layer.keys[row : row + 1, :, begin:], layer.values[row : row + 1, :, begin:]
         mine.load(keys, values, first - left)
-    # The last token of the prompt is passed again, for its logits.
-    fresh: SpeculativeCache = target.cache(len(prompt))
-    return cache if cache.keep(min(length, len(prompt) - 1)) else fresh
+    return cache
 
 
 def write_back(cache: RowCache, given: DynamicCache, left: int) -> None:

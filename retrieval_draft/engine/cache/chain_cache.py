@@ -31,6 +31,8 @@ class ChainCache(Cache):
     Attributes:
         inner: The cache that the model is given.
         text: int32. The first committed tokens, as far as they are known.
+        shift: As in `SpeculativeCache`.
+        fixed: As in `SpeculativeCache`.
 
     Example:
         committed "a b", root "c", drafts "d x y", accepted "c d": the states of "a b" come back, "c d" is
@@ -42,7 +44,7 @@ class ChainCache(Cache):
         super().__init__(layers=_layers(self.inner))
         self.text: TokenArray = np.zeros(0, np.int32)
         self._make = make
-        self._length = self._longest = 0
+        self._length = self._longest = self.shift = self.fixed = 0
         self._pending = torch.empty((1, 0), dtype=torch.int64, device="cpu")
         self._staged: Tensor | None = None
         self._saved = SavedStates()
@@ -164,7 +166,7 @@ class ChainCache(Cache):
         other = ChainCache(lambda: copy.deepcopy(self.inner))
         other._make = self._make
         other._length, other._pending, other._longest = self._length, self._pending, self._longest
-        other.text = self.text
+        other.text, other.shift, other.fixed = self.text, self.shift, self.fixed
         return other
 
     def reset(self) -> None:
@@ -172,7 +174,7 @@ class ChainCache(Cache):
         self.inner = self._make()
         self.layers = _layers(self.inner)
         self.text = self.text[:0]
-        self._length = self._longest = 0
+        self._length = self._longest = self.shift = self.fixed = 0
         self._pending, self._staged = self._pending[:, :0], None
         self._is_saved = self._is_lost = self._has_others = False
 

@@ -310,6 +310,10 @@ class SpeculativeCache(Cache):
     Attributes:
         text: int32. The first committed tokens, as far as they are known: all where a request has finished,
             none that other passes or a failed request have added.
+        shift: The model's position of the next token, less its index in the text. Images may count as fewer
+            positions than tokens, or as more.
+        fixed: Leading tokens whose keys are not those of their ids alone, as of images: they cannot be made
+            again from `text`.
 
     Raises:
         UnsupportedModelError: A layer keeps state that a rejected draft token would spoil.
@@ -328,6 +332,7 @@ class SpeculativeCache(Cache):
         self._attention = [layer for layer in self.layers if isinstance(layer, SpeculativeLayer)]
         self._staging = False
         self._longest = 0
+        self.shift = self.fixed = 0
         self.text: TokenArray = np.zeros(0, np.int32)
 
     def stage(self, staging: bool) -> None:
@@ -371,6 +376,7 @@ class SpeculativeCache(Cache):
         copy._attention = [layer for layer in copy.layers if isinstance(layer, SpeculativeLayer)]
         copy._staging = False
         copy._longest = self._longest
+        copy.shift, copy.fixed = self.shift, self.fixed
         copy.text = self.text
         return copy
 
@@ -399,7 +405,7 @@ class SpeculativeCache(Cache):
         """Forgets the text and keeps the buffers."""
         for layer in self._attention:
             layer.reset()
-        self._longest = 0
+        self._longest = self.shift = self.fixed = 0
         self.text = self.text[:0]
 
     def drop(self) -> None:

@@ -245,7 +245,8 @@ class ServingEngine:
             has_company = len(batch.rows) + len(self._joining) > 1
             chunk = min(self._chunk, self._settings.prefill_chunk)
             prefix_owner = joining.group.choices[0].request
-            prefix_owner.prefill_chunk = chunk if has_company else self._settings.prefill_chunk
+            if not self._drafter.passes_whole:
+                prefix_owner.prefill_chunk = chunk if has_company else self._settings.prefill_chunk
             began = monotonic()
             more = next(joining.passes, self) is not self
             if has_company:

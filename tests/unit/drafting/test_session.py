@@ -69,3 +69,30 @@ def test_drafts_that_do_not_pay_are_not_verified_and_are_tried_again() -> None:
     assert sum(wrong) < 400, "and soon"
     right = steps(120, 1)
     assert right[-1] >= 8, "a plain step teaches too: it is believed again"
+
+
+class Learner(Guesser):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.learned: list[NodeLogits] = []
+
+    def learn(self, logits: NodeLogits) -> None:
+        self.learned.append(logits)
+
+
+def test_excluded_ids_are_neither_drafted_nor_learned() -> None:
+    learner = Learner()
+    every = DraftSession(sessions_of(learner), fuse, Calibration().open(), 60, 100, DraftStats())
+    drafted = set(every.propose(1, 50, 100).tree.tokens[1:].tolist())
+    excluded = drafted.pop()
+    session = DraftSession(
+        sessions_of(learner), fuse, Calibration().open(), 60, 100, DraftStats(), [excluded]
+    )
+    plan = session.propose(excluded, 50, 100)
+    assert plan.tree.tokens[0] == excluded, "the root is in the text already"
+    assert excluded not in plan.tree.tokens[1:]
+    contexts = np.array([[70, 71, 72, 73], [70, 71, 72, excluded], [70, 71, 72, 74]], np.int32)
+    top = np.array([[75], [75], [excluded]], np.int32)
+    session.learn(plan, np.array([75], np.int32), NodeLogits(contexts, top, np.ones((3, 1), np.float32)))
+    assert learner.learned[-1].contexts.tolist() == [[70, 71, 72, 73]]

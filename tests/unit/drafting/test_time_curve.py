@@ -61,3 +61,19 @@ def test_old_measurements_fade() -> None:
     for _ in range(50):
         curve.observe(1, 0.0375)
     assert curve.seconds(1) == pytest.approx(0.0375, rel=0.03)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_times_that_jump_leave_the_curve_among_them(seed: int) -> None:
+    # As beside processes that come and go: each jump widens the filter's covariance, which must stay one.
+    random = np.random.default_rng(seed)
+    curve = TimeCurve(SECONDS)
+    level, seen = 0.0, list(SECONDS.values())
+    for _ in range(200):
+        tokens = int(random.choice([1, 2, 3, 5, 9, 16]))
+        if random.random() < 0.1:
+            level = 3.0 * random.normal()
+        seen.append(0.03 * (1 + 0.1 * tokens) * float(np.exp(level + 0.3 * random.normal())))
+        curve.observe(tokens, seen[-1])
+        times = list(curve.by_size().values())
+        assert min(seen) / 100 < times[0] <= times[-1] < 100 * max(seen)

@@ -1,0 +1,87 @@
+"""``python -m benchmarks models``: every model class of transformers that generates text."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from retrieval_draft.cli.bench_common import Out, finish, split
+from retrieval_draft.cli.common import DIFFERENT, Json
+from retrieval_draft.cli.output import print_json, print_table
+
+__all__ = ["models"]
+
+
+def models(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Model types such as llama, and variants such as llama:yarn. All by default.",
+            show_default=False,
+        ),
+    ] = None,
+    vision: Annotated[
+        bool, typer.Option("--vision", help="The classes that read images and text, not those of text.")
+    ] = False,
+    trials: Annotated[
+        str, typer.Option(help="By commas: greedy, drafts, seeded, batch, server, images, seeded-images.")
+    ] = "greedy,drafts,seeded,batch,server,images,seeded-images",
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Models of each type, with other weights and prompts.")
+    ] = 1,
+    attention: Annotated[
+        str | None, typer.Option(help="eager, sdpa, ... Each model's own choice by default.")
+    ] = None,
+    limit: Annotated[float, typer.Option(min=1.0, help="Seconds for each model.")] = 240.0,
+    jobs: Annotated[int, typer.Option(min=1, help="Models at the same time.")] = 1,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Draft for every model of transformers, tiny and random, and compare with its own generate.
+
+    A difference that is gone in float64 counts as rounding.
+    """
+    from benchmarks.models.measure import failed, measure_models
+
+    result = measure_models(
+        names or (),
+        image_text=vision,
+        trials=split(trials),
+        attention=attention,
+        limit=limit,
+        seeds=seeds,
+        jobs=jobs,
+        keep=lambda found: finish(found, out),
+    )
+    if json:
+        print_json(result)
+    else:
+        print_table(
+            "",
+            ("model", "result", "way", "passes", "tokens", "seeds", "rounding", "note"),
+            list(map(_row, result["models"].items())),
+        )
+        counts = ", ".join(
+            f"{key.replace('_', ' ')} {len(value)}"
+            for key, value in result.items()
+            if isinstance(value, list) or key in ("refused", "crashed", "stock_fails", "not_built")
+        )
+        print(counts)
+    if failed(result):
+        raise typer.Exit(DIFFERENT)
+
+
+def _row(item: tuple[str, dict[str, Any]]) -> tuple[str, ...]:
+    name, entry = item
+    drafts = entry.get("trials", {}).get("drafts", {})
+    rounding = sum(trial["verdicts"].get("rounding", 0) for trial in entry.get("trials", {}).values())
+    numbers = [str(drafts.get(key, "")) for key in ("passes", "tokens")]
+    numbers += [str(entry["seeds"]), str(rounding)]
+    return (
+        name,
+        entry["outcome"].replace("_", " "),
+        entry.get("way") or "",
+        *numbers,
+        (entry["error"] or entry.get("reason", ""))[:100],
+    )

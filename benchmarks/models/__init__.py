@@ -1,0 +1,1 @@
+"""Every model class of transformers that generates text, tiny and random, against `model.generate`."""
