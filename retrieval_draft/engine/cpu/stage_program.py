@@ -66,7 +66,7 @@ class StageProgram:
             self._lay_out()
         words = self._template.copy()
         begin = words.__array_interface__["data"][0]
-        words[self._places] += np.array((begin, *addresses))[self._indices]
+        words[self._slots] += np.array((begin, *addresses))[self._indices]
         _section()(begin, threads)
 
     def _lay_out(self) -> None:
@@ -79,8 +79,8 @@ class StageProgram:
             words += [function, At(_SELF, 8 * (header + start)) if function else 0, *[0] * (ENTRY - 2)]
         words += [0] * (header - len(words))
         words += self._jobs
-        known = [(place, word) for place, word in enumerate(words) if isinstance(word, At)]
-        self._places = np.array([place for place, _ in known], np.int64)
+        known = [(slot, word) for slot, word in enumerate(words) if isinstance(word, At)]
+        self._slots = np.array([slot for slot, _ in known], np.int64)
         self._indices = np.array([self._bases[word.base] for _, word in known], np.int64)
         self._template = np.array([word.offset if isinstance(word, At) else word for word in words], np.int64)
 

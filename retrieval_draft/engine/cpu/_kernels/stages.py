@@ -1,8 +1,8 @@
 """The work between a decoder layer's matrices, and a job of several stages that threads go through together.
 
 Each parallel section costs its launch and its end, which for the matrices of a small model is as much as the
-matrix. A section of stages pays once: threads share each stage's blocks and begin the next when all are finished. No
-thread waits for one that has not begun: it finds nothing to claim when it comes.
+matrix. A section of stages pays once: threads share each stage's blocks and begin the next when all are
+finished. No thread waits for one that has not begun: it finds nothing to claim when it comes.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ def _exponentials(x: NDArray[np.float32], powers: NDArray[np.int32], y: NDArray[
     """
     for index in range(len(x)):
         value = min(max(x[index], np.float32(-87.0)), np.float32(87.0))
-        power = np.floor(value * np.float32(1.44269504088896341) + np.float32(0.5))
+        power = np.rint(value * np.float32(1.44269504088896341))
         rest = value - power * np.float32(0.693359375) + power * np.float32(2.12194440e-4)
         total = np.float32(1.9875691500e-4)
         total = total * rest + np.float32(1.3981999507e-3)
