@@ -65,4 +65,6 @@ def test_no_model_differs_and_none_crashes(words: tuple[str, ...], tmp_path: Pat
     assert sorted([*result["equal"], *result["plain"], *result["refused"]]) == sorted(names)
     for name in result["equal"]:
         trial = result["models"][name]["trials"]["drafts"]
-        assert trial["passes"] < 0.5 * trial["tokens"], name
+        # Replies of random weights hold placeholders of images, behind which planted drafts end.
+        most = 0.9 if "--vision" in words else 0.5
+        assert trial["passes"] < most * trial["tokens"], name

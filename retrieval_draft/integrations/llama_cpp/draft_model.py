@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from retrieval_draft.config import MAX_NODES, DraftConfig
 from retrieval_draft.drafting.cost import SIZES
 from retrieval_draft.drafting.stats import DraftStats
-from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.errors import InvalidInputError, UnsupportedModelError
 from retrieval_draft.integrations.llama_cpp._engine import llama_cpp
 from retrieval_draft.integrations.llama_cpp.gguf_tokenizer import GgufTokenizer
 from retrieval_draft.integrations.llama_cpp.pass_costs import PassCosts
@@ -120,8 +120,15 @@ class RetrievalDraftModel:
             TokenizerMismatchError: A corpus or the opened store belongs to another tokenizer.
             DatastoreError: A corpus is missing or torn.
             InvalidInputError: llama-cpp-python is not installed, or a length is out of range.
+            UnsupportedModelError: The file's model keeps recurrent state.
         """
         tokenizer = GgufTokenizer(model) if isinstance(model, (str, os.PathLike)) else model
+        if isinstance(tokenizer, GgufTokenizer) and tokenizer.is_recurrent:
+            raise UnsupportedModelError(
+                f"{os.fspath(model)!r} is a model with recurrent state, from which llama-cpp-python cannot "
+                "take back rejected drafts: its text would change.",
+                "Use it without a draft model, or with transformers, where such models are drafted for.",
+            )
         rows = tokenizer.rows if isinstance(tokenizer, GgufTokenizer) else vocabulary_size(tokenizer)
         proposer = Proposer.for_tokenizer(
             tokenizer, vocabulary=rows, corpora=corpora, phrases=phrases, store=store, config=config

@@ -28,6 +28,7 @@ class GgufTokenizer:
 
     Attributes:
         rows: Ids of the model, the filled up ones included.
+        is_recurrent: Whether the model keeps recurrent state, as Mamba and hybrids do.
 
     Raises:
         ModelFileError: The file is missing, or llama.cpp cannot read it.
@@ -46,6 +47,10 @@ class GgufTokenizer:
                 f"llama.cpp cannot read {os.fspath(path)!r}: {error}.", "Name a complete GGUF file."
             ) from error
         self.rows = int(self._llama.n_vocab())
+        asked = [
+            getattr(engine, name, None) for name in ("llama_model_is_recurrent", "llama_model_is_hybrid")
+        ]
+        self.is_recurrent = any(ask is not None and bool(ask(self._llama.model)) for ask in asked)
         self._tokens = _tokens(engine, self._llama, self.rows)
 
     def get_vocab(self) -> dict[str, int]:

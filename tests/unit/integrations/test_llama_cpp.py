@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from abc import ABC
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.errors import InvalidInputError, UnsupportedModelError
 from retrieval_draft.integrations.llama_cpp import RetrievalDraftModel
 from retrieval_draft.integrations.llama_cpp.pass_costs import PassCosts
 from retrieval_draft.proposer import Proposer
@@ -227,3 +229,35 @@ def test_drafts_that_fail_cost_no_reply(monkeypatch, caplog) -> None:
     monkeypatch.undo()
     assert Engine(circle, drafts).generate([1, 2, 3], 60) == plain.generate([1, 2, 3], 60)
     drafts.close()
+
+
+@pytest.mark.parametrize(
+    ("functions", "is_refused"),
+    [
+        ({}, False),  # an older llama-cpp-python
+        ({"llama_model_is_recurrent": False, "llama_model_is_hybrid": False}, False),
+        ({"llama_model_is_recurrent": True, "llama_model_is_hybrid": False}, True),
+        ({"llama_model_is_recurrent": False, "llama_model_is_hybrid": True}, True),
+    ],
+)
+def test_a_file_of_a_recurrent_model_is_refused(
+    functions: dict[str, bool], is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = SimpleNamespace(model="the model", n_vocab=lambda: VOCABULARY)
+    engine = SimpleNamespace(
+        Llama=lambda *_, **__: llama,
+        LLAMA_TOKEN_ATTR_UNUSED=1,
+        llama_model_get_vocab=lambda model: model,
+        llama_vocab_type=lambda _: 0,
+        llama_vocab_get_text=lambda _, number: f"token {number}".encode(),
+        llama_vocab_get_attr=lambda *_: 0,
+        llama_speculative=SimpleNamespace(LlamaDraftModel=ABC),
+        **{name: lambda model, answer=answer: answer for name, answer in functions.items()},
+    )
+    monkeypatch.setitem(sys.modules, "llama_cpp", engine)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    if is_refused:
+        with pytest.raises(UnsupportedModelError, match="recurrent state"):
+            RetrievalDraftModel.for_gguf("model.gguf")
+    else:
+        RetrievalDraftModel.for_gguf("model.gguf").close()
