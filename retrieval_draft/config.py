@@ -86,7 +86,7 @@ class DraftConfig:
         prefill_logits: Whether the output head also runs over the prompt, so that the adjacency matrix has
             the prompt's alternatives: True, False, or "auto" for as many of the last prompt positions as pay
             for their measured cost.
-        cpu_kernels: Whether the model's linear layers and norms use faster kernels for few tokens on the
+        cpu_kernels: Whether the model's layers use faster kernels for few tokens on the
             CPU while the drafter decodes. Results differ in the last bits. No effect on other devices.
         known_noise: Whether drafts for sampled text are ranked by the noise that it will be drawn with.
             Turned off in measurements only.
