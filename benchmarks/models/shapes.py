@@ -247,6 +247,10 @@ IMAGE_TEXT_SETTINGS: dict[str, dict[str, Any]] = {
     "glm5_next": {"text_config": {"index_topk": 16, "index_kpool": 4}},
     "glm_ocr": _MROPE_TEXT,
     "glmga": _MROPE_TEXT,
+    "kosmos-2.5": {
+        "text_config": {"embed_dim": 32, "layers": 2, "attention_heads": 4},
+        "latent_query_num": 8,
+    },
     "hy_v4_vl": {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}},
     "hyperclovax_vision_v2": _WINDOWED_VISION,
     "llava_next": {"image_grid_pinpoints": [[224, 224]]},

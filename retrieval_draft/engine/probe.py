@@ -21,7 +21,9 @@ from retrieval_draft.engine.verification import Verification
 from retrieval_draft.engine.wrapped_models import check_generates, unwrap
 from retrieval_draft.errors import RetrievalDraftError, UnsupportedModelError
 
-__all__ = ["find_target", "probe", "probe_chain"]
+__all__ = ["find_target", "named_sizes", "probe", "probe_chain"]
+
+_log = logging.getLogger("retrieval_draft")
 
 _PROMPT = 8
 _LONG_WINDOW = 64
@@ -110,7 +112,7 @@ def probe_chain(target: ChainTarget) -> float:
     end = 2 * _LONGEST_PROBE if target.max_positions is None else target.max_positions
     longest = end - _REPLY
     found = max((_compare_chain(target, length) for length in _SHORT if length <= longest), default=0.0)
-    sizes = sorted(set(_named_sizes(target)))
+    sizes = sorted({size for size in named_sizes(target) if size <= _LONGEST_PROBE})
     tried = [(window, window + max(2, window // 4)) for window in sizes]
     if max(_SHORT) < longest and end <= _NEAR_END:
         tried.append((min([end, *(window for window in sizes if window >= _LEAST)]), longest))
@@ -128,13 +130,13 @@ def probe_chain(target: ChainTarget) -> float:
     return found
 
 
-def _named_sizes(target: Target) -> Iterator[int]:
-    """Windows, chunks and numbers of chosen keys that the configuration names, as far as they are tried."""
+def named_sizes(target: Target) -> Iterator[int]:
+    """Windows, chunks and numbers of chosen keys that the configuration names."""
     text = target.model.config.get_text_config(decoder=True)
     for name, value in text.to_dict().items():
         if any(part in name for part in _SIZE_NAMES) and not name.endswith("layers"):
             for size in value.values() if isinstance(value, dict) else (value,):
-                if type(size) is int and 1 < size <= _LONGEST_PROBE:
+                if type(size) is int and size > 1:
                     yield size
 
 
@@ -193,11 +195,11 @@ def _compare_chain(target: ChainTarget, length: int) -> float:
     return difference
 
 
-def _generated(model: Any, prompt: Tensor) -> tuple[list[int], Tensor]:
-    """A reply of `_REPLY` tokens by the model's own ``generate``, and its logits, (tokens, vocabulary)."""
+def _generated(model: Any, prompt: Tensor, count: int = _REPLY) -> tuple[list[int], Tensor]:
+    """A reply of `count` tokens by the model's own ``generate``, and its logits, (tokens, vocabulary)."""
     config = GenerationConfig(
-        max_new_tokens=_REPLY,
-        min_new_tokens=_REPLY,
+        max_new_tokens=count,
+        min_new_tokens=count,
         do_sample=False,
         num_beams=1,
         pad_token_id=0,
@@ -246,8 +248,37 @@ def probe(target: Target) -> float:
     ]
     found = max((_compare(target, *text) for text in tried if text[0] <= longest), default=0.0)
     _refuse_fixed_masks(target)
+    _refuse_own_positions(target, min(tried[0][0], longest))
     target.passes_whole = _differs_in_parts(target, max(min(2 * tried[0][0], longest), 1))
     return found
+
+
+def _refuse_own_positions(target: Target, length: int) -> None:
+    """Refuses a model that reads the positions 0, 1, 2, ... otherwise than its own ``generate`` sets them.
+
+    Some make positions of the token ids where none are given (Kosmos-2.5). Models whose ``generate`` does not
+    take text alone are not tried.
+    """
+    if length < 1:
+        return
+    prompt = torch.from_numpy(np.random.default_rng(0).integers(1, min(target.vocabulary, 1000), length))
+    prompt = prompt.to(target.device)
+    try:
+        reply, wanted = _generated(target.model, prompt[None], 2)
+    except Exception as error:  # a model's own code raises anything
+        _log.debug("%s generates nothing after a short text: %r", type(target.model).__name__, error)
+        return
+    cache = target.cache(length + 2)
+    *_, first = target.prefill(cache, prompt, 1)
+    *_, second = target.append(cache, prompt.new_tensor(reply[:1]), length)
+    difference = disagreement(torch.cat([first[-1:], second[-1:]]), wanted)
+    limit = tolerance(target.model.dtype)
+    if difference > limit:
+        raise UnsupportedModelError(
+            f"{type(target.model).__name__} has other logits at given positions than in its own generate: "
+            f"they differ by {difference:.2g} of their standard deviation, at most {limit:g} is allowed.",
+            "Use model.generate for this model.",
+        )
 
 
 def _differs_in_parts(target: Target, length: int) -> bool:

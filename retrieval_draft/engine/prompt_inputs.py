@@ -18,6 +18,7 @@ from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.cache.cache_rows import RowCache, copied_row
 from retrieval_draft.engine.cache.chain_cache import ChainCache
 from retrieval_draft.engine.compat import CACHE_NAMES, given_cache, next_inputs
+from retrieval_draft.engine.probe import named_sizes
 from retrieval_draft.engine.request import DecodeRequest, PassedPrompt
 from retrieval_draft.engine.target import Target, disagreement, tolerance
 from retrieval_draft.engine.wrapped_models import is_compiled, uncompiled
@@ -153,13 +154,28 @@ def _checked(
     try:
         caches = _caches(target, passed, requests, padding)
         if kind not in target.media_ways:
+            _refuse_shifted_chains(target, caches)
             _try(target, passed, caches, requests)
             target.media_ways[kind] = ""
         return caches
+    except (MemoryError, torch.OutOfMemoryError) as error:  # perhaps not the next time
+        raise NotVerifiable("there is no memory for drafts") from error
     except Exception as error:  # the model generates in its own way all the same
         reason = str(error) if isinstance(error, NotVerifiable) else f"{type(error).__name__}: {error}"
         target.media_ways[kind] = reason
         raise NotVerifiable(reason) from error
+
+
+def _refuse_shifted_chains(target: Target, caches: Sequence[RowCache]) -> None:
+    """Refuses positions that are not numbers of keys where the model masks chains by windows or the like.
+
+    Some count positions for that and some count keys (HYV4); few keys after the prompt do not show which.
+    """
+    sizes = list(named_sizes(target))
+    if target.verification.way == "chain" and sizes and any(cache.shift for cache in caches):
+        raise NotVerifiable(
+            f"its positions after images are not numbers of keys, and it chooses keys beyond {min(sizes)}"
+        )
 
 
 def _caches(
@@ -190,7 +206,7 @@ def _row_cache(target: Target, passed: _Passed, row: int, left: int, capacity: i
         raise NotVerifiable("states of padded prompts do not go on without their padding")
     own = copy.deepcopy(passed.cache)
     if len(passed.ids) > 1:
-        own.batch_select_indices(torch.tensor([row], device=passed.ids.device))
+        own.batch_select_indices(torch.tensor([row], dtype=torch.int64, device=passed.ids.device))
     cache: ChainCache = target.cache(capacity)
     cache.load(own, passed.ids.shape[1])
     return cache

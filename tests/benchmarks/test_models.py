@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from benchmarks.models.configs import tiny_config
 from benchmarks.models.float64 import to_float64
@@ -334,3 +335,20 @@ def test_page_has_one_row_for_each_family() -> None:
     with pytest.raises(SystemExit, match="another version"):
         script.tables_of([{"models": {"e": unseen}, "provenance": newer}], page)
     assert "4 models, variants included: 1 tree, 1 chain, 1 plain; 1 not measured." in page
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "way"),
+    [
+        # Positions of its own making in generate: neither trees nor chains, whose positions are given.
+        ("kosmos-2.5", "Kosmos2_5ForConditionalGeneration", "plain"),
+        # Keys chosen by position, where images take fewer positions than keys.
+        ("hy_v4_vl", "HYV4VLForConditionalGeneration", "chain"),
+    ],
+)
+def test_positions_that_are_not_those_of_keys(family: str, kind: str, way: str) -> None:
+    if family not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        pytest.skip("this transformers does not have it")
+    model = tiny_model(family, kind, image_text=True)
+    result = try_model(model, image_text=True, trials=["greedy", "images"])
+    assert (result["way"], result["error"]) == (way, "")

@@ -420,8 +420,8 @@ class _Before:
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
         """Queries, keys and values, (1, heads, tokens, dim) each, of x, (1, tokens, width)."""
-        heads = torch.empty(self._elements, dtype=self._dtype)
-        scratch = torch.empty(self._bytes, dtype=torch.uint8)
+        heads = torch.empty(self._elements, dtype=self._dtype, device="cpu")
+        scratch = torch.empty(self._bytes, dtype=torch.uint8, device="cpu")
         addresses = [tensor.data_ptr() for tensor in (x, cos, sin, heads, scratch)]
         self._program.run(addresses, torch.get_num_threads())
         return [heads.as_strided(*view) for view in self._views]
@@ -493,7 +493,7 @@ class _After:
             attention: The values of `_ATTENTION`; without attention the address of its output and zeros.
         """
         out = torch.empty_like(residual)
-        scratch = torch.empty(self._bytes, dtype=torch.uint8)
+        scratch = torch.empty(self._bytes, dtype=torch.uint8, device="cpu")
         addresses = (residual.data_ptr(), out.data_ptr(), *attention, scratch.data_ptr())
         self._program.run(addresses, torch.get_num_threads())
         return out
@@ -648,7 +648,7 @@ def _observe(model: Any, layer: Any, parts: _Parts) -> _Calls | None:
     angles = torch.cat([normal(1, tokens, head // 2).float()] * 2, -1)
     given = {
         "attention_mask": normal(1, 1, tokens, tokens),
-        "position_ids": torch.arange(tokens)[None],
+        "position_ids": torch.arange(tokens, device="cpu")[None],
         "position_embeddings": (angles.cos().to(parts.dtype), angles.sin().to(parts.dtype)),
     }
     attended = normal(1, tokens, layer.self_attn.q_proj.weight.shape[0] // head, head)
