@@ -18,7 +18,7 @@ from retrieval_draft.engine.chain_target import ChainTarget
 from retrieval_draft.engine.plain_target import PlainTarget
 from retrieval_draft.engine.target import Target, disagreement, tolerance
 from retrieval_draft.engine.verification import Verification
-from retrieval_draft.engine.wrapped_models import check_generates, unwrap
+from retrieval_draft.engine.wrapped_models import check_generates, is_compiled, uncompiled, unwrap
 from retrieval_draft.errors import RetrievalDraftError, UnsupportedModelError
 
 __all__ = ["find_target", "named_sizes", "probe", "probe_chain"]
@@ -211,9 +211,10 @@ def _generated(model: Any, prompt: Tensor, count: int = _REPLY) -> tuple[list[in
     level = log.level
     log.setLevel(logging.ERROR)  # of settings that sampling alone would use
     try:
-        out = type(model).generate(
-            model, prompt, attention_mask=torch.ones_like(prompt), generation_config=config
-        )
+        with uncompiled(is_compiled(model)):
+            out = type(model).generate(
+                model, prompt, attention_mask=torch.ones_like(prompt), generation_config=config
+            )
     finally:
         log.setLevel(level)
     return out.sequences[0, prompt.shape[1] :].tolist(), torch.cat(out.logits)
