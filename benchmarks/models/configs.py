@@ -90,7 +90,7 @@ def _made(kind: type, chosen: dict[str, Any]) -> Any:
     for _ in range(_ATTEMPTS):
         try:
             return kind(**chosen)
-        except Exception as error:
+        except Exception as error:  # of the class's own validation
             found = re.search(r"field '(\w+)'", str(error))
             if found is None or not found[1].endswith("token_id") or "NoneType" not in str(error):
                 raise

@@ -79,7 +79,7 @@ def _prompt(
             model.generate(ids, attention_mask=mask, **given, **more, **options).logits[0]
             for given in (pixels, other)
         )
-    except Exception:
+    except Exception:  # the class wants other ids beside the image
         return None
     return None if torch.equal(first, second) else (ids, mask, {**pixels, **more})
 

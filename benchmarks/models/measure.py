@@ -189,7 +189,7 @@ def _tried(
     begin = time.monotonic()
     try:
         model = tiny_model(family, kind, settings, image_text, attention, seed)
-    except Exception as error:
+    except Exception as error:  # a class's own code raises anything
         return {"outcome": "not_built", "error": described(error)}
     built = time.monotonic() - begin
     result = try_model(model, image_text, trials, seed)

@@ -120,6 +120,6 @@ def _distinct_tokens(model: Any) -> int:
         out = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, pad_token_id=0
         )
-    except Exception:
+    except Exception:  # what stock cannot run is counted by its trial
         return VOCABULARY
     return int(out[0, prompt.shape[1] :].unique().numel())

@@ -137,7 +137,7 @@ def try_model(model: Any, image_text: bool, trials: Iterable[str] = TRIALS, seed
         return {**result, "outcome": "stock_fails", "error": str(error), "trials": {}}
     try:
         subject = _Subject(model, seed)
-    except Exception as error:
+    except Exception as error:  # any failure is counted
         outcome = "refused" if isinstance(error, UnsupportedModelError) else "crashed"
         return {**result, "outcome": outcome, "error": described(error), "trials": {}}
     way = subject.default.verification.way
@@ -182,7 +182,7 @@ def _tried(subject: _Subject, name: str) -> Trial | None:
         return Trial("stock fails", str(error))
     except RetrievalDraftError as error:
         return Trial("refused", described(error))
-    except Exception as error:
+    except Exception as error:  # any failure is counted
         return Trial("crashed", described(error))
 
 
@@ -310,7 +310,7 @@ def _stock(model: Any, ids: Tensor, mask: Tensor, **inputs: Any) -> Tensor:
     torch.manual_seed(0)  # Reformer hashes at random
     try:
         out: Tensor = model.generate(ids, attention_mask=mask, **{**_OPTIONS, **inputs})
-    except Exception as error:
+    except Exception as error:  # a model's own code raises anything
         raise _StockFails(described(error)) from error
     return out
 

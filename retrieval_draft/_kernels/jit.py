@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar, cast
 
 from numba import njit
@@ -15,7 +16,7 @@ from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
 from numba.extending import is_jitted
 
-__all__ = ["c_function", "kernel", "kernel_files", "source_stamp", "sum_kernel"]
+__all__ = ["c_address", "c_function", "kernel", "kernel_files", "source_stamp", "sum_kernel"]
 
 _log = logging.getLogger("retrieval_draft")
 
@@ -53,6 +54,20 @@ def c_function(function: Callable[..., object], signature: Any) -> Any:
     _keep_code(compiled, function)
     compiled.compile()
     return compiled
+
+
+_compiling = Lock()
+
+
+def c_address(function: Callable[..., object], signature: Any) -> int:
+    """The address of a function compiled by `c_function`, once; it is good as long as the process."""
+    with _compiling:
+        return int(_c_function(function, signature).address)
+
+
+@cache
+def _c_function(function: Callable[..., object], signature: Any) -> Any:
+    return c_function(function, signature)
 
 
 def _compiled(function: Function, fastmath: bool | set[str], **options: bool) -> Function:

@@ -10,27 +10,14 @@ import torch
 import transformers
 from torch import Tensor
 
-VOCABULARY = 97
+from tests.support.models import SHAPE
+
 IMAGE = 95
 """The id that stands for a part of an image."""
 MARKS = (93, 94, 96)
 """Ids that the configurations name for the beginning and end of images, and for videos."""
 
-_TEXT: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-    "tie_word_embeddings": False,
-}
+_TEXT: dict[str, Any] = {**SHAPE, "num_hidden_layers": 2, "tie_word_embeddings": False}
 _VISION: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 24,

@@ -18,12 +18,11 @@ from tests.support.image_models import (
     CLASSES,
     IMAGE,
     MARKS,
-    VOCABULARY,
     image_inputs,
     image_prompt,
     make_image_model,
 )
-from tests.support.models import CACHE
+from tests.support.models import CACHE, VOCABULARY
 
 NAMES = list(CLASSES)
 FEW = {"internvl", "smolvlm", "qwen3_vl"}

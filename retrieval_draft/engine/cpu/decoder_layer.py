@@ -276,13 +276,13 @@ class _Builder:
         self, x: At, length: int, *, first: Norm | None = None, residual: At | None = None,
         out: At | None = None, second: Norm | None = None, ordered: bool = False,
     ) -> At:  # fmt: skip
-        """Adds a stage of `add_and_norm`, and returns the normed rows, float32."""
-        y = self.room(self._tokens * length, 4) if second else At("scratch")
+        """Adds a stage of `add_and_norm`, and returns the rows normed by `second`, float32."""
+        y = self.room(self._tokens * length if second else 0, 4)
         self.program.stage(
             stage_function("add_and_norm"),
             [
                 0, x, residual or 0, first.address if first else 0, out or 0, second.address if second else 0,
-                y if second else 0, self._tokens, length,
+                y, self._tokens, length,
                 *(_bits(norm.eps if norm else 0.0) for norm in (first, second)),
                 *(int(norm.twice) if norm else 0 for norm in (first, second)), self._half, int(ordered),
             ],

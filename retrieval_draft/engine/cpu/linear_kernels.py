@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
 from ctypes import c_int64
 from functools import cache
@@ -48,7 +47,9 @@ def tiled(weight: Tensor, bias: Tensor | None = None) -> Linear:
     Example:
         weight = [[1, 0], [1, 1]], bias = [0, 5]: [[1, 2]] gives [[1, 8]]
     """
-    return CompiledLinear("tiled", weight, bias)
+    from retrieval_draft.engine.cpu._kernels.linear import linear as kernel
+
+    return CompiledLinear(weight, bias, kernel, packs=False)
 
 
 def tokenwise(weight: Tensor, bias: Tensor | None = None) -> Linear:
@@ -64,16 +65,19 @@ def tokenwise(weight: Tensor, bias: Tensor | None = None) -> Linear:
     Example:
         weight = [[1, 0], [1, 1]], bias = [0, 5]: [[1, 2], [3, 4]] gives [[1, 8], [3, 12]]
     """
-    return CompiledLinear("tokenwise", weight, bias)
+    from retrieval_draft.engine.cpu._kernels.linear_tokenwise import linear_tokenwise
+
+    return CompiledLinear(weight, bias, linear_tokenwise, packs=True)
 
 
 class CompiledLinear:
     """A layer of one of our kernels: a call, or a job that is one stage of several.
 
     Args:
-        name: "tiled" or "tokenwise", which differ in the order of x and of the sums.
         weight: (rows, length), float32 or bfloat16, each row contiguous.
         bias: (rows,), contiguous, of the weight's dtype.
+        function: The kernel, of the address of a job.
+        packs: Whether its input is packed.
 
     Attributes:
         function: Address of the C function of a job.
@@ -84,8 +88,17 @@ class CompiledLinear:
         is_ordered: Whether a job's input has the elements at even indices of each step first.
     """
 
-    def __init__(self, name: str, weight: Any, bias: Tensor | None) -> None:
-        from retrieval_draft.engine.cpu._kernels.linear import BLOCK, MAX_TOKENS, TILE, widen_rows
+    def __init__(
+        self, weight: Any, bias: Tensor | None, function: Callable[[int], None], packs: bool
+    ) -> None:
+        from retrieval_draft._kernels.jit import c_address
+        from retrieval_draft.engine.cpu._kernels.linear import (
+            BLOCK,
+            MAX_TOKENS,
+            SIGNATURE,
+            TILE,
+            widen_rows,
+        )
         from retrieval_draft.engine.cpu._kernels.linear_tokenwise import pack
         from retrieval_draft.engine.cpu._kernels.vector_tile import LANES
 
@@ -93,17 +106,12 @@ class CompiledLinear:
         self.rows, self.length = map(int, weight.shape)
         self.nbytes = int(weight.nbytes)
         self.dtype: torch.dtype = weight.dtype
-        self.packs, self.is_ordered = name == "tokenwise", self.dtype == torch.bfloat16
-        self.function = self._machine_code(name)
+        self.packs, self.is_ordered = packs, self.dtype == torch.bfloat16
+        self.function = c_address(function, SIGNATURE)
         self._block = block_of(self.nbytes, self.rows, BLOCK, BLOCK if self.packs else TILE)
         self._run = on_threads(self.function)
         self._most, self._lanes = MAX_TOKENS, LANES
         self._widen, self._pack = widen_rows, pack
-
-    def _machine_code(self, name: str) -> int:
-        """The address of a compiled kernel, which lives as long as the process."""
-        with _compiling:
-            return int(_compiled(name).address)
 
     def job(self, x: int, y: int, tokens: int) -> list[int]:
         """The fields of a job.
@@ -223,15 +231,3 @@ def is_tiled_available(weight: Tensor) -> bool:
         and weight.dim() == 2
         and weight.stride(1) == 1
     )
-
-
-_compiling = threading.Lock()
-
-
-@cache
-def _compiled(name: str) -> Any:
-    from retrieval_draft._kernels.jit import c_function
-    from retrieval_draft.engine.cpu._kernels.linear import SIGNATURE, linear
-    from retrieval_draft.engine.cpu._kernels.linear_tokenwise import linear_tokenwise
-
-    return c_function({"tiled": linear, "tokenwise": linear_tokenwise}[name], SIGNATURE)

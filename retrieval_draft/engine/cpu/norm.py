@@ -24,12 +24,13 @@ _CLOSE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7}
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """An RMS norm as our kernels compute it. It holds parameters and not the module, so that is freed.
+    """An RMS norm as our kernels compute it. It holds parameters and not the module, which can be freed.
 
     Attributes:
         parameters: Those of the module.
         weight: The weight when it was read.
         scale: float32, shape (length,); each element times that of a normed row.
+        address: That of the scale, good as long as the scale is held.
         eps: Added to the mean of squares.
         offset: The scale less the weight.
         twice: Whether rows are rounded to the weight's dtype before they are scaled.
@@ -38,14 +39,10 @@ class Norm:
     parameters: dict[str, nn.Parameter | None]
     weight: nn.Parameter
     scale: NDArray[np.float32]
+    address: int
     eps: float
     offset: float
     twice: bool
-
-    @property
-    def address(self) -> int:
-        """The scale's."""
-        return int(self.scale.ctypes.data)
 
     def refresh(self) -> None:
         """Reads the weight again, which may have been changed in place."""
@@ -99,7 +96,7 @@ class CpuNorm:
 
 def _norm(module: nn.Module, weight: nn.Parameter, eps: float, offset: float, twice: bool) -> Norm:
     scale = np.empty(len(weight), np.float32)
-    norm = Norm(module._parameters, weight, scale, eps, offset, twice)
+    norm = Norm(module._parameters, weight, scale, int(scale.ctypes.data), eps, offset, twice)
     norm.refresh()
     return norm
 
@@ -131,10 +128,10 @@ def _rule(module: nn.Module, weight: nn.Parameter, eps: float) -> tuple[float, b
 
 
 def _forward(module: nn.Module, norm: Norm) -> Callable[[Tensor], Tensor]:
-    from retrieval_draft.engine.cpu._kernels.norm import rms_norm_bfloat16, rms_norm_float32
+    from retrieval_draft.engine.cpu._kernels.norm import rms_norm
 
     own, parameters, weight = type(module).forward, norm.parameters, norm.weight
-    dtype, length, scale, eps, twice = weight.dtype, len(weight), norm.scale, norm.eps, norm.twice
+    dtype, length, eps, twice = weight.dtype, len(weight), norm.eps, norm.twice
     holder = ref(module)
 
     def forward(input: Tensor) -> Tensor:
@@ -149,11 +146,10 @@ def _forward(module: nn.Module, norm: Norm) -> Callable[[Tensor], Tensor]:
         x = input.contiguous()
         y = torch.empty_like(x)
         rows = x.numel() // length
-        if dtype is torch.float32:
-            rms_norm_float32(x.data_ptr(), y.data_ptr(), scale, rows, eps)
-        else:
-            wide = np.empty(length, np.float32)
-            rms_norm_bfloat16(x.data_ptr(), y.data_ptr(), scale, rows, eps, wide, twice)
+        # bfloat16 rows are computed as float32, in scratch memory.
+        wide = np.empty(length, np.float32).ctypes if dtype is torch.bfloat16 else None
+        at = 0 if wide is None else wide.data
+        rms_norm(x.data_ptr(), y.data_ptr(), norm.address, rows, length, eps, twice, at)
         return y
 
     return forward

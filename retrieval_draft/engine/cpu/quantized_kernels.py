@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from functools import cache
-from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import linear
@@ -44,16 +41,13 @@ class QuantizedLinear(CompiledLinear):
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
         from retrieval_draft.engine.cpu._kernels.linear import BLOCK
+        from retrieval_draft.engine.cpu._kernels.linear_quantized import linear_quantized
 
-        super().__init__("quantized", weight, bias)
+        super().__init__(weight, bias, linear_quantized, packs=False)
         self._is_half, self.is_ordered = self.is_ordered, False
         self._data, self._terms = weight.data, weight.terms
         self._planes, self._group = weight.planes, weight.group
         self._block = block_of(self.nbytes, self.rows // self._planes, BLOCK, _TILE)
-
-    def _machine_code(self, name: str) -> int:
-        with _compiling:
-            return int(_compiled().address)
 
     def job(self, x: int, y: int, tokens: int) -> list[int]:
         """The fields of a job, as for `CompiledLinear`."""
@@ -81,14 +75,3 @@ QUANTIZED_KERNELS: dict[str, Callable[[QuantizedWeight, Tensor | None], Linear]]
 
 _TILE = 8
 """Rows of bytes that a block of the kernel is a multiple of."""
-
-_compiling = threading.Lock()
-
-
-@cache
-def _compiled() -> Any:
-    from retrieval_draft._kernels.jit import c_function
-    from retrieval_draft.engine.cpu._kernels.linear import SIGNATURE
-    from retrieval_draft.engine.cpu._kernels.linear_quantized import linear_quantized
-
-    return c_function(linear_quantized, SIGNATURE)

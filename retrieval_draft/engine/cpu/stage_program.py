@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -89,22 +88,14 @@ _SELF = "program"
 _LINE = 8
 """int64 in a cache line."""
 
-_compiling = threading.Lock()
-
 
 def stage_function(name: str) -> int:
-    """The address of a compiled function of stages.py, which lives as long as the process."""
-    with _compiling:
-        return int(_compiled(name).address)
-
-
-@cache
-def _compiled(name: str) -> Any:
-    from retrieval_draft._kernels.jit import c_function
+    """The address of a compiled function of stages.py."""
+    from retrieval_draft._kernels.jit import c_address
     from retrieval_draft.engine.cpu._kernels import stages
     from retrieval_draft.engine.cpu._kernels.linear import SIGNATURE
 
-    return c_function(getattr(stages, name), SIGNATURE)
+    return c_address(getattr(stages, name), SIGNATURE)
 
 
 @cache

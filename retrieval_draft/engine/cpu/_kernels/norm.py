@@ -8,66 +8,105 @@ import numpy as np
 from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
-from retrieval_draft._kernels.jit import sum_kernel
-from retrieval_draft.engine.cpu._kernels.vector_tile import floats_at, load_bfloat16, store_bfloat16
+from retrieval_draft._kernels.jit import kernel, sum_kernel
+from retrieval_draft.engine.cpu._kernels.vector_tile import (
+    floats_at,
+    load_bfloat16,
+    stack_floats,
+    store_bfloat16,
+)
 
-__all__ = ["rms_norm_bfloat16", "rms_norm_float32", "rms_norm_numpy"]
+__all__ = ["norm_row", "read_row", "rms_norm", "rms_norm_numpy", "round_bfloat16", "write_row"]
+
+
+@kernel
+def round_bfloat16(value: float) -> float:
+    """The nearest bfloat16, as float32."""
+    scratch = stack_floats(1)
+    store_bfloat16(scratch, value)
+    return load_bfloat16(scratch)
+
+
+@kernel
+def read_row(source: int, target: int, length: int, half: bool) -> None:
+    """A row of float32, or of bfloat16 if `half`, as float32. Addresses."""
+    out = carray(floats_at(target), (length,))
+    if half:
+        for column in range(length):
+            out[column] = load_bfloat16(source + column * 2)
+    else:
+        given = carray(floats_at(source), (length,))
+        for column in range(length):
+            out[column] = given[column]
+
+
+@kernel
+def write_row(source: int, target: int, length: int, half: bool) -> None:
+    """A row of float32 as float32, or as bfloat16 if `half`. Addresses."""
+    given = carray(floats_at(source), (length,))
+    if half:
+        for column in range(length):
+            store_bfloat16(target + column * 2, given[column])
+    else:
+        out = carray(floats_at(target), (length,))
+        for column in range(length):
+            out[column] = given[column]
 
 
 @sum_kernel
-def rms_norm_float32(x: int, y: int, scale: NDArray[np.float32], rows: int, eps: float) -> None:
-    """Y = x / sqrt(mean(x²) + eps) · scale for each row.
+def norm_row(x: int, scale: int, length: int, eps: float, twice: bool, half: bool) -> None:
+    """Makes x / sqrt(mean(x²) + eps) · scale of a row of float32, in place.
 
     Args:
-        x, y: Addresses of float32 (rows, length), contiguous; y is written.
-        scale: float32, shape (length,).
-        rows: Number of rows.
+        x: Address of the row.
+        scale: Address of float32, as long.
+        length: Elements of the row.
         eps: Added to the mean.
+        twice: Whether the normalised row is rounded to bfloat16 before it is scaled, as Llama does.
+        half: Whether the result is rounded to bfloat16.
     """
-    length = scale.shape[0]
-    for row in range(rows):
-        given = carray(floats_at(x + row * length * 4), (length,))
-        out = carray(floats_at(y + row * length * 4), (length,))
-        total = np.float32(0.0)
+    row, factors = carray(floats_at(x), (length,)), carray(floats_at(scale), (length,))
+    total = np.float32(0.0)
+    for column in range(length):
+        total += row[column] * row[column]
+    factor = np.float32(1.0) / np.sqrt(total / np.float32(length) + np.float32(eps))
+    if twice:
         for column in range(length):
-            total += given[column] * given[column]
-        factor = np.float32(1.0) / np.sqrt(total / np.float32(length) + np.float32(eps))
+            row[column] = round_bfloat16(row[column] * factor) * factors[column]
+    else:
         for column in range(length):
-            out[column] = given[column] * factor * scale[column]
+            row[column] = row[column] * factor * factors[column]
+    if half:
+        for column in range(length):
+            row[column] = round_bfloat16(row[column])
 
 
-@sum_kernel
-def rms_norm_bfloat16(
-    x: int, y: int, scale: NDArray[np.float32], rows: int, eps: float, wide: NDArray[np.float32], twice: bool
-) -> None:
-    """RMS norm as in `rms_norm_float32`, from and to bfloat16.
+@kernel
+def rms_norm(x: int, y: int, scale: int, rows: int, length: int, eps: float, twice: bool, wide: int) -> None:
+    """Norms contiguous rows by `norm_row`.
 
     Args:
-        wide: float32, shape (length + 1,), scratch.
-        twice: Whether the normalised row is rounded to bfloat16 before it is scaled, as Llama does.
+        x, y: Addresses of (rows, length); y is written.
+        scale: Address of float32, (length,).
+        rows: Number of rows.
+        length: Elements of a row.
+        eps: Added to the mean.
+        twice: As for `norm_row`.
+        wide: 0 for rows of float32; for bfloat16 the address of float32 scratch, (length,).
     """
-    length = scale.shape[0]
+    half = wide != 0
+    size = 2 if half else 4
     for row in range(rows):
-        begin, out = x + row * length * 2, y + row * length * 2
-        total = np.float32(0.0)
-        for column in range(length):
-            wide[column] = load_bfloat16(begin + column * 2)
-        for column in range(length):
-            total += wide[column] * wide[column]
-        factor = np.float32(1.0) / np.sqrt(total / np.float32(length) + np.float32(eps))
-        for column in range(length):
-            wide[column] *= factor
-        if twice:
-            for column in range(length):
-                store_bfloat16(out + column * 2, wide[column])
-            for column in range(length):
-                wide[column] = load_bfloat16(out + column * 2)
-        for column in range(length):
-            store_bfloat16(out + column * 2, wide[column] * scale[column])
+        at = y + row * length * size
+        target = wide if half else at
+        read_row(x + row * length * size, target, length, half)
+        norm_row(target, scale, length, eps, twice, half)
+        if half:
+            write_row(wide, at, length, True)
 
 
 def rms_norm_numpy(x: NDArray[np.float32], scale: NDArray[np.float32], eps: float) -> NDArray[np.float32]:
-    """The kernels' twin: float32, shape (rows, length), from `x` of that shape and `scale`, (length,)."""
+    """The kernel's twin: float32, shape (rows, length), from `x` of that shape and `scale`, (length,)."""
     given: Any = x.astype(np.float64)
     factor = 1.0 / np.sqrt((given * given).mean(-1, keepdims=True) + eps)
     return (given * factor * scale).astype(np.float32)

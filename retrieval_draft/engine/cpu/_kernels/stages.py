@@ -14,20 +14,21 @@ from llvmlite import ir
 from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
-from retrieval_draft._kernels.jit import kernel, sum_kernel
+from retrieval_draft._kernels.jit import kernel
 from retrieval_draft.engine.cpu._kernels.linear import MAX_TOKENS, TILE, floats, widen_rows
 from retrieval_draft.engine.cpu._kernels.linear_tokenwise import multiply, rows_of
+from retrieval_draft.engine.cpu._kernels.norm import norm_row, read_row, round_bfloat16, write_row
 from retrieval_draft.engine.cpu._kernels.vector_tile import (
     LANES,
     STEP,
+    bytes_at,
     claim,
+    doubles_at,
     floats_at,
     integers_at,
     intrinsic,
-    load_bfloat16,
     long,
     stack_floats,
-    store_bfloat16,
     types,
 )
 
@@ -101,26 +102,6 @@ def _seen(context: Any, address: Any) -> Any:
     return types.int64(types.intp), generate
 
 
-@intrinsic
-def _doubles_at(context: Any, address: Any) -> Any:
-    """A pointer to float64 from an address, for `numba.carray`."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], ir.DoubleType().as_pointer())
-
-    return types.CPointer(types.float64)(types.intp), generate
-
-
-@intrinsic
-def _bytes_at(context: Any, address: Any) -> Any:
-    """A pointer to int8 from an address, for `numba.carray`."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-
-    return types.CPointer(types.int8)(types.intp), generate
-
-
 def run_stages(program: int) -> None:
     """One thread's way through a program of jobs, in order.
 
@@ -151,65 +132,12 @@ def run_stages(program: int) -> None:
 
 
 @kernel
-def _rounded(value: float) -> float:
-    """The nearest bfloat16."""
-    scratch = stack_floats(1)
-    store_bfloat16(scratch, value)
-    return load_bfloat16(scratch)
-
-
-@kernel
 def _order(column: int, whole: int) -> int:
     """The index of a column where each `STEP` columns before `whole` have those at even indices first."""
     if column >= whole:
         return column
     within = column % STEP
     return column - within + (within >> 1) + (within & 1) * LANES
-
-
-@sum_kernel
-def _scaled(x: int, scale: int, length: int, eps: float, twice: bool, half: bool) -> None:
-    """RMS norm of a row of float32 in place, rounded to bfloat16 if `half`; see `rms_norm_bfloat16`."""
-    row, factors = carray(floats_at(x), (length,)), carray(floats_at(scale), (length,))
-    total = np.float32(0.0)
-    for column in range(length):
-        total += row[column] * row[column]
-    factor = np.float32(1.0) / np.sqrt(total / np.float32(length) + np.float32(eps))
-    if twice:
-        for column in range(length):
-            row[column] = _rounded(row[column] * factor) * factors[column]
-    else:
-        for column in range(length):
-            row[column] = row[column] * factor * factors[column]
-    if half:
-        for column in range(length):
-            row[column] = _rounded(row[column])
-
-
-@kernel
-def _read(source: int, target: int, length: int, half: bool) -> None:
-    """A row of float32 or bfloat16 as float32."""
-    out = carray(floats_at(target), (length,))
-    if half:
-        for column in range(length):
-            out[column] = load_bfloat16(source + column * 2)
-    else:
-        given = carray(floats_at(source), (length,))
-        for column in range(length):
-            out[column] = given[column]
-
-
-@kernel
-def _write(source: int, target: int, length: int, half: bool) -> None:
-    """A row of float32 as float32 or bfloat16."""
-    given = carray(floats_at(source), (length,))
-    if half:
-        for column in range(length):
-            store_bfloat16(target + column * 2, given[column])
-    else:
-        out = carray(floats_at(target), (length,))
-        for column in range(length):
-            out[column] = given[column]
 
 
 def add_and_norm(job: int) -> None:
@@ -227,27 +155,27 @@ def add_and_norm(job: int) -> None:
     field = carray(integers_at(job), (15,))
     tokens, length, half, ordered = field[7], field[8], field[13] != 0, field[14] != 0
     size = 2 if half else 4
-    eps = carray(_doubles_at(job + 72), (2,))
+    eps = carray(doubles_at(job + 72), (2,))
     row_at, other_at = stack_floats(MAX_ROW), stack_floats(MAX_ROW)
     row, other = carray(floats_at(row_at), (length,)), carray(floats_at(other_at), (length,))
     whole = length - length % STEP
     token = claim(job)
     while token < tokens:
         begin = token * length * size
-        _read(field[1] + begin, row_at, length, half)
+        read_row(field[1] + begin, row_at, length, half)
         if field[3] != 0:
-            _scaled(row_at, field[3], length, eps[0], field[11] != 0, half)
+            norm_row(row_at, field[3], length, eps[0], field[11] != 0, half)
         if field[2] != 0:
-            _read(field[2] + begin, other_at, length, half)
+            read_row(field[2] + begin, other_at, length, half)
             for column in range(length):
                 row[column] += other[column]
             if half:
                 for column in range(length):
-                    row[column] = _rounded(row[column])
+                    row[column] = round_bfloat16(row[column])
         if field[4] != 0:
-            _write(row_at, field[4] + begin, length, half)
+            write_row(row_at, field[4] + begin, length, half)
         if field[5] != 0:
-            _scaled(row_at, field[5], length, eps[1], field[12] != 0, half)
+            norm_row(row_at, field[5], length, eps[1], field[12] != 0, half)
             out = carray(floats_at(field[6] + token * length * 4), (length,))
             if ordered:
                 for column in range(length):
@@ -311,7 +239,7 @@ def gate(job: int) -> None:
         g, z = carray(floats_at(g_at), (count,)), carray(floats_at(z_at), (count,))
         y = carray(floats_at(y_at), (count,))
         powers = carray(floats_at(bits_at), (count,)).view(np.int32)
-        _read(field[1] + begin, g_at, count, half)
+        read_row(field[1] + begin, g_at, count, half)
         if field[6] == SILU:
             for column in range(count):
                 z[column] = -g[column]
@@ -322,10 +250,10 @@ def gate(job: int) -> None:
         _exponentials(z, powers, y)
         for column in range(count):
             y[column] = g[column] / (np.float32(1.0) + y[column])
-        _read(field[2] + begin, z_at, count, half)
+        read_row(field[2] + begin, z_at, count, half)
         if half:
             for column in range(count):
-                y[column] = _rounded(_rounded(y[column]) * z[column])
+                y[column] = round_bfloat16(round_bfloat16(y[column]) * z[column])
         else:
             for column in range(count):
                 y[column] *= z[column]
@@ -360,30 +288,30 @@ def head_positions(job: int) -> None:
     field = carray(integers_at(job), (11,))
     tokens, heads, dim, half = field[5], field[6], field[7], field[10] != 0
     size, middle = 2 if half else 4, field[7] // 2
-    eps = carray(_doubles_at(job + 64), (1,))[0]
+    eps = carray(doubles_at(job + 64), (1,))[0]
     x_at, cos_at, sin_at = stack_floats(MAX_HEAD), stack_floats(MAX_HEAD), stack_floats(MAX_HEAD)
     x = carray(floats_at(x_at), (dim,))
     cos, sin = carray(floats_at(cos_at), (dim,)), carray(floats_at(sin_at), (dim,))
     token = claim(job)
     while token < tokens:
-        _read(field[3] + token * dim * size, cos_at, dim, half)
-        _read(field[4] + token * dim * size, sin_at, dim, half)
+        read_row(field[3] + token * dim * size, cos_at, dim, half)
+        read_row(field[4] + token * dim * size, sin_at, dim, half)
         for head in range(heads):
             at = field[1] + (token * heads + head) * dim * size
-            _read(at, x_at, dim, half)
+            read_row(at, x_at, dim, half)
             if field[2] != 0:
-                _scaled(x_at, field[2], dim, eps, field[9] != 0, half)
+                norm_row(x_at, field[2], dim, eps, field[9] != 0, half)
             for column in range(middle):
                 a, b = x[column], x[middle + column]
                 if half:
-                    x[column] = _rounded(a * cos[column]) + _rounded(-b * sin[column])
-                    x[middle + column] = _rounded(b * cos[middle + column]) + _rounded(
+                    x[column] = round_bfloat16(a * cos[column]) + round_bfloat16(-b * sin[column])
+                    x[middle + column] = round_bfloat16(b * cos[middle + column]) + round_bfloat16(
                         a * sin[middle + column]
                     )
                 else:
                     x[column] = a * cos[column] - b * sin[column]
                     x[middle + column] = b * cos[middle + column] + a * sin[middle + column]
-            _write(x_at, at, dim, half)
+            write_row(x_at, at, dim, half)
         token = claim(job)
 
 
@@ -405,7 +333,7 @@ def attend(job: int) -> None:
     field = carray(integers_at(job), (17,))
     tokens, heads, dim, keys, half = field[6], field[7], field[8], field[9], field[15] != 0
     size = 2 if half else 4
-    scale = np.float32(carray(_doubles_at(job + 112), (1,))[0])
+    scale = np.float32(carray(doubles_at(job + 112), (1,))[0])
     query_at, score_at, total_at = stack_floats(_QUERIES), stack_floats(_SCORES), stack_floats(_TOTALS)
     key_at, value_at, mask_at, bits_at = (
         stack_floats(_WIDE), stack_floats(_WIDE), stack_floats(MAX_TOKENS), stack_floats(MAX_TOKENS),
@@ -427,7 +355,7 @@ def attend(job: int) -> None:
         count = min(_GROUP, tokens - first)
         for row in range(count):
             at = field[1] + ((first + row) * heads + head) * dim * size
-            _read(at, query_at + row * dim * 4, dim, half)
+            read_row(at, query_at + row * dim * 4, dim, half)
             for column in range(dim):
                 query[row, column] *= scale
             largest[row], weight[row] = _LOWEST, np.float32(0.0)
@@ -440,8 +368,8 @@ def attend(job: int) -> None:
             key = field[2] + (group * field[10] + begin * dim) * size
             value = field[3] + (group * field[11] + begin * dim) * size
             if half:
-                _read(key, key_at, some * dim, True)
-                _read(value, value_at, some * dim, True)
+                read_row(key, key_at, some * dim, True)
+                read_row(value, value_at, some * dim, True)
                 key, value = key_at, value_at
             for row in range(count):
                 for column in range(MAX_TOKENS):
@@ -460,12 +388,12 @@ def attend(job: int) -> None:
                 if field[4] != 0:
                     at = field[4] + (first + row) * field[12] * (1 if field[16] else size)
                     if field[16]:
-                        seen = carray(_bytes_at(at), (keys,))
+                        seen = carray(bytes_at(at), (keys,))
                         for column in range(some):
                             if seen[begin + column] == 0:
                                 scores[row, column] = _LOWEST
                     else:
-                        _read(at + begin * size, mask_at, some, half)
+                        read_row(at + begin * size, mask_at, some, half)
                         for column in range(some):
                             scores[row, column] = max(scores[row, column] + shifted[column], _LOWEST)
                 most = largest[row]
@@ -501,7 +429,7 @@ def attend(job: int) -> None:
                 for column in range(min(columns, dim - part * columns)):
                     query[row, part * columns + column] = totals[part, row, column] * factor
             at = field[5] + ((first + row) * heads + head) * dim * size
-            _write(query_at + row * dim * 4, at, dim, half)
+            write_row(query_at + row * dim * 4, at, dim, half)
         block = claim(job)
 
 
@@ -556,7 +484,7 @@ def layout(job: int) -> None:
             if half and ordered:
                 widen_rows(source, target, 1, count)
             else:
-                _read(source, target, count, half)
+                read_row(source, target, count, half)
         if width:
             out = carray(floats_at(field[2]), (length, width))
             for column in range(count):

@@ -21,9 +21,11 @@ __all__ = [
     "LANES",
     "STEP",
     "add_at",
+    "bytes_at",
     "cgutils",
     "claim",
     "dot_tile",
+    "doubles_at",
     "floats_at",
     "integers_at",
     "intrinsic",
@@ -347,6 +349,18 @@ def floats_at(context: Any, address: Any) -> Any:
 def integers_at(context: Any, address: Any) -> Any:
     """A pointer to int64 from an address, for `numba.carray`."""
     return types.CPointer(types.int64)(types.intp), _to_pointer(_LONG)
+
+
+@intrinsic
+def doubles_at(context: Any, address: Any) -> Any:
+    """A pointer to float64 from an address, for `numba.carray`."""
+    return types.CPointer(types.float64)(types.intp), _to_pointer(ir.DoubleType())
+
+
+@intrinsic
+def bytes_at(context: Any, address: Any) -> Any:
+    """A pointer to int8 from an address, for `numba.carray`."""
+    return types.CPointer(types.int8)(types.intp), _to_pointer(_BYTE)
 
 
 def _to_pointer(kind: Any) -> Any:

@@ -1,4 +1,5 @@
 import threading
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ def test_experts_and_convolutions_keep_stock() -> None:
 
 
 def kept(value: Any, seen: set[int]) -> int:
-    """Bytes of the tensors and arrays that a function holds, through lists and other functions."""
+    """Bytes of the tensors and arrays that a function holds, through lists, records and other functions."""
     if id(value) in seen:
         return 0
     seen.add(id(value))
@@ -122,6 +123,8 @@ def kept(value: Any, seen: set[int]) -> int:
         seen.add(address)
         return value.nbytes if fresh else 0
     inner = list(value) if isinstance(value, list | tuple) else []
+    if is_dataclass(value):
+        inner += [getattr(value, field.name) for field in fields(value)]
     inner += [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
     return sum(kept(each, seen) for each in inner)
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from retrieval_draft.engine.cpu.linear_kernels import CompiledLinear
+from retrieval_draft.engine.cpu.linear_kernels import CompiledLinear, tiled
 from retrieval_draft.engine.cpu.stage_program import At, StageProgram
 
 
@@ -25,7 +25,8 @@ def chain_of_products(weights: list[torch.Tensor], tokens: int) -> StageProgram:
     program = StageProgram(["x", "scratch"])
     source, offset = At("x"), 0
     for weight in weights:
-        layer, out = CompiledLinear("tiled", weight, None), At("scratch", offset)
+        layer, out = tiled(weight), At("scratch", offset)
+        assert isinstance(layer, CompiledLinear)
         fields: list[int | At] = [*layer.job(0, 0, tokens)]
         fields[2], fields[4] = source, out
         program.stage(layer.function, fields)
