@@ -3,7 +3,7 @@
 The rows of W are cut into blocks, which the threads of a job claim one after the other. A thread keeps a
 block's sums on its stack and walks the block in tiles of a few weight rows, all tokens for each tile: the
 tile's weights come from memory for the first tokens and from the nearest cache for the others, while the
-next tile is fetched.
+next two tiles are fetched.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from retrieval_draft.engine.cpu._kernels.vector_tile import (
 )
 
 __all__ = [
-    "BLOCK", "JOB", "MAX_TOKENS", "RUN", "SIGNATURE", "TILE", "add_rest", "floats", "linear",
-    "linear_numpy", "run_length_of", "widen_rows", "write",
+    "BLOCK", "JOB", "MAX_TOKENS", "RUN", "SIGNATURE", "TILE", "add_rest", "fetches", "floats", "group_of",
+    "linear", "linear_numpy", "run_length_of", "widen_rows", "write",
 ]  # fmt: skip
 
 SIGNATURE = types.void(types.intp)
@@ -41,77 +41,99 @@ BLOCK = 24
 """Most weight rows that a thread claims at once: a multiple of every tile."""
 
 RUN = 640
-"""Most elements of a row multiplied at a time: of these six rows and four tokens stay in the L1 cache."""
+"""Most elements of a row multiplied at a time: of a few rows and tokens these stay in the L1 cache."""
 
-_GROUP = 4
-_FETCHES = 3
-"""Groups after which the next tile has been prefetched; one is too few, as busy cores drop prefetches."""
+TILE, _GROUP = (2, 8) if LANES > 8 else (3, 4)
+"""Rows of a tile, and the most tokens of one: their sums fill the registers.
 
-TILE, _TILE_FOR_TWO, _TILE_FOR_ONE = 3, 4, 8
-_TILE_OF_HALVES = 2
+Measured with AVX-512: two rows and eight tokens are read faster than three rows, as the fewer rows are read
+at once the more they lie in order."""
+
+_BAND = 6
+"""Rows, in tiles, that share the part of x in the L1 cache where there are several groups of tokens."""
+
 _SUMS = MAX_TOKENS * BLOCK
-_BAND = 2 * TILE
 _WIDE = _BAND * RUN
 
-_f1x1, _f1x2, _f1x3, _f1x4 = dot_tile(1, 1), dot_tile(1, 2), dot_tile(1, 3), dot_tile(1, 4)
-_f3x1, _f3x2, _f3x3, _f3x4 = dot_tile(3, 1), dot_tile(3, 2), dot_tile(3, 3), dot_tile(3, 4)
-_f4x2, _f8x1 = dot_tile(4, 2), dot_tile(8, 1)
-_h1x1, _h1x2, _h1x3, _h1x4 = (
-    dot_tile(1, 1, True), dot_tile(1, 2, True), dot_tile(1, 3, True), dot_tile(1, 4, True),
-)  # fmt: skip
-_h3x3, _h2x4 = dot_tile(3, 3, True), dot_tile(2, 4, True)
-_h4x2, _h8x1 = dot_tile(4, 2, True), dot_tile(8, 1, True)
+_float_tile, _float_line = dot_tile([TILE] * _GROUP), dot_tile([1] * _GROUP)
+_half_tile, _half_line = dot_tile([TILE] * _GROUP, True), dot_tile([1] * _GROUP, True)
 
 
 @kernel
 def floats(
-    rows: int, tokens: int, w: int, w_stride: int, x: int, x_stride: int, length: int, y: int, ahead: int
-) -> None:
-    """A tile of float32 weights with one group of tokens."""
+    rows: int, tokens: int, w: int, w_stride: int, x: int, x_stride: int, length: int, y: int, near: int,
+    far: int,
+) -> None:  # fmt: skip
+    """A tile, or one row, of float32 weights with one group of tokens."""
     if rows == TILE:
-        if tokens == 4:
-            _f3x4(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
-        elif tokens == 3:
-            _f3x3(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
-        elif tokens == 2:
-            _f3x2(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
-        else:
-            _f3x1(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
-    elif rows == _TILE_FOR_TWO:
-        _f4x2(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
-    elif rows == _TILE_FOR_ONE:
-        _f8x1(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
-    elif tokens == 4:
-        _f1x4(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
-    elif tokens == 3:
-        _f1x3(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
-    elif tokens == 2:
-        _f1x2(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
+        _float_tile(tokens, w, w_stride, x, x_stride, length, y, MAX_TOKENS, near, far)
     else:
-        _f1x1(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
+        _float_line(tokens, w, w_stride, x, x_stride, length, y, MAX_TOKENS, near, far)
 
 
 @kernel
 def _halves(
-    rows: int, tokens: int, w: int, w_stride: int, x: int, x_stride: int, length: int, y: int, ahead: int
-) -> None:
-    """A tile of bfloat16 weights with the only group of tokens: each weight is widened in a register."""
+    rows: int, tokens: int, w: int, w_stride: int, x: int, x_stride: int, length: int, y: int, near: int,
+    far: int,
+) -> None:  # fmt: skip
+    """As `floats` for bfloat16 weights and the only group of tokens: each is widened in a register."""
     if rows == TILE:
-        _h3x3(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
-    elif rows == _TILE_OF_HALVES:
-        _h2x4(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
-    elif rows == _TILE_FOR_TWO:
-        _h4x2(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
-    elif rows == _TILE_FOR_ONE:
-        _h8x1(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
-    elif tokens == 4:
-        _h1x4(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
-    elif tokens == 3:
-        _h1x3(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
-    elif tokens == 2:
-        _h1x2(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
+        _half_tile(tokens, w, w_stride, x, x_stride, length, y, MAX_TOKENS, near, far)
     else:
-        _h1x1(w, w_stride, x, x_stride, length, y, MAX_TOKENS, ahead)
+        _half_line(tokens, w, w_stride, x, x_stride, length, y, MAX_TOKENS, near, far)
+
+
+@kernel
+def group_of(tokens: int) -> int:
+    """Groups of tokens that are multiplied with a tile one after the other."""
+    return (tokens + _GROUP - 1) // _GROUP
+
+
+@kernel
+def fetches(
+    row: int, band: int, first: int, last: int, following: int, run: int, next_run: int, length: int,
+    stride: int,
+) -> tuple[int, int]:  # fmt: skip
+    """Elements from a band of rows to the next band and to the one after it, 0 where there is none.
+
+    A thread walks the bands of a block for one run of columns after the other, then the next block's.
+
+    Args:
+        row: First row of the band.
+        band: Rows of a band.
+        first: First row of the block.
+        last: Row after the block.
+        following: First row of the block that the thread claimed next, or -1.
+        run: First column of the run.
+        next_run: First column of the next run; `length` or more if there is none.
+        length: Elements of a row.
+        stride: Elements from a row to the next.
+
+    Example:
+        Rows of 10 in blocks of 6 and bands of 2: from row 0, (20, 40); from row 4, if the block at row 12 is
+        next, (80, 100).
+    """
+    near = min(row + band, last)
+    far = min(near + band, last) if near < last else last + band
+    return (
+        _distance(near, row, first, last, following, run, next_run, length, stride),
+        _distance(far, row, first, last, following, run, next_run, length, stride),
+    )
+
+
+@kernel
+def _distance(
+    line: int, row: int, first: int, last: int, following: int, run: int, next_run: int, length: int,
+    stride: int,
+) -> int:  # fmt: skip
+    """Elements from a row to another one, which if after the block's end is meant from where the walk goes."""
+    if line < last:
+        return (line - row) * stride
+    if next_run < length:
+        return (first + line - last - row) * stride + next_run - run
+    if following >= 0:
+        return (following + line - last - row) * stride - run
+    return 0
 
 
 def linear(job: int) -> None:
@@ -134,17 +156,14 @@ def linear(job: int) -> None:
     bytes_each = 2 if half else 4
     sums_at, wide_at = stack_floats(_SUMS), stack_floats(_WIDE)
     sums = carray(floats_at(sums_at), (BLOCK, MAX_TOKENS))
-    groups = (tokens + _GROUP - 1) // _GROUP
-    tile_rows = _TILE_FOR_ONE if tokens == 1 else _TILE_FOR_TWO if tokens == 2 else TILE
-    if half and tokens == _GROUP:
-        tile_rows = _TILE_OF_HALVES
-    # With several groups of tokens two tiles share the part of x in the L1 cache.
-    band = tile_rows if groups == 1 else _BAND
+    groups = group_of(tokens)
+    band = TILE if groups == 1 else _BAND
     run_length = run_length_of(length)
     blocks = (rows + size - 1) // size
     block = claim(job)
     while block < blocks:
         next_block = claim(job)
+        following = next_block * size if next_block < blocks else -1
         first, last = block * size, min((block + 1) * size, rows)
         for line in range(last - first):
             for token in range(tokens):
@@ -155,38 +174,31 @@ def linear(job: int) -> None:
             for row in range(first, last, band):
                 end = min(row + band, last)
                 start = w + (row * stride + run) * bytes_each
-                then = start
-                if end < last:
-                    then = w + (end * stride + run) * bytes_each
-                elif run + run_length < length:
-                    then = w + (first * stride + run + run_length) * bytes_each
-                elif next_block < blocks:
-                    then = w + next_block * size * stride * bytes_each
-                ahead = then - start
+                near, far = fetches(row, band, first, last, following, run, run + run_length, length, stride)
+                near, far = near * bytes_each, far * bytes_each
                 widened = half and groups > 1
+                tile_stride, tile_bytes = stride, bytes_each
                 if widened:
                     for line in range(end - row):
-                        widen(start + line * stride * 2, wide_at + line * RUN * 4, whole, ahead)
-                    start, ahead = wide_at, 0
-                tile_stride = RUN if widened else stride
-                tile_bytes = 4 if widened else bytes_each
+                        widen(start + line * stride * 2, wide_at + line * RUN * 4, whole, near, far)
+                    start, near, far, tile_stride, tile_bytes = wide_at, 0, 0, RUN, 4
                 begin = 0
                 for group in range(groups):
                     after = tokens * (group + 1) // groups
                     given = x + (begin * x_stride + run) * 4
                     line = row
                     while line < end:
-                        count = tile_rows if end - line >= tile_rows else 1
+                        count = TILE if end - line >= TILE else 1
                         at = start + (line - row) * tile_stride * tile_bytes
                         out = sums_at + ((line - first) * MAX_TOKENS + begin) * 4
                         if half and not widened:
-                            _halves(count, after - begin, at, stride, given, x_stride, whole, out, ahead)
+                            _halves(count, after - begin, at, stride, given, x_stride, whole, out, near, far)
                         else:
-                            floats(count, after - begin, at, tile_stride, given, x_stride, whole, out, ahead)
+                            floats(
+                                count, after - begin, at, tile_stride, given, x_stride, whole, out, near, far
+                            )
                         line += count
-                    begin = after
-                    if group == _FETCHES:
-                        ahead = 0
+                    begin, near, far = after, 0, 0
                 if whole < part:
                     at = w + (row * stride + run) * bytes_each
                     out = sums_at + (row - first) * MAX_TOKENS * 4
@@ -209,7 +221,7 @@ def widen_rows(source: int, target: int, rows: int, length: int) -> None:
     whole = length - length % STEP
     for row in range(rows):
         begin, out = source + row * length * 2, target + row * length * 4
-        widen(begin, out, whole, 0)
+        widen(begin, out, whole, 0, 0)
         rest = carray(floats_at(out), (length,))
         for column in range(whole, length):
             rest[column] = load_bfloat16(begin + column * 2)

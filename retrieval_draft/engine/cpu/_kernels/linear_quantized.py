@@ -18,7 +18,9 @@ from retrieval_draft.engine.cpu._kernels.linear import (
     RUN,
     TILE,
     add_rest,
+    fetches,
     floats,
+    group_of,
     linear_numpy,
     run_length_of,
     write,
@@ -36,7 +38,11 @@ QUANTIZED_JOB = 16
 """int64 fields of a job."""
 
 _GROUP = 4
-_TILE_FOR_TWO, _TILE_FOR_ONE = 4, 8
+"""Most tokens multiplied with weights that are widened in registers."""
+
+_ROWS, _ROWS_OF_NIBBLES = (8, 4, 3, 3), (4, 2, 1, 1)
+"""Rows of a tile, by tokens."""
+
 _OFTEN = 4
 """Groups of tokens for which int8 are widened in registers: measured, more are better widened once."""
 
@@ -45,115 +51,43 @@ _BAND = 6
 
 _SUMS = 2 * BLOCK * MAX_TOKENS
 _WIDE = _BAND * RUN
+_SINGLE = (1,) * _GROUP
 
-_i1x1, _i1x2, _i1x3, _i1x4 = (quantized_tile(1, tokens, 1, False, BLOCK) for tokens in (1, 2, 3, 4))
-_i8x1, _i4x2, _i3x3, _i3x4 = (
-    quantized_tile(rows, tokens, 1, False, BLOCK) for rows, tokens in ((8, 1), (4, 2), (3, 3), (3, 4))
-)
-_g1x1, _g1x2, _g1x3, _g1x4 = (quantized_tile(1, tokens, 1, True, BLOCK) for tokens in (1, 2, 3, 4))
-_g8x1, _g4x2, _g3x3, _g3x4 = (
-    quantized_tile(rows, tokens, 1, True, BLOCK) for rows, tokens in ((8, 1), (4, 2), (3, 3), (3, 4))
-)
-_n1x1, _n1x2, _n1x3, _n1x4 = (quantized_tile(1, tokens, 2, True, BLOCK) for tokens in (1, 2, 3, 4))
-_n4x1, _n2x2 = (quantized_tile(rows, tokens, 2, True, BLOCK) for rows, tokens in ((4, 1), (2, 2)))
+_integer_tile, _integer_line = (quantized_tile(rows, 1, False, BLOCK) for rows in (_ROWS, _SINGLE))
+_group_tile, _group_line = (quantized_tile(rows, 1, True, BLOCK) for rows in (_ROWS, _SINGLE))
+_nibble_tile, _nibble_line = (quantized_tile(rows, 2, True, BLOCK) for rows in (_ROWS_OF_NIBBLES, _SINGLE))
 _widen, _widen_groups, _widen_nibbles = (
     widen_integers(1, False), widen_integers(1, True), widen_integers(2, True),
 )  # fmt: skip
 
 
 @kernel
-def _integers(
-    rows: int, tokens: int, w: int, w_stride: int, x: int, x_stride: int, length: int, y: int, ahead: int
-) -> None:
-    """A tile of int8 weights, whose scale is applied to the sums, with the only group of tokens."""
-    s = MAX_TOKENS
-    if rows == _TILE_FOR_ONE:
-        _i8x1(w, w_stride, x, x_stride, length, y, s, ahead, 0, 0, 0, 0, 0)
-    elif rows == _TILE_FOR_TWO:
-        _i4x2(w, w_stride, x, x_stride, length, y, s, ahead, 0, 0, 0, 0, 0)
-    elif rows == TILE:
-        if tokens == 3:
-            _i3x3(w, w_stride, x, x_stride, length, y, s, ahead, 0, 0, 0, 0, 0)
-        else:
-            _i3x4(w, w_stride, x, x_stride, length, y, s, ahead, 0, 0, 0, 0, 0)
-    elif tokens == 1:
-        _i1x1(w, w_stride, x, x_stride, length, y, s, ahead, 0, 0, 0, 0, 0)
-    elif tokens == 2:
-        _i1x2(w, w_stride, x, x_stride, length, y, s, ahead, 0, 0, 0, 0, 0)
-    elif tokens == 3:
-        _i1x3(w, w_stride, x, x_stride, length, y, s, ahead, 0, 0, 0, 0, 0)
-    else:
-        _i1x4(w, w_stride, x, x_stride, length, y, s, ahead, 0, 0, 0, 0, 0)
+def _rows_of(tokens: int, planes: int) -> int:
+    """Rows of a tile of so many tokens."""
+    return _ROWS[tokens - 1] if planes == 1 else _ROWS_OF_NIBBLES[tokens - 1]
 
 
 @kernel
-def _grouped(
-    rows: int,
-    tokens: int,
-    w: int,
-    w_stride: int,
-    x: int,
-    x_stride: int,
-    length: int,
-    y: int,
-    ahead: int,
-    terms: int,
-    terms_stride: int,
-    left: int,
-    group: int,
-) -> None:
-    """A tile of int8 weights with scales by group."""
-    s = MAX_TOKENS
-    if rows == _TILE_FOR_ONE:
-        _g8x1(w, w_stride, x, x_stride, length, y, s, ahead, terms, terms_stride, 0, left, group)
-    elif rows == _TILE_FOR_TWO:
-        _g4x2(w, w_stride, x, x_stride, length, y, s, ahead, terms, terms_stride, 0, left, group)
-    elif rows == TILE:
-        if tokens == 3:
-            _g3x3(w, w_stride, x, x_stride, length, y, s, ahead, terms, terms_stride, 0, left, group)
+def _multiply(
+    is_tile: bool, tokens: int, w: int, w_stride: int, x: int, x_stride: int, length: int, y: int, near: int,
+    far: int, planes: int, terms: int, terms_stride: int, terms_plane: int, left: int, group: int,
+) -> None:  # fmt: skip
+    """A tile, or one row, with one group of tokens; int8 without groups have their scale applied to the sums."""
+    s, t, p = MAX_TOKENS, terms_stride, terms_plane
+    if group == 0:
+        if is_tile:
+            _integer_tile(tokens, w, w_stride, x, x_stride, length, y, s, near, far, 0, 0, 0, 0, 0)
         else:
-            _g3x4(w, w_stride, x, x_stride, length, y, s, ahead, terms, terms_stride, 0, left, group)
-    elif tokens == 1:
-        _g1x1(w, w_stride, x, x_stride, length, y, s, ahead, terms, terms_stride, 0, left, group)
-    elif tokens == 2:
-        _g1x2(w, w_stride, x, x_stride, length, y, s, ahead, terms, terms_stride, 0, left, group)
-    elif tokens == 3:
-        _g1x3(w, w_stride, x, x_stride, length, y, s, ahead, terms, terms_stride, 0, left, group)
+            _integer_line(tokens, w, w_stride, x, x_stride, length, y, s, near, far, 0, 0, 0, 0, 0)
+    elif planes == 1:
+        if is_tile:
+            _group_tile(tokens, w, w_stride, x, x_stride, length, y, s, near, far, terms, t, 0, left, group)
+        else:
+            _group_line(tokens, w, w_stride, x, x_stride, length, y, s, near, far, terms, t, 0, left, group)
+    elif is_tile:
+        _nibble_tile(tokens, w, w_stride, x, x_stride, length, y, s, near, far, terms, t, p, left, group)
     else:
-        _g1x4(w, w_stride, x, x_stride, length, y, s, ahead, terms, terms_stride, 0, left, group)
-
-
-@kernel
-def _nibbles(
-    rows: int,
-    tokens: int,
-    w: int,
-    w_stride: int,
-    x: int,
-    x_stride: int,
-    length: int,
-    y: int,
-    ahead: int,
-    terms: int,
-    terms_stride: int,
-    terms_plane: int,
-    left: int,
-    group: int,
-) -> None:
-    """A tile of weights of half a byte with scales by group."""
-    s = MAX_TOKENS
-    if rows == 4:
-        _n4x1(w, w_stride, x, x_stride, length, y, s, ahead, terms, terms_stride, terms_plane, left, group)
-    elif rows == 2:
-        _n2x2(w, w_stride, x, x_stride, length, y, s, ahead, terms, terms_stride, terms_plane, left, group)
-    elif tokens == 1:
-        _n1x1(w, w_stride, x, x_stride, length, y, s, ahead, terms, terms_stride, terms_plane, left, group)
-    elif tokens == 2:
-        _n1x2(w, w_stride, x, x_stride, length, y, s, ahead, terms, terms_stride, terms_plane, left, group)
-    elif tokens == 3:
-        _n1x3(w, w_stride, x, x_stride, length, y, s, ahead, terms, terms_stride, terms_plane, left, group)
-    else:
-        _n1x4(w, w_stride, x, x_stride, length, y, s, ahead, terms, terms_stride, terms_plane, left, group)
+        _nibble_line(tokens, w, w_stride, x, x_stride, length, y, s, near, far, terms, t, p, left, group)
 
 
 def linear_quantized(job: int) -> None:
@@ -185,15 +119,14 @@ def linear_quantized(job: int) -> None:
     groups = (tokens + _GROUP - 1) // _GROUP
     # For several groups of tokens weights are widened anew, beside the sums, which take longer.
     in_registers = groups <= (_OFTEN if group == 0 else 2 if planes == 1 else 1)
-    tile_rows = _TILE_FOR_ONE if tokens == 1 else _TILE_FOR_TWO if tokens == 2 else TILE
-    if planes == 2:
-        tile_rows = 4 if tokens == 1 else 2 if tokens == 2 else 1
-    band = tile_rows if groups == 1 else _BAND // planes
+    band = _rows_of(tokens, planes) if groups == 1 else _BAND // planes
+    wide_groups = group_of(tokens)
     run_length = run_length_of(length)
     blocks = (lines + size - 1) // size
     block = claim(job)
     while block < blocks:
         next_block = claim(job)
+        following = next_block * size if next_block < blocks else -1
         first, last = block * size, min((block + 1) * size, lines)
         for plane in range(planes):
             for line in range(last - first):
@@ -206,14 +139,7 @@ def linear_quantized(job: int) -> None:
             for row in range(first, last, band):
                 end = min(row + band, last)
                 start = w + row * stride + run
-                then = start
-                if end < last:
-                    then = w + end * stride + run
-                elif run + run_length < length:
-                    then = w + first * stride + run + run_length
-                elif next_block < blocks:
-                    then = w + next_block * size * stride
-                ahead = then - start
+                near, far = fetches(row, band, first, last, following, run, run + run_length, length, stride)
                 first_term = terms
                 if group:
                     first_term += (row * terms_stride + run // group * 2) * 4
@@ -222,39 +148,28 @@ def linear_quantized(job: int) -> None:
                     for part_of_tokens in range(groups):
                         after = tokens * (part_of_tokens + 1) // groups
                         some = after - begin
-                        count_most = tile_rows
-                        if groups > 1:
-                            count_most = _TILE_FOR_TWO if some == 2 else TILE
+                        tile_rows = _rows_of(some, planes)
                         given = x + (begin * length + run) * 4
                         line = row
                         while line < end:
-                            count = count_most if end - line >= count_most else 1
-                            at = start + (line - row) * stride
-                            out = sums_at + ((line - first) * MAX_TOKENS + begin) * 4
-                            term = first_term + (line - row) * terms_stride * 4
-                            if group == 0:
-                                _integers(count, some, at, stride, given, length, whole, out, ahead)
-                            elif planes == 1:
-                                _grouped(
-                                    count, some, at, stride, given, length, whole, out, ahead, term,
-                                    terms_stride, left, group,
-                                )  # fmt: skip
-                            else:
-                                _nibbles(
-                                    count, some, at, stride, given, length, whole, out, ahead, term,
-                                    terms_stride, terms_plane, left, group,
-                                )  # fmt: skip
+                            count = tile_rows if end - line >= tile_rows else 1
+                            _multiply(
+                                count == tile_rows, some, start + (line - row) * stride, stride, given, length,
+                                whole, sums_at + ((line - first) * MAX_TOKENS + begin) * 4, near, far, planes,
+                                first_term + (line - row) * terms_stride * 4, terms_stride, terms_plane, left,
+                                group,
+                            )  # fmt: skip
                             line += count
-                        begin, ahead = after, 0
+                        begin, near, far = after, 0, 0
                 else:
                     for line in range(row, end):
                         _widen_row(
-                            w + line * stride + run, wide_at + (line - row) * RUN * 4, whole, ahead, planes,
+                            w + line * stride + run, wide_at + (line - row) * RUN * 4, whole, near, far, planes,
                             first_term + (line - row) * terms_stride * 4, terms_plane, left, group,
                         )  # fmt: skip
                     begin = 0
-                    for part_of_tokens in range(groups):
-                        after = tokens * (part_of_tokens + 1) // groups
+                    for part_of_tokens in range(wide_groups):
+                        after = tokens * (part_of_tokens + 1) // wide_groups
                         given = x + (begin * length + run) * 4
                         for plane in range(planes):
                             line = row
@@ -262,7 +177,7 @@ def linear_quantized(job: int) -> None:
                                 count = TILE if end - line >= TILE else 1
                                 at = wide_at + (plane * band + line - row) * RUN * 4
                                 out = sums_at + ((plane * BLOCK + line - first) * MAX_TOKENS + begin) * 4
-                                floats(count, after - begin, at, RUN, given, length, whole, out, 0)
+                                floats(count, after - begin, at, RUN, given, length, whole, out, 0, 0)
                                 line += count
                         begin = after
                 if whole < part:  # never with groups, which are whole steps
@@ -287,21 +202,21 @@ def linear_quantized(job: int) -> None:
 
 @kernel
 def _widen_row(
-    source: int, target: int, whole: int, ahead: int, planes: int, terms: int, terms_plane: int, left: int,
+    source: int, target: int, whole: int, near: int, far: int, planes: int, terms: int, terms_plane: int, left: int,
     group: int,
 ) -> None:  # fmt: skip
     """A row of bytes as float32, each plane half a band after the last one."""
     if group == 0:
-        _widen(source, target, whole, ahead, 0, 0, 0)
+        _widen(source, target, whole, near, far, 0, 0, 0)
         return
     plane_bytes = _BAND // 2 * RUN * 4
     begin, end = 0, min(left, whole)
     while begin < whole:
         at, out = source + begin, target + begin * 4
         if planes == 1:
-            _widen_groups(at, out, end - begin, ahead, 0, terms, 0)
+            _widen_groups(at, out, end - begin, near, far, 0, terms, 0)
         else:
-            _widen_nibbles(at, out, end - begin, ahead, plane_bytes, terms, terms_plane)
+            _widen_nibbles(at, out, end - begin, near, far, plane_bytes, terms, terms_plane)
         begin, end = end, min(end + group, whole)
         terms += 8
 

@@ -2,8 +2,8 @@
 
 While `linear` sums along a row in the lanes of a register and then across them, here each lane is a token
 and nothing is summed across; lanes without a token are wasted. x is packed for it, token beside token. The
-rows of W are cut into blocks, which the threads of a job claim; a block is multiplied run by run with a part
-of x that stays in the nearest cache.
+rows of W are cut into blocks, which the threads of a job claim; a block is multiplied tile by tile with a
+part of x that stays in the second cache, while the next two tiles are fetched.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import kernel
-from retrieval_draft.engine.cpu._kernels.linear import BLOCK, JOB, MAX_TOKENS, write
+from retrieval_draft.engine.cpu._kernels.linear import BLOCK, JOB, MAX_TOKENS, RUN, fetches, write
 from retrieval_draft.engine.cpu._kernels.vector_tile import (
     LANES,
     STEP,
@@ -26,74 +26,50 @@ from retrieval_draft.engine.cpu._kernels.vector_tile import (
     widen,
 )
 
-__all__ = ["MAX_VECTORS", "RUN", "linear_tokenwise", "linear_tokenwise_numpy", "multiply", "pack", "rows_of"]
+__all__ = ["MAX_VECTORS", "linear_tokenwise", "linear_tokenwise_numpy", "multiply", "pack", "rows_of"]
 
 MAX_VECTORS = MAX_TOKENS // LANES
 
-RUN = 128 if LANES > 8 else 256
-"""Most elements of a row that are multiplied at a time: a group of tokens' of them stay in the L1 cache."""
+_TURNS = 16
+"""Elements of a row multiplied by one turn of a tile's loop: of a row a cache line."""
 
-_TURNS = 8
-_GROUP = 4 if LANES > 8 else 2
-"""Most vectors of tokens in a tile. With this many, and the rows below, the sums fill the registers."""
+_ROWS, _GROUP = ((12, 8, 8, 6), 4) if LANES > 8 else ((6, 6, 4, 3), 2)
+"""Rows of a tile, by vectors of tokens, and the most vectors here: the sums fill the registers.
+
+Groups of vectors have tiles of equal rows, which divide BLOCK."""
 
 _SUMS = MAX_TOKENS * BLOCK
-_WIDE = BLOCK * RUN
+_WIDE = max(_ROWS) * RUN
 
-# Rows of a tile, by vectors; all divide BLOCK.
-_ROWS_1, _ROWS_2, _ROWS_3, _ROWS_4 = (24, 12, 8, 6) if LANES > 8 else (12, 6, 4, 3)
-_tile_1, _line_1, _rest_1 = outer_tile(_ROWS_1, 1, _TURNS), outer_tile(1, 1, _TURNS), outer_tile(1, 1, 1)
-_tile_2, _line_2, _rest_2 = outer_tile(_ROWS_2, 2, _TURNS), outer_tile(1, 2, _TURNS), outer_tile(1, 2, 1)
-_tile_3, _line_3, _rest_3 = outer_tile(_ROWS_3, 3, _TURNS), outer_tile(1, 3, _TURNS), outer_tile(1, 3, 1)
-_tile_4, _line_4, _rest_4 = outer_tile(_ROWS_4, 4, _TURNS), outer_tile(1, 4, _TURNS), outer_tile(1, 4, 1)
+_SINGLE = (1,) * len(_ROWS)
+_tile, _tile_rest = outer_tile(_ROWS, _TURNS), outer_tile(_ROWS, 1)
+_line, _line_rest = outer_tile(_SINGLE, _TURNS), outer_tile(_SINGLE, 1)
 
 
 @kernel
 def rows_of(vectors: int) -> int:
     """Rows of a tile of so many vectors."""
-    if vectors == 1:
-        return _ROWS_1
-    if vectors == 2:
-        return _ROWS_2
-    return _ROWS_3 if vectors == 3 else _ROWS_4
+    return _ROWS[vectors - 1]
 
 
 @kernel
 def multiply(
-    rows: int, vectors: int, w: int, w_stride: int, x: int, x_stride: int, length: int, y: int, ahead: int
-) -> None:
+    rows: int, vectors: int, w: int, w_stride: int, x: int, x_stride: int, length: int, y: int, near: int,
+    far: int,
+) -> None:  # fmt: skip
     """A tile of a few rows, or one row, with one group of tokens."""
     whole = length - length % _TURNS
-    rest_w, rest_x, rest = w + whole * 4, x + whole * x_stride * 4, length - whole
-    if whole:
-        if rows == 1:
-            if vectors == 1:
-                _line_1(w, w_stride, x, x_stride, whole, y, MAX_TOKENS, ahead)
-            elif vectors == 2:
-                _line_2(w, w_stride, x, x_stride, whole, y, MAX_TOKENS, ahead)
-            elif vectors == 3:
-                _line_3(w, w_stride, x, x_stride, whole, y, MAX_TOKENS, ahead)
-            else:
-                _line_4(w, w_stride, x, x_stride, whole, y, MAX_TOKENS, ahead)
-        elif vectors == 1:
-            _tile_1(w, w_stride, x, x_stride, whole, y, MAX_TOKENS, ahead)
-        elif vectors == 2:
-            _tile_2(w, w_stride, x, x_stride, whole, y, MAX_TOKENS, ahead)
-        elif vectors == 3:
-            _tile_3(w, w_stride, x, x_stride, whole, y, MAX_TOKENS, ahead)
-        else:
-            _tile_4(w, w_stride, x, x_stride, whole, y, MAX_TOKENS, ahead)
-    if rest:
-        for row in range(rows):
-            at, out = rest_w + row * w_stride * 4, y + row * MAX_TOKENS * 4
-            if vectors == 1:
-                _rest_1(at, w_stride, rest_x, x_stride, rest, out, MAX_TOKENS, ahead)
-            elif vectors == 2:
-                _rest_2(at, w_stride, rest_x, x_stride, rest, out, MAX_TOKENS, ahead)
-            elif vectors == 3:
-                _rest_3(at, w_stride, rest_x, x_stride, rest, out, MAX_TOKENS, ahead)
-            else:
-                _rest_4(at, w_stride, rest_x, x_stride, rest, out, MAX_TOKENS, ahead)
+    rest, rest_w, rest_x = length - whole, w + whole * 4, x + whole * x_stride * 4
+    if rows == 1:
+        if whole:
+            _line(vectors, w, w_stride, x, x_stride, whole, y, MAX_TOKENS, near, far)
+        if rest:
+            _line_rest(vectors, rest_w, w_stride, rest_x, x_stride, rest, y, MAX_TOKENS, near, far)
+    else:
+        if whole:
+            _tile(vectors, w, w_stride, x, x_stride, whole, y, MAX_TOKENS, near, far)
+        if rest:
+            _tile_rest(vectors, rest_w, w_stride, rest_x, x_stride, rest, y, MAX_TOKENS, near, far)
 
 
 def linear_tokenwise(job: int) -> None:
@@ -112,45 +88,56 @@ def linear_tokenwise(job: int) -> None:
     sums_at, wide_at = stack_floats(_SUMS), stack_floats(_WIDE)
     sums = carray(floats_at(sums_at), (BLOCK, MAX_TOKENS))
     groups = (vectors + _GROUP - 1) // _GROUP
+    band = rows_of(vectors // groups)
     blocks = (rows + size - 1) // size
     block = claim(job)
     while block < blocks:
         next_block = claim(job)
+        following = next_block * size if next_block < blocks else -1
         first, last = block * size, min((block + 1) * size, rows)
         for line in range(last - first):
             for token in range(vectors * LANES):
                 sums[line, token] = 0.0
         for run in range(0, length, RUN):
             part = min(RUN, length - run)
-            start = w + (first * stride + run) * bytes_each
-            then = start
-            if run + RUN < length:
-                then = start + RUN * bytes_each
-            elif next_block < blocks:
-                then = w + next_block * size * stride * bytes_each
-            ahead, tile_stride = then - start, stride
-            if half:
-                whole = part - part % STEP
-                for line in range(last - first):
-                    begin, out = start + line * stride * 2, wide_at + line * RUN * 4
-                    widen(begin, out, whole, ahead)
-                    rest = carray(floats_at(out), (RUN,))
-                    for column in range(whole, part):
-                        rest[column] = load_bfloat16(begin + column * 2)
-                start, ahead, tile_stride = wide_at, 0, RUN
-            begin = 0
-            for group in range(groups):
-                after = vectors * (group + 1) // groups
-                tile_rows = rows_of(after - begin)
-                given = x + (run * vectors + begin) * LANES * 4
-                line = first
-                while line < last:
-                    count = tile_rows if last - line >= tile_rows else 1
-                    at = start + (line - first) * tile_stride * 4
-                    out = sums_at + ((line - first) * MAX_TOKENS + begin * LANES) * 4
-                    multiply(count, after - begin, at, tile_stride, given, vectors * LANES, part, out, ahead)
-                    line += count
-                begin, ahead = after, 0
+            for row in range(first, last, band):
+                end = min(row + band, last)
+                start = w + (row * stride + run) * bytes_each
+                near, far = fetches(row, band, first, last, following, run, run + RUN, length, stride)
+                near, far, tile_stride = near * bytes_each, far * bytes_each, stride
+                if half:
+                    whole = part - part % STEP
+                    for line in range(end - row):
+                        begin, out = start + line * stride * 2, wide_at + line * RUN * 4
+                        widen(begin, out, whole, near, far)
+                        rest = carray(floats_at(out), (RUN,))
+                        for column in range(whole, part):
+                            rest[column] = load_bfloat16(begin + column * 2)
+                    start, near, far, tile_stride = wide_at, 0, 0, RUN
+                begin = 0
+                for group in range(groups):
+                    after = vectors * (group + 1) // groups
+                    tile_rows = rows_of(after - begin)
+                    given = x + (run * vectors + begin) * LANES * 4
+                    line = row
+                    while line < end:
+                        count = tile_rows if end - line >= tile_rows else 1
+                        at = start + (line - row) * tile_stride * 4
+                        out = sums_at + ((line - first) * MAX_TOKENS + begin * LANES) * 4
+                        multiply(
+                            count,
+                            after - begin,
+                            at,
+                            tile_stride,
+                            given,
+                            vectors * LANES,
+                            part,
+                            out,
+                            near,
+                            far,
+                        )
+                        line += count
+                    begin, near, far = after, 0, 0
         for token in range(tokens):
             write(sums[: last - first, token], bias, y, token * rows + first, first, half)
         block = next_block

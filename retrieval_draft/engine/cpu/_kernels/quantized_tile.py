@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -9,11 +10,10 @@ from llvmlite import ir
 from retrieval_draft.engine.cpu._kernels.vector_tile import (
     LANES,
     STEP,
-    add_at,
+    add_lane_sums,
     cgutils,
+    each_count,
     intrinsic,
-    lane_sum,
-    lane_sums_of_four,
     load,
     long,
     multiply_add_of,
@@ -32,11 +32,11 @@ _VECTOR, _QUARTET = ir.VectorType(_FLOAT, LANES), ir.VectorType(_FLOAT, 4)
 _BYTES, _INTS = ir.VectorType(_BYTE, LANES), ir.VectorType(_INT, LANES)
 
 
-def quantized_tile(rows: int, tokens: int, planes: int, grouped: bool, plane_stride: int) -> Any:
+def quantized_tile(rows: Sequence[int], planes: int, grouped: bool, plane_stride: int) -> Any:
     """Makes a tile as `vector_tile.dot_tile` is one, over weights of one byte, or of half a byte.
 
-    ``tile(w, w_stride, x, x_stride, length, y, y_stride, ahead, terms, terms_stride, terms_plane, left,
-    group)`` adds to y[r, t] the dot product of weight row r and token t, in the order of sums of `dot_tile`
+    ``tile(tokens, w, w_stride, x, x_stride, length, y, y_stride, near, far, terms, terms_stride, terms_plane,
+    left, group)`` adds to y[r, t] the dot product of weight row r and token t, in the order of sums of `dot_tile`
     on the widened weights. With two planes the bytes of row r hold two weight rows, that of the lower halves
     (r) and that of the upper ones, whose sums go to y[plane_stride + r].
 
@@ -44,32 +44,33 @@ def quantized_tile(rows: int, tokens: int, planes: int, grouped: bool, plane_str
     offset, rounded once; those of a group of elements are two floats beside each other in `terms`.
 
     Args:
-        rows: Rows of bytes, 1 to 8.
-        tokens: 1 to 4.
+        rows: Rows of bytes, 1 to 8, for 1, 2, ... tokens.
         planes: 1 or 2.
         grouped: Whether scale and offset are applied here.
         plane_stride: Rows of y between planes.
 
     Returns:
-        The function. Addresses are intp; w_stride and `ahead` are in bytes, the other strides in floats;
+        The function. Addresses are intp; w_stride, `near` and `far` are in bytes, the other strides in floats;
         `length` is a multiple of `STEP`, and so are `left`, the elements left of the first group, and
         `group`; `terms` is the address of the first group's terms in the first row and plane.
     """
 
     @intrinsic
-    def tile(context: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, length: Any, y: Any, y_stride: Any, ahead: Any, terms: Any, terms_stride: Any, terms_plane: Any, left: Any, group: Any) -> Any:  # fmt: skip  # noqa: E501
+    def tile(context: Any, tokens: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, length: Any, y: Any, y_stride: Any, near: Any, far: Any, terms: Any, terms_stride: Any, terms_plane: Any, left: Any, group: Any) -> Any:  # fmt: skip  # noqa: E501
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _quantized_tile(builder, rows, tokens, planes, grouped, plane_stride, *arguments)
+            tokens, *others = arguments
+            for count in each_count(builder, tokens, len(rows)):
+                _quantized_tile(builder, rows[count - 1], count, planes, grouped, plane_stride, *others)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 13), generate
+        return types.void(*[types.intp] * 15), generate
 
     return tile
 
 
 def _quantized_tile(
     builder: Any, rows: int, tokens: int, planes: int, grouped: bool, plane_stride: int, w: Any,
-    w_stride: Any, x: Any, x_stride: Any, length: Any, y: Any, y_stride: Any, ahead: Any, terms: Any,
+    w_stride: Any, x: Any, x_stride: Any, length: Any, y: Any, y_stride: Any, near: Any, far: Any, terms: Any,
     terms_stride: Any, terms_plane: Any, left: Any, group: Any,
 ) -> None:  # fmt: skip
     multiply_add = multiply_add_of(builder)
@@ -97,9 +98,10 @@ def _quantized_tile(
     term.add_incoming(terms, entry)
     rest.add_incoming(left, entry)
     sums: dict[tuple[int, int, int], Any] = dict(starts)
-    next_lines = builder.add(builder.add(w, ahead), builder.mul(column, long(rows)))
-    for line in range(-(-rows * STEP // _LINE)):
-        prefetch(builder, builder.add(next_lines, long(line * _LINE)))
+    # A step of a row is half a line or less: lines of the whole tile are fetched as they lie in memory.
+    lines = builder.add(w, builder.mul(column, long(rows)))
+    for line in range(0, rows * STEP, _LINE):
+        prefetch(builder, builder.add(lines, long(line)), near, far)
     x_here = builder.mul(column, long(4))
     inputs = [
         [builder.add(builder.add(x_row, x_here), long(4 * part * LANES)) for part in range(STEP // LANES)]
@@ -138,12 +140,7 @@ def _quantized_tile(
     for plane in range(planes):
         for row in range(rows):
             line = offset_by(builder, y, y_stride, 4 * (plane * plane_stride + row))
-            vectors = [sums[plane, row, token] for token in range(tokens)]
-            if tokens > 2:
-                add_at(builder, line, lane_sums_of_four(builder, [*vectors, zero][:4]), _QUARTET)
-                continue
-            for token, vector in enumerate(vectors):
-                add_at(builder, builder.add(line, long(4 * token)), lane_sum(builder, vector), _FLOAT)
+            add_lane_sums(builder, line, [sums[plane, row, token] for token in range(tokens)])
 
 
 def _widened(builder: Any, data: Any, planes: int) -> list[Any]:
@@ -162,17 +159,16 @@ def _terms(builder: Any, address: Any) -> tuple[Any, Any]:
 
 
 def widen_integers(planes: int, grouped: bool) -> Any:
-    """Makes ``widen(source, target, length, ahead, plane_bytes, terms, terms_plane)``.
+    """Makes ``widen(source, target, length, near, far, plane_bytes, terms, terms_plane)``.
 
     It writes the weights that `quantized_tile` sees in `length` bytes of one group, a multiple of STEP, as
-    float32, each plane `plane_bytes` after the last one, and prefetches the bytes `ahead` of them. `terms` is
-    the address of the group's terms, `terms_plane` the floats from there to those of the next plane.
+    float32, each plane `plane_bytes` after the last one, and fetches as `dot_tile` does. `terms` is the address of the group's terms, `terms_plane` the floats from there to those of the next plane.
     """
 
     @intrinsic
-    def widen(context: Any, source: Any, target: Any, length: Any, ahead: Any, plane_bytes: Any, terms: Any, terms_plane: Any) -> Any:  # fmt: skip  # noqa: E501
+    def widen(context: Any, source: Any, target: Any, length: Any, near: Any, far: Any, plane_bytes: Any, terms: Any, terms_plane: Any) -> Any:  # fmt: skip  # noqa: E501
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            source, target, length, ahead, plane_bytes, terms, terms_plane = arguments
+            source, target, length, near, far, plane_bytes, terms, terms_plane = arguments
             multiply_add = multiply_add_of(builder)
             found = (
                 [
@@ -187,7 +183,7 @@ def widen_integers(planes: int, grouped: bool) -> Any:
                 _,
             ):
                 out, here = offset_by(builder, target, column, 4), builder.add(source, column)
-                prefetch(builder, builder.add(here, ahead))
+                prefetch(builder, here, near, far)
                 for part in range(STEP // LANES):
                     data = load(builder, builder.add(here, long(part * LANES)), _BYTES, 1)
                     for plane, weight in enumerate(_widened(builder, data, planes)):
@@ -199,7 +195,7 @@ def widen_integers(planes: int, grouped: bool) -> Any:
                         builder.store(weight, builder.inttoptr(address, _VECTOR.as_pointer()), align=4)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 7), generate
+        return types.void(*[types.intp] * 8), generate
 
     return widen
 

@@ -381,7 +381,7 @@ def attend(job: int) -> None:
                     at = score_at + (row * MAX_TOKENS + column) * 4
                     floats(
                         rows, min(4, some - column), query_at + row * dim * 4, dim, key + column * dim * 4,
-                        dim, dim, at, 0,
+                        dim, dim, at, 0, 0,
                     )  # fmt: skip
                 row += rows
             for row in range(count):
@@ -420,7 +420,7 @@ def attend(job: int) -> None:
                     at = score_at + row * MAX_TOKENS * 4
                     multiply(
                         rows, vectors, at, MAX_TOKENS, value + part * columns * 4, dim, some,
-                        total_at + (part * _GROUP + row) * MAX_TOKENS * 4, 0,
+                        total_at + (part * _GROUP + row) * MAX_TOKENS * 4, 0, 0,
                     )  # fmt: skip
                     row += rows
         for row in range(count):

@@ -8,7 +8,7 @@ there is AVX-512.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -20,17 +20,16 @@ from numba.extending import intrinsic as _intrinsic
 __all__ = [
     "LANES",
     "STEP",
-    "add_at",
+    "add_lane_sums",
     "bytes_at",
     "cgutils",
     "claim",
     "dot_tile",
     "doubles_at",
+    "each_count",
     "floats_at",
     "integers_at",
     "intrinsic",
-    "lane_sum",
-    "lane_sums_of_four",
     "load",
     "load_bfloat16",
     "long",
@@ -61,32 +60,51 @@ _INT, _LONG = ir.IntType(32), ir.IntType(64)
 _VECTOR, _QUARTET = ir.VectorType(_FLOAT, LANES), ir.VectorType(_FLOAT, 4)
 
 
-def dot_tile(rows: int, tokens: int, half: bool = False) -> Any:
-    """Makes ``tile(w, w_stride, x, x_stride, length, y, y_stride, ahead)``, dot products in registers.
+def dot_tile(rows: Sequence[int], half: bool = False) -> Any:
+    """Makes ``tile(tokens, w, w_stride, x, x_stride, length, y, y_stride, near, far)``, dots in registers.
 
-    The compiled function adds to y[r, t] the dot product of weight row r and token t, for r < rows and
-    t < tokens; with three tokens it writes the slot of a fourth too, and changes nothing there. Each sum runs
-    in one fixed order, for every tile: a token's result does not depend on the tokens beside it.
+    The compiled function adds to y[r, t] the dot product of weight row r and token t, for r < rows[tokens - 1]
+    and t < tokens, 1 to len(rows); of three tokens or more it writes the slots of the next multiple of four,
+    and changes nothing in those beyond. Each sum runs in one fixed order, for every tile: a token's result
+    does not depend on the tokens beside it.
 
-    Addresses are intp. Strides are in elements, `length` is a multiple of `STEP`; `ahead` is the distance in
-    bytes from w to the weights that are read next and prefetched (0: none are). With `half` the weights are
+    Addresses are intp. Strides are in elements, `length` is a multiple of `STEP`. With `half` the weights are
     bfloat16, all else is float32, and of each `STEP` elements of x those at even indices come first.
+
+    `near` and `far` are the distances in bytes from w to the weights that are read next and after these. The
+    latter go to the second cache, the former from there to the first, so that neither waits for memory.
     """
 
     @intrinsic
-    def tile(context: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, length: Any, y: Any, y_stride: Any, ahead: Any) -> Any:  # fmt: skip  # noqa: E501
+    def tile(context: Any, tokens: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, length: Any, y: Any, y_stride: Any, near: Any, far: Any) -> Any:  # fmt: skip  # noqa: E501
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _dot_tile(builder, rows, tokens, half, *arguments)
+            tokens, *others = arguments
+            for count in each_count(builder, tokens, len(rows)):
+                _dot_tile(builder, rows[count - 1], count, half, *others)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 8), generate
+        return types.void(*[types.intp] * 10), generate
 
     return tile
 
 
+def each_count(builder: Any, count: Any, most: int) -> Iterator[int]:
+    """Each number from 1 to `most`, with the builder where the code for this value of `count` belongs."""
+    done = builder.append_basic_block("count.done")
+    cases = [builder.append_basic_block("count.case") for _ in range(most)]
+    switch = builder.switch(count, cases[-1])
+    for number, case in enumerate(cases, 1):
+        if number < most:
+            switch.add_case(long(number), case)
+        builder.position_at_end(case)
+        yield number
+        builder.branch(done)
+    builder.position_at_end(done)
+
+
 def _dot_tile(
     builder: Any, rows: int, tokens: int, half: bool, w: Any, w_stride: Any, x: Any, x_stride: Any,
-    length: Any, y: Any, y_stride: Any, ahead: Any,
+    length: Any, y: Any, y_stride: Any, near: Any, far: Any,
 ) -> None:  # fmt: skip
     multiply_add = multiply_add_of(builder)
     cells = [(row, token) for row in range(rows) for token in range(tokens)]
@@ -105,16 +123,9 @@ def _dot_tile(
     starts = {cell: builder.phi(_VECTOR) for cell in cells}
     sums: dict[tuple[int, int], Any] = dict(starts)
     x_here, w_here = builder.mul(column, long(4)), builder.mul(column, long(wide))
-    if half:
-        # Measured: a tile of bfloat16 is fetched best as it lies in memory, one of float32 row beside row.
-        next_lines = builder.add(builder.add(w, ahead), builder.mul(column, long(rows * wide)))
-        for line in range(-(-rows * STEP * wide // _LINE)):
-            prefetch(builder, builder.add(next_lines, long(line * _LINE)))
-    else:
-        for w_row in w_rows:
-            next_line = builder.add(builder.add(w_row, w_here), ahead)
-            for line in range(STEP * wide // _LINE):
-                prefetch(builder, builder.add(next_line, long(line * _LINE)))
+    for w_row in w_rows:
+        for line in range(0, STEP * wide, _LINE):
+            prefetch(builder, builder.add(builder.add(w_row, w_here), long(line)), near, far)
     shifts = [long(4 * part * LANES) for part in range(STEP // LANES)]
     inputs = [[builder.add(builder.add(x_row, x_here), shift) for shift in shifts] for x_row in x_rows]
     if half:
@@ -149,39 +160,36 @@ def _dot_tile(
         sums[row, token] = vector
     for row in range(rows):
         line = offset_by(builder, y, y_stride, 4 * row)
-        across = [sums[row, token] for token in range(tokens)]
-        if tokens > 2:
-            add_at(builder, line, lane_sums_of_four(builder, [*across, zero][:4]), _QUARTET)
-            continue
-        for token, vector in enumerate(across):
-            add_at(builder, builder.add(line, long(4 * token)), lane_sum(builder, vector), _FLOAT)
+        add_lane_sums(builder, line, [sums[row, token] for token in range(tokens)])
 
 
-def outer_tile(rows: int, vectors: int, turns: int) -> Any:
-    """Makes ``tile(w, w_stride, x, x_stride, length, y, y_stride, ahead)``, sums of outer products.
+def outer_tile(rows: Sequence[int], turns: int) -> Any:
+    """Makes ``tile(vectors, w, w_stride, x, x_stride, length, y, y_stride, near, far)``, sums of outer products.
 
-    The compiled function adds to y[r, t] the dot product of weight row r and token t, for r < rows and
-    t < vectors · LANES. Tokens lie side by side, x is (length, x_stride): nothing is summed across lanes, and
-    a sum is one chain along the row, for every tile.
+    The compiled function adds to y[r, t] the dot product of weight row r and token t, for r < rows[vectors - 1]
+    and t < vectors · LANES, with 1 to len(rows) vectors. Tokens lie side by side, x is (length, x_stride):
+    nothing is summed across lanes, and a sum is one chain along the row, for every tile.
 
     All is float32. Addresses are intp. Strides are in elements, `length` is a multiple of `turns` and not
-    0, `ahead` as in `dot_tile`.
+    0, `near` and `far` as in `dot_tile`.
     """
 
     @intrinsic
-    def tile(context: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, length: Any, y: Any, y_stride: Any, ahead: Any) -> Any:  # fmt: skip  # noqa: E501
+    def tile(context: Any, vectors: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, length: Any, y: Any, y_stride: Any, near: Any, far: Any) -> Any:  # fmt: skip  # noqa: E501
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _outer_tile(builder, rows, vectors, turns, *arguments)
+            vectors, *others = arguments
+            for count in each_count(builder, vectors, len(rows)):
+                _outer_tile(builder, rows[count - 1], count, turns, *others)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 8), generate
+        return types.void(*[types.intp] * 10), generate
 
     return tile
 
 
 def _outer_tile(
     builder: Any, rows: int, vectors: int, turns: int, w: Any, w_stride: Any, x: Any, x_stride: Any,
-    length: Any, y: Any, y_stride: Any, ahead: Any,
+    length: Any, y: Any, y_stride: Any, near: Any, far: Any,
 ) -> None:  # fmt: skip
     multiply_add = multiply_add_of(builder)
     cells = [(row, part) for row in range(rows) for part in range(vectors)]
@@ -201,9 +209,10 @@ def _outer_tile(
     sums: dict[tuple[int, int], Any] = dict(starts)
     w_here = builder.mul(column, long(4))
     x_here = builder.add(x, builder.mul(builder.mul(column, x_stride), long(4)))
-    for w_row in w_rows:
-        prefetch(builder, builder.add(builder.add(w_row, w_here), ahead))
     for turn in range(turns):
+        # A row's line each few products: many at once would find the core's buffers full.
+        for row in range(rows * turn // turns, rows * (turn + 1) // turns) if turns > 1 else ():
+            prefetch(builder, builder.add(w_rows[row], w_here), near, far)
         line = offset_by(builder, x_here, x_stride, 4 * turn)
         given = [
             load(builder, builder.add(line, long(4 * LANES * part)), _VECTOR, 4) for part in range(vectors)
@@ -242,7 +251,19 @@ def add_at(builder: Any, address: Any, value: Any, kind: Any) -> None:
     builder.store(builder.fadd(builder.load(pointer, align=4), value), pointer, align=4)
 
 
-def lane_sum(builder: Any, vector: Any) -> Any:
+def add_lane_sums(builder: Any, address: Any, vectors: list[Any]) -> None:
+    """Adds the sums of the lanes of vectors to floats beside each other."""
+    zero = ir.Constant(_VECTOR, [0.0] * LANES)
+    for first in range(0, len(vectors), 4):
+        some, here = vectors[first : first + 4], builder.add(address, long(4 * first))
+        if len(vectors) > 2:
+            add_at(builder, here, _lane_sums_of_four(builder, [*some, zero, zero, zero][:4]), _QUARTET)
+            continue
+        for place, vector in enumerate(some):
+            add_at(builder, builder.add(here, long(4 * place)), _lane_sum(builder, vector), _FLOAT)
+
+
+def _lane_sum(builder: Any, vector: Any) -> Any:
     """The sum of the lanes: the upper half is added to the lower one, until one lane is left."""
     width = LANES
     while width > 1:
@@ -255,8 +276,8 @@ def _folded(builder: Any, vector: Any, width: int) -> Any:
     return builder.fadd(low, high)
 
 
-def lane_sums_of_four(builder: Any, vectors: list[Any]) -> Any:
-    """The sums of the lanes of four vectors, in the order of `lane_sum`, with a third of its instructions."""
+def _lane_sums_of_four(builder: Any, vectors: list[Any]) -> Any:
+    """The sums of the lanes of four vectors, in the order of `_lane_sum`, with a third of its instructions."""
     if LANES > 8:
         vectors = [_folded(builder, vector, LANES) for vector in vectors]
     pairs = [
@@ -283,20 +304,20 @@ def _shuffled(builder: Any, one: Any, other: Any, lanes: Sequence[int]) -> Any:
 
 
 @intrinsic
-def widen(context: Any, source: Any, target: Any, length: Any, ahead: Any) -> Any:
-    """``widen(source, target, length, ahead)``: bfloat16 to float32, even indices of a step first."""
+def widen(context: Any, source: Any, target: Any, length: Any, near: Any, far: Any) -> Any:
+    """``widen(source, target, length, near, far)``: bfloat16 to float32, even indices of a step first."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, target, length, ahead = arguments
+        source, target, length, near, far = arguments
         with cgutils.for_range_slice(builder, long(0), length, long(STEP)) as (column, _):
             begin = offset_by(builder, source, column, 2)
-            prefetch(builder, builder.add(begin, ahead))
+            prefetch(builder, begin, near, far)
             for part, vector in enumerate(_load_halves(builder, begin)):
                 address = builder.add(offset_by(builder, target, column, 4), long(4 * part * LANES))
                 builder.store(vector, builder.inttoptr(address, _VECTOR.as_pointer()), align=4)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 4), generate
+    return types.void(*[types.intp] * 5), generate
 
 
 @intrinsic
@@ -411,11 +432,14 @@ def _load_halves(builder: Any, address: Any) -> tuple[Any, Any]:
     return builder.bitcast(even, _VECTOR), builder.bitcast(odd, _VECTOR)
 
 
-def prefetch(builder: Any, address: Any) -> None:
+def prefetch(builder: Any, address: Any, near: Any, far: Any) -> None:
+    """Prefetches the bytes `near` after an address to the first cache, and those `far` after it to the second."""
     function = cgutils.get_or_insert_function(
         builder.module,
         ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT]),
         "llvm.prefetch.p0",
     )
-    read, keep, data = (ir.Constant(_INT, value) for value in (0, 3, 1))
-    builder.call(function, [builder.inttoptr(address, _BYTE.as_pointer()), read, keep, data])
+    for distance, locality in ((near, 3), (far, 1)):
+        pointer = builder.inttoptr(builder.add(address, distance), _BYTE.as_pointer())
+        read, kept, data = (ir.Constant(_INT, value) for value in (0, locality, 1))
+        builder.call(function, [pointer, read, kept, data])
