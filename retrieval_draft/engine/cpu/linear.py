@@ -28,15 +28,14 @@ class LayerKernels:
         choices: The measurements.
         weight: The layer's weight.
         bias: The layer's bias.
-        by_tokens: The fastest for each number of tokens; the last one for more, too.
-        first: Our own for any number.
+        by_tokens: For each number of tokens the fastest, our own, and the seconds that the latter takes
+            longer; the last one for more, too.
     """
 
     choices: LinearChoices
     weight: Weight
     bias: Tensor | None
-    by_tokens: list[Linear]
-    first: Linear
+    by_tokens: list[tuple[Linear, Linear, float]]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -83,7 +82,7 @@ class CpuLinear:
         for layer, weight in self._layers():
             made = self._kernels(layer, weight)
             if made is not None:
-                yield layer, _forward(layer._parameters, made.by_tokens)
+                yield layer, _forward(layer._parameters, [fastest for fastest, _, _ in made.by_tokens])
 
     def kernels(self, layer: nn.Module) -> LayerKernels | None:
         """A measured layer's kernels; None for another module.
@@ -104,9 +103,7 @@ class CpuLinear:
         ):
             if not choices.has(weight):
                 return None
-            known = self._made[layer] = LayerKernels(
-                choices, weight, bias, choices.layers(weight, bias), choices.first(weight, bias)
-            )
+            known = self._made[layer] = LayerKernels(choices, weight, bias, choices.layers(weight, bias))
         return known
 
     def _current(self) -> LinearChoices:

@@ -10,6 +10,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from retrieval_draft.engine.cpu.linear_kernels import KERNELS, OURS, Linear, is_
 from retrieval_draft.engine.cpu.quantized_kernels import QUANTIZED_KERNELS
 from retrieval_draft.engine.cpu.quantized_weights import QuantizedWeight
 
-__all__ = ["SIZES", "LinearChoices", "Weight", "machine", "shape_key"]
+__all__ = ["SIZES", "Choice", "LinearChoices", "Weight", "machine", "shape_key"]
 
 Weight = Tensor | QuantizedWeight
 """(rows, length), as the layer holds it."""
@@ -33,7 +34,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 256)
 """Numbers of tokens measured; one in between uses the choice of the next larger, one beyond that of the
 last."""
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ROUNDS = 3
 HOPELESS = 1.5
 """A kernel this many times slower than the best in the first round is not timed again."""
@@ -54,10 +55,27 @@ MANY_TOKENS = 64
 
 _QUANTIZED_SHARE = 4
 
+_OWN = (*OURS, "quantized")
+
 MAX_SECONDS = 12.0
 """Seconds after which the remaining shapes are not measured and use our kernel."""
 
 _LOG = logging.getLogger("retrieval_draft")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Kernels for a shape and a number of tokens.
+
+    Attributes:
+        name: The fastest.
+        ours: The fastest of our own, which a decoder layer's programs are made of; `name` if there is none.
+        loss: Seconds that ours takes longer for one matrix; infinite where it was hopeless.
+    """
+
+    name: str
+    ours: str
+    loss: float
 
 
 def shape_key(weight: Weight) -> str:
@@ -89,42 +107,44 @@ class LinearChoices:
         self._machine = machine(threads)
         digest = hashlib.sha256(json.dumps(self._machine, sort_keys=True).encode()).hexdigest()[:16]
         self.path = (cache_home() / "linear" if folder is None else folder) / f"{digest}.json"
-        self._names = self._read()
+        self._choices = self._read()
 
     def has(self, weight: Weight) -> bool:
         """True if a weight's shape has been measured."""
-        return shape_key(weight) in self._names
+        return shape_key(weight) in self._choices
 
     def missing(self, weights: Sequence[Weight]) -> dict[str, list[Weight]]:
         """The `weights` whose shape has not been measured, by shape."""
         wanted: dict[str, list[Weight]] = {}
         for weight in weights:
             key = shape_key(weight)
-            if key not in self._names:
+            if key not in self._choices:
                 wanted.setdefault(key, []).append(weight)
         return wanted
 
     def names(self, weight: Weight) -> dict[int, str]:
-        """The chosen kernel of a measured shape by number of tokens, for each of `SIZES`."""
-        return self._names[shape_key(weight)]
+        """The fastest kernel of a measured shape by number of tokens, for each of `SIZES`."""
+        return {size: choice.name for size, choice in self._choices[shape_key(weight)].items()}
 
-    def layers(self, weight: Weight, bias: Tensor | None = None) -> list[Linear]:
-        """The layer for each number of tokens, 0 to the last of `SIZES`, which is used for more too.
+    def layers(self, weight: Weight, bias: Tensor | None = None) -> list[tuple[Linear, Linear, float]]:
+        """The fastest layer, our own, and the latter's loss in seconds, by number of tokens.
 
         Args:
             weight: (rows, length), for float32 or bfloat16, of a measured shape.
             bias: (rows,), or None.
-        """
-        names = self.names(weight)
-        made = {name: _kernels(weight)[name](weight, bias) for name in set(names.values())}
-        by_tokens: list[Linear] = [made[names[SIZES[0]]]]
-        for size in SIZES:
-            by_tokens += [made[names[size]]] * (size + 1 - len(by_tokens))
-        return by_tokens
 
-    def first(self, weight: Weight, bias: Tensor | None = None) -> Linear:
-        """The layer by the kernel that comes first, measured or not: our own where it reads the weight."""
-        return next(iter(_kernels(weight).values()))(weight, bias)
+        Returns:
+            From 0 tokens to the last of `SIZES`, which is used for more too.
+        """
+        choices = self._choices[shape_key(weight)]
+        names = {name for choice in choices.values() for name in (choice.name, choice.ours)}
+        made = {name: _kernels(weight)[name](weight, bias) for name in names}
+        by_tokens: list[tuple[Linear, Linear, float]] = []
+        for size in SIZES:
+            choice = choices[size]
+            layers = made[choice.name], made[choice.ours], choice.loss
+            by_tokens += [layers] * (size + 1 - len(by_tokens))
+        return by_tokens
 
     def measure(self, wanted: dict[str, list[Weight]], advance: Callable[[], object] | None = None) -> None:
         """Times every kernel on each shape of `missing` and keeps the fastest ones.
@@ -136,41 +156,41 @@ class LinearChoices:
         begin = time.perf_counter()
         complete = True
         for key, weights in wanted.items():
-            names: dict[int, str] = {}
+            choices: dict[int, Choice] = {}
             skipped: dict[str, float] = {}
             for size in SIZES:
                 in_time = time.perf_counter() - begin < MAX_SECONDS
                 complete = complete and in_time
                 if in_time:
                     some = _enough(weights, MEASURED_BYTES // (8 if size > MANY_TOKENS else 1))
-                    names[size], skipped = _fastest(some, size, skipped)
+                    choices[size], skipped = _fastest(some, size, skipped)
                 else:
-                    names[size] = next(iter(_kernels(weights[0])))
+                    first = next(iter(_kernels(weights[0])))
+                    choices[size] = Choice(first, first, 0.0)
                 if advance is not None:
                     advance()
-            self._names[key] = names
+            self._choices[key] = choices
         if complete:
             self._write()
 
-    def _read(self) -> dict[str, dict[int, str]]:
+    def _read(self) -> dict[str, dict[int, Choice]]:
         try:
             kept: Any = json.loads(self.path.read_text())
             if kept["format_version"] != FORMAT_VERSION or kept["machine"] != self._machine:
                 return {}
-            shapes = {
-                key: {size: names[str(size)] for size in SIZES} for key, names in kept["shapes"].items()
-            }
+            shapes = {key: _checked(choices) for key, choices in kept["shapes"].items()}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             _LOG.info("measuring linear kernels again: %s cannot be read (%s)", self.path, error)
             return {}
-        kernels = KERNELS.keys() | QUANTIZED_KERNELS.keys()
-        known = {key: names for key, names in shapes.items() if set(names.values()) <= kernels}
-        return known
+        return {key: choices for key, choices in shapes.items() if choices is not None}
 
     def _write(self) -> None:
-        shapes = {**self._read(), **self._names}
+        shapes = {
+            key: {size: astuple(choice) for size, choice in choices.items()}
+            for key, choices in {**self._read(), **self._choices}.items()
+        }
         text = json.dumps(
             {"format_version": FORMAT_VERSION, "machine": self._machine, "shapes": shapes}, indent=1
         )
@@ -190,6 +210,14 @@ class LinearChoices:
             _LOG.info("linear kernels will be measured again: %s cannot be written (%s)", self.path, error)
 
 
+def _checked(kept: Any) -> dict[int, Choice] | None:
+    """A shape's choices out of a file; None unless all name kernels that there are. Raises as a dict does."""
+    choices = {size: Choice(*kept[str(size)]) for size in SIZES}
+    kernels = KERNELS.keys() | QUANTIZED_KERNELS.keys()
+    good = all({choice.name, choice.ours} <= kernels and choice.loss >= 0 for choice in choices.values())
+    return choices if good else None
+
+
 def _enough(weights: Sequence[Weight], most: int) -> list[Weight]:
     """The first weights that come to `most` bytes together; of a larger one that many bytes of rows.
 
@@ -206,8 +234,14 @@ def _enough(weights: Sequence[Weight], most: int) -> list[Weight]:
 
 def _fastest(
     weights: Sequence[Weight], tokens: int, skipped: dict[str, float]
-) -> tuple[str, dict[str, float]]:
-    """The name of the fastest kernel, and the numbers of tokens before which slow ones need not be tried."""
+) -> tuple[Choice, dict[str, float]]:
+    """The fastest kernels, and the numbers of tokens before which slow ones need not be tried.
+
+    Args:
+        weights: Timed one after the other.
+        tokens: Of the input.
+        skipped: Numbers of tokens that a smaller `tokens` returned, by kernel.
+    """
     # The caller's random numbers are the caller's.
     random = np.random.default_rng(0).standard_normal((tokens, weights[0].shape[1]), np.float32)
     x = torch.from_numpy(random).to(weights[0].dtype)
@@ -234,7 +268,11 @@ def _fastest(
             race([tried[0], _winner(least)])
     best = min(least.values())
     slow = {name: tokens * seconds / best for name, seconds in least.items() if seconds > SKIPPED * best}
-    return _winner(least), {**skipped, **slow}
+    name = _winner(least)
+    own = {kernel: seconds for kernel, seconds in least.items() if kernel in _OWN}
+    ours = name if name in own else _winner(own) if own else next(iter(kernels))
+    loss = (own[ours] - least[name]) / len(weights) if own else float("inf")
+    return Choice(name, ours, max(loss, 0.0)), {**skipped, **slow}
 
 
 def _winner(least: dict[str, float]) -> str:

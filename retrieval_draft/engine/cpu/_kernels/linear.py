@@ -126,7 +126,7 @@ def _distance(
     line: int, row: int, first: int, last: int, following: int, run: int, next_run: int, length: int,
     stride: int,
 ) -> int:  # fmt: skip
-    """Elements from a row to another one, which if after the block's end is meant from where the walk goes."""
+    """Elements from a row to another one; one after the block's end is of what the thread reads then."""
     if line < last:
         return (line - row) * stride
     if next_run < length:

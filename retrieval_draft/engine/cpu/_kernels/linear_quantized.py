@@ -72,7 +72,7 @@ def _multiply(
     is_tile: bool, tokens: int, w: int, w_stride: int, x: int, x_stride: int, length: int, y: int, near: int,
     far: int, planes: int, terms: int, terms_stride: int, terms_plane: int, left: int, group: int,
 ) -> None:  # fmt: skip
-    """A tile, or one row, with one group of tokens; int8 without groups have their scale applied to the sums."""
+    """A tile, or one row, with one group of tokens; the scale of int8 without groups is left for the sums."""
     s, t, p = MAX_TOKENS, terms_stride, terms_plane
     if group == 0:
         if is_tile:
@@ -154,18 +154,18 @@ def linear_quantized(job: int) -> None:
                         while line < end:
                             count = tile_rows if end - line >= tile_rows else 1
                             _multiply(
-                                count == tile_rows, some, start + (line - row) * stride, stride, given, length,
-                                whole, sums_at + ((line - first) * MAX_TOKENS + begin) * 4, near, far, planes,
-                                first_term + (line - row) * terms_stride * 4, terms_stride, terms_plane, left,
-                                group,
+                                count == tile_rows, some, start + (line - row) * stride, stride, given,
+                                length, whole, sums_at + ((line - first) * MAX_TOKENS + begin) * 4, near, far,
+                                planes, first_term + (line - row) * terms_stride * 4, terms_stride,
+                                terms_plane, left, group,
                             )  # fmt: skip
                             line += count
                         begin, near, far = after, 0, 0
                 else:
                     for line in range(row, end):
                         _widen_row(
-                            w + line * stride + run, wide_at + (line - row) * RUN * 4, whole, near, far, planes,
-                            first_term + (line - row) * terms_stride * 4, terms_plane, left, group,
+                            w + line * stride + run, wide_at + (line - row) * RUN * 4, whole, near, far,
+                            planes, first_term + (line - row) * terms_stride * 4, terms_plane, left, group,
                         )  # fmt: skip
                     begin = 0
                     for part_of_tokens in range(wide_groups):
@@ -202,8 +202,8 @@ def linear_quantized(job: int) -> None:
 
 @kernel
 def _widen_row(
-    source: int, target: int, whole: int, near: int, far: int, planes: int, terms: int, terms_plane: int, left: int,
-    group: int,
+    source: int, target: int, whole: int, near: int, far: int, planes: int, terms: int, terms_plane: int,
+    left: int, group: int,
 ) -> None:  # fmt: skip
     """A row of bytes as float32, each plane half a band after the last one."""
     if group == 0:

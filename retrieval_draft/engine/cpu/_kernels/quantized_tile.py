@@ -36,9 +36,9 @@ def quantized_tile(rows: Sequence[int], planes: int, grouped: bool, plane_stride
     """Makes a tile as `vector_tile.dot_tile` is one, over weights of one byte, or of half a byte.
 
     ``tile(tokens, w, w_stride, x, x_stride, length, y, y_stride, near, far, terms, terms_stride, terms_plane,
-    left, group)`` adds to y[r, t] the dot product of weight row r and token t, in the order of sums of `dot_tile`
-    on the widened weights. With two planes the bytes of row r hold two weight rows, that of the lower halves
-    (r) and that of the upper ones, whose sums go to y[plane_stride + r].
+    left, group)`` adds to y[r, t] the dot product of weight row r and token t, in the order of sums of
+    `dot_tile` on the widened weights. With two planes the bytes of row r hold two weight rows, that of the
+    lower halves (r) and that of the upper ones, whose sums go to y[plane_stride + r].
 
     The integers of one plane are signed, those of two are 0 to 15. With `grouped` a q stands for q · scale +
     offset, rounded once; those of a group of elements are two floats beside each other in `terms`.
@@ -50,7 +50,7 @@ def quantized_tile(rows: Sequence[int], planes: int, grouped: bool, plane_stride
         plane_stride: Rows of y between planes.
 
     Returns:
-        The function. Addresses are intp; w_stride, `near` and `far` are in bytes, the other strides in floats;
+        The function. Addresses are intp; w_stride, `near`, `far` are in bytes, the other strides in floats;
         `length` is a multiple of `STEP`, and so are `left`, the elements left of the first group, and
         `group`; `terms` is the address of the first group's terms in the first row and plane.
     """
@@ -162,7 +162,8 @@ def widen_integers(planes: int, grouped: bool) -> Any:
     """Makes ``widen(source, target, length, near, far, plane_bytes, terms, terms_plane)``.
 
     It writes the weights that `quantized_tile` sees in `length` bytes of one group, a multiple of STEP, as
-    float32, each plane `plane_bytes` after the last one, and fetches as `dot_tile` does. `terms` is the address of the group's terms, `terms_plane` the floats from there to those of the next plane.
+    float32, each plane `plane_bytes` after the last one, and fetches as `dot_tile` does. `terms` is the
+    address of the group's terms, `terms_plane` the floats from there to those of the next plane.
     """
 
     @intrinsic
@@ -178,10 +179,7 @@ def widen_integers(planes: int, grouped: bool) -> Any:
                 if grouped
                 else []
             )
-            with cgutils.for_range_slice(builder, long(0), length, long(STEP)) as (
-                column,
-                _,
-            ):
+            with cgutils.for_range_slice(builder, long(0), length, long(STEP)) as (column, _):
                 out, here = offset_by(builder, target, column, 4), builder.add(source, column)
                 prefetch(builder, here, near, far)
                 for part in range(STEP // LANES):

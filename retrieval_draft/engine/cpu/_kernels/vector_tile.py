@@ -63,7 +63,7 @@ _VECTOR, _QUARTET = ir.VectorType(_FLOAT, LANES), ir.VectorType(_FLOAT, 4)
 def dot_tile(rows: Sequence[int], half: bool = False) -> Any:
     """Makes ``tile(tokens, w, w_stride, x, x_stride, length, y, y_stride, near, far)``, dots in registers.
 
-    The compiled function adds to y[r, t] the dot product of weight row r and token t, for r < rows[tokens - 1]
+    The compiled function adds to y[r, t] the dot product of weight row r and token t, for r < rows[tokens-1]
     and t < tokens, 1 to len(rows); of three tokens or more it writes the slots of the next multiple of four,
     and changes nothing in those beyond. Each sum runs in one fixed order, for every tile: a token's result
     does not depend on the tokens beside it.
@@ -164,9 +164,9 @@ def _dot_tile(
 
 
 def outer_tile(rows: Sequence[int], turns: int) -> Any:
-    """Makes ``tile(vectors, w, w_stride, x, x_stride, length, y, y_stride, near, far)``, sums of outer products.
+    """Makes ``tile(vectors, w, w_stride, x, x_stride, length, y, y_stride, near, far)``, outer products.
 
-    The compiled function adds to y[r, t] the dot product of weight row r and token t, for r < rows[vectors - 1]
+    The compiled function adds to y[r, t] the dot product of weight row r and token t, r < rows[vectors - 1]
     and t < vectors · LANES, with 1 to len(rows) vectors. Tokens lie side by side, x is (length, x_stride):
     nothing is summed across lanes, and a sum is one chain along the row, for every tile.
 
@@ -277,7 +277,7 @@ def _folded(builder: Any, vector: Any, width: int) -> Any:
 
 
 def _lane_sums_of_four(builder: Any, vectors: list[Any]) -> Any:
-    """The sums of the lanes of four vectors, in the order of `_lane_sum`, with a third of its instructions."""
+    """The sums of the lanes of four vectors, in the order of `_lane_sum`, in a third of its instructions."""
     if LANES > 8:
         vectors = [_folded(builder, vector, LANES) for vector in vectors]
     pairs = [
@@ -433,7 +433,7 @@ def _load_halves(builder: Any, address: Any) -> tuple[Any, Any]:
 
 
 def prefetch(builder: Any, address: Any, near: Any, far: Any) -> None:
-    """Prefetches the bytes `near` after an address to the first cache, and those `far` after it to the second."""
+    """Fetches the line `near` bytes after an address to the first cache, one `far` after to the second."""
     function = cgutils.get_or_insert_function(
         builder.module,
         ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT]),

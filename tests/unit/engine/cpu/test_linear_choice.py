@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from retrieval_draft.engine.cpu import linear_choice
-from retrieval_draft.engine.cpu.linear_choice import SIZES, LinearChoices, shape_key
+from retrieval_draft.engine.cpu.linear_choice import SIZES, Choice, LinearChoices, shape_key
 from retrieval_draft.engine.cpu.linear_kernels import KERNELS, Linear
 
 WEIGHTS = [torch.randn(48, 32), torch.randn(48, 32), torch.randn(20, 64).bfloat16()]
@@ -53,7 +53,7 @@ def test_an_unknown_kernel_and_another_machine_are_not_believed(
     measured: LinearChoices, tmp_path: Path
 ) -> None:
     kept = json.loads(measured.path.read_text())
-    kept["shapes"]["float32 48x32"]["8"] = "sorcery"
+    kept["shapes"]["float32 48x32"]["8"] = ["sorcery", "tiled", 0.0]
     measured.path.write_text(json.dumps(kept))
     assert set(LinearChoices(1, tmp_path).missing(WEIGHTS)) == {"float32 48x32"}
     kept["machine"]["processor"] = "z80"
@@ -107,14 +107,21 @@ def test_the_fastest_wins_and_the_first_among_equals(tmp_path: Path, monkeypatch
     assert (names[8], names[16], names[32]) == ("tiled", "tokenwise", "stock")
     # Kernels that were hopeless at 32 tokens were not tried at 64.
     assert names[64] == "stock"
+    assert choices._choices[shape_key(WEIGHTS[0])][16] == Choice("tokenwise", "tokenwise", 0.0)
+    assert choices._choices[shape_key(WEIGHTS[0])][32] == Choice("stock", "tiled", 8.0)
+    assert choices._choices[shape_key(WEIGHTS[0])][64].loss == float("inf")
 
 
 def test_numbers_of_tokens_in_between_go_by_the_next_larger(measured: LinearChoices) -> None:
-    names = dict.fromkeys(SIZES, "stock") | {4: "tiled", 16: "transposed"}
-    measured._names[shape_key(WEIGHTS[0])] = names
+    choices = dict.fromkeys(SIZES, Choice("stock", "tiled", 1e-5))
+    choices |= {4: Choice("tiled", "tiled", 0.0), 16: Choice("transposed", "tokenwise", 2e-5)}
+    measured._choices[shape_key(WEIGHTS[0])] = choices
     layers = measured.layers(WEIGHTS[0])
     assert len(layers) == SIZES[-1] + 1
     assert layers[3] is layers[4]
     assert layers[9] is layers[16]
-    assert layers[5] is layers[8] is layers[17] is layers[256]
-    assert len({id(layer) for layer in layers}) == 3
+    fastest = [layer for layer, _, _ in layers]
+    assert fastest[5] is fastest[8] is fastest[17] is fastest[256]
+    assert len({id(layer) for layer in fastest}) == 3
+    assert layers[4][1] is layers[8][1] is fastest[4]
+    assert layers[16][1:] == (layers[9][1], 2e-5)
