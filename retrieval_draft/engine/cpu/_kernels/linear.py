@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from retrieval_draft._kernels.jit import kernel
 from retrieval_draft.engine.cpu._kernels.vector_tile import (
     LANES,
+    SQUARE,
     STEP,
     claim,
     dot_tile,
@@ -24,6 +25,7 @@ from retrieval_draft.engine.cpu._kernels.vector_tile import (
     load_bfloat16,
     stack_floats,
     store_bfloat16,
+    store_columns,
     widen,
 )
 
@@ -49,6 +51,9 @@ TILE, _GROUP = (2, 8) if LANES > 8 else (3, 4)
 Measured with AVX-512: two rows and eight tokens are read faster than three rows, as the fewer rows are read
 at once the more they lie in order."""
 
+_FEW = 2
+"""Tokens whose sums are written one by one."""
+
 _BAND = 6
 """Rows, in tiles, that share the part of x in the L1 cache where there are several groups of tokens."""
 
@@ -57,6 +62,7 @@ _WIDE = _BAND * RUN
 
 _float_tile, _float_line = dot_tile([TILE] * _GROUP), dot_tile([1] * _GROUP)
 _half_tile, _half_line = dot_tile([TILE] * _GROUP, True), dot_tile([1] * _GROUP, True)
+_store_floats, _store_halves = store_columns(False), store_columns(True)
 
 
 @kernel
@@ -203,8 +209,7 @@ def linear(job: int) -> None:
                     at = w + (row * stride + run) * bytes_each
                     out = sums_at + (row - first) * MAX_TOKENS * 4
                     add_rest(end - row, tokens, at, stride, x + run * 4, x_stride, whole, part, out, half)
-        for token in range(tokens):
-            write(sums[: last - first, token], bias, y, token * rows + first, first, half)
+        write(sums_at, last - first, tokens, bias, y, rows, first, half)
         block = next_block
 
 
@@ -257,32 +262,53 @@ def add_rest(
 
 
 @kernel
-def write(sums: NDArray[np.float32], bias: int, y: int, offset: int, first: int, half: bool) -> None:
-    """Adds the bias to a token's sums and writes them in the type of the weights.
+def write(
+    sums_at: int, count: int, tokens: int, bias: int, y: int, rows: int, first: int, half: bool
+) -> None:  # fmt: skip
+    """Adds the bias to the sums of a block and writes them, token by token, in the type of the weights.
 
     Args:
-        sums: float32, shape (count,).
-        bias: Address of the bias, or 0.
-        y: Address of the output.
-        offset: Elements of y before the first sum.
-        first: Elements of the bias before that of the first sum.
+        sums_at: Address of the sums, float32 (BLOCK, MAX_TOKENS); changed where there is a bias.
+        count: Rows of the block.
+        tokens: Number of tokens.
+        bias: Address of the bias, (rows,), or 0.
+        y: Address of the output, (tokens, rows).
+        rows: Number of rows.
+        first: First row of the block.
         half: Whether bias and y are bfloat16; else they are float32.
     """
-    count = sums.shape[0]
-    if half:
-        for index in range(count):
-            total = sums[index]
-            if bias != 0:
-                total += load_bfloat16(bias + (first + index) * 2)
-            store_bfloat16(y + (offset + index) * 2, total)
-        return
-    out = carray(floats_at(y + offset * 4), (count,))
-    for index in range(count):
-        out[index] = sums[index]
+    sums = carray(floats_at(sums_at), (BLOCK, MAX_TOKENS))
+    size = 2 if half else 4
     if bias != 0:
-        terms = carray(floats_at(bias + first * 4), (count,))
-        for index in range(count):
-            out[index] += terms[index]
+        for line in range(count):
+            at = bias + (first + line) * size
+            term = load_bfloat16(at) if half else carray(floats_at(at), (1,))[0]
+            for token in range(tokens):
+                sums[line, token] += term
+    squares = 0
+    if tokens > _FEW and count >= SQUARE:
+        squares = (count + SQUARE - 1) // SQUARE
+    for square in range(squares):
+        # The last one ends with the block, and may write again what one before it wrote.
+        line = min(square * SQUARE, count - SQUARE)
+        for token in range(0, tokens, SQUARE):
+            source = sums_at + (line * MAX_TOKENS + token) * 4
+            target = y + (token * rows + first + line) * size
+            if half:
+                _store_halves(source, MAX_TOKENS, tokens - token, target, rows)
+            else:
+                _store_floats(source, MAX_TOKENS, tokens - token, target, rows)
+    if squares:
+        return
+    for token in range(tokens):
+        target = y + (token * rows + first) * size
+        if half:
+            for line in range(count):
+                store_bfloat16(target + line * 2, sums[line, token])
+        else:
+            out = carray(floats_at(target), (count,))
+            for line in range(count):
+                out[line] = sums[line, token]
 
 
 def linear_numpy(

@@ -192,11 +192,8 @@ def linear_quantized(job: int) -> None:
                 for line in range(last - first):
                     for token in range(tokens):
                         sums[line, token] *= scales[first + line]
-            for token in range(tokens):
-                write(
-                    sums[plane * BLOCK : plane * BLOCK + last - first, token], bias, y,
-                    token * rows + from_row, from_row, half,
-                )  # fmt: skip
+            plane_at = sums_at + plane * BLOCK * MAX_TOKENS * 4
+            write(plane_at, last - first, tokens, bias, y, rows, from_row, half)
         block = next_block
 
 

@@ -138,8 +138,7 @@ def linear_tokenwise(job: int) -> None:
                         )
                         line += count
                     begin, near, far = after, 0, 0
-        for token in range(tokens):
-            write(sums[: last - first, token], bias, y, token * rows + first, first, half)
+        write(sums_at, last - first, tokens, bias, y, rows, first, half)
         block = next_block
 
 

@@ -19,6 +19,7 @@ from numba.extending import intrinsic as _intrinsic
 
 __all__ = [
     "LANES",
+    "SQUARE",
     "STEP",
     "add_lane_sums",
     "bytes_at",
@@ -40,6 +41,7 @@ __all__ = [
     "spread",
     "stack_floats",
     "store_bfloat16",
+    "store_columns",
     "types",
     "widen",
 ]
@@ -53,11 +55,14 @@ intrinsic: Any = _intrinsic
 cgutils: Any = _cgutils
 types: Any = _types
 
+SQUARE = 8
+"""Rows and columns that `store_columns` takes at once."""
+
 _LINE = 64
 
 _FLOAT, _BYTE, _SHORT = ir.FloatType(), ir.IntType(8), ir.IntType(16)
 _INT, _LONG = ir.IntType(32), ir.IntType(64)
-_VECTOR, _QUARTET = ir.VectorType(_FLOAT, LANES), ir.VectorType(_FLOAT, 4)
+_VECTOR, _QUARTET, _SQUARE_ROW = (ir.VectorType(_FLOAT, width) for width in (LANES, 4, SQUARE))
 
 
 def dot_tile(rows: Sequence[int], half: bool = False) -> Any:
@@ -337,16 +342,79 @@ def store_bfloat16(context: Any, address: Any, value: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address, value = arguments
-        bits = builder.bitcast(value, _INT)
-        sixteen = ir.Constant(_INT, 16)
-        odd = builder.and_(builder.lshr(bits, sixteen), ir.Constant(_INT, 1))
-        rounded = builder.lshr(builder.add(builder.add(bits, ir.Constant(_INT, 0x7FFF)), odd), sixteen)
-        nan = builder.or_(builder.lshr(bits, sixteen), ir.Constant(_INT, 0x40))
-        kept = builder.select(builder.fcmp_unordered("uno", value, value), nan, rounded)
-        builder.store(builder.trunc(kept, _SHORT), builder.inttoptr(address, _SHORT.as_pointer()), align=2)
+        kept = _to_bfloat16(builder, value)
+        builder.store(kept, builder.inttoptr(address, _SHORT.as_pointer()), align=2)
         return context.get_dummy_value()
 
     return types.void(types.intp, types.float32), generate
+
+
+def _to_bfloat16(builder: Any, values: Any, width: int = 0) -> Any:
+    """A float32, or a vector of `width`, as the nearest bfloat16, ties to even; NaN stays NaN."""
+
+    def each(value: int) -> Any:
+        return ir.Constant(ir.VectorType(_INT, width), [value] * width) if width else ir.Constant(_INT, value)
+
+    bits = builder.bitcast(values, each(0).type)
+    upper = builder.lshr(bits, each(16))
+    odd = builder.and_(upper, each(1))
+    rounded = builder.lshr(builder.add(builder.add(bits, each(0x7FFF)), odd), each(16))
+    nan = builder.or_(upper, each(0x40))
+    kept = builder.select(builder.fcmp_unordered("uno", values, values), nan, rounded)
+    return builder.trunc(kept, ir.VectorType(_SHORT, width) if width else _SHORT)
+
+
+def store_columns(half: bool) -> Any:
+    """Makes ``store(rows, rows_stride, columns, y, y_stride)``, which stores a square's columns as rows.
+
+    The compiled function reads `SQUARE` rows of as many floats and stores the first `columns` of the columns,
+    in float32, or with `half` in the nearest bfloat16. rows and y are addresses, strides in elements.
+
+    Example:
+        A square of 2 with rows 1 2 and 3 4: two columns are stored as 1 3 and 2 4.
+    """
+    kind = ir.VectorType(_SHORT if half else _FLOAT, SQUARE)
+    wide = 2 if half else 4
+
+    @intrinsic
+    def store(context: Any, rows: Any, rows_stride: Any, columns: Any, y: Any, y_stride: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            rows, rows_stride, columns, y, y_stride = arguments
+            lines = [
+                load(builder, offset_by(builder, rows, rows_stride, 4 * row), _SQUARE_ROW, 4)
+                for row in range(SQUARE)
+            ]
+            for number, column in enumerate(_transposed(builder, lines)):
+                with builder.if_then(builder.icmp_signed(">", columns, long(number))):
+                    address = builder.inttoptr(
+                        offset_by(builder, y, y_stride, wide * number), kind.as_pointer()
+                    )
+                    kept = _to_bfloat16(builder, column, SQUARE) if half else column
+                    builder.store(kept, address, align=wide)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 5), generate
+
+    return store
+
+
+def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """The columns of eight vectors of eight lanes, in three rounds in which pairs change halves."""
+    for distance, low in (
+        (1, (0, 8, 1, 9, 4, 12, 5, 13)),
+        (2, (0, 1, 8, 9, 4, 5, 12, 13)),
+        (4, (0, 1, 2, 3, 8, 9, 10, 11)),
+    ):
+        high = [lane + (4 if distance == 4 else 2) for lane in low]
+        mixed = list(rows)
+        for row in range(SQUARE):
+            if not row & distance:
+                pair = rows[row], rows[row + distance]
+                mixed[row], mixed[row + distance] = (
+                    _shuffled(builder, *pair, lanes) for lanes in (low, high)
+                )
+        rows = mixed
+    return [rows[place] for place in (0, 2, 1, 3, 4, 6, 5, 7)]
 
 
 @intrinsic
