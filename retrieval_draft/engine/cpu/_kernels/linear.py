@@ -39,7 +39,7 @@ JOB = 12
 """int64 fields of a job."""
 
 MAX_TOKENS = 64
-BLOCK = 24
+BLOCK = 48
 """Most weight rows that a thread claims at once: a multiple of every tile."""
 
 RUN = 640
