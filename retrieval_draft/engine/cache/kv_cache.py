@@ -132,14 +132,28 @@ class SpeculativeLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[-2]
-        first = self.first_visible
-        if not self._keeps and not staged and new > self._slack(0):
+        seen = self.extend(new, staged=staged)
+        if seen is None:
             return self._prefill(key_states, value_states)
+        for view, states in zip(seen, (key_states, value_states), strict=True):
+            view.narrow(-2, view.shape[-2] - new, new).copy_(states)
+        return seen
+
+    def extend(self, new: int, staged: bool = False) -> tuple[Tensor, Tensor] | None:
+        """Makes room for new keys and values as `update` does, and leaves it to the caller to write them.
+
+        Args:
+            new: Number of new tokens.
+            staged: As of `update`.
+
+        Returns:
+            What `update` returns, the last `new` rows unwritten; None, and nothing has changed, where that is
+            not a part of the buffers.
+        """
+        if not self.is_initialized or (not self._keeps and not staged and new > self._slack(0)):
+            return None
+        first = self.first_visible
         self._reserve(new)
-        base = self.length - self.start
-        keys, values = self._parts()
-        keys[:, :, base : base + new].copy_(key_states)
-        values[:, :, base : base + new].copy_(value_states)
         seen = self._view(first, self.length + new)
         if staged:
             self.staged = new
@@ -348,6 +362,11 @@ class SpeculativeCache(Cache):
             key_states, value_states, *args, staged=self._staging, **kwargs
         )
         return seen
+
+    def extend(self, new: int, layer_idx: int) -> tuple[Tensor, Tensor] | None:
+        """Makes room in one layer for new keys and values, which the caller writes; as of a layer."""
+        layer: Any = self.layers[layer_idx]
+        return layer.extend(new, staged=self._staging)  # type: ignore[no-any-return]
 
     def commit(self, moved: Tensor | None, kept: int, count: int) -> None:
         """Keeps one path of the staged nodes in every layer; for arguments see `SpeculativeLayer.commit`."""

@@ -242,17 +242,14 @@ class _Parts:
             if layers is not None:
                 before = _Before(layers, self.norms, tokens, calls.head, self.dtype)
                 after = _After(layers, self.norms, tokens, calls.activation, self.dtype)
-                attending = None
+                whole = None
                 if (
                     calls.is_usual_attention
                     and tokens <= ATTENTION_TOKENS[self.dtype]
                     and _can_attend(calls.head)
                 ):
-                    scale = float(calls.fixed["scaling"])
-                    attending = _After(
-                        layers, self.norms, tokens, calls.activation, self.dtype, calls.head, scale
-                    )
-                made = before, after, attending
+                    whole = _Whole(layers, self.norms, tokens, calls, self.dtype)
+                made = before, after, whole
             found = self._programs[tokens] = [address() for address in self._addresses], made
         return found[1]
 
@@ -322,10 +319,44 @@ class _Builder:
             self.program.stage(layer.function, fields)
         self.program.barrier()
 
-    def attend(self, out: At, heads: int, dim: int, scale: float) -> None:
-        """Adds a stage of `attend`, of values given when the program runs."""
-        query, key, value, mask, keys, key_stride, value_stride, mask_stride, times, is_bool = map(
-            At, _ATTENTION
+    def before(
+        self, layers: dict[str, CompiledLinear], norms: dict[str, Norm], head: int, heads: At,
+        outs: Sequence[tuple[At, int | At, int] | None],
+    ) -> None:  # fmt: skip
+        """Adds the stages from a layer's input, `x`, to its queries, keys and values.
+
+        Args:
+            layers: The matrices, by name.
+            norms: The norms, by name.
+            head: Dimension of a head.
+            heads: Memory of the three, each (tokens, heads, dim).
+            outs: For each of the three an address, and the elements there from a head to the next and from a
+                token to the next; None if it stays in `heads`.
+        """
+        matrices = [layers[name] for name in _LINEAR[:3]]
+        starts = [0, matrices[0].rows, matrices[0].rows + matrices[1].rows]
+        at = [At(heads.base, heads.offset + self._size * self._tokens * start) for start in starts]
+        first = matrices[0]
+        y = self.norm(At("x"), first.length, second=norms["input_layernorm"], ordered=first.is_ordered)
+        self.multiply(y, matrices, at)
+        for index, norm in enumerate((norms.get("q_norm"), norms.get("k_norm"), None)):
+            rows, turns = matrices[index].rows, index < 2
+            out, from_head, from_token = outs[index] or (at[index], head, rows)
+            if turns or outs[index]:
+                self.program.stage(
+                    stage_function("head_positions"),
+                    [
+                        0, at[index], norm.address if norm else 0, At("cos") if turns else 0,
+                        At("sin") if turns else 0, self._tokens, rows // head, head,
+                        _bits(norm.eps if norm else 0.0), int(norm.twice) if norm else 0, self._half, out,
+                        from_head, from_token,
+                    ],
+                )  # fmt: skip
+
+    def attend(self, query: At, out: At, heads: int, dim: int, scale: float) -> None:
+        """Adds a stage of `attend`, of keys, values and a mask given when the program runs."""
+        key, value, mask, keys, key_stride, value_stride, mask_stride, times, is_bool = map(
+            At, _ATTENTION[2:]
         )
         self.program.stage(
             stage_function("attend"),
@@ -336,6 +367,50 @@ class _Builder:
         )  # fmt: skip
         self.program.barrier()
 
+    def after(
+        self, layers: dict[str, CompiledLinear], norms: dict[str, Norm], activation: int, attended: At
+    ) -> None:
+        """Adds the stages from the output of a layer's attention, beside its input, to its output, `out`.
+
+        Args:
+            layers: The matrices, by name.
+            norms: The norms, by name.
+            activation: `SILU` or `GELU_TANH`.
+            attended: The attention's output, (tokens, heads, dim).
+        """
+        tokens = self._tokens
+        o, gate, up, down = (layers[name] for name in _LINEAR[3:])
+        product = self.room(tokens * o.rows)
+        self.multiply(attended, [o], [product], given=True)
+        hidden = self.room(tokens * o.rows)
+        is_sandwich = "pre_feedforward_layernorm" in norms
+        y = self.norm(
+            product,
+            o.rows,
+            first=norms["post_attention_layernorm"] if is_sandwich else None,
+            residual=At("x"),
+            out=hidden,
+            second=norms["pre_feedforward_layernorm" if is_sandwich else "post_attention_layernorm"],
+            ordered=gate.is_ordered,
+        )
+        gates, ups = self.room(tokens * gate.rows), self.room(tokens * gate.rows)
+        self.multiply(y, [gate, up], [gates, ups])
+        inner = self.room(tokens * gate.rows, 4)
+        self.program.stage(
+            stage_function("gate"),
+            [0, gates, ups, inner, tokens, gate.rows, activation, self._half, int(down.is_ordered)],
+        )
+        self.program.barrier()
+        product = self.room(tokens * down.rows)
+        self.multiply(inner, [down], [product])
+        self.norm(
+            product,
+            down.rows,
+            first=norms["post_feedforward_layernorm"] if is_sandwich else None,
+            residual=hidden,
+            out=At("out"),
+        )
+
     def _lay_out(self, x: At, y: At, length: int, columns: int, half: int, ordered: bool) -> None:
         self.program.stage(
             stage_function("layout"), [0, x, y, self._tokens, length, half, columns, int(ordered and half)]
@@ -343,43 +418,10 @@ class _Builder:
 
 
 _ATTENTION = (
-    "query", "key", "value", "mask", "keys", "key stride", "value stride", "mask stride", "times", "bool",
+    "new key", "new value", "key", "value", "mask", "keys", "key stride", "value stride", "mask stride",
+    "times", "bool",
 )  # fmt: skip
-"""Addresses and numbers of the stage `attend` that are known when it runs."""
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> tuple[int, ...] | None:
-    """The values of `_ATTENTION`; None for what the stage does not read.
-
-    Args:
-        query: (1, heads, tokens, dim), in memory (tokens, heads, dim).
-        key: (1, heads of keys, keys, dim), as `value`.
-        value: Rows are contiguous, as those of keys.
-        mask: (1, 1, tokens, keys), or None, which for one token means that all is seen.
-    """
-    tokens, dim, keys = query.shape[2], query.shape[3], key.shape[2]
-    if not (
-        key.shape == value.shape
-        and key.dtype is value.dtype is query.dtype
-        and key.shape[3] == dim
-        and keys > 0
-        and all(rows.stride(2) == dim and rows.stride(3) == 1 for rows in (key, value))
-    ):
-        return None
-    at, stride, is_bool = 0, 0, False
-    if mask is None:
-        if tokens > 1:
-            return None
-    elif (
-        mask.shape == (1, 1, tokens, keys) and mask.stride(3) == 1 and mask.dtype in (query.dtype, torch.bool)
-    ):
-        at, stride, is_bool = mask.data_ptr(), mask.stride(2), mask.dtype is torch.bool
-    else:
-        return None
-    return (
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), at, keys, key.stride(1), value.stride(1), stride,
-        query.shape[1] // key.shape[1], int(is_bool),
-    )  # fmt: skip
+"""Addresses and numbers of a layer's keys, values and mask that are known when it runs."""
 
 
 class _Before:
@@ -397,29 +439,15 @@ class _Before:
         self, layers: dict[str, CompiledLinear], norms: dict[str, Norm], tokens: int, head: int,
         dtype: torch.dtype,
     ) -> None:  # fmt: skip
-        q, k, v = (layers[name] for name in _LINEAR[:3])
         made = _Builder(("x", "cos", "sin", "heads"), tokens, dtype)
-        size, half = dtype.itemsize, int(dtype is torch.bfloat16)
-        at = [At("heads", size * tokens * rows) for rows in (0, q.rows, q.rows + k.rows)]
-        y = made.norm(At("x"), q.length, second=norms["input_layernorm"], ordered=q.is_ordered)
-        made.multiply(y, [q, k, v], at)
-        for name, where, rows in (("q_norm", at[0], q.rows), ("k_norm", at[1], k.rows)):
-            norm = norms.get(name)
-            made.program.stage(
-                stage_function("head_positions"),
-                [
-                    0, where, norm.address if norm else 0, At("cos"), At("sin"), tokens, rows // head, head,
-                    _bits(norm.eps if norm else 0.0), int(norm.twice) if norm else 0, half,
-                ],
-            )  # fmt: skip
+        made.before(layers, norms, head, At("heads"), (None, None, None))
         self._program, self._bytes, self._dtype = made.program, made.bytes, dtype
-        self._elements = tokens * (q.rows + k.rows + v.rows)
-        counts = [rows // head for rows in (q.rows, k.rows, v.rows)]
+        rows = [layers[name].rows for name in _LINEAR[:3]]
+        self._elements = tokens * sum(rows)
         # Shapes, strides and offsets of (1, heads, tokens, dim) in memory of (tokens, heads, dim).
-        starts = [tokens * rows for rows in (0, q.rows, q.rows + k.rows)]
         self._views = [
-            ((1, count, tokens, head), (count * head * tokens, head, count * head, 1), start)
-            for count, start in zip(counts, starts, strict=True)
+            ((1, count // head, tokens, head), (count * tokens, head, count, 1), tokens * start)
+            for count, start in zip(rows, (0, rows[0], rows[0] + rows[1]), strict=True)
         ]
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
@@ -440,71 +468,103 @@ class _After:
         tokens: Number of tokens.
         activation: `SILU` or `GELU_TANH`.
         dtype: Type of the layer.
-        head: Dimension of a head, or 0 if the attention is computed elsewhere.
-        scale: Scale of the attention's scores.
     """
 
     def __init__(
         self, layers: dict[str, CompiledLinear], norms: dict[str, Norm], tokens: int, activation: int,
-        dtype: torch.dtype, head: int = 0, scale: float = 1.0,
+        dtype: torch.dtype,
     ) -> None:  # fmt: skip
-        o, gate, up, down = (layers[name] for name in _LINEAR[3:])
-        made = _Builder(("residual", "out", *_ATTENTION), tokens, dtype)
-        attended = At("query")
-        if head:
-            attended = made.room(tokens * o.length)
-            made.attend(attended, o.length // head, head, scale)
-        product = made.room(tokens * o.rows)
-        made.multiply(attended, [o], [product], given=True)
-        hidden = made.room(tokens * o.rows)
-        is_sandwich = "pre_feedforward_layernorm" in norms
-        y = made.norm(
-            product,
-            o.rows,
-            first=norms["post_attention_layernorm"] if is_sandwich else None,
-            residual=At("residual"),
-            out=hidden,
-            second=norms["pre_feedforward_layernorm" if is_sandwich else "post_attention_layernorm"],
-            ordered=gate.is_ordered,
-        )
-        gates, ups = made.room(tokens * gate.rows), made.room(tokens * gate.rows)
-        made.multiply(y, [gate, up], [gates, ups])
-        inner = made.room(tokens * gate.rows, 4)
-        made.program.stage(
-            stage_function("gate"),
-            [
-                0, gates, ups, inner, tokens, gate.rows, activation, int(dtype is torch.bfloat16),
-                int(down.is_ordered),
-            ],
-        )  # fmt: skip
-        made.program.barrier()
-        product = made.room(tokens * down.rows)
-        made.multiply(inner, [down], [product])
-        made.norm(
-            product,
-            down.rows,
-            first=norms["post_feedforward_layernorm"] if is_sandwich else None,
-            residual=hidden,
-            out=At("out"),
-        )
+        made = _Builder(("x", "out", "attended"), tokens, dtype)
+        made.after(layers, norms, activation, At("attended"))
         self._program, self._bytes = made.program, made.bytes
 
-    def __call__(self, residual: Tensor, attention: Sequence[int]) -> Tensor:
-        """The layer's output, (1, tokens, width).
-
-        Args:
-            residual: The layer's input, of that shape.
-            attention: The values of `_ATTENTION`; without attention the address of its output and zeros.
-        """
-        out = torch.empty_like(residual)
+    def __call__(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output, (1, tokens, width), of its input and the attention's output, contiguous."""
+        out = torch.empty_like(x)
         scratch = torch.empty(self._bytes, dtype=torch.uint8, device="cpu")
-        addresses = (residual.data_ptr(), out.data_ptr(), *attention, scratch.data_ptr())
+        addresses = [tensor.data_ptr() for tensor in (x, out, attended, scratch)]
         self._program.run(addresses, torch.get_num_threads())
         return out
 
 
-_Programs = tuple[_Before, _After, _After | None]
-"""Before the attention, after it, and from before it, where our own attention does."""
+class _Whole:
+    """From a layer's input to its output; keys and values are written where the attention reads them.
+
+    Args:
+        layers: The matrices, by name.
+        norms: The norms, by name.
+        tokens: Number of tokens.
+        calls: Those of the layer, of the usual attention.
+        dtype: Type of the layer.
+    """
+
+    def __init__(
+        self, layers: dict[str, CompiledLinear], norms: dict[str, Norm], tokens: int, calls: _Calls,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        q, k, v, o = (layers[name] for name in _LINEAR[:4])
+        self._tokens, self._heads, self._head, self._dtype = tokens, q.rows // calls.head, calls.head, dtype
+        head = calls.head
+        made = _Builder(("x", "cos", "sin", "out", *_ATTENTION), tokens, dtype)
+        heads, attended = made.room(tokens * (q.rows + k.rows + v.rows)), made.room(tokens * o.length)
+        keys, values = ((At(f"new {name}"), At(f"{name} stride"), head) for name in ("key", "value"))
+        made.before(layers, norms, head, heads, (None, keys, values))
+        made.program.barrier()
+        made.attend(heads, attended, self._heads, head, float(calls.fixed["scaling"]))
+        made.after(layers, norms, calls.activation, attended)
+        self._program, self._bytes = made.program, made.bytes
+
+    def given(self, key: Tensor, value: Tensor, mask: Any) -> tuple[int, ...] | None:
+        """The values of `_ATTENTION`; None for what the stage does not read.
+
+        Args:
+            key: (1, heads of keys, keys, dim), as `value`; the last ones are to be written.
+            value: Rows are contiguous, as those of keys.
+            mask: (1, 1, tokens, keys), or None, which for one token means that all is seen.
+        """
+        tokens, dtype = self._tokens, self._dtype
+        _, groups, keys, dim = key.shape
+        strides = key.stride(), value.stride()
+        if not (
+            key.shape == value.shape
+            and key.dtype is value.dtype is dtype
+            and dim == self._head
+            and keys >= tokens
+            and strides[0][2:] == strides[1][2:] == (dim, 1)
+        ):
+            return None
+        at, stride, is_bool = 0, 0, False
+        if mask is None:
+            if tokens > 1:
+                return None
+        elif mask.shape == (1, 1, tokens, keys) and mask.stride(3) == 1 and mask.dtype in (dtype, torch.bool):
+            at, stride, is_bool = mask.data_ptr(), mask.stride(2), mask.dtype is torch.bool
+        else:
+            return None
+        keys_at, values_at, begin = key.data_ptr(), value.data_ptr(), (keys - tokens) * dim * dtype.itemsize
+        return (
+            keys_at + begin, values_at + begin, keys_at, values_at, at, keys, strides[0][1], strides[1][1],
+            stride, self._heads // groups, int(is_bool),
+        )  # fmt: skip
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attention: tuple[int, ...]) -> Tensor:
+        """The layer's output, (1, tokens, width).
+
+        Args:
+            x: Its input, of that shape.
+            cos: Of each token's position, (1, tokens, dim).
+            sin: As cos.
+            attention: The values of `_ATTENTION`.
+        """
+        out = torch.empty_like(x)
+        scratch = torch.empty(self._bytes, dtype=torch.uint8, device="cpu")
+        at = [tensor.data_ptr() for tensor in (x, cos, sin, out)]
+        self._program.run((*at, *attention, scratch.data_ptr()), torch.get_num_threads())
+        return out
+
+
+_Programs = tuple[_Before, _After, _Whole | None]
+"""Before the attention, after it, and all of the layer, where our own attention does."""
 
 
 def _is_free(layer: nn.Module) -> bool:
@@ -512,12 +572,12 @@ def _is_free(layer: nn.Module) -> bool:
     return all(map(is_free, layer.modules()))
 
 
-_UNUSED = (0,) * (len(_ATTENTION) - 1)
-
-
 def _bits(value: float) -> int:
     return int(np.float64(value).view(np.int64))
 
+
+_OUR_ATTENTION = (sdpa_attention_forward, wide_attention_forward)
+"""Attention that the stage `attend` computes too."""
 
 _LAYER_ARGUMENTS = frozenset(
     ["attention_mask", "position_ids", "use_cache", "cache_position", "position_embeddings"]
@@ -556,20 +616,25 @@ def _forward(module: nn.Module, parts: _Parts, calls: _Calls) -> Forward:
             programs = parts.programs(tokens, calls)
         if attend is None or programs is None:
             return own(module, hidden_states, *args, **kwargs)
-        before, after, attending = programs
+        before, after, whole = programs
         hidden_states = hidden_states.contiguous()
         cos, sin = (tensor.contiguous() for tensor in positions)
-        query, key, value = before(hidden_states, cos, sin)
-        key, value = cache.update(key, value, calls.layer_index)
         mask = kwargs.get("attention_mask")
-        if attending is not None and attend in (sdpa_attention_forward, wide_attention_forward):
-            given = _attention(query, key, value, mask)
+        seen: tuple[Tensor, Tensor] | None = None
+        if whole is not None and attend in _OUR_ATTENTION and hasattr(cache, "extend"):
+            seen = cache.extend(tokens, calls.layer_index)
+            given = None if seen is None else whole.given(seen[0], seen[1], mask)
             if given is not None:
-                return attending(hidden_states, given)
+                return whole(hidden_states, cos, sin, given)
+        query, key, value = before(hidden_states, cos, sin)
+        if seen is None:
+            seen = cache.update(key, value, calls.layer_index)
+        else:
+            for view, states in zip(seen, (key, value), strict=True):
+                view[:, :, -tokens:].copy_(states)
         passed = {name: kwargs.get(name) for name in calls.passed}
-        attended, _ = attend(attention, query, key, value, mask, **calls.fixed, **passed)
-        attended = attended.contiguous()
-        return after(hidden_states, (attended.data_ptr(), *_UNUSED))
+        attended, _ = attend(attention, query, *seen, mask, **calls.fixed, **passed)
+        return after(hidden_states, attended.contiguous())
 
     return forward
 

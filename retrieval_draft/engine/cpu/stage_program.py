@@ -63,13 +63,13 @@ class StageProgram:
         """
         if self._template is None:
             self._lay_out()
-        words = self._template.copy()
+        words = np.empty(len(self._template), np.int64)
         begin = words.__array_interface__["data"][0]
-        words[self._slots] += np.array((begin, *addresses))[self._indices]
-        _section()(begin, threads)
+        self._fill(self._template, self._slots, self._indices, np.array((begin, *addresses), np.int64), words)
+        self._section(begin, threads)
 
     def _lay_out(self) -> None:
-        from retrieval_draft.engine.cpu._kernels.stages import ENTRY
+        from retrieval_draft.engine.cpu._kernels.stages import ENTRY, fill
 
         header = 1 + ENTRY * len(self._entries)
         header += -header % _LINE
@@ -82,6 +82,7 @@ class StageProgram:
         self._slots = np.array([slot for slot, _ in known], np.int64)
         self._indices = np.array([self._bases[word.base] for _, word in known], np.int64)
         self._template = np.array([word.offset if isinstance(word, At) else word for word in words], np.int64)
+        self._fill, self._section = fill, _section()
 
 
 _SELF = "program"

@@ -34,7 +34,7 @@ from retrieval_draft.engine.cpu._kernels.vector_tile import (
 
 __all__ = [
     "CHUNK", "ENTRY", "GELU_TANH", "MAX_HEAD", "MAX_ROW", "SILU", "add_and_norm", "attend",
-    "attend_numpy", "gate", "gate_numpy", "head_positions", "layout", "run_stages",
+    "attend_numpy", "fill", "gate", "gate_numpy", "head_positions", "layout", "run_stages",
 ]  # fmt: skip
 
 ENTRY = 4
@@ -100,6 +100,31 @@ def _seen(context: Any, address: Any) -> Any:
         return builder.load_atomic(pointer, "seq_cst", 8)
 
     return types.int64(types.intp), generate
+
+
+@kernel
+def fill(
+    template: NDArray[np.int64],
+    slots: NDArray[np.int64],
+    bases: NDArray[np.int64],
+    addresses: NDArray[np.int64],
+    words: NDArray[np.int64],
+) -> None:
+    """Writes a program's words: the template, with the address of its base added to some.
+
+    Args:
+        template: int64, shape (words,).
+        slots: int64, shape (known,). Words to which an address is added.
+        bases: int64, shape (known,). Index of the address of each.
+        addresses: int64, shape (bases,).
+        words: int64, shape (words,). Written.
+
+    Example:
+        template 5 7 9, slots 0 2, bases 1 0, addresses 100 200: words 205 7 109
+    """
+    words[:] = template
+    for index in range(len(slots)):
+        words[slots[index]] += addresses[bases[index]]
 
 
 def run_stages(program: int) -> None:
@@ -275,17 +300,19 @@ def gate_numpy(g: NDArray[np.float32], u: NDArray[np.float32], activation: int) 
 
 
 def head_positions(job: int) -> None:
-    """Norms the heads of queries or keys, and rotates their halves by position. A block is a token.
+    """Norms the heads of queries, keys or values, and rotates their halves by position. A block is a token.
 
     Of a head's halves a and b: (a, b) · cos + (-b, a) · sin, each step rounded to the type.
 
     Args:
-        job: Address of int64: [0] the next block; [1] address of x, (tokens, heads, dim), changed; [2]
-            address of the norm's scale, float32 (dim,), or 0; addresses of [3] cos and [4] sin, (tokens,
-            dim); [5] tokens, [6] heads, [7] dim, even, at most `MAX_HEAD`; [8] eps as bits of float64; [9]
-            whether the norm rounds before it scales; [10] whether x, cos and sin are bfloat16, else float32.
+        job: Address of int64: [0] the next block; [1] address of x, (tokens, heads, dim); [2] address of the
+            norm's scale, float32 (dim,), or 0; addresses of [3] cos and [4] sin, (tokens, dim), or 0; [5]
+            tokens, [6] heads, [7] dim, even, at most `MAX_HEAD`; [8] eps as bits of float64; [9] whether the
+            norm rounds before it scales; [10] whether all are bfloat16, else float32; [11] address of the
+            output, which may be x; elements there [12] from a head to the next, [13] from a token to the
+            next.
     """
-    field = carray(integers_at(job), (11,))
+    field = carray(integers_at(job), (14,))
     tokens, heads, dim, half = field[5], field[6], field[7], field[10] != 0
     size, middle = 2 if half else 4, field[7] // 2
     eps = carray(doubles_at(job + 64), (1,))[0]
@@ -294,14 +321,14 @@ def head_positions(job: int) -> None:
     cos, sin = carray(floats_at(cos_at), (dim,)), carray(floats_at(sin_at), (dim,))
     token = claim(job)
     while token < tokens:
-        read_row(field[3] + token * dim * size, cos_at, dim, half)
-        read_row(field[4] + token * dim * size, sin_at, dim, half)
+        if field[3] != 0:
+            read_row(field[3] + token * dim * size, cos_at, dim, half)
+            read_row(field[4] + token * dim * size, sin_at, dim, half)
         for head in range(heads):
-            at = field[1] + (token * heads + head) * dim * size
-            read_row(at, x_at, dim, half)
+            read_row(field[1] + (token * heads + head) * dim * size, x_at, dim, half)
             if field[2] != 0:
                 norm_row(x_at, field[2], dim, eps, field[9] != 0, half)
-            for column in range(middle):
+            for column in range(middle if field[3] != 0 else 0):
                 a, b = x[column], x[middle + column]
                 if half:
                     x[column] = round_bfloat16(a * cos[column]) + round_bfloat16(-b * sin[column])
@@ -311,7 +338,7 @@ def head_positions(job: int) -> None:
                 else:
                     x[column] = a * cos[column] - b * sin[column]
                     x[middle + column] = b * cos[middle + column] + a * sin[middle + column]
-            write_row(x_at, at, dim, half)
+            write_row(x_at, field[11] + (token * field[13] + head * field[12]) * size, dim, half)
         token = claim(job)
 
 

@@ -105,14 +105,24 @@ def test_head_positions(norms: bool, heads: int, dim: int, dtype: torch.dtype) -
         expected = torch.from_numpy(rows).view_as(x).to(dtype)
     a, b = expected.chunk(2, -1)
     expected = expected * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]
-    run(
-        "head_positions",
-        [
-            x.data_ptr(), scale.data_ptr() if norms else 0, cos.data_ptr(), sin.data_ptr(), 5, heads, dim,
-            bits(1e-6), 0, int(dtype == torch.bfloat16),
-        ],
-    )  # fmt: skip
+    y = torch.zeros(heads, 7, dim, dtype=dtype)
+    for out, strides in ((y[:, 2:], (7 * dim, dim)), (x, (dim, heads * dim))):
+        run(
+            "head_positions",
+            [
+                x.data_ptr(), scale.data_ptr() if norms else 0, cos.data_ptr(), sin.data_ptr(), 5, heads, dim,
+                bits(1e-6), 0, int(dtype == torch.bfloat16), out.data_ptr(), *strides,
+            ],
+        )  # fmt: skip
     assert close(x, expected, dtype)
+    assert torch.equal(y[:, 2:].transpose(0, 1), x)
+    assert not y[:, :2].any()
+
+
+def test_heads_without_positions_are_moved() -> None:
+    x, y = normal(3, 2, 4, dtype=torch.bfloat16), torch.zeros(2, 3, 4, dtype=torch.bfloat16)
+    run("head_positions", [x.data_ptr(), 0, 0, 0, 3, 2, 4, 0, 0, 1, y.data_ptr(), 12, 4])
+    assert torch.equal(y.transpose(0, 1), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
