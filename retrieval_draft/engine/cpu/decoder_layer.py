@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from retrieval_draft.engine.compat import cache_parameter
 from retrieval_draft.engine.cpu.attention import wide_attention_forward
 from retrieval_draft.engine.cpu.linear import CpuLinear, LayerKernels
-from retrieval_draft.engine.cpu.linear_kernels import CompiledLinear
+from retrieval_draft.engine.cpu.linear_kernels import PAIRS, ROWS, CompiledLinear
 from retrieval_draft.engine.cpu.norm import CpuNorm, Norm
 from retrieval_draft.engine.cpu.stage_program import At, StageProgram, stage_function
 from retrieval_draft.engine.substitution import is_free, is_ordinary_call, lend_attention
@@ -301,18 +301,26 @@ class _Builder:
             given: Whether x is of the dtype.
         """
         length, ordered = layers[0].length, layers[0].is_ordered
-        plain, packed = x, None
-        if given and (self._half or ordered) and not all(layer.packs for layer in layers):
-            plain = self.room(self._tokens * length, 4)
-            self._lay_out(x, plain, length, 0, self._half, ordered)
-        if any(layer.packs for layer in layers):
-            packed = self.room(length * self._columns, 4)
-            half = self._half if given else 0
-            self._lay_out(x, packed, length, self._columns, half, ordered)
-        if plain is not x or packed is not None:
+        half = self._half if given else 0
+        laid_out: dict[int, At] = {}
+        for packing in sorted({layer.packing for layer in layers}):
+            if packing == ROWS and not (given and (half or ordered)):
+                laid_out[packing] = x
+                continue
+            columns = 0 if packing == ROWS else self._columns
+            y = self.room(length * (columns or self._tokens), 4)
+            self.program.stage(
+                stage_function("layout"),
+                [
+                    0, x, y, self._tokens, length, half, columns, int(ordered and half),
+                    int(packing == PAIRS),
+                ],
+            )  # fmt: skip
+            laid_out[packing] = y
+        if any(y is not x for y in laid_out.values()):
             self.program.barrier()
         for layer, out in zip(layers, outs, strict=True):
-            source = packed if layer.packs and packed is not None else plain
+            source = laid_out[layer.packing]
             # The job wants integers; addresses of input and output are put in afterwards.
             fields: list[int | At] = [*layer.job(0, 0, self._tokens)]
             fields[2], fields[4] = source, out
@@ -409,11 +417,6 @@ class _Builder:
             first=norms["post_feedforward_layernorm"] if is_sandwich else None,
             residual=hidden,
             out=At("out"),
-        )
-
-    def _lay_out(self, x: At, y: At, length: int, columns: int, half: int, ordered: bool) -> None:
-        self.program.stage(
-            stage_function("layout"), [0, x, y, self._tokens, length, half, columns, int(ordered and half)]
         )
 
 

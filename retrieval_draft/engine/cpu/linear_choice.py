@@ -21,7 +21,13 @@ from torch import Tensor
 
 from retrieval_draft._files import cache_home
 from retrieval_draft._kernels.jit import source_stamp
-from retrieval_draft.engine.cpu.linear_kernels import KERNELS, OURS, Linear, is_tiled_available
+from retrieval_draft.engine.cpu.linear_kernels import (
+    KERNELS,
+    OURS,
+    Linear,
+    is_amx_available,
+    is_tiled_available,
+)
 from retrieval_draft.engine.cpu.quantized_kernels import QUANTIZED_KERNELS
 from retrieval_draft.engine.cpu.quantized_weights import QuantizedWeight
 
@@ -55,7 +61,10 @@ MANY_TOKENS = 64
 
 _QUANTIZED_SHARE = 4
 
-_OWN = (*OURS, "quantized")
+_TILES = 64
+"""Rows in whole tiles of every kernel."""
+
+_OWN = ("amx", *OURS, "quantized")
 
 MAX_SECONDS = 12.0
 """Seconds after which the remaining shapes are not measured and use our kernel."""
@@ -89,7 +98,8 @@ def _kernels(weight: Weight) -> dict[str, Callable[[Any, Tensor | None], Linear]
     if isinstance(weight, QuantizedWeight):
         return dict(QUANTIZED_KERNELS)
     available = is_tiled_available(weight)
-    return {name: make for name, make in KERNELS.items() if available or name not in OURS}
+    readable = {name: available for name in OURS} | {"amx": available and is_amx_available(weight)}
+    return {name: make for name, make in KERNELS.items() if readable.get(name, True)}
 
 
 class LinearChoices:
@@ -219,7 +229,7 @@ def _checked(kept: Any) -> dict[int, Choice] | None:
 
 
 def _enough(weights: Sequence[Weight], most: int) -> list[Weight]:
-    """The first weights that come to `most` bytes together; of a larger one that many bytes of rows.
+    """The first weights that come to `most` bytes together; of a larger one that many bytes of whole tiles.
 
     A quantised weight stays whole, and there are fewer of them: their own library widens all, for each call.
     """
@@ -228,7 +238,8 @@ def _enough(weights: Sequence[Weight], most: int) -> list[Weight]:
     if isinstance(first, QuantizedWeight):
         most //= _QUANTIZED_SHARE
     elif each > most:
-        return [first[: max(1, first.shape[0] * most // each)]]
+        rows = first.shape[0] * most // each
+        return [first[: max(rows - rows % _TILES, min(first.shape[0], _TILES))]]
     return list(weights[: max(1, most // max(each, 1))])
 
 

@@ -20,14 +20,17 @@ from torch.nn.functional import linear
 from retrieval_draft.engine.threads import on_threads
 
 __all__ = [
-    "KERNELS", "OURS", "CompiledLinear", "Linear", "Outputs", "block_of", "is_tiled_available", "stock",
-    "tiled", "tokenwise", "transposed",
+    "COLUMNS", "KERNELS", "OURS", "PAIRS", "ROWS", "CompiledLinear", "Linear", "Outputs", "amx", "block_of",
+    "is_amx_available", "is_tiled_available", "stock", "tiled", "tokenwise", "transposed",
 ]  # fmt: skip
 
 Linear = Callable[[Tensor], Tensor]
 """A layer from (..., length) to (..., rows), of the weight's dtype."""
 
 _TILED_TYPES = (torch.float32, torch.bfloat16)
+ROWS, COLUMNS, PAIRS = range(3)
+"""Forms of a kernel's input: (tokens, length), `LANES` tokens side by side, or two elements of each so."""
+
 THREAD_BYTES = 1 << 16
 """Weights that are worth waking another thread for."""
 
@@ -54,7 +57,7 @@ def tiled(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """
     from retrieval_draft.engine.cpu._kernels.linear import linear as kernel
 
-    return CompiledLinear(weight, bias, kernel, packs=False)
+    return CompiledLinear(weight, bias, kernel)
 
 
 def tokenwise(weight: Tensor, bias: Tensor | None = None) -> Linear:
@@ -72,7 +75,22 @@ def tokenwise(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """
     from retrieval_draft.engine.cpu._kernels.linear_tokenwise import linear_tokenwise
 
-    return CompiledLinear(weight, bias, linear_tokenwise, packs=True)
+    return CompiledLinear(weight, bias, linear_tokenwise, COLUMNS)
+
+
+def amx(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """Our kernel on Intel's matrix unit, for weights of which `is_amx_available`; otherwise as `tiled`.
+
+    Args:
+        weight: (rows, length), bfloat16, each row contiguous.
+        bias: (rows,), contiguous, bfloat16.
+
+    Returns:
+        The layer, for inputs of bfloat16; at most 64 tokens are multiplied at a time.
+    """
+    from retrieval_draft.engine.cpu._kernels.linear_amx import linear_amx
+
+    return CompiledLinear(weight, bias, linear_amx, PAIRS)
 
 
 class CompiledLinear:
@@ -82,21 +100,22 @@ class CompiledLinear:
         weight: (rows, length), float32 or bfloat16, each row contiguous.
         bias: (rows,), contiguous, of the weight's dtype.
         function: The kernel, of the address of a job.
-        packs: Whether its input is packed.
+        packing: `ROWS`, `COLUMNS` or `PAIRS`.
 
     Attributes:
         function: Address of the C function of a job.
         nbytes: Bytes of the weight.
         rows: Elements of an output.
         length: Elements of an input.
-        packs: Whether a job's input is packed, `LANES` tokens side by side.
+        packing: The form of a job's input.
         is_ordered: Whether a job's input has the elements at even indices of each step first.
     """
 
     def __init__(
-        self, weight: Any, bias: Tensor | None, function: Callable[[int], None], packs: bool
+        self, weight: Any, bias: Tensor | None, function: Callable[[int], None], packing: int = 0
     ) -> None:
         from retrieval_draft._kernels.jit import c_address
+        from retrieval_draft.engine.cpu._kernels.amx_tile import TILE_ROWS
         from retrieval_draft.engine.cpu._kernels.linear import (
             BLOCK,
             MAX_TOKENS,
@@ -104,6 +123,7 @@ class CompiledLinear:
             TILE,
             widen_rows,
         )
+        from retrieval_draft.engine.cpu._kernels.linear_amx import AMX_BLOCK, pack_pairs
         from retrieval_draft.engine.cpu._kernels.linear_tokenwise import pack
         from retrieval_draft.engine.cpu._kernels.vector_tile import LANES
 
@@ -111,12 +131,13 @@ class CompiledLinear:
         self.rows, self.length = map(int, weight.shape)
         self.nbytes = int(weight.nbytes)
         self.dtype: torch.dtype = weight.dtype
-        self.packs, self.is_ordered = packs, self.dtype == torch.bfloat16
+        self.packing, self.is_ordered = packing, self.dtype == torch.bfloat16
         self.function = c_address(function, SIGNATURE)
-        self._block = block_of(self.nbytes, self.rows, BLOCK, BLOCK if self.packs else TILE)
+        most, tile = ((BLOCK, TILE), (BLOCK, BLOCK), (AMX_BLOCK, TILE_ROWS))[packing]
+        self._block = block_of(self.nbytes, self.rows, most, tile)
         self._run = on_threads(self.function)
         self._most, self._lanes = MAX_TOKENS, LANES
-        self._widen, self._pack = widen_rows, pack
+        self._widen, self._pack = widen_rows, pack_pairs if packing == PAIRS else pack
         self._outputs = Outputs()
 
     def job(self, x: int, y: int, tokens: int) -> list[int]:
@@ -128,7 +149,7 @@ class CompiledLinear:
             tokens: 1 to `MAX_TOKENS`.
         """
         bias = 0 if self.bias is None else self.bias.data_ptr()
-        step = -(-tokens // self._lanes) if self.packs else self.length
+        step = -(-tokens // self._lanes) if self.packing else self.length
         return [
             0, self._weight.data_ptr(), x, bias, y, tokens, self.rows, self.length, self._block,
             self._weight.stride(0), int(self.is_ordered), step,
@@ -143,15 +164,16 @@ class CompiledLinear:
         if not tokens:
             return y
         given = self._float32(given, tokens)
-        if self.packs:
+        if self.packing:
             columns = min(-(-tokens // self._lanes) * self._lanes, self._most)
             packed = torch.empty(length * columns, dtype=torch.float32, device="cpu")
         size = y.element_size()
         for begin in range(0, tokens, self._most):
             some = min(self._most, tokens - begin)
             part = given.data_ptr() + 4 * begin * length
-            if self.packs:
-                self._pack(part, packed.data_ptr(), some, length, -(-some // self._lanes) * self._lanes)
+            if self.packing:
+                width = -(-some // self._lanes) * self._lanes
+                self._pack(part, length, packed.data_ptr(), some, length, width)
                 part = packed.data_ptr()
             fields = self.job(part, y.data_ptr() + size * begin * rows, some)
             threads = min(torch.get_num_threads(), useful_threads(self.nbytes))
@@ -241,6 +263,7 @@ class Outputs:
 
 
 KERNELS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {
+    "amx": amx,
     "tiled": tiled,
     "tokenwise": tokenwise,
     "transposed": transposed,
@@ -251,6 +274,18 @@ KERNELS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {
 
 OURS = ("tiled", "tokenwise")
 """Kernels that need `is_tiled_available`."""
+
+
+def is_amx_available(weight: Tensor) -> bool:
+    """True if `amx` can read a weight for which `is_tiled_available`."""
+    from retrieval_draft.engine.cpu._kernels.amx_tile import TILE_COLUMNS, TILE_ROWS, has_amx
+
+    return (
+        weight.dtype == torch.bfloat16
+        and weight.shape[0] % TILE_ROWS == 0
+        and weight.shape[1] % TILE_COLUMNS == 0
+        and has_amx()
+    )
 
 
 def is_tiled_available(weight: Tensor) -> bool:

@@ -43,7 +43,7 @@ class QuantizedLinear(CompiledLinear):
         from retrieval_draft.engine.cpu._kernels.linear import BLOCK
         from retrieval_draft.engine.cpu._kernels.linear_quantized import linear_quantized
 
-        super().__init__(weight, bias, linear_quantized, packs=False)
+        super().__init__(weight, bias, linear_quantized)
         self._is_half, self.is_ordered = self.is_ordered, False
         self._data, self._terms = weight.data, weight.terms
         self._planes, self._group = weight.planes, weight.group

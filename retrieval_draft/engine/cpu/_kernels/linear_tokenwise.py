@@ -143,9 +143,12 @@ def linear_tokenwise(job: int) -> None:
 
 
 @kernel
-def pack(source: int, target: int, tokens: int, length: int, width: int) -> None:
-    """Writes float32 (tokens, length) as (length, width), zeros after the tokens. Addresses, contiguous."""
-    given = carray(floats_at(source), (tokens, length))
+def pack(source: int, stride: int, target: int, tokens: int, length: int, width: int) -> None:
+    """Writes float32 (tokens, length) as (length, width), zeros after the tokens.
+
+    Addresses; `stride` is the elements from a source row to the next.
+    """
+    given = carray(floats_at(source), (tokens, stride))
     out = carray(floats_at(target), (length, width))
     for begin in range(0, length, STEP):
         end = min(begin + STEP, length)

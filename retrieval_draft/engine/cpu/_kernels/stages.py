@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import kernel
 from retrieval_draft.engine.cpu._kernels.linear import MAX_TOKENS, TILE, floats, widen_rows
+from retrieval_draft.engine.cpu._kernels.linear_amx import pack_pairs
 from retrieval_draft.engine.cpu._kernels.linear_tokenwise import multiply, rows_of
 from retrieval_draft.engine.cpu._kernels.norm import norm_row, read_row, round_bfloat16, write_row
 from retrieval_draft.engine.cpu._kernels.vector_tile import (
@@ -494,9 +495,10 @@ def layout(job: int) -> None:
         job: Address of int64: [0] the next block; addresses of [1] x, (tokens, length), and [2] y, float32,
             written; [3] tokens, [4] length, [5] whether x is bfloat16, else float32; [6] columns of a
             packed y, (length, columns), with zeros after the tokens, or 0 for y as x, (tokens, length);
-            [7] whether x is bfloat16 and y has even indices of each `STEP` first.
+            [7] whether x is bfloat16 and y has even indices of each `STEP` first; [8] whether y is packed by
+            `pack_pairs`, of rows whose even indices come first.
     """
-    field = carray(integers_at(job), (8,))
+    field = carray(integers_at(job), (9,))
     tokens, length, half, width, ordered = field[3], field[4], field[5] != 0, field[6], field[7] != 0
     size = 2 if half else 4
     row_at = stack_floats(_ROWS)
@@ -512,7 +514,9 @@ def layout(job: int) -> None:
                 widen_rows(source, target, 1, count)
             else:
                 read_row(source, target, count, half)
-        if width:
+        if field[8] != 0:
+            pack_pairs(row_at, CHUNK, field[2] + first // 2 * width * 4, tokens, count, width)
+        elif width:
             out = carray(floats_at(field[2]), (length, width))
             for column in range(count):
                 for token in range(tokens):

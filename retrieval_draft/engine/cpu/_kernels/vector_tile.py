@@ -38,10 +38,12 @@ __all__ = [
     "offset_by",
     "outer_tile",
     "prefetch",
+    "prefetch_far",
     "spread",
     "stack_floats",
     "store_bfloat16",
     "store_columns",
+    "store_pairs",
     "types",
     "widen",
 ]
@@ -398,6 +400,34 @@ def store_columns(half: bool) -> Any:
     return store
 
 
+@intrinsic
+def store_pairs(context: Any, rows: Any, rows_stride: Any, y: Any, y_stride: Any) -> Any:
+    """``store_pairs(rows, rows_stride, y, y_stride)``: the columns of a square of pairs, as rows of bfloat16.
+
+    Pair p of a row are its float p and that `LANES` after it. rows and y are addresses, strides are in floats
+    and in pairs.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        rows, rows_stride, y, y_stride = arguments
+        kind = ir.VectorType(_INT, SQUARE)
+        lines = []
+        for row in range(SQUARE):
+            begin = offset_by(builder, rows, rows_stride, 4 * row)
+            even, odd = (
+                builder.zext(_to_bfloat16(builder, load(builder, at, _SQUARE_ROW, 4), SQUARE), kind)
+                for at in (begin, builder.add(begin, long(4 * LANES)))
+            )
+            pairs = builder.or_(even, builder.shl(odd, ir.Constant(kind, [16] * SQUARE)))
+            lines.append(builder.bitcast(pairs, _SQUARE_ROW))
+        for number, column in enumerate(_transposed(builder, lines)):
+            address = offset_by(builder, y, y_stride, 4 * number)
+            builder.store(column, builder.inttoptr(address, _SQUARE_ROW.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), generate
+
+
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
     """The columns of eight vectors of eight lanes, in three rounds in which pairs change halves."""
     for distance, low in (
@@ -502,12 +532,20 @@ def _load_halves(builder: Any, address: Any) -> tuple[Any, Any]:
 
 def prefetch(builder: Any, address: Any, near: Any, far: Any) -> None:
     """Fetches the line `near` bytes after an address to the first cache, one `far` after to the second."""
+    _prefetch(builder, builder.add(address, near), 3)
+    prefetch_far(builder, builder.add(address, far))
+
+
+def prefetch_far(builder: Any, address: Any) -> None:
+    """Fetches the line at an address to the second cache."""
+    _prefetch(builder, address, 1)
+
+
+def _prefetch(builder: Any, address: Any, locality: int) -> None:
     function = cgutils.get_or_insert_function(
         builder.module,
         ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT]),
         "llvm.prefetch.p0",
     )
-    for distance, locality in ((near, 3), (far, 1)):
-        pointer = builder.inttoptr(builder.add(address, distance), _BYTE.as_pointer())
-        read, kept, data = (ir.Constant(_INT, value) for value in (0, locality, 1))
-        builder.call(function, [pointer, read, kept, data])
+    read, kept, data = (ir.Constant(_INT, value) for value in (0, locality, 1))
+    builder.call(function, [builder.inttoptr(address, _BYTE.as_pointer()), read, kept, data])

@@ -80,7 +80,7 @@ def test_words_are_put_where_they_belong() -> None:
 
     x, y = torch.arange(6.0), torch.zeros(6)
     program = StageProgram(["x", "y"])
-    program.stage(stage_function("layout"), [0, At("x", 8), At("y", 4), 1, 3, 0, 0, 0])
+    program.stage(stage_function("layout"), [0, At("x", 8), At("y", 4), 1, 3, 0, 0, 0, 0])
     for _ in range(2):
         program.run([x.data_ptr(), y.data_ptr()], 1)
         assert y.tolist() == [0, 2, 3, 4, 0, 0]

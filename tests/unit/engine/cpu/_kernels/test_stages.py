@@ -133,7 +133,7 @@ def test_layout(packed: bool, length: int, dtype: torch.dtype) -> None:
     x = normal(tokens, length, dtype=dtype)
     columns = LANES if packed else 0
     y = torch.full((length, columns) if packed else (tokens, length), 9.0)
-    run("layout", [x.data_ptr(), y.data_ptr(), tokens, length, int(half), columns, int(half)])
+    run("layout", [x.data_ptr(), y.data_ptr(), tokens, length, int(half), columns, int(half), 0])
     expected = in_order(x.float()) if half else x
     if packed:
         expected = torch.cat([expected.T, torch.zeros(length, columns - tokens)], 1)
