@@ -1,4 +1,4 @@
-"""Decoder layers on the CPU in two parallel sections, where modules take a dozen and Python between each."""
+"""Decoder layers on the CPU in one parallel section, where modules take a dozen and Python between each."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import getitem, is_
+from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -101,6 +103,7 @@ class CpuDecoderLayers:
         self._linear = linear
         self._norm = norm
         self._known: WeakKeyDictionary[nn.Module, tuple[_Parts, _Calls] | None] = WeakKeyDictionary()
+        self._flow = _Flow()
 
     def prepare(self) -> None:
         """Observes the layers that are new, or have other parameters than before."""
@@ -118,7 +121,7 @@ class CpuDecoderLayers:
         for module, known in list(self._known.items()):
             if known is not None and _is_free(module) and known[0].is_current():
                 known[0].refresh()
-                yield module, _forward(module, *known)
+                yield module, _forward(module, *known, self._flow)
 
     def _parts(self, layer: Any) -> _Parts | None:
         attention, mlp = layer.self_attn, getattr(layer, "mlp", None)
@@ -194,20 +197,29 @@ class _Parts:
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
         inner = [getattr(layer.self_attn, name, None) or getattr(layer.mlp, name) for name in _LINEAR]
-        self._parameters = [
+        parameters = [
             (module._parameters, name, parameter)
             for module in inner
             for name, parameter in module._parameters.items()
         ]
-        self._parameters += [(norm.parameters, "weight", norm.weight) for norm in norms.values()]
+        parameters += [(norm.parameters, "weight", norm.weight) for norm in norms.values()]
+        self._holders, self._names, self._known = zip(*parameters, strict=True)
+        self._registered = -1
         self._addresses = [tensor.data_ptr for made in linear.values() for tensor in made.tensors]
         self._programs: dict[int, tuple[list[int], _Programs | None]] = {}
 
     def is_current(self) -> bool:
-        """True while parameters are those that were read, and no module in the layer has hooks."""
-        return not any(self._hooks) and all(
-            parameters[name] is known for parameters, name, known in self._parameters
-        )
+        """True while parameters are those that were read, and no module in the layer has hooks.
+
+        After a matrix nothing of Python is left in the caches of the processor, and each object that is
+        looked at takes a fifth of a microsecond: hooks are looked at when any have been registered.
+        """
+        registered = RemovableHandle.next_id
+        if registered != self._registered:
+            if any(self._hooks):
+                return False
+            self._registered = registered
+        return all(map(is_, map(getitem, self._holders, self._names), self._known))
 
     def layers(self, tokens: int) -> dict[str, CompiledLinear] | None:
         """Our kernels for so many tokens; None where others save more time than the programs do."""
@@ -587,23 +599,49 @@ _LAYER_ARGUMENTS = frozenset(
 )
 
 
-def _forward(module: nn.Module, parts: _Parts, calls: _Calls) -> Forward:
+class _Flow(threading.local):
+    """What a thread's last layer computed and found out, which holds for the next layer of the same pass.
+
+    Attributes:
+        output: The layer's output. Who is called with it follows that layer, in the same pass.
+        config: The configuration that names the attention.
+        attend: That attention.
+        positions: Cos and sin, as the layer was called with them.
+        rotary: The same, contiguous, if they are usual.
+    """
+
+    def __init__(self) -> None:
+        self.output: Tensor | None = None
+        self.config: Any = None
+        self.attend: Any = None
+        self.positions: Any = None
+        self.rotary: tuple[Tensor, Tensor] | None = None
+
+
+def _forward(module: nn.Module, parts: _Parts, calls: _Calls, flow: _Flow) -> Forward:
     """A layer's ``forward``; calls with other arguments go to the layer's own."""
     layer, own = ref(module), parts.own
     dtype, width, known = parts.dtype, parts.width, _LAYER_ARGUMENTS | {calls.cache_name}
+    config: Any = cast(Any, module.self_attn).config
+
+    def is_usual(x: Tensor) -> bool:
+        return (
+            is_ordinary_call(x)
+            and x.device.type == "cpu"
+            and x.dim() == 3
+            and x.shape[0] == 1
+            and 0 < x.shape[1] <= MOST_TOKENS
+        )
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         module: Any = layer()
         cache: Any = kwargs.get(calls.cache_name)
         positions: Any = kwargs.get("position_embeddings")
+        follows = hidden_states is flow.output
         if not (
             not args
-            and is_ordinary_call(hidden_states)
+            and (follows or is_usual(hidden_states))
             and hidden_states.dtype is dtype
-            and hidden_states.device.type == "cpu"
-            and hidden_states.dim() == 3
-            and hidden_states.shape[0] == 1
-            and 0 < hidden_states.shape[1] <= MOST_TOKENS
             and hidden_states.shape[2] == width
             and getattr(cache, "takes_states_alone", False)
             and not module.training
@@ -611,24 +649,28 @@ def _forward(module: nn.Module, parts: _Parts, calls: _Calls) -> Forward:
             and parts.is_current()
         ):
             return own(module, hidden_states, *args, **kwargs)
-        attention = module.self_attn
-        attend = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation)
         tokens = hidden_states.shape[1]
-        programs = None
-        if attend is not None and _are_usual(positions, (1, tokens, calls.head), dtype):
+        if not (follows and flow.config is config):
+            flow.config, flow.attend = config, ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+        if not (follows and flow.positions is positions):
+            flow.positions, flow.rotary = positions, _rotary(positions, tokens, dtype)
+        attend, rotary = flow.attend, flow.rotary
+        flow.output = programs = None
+        if attend is not None and rotary is not None and rotary[0].shape[2] == calls.head:
             programs = parts.programs(tokens, calls)
-        if attend is None or programs is None:
+        if programs is None or rotary is None:
             return own(module, hidden_states, *args, **kwargs)
         before, after, whole = programs
         hidden_states = hidden_states.contiguous()
-        cos, sin = (tensor.contiguous() for tensor in positions)
+        cos, sin = rotary
         mask = kwargs.get("attention_mask")
         seen: tuple[Tensor, Tensor] | None = None
         if whole is not None and attend in _OUR_ATTENTION and hasattr(cache, "extend"):
             seen = cache.extend(tokens, calls.layer_index)
             given = None if seen is None else whole.given(seen[0], seen[1], mask)
             if given is not None:
-                return whole(hidden_states, cos, sin, given)
+                flow.output = whole(hidden_states, cos, sin, given)
+                return flow.output
         query, key, value = before(hidden_states, cos, sin)
         if seen is None:
             seen = cache.update(key, value, calls.layer_index)
@@ -636,8 +678,9 @@ def _forward(module: nn.Module, parts: _Parts, calls: _Calls) -> Forward:
             for view, states in zip(seen, (key, value), strict=True):
                 view[:, :, -tokens:].copy_(states)
         passed = {name: kwargs.get(name) for name in calls.passed}
-        attended, _ = attend(attention, query, *seen, mask, **calls.fixed, **passed)
-        return after(hidden_states, attended.contiguous())
+        attended, _ = attend(module.self_attn, query, *seen, mask, **calls.fixed, **passed)
+        flow.output = after(hidden_states, attended.contiguous())
+        return flow.output
 
     return forward
 
@@ -648,19 +691,21 @@ def _can_attend(dim: int) -> bool:
     return dim % STEP == 0
 
 
-def _are_usual(positions: Any, shape: tuple[int, int, int], dtype: torch.dtype) -> bool:
-    """True for cos and sin of this shape."""
-    return (
-        isinstance(positions, tuple)
-        and len(positions) == 2
-        and all(
-            type(tensor) is Tensor
-            and tensor.dtype is dtype
-            and tensor.device.type == "cpu"
-            and tensor.shape == shape
-            for tensor in positions
-        )
-    )
+def _rotary(positions: Any, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """Cos and sin, (1, tokens, dim), contiguous; None for other `positions`."""
+    if not isinstance(positions, tuple) or len(positions) != 2:
+        return None
+    if not all(
+        type(tensor) is Tensor
+        and tensor.dtype is dtype
+        and tensor.device.type == "cpu"
+        and tensor.dim() == 3
+        and tensor.shape == (1, tokens, positions[0].shape[2])
+        for tensor in positions
+    ):
+        return None
+    cos, sin = positions
+    return cos.contiguous(), sin.contiguous()
 
 
 _RECORDER = "retrieval_draft_recorder"
@@ -740,7 +785,7 @@ def _observe(model: Any, layer: Any, parts: _Parts) -> _Calls | None:
             fixed = {name: value for name, value in own.kwargs.items() if name not in inner}
             calls = _Calls(cache_name, own.layer_index, fixed, tuple(inner), activation, head)
             _recording.recorder = ours
-            got = _forward(layer, parts, calls)(x, **given, **{cache_name: ours})
+            got = _forward(layer, parts, calls, _Flow())(x, **given, **{cache_name: ours})
         finally:
             _recording.recorder = None
     if (

@@ -75,14 +75,14 @@ def no_modules(monkeypatch: pytest.MonkeyPatch) -> None:
 
     original = decoder_layer._forward
 
-    def forward(module: Any, parts: Any, calls: Any) -> Any:
+    def forward(module: Any, parts: Any, calls: Any, flow: Any) -> Any:
         own, parts.own = (
             parts.own,
             lambda layer, x, *args, **kwargs: (
                 own(layer, x, *args, **kwargs) if x.shape[1] > 64 else refuse(layer, x)
             ),
         )
-        made = original(module, parts, calls)
+        made = original(module, parts, calls, flow)
         parts.own = own
         return made
 
