@@ -32,7 +32,7 @@ __all__ = ["CpuDecoderLayers"]
 MOST_TOKENS = 64
 """The largest pass of the kernels."""
 
-ATTENTION_TOKENS = {torch.float32: 32, torch.bfloat16: 8}
+ATTENTION_TOKENS = {torch.float32: 32, torch.bfloat16: 16}
 """The largest pass whose attention is ours, measured; of more, torch's is as fast."""
 
 _SAVED = 2e-4
@@ -373,8 +373,20 @@ class _Builder:
                     ],
                 )  # fmt: skip
 
-    def attend(self, query: At, out: At, heads: int, dim: int, scale: float) -> None:
-        """Adds a stage of `attend`, of keys, values and a mask given when the program runs."""
+    def attend(self, query: At, out: At, heads: int, groups: int, dim: int, scale: float) -> None:
+        """Adds a stage of `attend`, of keys, values and a mask given when the program runs.
+
+        Args:
+            query: (tokens, heads, dim).
+            out: The same.
+            heads: Heads of queries.
+            groups: Heads of keys.
+            dim: Dimension of a head.
+            scale: Scale of the scores.
+        """
+        from retrieval_draft.engine.cpu._kernels.stages import MAX_QUERIES
+
+        some = min(-(-self._tokens * heads // max(torch.get_num_threads(), groups)), MAX_QUERIES)
         key, value, mask, keys, key_stride, value_stride, mask_stride, times, is_bool = map(
             At, _ATTENTION[2:]
         )
@@ -382,7 +394,7 @@ class _Builder:
             stage_function("attend"),
             [
                 0, query, key, value, mask, out, self._tokens, heads, dim, keys, key_stride, value_stride,
-                mask_stride, times, _bits(scale), self._half, is_bool,
+                mask_stride, times, _bits(scale), self._half, is_bool, some,
             ],
         )  # fmt: skip
         self.program.barrier()
@@ -525,7 +537,8 @@ class _Whole:
         keys, values = ((At(f"new {name}"), At(f"{name} stride"), head) for name in ("key", "value"))
         made.before(layers, norms, head, heads, (None, keys, values))
         made.program.barrier()
-        made.attend(heads, attended, self._heads, head, float(calls.fixed["scaling"]))
+        scale = float(calls.fixed["scaling"])
+        made.attend(heads, attended, self._heads, k.rows // head, head, scale)
         made.after(layers, norms, calls.activation, attended)
         self._program, self._bytes = made.program, made.bytes
 

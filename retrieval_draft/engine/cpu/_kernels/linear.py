@@ -30,8 +30,8 @@ from retrieval_draft.engine.cpu._kernels.vector_tile import (
 )
 
 __all__ = [
-    "BLOCK", "JOB", "MAX_TOKENS", "RUN", "SIGNATURE", "TILE", "add_rest", "fetches", "floats", "group_of",
-    "linear", "linear_numpy", "run_length_of", "widen_rows", "write",
+    "BLOCK", "GROUP", "JOB", "MAX_TOKENS", "RUN", "SIGNATURE", "TILE", "add_rest", "fetches", "floats",
+    "group_of", "linear", "linear_numpy", "run_length_of", "widen_rows", "write",
 ]  # fmt: skip
 
 SIGNATURE = types.void(types.intp)
@@ -45,7 +45,7 @@ BLOCK = 48
 RUN = 640
 """Most elements of a row multiplied at a time: of a few rows and tokens these stay in the L1 cache."""
 
-TILE, _GROUP = (2, 8) if LANES > 8 else (3, 4)
+TILE, GROUP = (2, 8) if LANES > 8 else (3, 4)
 """Rows of a tile, and the most tokens of one: their sums fill the registers.
 
 Measured with AVX-512: two rows and eight tokens are read faster than three rows, as the fewer rows are read
@@ -60,8 +60,8 @@ _BAND = 6
 _SUMS = MAX_TOKENS * BLOCK
 _WIDE = _BAND * RUN
 
-_float_tile, _float_line = dot_tile([TILE] * _GROUP), dot_tile([1] * _GROUP)
-_half_tile, _half_line = dot_tile([TILE] * _GROUP, True), dot_tile([1] * _GROUP, True)
+_float_tile, _float_line = dot_tile([TILE] * GROUP), dot_tile([1] * GROUP)
+_half_tile, _half_line = dot_tile([TILE] * GROUP, True), dot_tile([1] * GROUP, True)
 _store_floats, _store_halves = store_columns(False), store_columns(True)
 
 
@@ -92,7 +92,7 @@ def _halves(
 @kernel
 def group_of(tokens: int) -> int:
     """Groups of tokens that are multiplied with a tile one after the other."""
-    return (tokens + _GROUP - 1) // _GROUP
+    return (tokens + GROUP - 1) // GROUP
 
 
 @kernel

@@ -15,7 +15,7 @@ from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import kernel
-from retrieval_draft.engine.cpu._kernels.linear import MAX_TOKENS, TILE, floats, widen_rows
+from retrieval_draft.engine.cpu._kernels.linear import GROUP, MAX_TOKENS, TILE, floats, widen_rows
 from retrieval_draft.engine.cpu._kernels.linear_amx import pack_pairs
 from retrieval_draft.engine.cpu._kernels.linear_tokenwise import multiply, rows_of
 from retrieval_draft.engine.cpu._kernels.norm import norm_row, read_row, round_bfloat16, write_row
@@ -34,7 +34,7 @@ from retrieval_draft.engine.cpu._kernels.vector_tile import (
 )
 
 __all__ = [
-    "CHUNK", "ENTRY", "GELU_TANH", "MAX_HEAD", "MAX_ROW", "SILU", "add_and_norm", "attend",
+    "CHUNK", "ENTRY", "GELU_TANH", "MAX_HEAD", "MAX_QUERIES", "MAX_ROW", "SILU", "add_and_norm", "attend",
     "attend_numpy", "fill", "gate", "gate_numpy", "head_positions", "layout", "run_stages",
 ]  # fmt: skip
 
@@ -55,16 +55,16 @@ MAX_ROW = 16384
 
 _ROWS = MAX_TOKENS * CHUNK
 
-_GROUP = 12
-"""Queries of a head that a thread takes at once in `attend`."""
+MAX_QUERIES = 12
+"""Most queries that a thread takes at once in `attend`."""
 
 _VECTORS = 4
-_QUERIES = _GROUP * MAX_HEAD
-_SCORES = _GROUP * MAX_TOKENS
+_QUERIES = MAX_QUERIES * MAX_HEAD
+_SCORES = MAX_QUERIES * MAX_TOKENS
 _SLICES = MAX_HEAD // (_VECTORS * LANES)
-_TOTALS = _SLICES * _GROUP * MAX_TOKENS
+_TOTALS = _SLICES * MAX_QUERIES * MAX_TOKENS
 _WIDE = MAX_HEAD * MAX_TOKENS
-_STATE = 2 * _GROUP
+_STATE = 2 * MAX_QUERIES
 _LOWEST = np.float32(-3e38)
 
 
@@ -344,10 +344,11 @@ def head_positions(job: int) -> None:
 
 
 def attend(job: int) -> None:
-    """Attention of few queries over keys that all of them may see, but for a mask. A block is a head's group.
+    """Attention of few queries over keys that all of them may see, but for a mask.
 
-    Keys are taken `MAX_TOKENS` at a time: scores are exponentiated below the largest so far, and sums that
-    were made below a smaller one are scaled (online softmax, Milakov and Gimelshein 2018).
+    A block is some of the queries, of any head, that read the same head of keys: bfloat16 keys are widened
+    once for all of them. Keys are taken `MAX_TOKENS` at a time: scores are exponentiated below the largest so
+    far, and sums that were made below a smaller one are scaled (online softmax, Milakov and Gimelshein 2018).
 
     Args:
         job: Address of int64: [0] the next block; addresses of [1] queries, (tokens, heads, dim), [2] keys
@@ -356,9 +357,10 @@ def attend(job: int) -> None:
             multiple of `STEP`, at most `MAX_HEAD`, [9] keys; [10], [11] elements from one head of keys and
             of values to the next; [12] elements from a row of the mask to the next; [13] heads of queries
             for one of keys; [14] the scale of scores as bits of float64; [15] whether all are bfloat16, else
-            float32; [16] whether the mask is of bool, one byte each, true for what is seen.
+            float32; [16] whether the mask is of bool, one byte each, true for what is seen; [17] queries of
+            a block, at most `MAX_QUERIES`.
     """
-    field = carray(integers_at(job), (17,))
+    field = carray(integers_at(job), (18,))
     tokens, heads, dim, keys, half = field[6], field[7], field[8], field[9], field[15] != 0
     size = 2 if half else 4
     scale = np.float32(carray(doubles_at(job + 112), (1,))[0])
@@ -366,23 +368,26 @@ def attend(job: int) -> None:
     key_at, value_at, mask_at, bits_at = (
         stack_floats(_WIDE), stack_floats(_WIDE), stack_floats(MAX_TOKENS), stack_floats(MAX_TOKENS),
     )  # fmt: skip
-    query = carray(floats_at(query_at), (_GROUP, dim))
-    scores = carray(floats_at(score_at), (_GROUP, MAX_TOKENS))
-    totals = carray(floats_at(total_at), (_SLICES, _GROUP, MAX_TOKENS))
+    query = carray(floats_at(query_at), (MAX_QUERIES, dim))
+    scores = carray(floats_at(score_at), (MAX_QUERIES, MAX_TOKENS))
+    totals = carray(floats_at(total_at), (_SLICES, MAX_QUERIES, MAX_TOKENS))
     shifted = carray(floats_at(mask_at), (MAX_TOKENS,))
     powers = carray(floats_at(bits_at), (MAX_TOKENS,)).view(np.int32)
     state_at = stack_floats(_STATE)
-    state = carray(floats_at(state_at), (2, _GROUP))
+    state = carray(floats_at(state_at), (2, MAX_QUERIES))
     largest, weight = state[0], state[1]
-    groups = (tokens + _GROUP - 1) // _GROUP
+    times, size_of_group = field[13], field[17]
+    queries = times * tokens
+    groups = (queries + size_of_group - 1) // size_of_group
     columns = _VECTORS * LANES
     slices = (dim + columns - 1) // columns
     block = claim(job)
-    while block < heads * groups:
-        head, first = block // groups, block % groups * _GROUP
-        count = min(_GROUP, tokens - first)
+    while block < heads // times * groups:
+        group, first = block // groups, block % groups * size_of_group
+        count = min(size_of_group, queries - first)
         for row in range(count):
-            at = field[1] + ((first + row) * heads + head) * dim * size
+            head, token = group * times + (first + row) // tokens, (first + row) % tokens
+            at = field[1] + (token * heads + head) * dim * size
             read_row(at, query_at + row * dim * 4, dim, half)
             for column in range(dim):
                 query[row, column] *= scale
@@ -390,7 +395,6 @@ def attend(job: int) -> None:
             for part in range(slices):
                 for column in range(columns):
                     totals[part, row, column] = 0.0
-        group = head // field[13]
         for begin in range(0, keys, MAX_TOKENS):
             some = min(MAX_TOKENS, keys - begin)
             key = field[2] + (group * field[10] + begin * dim) * size
@@ -405,16 +409,16 @@ def attend(job: int) -> None:
             row = 0
             while row < count:
                 rows = TILE if count - row >= TILE else 1
-                for column in range(0, some, 4):
+                for column in range(0, some, GROUP):
                     at = score_at + (row * MAX_TOKENS + column) * 4
                     floats(
-                        rows, min(4, some - column), query_at + row * dim * 4, dim, key + column * dim * 4,
-                        dim, dim, at, 0, 0,
+                        rows, min(GROUP, some - column), query_at + row * dim * 4, dim,
+                        key + column * dim * 4, dim, dim, at, 0, 0,
                     )  # fmt: skip
                 row += rows
             for row in range(count):
                 if field[4] != 0:
-                    at = field[4] + (first + row) * field[12] * (1 if field[16] else size)
+                    at = field[4] + (first + row) % tokens * field[12] * (1 if field[16] else size)
                     if field[16]:
                         seen = carray(bytes_at(at), (keys,))
                         for column in range(some):
@@ -448,7 +452,7 @@ def attend(job: int) -> None:
                     at = score_at + row * MAX_TOKENS * 4
                     multiply(
                         rows, vectors, at, MAX_TOKENS, value + part * columns * 4, dim, some,
-                        total_at + (part * _GROUP + row) * MAX_TOKENS * 4, 0, 0,
+                        total_at + (part * MAX_QUERIES + row) * MAX_TOKENS * 4, 0, 0,
                     )  # fmt: skip
                     row += rows
         for row in range(count):
@@ -456,7 +460,8 @@ def attend(job: int) -> None:
             for part in range(slices):
                 for column in range(min(columns, dim - part * columns)):
                     query[row, part * columns + column] = totals[part, row, column] * factor
-            at = field[5] + ((first + row) * heads + head) * dim * size
+            head, token = group * times + (first + row) // tokens, (first + row) % tokens
+            at = field[5] + (token * heads + head) * dim * size
             write_row(query_at + row * dim * 4, at, dim, half)
         block = claim(job)
 

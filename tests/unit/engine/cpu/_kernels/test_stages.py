@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 from retrieval_draft.engine.cpu._kernels.norm import rms_norm_numpy
-from retrieval_draft.engine.cpu._kernels.stages import GELU_TANH, SILU, attend_numpy, gate_numpy
+from retrieval_draft.engine.cpu._kernels.stages import GELU_TANH, MAX_QUERIES, SILU, attend_numpy, gate_numpy
 from retrieval_draft.engine.cpu._kernels.vector_tile import LANES, STEP
 from retrieval_draft.engine.cpu.stage_program import At, StageProgram, stage_function
 
@@ -147,9 +147,10 @@ CASES = [(2, 1, STEP, 1, 5), (9, 3, 64, 8, 264), (4, 1, 256, 13, 64), (4, 4, 96,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mask_type", ["float", "bool"])
 @pytest.mark.parametrize(("heads", "of_keys", "dim", "tokens", "keys"), CASES)
+@pytest.mark.parametrize("at_once", [5, MAX_QUERIES])
 def test_attend(
-    heads: int, of_keys: int, dim: int, tokens: int, keys: int, mask_type: str, dtype: torch.dtype,
-    threads: int,
+    at_once: int, heads: int, of_keys: int, dim: int, tokens: int, keys: int, mask_type: str,
+    dtype: torch.dtype, threads: int,
 ) -> None:  # fmt: skip
     if dim % STEP:
         pytest.skip("heads of this size go to torch on this machine")
@@ -170,7 +171,7 @@ def test_attend(
         [
             query.data_ptr(), key.data_ptr(), value.data_ptr(), mask.data_ptr(), out.data_ptr(), tokens,
             heads, dim, keys, key.stride(0), value.stride(0), mask.stride(0), heads // of_keys,
-            bits(dim**-0.5), int(dtype == torch.bfloat16), int(mask_type == "bool"),
+            bits(dim**-0.5), int(dtype == torch.bfloat16), int(mask_type == "bool"), at_once,
         ],
         threads,
     )  # fmt: skip
@@ -195,7 +196,7 @@ def test_a_token_that_sees_nothing_gives_numbers() -> None:
     mask = torch.zeros(2, 70)
     mask[1] = -float("inf")
     at = [each.data_ptr() for each in (query, key, key, mask, out)]
-    run("attend", [*at, 2, 1, STEP, 70, 0, 0, 70, 1, bits(1.0), 0, 0])
+    run("attend", [*at, 2, 1, STEP, 70, 0, 0, 70, 1, bits(1.0), 0, 0, 2])
     assert torch.isfinite(out).all()
 
 
