@@ -1,9 +1,9 @@
-"""``python -m benchmarks automaton``, ``fusion`` and ``cold``: single parts, and a fresh install."""
+"""``python -m benchmarks automaton``, ``fusion``, ``passes`` and ``cold``: single parts, a fresh install."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,7 +11,7 @@ from retrieval_draft.cli.bench_common import Out, finish, split
 from retrieval_draft.cli.common import Json
 from retrieval_draft.cli.output import print_json, print_table
 
-__all__ = ["automaton", "cold", "fusion"]
+__all__ = ["automaton", "cold", "fusion", "passes"]
 
 
 def fusion(
@@ -63,6 +63,33 @@ def automaton(
     ]
     columns = ("context", "inserted/s", "bytes/token", "propose p50 us", "p99 us", "nodes")
     print_table("", columns, rows)
+
+
+def passes(
+    model: Annotated[str, typer.Option(help="Model.")] = "gemma3-270m",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    nodes: Annotated[str, typer.Option(help="Numbers of nodes, by commas.")] = "1,4,8,16",
+    rounds: Annotated[int, typer.Option(min=1, help="Timings of each case.")] = 9,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Time the parts of a pass on the CPU: head, matrices, attention, other stages, Python."""
+    from benchmarks.pass_profile import PARTS, measure_pass
+    from retrieval_draft.models.loading import load_model
+
+    sizes = [int(size) for size in split(nodes)]
+    loaded, _ = load_model(model, dtype=dtype)
+    result: dict[str, Any] = {
+        "model": model, "dtype": dtype, "milliseconds": measure_pass(loaded, sizes=sizes, rounds=rounds),
+    }  # fmt: skip
+    finish(result, out)
+    if json:
+        print_json(result)
+        return
+    rows = [
+        (name, *(f"{result['milliseconds'][size][name]:.1f}" for size in sizes)) for name in ("pass", *PARTS)
+    ]
+    print_table(f"{model}, {dtype}, ms", ("part", *map(str, sizes)), rows)
 
 
 def cold(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -53,6 +53,33 @@ class StageProgram:
     def barrier(self) -> None:
         """Lets all threads wait here until the jobs before are finished."""
         self._entries.append((0, 0))
+
+    def twice(self, repeated: Collection[int]) -> StageProgram:
+        """A program that does some stages again after all of the same section, to see what they cost.
+
+        Args:
+            repeated: Addresses of their functions.
+
+        Example:
+            Of f, g, barrier, h the stages of f: f, g, barrier, f, barrier, h.
+        """
+        made = StageProgram(())
+        made._bases = self._bases
+        ends = [*[start for function, start in self._entries if function][1:], len(self._jobs)]
+        again: list[tuple[int, list[int | At]]] = []
+        for function, start in self._entries:
+            if function:
+                job = self._jobs[start : ends.pop(0)]
+                made.stage(function, job)
+                again += [(function, job)] if function in repeated else []
+                continue
+            made.barrier()
+            for each in again:
+                made.stage(*each)
+            if again:
+                made.barrier()
+            again = []
+        return made
 
     def run(self, addresses: Sequence[int], threads: int) -> None:
         """Runs the program.

@@ -85,3 +85,16 @@ def test_words_are_put_where_they_belong() -> None:
         program.run([x.data_ptr(), y.data_ptr()], 1)
         assert y.tolist() == [0, 2, 3, 4, 0, 0]
         y.zero_()
+
+
+def test_stages_of_some_functions_are_done_twice() -> None:
+    program = StageProgram(["x"])
+    program.stage(7, [0, At("x")])
+    program.stage(8, [0, 3])
+    program.barrier()
+    program.stage(9, [0])
+    longer = program.twice({7})
+    assert [function for function, _ in longer._entries] == [7, 8, 0, 7, 0, 9]
+    starts = [start for function, start in longer._entries if function == 7]
+    assert [longer._jobs[start : start + 2] for start in starts] == [[0, At("x")]] * 2
+    assert [function for function, _ in program._entries] == [7, 8, 0, 9]
