@@ -7,13 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from retrieval_draft.drafting.tree import DraftTree
-from retrieval_draft.engine.attention.tree_mask import TreeAttention
+from retrieval_draft.engine.attention.tree_mask import TreeAttention, TreeInputs
 
 __all__ = ["broken"]
 
@@ -29,21 +26,21 @@ def broken(fault: str | None) -> Iterator[None]:
         yield
         return
     patches = {
-        "wrong_mask": mock.patch.object(DraftTree, "ancestors", _hidden_root(DraftTree.ancestors)),
+        "wrong_mask": mock.patch.object(TreeAttention, "unpack", _hidden_root(TreeAttention.unpack)),
         "late_copy": mock.patch.object(TreeAttention, "_send", _late(TreeAttention._send)),
     }
     with patches[fault]:
         yield
 
 
-def _hidden_root(ancestors: Any) -> Any:
+def _hidden_root(unpack: Any) -> Any:
     """Hides the root from one node."""
 
-    def faulty(tree: DraftTree) -> NDArray[np.bool_]:
-        seen: NDArray[np.bool_] = ancestors(tree)
-        if len(tree) > _SPARED:
-            seen[1, 0] = False
-        return seen
+    def faulty(attention: TreeAttention, up: Tensor, nodes: int, extra: int, *rest: int) -> TreeInputs:
+        if nodes > _SPARED:
+            up[3 * nodes + extra :].view(torch.bool)[nodes] = True
+        inputs: TreeInputs = unpack(attention, up, nodes, extra, *rest)
+        return inputs
 
     return faulty
 

@@ -108,18 +108,6 @@ class DraftTree:
         size = best_chain(self.parents, self.depths, self.path_probs, len(chain), min_prob, gains, chain)
         return chain[:size]
 
-    def ancestors(self) -> NDArray[np.bool_]:
-        """Ancestor matrix: bool, shape (n + 1, n + 1), [i, j] true if j is i or above i.
-
-        Example:
-            parents [-1, 0, 1, 0]  ->  T...   TT..   TTT.   T..T
-        """
-        size = len(self.tokens)
-        seen = np.eye(size, dtype=np.bool_)
-        for node in range(1, size):
-            seen[node] |= seen[self.parents[node]]
-        return seen
-
     def contexts(self, tail: TokenArray) -> NDArray[np.int32]:
         """The last `CONTEXT` tokens at every node, the node's own token last.
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine import row
+from retrieval_draft.engine.attention.tree_mask import TreeAttention, TreeInputs
 from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.generation import requests
 from tests.random_generate.__main__ import main
@@ -48,6 +48,9 @@ def test_the_same_seed_draws_the_same_cases() -> None:
     assert [Case.from_json(text).to_json() for text in drawn[0]] == drawn[0]
 
 
+_unpack = TreeAttention.unpack
+
+
 def _wrong_child(tree: DraftTree, choose: Callable[[int], int]) -> Iterator[tuple[int, int]]:
     """`walk`, but where no child of a node is right, its first one is kept."""
     node = 0
@@ -61,9 +64,12 @@ def _wrong_child(tree: DraftTree, choose: Callable[[int], int]) -> Iterator[tupl
         node = (right or children)[0]
 
 
-def _siblings_seen(tree: DraftTree) -> NDArray[np.bool_]:
-    """`DraftTree.ancestors`, but every node sees all before it."""
-    return np.tril(np.ones((len(tree), len(tree)), np.bool_))
+def _siblings_seen(attention: TreeAttention, up: Tensor, nodes: int, extra: int, *rest: int) -> TreeInputs:
+    """`TreeAttention.unpack`, but every node sees all before it."""
+    hidden = up[3 * nodes + extra :].view(torch.bool)
+    if nodes > 1:
+        hidden[: nodes * nodes] = torch.ones((nodes, nodes), dtype=torch.bool).triu(1).flatten()
+    return _unpack(attention, up, nodes, extra, *rest)
 
 
 def _same_for_all_samples(seed: int, vocabulary: int, device: Any, sample: int = 0) -> GumbelNoise:
@@ -73,7 +79,7 @@ def _same_for_all_samples(seed: int, vocabulary: int, device: Any, sample: int =
 
 FAULTS: dict[str, tuple[Any, str, Any]] = {
     "wrong child": (row, "walk", _wrong_child),
-    "siblings seen": (DraftTree, "ancestors", _siblings_seen),
+    "siblings seen": (TreeAttention, "unpack", _siblings_seen),
     "shared processors": (requests, "processors_of_row", lambda processors, row, rows: processors),
     "criteria unasked": (requests, "criteria_of_row", lambda criteria, rows: StoppingCriteriaList()),
     "equal samples": (requests, "GumbelNoise", _same_for_all_samples),

@@ -16,6 +16,10 @@ __all__ = ["Mask", "TreeAttention", "TreeInputs", "padded_size"]
 Mask = Tensor | dict[str, Tensor | None] | None
 """A mask: None where every given key is visible; else additive, or one such mask for each layer type."""
 
+_NO_WINDOW = 1 << 62
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_NONE = np.empty(0, np.int64)
+
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48)
 
 
@@ -106,25 +110,30 @@ class _Mask:
         self.written, self.stale = (0, 0, 0), 0
 
 
-def _pack(
-    out: NDArray[np.int64], tree: DraftTree, nodes: int, root: int, moved: NDArray[np.int64] | None
-) -> None:
-    """Writes tokens, positions from `root` on, depths, path indices and the mask's bytes."""
-    real = len(tree)
-    out[: 3 * nodes] = 0
-    out[:real] = tree.tokens
-    out[nodes : nodes + real] = tree.depths
-    out[2 * nodes : 2 * nodes + real] = tree.depths
-    out[nodes : 2 * nodes] += root
-    end = 3 * nodes
-    if moved is not None:
-        out[end : end + len(moved)] = moved
-        end += len(moved)
-    if nodes > 1:
-        hidden = out[end:].view(np.bool_)[: nodes * nodes].reshape(nodes, nodes)
-        hidden[:] = True
-        hidden[:real, :real] = ~tree.ancestors()
-        np.fill_diagonal(hidden, False)
+class _HostMask(_Mask):
+    """The same in the host's memory: one call of a kernel, where torch needs ten of its own."""
+
+    def __init__(self, window: int | None, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(window, dtype, device)
+        self._integers = _INTEGERS[dtype.itemsize]
+        self._least = int(torch.tensor(self.minimum, dtype=dtype, device=device).view(self._integers))
+
+    def write(self, hidden: Tensor, depths: Tensor, max_depth: int, length: int) -> Tensor:
+        """Implements `_Mask.write`."""
+        from retrieval_draft.engine._kernels.tree_inputs import write_mask
+
+        nodes, window = len(depths), _NO_WINDOW if self.window is None else self.window
+        columns = min(length, window - 1) + nodes
+        self._reserve(nodes, columns)
+        write_mask(self._bits, self._least, hidden.numpy(), depths.numpy(), length, window, self._state)
+        return self.buffer[None, None, :nodes, :columns]
+
+    def _reserve(self, rows: int, columns: int) -> None:
+        buffer = self.buffer
+        super()._reserve(rows, columns)
+        if self.buffer is not buffer:
+            self._bits = self.buffer.view(self._integers).numpy()
+            self._state = np.zeros(4, np.int64)
 
 
 class TreeAttention:
@@ -143,7 +152,8 @@ class TreeAttention:
     def __init__(self, windows: dict[str, int | None], dtype: torch.dtype, device: torch.device) -> None:
         self.device = device
         self.pads = device.type == "cuda"
-        self._masks = {kind: _Mask(window, dtype, device) for kind, window in windows.items()}
+        mask = _HostMask if device.type == "cpu" else _Mask
+        self._masks = {kind: mask(window, dtype, device) for kind, window in windows.items()}
         self._host = torch.empty(0, dtype=torch.int64, device="cpu")
         self._up = torch.empty(0, dtype=torch.int64, device=device)
         self._sent: torch.cuda.Event | None = None
@@ -164,6 +174,8 @@ class TreeAttention:
                 tree.
             shift: The root's position, less `length`.
         """
+        from retrieval_draft.engine._kernels.tree_inputs import pack_tree
+
         nodes = self.size(len(tree))
         extra = 0 if moved is None else len(moved)
         words = 3 * nodes + extra + (0 if nodes == 1 else -(-nodes * nodes // 8))
@@ -171,8 +183,17 @@ class TreeAttention:
             # A pass whose result was never read, as a probe's, may still wait for its copy.
             self._sent.synchronize()
         self._reserve(words)
-        _pack(self._host.numpy()[:words], tree, nodes, length + shift, moved)
-        return self.unpack(self._send(words), nodes, extra, int(tree.depths.max()), length)
+        max_depth = pack_tree(
+            tree.tokens,
+            tree.parents,
+            tree.depths,
+            length + shift,
+            nodes,
+            _NONE if moved is None else moved,
+            self._words,
+            self._hidden[8 * (3 * nodes + extra) :],
+        )
+        return self.unpack(self._send(words), nodes, extra, max_depth, length)
 
     def unpack(self, up: Tensor, nodes: int, extra: int, max_depth: int, length: int) -> TreeInputs:
         """The device's half of `prepare`: views of `up`, and the tree written into the masks.
@@ -184,25 +205,27 @@ class TreeAttention:
             max_depth: Largest depth of a node.
             length: Committed tokens.
         """
-        ids, positions, depths = up[:nodes], up[nodes : 2 * nodes], up[2 * nodes : 3 * nodes]
+        ids, positions, depths = up[: 3 * nodes].view(3, 1, nodes)
         masks: Mask = None
         if nodes > 1:
             flat = up[3 * nodes + extra :].view(torch.bool)
             hidden = flat[: nodes * nodes].view(nodes, nodes)
             made: dict[str, Tensor | None] = {
-                kind: mask.write(hidden, depths, max_depth, length) for kind, mask in self._masks.items()
+                kind: mask.write(hidden, depths[0], max_depth, length) for kind, mask in self._masks.items()
             }
             masks = made if len(made) > 1 else next(iter(made.values()))
         elif len(self._masks) > 1:
             masks = dict.fromkeys(self._masks)
         moved = up[3 * nodes : 3 * nodes + extra] if extra else None
-        return TreeInputs(ids[None], positions[None], masks, moved)
+        return TreeInputs(ids, positions, masks, moved)
 
     def _reserve(self, words: int) -> None:
         if words > len(self._host):
             size = max(1024, 2 * words)
             pinned = self.device.type == "cuda"
             self._host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned)
+            self._words = self._host.numpy()
+            self._hidden = self._words.view(np.bool_)
             self._up = self._host if self.device.type == "cpu" else self._up.new_empty(size)
 
     def _send(self, words: int) -> Tensor:
