@@ -78,9 +78,7 @@ def _read_in_place(logits: Tensor, k: int) -> Predictions:
     next_tokens, finite = np.empty(rows, np.int32), np.empty(rows, np.bool_)
     indices, probs = np.empty((rows, k), np.int32), np.empty((rows, k), np.float32)
     maxima = np.empty(-(-size // BLOCK), np.float32)
-    read_rows(
-        array, array.view(np.int32), maxima, maxima.view(np.int32), next_tokens, finite, indices, probs
-    )
+    read_rows(array, array.view(np.int32), maxima, maxima.view(np.int32), next_tokens, finite, indices, probs)
     return Predictions(next_tokens, finite, indices, probs)
 
 

@@ -12,7 +12,7 @@ from retrieval_draft._kernels.jit import kernel
 __all__ = ["pack_tree", "write_mask"]
 
 ROWS, LEFT, RIGHT, STALE = range(4)
-"""State of a mask: the rows and columns of the tree written last, and the committed columns hidden in them."""
+"""State of a mask: rows and columns of the tree written last, and committed columns hidden in those rows."""
 
 
 @kernel

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from retrieval_draft._kernels.heap import BUCKETS, CUT, THRESHOLDS, admit, pop
 from retrieval_draft._kernels.jit import kernel
+from retrieval_draft._kernels.views import prefetch
 
 ORDERS = 4
 WINDOW = 8
@@ -124,11 +125,24 @@ def learn(
     seen = top_tokens.shape[1]
     merged_tokens = np.empty(width + seen, np.int32)
     merged_probs = np.empty(width + seen, np.float32)
+    hashes = np.zeros((len(contexts), ORDERS), np.uint64)
+    # Rows lie anywhere in megabytes: asked for together, most come while one is waited for.
     for item in range(len(contexts)):
         for order in range(1, ORDERS + 1):
             if contexts[item, ORDERS - order] < 0:
                 break
-            row = take_row(keys, used, visits, key_of(contexts[item], order))
+            hashes[item, order - 1] = key = key_of(contexts[item], order)
+            row = np.int64((key >> np.uint64(17)) & np.uint64(len(keys) - 1))
+            prefetch(keys.ctypes.data + 8 * row)
+            prefetch(used.ctypes.data + 8 * row)
+            prefetch(visits.ctypes.data + 4 * row)
+            prefetch(tokens.ctypes.data + 4 * width * row)
+            prefetch(probs.ctypes.data + 4 * width * row)
+    for item in range(len(contexts)):
+        for order in range(1, ORDERS + 1):
+            if contexts[item, ORDERS - order] < 0:
+                break
+            row = take_row(keys, used, visits, hashes[item, order - 1])
             used[row] = now
             earlier = min(visits[row], cap - 1)
             visits[row] = earlier + 1
@@ -141,33 +155,25 @@ def learn(
                     merged_tokens[size] = tokens[row, column]
                     merged_probs[size] = probs[row, column] * (np.float32(1.0) - fresh)
                     size += 1
-            old = size
             for column in range(seen):
-                token, prob = top_tokens[item, column], top_probs[item, column]
+                token, prob = top_tokens[item, column], fresh * top_probs[item, column]
                 if token < 0 or not prob >= 0.0 or prob == np.inf:
                     continue
-                match = 0
-                while match < old and merged_tokens[match] != token:
-                    match += 1
-                if match < old:
-                    merged_probs[match] += fresh * prob
+                place = 0
+                while place < size and merged_tokens[place] != token:
+                    place += 1
+                if place < size:
+                    prob += merged_probs[place]
                 else:
-                    merged_tokens[size] = token
-                    merged_probs[size] = fresh * prob
                     size += 1
-            for column in range(width):  # selection sort: both lists are short
-                best = column
-                for other in range(column + 1, size):
-                    if merged_probs[other] > merged_probs[best]:
-                        best = other
-                if column < size:
-                    tokens[row, column] = merged_tokens[best]
-                    probs[row, column] = merged_probs[best]
-                    merged_tokens[best] = merged_tokens[column]
-                    merged_probs[best] = merged_probs[column]
-                else:
-                    tokens[row, column] = -1
-                    probs[row, column] = 0.0
+                while place > 0 and merged_probs[place - 1] < prob:
+                    merged_tokens[place] = merged_tokens[place - 1]
+                    merged_probs[place] = merged_probs[place - 1]
+                    place -= 1
+                merged_tokens[place], merged_probs[place] = token, prob
+            for column in range(width):
+                tokens[row, column] = merged_tokens[column] if column < size else -1
+                probs[row, column] = merged_probs[column] if column < size else 0.0
 
 
 @kernel

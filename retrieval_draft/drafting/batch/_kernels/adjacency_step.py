@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import inner_kernel
-from retrieval_draft.drafting.batch._kernels.views import prefetch
+from retrieval_draft._kernels.views import prefetch
 from retrieval_draft.index._kernels.adjacency import NO_ROW, ORDERS, find_row, key_of
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import kernel
+from retrieval_draft._kernels.views import int32_row, int32_rows, int64_row, prefetch
 from retrieval_draft.drafting._kernels.fusion import MASK, OWN, PER_SOURCE, list_slots
 from retrieval_draft.drafting.batch._kernels.adjacency_step import ask_keys, ask_rows, expand_adjacency
 from retrieval_draft.drafting.batch._kernels.automaton_step import expand_automaton, follow_automaton
@@ -27,7 +28,6 @@ from retrieval_draft.drafting.batch._kernels.slots import (
     TABLE_SIZE,
     TEXT,
 )
-from retrieval_draft.drafting.batch._kernels.views import int32_row, int32_rows, int64_row, prefetch
 from retrieval_draft.index._kernels import automaton
 from retrieval_draft.index._kernels.adjacency import ORDERS
 from retrieval_draft.index._kernels.segment_match import TOKENS, WIDTH, locate
