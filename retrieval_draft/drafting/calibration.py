@@ -140,11 +140,11 @@ class Calibration:
         Returns:
             int8, shape (n + 1,). 1 where a node was emitted, 0 where its parent was and it was not, else -1.
         """
-        outcomes = np.full(len(tree), -1, np.int8)
         if tree.evidence is None or not len(emitted):
-            return outcomes
+            return np.full(len(tree), -1, np.int8)
         from retrieval_draft.drafting._kernels.fusion import score
 
+        outcomes = np.empty(len(tree), np.int8)
         score(
             tree.tokens,
             tree.parents,

@@ -46,7 +46,6 @@ class TimeCurve:
         self._covariance = MEASURED_TOGETHER**2 + MEASURED_EACH**2 * self._alike
         self._suspected = np.zeros(len(sizes))
         self._table: NDArray[np.float64] = np.empty(0, np.float64)
-        self._is_stale = True
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -79,10 +78,10 @@ class TimeCurve:
         Returns:
             False for a time that is not believed yet.
         """
-        self._is_stale = True
         is_believed: bool = self._kernels.observe(
-            self._knots, self._logs, self._covariance, self._alike, self._suspected, tokens, seconds
-        )
+            self._knots, self._logs, self._covariance, self._alike, self._suspected, tokens, seconds,
+            self._table,
+        )  # fmt: skip
         return is_believed
 
     def seconds(self, tokens: int) -> float:
@@ -92,8 +91,6 @@ class TimeCurve:
     def up_to(self, tokens: int) -> NDArray[np.float64]:
         """t(1), t(2), ... to at least t(tokens): float64, (m,) with m >= tokens. Good until the next pass."""
         if len(self._table) < tokens:
-            self._table, self._is_stale = np.empty(max(64, 1 << (tokens - 1).bit_length()), np.float64), True
-        if self._is_stale:
+            self._table = np.empty(max(64, 1 << (tokens - 1).bit_length()), np.float64)
             self._kernels.fill(self._knots, self._logs, self._covariance, self._table)
-            self._is_stale = False
         return self._table

@@ -120,13 +120,10 @@ class DraftTree:
         Example:
             tail [5, 6], root 8 with child 9  ->  [[-1, 5, 6, 8], [5, 6, 8, 9]]
         """
-        out = np.full((len(self.tokens), CONTEXT), -1, np.int32)
-        out[:, -1] = self.tokens
-        kept = tail[-(CONTEXT - 1) :]
-        if len(kept):
-            out[0, CONTEXT - 1 - len(kept) : CONTEXT - 1] = kept
-        for node in range(1, len(self.tokens)):
-            out[node, :-1] = out[self.parents[node], 1:]
+        from retrieval_draft.drafting._kernels.tree import write_contexts
+
+        out = np.empty((len(self.tokens), CONTEXT), np.int32)
+        write_contexts(self.tokens, self.parents, tail, out)
         return out
 
     def walk(self, tokens: TokenArray) -> list[int]:

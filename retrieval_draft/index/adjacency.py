@@ -175,9 +175,10 @@ class AdjacencySession:
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,), to the context. The matrix learns in `learn`."""
-        kept = np.asarray(tokens[-CONTEXT:], np.int32)
-        if len(kept):
-            self._tail = np.concatenate((self._tail[len(kept) :], kept))
+        size = min(len(tokens), CONTEXT)
+        if size:
+            self._tail[: CONTEXT - size] = self._tail[size:]
+            self._tail[CONTEXT - size :] = tokens[-size:]
 
     def learn(self, logits: NodeLogits) -> None:
         """Fills the rows of every verified node."""

@@ -25,9 +25,6 @@ TokenArray = NDArray[np.int32]
 CONTEXT = 4
 """Number of context tokens of each node in `NodeLogits`."""
 
-_MAX_PROB = 1.01
-"""Largest valid probability; above 1, as sums over a vocabulary are rounded."""
-
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
@@ -79,9 +76,10 @@ class NodeLogits:
     top_probs: NDArray[np.float32]
 
     def __post_init__(self) -> None:
-        probs = self.top_probs
-        valid = ((probs >= 0.0) & (probs <= _MAX_PROB)).all(-1)  # NaN is neither
-        if not valid.all():
+        from retrieval_draft.index._kernels.node_logits import are_probs
+
+        valid = np.empty(len(self.top_probs), np.bool_)
+        if not are_probs(np.ascontiguousarray(self.top_probs, np.float32), valid):
             for name in ("contexts", "top_tokens", "top_probs"):
                 object.__setattr__(self, name, getattr(self, name)[valid])
 

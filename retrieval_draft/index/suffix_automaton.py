@@ -113,9 +113,9 @@ class SuffixAutomaton:
 
     def end_text(self) -> None:
         """Ends the current text. The next insertion starts a new one."""
-        self._insert(np.array([-1], np.int32), -1)
+        self._insert(np.array([-1], np.int32))
 
-    def _insert(self, tokens: TokenArray, lowest: int) -> None:
+    def _insert(self, tokens: TokenArray, lowest: int = -1) -> None:
         kernels = self._kernels
         done = 0
         while True:

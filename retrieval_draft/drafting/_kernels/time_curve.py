@@ -100,8 +100,9 @@ def observe(
     suspected: NDArray[np.float64],
     tokens: int,
     seconds: float,
+    table: NDArray[np.float64],
 ) -> bool:
-    """One step of the Kalman filter.
+    """One step of the Kalman filter, and the table of its curve.
 
     Args:
         knots: float64, shape (sizes,). Binary logarithms of the sizes, ascending.
@@ -111,10 +112,27 @@ def observe(
         suspected: float64, shape (sizes,). Errors of implausible times that wait for another. Changed.
         tokens: Tokens in the pass, at least 1.
         seconds: Its duration, above 0.
+        table: float64, shape (n,). t(1), t(2), ... Written.
 
     Returns:
         False for a time that is not believed yet.
     """
+    is_believed = _observe(knots, logs, covariance, alike, suspected, tokens, seconds)
+    if is_believed:
+        fill(knots, logs, covariance, table)
+    return is_believed
+
+
+@kernel
+def _observe(
+    knots: NDArray[np.float64],
+    logs: NDArray[np.float64],
+    covariance: NDArray[np.float64],
+    alike: NDArray[np.float64],
+    suspected: NDArray[np.float64],
+    tokens: int,
+    seconds: float,
+) -> bool:
     size = len(knots)
     position = np.log2(float(tokens))
     weights, towards = np.empty(size), np.empty(size)

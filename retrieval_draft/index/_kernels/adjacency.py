@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft._kernels.heap import BUCKETS, CUT, THRESHOLDS, admit, pop
-from retrieval_draft._kernels.jit import kernel
+from retrieval_draft._kernels.jit import inner_kernel, kernel
 from retrieval_draft._kernels.views import prefetch
 
 ORDERS = 4
@@ -176,6 +176,55 @@ def learn(
                 probs[row, column] = merged_probs[column] if column < size else 0.0
 
 
+@inner_kernel
+def ask_keys(keys: NDArray[np.uint64], context: NDArray[np.int32], hashes: NDArray[np.uint64]) -> None:
+    """Hashes a context, and prefetches the table entries of its hashes.
+
+    Args:
+        keys: uint64, shape (table rows,). The matrix's keys.
+        context: int32, shape (4,). Oldest first, -1 where the text is shorter.
+        hashes: uint64, shape (4,). Written: of the last 4, 3, 2 and 1 tokens, 0 where there are fewer.
+    """
+    mask = np.uint64(len(keys) - 1)
+    base = keys.ctypes.data
+    for back in range(ORDERS):
+        hashes[back] = np.uint64(0)
+        if context[back] >= 0:
+            hashes[back] = key_of(context, ORDERS - back)
+            prefetch(base + 8 * np.int64((hashes[back] >> np.uint64(17)) & mask))
+
+
+@inner_kernel
+def ask_rows(
+    keys: NDArray[np.uint64],
+    visits: NDArray[np.int32],
+    row_tokens: NDArray[np.int32],
+    row_probs: NDArray[np.float32],
+    hashes: NDArray[np.uint64],
+    rows: NDArray[np.int64],
+) -> None:
+    """Finds the rows of hashes, and prefetches them.
+
+    Args:
+        keys: uint64, shape (table rows,), as for the next three: see `index._kernels.adjacency`.
+        visits: int32, shape (table rows,).
+        row_tokens: int32, shape (table rows, k).
+        row_probs: float32, shape (table rows, k).
+        hashes: uint64, shape (4,). From `ask_keys`.
+        rows: int64, shape (4,). Written: NO_ROW where there is none.
+    """
+    width = row_tokens.shape[1]
+    visits_at, tokens_at, probs_at = visits.ctypes.data, row_tokens.ctypes.data, row_probs.ctypes.data
+    for back in range(ORDERS):
+        rows[back] = NO_ROW
+        if hashes[back] != 0:
+            rows[back] = find_row(keys, hashes[back])
+            if rows[back] != NO_ROW:
+                prefetch(visits_at + 4 * rows[back])
+                prefetch(tokens_at + 4 * width * rows[back])
+                prefetch(probs_at + 4 * width * rows[back])
+
+
 @kernel
 def propose(
     keys: NDArray[np.uint64],
@@ -230,6 +279,7 @@ def propose(
     path_bits = work_bits[0]
     current = context.copy()
     histogram = np.zeros(BUCKETS, np.int64)
+    hashes, rows = np.empty(ORDERS, np.uint64), np.empty(ORDERS, np.int64)
     child_token = np.empty(ORDERS * width + len(frequent), np.int32)
     child_order = np.empty(ORDERS * width + len(frequent), np.int32)
     child_prob = np.empty(ORDERS * width + len(frequent), np.float64)
@@ -243,12 +293,11 @@ def propose(
         needed = THRESHOLDS[cut[CUT]]
         found = 0
         mass = 1.0
+        ask_keys(keys, current, hashes)
+        ask_rows(keys, visits, row_tokens, row_probs, hashes, rows)
         for back in range(ORDERS):
-            order = ORDERS - back
-            if current[back] < 0 or mass * path <= needed:
-                continue
-            row = find_row(keys, key_of(current, order))
-            if row == NO_ROW:
+            order, row = ORDERS - back, rows[back]
+            if row == NO_ROW or mass * path <= needed:
                 continue
             weight = mass * visits[row] / (visits[row] + backoff[order])
             mass -= weight

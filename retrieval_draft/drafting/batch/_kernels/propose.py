@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from retrieval_draft._kernels.jit import kernel
 from retrieval_draft._kernels.views import int32_row, int32_rows, int64_row, prefetch
 from retrieval_draft.drafting._kernels.fusion import MASK, OWN, PER_SOURCE, list_slots
-from retrieval_draft.drafting.batch._kernels.adjacency_step import ask_keys, ask_rows, expand_adjacency
+from retrieval_draft.drafting.batch._kernels.adjacency_step import expand_adjacency
 from retrieval_draft.drafting.batch._kernels.automaton_step import expand_automaton, follow_automaton
 from retrieval_draft.drafting.batch._kernels.candidates import add_children, choose
 from retrieval_draft.drafting.batch._kernels.segment_rows import advance_rows
@@ -29,7 +29,7 @@ from retrieval_draft.drafting.batch._kernels.slots import (
     TEXT,
 )
 from retrieval_draft.index._kernels import automaton
-from retrieval_draft.index._kernels.adjacency import ORDERS
+from retrieval_draft.index._kernels.adjacency import ORDERS, ask_keys, ask_rows
 from retrieval_draft.index._kernels.segment_match import TOKENS, WIDTH, locate
 from retrieval_draft.index._kernels.segment_tree import CONTEXTS, MAX_DEPTH, POOL, RANGES, gather
 
