@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine import row
-from retrieval_draft.engine.attention.tree_mask import TreeAttention, TreeInputs
+from retrieval_draft.engine._kernels import tree_inputs
 from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.generation import requests
 from tests.random_generate.__main__ import main
@@ -48,7 +48,7 @@ def test_the_same_seed_draws_the_same_cases() -> None:
     assert [Case.from_json(text).to_json() for text in drawn[0]] == drawn[0]
 
 
-_unpack = TreeAttention.unpack
+_pack_tree = tree_inputs.pack_tree
 
 
 def _wrong_child(tree: DraftTree, choose: Callable[[int], int]) -> Iterator[tuple[int, int]]:
@@ -64,12 +64,13 @@ def _wrong_child(tree: DraftTree, choose: Callable[[int], int]) -> Iterator[tupl
         node = (right or children)[0]
 
 
-def _siblings_seen(attention: TreeAttention, up: Tensor, nodes: int, extra: int, *rest: int) -> TreeInputs:
-    """`TreeAttention.unpack`, but every node sees all before it."""
-    hidden = up[3 * nodes + extra :].view(torch.bool)
+def _siblings_seen(*given: Any) -> int:
+    """`pack_tree`, but every node sees all before it."""
+    max_depth: int = _pack_tree(*given)
+    *_, nodes, _, hidden = given
     if nodes > 1:
-        hidden[: nodes * nodes] = torch.ones((nodes, nodes), dtype=torch.bool).triu(1).flatten()
-    return _unpack(attention, up, nodes, extra, *rest)
+        hidden[: nodes * nodes] = ~np.tri(nodes, dtype=np.bool_).ravel()
+    return max_depth
 
 
 def _same_for_all_samples(seed: int, vocabulary: int, device: Any, sample: int = 0) -> GumbelNoise:
@@ -79,7 +80,7 @@ def _same_for_all_samples(seed: int, vocabulary: int, device: Any, sample: int =
 
 FAULTS: dict[str, tuple[Any, str, Any]] = {
     "wrong child": (row, "walk", _wrong_child),
-    "siblings seen": (TreeAttention, "unpack", _siblings_seen),
+    "siblings seen": (tree_inputs, "pack_tree", _siblings_seen),
     "shared processors": (requests, "processors_of_row", lambda processors, row, rows: processors),
     "criteria unasked": (requests, "criteria_of_row", lambda criteria, rows: StoppingCriteriaList()),
     "equal samples": (requests, "GumbelNoise", _same_for_all_samples),

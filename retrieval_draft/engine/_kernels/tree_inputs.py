@@ -22,11 +22,10 @@ def pack_tree(
     depths: NDArray[np.int32],
     root: int,
     nodes: int,
-    moved: NDArray[np.int64],
     out: NDArray[np.int64],
     hidden: NDArray[np.bool_],
 ) -> int:
-    """Writes tokens, positions, depths and path indices, and which nodes do not see which.
+    """Writes tokens, positions and depths, and which nodes do not see which.
 
     Padding has the root's position, and is seen by itself alone.
 
@@ -34,8 +33,7 @@ def pack_tree(
         tokens: int32, shape (n,), as the next two: the tree's.
         root: Position of the root.
         nodes: Nodes of the padded tree.
-        moved: int64, shape (m,). Path indices.
-        out: int64, shape (3 * nodes + m, or more). Written.
+        out: int64, shape (3 * nodes, or more). Written.
         hidden: bool, shape (nodes * nodes, or more). Written, row by row, but for a root alone.
 
     Returns:
@@ -54,7 +52,6 @@ def pack_tree(
             for other in range(nodes):
                 hidden[row + other] = above < 0 or hidden[above + other]
             hidden[row + node] = False
-    out[3 * nodes : 3 * nodes + len(moved)] = moved
     return deepest
 
 
@@ -64,6 +61,7 @@ def write_mask(
     minimum: int,
     hidden: NDArray[np.bool_],
     depths: NDArray[np.int64],
+    nodes: int,
     length: int,
     window: int,
     state: NDArray[np.int64],
@@ -75,8 +73,9 @@ def write_mask(
     Args:
         bits: int16, int32 or int64, shape (rows, columns). The floats of the mask; those of zeros are zero.
         minimum: Bits of the least float.
-        hidden: bool, shape (n, n). [i, j] true where node i must not see node j.
-        depths: int64, shape (n,).
+        hidden: bool, shape (nodes * nodes, or more), row by row. True where the row's node must not see one.
+        depths: int64, shape (nodes, or more).
+        nodes: Nodes of the tree.
         length: Committed tokens.
         window: Of the layer; more than any length where it has none.
         state: int64, shape (4,). Changed.
@@ -87,11 +86,11 @@ def write_mask(
     past = length - window + 1  # the first token that the root sees, were there none before the text
     begin = length - max(past, 0)
     stale = 0
-    for node in range(len(depths)):
+    for node in range(nodes):
         gone = min(max(depths[node] + min(past, 0), 0), begin)
         stale = max(stale, gone)
         bits[node, :gone] = minimum
-        for other in range(len(depths)):
-            if hidden[node, other] or depths[node] - depths[other] >= window:
+        for other in range(nodes):
+            if hidden[node * nodes + other] or depths[node] - depths[other] >= window:
                 bits[node, begin + other] = minimum
-    state[ROWS], state[LEFT], state[RIGHT], state[STALE] = len(depths), begin, begin + len(depths), stale
+    state[ROWS], state[LEFT], state[RIGHT], state[STALE] = nodes, begin, begin + nodes, stale

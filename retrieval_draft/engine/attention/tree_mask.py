@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ Mask = Tensor | dict[str, Tensor | None] | None
 
 _NO_WINDOW = 1 << 62
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_NONE = np.empty(0, np.int64)
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48)
 
@@ -118,20 +118,23 @@ class _HostMask(_Mask):
         self._integers = _INTEGERS[dtype.itemsize]
         self._least = int(torch.tensor(self.minimum, dtype=dtype, device=device).view(self._integers))
 
-    def write(self, hidden: Tensor, depths: Tensor, max_depth: int, length: int) -> Tensor:
-        """Implements `_Mask.write`."""
+    def write_here(
+        self, hidden: NDArray[np.bool_], depths: NDArray[np.int64], nodes: int, length: int
+    ) -> Tensor:
+        """As `write`, from arrays as `pack_tree` writes them."""
         from retrieval_draft.engine._kernels.tree_inputs import write_mask
 
-        nodes, window = len(depths), _NO_WINDOW if self.window is None else self.window
+        window = _NO_WINDOW if self.window is None else self.window
         columns = min(length, window - 1) + nodes
         self._reserve(nodes, columns)
-        write_mask(self._bits, self._least, hidden.numpy(), depths.numpy(), length, window, self._state)
-        return self.buffer[None, None, :nodes, :columns]
+        write_mask(self._bits, self._least, hidden, depths, nodes, length, window, self._state)
+        return self._whole[:, :, :nodes, :columns]
 
     def _reserve(self, rows: int, columns: int) -> None:
         buffer = self.buffer
         super()._reserve(rows, columns)
         if self.buffer is not buffer:
+            self._whole = self.buffer[None, None]
             self._bits = self.buffer.view(self._integers).numpy()
             self._state = np.zeros(4, np.int64)
 
@@ -140,7 +143,8 @@ class TreeAttention:
     """Turns draft trees into arguments of the model's forward pass.
 
     On CUDA everything is copied to the device at once, from pinned memory, and trees are padded to a few
-    sizes: padded nodes have the root's position, are seen by no other node and never accepted.
+    sizes: padded nodes have the root's position, are seen by no other node and never accepted. On a CPU
+    kernels write what the model reads, and torch has next to nothing to do.
 
     Args:
         windows: Layer types of the model with their windows. With more than one, masks come as a
@@ -152,7 +156,8 @@ class TreeAttention:
     def __init__(self, windows: dict[str, int | None], dtype: torch.dtype, device: torch.device) -> None:
         self.device = device
         self.pads = device.type == "cuda"
-        mask = _HostMask if device.type == "cpu" else _Mask
+        self._is_here = device.type == "cpu"
+        mask: Any = _HostMask if self._is_here else _Mask
         self._masks = {kind: mask(window, dtype, device) for kind, window in windows.items()}
         self._host = torch.empty(0, dtype=torch.int64, device="cpu")
         self._up = torch.empty(0, dtype=torch.int64, device=device)
@@ -177,23 +182,33 @@ class TreeAttention:
         from retrieval_draft.engine._kernels.tree_inputs import pack_tree
 
         nodes = self.size(len(tree))
-        extra = 0 if moved is None else len(moved)
-        words = 3 * nodes + extra + (0 if nodes == 1 else -(-nodes * nodes // 8))
         if self._sent is not None and not self._sent.query():
             # A pass whose result was never read, as a probe's, may still wait for its copy.
             self._sent.synchronize()
+        extra = 0 if moved is None else len(moved)
+        after = 3 * nodes + extra
+        words = after + (0 if nodes == 1 else -(-nodes * nodes // 8))
         self._reserve(words)
+        hidden = self._bytes[8 * after :]
         max_depth = pack_tree(
-            tree.tokens,
-            tree.parents,
-            tree.depths,
-            length + shift,
-            nodes,
-            _NONE if moved is None else moved,
-            self._words,
-            self._hidden[8 * (3 * nodes + extra) :],
+            tree.tokens, tree.parents, tree.depths, length + shift, nodes, self._words, hidden
         )
+        if self._is_here:
+            return self._inputs_here(hidden, nodes, moved, length)
+        if moved is not None:
+            self._words[3 * nodes : after] = moved
         return self.unpack(self._send(words), nodes, extra, max_depth, length)
+
+    def _inputs_here(
+        self, hidden: NDArray[np.bool_], nodes: int, moved: NDArray[np.int64] | None, length: int
+    ) -> TreeInputs:
+        ids, positions = self._host[: 2 * nodes].view(2, 1, nodes).unbind()
+        depths = self._words[2 * nodes :]
+        masks: dict[str, Tensor | None] = {
+            kind: mask.write_here(hidden, depths, nodes, length) if nodes > 1 else None
+            for kind, mask in self._masks.items()
+        }
+        return TreeInputs(ids, positions, _alone(masks), None if moved is None else torch.from_numpy(moved))
 
     def unpack(self, up: Tensor, nodes: int, extra: int, max_depth: int, length: int) -> TreeInputs:
         """The device's half of `prepare`: views of `up`, and the tree written into the masks.
@@ -206,18 +221,13 @@ class TreeAttention:
             length: Committed tokens.
         """
         ids, positions, depths = up[: 3 * nodes].view(3, 1, nodes)
-        masks: Mask = None
+        masks: dict[str, Tensor | None] = dict.fromkeys(self._masks)
         if nodes > 1:
-            flat = up[3 * nodes + extra :].view(torch.bool)
-            hidden = flat[: nodes * nodes].view(nodes, nodes)
-            made: dict[str, Tensor | None] = {
-                kind: mask.write(hidden, depths[0], max_depth, length) for kind, mask in self._masks.items()
-            }
-            masks = made if len(made) > 1 else next(iter(made.values()))
-        elif len(self._masks) > 1:
-            masks = dict.fromkeys(self._masks)
+            hidden = up[3 * nodes + extra :].view(torch.bool)[: nodes * nodes].view(nodes, nodes)
+            for kind, mask in self._masks.items():
+                masks[kind] = mask.write(hidden, depths[0], max_depth, length)
         moved = up[3 * nodes : 3 * nodes + extra] if extra else None
-        return TreeInputs(ids, positions, masks, moved)
+        return TreeInputs(ids, positions, _alone(masks), moved)
 
     def _reserve(self, words: int) -> None:
         if words > len(self._host):
@@ -225,15 +235,19 @@ class TreeAttention:
             pinned = self.device.type == "cuda"
             self._host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned)
             self._words = self._host.numpy()
-            self._hidden = self._words.view(np.bool_)
-            self._up = self._host if self.device.type == "cpu" else self._up.new_empty(size)
+            self._bytes = self._words.view(np.bool_)
+            self._up = self._host if self._is_here else self._up.new_empty(size)
 
     def _send(self, words: int) -> Tensor:
-        """One copy to the device; none where host memory is the device's."""
+        """One copy to the device."""
         up = self._up[:words]
-        if self._up is not self._host:
-            up.copy_(self._host[:words], non_blocking=True)
-            if self._sent is None:
-                self._sent = torch.cuda.Event()
-            self._sent.record(torch.cuda.current_stream(self.device))
+        up.copy_(self._host[:words], non_blocking=True)
+        if self._sent is None:
+            self._sent = torch.cuda.Event()
+        self._sent.record(torch.cuda.current_stream(self.device))
         return up
+
+
+def _alone(masks: dict[str, Tensor | None]) -> Mask:
+    """The mask itself where all layers are of one type."""
+    return masks if len(masks) > 1 else next(iter(masks.values()), None)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from retrieval_draft.drafting.tree import DraftTree
-from retrieval_draft.engine.attention.tree_mask import TreeAttention, _HostMask, _Mask, padded_size
+from retrieval_draft.engine.attention.tree_mask import TreeAttention, _Mask, padded_size
 from tests.support.trees import ancestors, tree_of
 
 CPU = torch.device("cpu")
@@ -45,13 +45,18 @@ def test_small_tree_written_out() -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", [_HostMask, _Mask])
+@pytest.mark.parametrize("here", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 2, 3, 8, 40])
-def test_masks_of_a_whole_generation_and_the_next_one(window: int | None, kind: type[_Mask]) -> None:
+def test_masks_of_a_whole_generation_and_the_next_one(
+    window: int | None, here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the host and as on a device."""
     rng = np.random.default_rng(0)
     attention = TreeAttention({"some": window}, torch.float32, CPU)
-    attention._masks = {"some": kind(window, torch.float32, CPU)}
+    if not here:
+        monkeypatch.setattr(attention, "_is_here", False)
+        monkeypatch.setattr(attention, "_send", lambda words: attention._host[:words])
+        attention._masks = {"some": _Mask(window, torch.float32, CPU)}
     for _ in range(3):
         length = int(rng.integers(1, 30))
         for _ in range(40):
