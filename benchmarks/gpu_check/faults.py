@@ -11,8 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from retrieval_draft.engine._kernels import tree_inputs
-from retrieval_draft.engine.attention.tree_mask import TreeAttention, TreeInputs
+from retrieval_draft.engine.attention.tree_mask import TreeAttention, TreeInputs, kernels
 
 __all__ = ["broken"]
 
@@ -28,7 +27,7 @@ def broken(fault: str | None) -> Iterator[None]:
         yield
         return
     patches = {
-        "wrong_mask": mock.patch.object(tree_inputs, "pack_tree", _hidden_root(tree_inputs.pack_tree)),
+        "wrong_mask": mock.patch.object(kernels, "pack_tree", _hidden_root(kernels.pack_tree)),
         "late_copy": mock.patch.multiple(
             TreeAttention, _send=_late_copy, prepare=_late_here(TreeAttention.prepare)
         ),

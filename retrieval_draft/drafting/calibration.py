@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.config import DRAFT_MODEL, SOURCES
 from retrieval_draft.drafting.calibration_format import StoredCalibration, read_calibration, write_calibration
 from retrieval_draft.drafting.tree import DraftTree
@@ -18,6 +19,8 @@ from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.source import Proposal, TokenArray
 
 __all__ = ["FEATURES", "Calibration", "NoiseKey", "columns_of"]
+
+_kernels = LazyKernels("retrieval_draft.drafting._kernels.fusion")
 
 FEATURES = ("length", "depth", "rank", "absent", "request", "cells", "noise")
 """Evidence that can be left out, to measure its value: match length, depth in the tree, rank among a
@@ -142,10 +145,8 @@ class Calibration:
         """
         if tree.evidence is None or not len(emitted):
             return np.full(len(tree), -1, np.int8)
-        from retrieval_draft.drafting._kernels.fusion import score
-
         outcomes = np.empty(len(tree), np.int8)
-        score(
+        _kernels.score(
             tree.tokens,
             tree.parents,
             tree.evidence,

@@ -9,9 +9,12 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.drafting.time_curve import TimeCurve
 
 __all__ = ["CostModel"]
+
+_kernels = LazyKernels("retrieval_draft.drafting._kernels.cost")
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 MORE_SIZES = (128, 256, 512, 1024)
@@ -159,13 +162,11 @@ class CostModel:
         """
         if self._times is None or not len(path_probs):
             return 0
-        from retrieval_draft.drafting._kernels.cost import best_nodes
-
         most, repeated = len(path_probs), -1 if carried is None else carried
         tokens = rows + max(repeated, 0) + (most if carried is None else 2 * most + 1)
         curve = self._times.up_to(tokens)
         rate = self._emitted / (self._spent * self._times.seconds(1)) if self._steps >= SETTLED else 0.0
-        best = best_nodes(path_probs, curve, rows, repeated, self._overhead, rate)
+        best: int = _kernels.best_nodes(path_probs, curve, rows, repeated, self._overhead, rate)
         return self._or_trial(best, most)
 
     def _or_trial(self, best: int, most: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.drafting.hierarchy import SourceSessions
 from retrieval_draft.drafting.predictions import Predictions
 from retrieval_draft.drafting.stats import DraftStats
@@ -43,6 +44,8 @@ _CHOICE_OF_PATHS = 64
 """Nodes of a tree from which a short chain is chosen, at most twice its own."""
 
 _NONE = np.empty(0, np.int32)
+
+_kernels = LazyKernels("retrieval_draft.drafting._kernels.tree")
 
 Fuse = Callable[[int, Sequence[Proposal], Any, int], DraftTree]
 
@@ -105,8 +108,8 @@ class DraftSession:
         self._stats = stats
         self._excluded = np.array(sorted(excluded), np.int32)
         # Nodes by the set of proposals that named them; the names come when the request ends.
-        self._drafted: Counter[int] = Counter()
-        self._accepted: Counter[int] = Counter()
+        self._drafted: dict[int, int] = {}
+        self._accepted: dict[int, int] = {}
         self._named: Sequence[Proposal] = ()
 
     def propose(self, root: int, length: int, max_depth: int, nodes: int | None = None) -> DraftPlan:
@@ -142,8 +145,12 @@ class DraftSession:
         if plan.proposals:
             named = plan.tree.sources.tolist()
             self._named = plan.proposals
-            self._drafted.update(named[1:])
-            self._accepted.update([named[node] for node in path[1:]])
+            drafted, accepted = self._drafted, self._accepted
+            for bits in named[1:]:
+                drafted[bits] = drafted.get(bits, 0) + 1
+            for node in path[1:]:
+                bits = named[node]
+                accepted[bits] = accepted.get(bits, 0) + 1
 
     def observe(self, emitted: TokenArray) -> None:
         """Appends a step's tokens, int32, shape (m,), to the text of every source."""
@@ -248,10 +255,8 @@ def _usable(
     tree: DraftTree, max_depth: int, vocabulary: int, excluded: NDArray[np.int32] = _NONE
 ) -> DraftTree:
     """Leaves out nodes that are too deep to be emitted, that the model cannot embed, or that are excluded."""
-    from retrieval_draft.drafting._kernels.tree import fits
-
     drafts_excluded = len(excluded) and np.isin(tree.tokens[1:], excluded).any()
-    if fits(tree.tokens, tree.depths, max_depth, vocabulary) and not drafts_excluded:
+    if _kernels.fits(tree.tokens, tree.depths, max_depth, vocabulary) and not drafts_excluded:
         return tree
     bad = (tree.depths > max_depth) | (tree.tokens >= vocabulary) | (tree.tokens < 0)
     bad |= np.isin(tree.tokens, excluded)

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.index.source import CONTEXT, TokenArray
 
 __all__ = ["DraftTree"]
+
+_kernels = LazyKernels("retrieval_draft.drafting._kernels.tree")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +123,8 @@ class DraftTree:
         Example:
             tail [5, 6], root 8 with child 9  ->  [[-1, 5, 6, 8], [5, 6, 8, 9]]
         """
-        from retrieval_draft.drafting._kernels.tree import write_contexts
-
         out = np.empty((len(self.tokens), CONTEXT), np.int32)
-        write_contexts(self.tokens, self.parents, tail, out)
+        _kernels.write_contexts(self.tokens, self.parents, tail, out)
         return out
 
     def walk(self, tokens: TokenArray) -> list[int]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from retrieval_draft._kernels.lazy import LazyKernels
 
 __all__ = [
     "CONTEXT",
@@ -18,6 +21,8 @@ __all__ = [
     "TokenArray",
     "empty_proposal",
 ]
+
+_kernels = LazyKernels("retrieval_draft.index._kernels.node_logits")
 
 TokenArray = NDArray[np.int32]
 """Token ids, int32, one axis. -1 means none; 0 is a token like any other."""
@@ -76,14 +81,13 @@ class NodeLogits:
     top_probs: NDArray[np.float32]
 
     def __post_init__(self) -> None:
-        from retrieval_draft.index._kernels.node_logits import are_probs
-
         valid = np.empty(len(self.top_probs), np.bool_)
-        if not are_probs(np.ascontiguousarray(self.top_probs, np.float32), valid):
+        if not _kernels.are_probs(np.ascontiguousarray(self.top_probs, np.float32), valid):
             for name in ("contexts", "top_tokens", "top_probs"):
                 object.__setattr__(self, name, getattr(self, name)[valid])
 
 
+@cache
 def empty_proposal(source: str, level: str) -> Proposal:
     """A proposal without nodes, of a source that has no guess."""
     none = np.empty(0, np.int32)

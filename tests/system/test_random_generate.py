@@ -13,7 +13,7 @@ from transformers import StoppingCriteriaList
 
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine import row
-from retrieval_draft.engine._kernels import tree_inputs
+from retrieval_draft.engine.attention import tree_mask
 from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.generation import requests
 from tests.random_generate.__main__ import main
@@ -48,7 +48,7 @@ def test_the_same_seed_draws_the_same_cases() -> None:
     assert [Case.from_json(text).to_json() for text in drawn[0]] == drawn[0]
 
 
-_pack_tree = tree_inputs.pack_tree
+_pack_tree = tree_mask.kernels.pack_tree
 
 
 def _wrong_child(tree: DraftTree, choose: Callable[[int], int]) -> Iterator[tuple[int, int]]:
@@ -80,7 +80,7 @@ def _same_for_all_samples(seed: int, vocabulary: int, device: Any, sample: int =
 
 FAULTS: dict[str, tuple[Any, str, Any]] = {
     "wrong child": (row, "walk", _wrong_child),
-    "siblings seen": (tree_inputs, "pack_tree", _siblings_seen),
+    "siblings seen": (tree_mask.kernels, "pack_tree", _siblings_seen),
     "shared processors": (requests, "processors_of_row", lambda processors, row, rows: processors),
     "criteria unasked": (requests, "criteria_of_row", lambda criteria, rows: StoppingCriteriaList()),
     "equal samples": (requests, "GumbelNoise", _same_for_all_samples),

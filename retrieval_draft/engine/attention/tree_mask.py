@@ -10,12 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.drafting.tree import DraftTree
 
 __all__ = ["Mask", "TreeAttention", "TreeInputs", "padded_size"]
 
 Mask = Tensor | dict[str, Tensor | None] | None
 """A mask: None where every given key is visible; else additive, or one such mask for each layer type."""
+
+kernels = LazyKernels("retrieval_draft.engine._kernels.tree_inputs")
 
 _NO_WINDOW = 1 << 62
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -122,13 +125,11 @@ class _HostMask(_Mask):
         self, hidden: NDArray[np.bool_], depths: NDArray[np.int64], nodes: int, length: int
     ) -> Tensor:
         """As `write`, from arrays as `pack_tree` writes them."""
-        from retrieval_draft.engine._kernels.tree_inputs import write_mask
-
         window = _NO_WINDOW if self.window is None else self.window
         columns = min(length, window - 1) + nodes
         self._reserve(nodes, columns)
-        write_mask(self._bits, self._least, hidden, depths, nodes, length, window, self._state)
-        return self._whole[:, :, :nodes, :columns]
+        kernels.write_mask(self._bits, self._least, hidden, depths, nodes, length, window, self._state)
+        return self._whole.narrow(2, 0, nodes).narrow(3, 0, columns)
 
     def _reserve(self, rows: int, columns: int) -> None:
         buffer = self.buffer
@@ -161,6 +162,7 @@ class TreeAttention:
         self._masks = {kind: mask(window, dtype, device) for kind, window in windows.items()}
         self._host = torch.empty(0, dtype=torch.int64, device="cpu")
         self._up = torch.empty(0, dtype=torch.int64, device=device)
+        self._views: dict[int, tuple[Tensor, ...]] = {}
         self._sent: torch.cuda.Event | None = None
 
     def size(self, nodes: int) -> int:
@@ -179,8 +181,6 @@ class TreeAttention:
                 tree.
             shift: The root's position, less `length`.
         """
-        from retrieval_draft.engine._kernels.tree_inputs import pack_tree
-
         nodes = self.size(len(tree))
         if self._sent is not None and not self._sent.query():
             # A pass whose result was never read, as a probe's, may still wait for its copy.
@@ -190,7 +190,7 @@ class TreeAttention:
         words = after + (0 if nodes == 1 else -(-nodes * nodes // 8))
         self._reserve(words)
         hidden = self._bytes[8 * after :]
-        max_depth = pack_tree(
+        max_depth = kernels.pack_tree(
             tree.tokens, tree.parents, tree.depths, length + shift, nodes, self._words, hidden
         )
         if self._is_here:
@@ -202,7 +202,9 @@ class TreeAttention:
     def _inputs_here(
         self, hidden: NDArray[np.bool_], nodes: int, moved: NDArray[np.int64] | None, length: int
     ) -> TreeInputs:
-        ids, positions = self._host[: 2 * nodes].view(2, 1, nodes).unbind()
+        if nodes not in self._views:
+            self._views[nodes] = self._host[: 2 * nodes].view(2, 1, nodes).unbind()
+        ids, positions = self._views[nodes]
         depths = self._words[2 * nodes :]
         masks: dict[str, Tensor | None] = {
             kind: mask.write_here(hidden, depths, nodes, length) if nodes > 1 else None
@@ -236,6 +238,7 @@ class TreeAttention:
             self._host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned)
             self._words = self._host.numpy()
             self._bytes = self._words.view(np.bool_)
+            self._views = {}
             self._up = self._host if self._is_here else self._up.new_empty(size)
 
     def _send(self, words: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.engine.compat import empty_layer, layer_kinds, query_length
 from retrieval_draft.errors import UnsupportedModelError
 from retrieval_draft.index.source import TokenArray
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = ["SpeculativeCache", "SpeculativeLayer", "layer_windows"]
+
+_kernels = LazyKernels("retrieval_draft.engine._kernels.moves")
 
 _GROWTH = 256
 """Buffers grow by at least so many tokens, and window layers shift at most once in so many."""
@@ -367,22 +370,22 @@ class SpeculativeCache(Cache):
 
     def commit(self, moved: Tensor | None, kept: int, count: int) -> None:
         """Keeps one path of the staged nodes in every layer; for arguments see `SpeculativeLayer.commit`."""
+        staged = [layer for layer in self._attention if layer.staged]
         if moved is not None and moved.device.type == "cpu":
-            staged = [layer for layer in self._attention if layer.staged]
             rows = [row for layer in staged for row in layer.host_memory]
             if len(rows) == sum(len(layer._buffers) for layer in staged):
-                from retrieval_draft.engine._kernels.moves import move_slots
-
-                move_slots(np.array(rows, np.int64).reshape(-1, 5), moved.numpy(), kept)
+                _kernels.move_slots(np.array(rows, np.int64).reshape(-1, 5), moved.numpy(), kept)
                 moved = None
+        if moved is None:
+            for layer in staged:
+                layer.length += count
+                layer.staged = 0
+            return
         here: dict[torch.device, Tensor] = {}
-        for layer in self._attention:
-            indices = moved
-            if moved is not None and layer.is_initialized and moved.device != layer.device:
-                if layer.device not in here:
-                    here[layer.device] = moved.to(layer.device, non_blocking=True)
-                indices = here[layer.device]
-            layer.commit(indices, kept, count)
+        for layer in staged:
+            if layer.device not in here:
+                here[layer.device] = moved.to(layer.device, non_blocking=True)
+            layer.commit(here[layer.device], kept, count)
 
     def carries(self, accepted: int) -> None:
         """Accepted tokens that the next pass repeats: none ever, since a path can be moved into place."""
