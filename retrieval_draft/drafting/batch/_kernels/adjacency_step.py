@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import inner_kernel
-from retrieval_draft.index._kernels.adjacency import NO_ROW, ORDERS
+from retrieval_draft.index._kernels.adjacency import NO_ROW, ORDERS, guesses_of
 
 
 @inner_kernel
@@ -39,7 +39,6 @@ def expand_adjacency(
     Returns:
         Children written.
     """
-    width = row_tokens.shape[1]
     found = 0
     mass = 1.0
     for back in range(ORDERS):
@@ -49,9 +48,10 @@ def expand_adjacency(
         order = ORDERS - back
         weight = mass * visits[row] / (visits[row] + backoff[order])
         mass -= weight
-        for column in range(width):
-            token = row_tokens[row, column]
-            share = weight * row_probs[row, column]
+        tokens_of, probs_of = guesses_of(row_tokens, row_probs, row)
+        for column in range(len(tokens_of)):
+            token = tokens_of[column]
+            share = weight * probs_of[column]
             if token < 0 or share <= 0.25 * needed:  # the most probable come first
                 break
             match = 0

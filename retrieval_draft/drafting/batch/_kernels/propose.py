@@ -195,7 +195,7 @@ def propose_rows(
         state = automaton.matched_state(states, meta)
         matched = np.int64(states[state, automaton.LENGTH])
         if columns[SEEN] >= 0:
-            ask_rows(keys, visits, row_tokens, row_probs, hashes, rows)
+            ask_rows(keys, row_tokens, row_probs, hashes, rows)
         for group in range(groups):
             begin, end = group_starts[group], group_starts[group + 1]
             num_contexts[group] = 0
@@ -286,7 +286,7 @@ def propose_rows(
                     ):  # fmt: skip
                         num_contexts[group] = 0
             if columns[SEEN] >= 0:
-                ask_rows(keys, visits, row_tokens, row_probs, hashes, rows)
+                ask_rows(keys, row_tokens, row_probs, hashes, rows)
             depth += 1
         slots[slot, PENDING] = size
         slots[slot, CHAIN] = depth
