@@ -129,13 +129,13 @@ class _HostMask(_Mask):
         columns = min(length, window - 1) + nodes
         self._reserve(nodes, columns)
         kernels.write_mask(self._bits, self._least, hidden, depths, nodes, length, window, self._state)
-        return self._whole.narrow(2, 0, nodes).narrow(3, 0, columns)
+        return self.buffer.as_strided((1, 1, nodes, columns), self._strides)
 
     def _reserve(self, rows: int, columns: int) -> None:
         buffer = self.buffer
         super()._reserve(rows, columns)
         if self.buffer is not buffer:
-            self._whole = self.buffer[None, None]
+            self._strides = (self.buffer.numel(), self.buffer.numel(), self.buffer.shape[1], 1)
             self._bits = self.buffer.view(self._integers).numpy()
             self._state = np.zeros(4, np.int64)
 
