@@ -57,7 +57,7 @@ class AdjacencyMatrix:
         self._kernels: Any = adjacency
         size = 1 << max(4, (int(rows) - 1).bit_length())
         self.top_k = top_k
-        # A step visits dozens of rows all over the memory. So a row lies in two places, of a cache line each
+        # A step visits dozens of rows all over the memory. So a row has two parts, of a cache line each
         # for eight tokens: what is read to find it, beside its neighbours', and what it holds.
         self._found_by: NDArray[np.int32] = np.zeros((size, 4), np.int32)
         self._keys = self._found_by[:, :2].view(np.uint64)[:, 0]

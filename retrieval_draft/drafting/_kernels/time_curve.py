@@ -1,4 +1,4 @@
-"""The filter behind `TimeCurve`, which would take a tenth of a millisecond a step in numpy."""
+"""The filter of `TimeCurve`, which would take a tenth of a millisecond a step in numpy."""
 
 from __future__ import annotations
 

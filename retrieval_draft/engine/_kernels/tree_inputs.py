@@ -39,11 +39,11 @@ def pack_tree(
     Returns:
         The largest depth.
     """
-    deepest = 0
+    max_depth = 0
     for node in range(nodes):
         real = node < len(tokens)
         depth = depths[node] if real else 0
-        deepest = max(deepest, depth)
+        max_depth = max(max_depth, depth)
         out[node] = tokens[node] if real else 0
         out[nodes + node] = root + depth
         out[2 * nodes + node] = depth
@@ -52,7 +52,7 @@ def pack_tree(
             for other in range(nodes):
                 hidden[row + other] = above < 0 or hidden[above + other]
             hidden[row + node] = False
-    return deepest
+    return max_depth
 
 
 @kernel

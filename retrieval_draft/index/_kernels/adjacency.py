@@ -186,18 +186,18 @@ def learn(
                 token, prob = top_tokens[item, column], fresh * top_probs[item, column]
                 if token < 0 or not prob >= 0.0 or prob == np.inf:
                     continue
-                place = 0
-                while place < size and merged_tokens[place] != token:
-                    place += 1
-                if place < size:
-                    prob += merged_probs[place]
+                slot = 0
+                while slot < size and merged_tokens[slot] != token:
+                    slot += 1
+                if slot < size:
+                    prob += merged_probs[slot]
                 else:
                     size += 1
-                while place > 0 and merged_probs[place - 1] < prob:
-                    merged_tokens[place] = merged_tokens[place - 1]
-                    merged_probs[place] = merged_probs[place - 1]
-                    place -= 1
-                merged_tokens[place], merged_probs[place] = token, prob
+                while slot > 0 and merged_probs[slot - 1] < prob:
+                    merged_tokens[slot] = merged_tokens[slot - 1]
+                    merged_probs[slot] = merged_probs[slot - 1]
+                    slot -= 1
+                merged_tokens[slot], merged_probs[slot] = token, prob
             for column in range(width):
                 row_tokens[column] = merged_tokens[column] if column < size else -1
                 row_probs[column] = merged_probs[column] if column < size else 0.0
