@@ -1,4 +1,4 @@
-"""``python -m benchmarks automaton``, ``fusion``, ``passes`` and ``cold``: single parts, a fresh install."""
+"""``python -m benchmarks automaton``, ``fusion``, ``loop``, ``passes``, ``cold``: single parts, an install."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from retrieval_draft.cli.bench_common import Out, finish, split
 from retrieval_draft.cli.common import Json
 from retrieval_draft.cli.output import print_json, print_table
 
-__all__ = ["automaton", "cold", "fusion", "passes"]
+__all__ = ["automaton", "cold", "fusion", "loop", "passes"]
 
 
 def fusion(
@@ -63,6 +63,26 @@ def automaton(
     ]
     columns = ("context", "inserted/s", "bytes/token", "propose p50 us", "p99 us", "nodes")
     print_table("", columns, rows)
+
+
+def loop(
+    model: Annotated[str, typer.Option(help="Name or folder of a model.")] = "gemma3-270m",
+    nodes: Annotated[int, typer.Option(min=0, help="Draft nodes of a step; 0 for as many as pay.")] = 16,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each reply.")] = 32,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Time what the loop does between two passes of greedy decoding, part by part."""
+    from benchmarks.loop import measure_loop
+
+    result = measure_loop(model, nodes=nodes or None, tokens=tokens)
+    finish(result, out)
+    if json:
+        print_json(result)
+        return
+    names = ("learn", "draft", "commit", "accept", "loop", "read", "pass")
+    print_table("", ("part", "us"), [(name, f"{result[f'{name}_us']:.0f}") for name in names])
+    print(f"{result['steps']} steps of {result['nodes']:.1f} nodes; loop is all but read and pass")
 
 
 def passes(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from retrieval_draft.drafting.tree import DraftTree
-from retrieval_draft.engine.attention.tree_mask import TreeAttention
+from retrieval_draft.engine.attention.tree_mask import TreeAttention, TreeInputs, kernels
 
 __all__ = ["broken"]
 
@@ -29,49 +27,53 @@ def broken(fault: str | None) -> Iterator[None]:
         yield
         return
     patches = {
-        "wrong_mask": mock.patch.object(DraftTree, "ancestors", _hidden_root(DraftTree.ancestors)),
-        "late_copy": mock.patch.object(TreeAttention, "_send", _late(TreeAttention._send)),
+        "wrong_mask": mock.patch.object(kernels, "pack_tree", _hidden_root(kernels.pack_tree)),
+        "late_copy": mock.patch.multiple(
+            TreeAttention, _send=_late_copy, prepare=_late_here(TreeAttention.prepare)
+        ),
     }
     with patches[fault]:
         yield
 
 
-def _hidden_root(ancestors: Any) -> Any:
+def _hidden_root(pack: Any) -> Any:
     """Hides the root from one node."""
 
-    def faulty(tree: DraftTree) -> NDArray[np.bool_]:
-        seen: NDArray[np.bool_] = ancestors(tree)
-        if len(tree) > _SPARED:
-            seen[1, 0] = False
-        return seen
+    def faulty(*given: Any) -> int:
+        max_depth: int = pack(*given)
+        *_, nodes, _, hidden = given
+        if nodes > _SPARED:
+            hidden[nodes] = True
+        return max_depth
 
     return faulty
 
 
-def _late(send: Any) -> Any:
-    """Makes a pass not wait for the copy of its inputs: it reads those of the pass before.
+def _late_copy(attention: TreeAttention, words: int) -> Tensor:
+    """Copies inputs on a stream of its own, which no pass waits for: it reads those of the pass before."""
+    up = attention._up[:words]
+    if words <= 4 * _SPARED:
+        return up.copy_(attention._host[:words])
+    side = torch.cuda.Stream(attention.device)
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        up.copy_(attention._host[:words], non_blocking=True)
+    return up
 
-    On CUDA the copy waits on a stream of its own, which no pass waits for; on a CPU the copy is made
-    when the next one is due.
-    """
+
+def _late_here(prepare: Any) -> Any:
+    """On a CPU, where nothing is copied, gives a pass the tokens of the one before."""
     late: dict[int, Tensor] = {}
 
-    def faulty(attention: TreeAttention, words: int) -> Tensor:
-        if words <= 4 * _SPARED:
-            arrived: Tensor = send(attention, words)
-            return arrived
-        host = attention._host[:words]
-        if attention.device.type == "cuda":
-            side = torch.cuda.Stream(attention.device)
-            with torch.cuda.stream(side):
-                torch.cuda._sleep(50_000_000)
-                attention._up[:words].copy_(host, non_blocking=True)
-            return attention._up[:words]
-        stale = late.get(id(attention), torch.zeros(0, dtype=host.dtype))
-        late[id(attention)] = host.clone()
-        seen = host.clone()
-        same = min(words, len(stale))
-        seen[:same] = stale[:same]
-        return seen
+    def faulty(attention: TreeAttention, *given: Any) -> TreeInputs:
+        inputs: TreeInputs = prepare(attention, *given)
+        ids = inputs.input_ids
+        if attention.device.type == "cuda" or ids.shape[1] <= _SPARED:
+            return inputs
+        seen, stale = ids.clone(), late.get(id(attention), ids)
+        late[id(attention)] = ids.clone()
+        same = min(ids.shape[1], stale.shape[1])
+        seen[:, :same] = stale[:, :same]
+        return replace(inputs, input_ids=seen)
 
     return faulty

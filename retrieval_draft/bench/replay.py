@@ -201,8 +201,8 @@ class Replayer:
             self.fuse_us.append((drafted - proposed + observed - walked) * 1e6)
             self.reliability.observe(tree, outcomes)
             self.verified += tree.num_draft_tokens
-            count_names(proposals, tree.sources[1:], Counter(), self.drafted)
-            count_names(proposals, tree.sources[path[1:]], Counter(), self.accepted)
+            count_names(proposals, Counter(tree.sources[1:].tolist()), Counter(), self.drafted)
+            count_names(proposals, Counter(tree.sources[path[1:]].tolist()), Counter(), self.accepted)
             done += len(emitted)
             counts.steps += 1
         drafts.close()

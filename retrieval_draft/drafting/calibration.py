@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.config import DRAFT_MODEL, SOURCES
 from retrieval_draft.drafting.calibration_format import StoredCalibration, read_calibration, write_calibration
 from retrieval_draft.drafting.tree import DraftTree
@@ -18,6 +19,8 @@ from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.source import Proposal, TokenArray
 
 __all__ = ["FEATURES", "Calibration", "NoiseKey", "columns_of"]
+
+_kernels = LazyKernels("retrieval_draft.drafting._kernels.fusion")
 
 FEATURES = ("length", "depth", "rank", "absent", "request", "cells", "noise")
 """Evidence that can be left out, to measure its value: match length, depth in the tree, rank among a
@@ -140,12 +143,10 @@ class Calibration:
         Returns:
             int8, shape (n + 1,). 1 where a node was emitted, 0 where its parent was and it was not, else -1.
         """
-        outcomes = np.full(len(tree), -1, np.int8)
         if tree.evidence is None or not len(emitted):
-            return outcomes
-        from retrieval_draft.drafting._kernels.fusion import score
-
-        score(
+            return np.full(len(tree), -1, np.int8)
+        outcomes = np.empty(len(tree), np.int8)
+        _kernels.score(
             tree.tokens,
             tree.parents,
             tree.evidence,

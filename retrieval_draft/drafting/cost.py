@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.drafting.time_curve import TimeCurve
 
 __all__ = ["CostModel"]
+
+_kernels = LazyKernels("retrieval_draft.drafting._kernels.cost")
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 MORE_SIZES = (128, 256, 512, 1024)
@@ -158,21 +162,12 @@ class CostModel:
         """
         if self._times is None or not len(path_probs):
             return 0
-        expected = np.empty(len(path_probs) + 1, np.float64)
-        expected[0] = rows
-        np.cumsum(path_probs, out=expected[1:])
-        expected[1:] += rows
-        first = rows - 1 + (carried or 0)
-        curve = self._times.up_to(first + len(expected) * (1 if carried is None else 2))
-        seconds = curve[first : first + len(expected)] + self._overhead
-        if carried is not None:
-            refused = 1.0 - np.concatenate(([1.0], path_probs))
-            again = curve[carried + np.rint(expected).astype(np.int64)] - curve[0]
-            seconds = seconds + refused * again
-        rate = float((expected / seconds).max())
-        if self._steps >= SETTLED:
-            rate = max(rate, self._emitted / (self._spent * self._times.seconds(1)))
-        return self._or_trial(int(np.argmax(expected - rate * seconds)), len(path_probs))
+        most, repeated = len(path_probs), -1 if carried is None else carried
+        tokens = rows + max(repeated, 0) + (most if carried is None else 2 * most + 1)
+        curve = self._times.up_to(tokens)
+        rate = self._emitted / (self._spent * self._times.seconds(1)) if self._steps >= SETTLED else 0.0
+        best: int = _kernels.best_nodes(path_probs, curve, rows, repeated, self._overhead, rate)
+        return self._or_trial(best, most)
 
     def _or_trial(self, best: int, most: int) -> int:
         """The best number of draft nodes, of at most `most`; where a trial is due, twice or a quarter of it.
@@ -229,7 +224,7 @@ class CostModel:
         """
         if self._times is None or seconds <= 0:
             return
-        is_surprise = abs(np.log(seconds / self._times.seconds(tokens))) > SURPRISE
+        is_surprise = abs(math.log(seconds / self._times.seconds(tokens))) > SURPRISE
         is_believed = self._times.observe(tokens, seconds)
         if self._trial is not None:
             self._is_trial_repeated = not is_believed and not self._is_trial_repeated

@@ -7,11 +7,14 @@ from itertools import accumulate
 
 import numpy as np
 
+from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.drafting.calibration import PRIOR, Calibration, columns_of
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.index.source import Proposal
 
 __all__ = ["fuse"]
+
+_kernels = LazyKernels("retrieval_draft.drafting._kernels.fusion")
 
 
 def fuse(
@@ -36,8 +39,6 @@ def fuse(
     total = sum(sizes)
     if total == 0 or max_nodes <= 0:
         return DraftTree.root(root_token)
-    from retrieval_draft.drafting._kernels import fusion
-
     noise = calibration.noise
     noise_key = np.uint64(0) if noise is None else noise.sample_key
     size = min(total, max_nodes) + 1
@@ -45,8 +46,8 @@ def fuse(
     probs = np.empty((2, size), np.float32)
     sources = np.empty(size, np.int64)
     columns, used = columns_of(tuple([proposal.source for proposal in proposals]))
-    evidence = np.empty((size, fusion.OWN + fusion.PER_SOURCE * used.bit_count()), np.float32)
-    kept = fusion.fuse(
+    evidence = np.empty((size, _kernels.OWN + _kernels.PER_SOURCE * used.bit_count()), np.float32)
+    kept = _kernels.fuse(
         np.concatenate([proposal.tokens for proposal in proposals]),
         np.concatenate([proposal.parents for proposal in proposals]),
         np.concatenate([proposal.probs for proposal in proposals]),

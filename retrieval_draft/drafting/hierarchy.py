@@ -241,4 +241,6 @@ def wants_hidden(session: object) -> bool:
 
 def _fills(proposal: Proposal, budget: int) -> bool:
     """True if a proposal has `budget` nodes and gives all of them together `CERTAIN` or more."""
-    return len(proposal) == budget and float(proposal.probs.prod()) >= CERTAIN
+    # The last is among the least probable ones, and most often decides it alone.
+    probs = proposal.probs
+    return len(proposal) == budget and bool(probs[-1] >= CERTAIN and probs.prod() >= CERTAIN)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.drafting.hierarchy import SourceSessions
 from retrieval_draft.drafting.predictions import Predictions
 from retrieval_draft.drafting.stats import DraftStats
@@ -43,6 +44,8 @@ _CHOICE_OF_PATHS = 64
 """Nodes of a tree from which a short chain is chosen, at most twice its own."""
 
 _NONE = np.empty(0, np.int32)
+
+_kernels = LazyKernels("retrieval_draft.drafting._kernels.tree")
 
 Fuse = Callable[[int, Sequence[Proposal], Any, int], DraftTree]
 
@@ -104,6 +107,10 @@ class DraftSession:
         self._vocabulary = vocabulary
         self._stats = stats
         self._excluded = np.array(sorted(excluded), np.int32)
+        # Nodes by the set of proposals that named them; the names come when the request ends.
+        self._drafted: dict[int, int] = {}
+        self._accepted: dict[int, int] = {}
+        self._named: Sequence[Proposal] = ()
 
     def propose(self, root: int, length: int, max_depth: int, nodes: int | None = None) -> DraftPlan:
         """Drafts of the next step before the budget cuts them.
@@ -130,14 +137,20 @@ class DraftSession:
         return self.propose(root, length, max_depth, wanted).chain(self._max_nodes)
 
     def count(self, plan: DraftPlan, path: Sequence[int]) -> None:
-        """Counts the nodes of a step that were verified and accepted."""
+        """Counts the nodes of a step that were verified and accepted; those of each source when it ends."""
         stats = self._stats
         stats.drafted += plan.tree.num_draft_tokens
         stats.accepted += len(path) - 1
         stats.nodes[plan.tree.num_draft_tokens] += 1
-        count_names(plan.proposals, plan.tree.sources[1:], stats.drafted_by_source, stats.drafted_by_level)
-        taken = plan.tree.sources[list(path[1:])]
-        count_names(plan.proposals, taken, stats.accepted_by_source, stats.accepted_by_level)
+        if plan.proposals:
+            named = plan.tree.sources.tolist()
+            self._named = plan.proposals
+            drafted, accepted = self._drafted, self._accepted
+            for bits in named[1:]:
+                drafted[bits] = drafted.get(bits, 0) + 1
+            for node in path[1:]:
+                bits = named[node]
+                accepted[bits] = accepted.get(bits, 0) + 1
 
     def observe(self, emitted: TokenArray) -> None:
         """Appends a step's tokens, int32, shape (m,), to the text of every source."""
@@ -193,6 +206,10 @@ class DraftSession:
     def close(self) -> None:
         """Ends the request in every source. Further calls do nothing."""
         sessions, self._sessions = self._sessions, SourceSessions()
+        stats, proposals = self._stats, self._named
+        count_names(proposals, self._drafted, stats.drafted_by_source, stats.drafted_by_level)
+        count_names(proposals, self._accepted, stats.accepted_by_source, stats.accepted_by_level)
+        self._named = ()
         sessions.close()
 
 
@@ -203,7 +220,7 @@ def proposed_nodes(nodes: int, noisy: bool) -> int:
 
 def count_names(
     proposals: Sequence[Proposal],
-    named: NDArray[np.int64],
+    named: Mapping[int, int],
     by_source: Counter[str],
     by_level: Counter[str],
 ) -> None:
@@ -211,19 +228,16 @@ def count_names(
 
     Args:
         proposals: The step's proposals; bit s of a node means ``proposals[s]``.
-        named: int64. The bits of each node.
+        named: Number of nodes by their bits.
         by_source: Counts to add to.
         by_level: Counts to add to.
     """
-    if not len(named):
-        return
-    levels: dict[str, int] = {}
-    for bit, proposal in enumerate(proposals):
-        if len(proposal):
-            by_source[proposal.source] += int(np.count_nonzero(named >> bit & 1))
-            levels[proposal.level] = levels.get(proposal.level, 0) | 1 << bit
-    for level, bits in levels.items():
-        by_level[level] += int(np.count_nonzero(named & bits))
+    for bits, nodes in named.items():
+        named_by = [proposal for bit, proposal in enumerate(proposals) if bits >> bit & 1]
+        for proposal in named_by:
+            by_source[proposal.source] += nodes
+        for level in {proposal.level for proposal in named_by}:
+            by_level[level] += nodes
 
 
 def prompt_contexts(prompt: TokenArray, count: int) -> NDArray[np.int32]:
@@ -241,12 +255,8 @@ def _usable(
     tree: DraftTree, max_depth: int, vocabulary: int, excluded: NDArray[np.int32] = _NONE
 ) -> DraftTree:
     """Leaves out nodes that are too deep to be emitted, that the model cannot embed, or that are excluded."""
-    if (
-        int(tree.tokens.max()) < vocabulary
-        and int(tree.tokens.min()) >= 0
-        and (len(tree) <= max_depth or int(tree.depths.max()) <= max_depth)
-        and not (len(excluded) and np.isin(tree.tokens[1:], excluded).any())
-    ):
+    drafts_excluded = len(excluded) and np.isin(tree.tokens[1:], excluded).any()
+    if _kernels.fits(tree.tokens, tree.depths, max_depth, vocabulary) and not drafts_excluded:
         return tree
     bad = (tree.depths > max_depth) | (tree.tokens >= vocabulary) | (tree.tokens < 0)
     bad |= np.isin(tree.tokens, excluded)

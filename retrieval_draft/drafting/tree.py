@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.index.source import CONTEXT, TokenArray
 
 __all__ = ["DraftTree"]
+
+_kernels = LazyKernels("retrieval_draft.drafting._kernels.tree")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,18 +111,6 @@ class DraftTree:
         size = best_chain(self.parents, self.depths, self.path_probs, len(chain), min_prob, gains, chain)
         return chain[:size]
 
-    def ancestors(self) -> NDArray[np.bool_]:
-        """Ancestor matrix: bool, shape (n + 1, n + 1), [i, j] true if j is i or above i.
-
-        Example:
-            parents [-1, 0, 1, 0]  ->  T...   TT..   TTT.   T..T
-        """
-        size = len(self.tokens)
-        seen = np.eye(size, dtype=np.bool_)
-        for node in range(1, size):
-            seen[node] |= seen[self.parents[node]]
-        return seen
-
     def contexts(self, tail: TokenArray) -> NDArray[np.int32]:
         """The last `CONTEXT` tokens at every node, the node's own token last.
 
@@ -132,13 +123,8 @@ class DraftTree:
         Example:
             tail [5, 6], root 8 with child 9  ->  [[-1, 5, 6, 8], [5, 6, 8, 9]]
         """
-        out = np.full((len(self.tokens), CONTEXT), -1, np.int32)
-        out[:, -1] = self.tokens
-        kept = tail[-(CONTEXT - 1) :]
-        if len(kept):
-            out[0, CONTEXT - 1 - len(kept) : CONTEXT - 1] = kept
-        for node in range(1, len(self.tokens)):
-            out[node, :-1] = out[self.parents[node], 1:]
+        out = np.empty((len(self.tokens), CONTEXT), np.int32)
+        _kernels.write_contexts(self.tokens, self.parents, tail, out)
         return out
 
     def walk(self, tokens: TokenArray) -> list[int]:

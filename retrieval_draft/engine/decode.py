@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -314,10 +313,15 @@ class Batch:
         predictions = self._read(logits, begins, [len(plan.tree) for plan in plans])
         # On CUDA the pass is over when its logits have been read; nothing else waits for it.
         ended = perf_counter() if self._target.device.type == "cuda" else launched
-        outputs = {
-            row: _RowOutput(plan, logits[begin:end], each, None if hidden is None else hidden[begin:end])
-            for row, plan, each, (begin, end) in zip(rows, plans, predictions, pairwise(begins), strict=True)
-        }
+        if len(rows) == 1:
+            outputs = {rows[0]: _RowOutput(plans[0], logits, predictions[0], hidden)}
+        else:
+            outputs = {
+                row: _RowOutput(plan, logits[begin:end], each, None if hidden is None else hidden[begin:end])
+                for row, plan, each, begin, end in zip(
+                    rows, plans, predictions, begins, begins[1:], strict=False
+                )
+            }
         return _Verified(outputs, repeated + begins[-1], ended - began)
 
     def _read(self, logits: Tensor, begins: Sequence[int], nodes: Sequence[int]) -> list[Predictions]:

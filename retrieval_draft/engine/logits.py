@@ -7,10 +7,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.drafting.predictions import Predictions
 from retrieval_draft.errors import NonFiniteLogitsError
 
 __all__ = ["LogitReader", "non_finite", "top_k"]
+
+_kernels = LazyKernels("retrieval_draft.engine._kernels.top_k")
 
 _BLOCK = 256
 _SMALL = 16 * _BLOCK
@@ -70,26 +73,16 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _read_in_place(logits: Tensor, k: int) -> Predictions:
-    """`LogitReader.read` where the host can read the logits itself: two passes on one core."""
-    from retrieval_draft.engine._kernels.softmax import exp_sums
-    from retrieval_draft.engine._kernels.top_k import BLOCK, top_k_rows
-
+    """`LogitReader.read` where the host can read the logits itself, in one call."""
     array: NDArray[np.float32] = logits.detach().numpy()
     rows, size = array.shape
-    best, total = np.empty(rows, np.float32), np.empty(rows, np.float32)
-    indices, values = np.empty((rows, k), np.int32), np.empty((rows, k), np.float32)
-    next_tokens = np.empty(rows, np.int32)
-    maxima = np.empty(-(-size // BLOCK), np.float32)
-    scratch = (maxima, maxima.view(np.int32))
-    bits = array.view(np.int32)
-    for row in range(rows):  # row by row, so that the second pass finds it in the cache
-        one = slice(row, row + 1)
-        top_k_rows(array[one], bits[one], *scratch, best[one], indices[one], values[one], next_tokens[one])
-        if k:
-            exp_sums(array[one], best[one], total[one])
-    if k:
-        values = np.exp(values - best[:, None]) / total[:, None]
-    return Predictions(next_tokens, ~np.isnan(best), indices, values)
+    next_tokens, finite = np.empty(rows, np.int32), np.empty(rows, np.bool_)
+    indices, probs = np.empty((rows, k), np.int32), np.empty((rows, k), np.float32)
+    maxima = np.empty(-(-size // _kernels.BLOCK), np.float32)
+    _kernels.read_rows(
+        array, array.view(np.int32), maxima, maxima.view(np.int32), next_tokens, finite, indices, probs
+    )
+    return Predictions(next_tokens, finite, indices, probs)
 
 
 class LogitReader:

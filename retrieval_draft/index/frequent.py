@@ -51,12 +51,14 @@ class FrequentTokens:
             tokens: int32, shape (m, k). -1 where a row has fewer.
             probs: float32, shape (m, k).
         """
-        tokens = np.where(tokens < MAX_IDS, tokens, np.int32(-1))
-        largest = int(tokens.max(initial=-1))
-        if largest >= len(self.counts):
-            room = max(largest + 1, 2 * len(self.counts), 1024)
+        while True:
+            needed = self._kernels.count(
+                self.counts, self._slots, self.tokens, self.total, tokens, probs, MAX_IDS, FADE
+            )
+            if needed <= len(self.counts):
+                return
+            room = max(needed, 2 * len(self.counts), 1024)
             counts, slots = np.zeros(room, np.float32), np.full(room, -1, np.int32)
             counts[: len(self.counts)] = self.counts
             slots[: len(self._slots)] = self._slots
             self.counts, self._slots = counts, slots
-        self._kernels.count(self.counts, self._slots, self.tokens, self.total, tokens, probs, FADE)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from retrieval_draft._kernels.lazy import LazyKernels
 
 __all__ = [
     "CONTEXT",
@@ -19,14 +22,13 @@ __all__ = [
     "empty_proposal",
 ]
 
+_kernels = LazyKernels("retrieval_draft.index._kernels.node_logits")
+
 TokenArray = NDArray[np.int32]
 """Token ids, int32, one axis. -1 means none; 0 is a token like any other."""
 
 CONTEXT = 4
 """Number of context tokens of each node in `NodeLogits`."""
-
-_MAX_PROB = 1.01
-"""Largest valid probability; above 1, as sums over a vocabulary are rounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +81,13 @@ class NodeLogits:
     top_probs: NDArray[np.float32]
 
     def __post_init__(self) -> None:
-        probs = self.top_probs
-        valid = ((probs >= 0.0) & (probs <= _MAX_PROB)).all(-1)  # NaN is neither
-        if not valid.all():
+        valid = np.empty(len(self.top_probs), np.bool_)
+        if not _kernels.are_probs(np.ascontiguousarray(self.top_probs, np.float32), valid):
             for name in ("contexts", "top_tokens", "top_probs"):
                 object.__setattr__(self, name, getattr(self, name)[valid])
 
 
+@cache
 def empty_proposal(source: str, level: str) -> Proposal:
     """A proposal without nodes, of a source that has no guess."""
     none = np.empty(0, np.int32)

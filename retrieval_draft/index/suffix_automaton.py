@@ -109,21 +109,21 @@ class SuffixAutomaton:
             InvalidInputError: An id is negative.
         """
         array = np.array(tokens, np.int32, ndmin=1)  # a copy: the kernel is compiled for writable arrays only
-        if len(array) and int(array.min()) < 0:
-            raise InvalidInputError(f"Token id {int(array.min())} is negative.", "Ids start at 0.")
-        self._insert(array)
+        self._insert(array, 0)
 
     def end_text(self) -> None:
         """Ends the current text. The next insertion starts a new one."""
         self._insert(np.array([-1], np.int32))
 
-    def _insert(self, tokens: TokenArray) -> None:
+    def _insert(self, tokens: TokenArray, lowest: int = -1) -> None:
         kernels = self._kernels
         done = 0
         while True:
-            done = kernels.insert(self._states, self._edges, self._table, self._meta, tokens, done)
+            done = kernels.insert(self._states, self._edges, self._table, self._meta, tokens, done, lowest)
             if done == len(tokens):
                 return
+            if done < 0:
+                raise InvalidInputError(f"Token id {int(tokens.min())} is negative.", "Ids start at 0.")
             self._states = _grown(self._states, int(self._meta[kernels.NEED_STATES]))
             self._edges = _grown(self._edges, int(self._meta[kernels.NEED_EDGES]))
             size = len(self._table)

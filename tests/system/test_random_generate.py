@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from transformers import StoppingCriteriaList
 
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine import row
+from retrieval_draft.engine.attention import tree_mask
 from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.generation import requests
 from tests.random_generate.__main__ import main
@@ -48,6 +48,9 @@ def test_the_same_seed_draws_the_same_cases() -> None:
     assert [Case.from_json(text).to_json() for text in drawn[0]] == drawn[0]
 
 
+_pack_tree = tree_mask.kernels.pack_tree
+
+
 def _wrong_child(tree: DraftTree, choose: Callable[[int], int]) -> Iterator[tuple[int, int]]:
     """`walk`, but where no child of a node is right, its first one is kept."""
     node = 0
@@ -61,9 +64,13 @@ def _wrong_child(tree: DraftTree, choose: Callable[[int], int]) -> Iterator[tupl
         node = (right or children)[0]
 
 
-def _siblings_seen(tree: DraftTree) -> NDArray[np.bool_]:
-    """`DraftTree.ancestors`, but every node sees all before it."""
-    return np.tril(np.ones((len(tree), len(tree)), np.bool_))
+def _siblings_seen(*given: Any) -> int:
+    """`pack_tree`, but every node sees all before it."""
+    max_depth: int = _pack_tree(*given)
+    *_, nodes, _, hidden = given
+    if nodes > 1:
+        hidden[: nodes * nodes] = ~np.tri(nodes, dtype=np.bool_).ravel()
+    return max_depth
 
 
 def _same_for_all_samples(seed: int, vocabulary: int, device: Any, sample: int = 0) -> GumbelNoise:
@@ -73,7 +80,7 @@ def _same_for_all_samples(seed: int, vocabulary: int, device: Any, sample: int =
 
 FAULTS: dict[str, tuple[Any, str, Any]] = {
     "wrong child": (row, "walk", _wrong_child),
-    "siblings seen": (DraftTree, "ancestors", _siblings_seen),
+    "siblings seen": (tree_mask.kernels, "pack_tree", _siblings_seen),
     "shared processors": (requests, "processors_of_row", lambda processors, row, rows: processors),
     "criteria unasked": (requests, "criteria_of_row", lambda criteria, rows: StoppingCriteriaList()),
     "equal samples": (requests, "GumbelNoise", _same_for_all_samples),

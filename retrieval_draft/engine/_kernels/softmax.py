@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import sum_kernel
 
-__all__ = ["exp_sum", "exp_sums", "exp_sums_numpy"]
+__all__ = ["exp_sum", "exp_sum_above", "exp_sums", "exp_sums_numpy"]
 
 LOG2_E = np.float32(1.4426950408889634)
 # 2^r is 1 + r (P1 + r (P2 + ...)) to 9e-8 where |r| <= 1/2, and 1 exactly at 0. Least squares, reweighted.
@@ -48,38 +48,47 @@ def exp_sum(row: NDArray[np.float32], temperature: np.float32, largest: np.float
 
 
 @sum_kernel
-def exp_sums(logits: NDArray[np.float32], best: NDArray[np.float32], out: NDArray[np.float32]) -> None:
-    """Sum over each row of exp(logit - best), to 1e-4 and far better where the terms matter.
+def exp_sum_above(row: NDArray[np.float32], best: np.float32) -> float:
+    """Sum of exp(logit - best), to 1e-4 and far better where the terms matter.
 
     exp(x) is a polynomial of x / 32 to the 32nd power: no table and no branch, so that it runs in
     vector registers.
+
+    Args:
+        row: float32, shape (vocabulary,).
+        best: The largest of them.
+    """
+    run = 1024
+    total = 0.0
+    for begin in range(0, row.shape[0], run):
+        part = np.float32(0.0)
+        for column in range(begin, min(begin + run, row.shape[0])):
+            x = max((row[column] - best) * np.float32(1 / 32), np.float32(-1.0))
+            y = np.float32(1 / 120) * x + np.float32(1 / 24)
+            y = y * x + np.float32(1 / 6)
+            y = y * x + np.float32(0.5)
+            y = y * x + np.float32(1.0)
+            y = y * x + np.float32(1.0)
+            y = y * y
+            y = y * y
+            y = y * y
+            y = y * y
+            part += y * y
+        total += part
+    return total
+
+
+@sum_kernel
+def exp_sums(logits: NDArray[np.float32], best: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    """Writes `exp_sum_above` of each row.
 
     Args:
         logits: float32, shape (n, vocabulary).
         best: float32, shape (n,). The largest of each row.
         out: float32, shape (n,). Written.
     """
-    run = 1024
     for row in range(logits.shape[0]):
-        total = 0.0
-        top = best[row]
-        line = logits[row]
-        for begin in range(0, line.shape[0], run):
-            part = np.float32(0.0)
-            for column in range(begin, min(begin + run, line.shape[0])):
-                x = max((line[column] - top) * np.float32(1 / 32), np.float32(-1.0))
-                y = np.float32(1 / 120) * x + np.float32(1 / 24)
-                y = y * x + np.float32(1 / 6)
-                y = y * x + np.float32(0.5)
-                y = y * x + np.float32(1.0)
-                y = y * x + np.float32(1.0)
-                y = y * y
-                y = y * y
-                y = y * y
-                y = y * y
-                part += y * y
-            total += part
-        out[row] = total
+        out[row] = exp_sum_above(logits[row], best[row])
 
 
 def exp_sums_numpy(logits: NDArray[np.float32], best: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.drafting.tree import DraftTree
 
 __all__ = ["Mask", "TreeAttention", "TreeInputs", "padded_size"]
 
 Mask = Tensor | dict[str, Tensor | None] | None
 """A mask: None where every given key is visible; else additive, or one such mask for each layer type."""
+
+kernels = LazyKernels("retrieval_draft.engine._kernels.tree_inputs")
+
+_NO_WINDOW = 1 << 62
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48)
 
@@ -106,32 +113,39 @@ class _Mask:
         self.written, self.stale = (0, 0, 0), 0
 
 
-def _pack(
-    out: NDArray[np.int64], tree: DraftTree, nodes: int, root: int, moved: NDArray[np.int64] | None
-) -> None:
-    """Writes tokens, positions from `root` on, depths, path indices and the mask's bytes."""
-    real = len(tree)
-    out[: 3 * nodes] = 0
-    out[:real] = tree.tokens
-    out[nodes : nodes + real] = tree.depths
-    out[2 * nodes : 2 * nodes + real] = tree.depths
-    out[nodes : 2 * nodes] += root
-    end = 3 * nodes
-    if moved is not None:
-        out[end : end + len(moved)] = moved
-        end += len(moved)
-    if nodes > 1:
-        hidden = out[end:].view(np.bool_)[: nodes * nodes].reshape(nodes, nodes)
-        hidden[:] = True
-        hidden[:real, :real] = ~tree.ancestors()
-        np.fill_diagonal(hidden, False)
+class _HostMask(_Mask):
+    """The same in the host's memory: one call of a kernel, where torch needs ten of its own."""
+
+    def __init__(self, window: int | None, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(window, dtype, device)
+        self._integers = _INTEGERS[dtype.itemsize]
+        self._least = int(torch.tensor(self.minimum, dtype=dtype, device=device).view(self._integers))
+
+    def write_here(
+        self, hidden: NDArray[np.bool_], depths: NDArray[np.int64], nodes: int, length: int
+    ) -> Tensor:
+        """As `write`, from arrays as `pack_tree` writes them."""
+        window = _NO_WINDOW if self.window is None else self.window
+        columns = min(length, window - 1) + nodes
+        self._reserve(nodes, columns)
+        kernels.write_mask(self._bits, self._least, hidden, depths, nodes, length, window, self._state)
+        return self.buffer.as_strided((1, 1, nodes, columns), self._strides)
+
+    def _reserve(self, rows: int, columns: int) -> None:
+        buffer = self.buffer
+        super()._reserve(rows, columns)
+        if self.buffer is not buffer:
+            self._strides = (self.buffer.numel(), self.buffer.numel(), self.buffer.shape[1], 1)
+            self._bits = self.buffer.view(self._integers).numpy()
+            self._state = np.zeros(4, np.int64)
 
 
 class TreeAttention:
     """Turns draft trees into arguments of the model's forward pass.
 
     On CUDA everything is copied to the device at once, from pinned memory, and trees are padded to a few
-    sizes: padded nodes have the root's position, are seen by no other node and never accepted.
+    sizes: padded nodes have the root's position, are seen by no other node and never accepted. On a CPU
+    kernels write what the model reads, and torch has next to nothing to do.
 
     Args:
         windows: Layer types of the model with their windows. With more than one, masks come as a
@@ -143,9 +157,12 @@ class TreeAttention:
     def __init__(self, windows: dict[str, int | None], dtype: torch.dtype, device: torch.device) -> None:
         self.device = device
         self.pads = device.type == "cuda"
-        self._masks = {kind: _Mask(window, dtype, device) for kind, window in windows.items()}
+        self._is_here = device.type == "cpu"
+        mask: Any = _HostMask if self._is_here else _Mask
+        self._masks = {kind: mask(window, dtype, device) for kind, window in windows.items()}
         self._host = torch.empty(0, dtype=torch.int64, device="cpu")
         self._up = torch.empty(0, dtype=torch.int64, device=device)
+        self._views: dict[int, tuple[Tensor, ...]] = {}
         self._sent: torch.cuda.Event | None = None
 
     def size(self, nodes: int) -> int:
@@ -165,14 +182,35 @@ class TreeAttention:
             shift: The root's position, less `length`.
         """
         nodes = self.size(len(tree))
-        extra = 0 if moved is None else len(moved)
-        words = 3 * nodes + extra + (0 if nodes == 1 else -(-nodes * nodes // 8))
         if self._sent is not None and not self._sent.query():
             # A pass whose result was never read, as a probe's, may still wait for its copy.
             self._sent.synchronize()
+        extra = 0 if moved is None else len(moved)
+        after = 3 * nodes + extra
+        words = after + (0 if nodes == 1 else -(-nodes * nodes // 8))
         self._reserve(words)
-        _pack(self._host.numpy()[:words], tree, nodes, length + shift, moved)
-        return self.unpack(self._send(words), nodes, extra, int(tree.depths.max()), length)
+        hidden = self._bytes[8 * after :]
+        max_depth = kernels.pack_tree(
+            tree.tokens, tree.parents, tree.depths, length + shift, nodes, self._words, hidden
+        )
+        if self._is_here:
+            return self._inputs_here(hidden, nodes, moved, length)
+        if moved is not None:
+            self._words[3 * nodes : after] = moved
+        return self.unpack(self._send(words), nodes, extra, max_depth, length)
+
+    def _inputs_here(
+        self, hidden: NDArray[np.bool_], nodes: int, moved: NDArray[np.int64] | None, length: int
+    ) -> TreeInputs:
+        if nodes not in self._views:
+            self._views[nodes] = self._host[: 2 * nodes].view(2, 1, nodes).unbind()
+        ids, positions = self._views[nodes]
+        depths = self._words[2 * nodes :]
+        masks: dict[str, Tensor | None] = {
+            kind: mask.write_here(hidden, depths, nodes, length) if nodes > 1 else None
+            for kind, mask in self._masks.items()
+        }
+        return TreeInputs(ids, positions, _alone(masks), None if moved is None else torch.from_numpy(moved))
 
     def unpack(self, up: Tensor, nodes: int, extra: int, max_depth: int, length: int) -> TreeInputs:
         """The device's half of `prepare`: views of `up`, and the tree written into the masks.
@@ -184,33 +222,35 @@ class TreeAttention:
             max_depth: Largest depth of a node.
             length: Committed tokens.
         """
-        ids, positions, depths = up[:nodes], up[nodes : 2 * nodes], up[2 * nodes : 3 * nodes]
-        masks: Mask = None
+        ids, positions, depths = up[: 3 * nodes].view(3, 1, nodes)
+        masks: dict[str, Tensor | None] = dict.fromkeys(self._masks)
         if nodes > 1:
-            flat = up[3 * nodes + extra :].view(torch.bool)
-            hidden = flat[: nodes * nodes].view(nodes, nodes)
-            made: dict[str, Tensor | None] = {
-                kind: mask.write(hidden, depths, max_depth, length) for kind, mask in self._masks.items()
-            }
-            masks = made if len(made) > 1 else next(iter(made.values()))
-        elif len(self._masks) > 1:
-            masks = dict.fromkeys(self._masks)
+            hidden = up[3 * nodes + extra :].view(torch.bool)[: nodes * nodes].view(nodes, nodes)
+            for kind, mask in self._masks.items():
+                masks[kind] = mask.write(hidden, depths[0], max_depth, length)
         moved = up[3 * nodes : 3 * nodes + extra] if extra else None
-        return TreeInputs(ids[None], positions[None], masks, moved)
+        return TreeInputs(ids, positions, _alone(masks), moved)
 
     def _reserve(self, words: int) -> None:
         if words > len(self._host):
             size = max(1024, 2 * words)
             pinned = self.device.type == "cuda"
             self._host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned)
-            self._up = self._host if self.device.type == "cpu" else self._up.new_empty(size)
+            self._words = self._host.numpy()
+            self._bytes = self._words.view(np.bool_)
+            self._views = {}
+            self._up = self._host if self._is_here else self._up.new_empty(size)
 
     def _send(self, words: int) -> Tensor:
-        """One copy to the device; none where host memory is the device's."""
+        """One copy to the device."""
         up = self._up[:words]
-        if self._up is not self._host:
-            up.copy_(self._host[:words], non_blocking=True)
-            if self._sent is None:
-                self._sent = torch.cuda.Event()
-            self._sent.record(torch.cuda.current_stream(self.device))
+        up.copy_(self._host[:words], non_blocking=True)
+        if self._sent is None:
+            self._sent = torch.cuda.Event()
+        self._sent.record(torch.cuda.current_stream(self.device))
         return up
+
+
+def _alone(masks: dict[str, Tensor | None]) -> Mask:
+    """The mask itself where all layers are of one type."""
+    return masks if len(masks) > 1 else next(iter(masks.values()), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.engine.compat import empty_layer, layer_kinds, query_length
 from retrieval_draft.errors import UnsupportedModelError
 from retrieval_draft.index.source import TokenArray
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = ["SpeculativeCache", "SpeculativeLayer", "layer_windows"]
+
+_kernels = LazyKernels("retrieval_draft.engine._kernels.moves")
 
 _GROWTH = 256
 """Buffers grow by at least so many tokens, and window layers shift at most once in so many."""
@@ -81,11 +85,25 @@ class SpeculativeLayer(CacheLayerMixin):
         self._keeps = window is None or keeps_all
         self._hint = capacity
         self._buffers: tuple[Tensor, ...] = ()
+        self._host_memory: list[tuple[int, int, int, int]] | None = None
 
     @property
     def capacity(self) -> int:
         """Slots allocated."""
         return self._buffers[0].shape[-2] if self._buffers else 0
+
+    @property
+    def host_memory(self) -> list[tuple[int, int, int, int, int]]:
+        """Rows of `move_slots` for those buffers that a kernel can write."""
+        if self._host_memory is None:
+            self._host_memory = []
+            for buffer in self._buffers:
+                *blocks, capacity, dim = buffer.shape
+                size = dim * buffer.element_size()
+                if buffer.device.type == "cpu" and size % 4 == 0:
+                    self._host_memory.append((buffer.data_ptr(), math.prod(blocks), capacity, size // 4))
+        start = self.length - self.start
+        return [(*memory, start) for memory in self._host_memory]
 
     @property
     def first_visible(self) -> int:
@@ -111,6 +129,7 @@ class SpeculativeLayer(CacheLayerMixin):
             states.new_empty((parts, *states.shape[:2], 0, states.shape[-1]))
             for parts, states in (((2, key_states),) if together else ((1, key_states), (1, value_states)))
         )
+        self._host_memory = None
         self.is_initialized = True
 
     def update(
@@ -288,7 +307,7 @@ class SpeculativeLayer(CacheLayerMixin):
                 larger = buffer.new_empty((*buffer.shape[:-2], wanted, buffer.shape[-1]))
                 larger.narrow(-2, 0, kept).copy_(buffer.narrow(-2, moved, kept))
                 grown.append(larger)
-            self._buffers = tuple(grown)
+            self._buffers, self._host_memory = tuple(grown), None
         self.start = first
 
     def _prefill(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -370,14 +389,22 @@ class SpeculativeCache(Cache):
 
     def commit(self, moved: Tensor | None, kept: int, count: int) -> None:
         """Keeps one path of the staged nodes in every layer; for arguments see `SpeculativeLayer.commit`."""
+        staged = [layer for layer in self._attention if layer.staged]
+        if moved is not None and moved.device.type == "cpu":
+            rows = [row for layer in staged for row in layer.host_memory]
+            if len(rows) == sum(len(layer._buffers) for layer in staged):
+                _kernels.move_slots(np.array(rows, np.int64).reshape(-1, 5), moved.numpy(), kept)
+                moved = None
+        if moved is None:
+            for layer in staged:
+                layer.length += count
+                layer.staged = 0
+            return
         here: dict[torch.device, Tensor] = {}
-        for layer in self._attention:
-            indices = moved
-            if moved is not None and layer.is_initialized and moved.device != layer.device:
-                if layer.device not in here:
-                    here[layer.device] = moved.to(layer.device, non_blocking=True)
-                indices = here[layer.device]
-            layer.commit(indices, kept, count)
+        for layer in staged:
+            if layer.device not in here:
+                here[layer.device] = moved.to(layer.device, non_blocking=True)
+            layer.commit(here[layer.device], kept, count)
 
     def carries(self, accepted: int) -> None:
         """Accepted tokens that the next pass repeats: none ever, since a path can be moved into place."""

@@ -5,6 +5,9 @@ visits[r]  observations averaged into the row, capped
 used[r]    time of the row's last write, for eviction
 tokens[r]  top-k next tokens, most probable first, -1 where there are fewer
 probs[r]   their averaged probabilities
+
+Key, visits and time of a row lie side by side, as do its tokens and probabilities. No row becomes free again,
+so a key lies before the first free row of its window.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft._kernels.heap import BUCKETS, CUT, THRESHOLDS, admit, pop
-from retrieval_draft._kernels.jit import kernel
+from retrieval_draft._kernels.jit import inner_kernel, kernel
+from retrieval_draft._kernels.views import float32_row, int32_row, prefetch
 
 ORDERS = 4
 WINDOW = 8
@@ -47,6 +51,8 @@ def find_row(keys: NDArray[np.uint64], key: np.uint64) -> int:
         row = np.int64((start + np.uint64(step)) & mask)
         if keys[row] == key:
             return row
+        if keys[row] == 0:
+            break
     return NO_ROW
 
 
@@ -64,13 +70,13 @@ def find_context(keys: NDArray[np.uint64], context: NDArray[np.int32], order: in
 
 @kernel
 def take_row(
-    keys: NDArray[np.uint64], used: NDArray[np.int64], visits: NDArray[np.int32], key: np.uint64
+    keys: NDArray[np.uint64], used: NDArray[np.int32], visits: NDArray[np.int32], key: np.uint64
 ) -> int:
     """The row of `key`; a free one or the least recently written one of its window if it has none.
 
     Args:
         keys: uint64, shape (rows,), a power of two. Changed for a new row, as is `visits`.
-        used: int64, shape (rows,).
+        used: int32, shape (rows,).
         visits: int32, shape (rows,).
         key: From `key_of`.
     """
@@ -91,10 +97,39 @@ def take_row(
     return oldest
 
 
+@inner_kernel
+def _ask_row(
+    keys: NDArray[np.uint64], tokens: NDArray[np.int32], probs: NDArray[np.float32], key: np.uint64
+) -> None:
+    """Prefetches the first row that can hold `key`."""
+    row = np.int64((key >> np.uint64(17)) & np.uint64(len(keys) - 1))
+    prefetch(keys.ctypes.data + keys.strides[0] * row)
+    prefetch(tokens.ctypes.data + tokens.strides[0] * row)
+    prefetch(probs.ctypes.data + probs.strides[0] * row)
+
+
+@inner_kernel
+def guesses_of(
+    tokens: NDArray[np.int32], probs: NDArray[np.float32], row: int
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Views of one row: int32 and float32, shape (k,) each.
+
+    Args:
+        tokens: int32, shape (rows, k), each row in one piece.
+        probs: float32, shape (rows, k), likewise.
+        row: Index of the row.
+    """
+    width = tokens.shape[1]
+    return (
+        int32_row(tokens.ctypes.data + tokens.strides[0] * row, width),
+        float32_row(probs.ctypes.data + probs.strides[0] * row, width),
+    )
+
+
 @kernel
 def learn(
     keys: NDArray[np.uint64],
-    used: NDArray[np.int64],
+    used: NDArray[np.int32],
     visits: NDArray[np.int32],
     tokens: NDArray[np.int32],
     probs: NDArray[np.float32],
@@ -110,7 +145,7 @@ def learn(
 
     Args:
         keys: uint64, shape (rows,), a power of two. Changed, as are the next four.
-        used: int64, shape (rows,).
+        used: int32, shape (rows,).
         visits: int32, shape (rows,).
         tokens: int32, shape (rows, k).
         probs: float32, shape (rows, k).
@@ -124,50 +159,90 @@ def learn(
     seen = top_tokens.shape[1]
     merged_tokens = np.empty(width + seen, np.int32)
     merged_probs = np.empty(width + seen, np.float32)
+    hashes = np.zeros((len(contexts), ORDERS), np.uint64)
+    # Rows lie anywhere in megabytes: asked for together, most come while one is waited for.
     for item in range(len(contexts)):
         for order in range(1, ORDERS + 1):
             if contexts[item, ORDERS - order] < 0:
                 break
-            row = take_row(keys, used, visits, key_of(contexts[item], order))
+            hashes[item, order - 1] = key_of(contexts[item], order)
+            _ask_row(keys, tokens, probs, hashes[item, order - 1])
+    for item in range(len(contexts)):
+        for order in range(1, ORDERS + 1):
+            if contexts[item, ORDERS - order] < 0:
+                break
+            row = take_row(keys, used, visits, hashes[item, order - 1])
             used[row] = now
             earlier = min(visits[row], cap - 1)
             visits[row] = earlier + 1
             fresh = np.float32(1.0) / np.float32(earlier + 1)
+            row_tokens, row_probs = guesses_of(tokens, probs, row)
             size = 0
-            if earlier > 0:
-                for column in range(width):
-                    if tokens[row, column] < 0:
-                        break
-                    merged_tokens[size] = tokens[row, column]
-                    merged_probs[size] = probs[row, column] * (np.float32(1.0) - fresh)
-                    size += 1
-            old = size
+            while earlier > 0 and size < width and row_tokens[size] >= 0:
+                merged_tokens[size] = row_tokens[size]
+                merged_probs[size] = row_probs[size] * (np.float32(1.0) - fresh)
+                size += 1
             for column in range(seen):
-                token, prob = top_tokens[item, column], top_probs[item, column]
+                token, prob = top_tokens[item, column], fresh * top_probs[item, column]
                 if token < 0 or not prob >= 0.0 or prob == np.inf:
                     continue
-                match = 0
-                while match < old and merged_tokens[match] != token:
-                    match += 1
-                if match < old:
-                    merged_probs[match] += fresh * prob
+                slot = 0
+                while slot < size and merged_tokens[slot] != token:
+                    slot += 1
+                if slot < size:
+                    prob += merged_probs[slot]
                 else:
-                    merged_tokens[size] = token
-                    merged_probs[size] = fresh * prob
                     size += 1
-            for column in range(width):  # selection sort: both lists are short
-                best = column
-                for other in range(column + 1, size):
-                    if merged_probs[other] > merged_probs[best]:
-                        best = other
-                if column < size:
-                    tokens[row, column] = merged_tokens[best]
-                    probs[row, column] = merged_probs[best]
-                    merged_tokens[best] = merged_tokens[column]
-                    merged_probs[best] = merged_probs[column]
-                else:
-                    tokens[row, column] = -1
-                    probs[row, column] = 0.0
+                while slot > 0 and merged_probs[slot - 1] < prob:
+                    merged_tokens[slot] = merged_tokens[slot - 1]
+                    merged_probs[slot] = merged_probs[slot - 1]
+                    slot -= 1
+                merged_tokens[slot], merged_probs[slot] = token, prob
+            for column in range(width):
+                row_tokens[column] = merged_tokens[column] if column < size else -1
+                row_probs[column] = merged_probs[column] if column < size else 0.0
+
+
+@inner_kernel
+def ask_keys(keys: NDArray[np.uint64], context: NDArray[np.int32], hashes: NDArray[np.uint64]) -> None:
+    """Hashes a context, and prefetches the keys where its hashes may be.
+
+    Args:
+        keys: uint64, shape (table rows,). The matrix's keys.
+        context: int32, shape (4,). Oldest first, -1 where the text is shorter.
+        hashes: uint64, shape (4,). Written: of the last 4, 3, 2 and 1 tokens, 0 where there are fewer.
+    """
+    mask = np.uint64(len(keys) - 1)
+    for back in range(ORDERS):
+        hashes[back] = np.uint64(0)
+        if context[back] >= 0:
+            hashes[back] = key_of(context, ORDERS - back)
+            slot = np.int64((hashes[back] >> np.uint64(17)) & mask)
+            prefetch(keys.ctypes.data + keys.strides[0] * slot)
+
+
+@inner_kernel
+def ask_rows(
+    keys: NDArray[np.uint64],
+    row_tokens: NDArray[np.int32],
+    row_probs: NDArray[np.float32],
+    hashes: NDArray[np.uint64],
+    rows: NDArray[np.int64],
+) -> None:
+    """Finds the rows of hashes, and prefetches them.
+
+    Args:
+        keys: uint64, shape (table rows,). The matrix's, as the next two.
+        row_tokens: int32, shape (table rows, k).
+        row_probs: float32, shape (table rows, k).
+        hashes: uint64, shape (4,). From `ask_keys`.
+        rows: int64, shape (4,). Written: NO_ROW where there is none.
+    """
+    for back in range(ORDERS):
+        rows[back] = find_row(keys, hashes[back]) if hashes[back] != 0 else NO_ROW
+        if rows[back] != NO_ROW:
+            prefetch(row_tokens.ctypes.data + row_tokens.strides[0] * rows[back])
+            prefetch(row_probs.ctypes.data + row_probs.strides[0] * rows[back])
 
 
 @kernel
@@ -224,6 +299,7 @@ def propose(
     path_bits = work_bits[0]
     current = context.copy()
     histogram = np.zeros(BUCKETS, np.int64)
+    hashes, rows = np.empty(ORDERS, np.uint64), np.empty(ORDERS, np.int64)
     child_token = np.empty(ORDERS * width + len(frequent), np.int32)
     child_order = np.empty(ORDERS * width + len(frequent), np.int32)
     child_prob = np.empty(ORDERS * width + len(frequent), np.float64)
@@ -237,28 +313,28 @@ def propose(
         needed = THRESHOLDS[cut[CUT]]
         found = 0
         mass = 1.0
+        ask_keys(keys, current, hashes)
+        ask_rows(keys, row_tokens, row_probs, hashes, rows)
         for back in range(ORDERS):
-            order = ORDERS - back
-            if current[back] < 0 or mass * path <= needed:
-                continue
-            row = find_row(keys, key_of(current, order))
-            if row == NO_ROW:
+            order, row = ORDERS - back, rows[back]
+            if row == NO_ROW or mass * path <= needed:
                 continue
             weight = mass * visits[row] / (visits[row] + backoff[order])
             mass -= weight
+            tokens_of, probs_of = guesses_of(row_tokens, row_probs, row)
             for column in range(width):
-                token = row_tokens[row, column]
+                token = tokens_of[column]
                 if token < 0:
                     break
                 match = 0
                 while match < found and child_token[match] != token:
                     match += 1
                 if match < found:
-                    child_prob[match] += weight * row_probs[row, column]
+                    child_prob[match] += weight * probs_of[column]
                 else:
                     child_token[found] = token
                     child_order[found] = order
-                    child_prob[found] = weight * row_probs[row, column]
+                    child_prob[found] = weight * probs_of[column]
                     found += 1
         weight = mass / (total[0] + backoff[0])
         in_context = found

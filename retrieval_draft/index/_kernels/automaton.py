@@ -205,6 +205,7 @@ def insert(
     meta: NDArray[np.int64],
     tokens: TokenArray,
     start: int,
+    lowest: int = -1,
 ) -> int:
     """Appends ``tokens[start:]`` to the current text.
 
@@ -218,10 +219,14 @@ def insert(
         meta: int64, shape (META_FIELDS,).
         tokens: int32, shape (length,).
         start: Index of the first one to append.
+        lowest: Smallest valid token: 0 where no text may end.
 
     Returns:
-        Number of tokens appended; ``len(tokens)`` for all.
+        Number of tokens appended; ``len(tokens)`` for all. -1 where one is not valid: none was appended.
     """
+    for index in range(start, len(tokens)):
+        if tokens[index] < lowest:
+            return -1
     for index in range(start, len(tokens)):
         token = tokens[index]
         last = meta[LAST]

@@ -111,8 +111,8 @@ class Watcher:
             self._tokens += len(row.tokens)
             self._drafted += tree.num_draft_tokens
             self._accepted += len(path)
-            count_names(row.plan.proposals, tree.sources[1:], *self._drafted_by)
-            count_names(row.plan.proposals, tree.sources[path], *self._accepted_by)
+            count_names(row.plan.proposals, Counter(tree.sources[1:].tolist()), *self._drafted_by)
+            count_names(row.plan.proposals, Counter(tree.sources[path].tolist()), *self._accepted_by)
             tenant = self._tenants.get(row.request_id)
             if tenant is not None and tree.num_draft_tokens:
                 self._trees[tenant] = row

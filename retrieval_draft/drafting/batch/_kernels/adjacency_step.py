@@ -6,57 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import inner_kernel
-from retrieval_draft.drafting.batch._kernels.views import prefetch
-from retrieval_draft.index._kernels.adjacency import NO_ROW, ORDERS, find_row, key_of
-
-
-@inner_kernel
-def ask_keys(keys: NDArray[np.uint64], context: NDArray[np.int32], hashes: NDArray[np.uint64]) -> None:
-    """Hashes a context, and prefetches the table entries of its hashes.
-
-    Args:
-        keys: uint64, shape (table rows,). The matrix's keys.
-        context: int32, shape (4,). Oldest first, -1 where the text is shorter.
-        hashes: uint64, shape (4,). Written: of the last 4, 3, 2 and 1 tokens, 0 where there are fewer.
-    """
-    mask = np.uint64(len(keys) - 1)
-    base = keys.ctypes.data
-    for back in range(ORDERS):
-        hashes[back] = np.uint64(0)
-        if context[back] >= 0:
-            hashes[back] = key_of(context, ORDERS - back)
-            prefetch(base + 8 * np.int64((hashes[back] >> np.uint64(17)) & mask))
-
-
-@inner_kernel
-def ask_rows(
-    keys: NDArray[np.uint64],
-    visits: NDArray[np.int32],
-    row_tokens: NDArray[np.int32],
-    row_probs: NDArray[np.float32],
-    hashes: NDArray[np.uint64],
-    rows: NDArray[np.int64],
-) -> None:
-    """Finds the rows of hashes, and prefetches them.
-
-    Args:
-        keys: uint64, shape (table rows,), as for the next three: see `index._kernels.adjacency`.
-        visits: int32, shape (table rows,).
-        row_tokens: int32, shape (table rows, k).
-        row_probs: float32, shape (table rows, k).
-        hashes: uint64, shape (4,). From `ask_keys`.
-        rows: int64, shape (4,). Written: NO_ROW where there is none.
-    """
-    width = row_tokens.shape[1]
-    visits_at, tokens_at, probs_at = visits.ctypes.data, row_tokens.ctypes.data, row_probs.ctypes.data
-    for back in range(ORDERS):
-        rows[back] = NO_ROW
-        if hashes[back] != 0:
-            rows[back] = find_row(keys, hashes[back])
-            if rows[back] != NO_ROW:
-                prefetch(visits_at + 4 * rows[back])
-                prefetch(tokens_at + 4 * width * rows[back])
-                prefetch(probs_at + 4 * width * rows[back])
+from retrieval_draft.index._kernels.adjacency import NO_ROW, ORDERS, guesses_of
 
 
 @inner_kernel
@@ -89,7 +39,6 @@ def expand_adjacency(
     Returns:
         Children written.
     """
-    width = row_tokens.shape[1]
     found = 0
     mass = 1.0
     for back in range(ORDERS):
@@ -99,9 +48,10 @@ def expand_adjacency(
         order = ORDERS - back
         weight = mass * visits[row] / (visits[row] + backoff[order])
         mass -= weight
-        for column in range(width):
-            token = row_tokens[row, column]
-            share = weight * row_probs[row, column]
+        tokens_of, probs_of = guesses_of(row_tokens, row_probs, row)
+        for column in range(len(tokens_of)):
+            token = tokens_of[column]
+            share = weight * probs_of[column]
             if token < 0 or share <= 0.25 * needed:  # the most probable come first
                 break
             match = 0

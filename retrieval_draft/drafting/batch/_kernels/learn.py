@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import kernel
+from retrieval_draft._kernels.views import int32_row
 from retrieval_draft.drafting._kernels.fusion import score
 from retrieval_draft.drafting.batch._kernels.slots import (
     CHAIN,
@@ -17,7 +18,6 @@ from retrieval_draft.drafting.batch._kernels.slots import (
     TEXT,
     TEXT_ROOM,
 )
-from retrieval_draft.drafting.batch._kernels.views import int32_row
 
 ALL_FIT = -1
 UNKNOWN_ID, TWICE = range(2)

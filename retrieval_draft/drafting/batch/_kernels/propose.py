@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import kernel
+from retrieval_draft._kernels.views import int32_row, int32_rows, int64_row, prefetch
 from retrieval_draft.drafting._kernels.fusion import MASK, OWN, PER_SOURCE, list_slots
-from retrieval_draft.drafting.batch._kernels.adjacency_step import ask_keys, ask_rows, expand_adjacency
+from retrieval_draft.drafting.batch._kernels.adjacency_step import expand_adjacency
 from retrieval_draft.drafting.batch._kernels.automaton_step import expand_automaton, follow_automaton
 from retrieval_draft.drafting.batch._kernels.candidates import add_children, choose
 from retrieval_draft.drafting.batch._kernels.segment_rows import advance_rows
@@ -27,9 +28,8 @@ from retrieval_draft.drafting.batch._kernels.slots import (
     TABLE_SIZE,
     TEXT,
 )
-from retrieval_draft.drafting.batch._kernels.views import int32_row, int32_rows, int64_row, prefetch
 from retrieval_draft.index._kernels import automaton
-from retrieval_draft.index._kernels.adjacency import ORDERS
+from retrieval_draft.index._kernels.adjacency import ORDERS, ask_keys, ask_rows
 from retrieval_draft.index._kernels.segment_match import TOKENS, WIDTH, locate
 from retrieval_draft.index._kernels.segment_tree import CONTEXTS, MAX_DEPTH, POOL, RANGES, gather
 
@@ -195,7 +195,7 @@ def propose_rows(
         state = automaton.matched_state(states, meta)
         matched = np.int64(states[state, automaton.LENGTH])
         if columns[SEEN] >= 0:
-            ask_rows(keys, visits, row_tokens, row_probs, hashes, rows)
+            ask_rows(keys, row_tokens, row_probs, hashes, rows)
         for group in range(groups):
             begin, end = group_starts[group], group_starts[group + 1]
             num_contexts[group] = 0
@@ -286,7 +286,7 @@ def propose_rows(
                     ):  # fmt: skip
                         num_contexts[group] = 0
             if columns[SEEN] >= 0:
-                ask_rows(keys, visits, row_tokens, row_probs, hashes, rows)
+                ask_rows(keys, row_tokens, row_probs, hashes, rows)
             depth += 1
         slots[slot, PENDING] = size
         slots[slot, CHAIN] = depth

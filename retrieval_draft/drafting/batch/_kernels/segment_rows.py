@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import inner_kernel, kernel
 from retrieval_draft._kernels.memory import load_int32, load_uint64
+from retrieval_draft._kernels.views import int32_row, prefetch
 from retrieval_draft.drafting.batch._kernels.slots import LENGTH, LOCATED, SLOT_MASK, TEXT
-from retrieval_draft.drafting.batch._kernels.views import int32_row, prefetch
 from retrieval_draft.index._kernels.segment_match import (
     BITS,
     LONGEST,

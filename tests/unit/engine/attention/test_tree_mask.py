@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from retrieval_draft.drafting.tree import DraftTree
-from retrieval_draft.engine.attention.tree_mask import TreeAttention, padded_size
-from tests.support.trees import tree_of
+from retrieval_draft.engine.attention.tree_mask import TreeAttention, _Mask, padded_size
+from tests.support.trees import ancestors, tree_of
 
 CPU = torch.device("cpu")
 MIN = torch.finfo(torch.float32).min
@@ -17,7 +17,7 @@ MIN = torch.finfo(torch.float32).min
 def slow_mask(tree: DraftTree, length: int, window: int | None) -> torch.Tensor:
     """Hidden or not by absolute positions, key by key."""
     first = 0 if window is None else max(0, length - window + 1)
-    seen = tree.ancestors()
+    seen = ancestors(tree)
     out = torch.full((len(tree), length - first + len(tree)), MIN)
     for node in range(len(tree)):
         position = length + int(tree.depths[node])
@@ -45,10 +45,18 @@ def test_small_tree_written_out() -> None:
     ]
 
 
+@pytest.mark.parametrize("here", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 2, 3, 8, 40])
-def test_masks_of_a_whole_generation_and_the_next_one(window: int | None) -> None:
+def test_masks_of_a_whole_generation_and_the_next_one(
+    window: int | None, here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the host and as on a device."""
     rng = np.random.default_rng(0)
     attention = TreeAttention({"some": window}, torch.float32, CPU)
+    if not here:
+        monkeypatch.setattr(attention, "_is_here", False)
+        monkeypatch.setattr(attention, "_send", lambda words: attention._host[:words])
+        attention._masks = {"some": _Mask(window, torch.float32, CPU)}
     for _ in range(3):
         length = int(rng.integers(1, 30))
         for _ in range(40):
@@ -81,11 +89,15 @@ def test_mask_buffer_is_reused() -> None:
     assert first.data_ptr() == attention.prepare(tree_of([1, 2], [-1, 0]), 9).attention_mask.data_ptr()
 
 
-def test_half_precision_masks_are_finite() -> None:
-    attention = TreeAttention({"full_attention": None}, torch.float16, CPU)
-    mask = attention.prepare(tree_of([1, 2, 3], [-1, 0, 0]), 5).attention_mask
-    assert mask.dtype == torch.float16
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_masks_of_other_precisions_are_finite(dtype: torch.dtype) -> None:
+    attention = TreeAttention({"full_attention": None}, dtype, CPU)
+    tree = tree_of([1, 2, 3], [-1, 0, 0])
+    mask = attention.prepare(tree, 5).attention_mask
+    assert mask.dtype == dtype
     assert mask.isfinite().all()
+    hidden = slow_mask(tree, 5, None) != 0
+    assert torch.equal(mask[0, 0], hidden * torch.tensor(torch.finfo(dtype).min, dtype=dtype))
 
 
 def test_padded_nodes_see_no_node_but_themselves() -> None:

@@ -114,3 +114,31 @@ def test_layer_kinds_follow_the_configuration() -> None:
 def test_recurrent_layers_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="linear_attention"):
         SpeculativeCache(Qwen3NextConfig(num_hidden_layers=4))
+
+
+@pytest.mark.parametrize(
+    ("dims", "dtype"), [((8, 8), torch.float32), ((6, 4), torch.bfloat16), ((3, 3), torch.float16)]
+)
+def test_a_path_is_moved_in_all_layers_as_in_each(dims: tuple[int, int], dtype: torch.dtype) -> None:
+    """By a kernel where slots are of whole words; the last ones are not."""
+    config = MistralConfig(num_hidden_layers=3, hidden_size=8, num_attention_heads=2, sliding_window=None)
+    cache = SpeculativeCache(config)
+    cache.layers[1].window, cache.layers[1].is_sliding, cache.layers[1]._keeps = 7, True, False
+    alone = [SpeculativeLayer(layer.window) for layer in cache.layers]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(60):
+        size = int(torch.randint(1, 20, (), generator=generator))
+        new = [[part.to(dtype) for part in states(size, dims)] for _ in alone]
+        cache.stage(True)
+        for index, (layer, given) in enumerate(zip(alone, new, strict=True)):
+            cache.update(*given, index)
+            layer.update(*given, staged=True)
+        cache.stage(False)
+        path = [0, *(i for i in range(1, size) if torch.rand((), generator=generator) < 0.4)]
+        lead = next((i for i, node in enumerate(path) if node != i), len(path))
+        moved = torch.tensor(path[lead:]) if lead < len(path) else None
+        cache.commit(moved, lead, len(path))
+        for layer, own in zip(alone, cache.layers, strict=True):
+            layer.commit(moved, lead, len(path))
+            assert torch.equal(layer.keys, own.keys), step
+            assert torch.equal(layer.values, own.values), step

@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import kernel
 
-__all__ = ["int32_row", "int32_rows", "int64_row", "prefetch"]
+__all__ = ["float32_row", "int32_row", "int32_rows", "int64_row", "prefetch"]
 
 
-def _pointer(bits: int, kind: Any) -> Any:
+def _pointer(pointee: Any, kind: Any) -> Any:
     def point(typing_context: Any, address: Any) -> Any:
         del typing_context, address
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             del context, signature
-            return builder.inttoptr(arguments[0], ir.IntType(bits).as_pointer())
+            return builder.inttoptr(arguments[0], pointee.as_pointer())
 
         pointer: Any = types.CPointer
         return pointer(kind)(types.int64), generate
@@ -58,6 +58,7 @@ prefetch: Any
 int32_row: Any
 int32_rows: Any
 int64_row: Any
+float32_row: Any
 if getattr(config, "DISABLE_JIT", 0):  # the same in plain Python, for tests
 
     def _array(kind: type[Any], address: int, size: int) -> NDArray[Any]:
@@ -78,9 +79,14 @@ if getattr(config, "DISABLE_JIT", 0):  # the same in plain Python, for tests
         """int64, shape (size,)."""
         return _array(ctypes.c_int64, address, size)
 
+    def float32_row(address: int, size: int) -> NDArray[np.float32]:
+        """float32, shape (size,)."""
+        return _array(ctypes.c_float, address, size)
+
 else:
-    _int32_at = _pointer(32, types.int32)
-    _int64_at = _pointer(64, types.int64)
+    _int32_at = _pointer(ir.IntType(32), types.int32)
+    _int64_at = _pointer(ir.IntType(64), types.int64)
+    _float32_at = _pointer(ir.FloatType(), types.float32)
 
     @kernel
     def prefetch(address: int) -> None:
@@ -101,3 +107,8 @@ else:
     def int64_row(address: int, size: int) -> NDArray[np.int64]:
         """int64, shape (size,)."""
         return carray(_int64_at(address), (size,))
+
+    @kernel
+    def float32_row(address: int, size: int) -> NDArray[np.float32]:
+        """float32, shape (size,)."""
+        return carray(_float32_at(address), (size,))
