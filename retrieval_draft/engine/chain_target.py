@@ -39,6 +39,8 @@ class ChainTarget(Target):
         longest: Tokens that a text may have at most to be drafted for; None for any. A model that chooses
             keys beyond some length may choose others there for several tokens at once; of equal keys also
             where earlier ones, before that length, were passed several at once and are rounded otherwise.
+        blank: Placeholders with an embedding of zeros, to which all keys are equal. Which of them a model
+            then keeps depends on how many there are, later ones included: each token is passed as the last.
 
     Raises:
         UnsupportedModelError: The model is no decoder alone, or a token depends on those beside it.
@@ -46,6 +48,7 @@ class ChainTarget(Target):
 
     shares_passes = False
     longest: int | None = None
+    blank: frozenset[int] = frozenset()
 
     def _set_up(self) -> None:
         check_decoder(self.model)
@@ -82,7 +85,8 @@ class ChainTarget(Target):
         further: int = 0,
     ) -> Iterator[Tensor | None]:
         """As for trees; in one pass where several tokens after a long text may differ from a whole text."""
-        if self.rope is None and self.longest is None and not self._limited:
+        in_parts = self.rope is None and self.longest is None and not self._limited
+        if in_parts and self.blank.isdisjoint(prompt.tolist() if self.blank else ()):
             yield from super().prefill_passes(cache, prompt, rows, chunk, further)
         else:
             yield self._forward(cache, prompt[None], cache.get_seq_length(), rows, 0)

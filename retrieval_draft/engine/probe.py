@@ -51,6 +51,9 @@ _NEAR_END = 1024
 _SIZE_NAMES = ("window", "chunk", "topk", "top_k", "budget", "local_attention")
 """Parts of the names of settings that limit the keys of a token."""
 
+_TOGETHER = 1 << 12
+"""Embeddings that are looked at at a time."""
+
 _WORDS = 8
 """Different tokens of a probed text: few, so that a model that keeps the best keys finds equal ones in it."""
 
@@ -97,10 +100,11 @@ def probe_chain(target: ChainTarget) -> float:
 
     On a text shorter than a convolution, a short one, and one beyond each window, chunk or number of chosen
     keys that the configuration names, and up to the end of short contexts. Where a model fails beyond one of
-    these sizes only, texts that end before it are drafted for.
+    these sizes only, texts that end before it are drafted for. Where it fails there on tokens with an
+    embedding of zeros only, these become placeholders.
 
     Args:
-        target: The model; its `longest` is set.
+        target: The model; its `longest`, `blank` and `placeholders` are set.
 
     Returns:
         The largest difference found, RMS over the standard deviation of the logits.
@@ -126,8 +130,23 @@ def probe_chain(target: ChainTarget) -> float:
                 raise
             _compare_chain(target, window - _REPLY)
             target.longest = window
-            break
+            return found
+    if tried and (blank := _blank_ids(target)):
+        try:
+            for _, length in tried:
+                if length <= longest:
+                    _compare_chain(target, length, min(blank))
+        except UnsupportedModelError:
+            target.blank = blank
+            target.placeholders |= blank
     return found
+
+
+def _blank_ids(target: Target) -> frozenset[int]:
+    """Ids whose embedding is zero, as that of padding is unless it was trained."""
+    embedding: Any = target.model.get_input_embeddings()
+    ids = torch.arange(target.vocabulary, device=target.device)
+    return frozenset(int(each) for part in ids.split(_TOGETHER) for each in part[~embedding(part).any(-1)])
 
 
 def named_sizes(target: Target) -> Iterator[int]:
@@ -140,14 +159,14 @@ def named_sizes(target: Target) -> Iterator[int]:
                     yield size
 
 
-def _compare_chain(target: ChainTarget, length: int) -> float:
-    """`probe_chain` of one text of `length` tokens."""
+def _compare_chain(target: ChainTarget, length: int, said: int | None = None) -> float:
+    """`probe_chain` of one text of `length` tokens, to which the model says one token, or what it likes."""
     random = np.random.default_rng(0)
     words = random.integers(0, min(target.vocabulary, 1000), 2 * _WORDS)
     prompt = torch.from_numpy(random.choice(words, length)).to(target.device)
     name = type(target.model).__name__
     try:
-        reply, wanted = _generated(target.model, prompt[None])
+        reply, wanted = _generated(target.model, prompt[None], said=said)
         wrong = [next(int(word) for word in words if word != token) for token in reply]
 
         def passed(cache: ChainCache, chain: list[int], kept: int) -> Tensor:
@@ -195,8 +214,14 @@ def _compare_chain(target: ChainTarget, length: int) -> float:
     return difference
 
 
-def _generated(model: Any, prompt: Tensor, count: int = _REPLY) -> tuple[list[int], Tensor]:
-    """A reply of `count` tokens by the model's own ``generate``, and its logits, (tokens, vocabulary)."""
+def _generated(
+    model: Any, prompt: Tensor, count: int = _REPLY, said: int | None = None
+) -> tuple[list[int], Tensor]:
+    """A reply of `count` tokens by the model's own ``generate``, and its logits, (tokens, vocabulary).
+
+    If `said` is given, the reply is that token over and over.
+    """
+    only = {} if said is None else {"prefix_allowed_tokens_fn": lambda *_: [said]}
     config = GenerationConfig(
         max_new_tokens=count,
         min_new_tokens=count,
@@ -213,7 +238,7 @@ def _generated(model: Any, prompt: Tensor, count: int = _REPLY) -> tuple[list[in
     try:
         with uncompiled(is_compiled(model)):
             out = type(model).generate(
-                model, prompt, attention_mask=torch.ones_like(prompt), generation_config=config
+                model, prompt, attention_mask=torch.ones_like(prompt), generation_config=config, **only
             )
     finally:
         log.setLevel(level)

@@ -293,6 +293,32 @@ def test_no_drafts_where_a_text_may_reach_the_length_at_which_several_tokens_dif
     assert passes.sizes == [12] + [1] * (NEW - 1)
 
 
+@pytest.mark.skipif("deepseek_v32" not in KNOWN, reason="this transformers has no such model")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_tokens_to_which_all_keys_are_equal_are_passed_as_the_last(seed: int) -> None:
+    # Padding has an embedding of zeros unless it was trained, and a model may say it.
+    model = make_family("deepseek_v32", seed=seed, index_topk=32, index_n_heads=32)
+    prompt = prompt_ids(20)
+    options: dict[str, Any] = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0}
+    blank = int(model.generate(prompt, **options)[0, 45])
+    model.get_input_embeddings().weight.data[blank] = 0
+    text = model.generate(prompt, **options)
+    target = find_target(model)
+    assert isinstance(target, ChainTarget)
+    assert (target.longest, target.blank) == (None, {blank})
+    drafter = drafter_with(model, PlantedSource(reply_of(text, prompt), wrong=0.2), target=target)
+    with Passes(model) as passes:
+        assert torch.equal(drafter.generate(prompt, **options), text)
+    before = text[0].tolist().index(blank) - prompt.shape[1]
+    assert len(passes.sizes) < 60 - before // 2, "what comes before it is drafted for"
+    longer = text[:, :50]
+    assert blank in longer
+    with Passes(model) as passes:
+        ours = drafter.generate(longer, prefill_chunk_size=7, **options)
+    assert passes.sizes[0] == 50
+    assert torch.equal(ours, model.generate(longer, **options))
+
+
 @pytest.mark.parametrize("name", [name for name in ("llama4_text", "bloom") if name in KNOWN])
 def test_failure_near_the_end_alone_leaves_the_texts_within_a_chunk(
     name: str, monkeypatch: pytest.MonkeyPatch
