@@ -56,7 +56,9 @@ def text_runs(tokens: TokenArray, placeholders: frozenset[int]) -> list[TokenArr
     Example:
         tokens [5, 6, 99, 99, 7, 99], placeholders {99}  ->  [[5, 6], [7], []]
     """
-    found = np.flatnonzero(np.isin(tokens, np.fromiter(placeholders, np.int32))) if placeholders else ()
+    if not placeholders:
+        return [tokens]
+    found = np.flatnonzero(np.isin(tokens, np.fromiter(placeholders, np.int32)))
     if not len(found):
         return [tokens]
     begins, ends = [0, *(found + 1).tolist()], [*found.tolist(), len(tokens)]
