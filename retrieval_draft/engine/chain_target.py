@@ -39,8 +39,6 @@ class ChainTarget(Target):
         longest: Tokens that a text may have at most to be drafted for; None for any. A model that chooses
             keys beyond some length may choose others there for several tokens at once; of equal keys also
             where earlier ones, before that length, were passed several at once and are rounded otherwise.
-        blank: Placeholders with an embedding of zeros, to which all keys are equal. Which of them a model
-            then keeps depends on how many there are, later ones included: each token is passed as the last.
 
     Raises:
         UnsupportedModelError: The model is no decoder alone, or a token depends on those beside it.
@@ -48,7 +46,6 @@ class ChainTarget(Target):
 
     shares_passes = False
     longest: int | None = None
-    blank: frozenset[int] = frozenset()
 
     def _set_up(self) -> None:
         check_decoder(self.model)

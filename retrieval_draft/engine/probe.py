@@ -52,7 +52,7 @@ _SIZE_NAMES = ("window", "chunk", "topk", "top_k", "budget", "local_attention")
 """Parts of the names of settings that limit the keys of a token."""
 
 _TOGETHER = 1 << 12
-"""Embeddings that are looked at at a time."""
+"""Embeddings that are compared with zero at a time."""
 
 _WORDS = 8
 """Different tokens of a probed text: few, so that a model that keeps the best keys finds equal ones in it."""
@@ -100,11 +100,11 @@ def probe_chain(target: ChainTarget) -> float:
 
     On a text shorter than a convolution, a short one, and one beyond each window, chunk or number of chosen
     keys that the configuration names, and up to the end of short contexts. Where a model fails beyond one of
-    these sizes only, texts that end before it are drafted for. Where it fails there on tokens with an
-    embedding of zeros only, these become placeholders.
+    these sizes only, texts that end before it are drafted for. Where it fails there only on tokens whose
+    embedding is zero, these are no part of drafts.
 
     Args:
-        target: The model; its `longest`, `blank` and `placeholders` are set.
+        target: The model; its `longest` and `blank` are set.
 
     Returns:
         The largest difference found, RMS over the standard deviation of the logits.
@@ -138,7 +138,6 @@ def probe_chain(target: ChainTarget) -> float:
                     _compare_chain(target, length, min(blank))
         except UnsupportedModelError:
             target.blank = blank
-            target.placeholders |= blank
     return found
 
 
@@ -159,14 +158,14 @@ def named_sizes(target: Target) -> Iterator[int]:
                     yield size
 
 
-def _compare_chain(target: ChainTarget, length: int, said: int | None = None) -> float:
-    """`probe_chain` of one text of `length` tokens, to which the model says one token, or what it likes."""
+def _compare_chain(target: ChainTarget, length: int, only: int | None = None) -> float:
+    """`probe_chain` of one text of `length` tokens; `only` is as in `_generated`."""
     random = np.random.default_rng(0)
     words = random.integers(0, min(target.vocabulary, 1000), 2 * _WORDS)
     prompt = torch.from_numpy(random.choice(words, length)).to(target.device)
     name = type(target.model).__name__
     try:
-        reply, wanted = _generated(target.model, prompt[None], said=said)
+        reply, wanted = _generated(target.model, prompt[None], only=only)
         wrong = [next(int(word) for word in words if word != token) for token in reply]
 
         def passed(cache: ChainCache, chain: list[int], kept: int) -> Tensor:
@@ -215,13 +214,17 @@ def _compare_chain(target: ChainTarget, length: int, said: int | None = None) ->
 
 
 def _generated(
-    model: Any, prompt: Tensor, count: int = _REPLY, said: int | None = None
+    model: Any, prompt: Tensor, count: int = _REPLY, only: int | None = None
 ) -> tuple[list[int], Tensor]:
     """A reply of `count` tokens by the model's own ``generate``, and its logits, (tokens, vocabulary).
 
-    If `said` is given, the reply is that token over and over.
+    Args:
+        model: Of transformers.
+        prompt: int64, shape (1, length).
+        count: Tokens of the reply.
+        only: The one token that may be chosen; None for any.
     """
-    only = {} if said is None else {"prefix_allowed_tokens_fn": lambda *_: [said]}
+    limits = {} if only is None else {"prefix_allowed_tokens_fn": lambda *_: [only]}
     config = GenerationConfig(
         max_new_tokens=count,
         min_new_tokens=count,
@@ -238,7 +241,7 @@ def _generated(
     try:
         with uncompiled(is_compiled(model)):
             out = type(model).generate(
-                model, prompt, attention_mask=torch.ones_like(prompt), generation_config=config, **only
+                model, prompt, attention_mask=torch.ones_like(prompt), generation_config=config, **limits
             )
     finally:
         log.setLevel(level)

@@ -295,8 +295,8 @@ def test_no_drafts_where_a_text_may_reach_the_length_at_which_several_tokens_dif
 
 @pytest.mark.skipif("deepseek_v32" not in KNOWN, reason="this transformers has no such model")
 @pytest.mark.parametrize("seed", [0, 1])
-def test_tokens_to_which_all_keys_are_equal_are_passed_as_the_last(seed: int) -> None:
-    # Padding has an embedding of zeros unless it was trained, and a model may say it.
+def test_tokens_for_which_all_keys_are_equal_are_passed_as_the_last(seed: int) -> None:
+    # The embedding of padding is zero unless it was trained, and a model may choose padding.
     model = make_family("deepseek_v32", seed=seed, index_topk=32, index_n_heads=32)
     prompt = prompt_ids(20)
     options: dict[str, Any] = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0}
@@ -309,8 +309,7 @@ def test_tokens_to_which_all_keys_are_equal_are_passed_as_the_last(seed: int) ->
     drafter = drafter_with(model, PlantedSource(reply_of(text, prompt), wrong=0.2), target=target)
     with Passes(model) as passes:
         assert torch.equal(drafter.generate(prompt, **options), text)
-    before = text[0].tolist().index(blank) - prompt.shape[1]
-    assert len(passes.sizes) < 60 - before // 2, "what comes before it is drafted for"
+    assert drafter.stats.steps <= 0.5 * 60
     longer = text[:, :50]
     assert blank in longer
     with Passes(model) as passes:
