@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,7 @@ def probe_chain(target: ChainTarget) -> float:
     """
     end = 2 * _LONGEST_PROBE if target.max_positions is None else target.max_positions
     longest = end - _REPLY
+    target.blank = _blank_ids(target)
     found = max((_compare_chain(target, length) for length in _SHORT if length <= longest), default=0.0)
     sizes = sorted({size for size in named_sizes(target) if size <= _LONGEST_PROBE})
     tried = [(window, window + max(2, window // 4)) for window in sizes]
@@ -129,15 +131,14 @@ def probe_chain(target: ChainTarget) -> float:
             if not _LEAST <= window < end:
                 raise
             _compare_chain(target, window - _REPLY)
-            target.longest = window
+            target.longest, target.blank = window, frozenset()
             return found
-    if tried and (blank := _blank_ids(target)):
-        try:
+    if target.blank:
+        with suppress(UnsupportedModelError):  # where they fail they stay
             for _, length in tried:
                 if length <= longest:
-                    _compare_chain(target, length, min(blank))
-        except UnsupportedModelError:
-            target.blank = blank
+                    _compare_chain(target, length, [min(target.blank)])
+            target.blank = frozenset()
     return found
 
 
@@ -158,14 +159,16 @@ def named_sizes(target: Target) -> Iterator[int]:
                     yield size
 
 
-def _compare_chain(target: ChainTarget, length: int, only: int | None = None) -> float:
-    """`probe_chain` of one text of `length` tokens; `only` is as in `_generated`."""
+def _compare_chain(target: ChainTarget, length: int, allowed: Sequence[int] = ()) -> float:
+    """`probe_chain` of one text of `length` tokens, its reply of `allowed` ones, or any but `blank`."""
     random = np.random.default_rng(0)
     words = random.integers(0, min(target.vocabulary, 1000), 2 * _WORDS)
     prompt = torch.from_numpy(random.choice(words, length)).to(target.device)
     name = type(target.model).__name__
+    if target.blank and not allowed:
+        allowed = [token for token in range(target.vocabulary) if token not in target.blank]
     try:
-        reply, wanted = _generated(target.model, prompt[None], only=only)
+        reply, wanted = _generated(target.model, prompt[None], allowed=allowed)
         wrong = [next(int(word) for word in words if word != token) for token in reply]
 
         def passed(cache: ChainCache, chain: list[int], kept: int) -> Tensor:
@@ -214,7 +217,7 @@ def _compare_chain(target: ChainTarget, length: int, only: int | None = None) ->
 
 
 def _generated(
-    model: Any, prompt: Tensor, count: int = _REPLY, only: int | None = None
+    model: Any, prompt: Tensor, count: int = _REPLY, allowed: Sequence[int] = ()
 ) -> tuple[list[int], Tensor]:
     """A reply of `count` tokens by the model's own ``generate``, and its logits, (tokens, vocabulary).
 
@@ -222,9 +225,9 @@ def _generated(
         model: Of transformers.
         prompt: int64, shape (1, length).
         count: Tokens of the reply.
-        only: The one token that may be chosen; None for any.
+        allowed: Tokens that may be chosen; none for any.
     """
-    limits = {} if only is None else {"prefix_allowed_tokens_fn": lambda *_: [only]}
+    limits = {"prefix_allowed_tokens_fn": lambda *_: allowed} if allowed else {}
     config = GenerationConfig(
         max_new_tokens=count,
         min_new_tokens=count,
