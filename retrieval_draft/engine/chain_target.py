@@ -82,7 +82,8 @@ class ChainTarget(Target):
         further: int = 0,
     ) -> Iterator[Tensor | None]:
         """As for trees; in one pass where several tokens after a long text may differ from a whole text."""
-        if self.rope is None and self.longest is None and not self._limited:
+        in_parts = self.rope is None and self.longest is None and not self._limited
+        if in_parts and self.blank.isdisjoint(prompt.tolist() if self.blank else ()):
             yield from super().prefill_passes(cache, prompt, rows, chunk, further)
         else:
             yield self._forward(cache, prompt[None], cache.get_seq_length(), rows, 0)

@@ -158,7 +158,7 @@ class DraftEngine:
             self._max_nodes,
             self._target.vocabulary,
             stats,
-            request.placeholders,
+            request.placeholders | self._target.blank,
         )
 
     def flush(self) -> None:

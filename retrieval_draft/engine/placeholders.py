@@ -50,7 +50,8 @@ def text_runs(tokens: TokenArray, placeholders: frozenset[int]) -> list[TokenArr
         placeholders: Ids that are no text.
 
     Returns:
-        Views of `tokens`, int32 each. The last is the text at its end, and may be empty; the others are not.
+        Views of `tokens`, int32 each. The first and the last are the text at its ends, and may be empty; the
+        others are not. One without placeholders is both.
 
     Example:
         tokens [5, 6, 99, 99, 7, 99], placeholders {99}  ->  [[5, 6], [7], []]
@@ -58,6 +59,8 @@ def text_runs(tokens: TokenArray, placeholders: frozenset[int]) -> list[TokenArr
     if not placeholders:
         return [tokens]
     found = np.flatnonzero(np.isin(tokens, np.fromiter(placeholders, np.int32)))
+    if not len(found):
+        return [tokens]
     begins, ends = [0, *(found + 1).tolist()], [*found.tolist(), len(tokens)]
-    *earlier, last = (tokens[begin:end] for begin, end in zip(begins, ends, strict=True))
-    return [*(run for run in earlier if len(run)), last]
+    first, *between, last = (tokens[begin:end] for begin, end in zip(begins, ends, strict=True))
+    return [first, *filter(len, between), last]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,9 @@ _NEAR_END = 1024
 _SIZE_NAMES = ("window", "chunk", "topk", "top_k", "budget", "local_attention")
 """Parts of the names of settings that limit the keys of a token."""
 
+_TOGETHER = 1 << 12
+"""Embeddings that are compared with zero at a time."""
+
 _WORDS = 8
 """Different tokens of a probed text: few, so that a model that keeps the best keys finds equal ones in it."""
 
@@ -97,10 +101,11 @@ def probe_chain(target: ChainTarget) -> float:
 
     On a text shorter than a convolution, a short one, and one beyond each window, chunk or number of chosen
     keys that the configuration names, and up to the end of short contexts. Where a model fails beyond one of
-    these sizes only, texts that end before it are drafted for.
+    these sizes only, texts that end before it are drafted for. Where it fails there only on tokens whose
+    embedding is zero, these are no part of drafts.
 
     Args:
-        target: The model; its `longest` is set.
+        target: The model; its `longest` and `blank` are set.
 
     Returns:
         The largest difference found, RMS over the standard deviation of the logits.
@@ -111,6 +116,7 @@ def probe_chain(target: ChainTarget) -> float:
     """
     end = 2 * _LONGEST_PROBE if target.max_positions is None else target.max_positions
     longest = end - _REPLY
+    target.blank = _blank_ids(target)
     found = max((_compare_chain(target, length) for length in _SHORT if length <= longest), default=0.0)
     sizes = sorted({size for size in named_sizes(target) if size <= _LONGEST_PROBE})
     tried = [(window, window + max(2, window // 4)) for window in sizes]
@@ -125,9 +131,22 @@ def probe_chain(target: ChainTarget) -> float:
             if not _LEAST <= window < end:
                 raise
             _compare_chain(target, window - _REPLY)
-            target.longest = window
-            break
+            target.longest, target.blank = window, frozenset()
+            return found
+    if target.blank:
+        with suppress(UnsupportedModelError):  # where they fail they stay
+            for _, length in tried:
+                if length <= longest:
+                    _compare_chain(target, length, [min(target.blank)])
+            target.blank = frozenset()
     return found
+
+
+def _blank_ids(target: Target) -> frozenset[int]:
+    """Ids whose embedding is zero, as that of padding is unless it was trained."""
+    embedding: Any = target.model.get_input_embeddings()
+    ids = torch.arange(target.vocabulary, device=target.device)
+    return frozenset(int(each) for part in ids.split(_TOGETHER) for each in part[~embedding(part).any(-1)])
 
 
 def named_sizes(target: Target) -> Iterator[int]:
@@ -140,14 +159,16 @@ def named_sizes(target: Target) -> Iterator[int]:
                     yield size
 
 
-def _compare_chain(target: ChainTarget, length: int) -> float:
-    """`probe_chain` of one text of `length` tokens."""
+def _compare_chain(target: ChainTarget, length: int, allowed: Sequence[int] = ()) -> float:
+    """`probe_chain` of one text of `length` tokens, its reply of `allowed` ones, or any but `blank`."""
     random = np.random.default_rng(0)
     words = random.integers(0, min(target.vocabulary, 1000), 2 * _WORDS)
     prompt = torch.from_numpy(random.choice(words, length)).to(target.device)
     name = type(target.model).__name__
+    if target.blank and not allowed:
+        allowed = [token for token in range(target.vocabulary) if token not in target.blank]
     try:
-        reply, wanted = _generated(target.model, prompt[None])
+        reply, wanted = _generated(target.model, prompt[None], allowed=allowed)
         wrong = [next(int(word) for word in words if word != token) for token in reply]
 
         def passed(cache: ChainCache, chain: list[int], kept: int) -> Tensor:
@@ -195,8 +216,18 @@ def _compare_chain(target: ChainTarget, length: int) -> float:
     return difference
 
 
-def _generated(model: Any, prompt: Tensor, count: int = _REPLY) -> tuple[list[int], Tensor]:
-    """A reply of `count` tokens by the model's own ``generate``, and its logits, (tokens, vocabulary)."""
+def _generated(
+    model: Any, prompt: Tensor, count: int = _REPLY, allowed: Sequence[int] = ()
+) -> tuple[list[int], Tensor]:
+    """A reply of `count` tokens by the model's own ``generate``, and its logits, (tokens, vocabulary).
+
+    Args:
+        model: Of transformers.
+        prompt: int64, shape (1, length).
+        count: Tokens of the reply.
+        allowed: Tokens that may be chosen; none for any.
+    """
+    limits = {"prefix_allowed_tokens_fn": lambda *_: allowed} if allowed else {}
     config = GenerationConfig(
         max_new_tokens=count,
         min_new_tokens=count,
@@ -213,7 +244,7 @@ def _generated(model: Any, prompt: Tensor, count: int = _REPLY) -> tuple[list[in
     try:
         with uncompiled(is_compiled(model)):
             out = type(model).generate(
-                model, prompt, attention_mask=torch.ones_like(prompt), generation_config=config
+                model, prompt, attention_mask=torch.ones_like(prompt), generation_config=config, **limits
             )
     finally:
         log.setLevel(level)

@@ -79,4 +79,5 @@ class DecodeRequest:
     @property
     def runs(self) -> list[TokenArray]:
         """The prompt's text between placeholders: int32 each; the last leads to the reply, or is empty."""
-        return text_runs(self.prompt, self.placeholders)
+        *earlier, context = text_runs(self.prompt, self.placeholders)
+        return [*filter(len, earlier), context]

@@ -191,7 +191,8 @@ class Row:
         if self.drafting is None:
             tree = DraftTree.root(root)
             return DraftPlan(tree, tree, ())
-        max_depth = self.target.max_depth(length, self.request.max_length - len(self.text) - 1)
+        wanted = self.request.max_length - len(self.text) - 1
+        max_depth = 0 if root in self.target.blank else self.target.max_depth(length, wanted)
         if self.target.verification.way == "tree":
             return self.drafting.propose(root, length, max_depth)
         return self.drafting.propose_chain(root, length, max_depth)

@@ -70,11 +70,15 @@ class Target:
         shares_passes: Whether the rows of a batch share a pass; each gets its own else.
         passes_whole: Whether a prompt is passed at once unless its caller asks for parts: its tokens may see
             later ones.
+        blank: Ids that are neither drafted nor drafted after. Their embedding is zero, so that all keys are
+            equally good for them, and which of these the model keeps depends on the number of tokens passed,
+            later ones included.
     """
 
     verification = Verification("tree", "the model takes masks and positions of a tree")
     shares_passes = True
     passes_whole = False
+    blank: frozenset[int] = frozenset()
 
     def __init__(self, model: PreTrainedModel) -> None:
         model = unwrap(model)

@@ -293,6 +293,30 @@ def test_no_drafts_where_a_text_may_reach_the_length_at_which_several_tokens_dif
     assert passes.sizes == [12] + [1] * (NEW - 1)
 
 
+@pytest.mark.skipif("deepseek_v32" not in KNOWN, reason="this transformers has no such model")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_tokens_for_which_all_keys_are_equal_are_passed_as_the_last(seed: int) -> None:
+    # The embedding of padding is zero unless it was trained, and a model may choose padding.
+    model = make_family("deepseek_v32", seed=seed, index_topk=32, index_n_heads=32)
+    prompt = prompt_ids(20)
+    options: dict[str, Any] = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0}
+    blank = int(model.generate(prompt, **options)[0, 45])
+    model.get_input_embeddings().weight.data[blank] = 0
+    text = model.generate(prompt, **options)
+    target = find_target(model)
+    assert isinstance(target, ChainTarget)
+    assert (target.longest, target.blank) == (None, {blank})
+    drafter = drafter_with(model, PlantedSource(reply_of(text, prompt), wrong=0.2), target=target)
+    assert torch.equal(drafter.generate(prompt, **options), text)
+    assert drafter.stats.steps <= 0.5 * 60
+    longer = text[:, :50]
+    assert blank in longer
+    with Passes(model) as passes:
+        ours = drafter.generate(longer, prefill_chunk_size=7, **options)
+    assert passes.sizes[0] == 50
+    assert torch.equal(ours, model.generate(longer, **options))
+
+
 @pytest.mark.parametrize("name", [name for name in ("llama4_text", "bloom") if name in KNOWN])
 def test_failure_near_the_end_alone_leaves_the_texts_within_a_chunk(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -15,10 +15,10 @@ from tests.support.models import make
     ("tokens", "runs"),
     [
         ([5, 6, 99, 99, 7, 99], [[5, 6], [7], []]),
-        ([99, 98, 5], [[5]]),
+        ([99, 98, 5], [[], [5]]),
         ([5, 6], [[5, 6]]),
         ([], [[]]),
-        ([99], [[]]),
+        ([99], [[], []]),
     ],
 )
 def test_text_between_placeholders(tokens: list[int], runs: list[list[int]]) -> None:

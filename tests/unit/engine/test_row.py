@@ -310,6 +310,24 @@ def test_what_cannot_be_learned_of_a_request_that_is_over_is_left(caplog: pytest
     assert "was not learned from" in caplog.text
 
 
+@pytest.mark.parametrize(("said", "observed"), [((30, 31), []), ((31, 30), [31]), ((31, 40), [31, 40])])
+def test_drafting_ends_with_a_placeholder(said: tuple[int, int], observed: list[int]) -> None:
+    told = Told()
+    made = started(told, placeholders=frozenset({30}))
+    told.calls.clear()
+    step(made, tree_of([first_token(), said[0]], [-1, 0]), *said)
+    assert (made.drafting is None) == (30 in said)
+    assert [call[1] for call in told.calls if call[0] == "observe"] == ([observed] if observed else [])
+    assert (("close",) in told.calls) == (30 in said)
+
+
+def test_nothing_is_drafted_after_a_placeholder_that_begins_the_reply() -> None:
+    told = Told()
+    made = started(told, placeholders=frozenset({first_token()}))
+    assert made.drafting is None
+    assert told.calls == [("close",)]
+
+
 def test_sources_are_closed_once() -> None:
     told = Told()
     made = started(told)

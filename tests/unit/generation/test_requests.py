@@ -195,6 +195,12 @@ def test_each_reply_is_shared_at_its_end_and_each_prompt_once() -> None:
         assert request.finished is not None
         request.finished(np.array([number], np.int32))
     assert shared == [([5, 6], [0], "all"), ([], [1], "all"), ([7], [2], "all")]
+    (marked,) = requests([[5, 90, 6]])
+    marked.placeholders = frozenset({90})
+    share_when_finished(store, [marked], None)
+    assert marked.finished is not None
+    marked.finished(np.array([90, 7], np.int32))
+    assert shared[3:] == [([5], [], None), ([6], [], None), ([], [7], None)], "7 does not continue 6"
     (alone,) = requests([[5]])
     share_when_finished(None, [alone], None)
     assert alone.finished is None
