@@ -1,4 +1,4 @@
-"""``python -m benchmarks automaton``, ``fusion``, ``loop``, ``passes``, ``cold``: single parts, an install."""
+"""``python -m benchmarks automaton``, ``fusion``, ``loop``, ``passes``, ``cold``: single parts."""
 
 from __future__ import annotations
 
