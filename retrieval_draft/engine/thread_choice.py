@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from retrieval_draft.drafting.time_curve import TimeCurve
+from retrieval_draft.engine.threads import number_of_threads
 
 __all__ = ["ThreadChoice", "allowed_threads", "idle_processors"]
 
@@ -90,10 +90,10 @@ class ThreadChoice:
         if limit != self._limit:
             self._reset(limit)
         if limit < 2 or tokens > MOST_TOKENS:
-            with _threads(limit):
+            with number_of_threads(limit):
                 return work()
         threads = self.choose(tokens)
-        with _threads(threads):
+        with number_of_threads(threads):
             began = self._clock()
             out = work()
             seconds = self._clock() - began
@@ -156,18 +156,6 @@ class ThreadChoice:
         if is_free and not self._was_free and best < self._limit:
             self._call_for_trial(upwards=True)
         self._was_free = is_free
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count != before:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        if count != before:
-            torch.set_num_threads(before)
 
 
 def allowed_threads() -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from retrieval_draft.engine import thread_choice
+from retrieval_draft.engine import thread_choice, threads
 from retrieval_draft.engine.thread_choice import ThreadChoice, _Quota, allowed_threads, idle_processors
 
 ALONE = {1: 0.042, 2: 0.034}
@@ -38,7 +38,7 @@ def counted_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads that are set are counted, not made: more than this machine has are asked for."""
     current = [2]
     monkeypatch.setattr(thread_choice.torch, "get_num_threads", lambda: current[0])
-    monkeypatch.setattr(thread_choice.torch, "set_num_threads", lambda count: current.__setitem__(0, count))
+    monkeypatch.setattr(threads, "_set_threads", lambda count, for_mkl: current.__setitem__(0, count))
 
 
 def spent(machine: Machine, passes: int, tokens: int = 1) -> float:

@@ -31,7 +31,7 @@ def test_every_thread_gets_the_argument_once(
     number: int, openmp: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not openmp:
-        monkeypatch.setattr(threads_module, "_openmp", lambda: None)
+        monkeypatch.setattr(threads_module, "_openmp", lambda name: None)
     function, address, calls = record()
     argument = (ctypes.c_int64 * 2)(7, 8)
     on_threads(address)(argument, number)
