@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import os
+from itertools import count
 from threading import Lock
-from weakref import WeakSet
+from typing import Any
+from weakref import WeakValueDictionary
+
+from numba.core.compiler_lock import global_compiler_lock
 
 __all__ = ["lock_for_moments"]
 
-_locks: WeakSet[Lock] = WeakSet()
-_held: list[Lock] = []
+_forking = Lock()
+_locks: WeakValueDictionary[int, Lock] = WeakValueDictionary()
+_numbers = count()
+_held: list[Any] = []
 
 
 def lock_for_moments() -> Lock:
     """Makes a lock that a fork waits for, so that what it guards is whole in the child.
 
-    It is held for moments only, and no other lock is taken inside.
+    It is held for moments only. Inside, kernels may be compiled, and such locks taken as were made later.
     """
     lock = Lock()
-    _locks.add(lock)
+    _locks[next(_numbers)] = lock
     return lock
 
 
 def _before_fork() -> None:
-    for lock in list(_locks):
+    _forking.acquire()
+    locks: list[Any] = [*_locks.values(), global_compiler_lock]
+    for lock in locks:
         lock.acquire()
         _held.append(lock)
 
@@ -31,6 +39,7 @@ def _before_fork() -> None:
 def _after_fork() -> None:
     while _held:
         _held.pop().release()
+    _forking.release()
 
 
 if hasattr(os, "register_at_fork"):

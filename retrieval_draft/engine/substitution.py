@@ -17,7 +17,7 @@ __all__ = ["is_free", "is_ordinary_call", "lend_attention", "lend_forwards", "lo
 _users: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _attention_users: dict[tuple[int, str], tuple[int, str]] = {}
 _loans: list[tuple[int, Callable[[], object]]] = []
-"""What is lent now: the borrowing thread, and a function that gives it back."""
+"""Of each loan now: the borrowing thread, and a function that gives it back."""
 
 _lock = threading.RLock()
 
@@ -121,5 +121,5 @@ def _after_fork() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    # Nobody is in the middle of lending then.
+    # No thread is in the middle of lending then.
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork)

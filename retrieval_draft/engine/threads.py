@@ -127,7 +127,7 @@ def _own_pool() -> ThreadPoolExecutor:
 
 
 _has_pool = True
-"""Whether the thread that forks keeps its pool."""
+"""True if the thread that forks keeps its pool, so that the child has one without workers."""
 
 
 def _before_fork() -> None:

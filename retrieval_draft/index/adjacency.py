@@ -60,9 +60,8 @@ class AdjacencyMatrix:
         self._backoff = np.array(BACKOFF, np.float64)
         self._frequent = FrequentTokens()
         self._clock = 0
-        self._lock = (
-            lock_for_moments()
-        )  # the kernels run without the GIL, and a server drafts from several threads
+        # The kernels run without the GIL, and a server drafts from several threads.
+        self._lock = lock_for_moments()
 
     @property
     def nbytes(self) -> int:

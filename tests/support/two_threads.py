@@ -71,7 +71,7 @@ def text_of_new_process() -> tuple[list[int], bool]:
     return text_of(drafter_of(wide_model()).generate), 2 in calls
 
 
-def forked(work: Callable[[], bool], seconds: int = 90) -> int:
+def forked(work: Callable[[], bool], seconds: int = 240) -> int:
     """Starts a child process that runs `work`; see `code_of`."""
     child = os.fork()
     if child:
@@ -92,9 +92,11 @@ def code_of(child: int) -> int:
 def run_program(code: str, *arguments: str) -> str:
     """Runs code that knows the names of this module, in a process of its own; returns its output."""
     program = f"from tests.support.two_threads import *\n{code}"
+    # Passive waiting: several processes of two threads each take turns on two processors.
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, *arguments], cwd=ROOT, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}, capture_output=True, text=True,
+        [sys.executable, "-W", "ignore", "-c", program, *arguments],
+        env={**os.environ, **environment}, cwd=ROOT, timeout=300, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

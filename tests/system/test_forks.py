@@ -11,7 +11,7 @@ from tests.support.two_threads import run_program
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 BEGIN = """
-import os, sys, threading
+import multiprocessing, os, sys, threading
 import torch
 on_two_threads()
 model = wide_model()
@@ -39,6 +39,9 @@ for _ in range(3):
     assert code_of(child) == 0, "the child"
 grandchild = lambda: code_of(forked(all_equal)) == 0 and all_equal()
 assert code_of(forked(grandchild)) == 0, "the grandchild"
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    asked = pool.apply_async(all_equal)
+    assert all_equal() and asked.get(240)
 assert all_equal()
 """
     )
@@ -91,7 +94,7 @@ class Forks:
         if self.child is None and ids.numel() == 1:
             self.child = os.fork()
             if not self.child:
-                signal.alarm(90)
+                signal.alarm(240)
     def end(self):
         pass
 
@@ -109,11 +112,10 @@ def test_a_spawned_process_generates() -> None:
     run_program(
         BEGIN
         + """
-import multiprocessing
 with multiprocessing.get_context("spawn").Pool(2) as pool:
     asked = [pool.apply_async(text_of_new_process) for _ in range(2)]
     assert all_equal()
-    for text, on_two in (each.get(120) for each in asked):
+    for text, on_two in (each.get(240) for each in asked):
         assert text == expected and on_two
 assert all_equal()
 """
@@ -136,7 +138,7 @@ class Texts(Dataset):
         return drafter.generate(PROMPT, **OPTIONS)[0]
 
 def load(rows):
-    loader = DataLoader(rows, num_workers=2, multiprocessing_context="fork", timeout=60)
+    loader = DataLoader(rows, num_workers=2, multiprocessing_context="fork", timeout=240)
     return torch.cat(list(loader)).tolist()
 
 sums = [float(row) for row in range(12)]
@@ -164,7 +166,7 @@ over.set()
 thread.join()
 assert texts and all(text == expected for text in texts)
 assert load(Sums()) == sums
-iterator = iter(DataLoader(Sums(), num_workers=2, multiprocessing_context="fork", timeout=60))
+iterator = iter(DataLoader(Sums(), num_workers=2, multiprocessing_context="fork", timeout=240))
 for value in sums:  # workers live while the thread that forked them generates
     assert text_of(generator.generate) == expected
     assert next(iterator).item() == value

@@ -31,34 +31,36 @@ assert only_this_thread()
 """
 
 
-@pytest.mark.parametrize("models", ["one", "each"])
+@pytest.mark.parametrize("shared", ["nothing", "model", "drafter"])
 @needs_proc
-def test_callers_in_a_pool_each_with_its_own_drafter(models: str) -> None:
+def test_callers_in_a_pool(shared: str) -> None:
     """The same text from each, on two threads each; a caller that ends takes its threads with it."""
     run_program(
         BEGIN
         + """
 import sys
-together = threading.Barrier(4)
+together = threading.Barrier(3)
+models = [wide_model() if sys.argv[1] == "nothing" else model for _ in range(3)]
+drafters = [drafter_of(each, cpu_kernels=number != 2) for number, each in enumerate(models)]
 
 def caller(number):
-    mine = drafter_of(model if sys.argv[1] == "one" else wide_model(), cpu_kernels=number != 3)
-    together.wait(120)
-    with mine:
-        assert torch.get_num_threads() == 2
-        texts = [text_of(mine.generate) for _ in range(3)]
-    return texts
+    drafter = drafters[0 if sys.argv[1] == "drafter" else number]
+    together.wait(240)
+    assert torch.get_num_threads() == 2
+    return [text_of(drafter.generate) for _ in range(2)]
 
-with ThreadPoolExecutor(4) as pool:
-    for texts in pool.map(caller, range(4)):
-        assert texts == [expected] * 3
+with ThreadPoolExecutor(3) as pool:
+    for texts in pool.map(caller, range(3)):
+        assert texts == [expected] * 2
 assert calls and set(calls) == {2}
-assert not any("forward" in part.__dict__ for part in model.modules())
+assert not any("forward" in part.__dict__ for each in models for part in each.modules())
+for drafter in drafters:
+    drafter.close()
 wait_until(lambda: tasks() <= before)
 assert only_this_thread()
 assert text_of(model.generate) == expected
 """,
-        models,
+        shared,
     )
 
 

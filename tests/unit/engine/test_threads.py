@@ -10,7 +10,7 @@ import torch
 
 from retrieval_draft.engine import threads as threads_module
 from retrieval_draft.engine.cpu.linear_kernels import tiled
-from retrieval_draft.engine.threads import in_live_pool, on_threads
+from retrieval_draft.engine.threads import in_live_pool, number_of_threads, on_threads
 
 TASKS = Path("/proc/self/task")
 WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -71,6 +71,39 @@ def test_the_number_of_threads_of_torch_is_respected(monkeypatch: pytest.MonkeyP
     tiled(torch.ones(4, 4))(torch.ones(1, 4))
     torch.set_num_threads(1)
     assert asked == [1, 2, 1], "a small layer is not worth another thread"
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="threads cannot be counted here")
+def test_the_number_of_threads_is_the_callers_alone(two_threads: None) -> None:
+    """A thread that begins meanwhile has the process's number, and keeps it."""
+    numbers: list[int] = []
+
+    def work() -> None:
+        numbers.append(torch.get_num_threads())
+
+    def added_threads() -> int:
+        """Threads that a large product makes in a thread that has none yet."""
+        before = len(list(TASKS.iterdir()))
+        _ = torch.ones(512, 512) @ torch.ones(512, 512)
+        return len(list(TASKS.iterdir())) - before
+
+    def on_one_and_on_two() -> None:
+        with number_of_threads(1):
+            numbers.append(added_threads())
+        numbers.append(added_threads())
+
+    with number_of_threads(1):
+        work()
+        other = threading.Thread(target=work)
+        other.start()
+        other.join()
+    work()
+    assert numbers == [1, 2, 2]
+    numbers.clear()
+    other = threading.Thread(target=on_one_and_on_two)
+    other.start()
+    other.join()
+    assert numbers == [0, 1]
 
 
 def test_several_server_threads_at_once(two_threads: None) -> None:
