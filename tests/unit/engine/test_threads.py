@@ -73,37 +73,34 @@ def test_the_number_of_threads_of_torch_is_respected(monkeypatch: pytest.MonkeyP
     assert asked == [1, 2, 1], "a small layer is not worth another thread"
 
 
-@pytest.mark.skipif(not TASKS.is_dir(), reason="threads cannot be counted here")
+def numbers_of_threads() -> set[int]:
+    """Of torch, of OpenMP and of MKL, for the calling thread."""
+    lines = torch.__config__.parallel_info().splitlines()
+    return {
+        int(line.split(":")[-1]) for line in lines if "num_threads() :" in line or "max_threads() :" in line
+    }
+
+
 def test_the_number_of_threads_is_the_callers_alone(two_threads: None) -> None:
     """A thread that begins meanwhile has the process's number, and keeps it."""
-    numbers: list[int] = []
+    meanwhile, done = threading.Event(), threading.Event()
+    numbers: list[set[int]] = []
 
     def work() -> None:
-        numbers.append(torch.get_num_threads())
+        numbers.append(numbers_of_threads())
+        meanwhile.set()
+        done.wait()
+        numbers.append(numbers_of_threads())
 
-    def added_threads() -> int:
-        """Threads that a large product makes in a thread that has none yet."""
-        before = len(list(TASKS.iterdir()))
-        _ = torch.ones(512, 512) @ torch.ones(512, 512)
-        return len(list(TASKS.iterdir())) - before
-
-    def on_one_and_on_two() -> None:
-        with number_of_threads(1):
-            numbers.append(added_threads())
-        numbers.append(added_threads())
-
+    other = threading.Thread(target=work)
     with number_of_threads(1):
-        work()
-        other = threading.Thread(target=work)
         other.start()
-        other.join()
-    work()
-    assert numbers == [1, 2, 2]
-    numbers.clear()
-    other = threading.Thread(target=on_one_and_on_two)
-    other.start()
+        meanwhile.wait()
+        assert numbers_of_threads() == {1}
+    assert numbers_of_threads() == {2}
+    done.set()
     other.join()
-    assert numbers == [0, 1]
+    assert numbers == [{2}, {2}]
 
 
 def test_several_server_threads_at_once(two_threads: None) -> None:
