@@ -30,6 +30,9 @@ MOST_TOKENS = 64
 TRIAL_PASSES = 8
 """Passes between two trials at least."""
 
+MOST_REPEATS = 3
+"""Passes more that a trial takes at most, while its time is not believed, or its gain not to be seen yet."""
+
 TRIAL_SHARE = 0.008
 """Share of the time that trials may lose in the long run."""
 
@@ -78,7 +81,7 @@ class ThreadChoice:
         self._curves = {}
         self._counts = [*(1 << power for power in range(limit.bit_length()) if 1 << power < limit), limit]
         self._trial: int | None = None
-        self._is_trial_repeated = False
+        self._repeats = 0
         self._is_upwards = False
         self._passes = TRIAL_PASSES - 2  # soon: nothing was tried
         self._seconds_to_trial = 0.0
@@ -109,7 +112,7 @@ class ThreadChoice:
         if not self._curves:
             return self._free_threads()
         best = min(self._counts, key=lambda count: self._curves[count].seconds(tokens))
-        if self._is_trial_repeated and self._trial is not None:
+        if self._trial is not None:
             return self._trial
         self._look()
         is_free = self._left is not None and self._left > best + FREE
@@ -144,10 +147,11 @@ class ThreadChoice:
             best = min(self._counts, key=expected_of.__getitem__)
             lost = max(seconds - expected_of[best], 0.0)
             self._seconds_to_trial = max(self._seconds_to_trial, 0.0) + lost / TRIAL_SHARE
-            self._is_trial_repeated = not is_believed and not self._is_trial_repeated
-            if not self._is_trial_repeated:
+            is_over = is_believed and (best == threads or lost > 0)
+            self._repeats += 1
+            if is_over or self._repeats > MOST_REPEATS:
                 self._trial, self._is_upwards = None, not self._is_upwards
-                self._passes, self._slower, self._is_called_for = 0, 0, False
+                self._repeats, self._passes, self._slower, self._is_called_for = 0, 0, 0, False
                 to_lose = expected_of[self._next_trial(best)] - expected_of[best]
                 self._seconds_to_trial = max(self._seconds_to_trial, to_lose / TRIAL_SHARE)
             return

@@ -160,6 +160,20 @@ def test_a_pause_beside_a_busy_process_calls_for_no_trial() -> None:
         assert set(machine.run(10)) == {1}
 
 
+def test_two_threads_again_where_sizes_take_turns() -> None:
+    """Times that are not believed at first need a second one of about the same size."""
+    machine = Machine(ALONE, 2.0)
+    machine.run(40, tokens=12)
+    machine.seconds, machine.free = {1: 0.15, 2: 1.0}, 1.0
+    for _ in range(20):
+        machine.run(1, tokens=12)
+        machine.run(1, tokens=39)
+    machine.seconds, machine.free = {1: 0.15, 2: 0.08}, 2.0
+    begin = machine.now
+    while machine.run(1, tokens=12) + machine.run(1, tokens=39) != [2, 2]:
+        assert machine.now - begin < 2.0
+
+
 def test_the_first_passes_beside_a_busy_process() -> None:
     """One thread from the start, as few processors are free; two are tried once."""
     machine = Machine(BESIDE_ONE, 1.0)
