@@ -118,6 +118,8 @@ class ThreadChoice:
         is_free = self._left is not None and self._left > best + FREE
         if is_free and not self._was_free and best < self._limit:
             self._call_for_trial(upwards=True)
+            # Its times beside others say nothing now: at first they are taken to be as good as the best ones.
+            self._curves[self._next_trial(best)] = self._curves[best].scaled(1.0)
         self._was_free = is_free
         if self._passes < TRIAL_PASSES or (self._seconds_to_trial > 0 and not self._is_called_for):
             return best
