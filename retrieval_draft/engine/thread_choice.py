@@ -40,13 +40,16 @@ SLOWER = 1.25
 """Times the expected seconds from which two passes in a row call for a trial of fewer threads."""
 
 LOOK_SECONDS, STALE_SECONDS = 0.25, 5.0
-"""Time between two looks at the machine's processors, and from which a look says nothing about now."""
+"""Time between two looks at the machine's processors, and after which a look is no measure of now."""
 
 FREE = 0.6
 """Free processors more than threads that call for a trial of more threads."""
 
 TAKEN = 0.3
 """Processors from which others are taken to have work for a whole one."""
+
+RISK = 1.3
+"""Factor for a pass on more threads than processors are free: the next one may take five times as long."""
 
 
 class ThreadChoice:
@@ -111,20 +114,25 @@ class ThreadChoice:
         """The number of threads for a pass over so many tokens; of a trial, if one is due."""
         if not self._curves:
             return self._free_threads()
-        best = min(self._counts, key=lambda count: self._curves[count].seconds(tokens))
         if self._trial is not None:
             return self._trial
-        self._look()
+        best = min(self._counts, key=lambda count: self._expected(count, tokens))
         is_free = self._left is not None and self._left > best + FREE
         if is_free and not self._was_free and best < self._limit:
             self._call_for_trial(upwards=True)
-            # Its times beside others say nothing now: at first they are taken to be as good as the best ones.
+            # Its times beside others are no measure now: for a start they are taken to be the best ones'.
             self._curves[self._next_trial(best)] = self._curves[best].scaled(1.0)
         self._was_free = is_free
         if self._passes < TRIAL_PASSES or (self._seconds_to_trial > 0 and not self._is_called_for):
             return best
         self._trial = self._next_trial(best)
         return self._trial
+
+    def _expected(self, count: int, tokens: int) -> float:
+        return self._curves[count].seconds(tokens) * self._risk(count)
+
+    def _risk(self, count: int) -> float:
+        return RISK if count > self._free_threads() else 1.0
 
     def _next_trial(self, best: int) -> int:
         index = self._counts.index(best)
@@ -145,9 +153,9 @@ class ThreadChoice:
         expected = self._curves[threads].seconds(tokens)
         is_believed = self._curves[threads].observe(tokens, seconds)
         if threads == self._trial:
-            expected_of = {count: curve.seconds(tokens) for count, curve in self._curves.items()}
+            expected_of = {count: self._expected(count, tokens) for count in self._counts}
             best = min(self._counts, key=expected_of.__getitem__)
-            lost = max(seconds - expected_of[best], 0.0)
+            lost = max(seconds * self._risk(threads) - expected_of[best], 0.0)
             self._seconds_to_trial = max(self._seconds_to_trial, 0.0) + lost / TRIAL_SHARE
             is_over = is_believed and (best == threads or lost > 0)
             self._repeats += 1

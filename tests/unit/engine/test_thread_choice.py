@@ -72,7 +72,7 @@ def test_idle_processors_that_may_not_be_used_cost_little() -> None:
 
 
 def test_one_slow_pass_changes_nothing() -> None:
-    machine = Machine(ALONE, 1.0)
+    machine = Machine(ALONE, 2.0)
     machine.run(40)  # a trial has just been made
     machine.seconds = {1: 0.5, 2: 0.4}
     machine.run(1)
@@ -172,6 +172,16 @@ def test_two_threads_again_where_sizes_take_turns() -> None:
     begin = machine.now
     while machine.run(1, tokens=12) + machine.run(1, tokens=39) != [2, 2]:
         assert machine.now - begin < 2.0
+
+
+def test_threads_that_are_lucky_beside_a_busy_process() -> None:
+    """A little faster is not worth the risk of more threads than free processors; much faster is."""
+    machine = Machine({1: 0.042, 2: 0.038}, 1.0)
+    machine.run(100)
+    assert machine.run(100).count(2) < 10
+    machine.seconds = {1: 0.042, 2: 0.028}
+    machine.run(300)
+    assert machine.run(100).count(1) < 10
 
 
 def test_the_first_passes_beside_a_busy_process() -> None:
