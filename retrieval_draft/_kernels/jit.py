@@ -8,13 +8,14 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from threading import Lock
 from typing import Any, TypeVar, cast
 
 from numba import njit
 from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
 from numba.extending import is_jitted
+
+from retrieval_draft._forks import lock_for_moments
 
 __all__ = ["c_address", "c_function", "kernel", "kernel_files", "source_stamp", "sum_kernel"]
 
@@ -56,7 +57,7 @@ def c_function(function: Callable[..., object], signature: Any) -> Any:
     return compiled
 
 
-_compiling = Lock()
+_compiling = lock_for_moments()
 
 
 def c_address(function: Callable[..., object], signature: Any) -> int:

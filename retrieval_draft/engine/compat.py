@@ -19,6 +19,7 @@ import transformers
 from transformers import GenerationConfig, GenerationMixin, cache_utils
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from retrieval_draft.engine.substitution import loan
 from retrieval_draft.errors import UnsupportedEngineError
 
 __all__ = [
@@ -252,13 +253,15 @@ def steps_as_alone(layers: list[Any]) -> Iterator[None]:
         layers: Those of `limited_steps`.
     """
     limits = [layer.time_step_limit for layer in layers]
-    try:
+
+    def give_back() -> None:
+        for layer, limit in zip(layers, limits, strict=True):
+            layer.time_step_limit = limit
+
+    with loan(give_back):
         for layer in layers:
             layer.time_step_limit = _NO_LIMIT
         yield
-    finally:
-        for layer, limit in zip(layers, limits, strict=True):
-            layer.time_step_limit = limit
 
 
 def next_inputs(model: Any, ids: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

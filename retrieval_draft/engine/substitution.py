@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_free", "is_ordinary_call", "lend_attention", "lend_forwards"]
+__all__ = ["is_free", "is_ordinary_call", "lend_attention", "lend_forwards", "loan"]
 
 _users: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _attention_users: dict[tuple[int, str], tuple[int, str]] = {}
-_lock = threading.Lock()
+_loans: list[tuple[int, Callable[[], object]]] = []
+"""Of each loan now: the borrowing thread, and a function that gives it back."""
+
+_lock = threading.RLock()
 
 
 def is_free(module: nn.Module) -> bool:
@@ -40,7 +44,15 @@ def lend_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> I
     Of several users of one module at a time the first decides and the last restores.
     """
     changed: list[nn.Module] = []
-    try:
+
+    def give_back() -> None:
+        for module in changed:
+            _users[module] -= 1
+            if not _users[module]:
+                del _users[module]
+                module.__dict__.pop("forward", None)
+
+    with loan(give_back):
         with _lock:
             for module, forward in forwards:
                 if module not in _users:
@@ -48,13 +60,6 @@ def lend_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> I
                 _users[module] = _users.get(module, 0) + 1
                 changed.append(module)
         yield
-    finally:
-        with _lock:
-            for module in changed:
-                _users[module] -= 1
-                if not _users[module]:
-                    del _users[module]
-                    module.__dict__.pop("forward", None)
 
 
 @contextmanager
@@ -71,19 +76,50 @@ def lend_attention(model: Any, name: str, over: Collection[str]) -> Iterator[str
     """
     text = model.config.get_text_config(decoder=True)
     key = id(text), name
+
+    def give_back() -> None:
+        count, before = _attention_users.pop(key)
+        if count > 1:
+            _attention_users[key] = count - 1, before
+        else:
+            text._attn_implementation = before
+
     with _lock:
         count, before = _attention_users.get(key, (0, text._attn_implementation))
         taken = text._attn_implementation in (*over, name)
+        stack = ExitStack()
         if taken:
+            stack.enter_context(loan(give_back))
             _attention_users[key] = count + 1, before
             text._attn_implementation = name
-    try:
+    with stack:
         yield before if taken else None
+
+
+@contextmanager
+def loan(give_back: Callable[[], object]) -> Iterator[None]:
+    """Calls `give_back` at the end, or in the child of a fork that another thread makes meanwhile."""
+    made = threading.get_ident(), give_back
+    with _lock:
+        _loans.append(made)
+    try:
+        yield
     finally:
-        if taken:
-            with _lock:
-                count, before = _attention_users.pop(key)
-                if count > 1:
-                    _attention_users[key] = count - 1, before
-                else:
-                    text._attn_implementation = before
+        with _lock:
+            if made in _loans:
+                _loans.remove(made)
+                give_back()
+
+
+def _after_fork() -> None:
+    """Gives back in the child what threads borrowed that it does not have: they would never do so."""
+    mine = threading.get_ident()
+    for thread, give_back in [made for made in _loans if made[0] != mine]:
+        _loans.remove((thread, give_back))
+        give_back()
+    _lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    # No thread is in the middle of lending then.
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from retrieval_draft.drafting.time_curve import TimeCurve
+from retrieval_draft.engine.threads import number_of_threads
 
-__all__ = ["ThreadChoice", "allowed_threads", "idle_processors"]
+__all__ = ["ThreadChoice", "allowed_threads", "free_processors"]
 
 Result = TypeVar("Result")
 
@@ -25,10 +25,13 @@ GAIN = 1 / 3
 """Assumed exponent of the gain from threads: two take 1.26 times less time than one."""
 
 MOST_TOKENS = 64
-"""Passes over more tokens use as many threads as they may: arithmetic is their limit."""
+"""Passes over more tokens use as many threads as there are free processors: arithmetic is their limit."""
 
 TRIAL_PASSES = 8
 """Passes between two trials at least."""
+
+MOST_REPEATS = 3
+"""Passes more that a trial takes at most, while its time is not believed, or its gain not to be seen yet."""
 
 TRIAL_SHARE = 0.008
 """Share of the time that trials may lose in the long run."""
@@ -36,11 +39,17 @@ TRIAL_SHARE = 0.008
 SLOWER = 1.25
 """Times the expected seconds from which two passes in a row call for a trial of fewer threads."""
 
-IDLE_SECONDS = 0.25
-"""Time between two looks at the machine's idle processors."""
+LOOK_SECONDS, STALE_SECONDS = 0.25, 5.0
+"""Time between two looks at the machine's processors, and after which a look is no measure of now."""
 
 FREE = 0.6
-"""Idle processors that call for a trial of more threads."""
+"""Free processors more than threads that call for a trial of more threads."""
+
+TAKEN = 0.3
+"""Processors from which others are taken to have work for a whole one."""
+
+RISK = 1.3
+"""Factor for a pass on more threads than processors are free: the next one may take five times as long."""
 
 
 class ThreadChoice:
@@ -53,18 +62,18 @@ class ThreadChoice:
 
     Args:
         limit: Threads that may be used at most, asked before each pass.
-        idle: Idle processors since the last call, or None where that cannot be known.
+        free: Processors that others left free since the last call, or None where that cannot be known.
         clock: Seconds, for tests.
     """
 
     def __init__(
         self,
         limit: Callable[[], int] | None = None,
-        idle: Callable[[], float | None] | None = None,
+        free: Callable[[], float | None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._allowed = allowed_threads if limit is None else limit
-        self._idle = idle_processors() if idle is None else idle
+        self._free = free_processors() if free is None else free
         self._clock = clock
         self._limit = 0
         self._curves: dict[int, TimeCurve] = {}
@@ -75,13 +84,14 @@ class ThreadChoice:
         self._curves = {}
         self._counts = [*(1 << power for power in range(limit.bit_length()) if 1 << power < limit), limit]
         self._trial: int | None = None
-        self._is_trial_repeated = False
+        self._repeats = 0
         self._is_upwards = False
-        self._passes = 0
+        self._passes = TRIAL_PASSES - 2  # soon: nothing was tried
         self._seconds_to_trial = 0.0
         self._slower = 0
         self._is_called_for = False
         self._looked = self._clock()
+        self._left: float | None = None
         self._was_free = False
 
     def run(self, tokens: int, work: Callable[[], Result]) -> Result:
@@ -90,10 +100,10 @@ class ThreadChoice:
         if limit != self._limit:
             self._reset(limit)
         if limit < 2 or tokens > MOST_TOKENS:
-            with _threads(limit):
+            with number_of_threads(self._free_threads()):
                 return work()
         threads = self.choose(tokens)
-        with _threads(threads):
+        with number_of_threads(threads):
             began = self._clock()
             out = work()
             seconds = self._clock() - began
@@ -103,17 +113,31 @@ class ThreadChoice:
     def choose(self, tokens: int) -> int:
         """The number of threads for a pass over so many tokens; of a trial, if one is due."""
         if not self._curves:
-            return self._limit
-        best = min(self._counts, key=lambda count: self._curves[count].seconds(tokens))
-        if self._is_trial_repeated and self._trial is not None:
+            return self._free_threads()
+        if self._trial is not None:
             return self._trial
-        self._look_for_idle(best)
+        best = min(self._counts, key=lambda count: self._expected(count, tokens))
+        is_free = self._left is not None and self._left > best + FREE
+        if is_free and not self._was_free and best < self._limit:
+            self._call_for_trial(upwards=True)
+            # Its times beside others are no measure now: for a start they are taken to be the best ones'.
+            self._curves[self._next_trial(best)] = self._curves[best].scaled(1.0)
+        self._was_free = is_free
         if self._passes < TRIAL_PASSES or (self._seconds_to_trial > 0 and not self._is_called_for):
             return best
+        self._trial = self._next_trial(best)
+        return self._trial
+
+    def _expected(self, count: int, tokens: int) -> float:
+        return self._curves[count].seconds(tokens) * self._risk(count)
+
+    def _risk(self, count: int) -> float:
+        return RISK if count > self._free_threads() else 1.0
+
+    def _next_trial(self, best: int) -> int:
         index = self._counts.index(best)
         others = self._counts[max(index - 1, 0) : index] + self._counts[index + 1 : index + 2]
-        self._trial = others[-1] if self._is_upwards else others[0]
-        return self._trial
+        return others[-1] if self._is_upwards else others[0]
 
     def observe(self, threads: int, tokens: int, seconds: float) -> None:
         """Records the time of a pass with so many threads."""
@@ -129,13 +153,17 @@ class ThreadChoice:
         expected = self._curves[threads].seconds(tokens)
         is_believed = self._curves[threads].observe(tokens, seconds)
         if threads == self._trial:
-            least = min(curve.seconds(tokens) for curve in self._curves.values())
-            lost = max(seconds - least, 0.0)
+            expected_of = {count: self._expected(count, tokens) for count in self._counts}
+            best = min(self._counts, key=expected_of.__getitem__)
+            lost = max(seconds * self._risk(threads) - expected_of[best], 0.0)
             self._seconds_to_trial = max(self._seconds_to_trial, 0.0) + lost / TRIAL_SHARE
-            self._is_trial_repeated = not is_believed and not self._is_trial_repeated
-            if not self._is_trial_repeated:
+            is_over = is_believed and (best == threads or lost > 0)
+            self._repeats += 1
+            if is_over or self._repeats > MOST_REPEATS:
                 self._trial, self._is_upwards = None, not self._is_upwards
-                self._passes, self._slower, self._is_called_for = 0, 0, False
+                self._repeats, self._passes, self._slower, self._is_called_for = 0, 0, 0, False
+                to_lose = expected_of[self._next_trial(best)] - expected_of[best]
+                self._seconds_to_trial = max(self._seconds_to_trial, to_lose / TRIAL_SHARE)
             return
         self._slower = self._slower + 1 if seconds > SLOWER * expected else 0
         if self._slower == 2 and threads > 1:
@@ -145,29 +173,17 @@ class ThreadChoice:
         """Makes a trial due, however much the last ones lost."""
         self._is_called_for, self._is_upwards, self._passes = True, upwards, TRIAL_PASSES
 
-    def _look_for_idle(self, best: int) -> None:
-        """Calls for a trial of more threads once when processors became idle."""
+    def _look(self) -> None:
         now = self._clock()
-        if now - self._looked < IDLE_SECONDS:
-            return
-        self._looked = now
-        idle = self._idle()
-        is_free = idle is not None and idle > FREE
-        if is_free and not self._was_free and best < self._limit:
-            self._call_for_trial(upwards=True)
-        self._was_free = is_free
+        passed = now - self._looked
+        if passed >= LOOK_SECONDS:
+            self._looked, left = now, self._free()
+            self._left = left if passed < STALE_SECONDS else None
 
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count != before:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        if count != before:
-            torch.set_num_threads(before)
+    def _free_threads(self) -> int:
+        """As many threads as processors that others leave free, as far as is known."""
+        self._look()
+        return self._limit if self._left is None else min(max(int(self._left + TAKEN), 1), self._limit)
 
 
 def allowed_threads() -> int:
@@ -225,27 +241,31 @@ class _Quota:
 _quota = _Quota()
 
 
-def idle_processors(stat: Path = Path("/proc/stat")) -> Callable[[], float | None]:
-    """Makes a function that gives the idle processors since its last call, of those that may be used.
+def free_processors(stat: Path = Path("/proc/stat")) -> Callable[[], float | None]:
+    """Makes a function that counts the processors, of those that may be used, that others left free.
 
     Returns:
-        Gives a number; None at the first call, and where the system does not count idle time.
+        Gives the number that was idle or this process's own since its last call; None where the system does
+        not count idle time.
     """
-    last: tuple[float, float] | None = None
     tick = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
-    def idle() -> float | None:
-        nonlocal last
+    def sample() -> tuple[float, float] | None:
         try:
             own = {f"cpu{number}" for number in os.sched_getaffinity(0)}
             lines = (line.split() for line in stat.read_text().splitlines() if line.startswith("cpu"))
             ticks = sum(int(line[4]) + int(line[5]) for line in lines if line[0] in own)
         except (OSError, AttributeError, ValueError, IndexError):
             return None
-        now = time.monotonic()
-        before, last = last, (now, ticks / tick)
-        if before is None or now <= before[0]:
-            return None
-        return (last[1] - before[1]) / (now - before[0])
+        return time.monotonic(), ticks / tick + time.process_time()
 
-    return idle
+    last = sample()
+
+    def free() -> float | None:
+        nonlocal last
+        before, last = last, sample()
+        if before is None or last is None or last[0] <= before[0]:
+            return None
+        return (last[1] - before[1]) / (last[0] - before[0])
+
+    return free

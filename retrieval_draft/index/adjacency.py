@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft._forks import lock_for_moments
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.index._workspace import Workspace
 from retrieval_draft.index.draft_stores import DraftStores
@@ -69,7 +70,8 @@ class AdjacencyMatrix:
         self._backoff = np.array(BACKOFF, np.float64)
         self._frequent = FrequentTokens()
         self._clock = 0
-        self._lock = Lock()  # the kernels run without the GIL, and a server drafts from several threads
+        # The kernels run without the GIL, and a server drafts from several threads.
+        self._lock = lock_for_moments()
 
     @property
     def nbytes(self) -> int:

@@ -139,6 +139,8 @@ class History:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        if self._worker is not None:
+            self._worker.join()
         self._stack.close()
 
     def _attach(self, folder: Path, fingerprint: str) -> None:
@@ -332,6 +334,7 @@ def _after_fork() -> None:
     """Resets histories in a forked child: thread and folder are the parent's, texts stay in memory only."""
     for history in _histories:
         history._changed = threading.Condition()
+        history._pile.after_fork()
         history._worker = None
         history._busy = False
         history._waiting.clear()

@@ -15,10 +15,10 @@ from __future__ import annotations
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from threading import Lock
 
 import numpy as np
 
+from retrieval_draft._forks import lock_for_moments
 from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.index.source import Proposal, TokenArray
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
@@ -46,7 +46,7 @@ class TrigramMatrix:
     def __init__(self, segments: Sequence[Segment] = (), rows: int = ROWS) -> None:
         self._segments, self._most = segments, rows
         self._rows: OrderedDict[tuple[int, int], dict[int, float]] = OrderedDict()
-        self._seen, self._lock = dict[tuple[int, int], int](), Lock()
+        self._seen, self._lock = dict[tuple[int, int], int](), lock_for_moments()
 
     def __len__(self) -> int:
         return len(self._rows)

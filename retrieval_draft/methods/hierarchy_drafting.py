@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from heapq import nlargest
-from threading import Lock
 
+from retrieval_draft._forks import lock_for_moments
 from retrieval_draft.index.segments.segment_session import Segments
 from retrieval_draft.index.source import Proposal, TokenArray
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
@@ -51,7 +51,7 @@ class ModelStore:
         self._best: dict[int, list[Guess]] = {}  # the first of each token's
         self._size = 0
         self._time = 0
-        self._lock = Lock()
+        self._lock = lock_for_moments()
 
     @property
     def nbytes(self) -> int:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from threading import Lock
 
 import numpy as np
 
+from retrieval_draft._forks import lock_for_moments
 from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits
 from retrieval_draft.index.source import DraftSource, Proposal, TokenArray
 from retrieval_draft.methods.drafted import expansions
@@ -41,7 +41,7 @@ class PhrasePool:
 
     def __init__(self) -> None:
         self._phrases: OrderedDict[int, deque[tuple[int, ...]]] = OrderedDict()
-        self._lock = Lock()
+        self._lock = lock_for_moments()
 
     def add(self, tokens: Sequence[int]) -> None:
         """Adds every phrase of a run of tokens, complete ones only."""

@@ -15,8 +15,8 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from threading import Lock
 
+from retrieval_draft._forks import lock_for_moments
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
 from retrieval_draft.methods.method import Method, MethodContext, as_proposed
@@ -56,7 +56,7 @@ class GramTrie:
         self._root = _Node(-1, None)
         # Least recently used first. A path is touched from its end to its start, so the first one is a leaf.
         self._nodes: OrderedDict[_Node, None] = OrderedDict()
-        self._lock = Lock()
+        self._lock = lock_for_moments()
 
     def __len__(self) -> int:
         return len(self._nodes)

@@ -21,10 +21,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
-from threading import Lock
 
 import numpy as np
 
+from retrieval_draft._forks import lock_for_moments
 from retrieval_draft.index.source import Proposal, TokenArray
 from retrieval_draft.index.suffix_automaton import SuffixAutomaton
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
@@ -121,8 +121,8 @@ class Replies:
         self._most_bytes = most_bytes
         self._texts: deque[TokenArray] = deque()
         self._automaton = SuffixAutomaton()
-        self._writing = Lock()
-        self._reading = Lock()
+        self._writing = lock_for_moments()
+        self._reading = lock_for_moments()
 
     @property
     def nbytes(self) -> int:

@@ -12,11 +12,11 @@ too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft._forks import lock_for_moments
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
 from retrieval_draft.methods.method import Method, MethodContext, as_proposed
@@ -73,7 +73,7 @@ class RecycledTokens:
 
     def __init__(self, vocabulary: int) -> None:
         self._rows: NDArray[np.int32] = np.full((max(vocabulary, 1), BREADTH), -1, np.int32)
-        self._lock = Lock()
+        self._lock = lock_for_moments()
 
     @property
     def nbytes(self) -> int:

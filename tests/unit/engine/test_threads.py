@@ -10,7 +10,7 @@ import torch
 
 from retrieval_draft.engine import threads as threads_module
 from retrieval_draft.engine.cpu.linear_kernels import tiled
-from retrieval_draft.engine.threads import in_live_pool, on_threads
+from retrieval_draft.engine.threads import in_live_pool, number_of_threads, on_threads
 
 TASKS = Path("/proc/self/task")
 WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -31,7 +31,7 @@ def test_every_thread_gets_the_argument_once(
     number: int, openmp: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not openmp:
-        monkeypatch.setattr(threads_module, "_openmp", lambda: None)
+        monkeypatch.setattr(threads_module, "_openmp", lambda name: None)
     function, address, calls = record()
     argument = (ctypes.c_int64 * 2)(7, 8)
     on_threads(address)(argument, number)
@@ -71,6 +71,36 @@ def test_the_number_of_threads_of_torch_is_respected(monkeypatch: pytest.MonkeyP
     tiled(torch.ones(4, 4))(torch.ones(1, 4))
     torch.set_num_threads(1)
     assert asked == [1, 2, 1], "a small layer is not worth another thread"
+
+
+def numbers_of_threads() -> set[int]:
+    """Of torch, of OpenMP and of MKL, for the calling thread."""
+    lines = torch.__config__.parallel_info().splitlines()
+    return {
+        int(line.split(":")[-1]) for line in lines if "num_threads() :" in line or "max_threads() :" in line
+    }
+
+
+def test_the_number_of_threads_is_the_callers_alone(two_threads: None) -> None:
+    """A thread that begins meanwhile has the process's number, and keeps it."""
+    meanwhile, done = threading.Event(), threading.Event()
+    numbers: list[set[int]] = []
+
+    def work() -> None:
+        numbers.append(numbers_of_threads())
+        meanwhile.set()
+        done.wait()
+        numbers.append(numbers_of_threads())
+
+    other = threading.Thread(target=work)
+    with number_of_threads(1):
+        other.start()
+        meanwhile.wait()
+        assert numbers_of_threads() == {1}
+    assert numbers_of_threads() == {2}
+    done.set()
+    other.join()
+    assert numbers == [{2}, {2}]
 
 
 def test_several_server_threads_at_once(two_threads: None) -> None:
