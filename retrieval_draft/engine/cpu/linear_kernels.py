@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable
 from ctypes import c_int64
 from functools import cache
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear
 
+from retrieval_draft._forks import lock_for_moments
 from retrieval_draft.engine.threads import on_threads
 
 __all__ = [
@@ -241,7 +241,7 @@ class Outputs:
     """
 
     def __init__(self) -> None:
-        self._lock = Lock()
+        self._lock = lock_for_moments()
         self._room: NDArray[np.uint8] | None = None
         self._used: Callable[[], object] = lambda: None  # a weak reference to what the last tensor reads
 
