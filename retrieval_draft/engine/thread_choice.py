@@ -76,6 +76,9 @@ class ThreadChoice:
         self._free = free_processors() if free is None else free
         self._clock = clock
         self._limit = 0
+        self._seen: set[int] = set()
+        self._looked = self._clock()
+        self._left: float | None = None
         self._curves: dict[int, TimeCurve] = {}
         self._reset(1)
 
@@ -90,8 +93,6 @@ class ThreadChoice:
         self._seconds_to_trial = 0.0
         self._slower = 0
         self._is_called_for = False
-        self._looked = self._clock()
-        self._left: float | None = None
         self._was_free = False
 
     def run(self, tokens: int, work: Callable[[], Result]) -> Result:
@@ -99,7 +100,9 @@ class ThreadChoice:
         limit = self._allowed()
         if limit != self._limit:
             self._reset(limit)
-        if limit < 2 or tokens > MOST_TOKENS:
+        if limit < 2 or tokens > MOST_TOKENS or tokens not in self._seen:
+            self._seen.add(min(tokens, MOST_TOKENS + 1))
+            # The first pass over so many tokens may load code, or prepare products of a shape: no measure.
             with number_of_threads(self._free_threads()):
                 return work()
         threads = self.choose(tokens)

@@ -174,6 +174,18 @@ def test_two_threads_again_where_sizes_take_turns() -> None:
         assert machine.now - begin < 2.0
 
 
+@pytest.mark.parametrize("free", [None, 1.0, 2.0])
+def test_first_passes_of_each_size_that_load_code(free: float | None) -> None:
+    machine = Machine({1: 5.0, 2: 5.0}, free)
+    for tokens in (1, 2, 4, 8):
+        machine.seconds = {1: 5.0, 2: 5.0}
+        machine.run(1, tokens)
+        machine.seconds = BESIDE_ONE
+        machine.run(3, tokens)
+    machine.run(10)
+    assert machine.run(40).count(2) <= 2
+
+
 def test_threads_that_are_lucky_beside_a_busy_process() -> None:
     """A little faster is not worth the risk of more threads than free processors; much faster is."""
     machine = Machine({1: 0.042, 2: 0.038}, 1.0)
