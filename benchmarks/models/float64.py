@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -47,22 +48,29 @@ class _Widened:
     """
 
     def __init__(self, model: Any) -> None:
-        self._modes = ExitStack()
+        self._modes = _Modes()
         self._handles = (
             model.register_forward_pre_hook(self._enter),
             model.register_forward_hook(self._leave, always_call=True),
         )
 
     def _enter(self, *_: Any) -> None:
-        self._modes.enter_context(_Wide())
+        self._modes.stack.enter_context(_Wide())
 
     def _leave(self, *_: Any) -> None:
-        self._modes.close()
+        self._modes.stack.close()
 
     def remove(self) -> None:
         """Takes the hooks off."""
         for handle in self._handles:
             handle.remove()
+
+
+class _Modes(threading.local):
+    """The modes of each thread: a pass must not end that of another, such as a server that is given up."""
+
+    def __init__(self) -> None:
+        self.stack = ExitStack()
 
 
 class _Wide(TorchFunctionMode):

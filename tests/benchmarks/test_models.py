@@ -6,8 +6,10 @@ import importlib.util
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,31 @@ def test_what_a_model_converts_to_float32_becomes_float64(llama: Any) -> None:
     assert to_float64(llama, lambda: llama.generate(prompt, max_new_tokens=2, do_sample=False))
     assert set(kinds) == {torch.float64}
     assert torch.ones(1).double().float().dtype == torch.float32, "only in the model's passes"
+
+
+def test_passes_in_two_threads_end_apart(llama: Any) -> None:
+    prompt = torch.arange(3, 40)[None]
+    assert to_float64(llama, lambda: llama.generate(prompt, max_new_tokens=2, do_sample=False))
+    inside, release = threading.Event(), threading.Event()
+
+    def waits(*_: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert release.wait(60)
+
+    llama.model.layers[0].register_forward_pre_hook(waits)
+    with ThreadPoolExecutor(1) as pool, torch.no_grad():
+        other = pool.submit(llama, prompt)
+        assert inside.wait(60)
+        assert llama(prompt).logits.dtype == torch.float64
+        release.set()
+        assert other.result(60).logits.dtype == torch.float64
+        for kind in (pool.submit(_float32).result(60), _float32()):
+            assert kind == torch.float32
+
+
+def _float32() -> torch.dtype:
+    return torch.ones(1).float().dtype
 
 
 def test_model_that_fails_when_float32_is_replaced_computes_in_float64_otherwise(llama: Any) -> None:
