@@ -67,7 +67,7 @@ class _Widened:
 
 
 class _Modes(threading.local):
-    """The modes of each thread: a pass must not end that of another, such as a server that is given up."""
+    """The modes of each thread: passes of a server that timed out overlap with later ones."""
 
     def __init__(self) -> None:
         self.stack = ExitStack()
