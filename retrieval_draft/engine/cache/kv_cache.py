@@ -166,7 +166,7 @@ class SpeculativeLayer(CacheLayerMixin):
             staged: As of `update`.
 
         Returns:
-            What `update` returns, the last `new` rows unwritten; None, and nothing has changed, where that is
+            Those of `update`, the last `new` rows unwritten; None, and nothing has changed, where that is
             not a part of the buffers.
         """
         if not self.is_initialized or (not self._keeps and not staged and new > self._slack(0)):

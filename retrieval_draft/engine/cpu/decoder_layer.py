@@ -613,7 +613,7 @@ _LAYER_ARGUMENTS = frozenset(
 
 
 class _Flow(threading.local):
-    """What a thread's last layer computed and found out, which holds for the next layer of the same pass.
+    """Findings and the output of the last layer of a thread, which hold for the next one of the same pass.
 
     Attributes:
         output: The layer's output. Who is called with it follows that layer, in the same pass.

@@ -266,8 +266,8 @@ def add_lane_sums(builder: Any, address: Any, vectors: list[Any]) -> None:
         if len(vectors) > 2:
             add_at(builder, here, _lane_sums_of_four(builder, [*some, zero, zero, zero][:4]), _QUARTET)
             continue
-        for place, vector in enumerate(some):
-            add_at(builder, builder.add(here, long(4 * place)), _lane_sum(builder, vector), _FLOAT)
+        for index, vector in enumerate(some):
+            add_at(builder, builder.add(here, long(4 * index)), _lane_sum(builder, vector), _FLOAT)
 
 
 def _lane_sum(builder: Any, vector: Any) -> Any:
@@ -444,7 +444,7 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
                     _shuffled(builder, *pair, lanes) for lanes in (low, high)
                 )
         rows = mixed
-    return [rows[place] for place in (0, 2, 1, 3, 4, 6, 5, 7)]
+    return [rows[index] for index in (0, 2, 1, 3, 4, 6, 5, 7)]
 
 
 @intrinsic
