@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import getitem, is_
+from operator import is_
 from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
@@ -177,7 +177,7 @@ def _fit(linear: dict[str, LayerKernels], norms: dict[str, Norm], head: Any) -> 
 class _Parts:
     """A layer's matrices and norms, and its two programs for each number of tokens.
 
-    It holds parameters and not modules, which could then not be freed.
+    It holds parameters and the layer's modules, but not the layer, which could then not be freed.
 
     Args:
         layer: A decoder layer.
@@ -197,19 +197,25 @@ class _Parts:
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
         inner = [getattr(layer.self_attn, name, None) or getattr(layer.mlp, name) for name in _LINEAR]
-        parameters = [
+        known: list[tuple[dict[str, Any], str, Any]] = [
             (module._parameters, name, parameter)
             for module in inner
             for name, parameter in module._parameters.items()
         ]
-        parameters += [(norm.parameters, "weight", norm.weight) for norm in norms.values()]
-        self._holders, self._names, self._known = zip(*parameters, strict=True)
+        known += [(norm.parameters, "weight", norm.weight) for norm in norms.values()]
+        # Another module may come to stand for one of these, as an adapter does.
+        known += [
+            (module._modules, name, child)
+            for module in layer.modules()
+            for name, child in module._modules.items()
+        ]
+        self._holders, self._names, self._known = zip(*known, strict=True)
         self._registered = -1
         self._addresses = [tensor.data_ptr for made in linear.values() for tensor in made.tensors]
         self._programs: dict[int, tuple[list[int], _Programs | None]] = {}
 
     def is_current(self) -> bool:
-        """True while parameters are those that were read, and no module in the layer has hooks.
+        """True while modules and parameters are those that were read, and no module in the layer has hooks.
 
         After a matrix nothing of Python is left in the caches of the processor, and each object that is
         looked at takes a fifth of a microsecond: hooks are looked at when any have been registered.
@@ -219,7 +225,7 @@ class _Parts:
             if any(self._hooks):
                 return False
             self._registered = registered
-        return all(map(is_, map(getitem, self._holders, self._names), self._known))
+        return all(map(is_, map(dict.get, self._holders, self._names), self._known))
 
     def layers(self, tokens: int) -> dict[str, CompiledLinear] | None:
         """Our kernels for so many tokens; None where others save more time than the programs do."""

@@ -87,7 +87,16 @@ def amx(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
     Returns:
         The layer, for inputs of bfloat16; at most 64 tokens are multiplied at a time.
+
+    Raises:
+        ValueError: It is not available, for this weight or on this machine.
     """
+    if not is_amx_available(weight):
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"AMX multiplies bfloat16 of 16 i rows and 32 j columns where a machine has it, not {kind} of "
+            f"{weight.shape[0]} rows and {weight.shape[1]} columns here; see is_amx_available."
+        )
     from retrieval_draft.engine.cpu._kernels.linear_amx import linear_amx
 
     return CompiledLinear(weight, bias, linear_amx, PAIRS)

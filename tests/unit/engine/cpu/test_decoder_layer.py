@@ -1,3 +1,4 @@
+import copy
 import gc
 import math
 import threading
@@ -194,18 +195,31 @@ def test_weights_changed_in_place_are_seen_by_the_next_request() -> None:
     assert torch.allclose(logits_of_tree(model, kernels), expected, rtol=1e-4, atol=2e-4)
 
 
+class Negated(nn.Module):
+    """As an adapter, a module that comes after another one in its stead."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -x
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("how", ["parameter", "data"])
+@pytest.mark.parametrize("how", ["parameter", "data", "module", "attention"])
 def test_replaced_weights_are_seen_at_once(how: str) -> None:
     model = make("llama")
     kernels, target = ready(model), Target(model)
+    others = [copy.deepcopy(layer.self_attn) for layer in model.model.layers]
     text = torch.arange(20)
     with kernels.applied():
         *_, before = target.prefill(target.cache(64), text, 1)
-        for layer in model.model.layers:
+        for layer, other in zip(model.model.layers, others, strict=True):
             weight = layer.self_attn.v_proj.weight
             if how == "data":
                 weight.data = -weight.data
+            elif how == "module":
+                layer.self_attn.v_proj = nn.Sequential(layer.self_attn.v_proj, Negated())
+            elif how == "attention":
+                layer.self_attn = other
+                layer.self_attn.v_proj.weight.data = -weight.data
             else:
                 layer.self_attn.v_proj.weight = nn.Parameter(-weight)
         *_, after = target.prefill(target.cache(64), text, 1)
