@@ -7,20 +7,14 @@ from torch.nn.functional import linear
 from retrieval_draft.engine.cpu import linear_kernels
 from retrieval_draft.engine.cpu._kernels.linear import linear_numpy
 from retrieval_draft.engine.cpu._kernels.linear_tokenwise import linear_tokenwise_numpy
-from retrieval_draft.engine.cpu.linear_kernels import (
-    KERNELS,
-    OURS,
-    Outputs,
-    is_amx_available,
-    is_tiled_available,
-)
+from retrieval_draft.engine.cpu.linear_kernels import KERNELS, OURS, Outputs, is_tiled_available
 
 SHAPES = [(1, 1), (5, 3), (7, 16), (3, 33), (24, 640), (25, 641), (63, 1283), (640, 100), (129, 2048)]
 SIZES = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 130)
 DTYPES = [torch.float32, torch.bfloat16]
 
 ours = pytest.mark.parametrize("name", OURS)
-everyone = pytest.mark.parametrize("name", KERNELS)
+everyone = pytest.mark.parametrize("name", [name for name in KERNELS if name != "amx"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 shapes = pytest.mark.parametrize(("rows", "length"), SHAPES)
 
@@ -42,10 +36,6 @@ def test_error_against_float64_is_at_most_twice_that_of_stock(
     name: str, dtype: torch.dtype, rows: int, length: int, biased: bool
 ) -> None:
     w, bias = normal(rows, length, dtype=dtype), normal(rows, dtype=dtype, seed=1) if biased else None
-    if name == "amx" and not is_amx_available(w):
-        with pytest.raises(ValueError, match="AMX"):
-            KERNELS[name](w, bias)
-        return
     call = KERNELS[name](w, bias)
     numbers = (1, 3, 16, 65)
     inputs = [normal(tokens, length, dtype=dtype, seed=tokens) for tokens in numbers]
