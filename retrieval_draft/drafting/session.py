@@ -236,7 +236,7 @@ def count_names(
         named_by = [proposal for bit, proposal in enumerate(proposals) if bits >> bit & 1]
         for proposal in named_by:
             by_source[proposal.source] += nodes
-        for level in {proposal.level for proposal in named_by}:
+        for level in dict.fromkeys(proposal.level for proposal in named_by):
             by_level[level] += nodes
 
 
