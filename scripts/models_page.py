@@ -24,7 +24,7 @@ OUTCOMES = {
 }
 SHOWN = 160
 _SAME = ("equal", "rounding")
-_DRAFTED = {True: "drafted", False: "plain"}
+_DRAFTED = {True: "drafted", False: "nothing drafted"}
 
 
 def main(*paths: str) -> None:

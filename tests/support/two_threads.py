@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -32,7 +33,6 @@ def on_two_threads() -> None:
     """Makes every pass of this process use two threads and our kernels, whatever would be measured."""
     torch.set_num_threads(2)
     find = threads._openmp
-    choose: Any = lambda self, tokens: self._limit  # noqa: E731
 
     def counted(name: str) -> Any:
         function = find(name)
@@ -45,9 +45,10 @@ def on_two_threads() -> None:
 
         return call
 
-    threads._openmp = counted  # type: ignore[assignment]
-    ThreadChoice.choose = choose  # type: ignore[method-assign]
-    linear_choice.MAX_SECONDS = 0.0  # our kernels
+    # Until the process ends.
+    mock.patch.object(threads, "_openmp", counted).start()
+    mock.patch.object(ThreadChoice, "choose", lambda choice, tokens: choice._limit).start()
+    mock.patch.object(linear_choice, "MAX_SECONDS", 0.0).start()  # our kernels
 
 
 def wide_model() -> Any:

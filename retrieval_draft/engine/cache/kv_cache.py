@@ -385,7 +385,8 @@ class SpeculativeCache(Cache):
     def extend(self, new: int, layer_idx: int) -> tuple[Tensor, Tensor] | None:
         """Makes room in one layer for new keys and values, which the caller writes; as of a layer."""
         layer: Any = self.layers[layer_idx]
-        return layer.extend(new, staged=self._staging)  # type: ignore[no-any-return]
+        room: tuple[Tensor, Tensor] | None = layer.extend(new, staged=self._staging)
+        return room
 
     def commit(self, moved: Tensor | None, kept: int, count: int) -> None:
         """Keeps one path of the staged nodes in every layer; for arguments see `SpeculativeLayer.commit`."""
@@ -395,16 +396,11 @@ class SpeculativeCache(Cache):
             if len(rows) == sum(len(layer._buffers) for layer in staged):
                 _kernels.move_slots(np.array(rows, np.int64).reshape(-1, 5), moved.numpy(), kept)
                 moved = None
-        if moved is None:
-            for layer in staged:
-                layer.length += count
-                layer.staged = 0
-            return
         here: dict[torch.device, Tensor] = {}
         for layer in staged:
-            if layer.device not in here:
+            if moved is not None and layer.device not in here:
                 here[layer.device] = moved.to(layer.device, non_blocking=True)
-            layer.commit(here[layer.device], kept, count)
+            layer.commit(here.get(layer.device), kept, count)
 
     def carries(self, accepted: int) -> None:
         """Accepted tokens that the next pass repeats: none ever, since a path can be moved into place."""

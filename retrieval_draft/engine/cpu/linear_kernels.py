@@ -121,7 +121,7 @@ class CompiledLinear:
     """
 
     def __init__(
-        self, weight: Any, bias: Tensor | None, function: Callable[[int], None], packing: int = 0
+        self, weight: Any, bias: Tensor | None, function: Callable[[int], None], packing: int = ROWS
     ) -> None:
         from retrieval_draft._kernels.jit import c_address
         from retrieval_draft.engine.cpu._kernels.amx_tile import TILE_ROWS

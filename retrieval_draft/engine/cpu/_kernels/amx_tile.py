@@ -13,6 +13,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
+from numba import config as _config
 
 from retrieval_draft.engine.cpu._kernels.vector_tile import (
     each_count,
@@ -31,6 +32,8 @@ TILE_ROWS = 16
 TILE_COLUMNS = 32
 """Elements of a row in a tile."""
 
+config: Any = _config
+
 _BYTES = 64
 _BYTE, _LONG = ir.IntType(8), ir.IntType(64)
 
@@ -47,7 +50,9 @@ _ARCH_PRCTL = 158
 def has_amx() -> bool:
     """True if this machine multiplies tiles of bfloat16 and Linux grants it to this process, once asked."""
     features = llvm.get_host_cpu_features()
-    if platform.system() != "Linux" or not (features.get("amx-tile") and features.get("amx-bf16")):
+    is_there = all(features.get(name) for name in ("amx-tile", "amx-bf16", "avx512f"))
+    is_compiled_for_it = not config.CPU_NAME and not config.CPU_FEATURES  # else for what the user named
+    if platform.system() != "Linux" or not (is_there and is_compiled_for_it):
         return False
     request: Any = ctypes.CDLL(None).syscall
     return bool(request(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
@@ -80,7 +85,10 @@ def end_tiles(context: Any) -> Any:
 
 
 @intrinsic
-def amx_tile(context: Any, groups: Any, w: Any, other: Any, w_stride: Any, x: Any, x_stride: Any, steps: Any, y: Any, y_other: Any, y_stride: Any, far: Any) -> Any:  # fmt: skip  # noqa: E501
+def amx_tile(
+    context: Any, groups: Any, w: Any, other: Any, w_stride: Any, x: Any, x_stride: Any, steps: Any, y: Any,
+    y_other: Any, y_stride: Any, far: Any,
+) -> Any:  # fmt: skip
     """``amx_tile(groups, w, other, w_stride, x, x_stride, steps, y, y_other, y_stride, far)``, sums in tiles.
 
     It adds to y the products of two tiles of rows, at w and at `other`, with one or two groups of `TILE_ROWS`

@@ -31,7 +31,7 @@ from retrieval_draft.engine.cpu._kernels.vector_tile import (
 
 __all__ = [
     "BLOCK", "GROUP", "JOB", "MAX_TOKENS", "RUN", "SIGNATURE", "TILE", "add_rest", "fetches", "floats",
-    "group_of", "linear", "linear_numpy", "run_length_of", "widen_rows", "write",
+    "groups_of", "linear", "linear_numpy", "run_length_of", "widen_rows", "write",
 ]  # fmt: skip
 
 SIGNATURE = types.void(types.intp)
@@ -90,7 +90,7 @@ def _halves(
 
 
 @kernel
-def group_of(tokens: int) -> int:
+def groups_of(tokens: int) -> int:
     """Groups of tokens that are multiplied with a tile one after the other."""
     return (tokens + GROUP - 1) // GROUP
 
@@ -162,7 +162,7 @@ def linear(job: int) -> None:
     bytes_each = 2 if half else 4
     sums_at, wide_at = stack_floats(_SUMS), stack_floats(_WIDE)
     sums = carray(floats_at(sums_at), (BLOCK, MAX_TOKENS))
-    groups = group_of(tokens)
+    groups = groups_of(tokens)
     band = TILE if groups == 1 else _BAND
     run_length = run_length_of(length)
     blocks = (rows + size - 1) // size

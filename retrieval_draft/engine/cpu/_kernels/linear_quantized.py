@@ -20,7 +20,7 @@ from retrieval_draft.engine.cpu._kernels.linear import (
     add_rest,
     fetches,
     floats,
-    group_of,
+    groups_of,
     linear_numpy,
     run_length_of,
     write,
@@ -120,7 +120,7 @@ def linear_quantized(job: int) -> None:
     # For several groups of tokens weights are widened anew, beside the sums, which take longer.
     in_registers = groups <= (_OFTEN if group == 0 else 2 if planes == 1 else 1)
     band = _rows_of(tokens, planes) if groups == 1 else _BAND // planes
-    wide_groups = group_of(tokens)
+    wide_groups = groups_of(tokens)
     run_length = run_length_of(length)
     blocks = (lines + size - 1) // size
     block = claim(job)

@@ -56,7 +56,11 @@ def quantized_tile(rows: Sequence[int], planes: int, grouped: bool, plane_stride
     """
 
     @intrinsic
-    def tile(context: Any, tokens: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, length: Any, y: Any, y_stride: Any, near: Any, far: Any, terms: Any, terms_stride: Any, terms_plane: Any, left: Any, group: Any) -> Any:  # fmt: skip  # noqa: E501
+    def tile(
+        context: Any, tokens: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, length: Any, y: Any,
+        y_stride: Any, near: Any, far: Any, terms: Any, terms_stride: Any, terms_plane: Any, left: Any,
+        group: Any,
+    ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             tokens, *others = arguments
             for count in each_count(builder, tokens, len(rows)):
@@ -167,7 +171,10 @@ def widen_integers(planes: int, grouped: bool) -> Any:
     """
 
     @intrinsic
-    def widen(context: Any, source: Any, target: Any, length: Any, near: Any, far: Any, plane_bytes: Any, terms: Any, terms_plane: Any) -> Any:  # fmt: skip  # noqa: E501
+    def widen(
+        context: Any, source: Any, target: Any, length: Any, near: Any, far: Any, plane_bytes: Any,
+        terms: Any, terms_plane: Any,
+    ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             source, target, length, near, far, plane_bytes, terms, terms_plane = arguments
             multiply_add = multiply_add_of(builder)

@@ -83,7 +83,10 @@ def dot_tile(rows: Sequence[int], half: bool = False) -> Any:
     """
 
     @intrinsic
-    def tile(context: Any, tokens: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, length: Any, y: Any, y_stride: Any, near: Any, far: Any) -> Any:  # fmt: skip  # noqa: E501
+    def tile(
+        context: Any, tokens: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, length: Any, y: Any,
+        y_stride: Any, near: Any, far: Any,
+    ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             tokens, *others = arguments
             for count in each_count(builder, tokens, len(rows)):
@@ -182,7 +185,10 @@ def outer_tile(rows: Sequence[int], turns: int) -> Any:
     """
 
     @intrinsic
-    def tile(context: Any, vectors: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, length: Any, y: Any, y_stride: Any, near: Any, far: Any) -> Any:  # fmt: skip  # noqa: E501
+    def tile(
+        context: Any, vectors: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, length: Any, y: Any,
+        y_stride: Any, near: Any, far: Any,
+    ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             vectors, *others = arguments
             for count in each_count(builder, vectors, len(rows)):
