@@ -17,6 +17,7 @@ from retrieval_draft.engine.cpu.kernels import CpuKernels
 from retrieval_draft.engine.cpu.stage_program import StageProgram, stage_function
 from retrieval_draft.engine.passes import tree_passes
 from retrieval_draft.engine.target import Target
+from retrieval_draft.errors import InvalidInputError
 
 __all__ = ["PARTS", "measure_pass"]
 
@@ -43,6 +44,9 @@ def measure_pass(
 
     Returns:
         By n: "pass" and each of `PARTS`.
+
+    Raises:
+        InvalidInputError: The model's layers do not run as a whole.
     """
     kernels = CpuKernels(model)
     kernels.prepare()
@@ -68,6 +72,11 @@ def measure_pass(
                 for kind, functions in kinds.items():
                     with _programs(functions) as times:
                         whole = _seconds(partial(forward, size))
+                    if not times:
+                        raise InvalidInputError(
+                            f"No layer of {type(model).__name__} runs as a whole over {size} tokens here.",
+                            "Take a model of the usual structure, such as gemma3-270m or smollm2-135m.",
+                        )
                     seconds[f"{kind} programs"] = sum(times)
                     if not kind:
                         seconds["pass"] = whole
