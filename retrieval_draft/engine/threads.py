@@ -132,7 +132,7 @@ _own_pool_lock = lock_for_moments()
 
 
 def end_own_threads() -> None:
-    """Ends the threads that stand for OpenMP's where torch has none; the next parallel work makes new ones."""
+    """Ends the threads that stand for OpenMP's where torch has none; they come again when needed."""
     global _own_pool
     with _own_pool_lock:
         pool, _own_pool = _own_pool, None
