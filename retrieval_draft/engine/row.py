@@ -195,6 +195,8 @@ class Row:
             return DraftPlan(tree, tree, ())
         wanted = self.request.max_length - len(self.text) - 1
         max_depth = 0 if root in self.target.blank else self.target.max_depth(length, wanted)
+        if self.request.grammar is not None:
+            self.request.grammar.follow(self.text.reply)
         if self.target.verification.way == "tree":
             return self.drafting.propose(root, length, max_depth)
         return self.drafting.propose_chain(root, length, max_depth)

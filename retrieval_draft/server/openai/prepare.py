@@ -18,6 +18,7 @@ from retrieval_draft.server.openai.generation_request import GenerationFields
 from retrieval_draft.server.openai.penalties import AllowedTokens, CountPenalty
 from retrieval_draft.server.openai.prompt_logprobs import PromptLogprobs
 from retrieval_draft.server.openai.reply import Reply
+from retrieval_draft.server.openai.structured_outputs import AskedGrammar, asked_grammar, check_grammar
 from retrieval_draft.server.settings import ServerSettings
 
 __all__ = ["GenerationParams", "Means", "PreparedRequest", "prepare_request", "tokenize"]
@@ -63,6 +64,7 @@ class GenerationParams:
         competing: Whether only the best of them are returned.
         top_logprobs: Alternatives of each token; None for no log probabilities.
         echoed: The prompts as text, if the replies begin with them; else empty.
+        grammar: Rule that the replies follow; None for the one that the request's fields ask for, if any.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -71,6 +73,7 @@ class GenerationParams:
     competing: bool = False
     top_logprobs: int | None = None
     echoed: Sequence[str] = ()
+    grammar: AskedGrammar | None = None
 
 
 @dataclass(slots=True)
@@ -117,6 +120,10 @@ def prepare_request(asks: GenerationParams, fields: GenerationFields, means: Mea
     for name, tokens in named.items():
         if tokens and max(tokens) >= vocabulary:
             raise ApiError(400, f"{name} names the token {max(tokens)}; ids end at {vocabulary - 1}.", name)
+    grammar = asks.grammar or asked_grammar(fields)
+    if grammar is not None:
+        means.check()
+        check_grammar(drafter, grammar)
     asked = PreparedRequest()
     documents, asked.predicted = _references(fields, means)
     for index, prompt in enumerate(asks.prompts):
@@ -146,6 +153,7 @@ def prepare_request(asks: GenerationParams, fields: GenerationFields, means: Mea
                 num_return_sequences=1 if greedy or asks.competing else samples,
                 best_of=samples if asks.competing and not greedy else None,
                 top_logprobs=asks.top_logprobs,
+                grammar=None if grammar is None else grammar.grammar,
                 max_new_tokens=max(room, 1),
                 **options,
                 **extra,

@@ -150,11 +150,9 @@ def test_what_changes_nothing_is_let_through(value: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [{"stop_token_ids": [1]}, {"bad_words": ["a"]}, {"skip_special_tokens": False}, {"guided_regex": "a"},
-     {"guided_choice": ["a"]}, {"guided_grammar": "a"}, {"structured_outputs": {"json": {}}},
-     {"grammar": "a"},
+    [{"stop_token_ids": [1]}, {"bad_words": ["a"]}, {"skip_special_tokens": False},
      {"use_beam_search": True}, {"length_penalty": 2}, {"prompt_logprobs": 1}, {"truncate_prompt_tokens": 1},
-     {"response_format": {"type": "json_object"}}, {"suffix": "a"}, {"min_tokens": 5, "max_tokens": 4},
+     {"suffix": "a"}, {"min_tokens": 5, "max_tokens": 4},
      {"min_tokens": 1, "stop": "a"}, {"include_stop_str_in_output": True}],
     ids=json.dumps,
 )  # fmt: skip
