@@ -23,6 +23,7 @@ from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.openai.chat_request import ChatRequest, Message
 from retrieval_draft.server.openai.completions_request import CompletionRequest
 from retrieval_draft.server.openai.routes import make_router
+from retrieval_draft.server.openai.tools import Tool
 from retrieval_draft.server.scheduler.events import EngineListener
 from retrieval_draft.server.service import Service
 
@@ -84,7 +85,7 @@ def _describe_bodies(app: FastAPI) -> None:
     """Adds the schemas of request bodies, which routes read themselves, to the description of the API."""
     made = app.openapi
     _, schemas = msgspec.json.schema_components(
-        [CompletionRequest, ChatRequest, Message], ref_template="#/components/schemas/{name}"
+        [CompletionRequest, ChatRequest, Message, Tool], ref_template="#/components/schemas/{name}"
     )
 
     def described() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from retrieval_draft.server.openai.detokenize import Decode, decoder
 from retrieval_draft.server.openai.model_defaults import usable_defaults
 from retrieval_draft.server.openai.prepare import Means, PreparedRequest
 from retrieval_draft.server.openai.token_text import TokenTexts
+from retrieval_draft.server.parsing.choice import ReplyParsing, reply_parsing
 from retrieval_draft.server.scheduler.channel import Channel
 from retrieval_draft.server.scheduler.engine import ServingEngine
 from retrieval_draft.server.scheduler.events import EngineListener
@@ -48,6 +49,7 @@ class Loaded:
         overrides: Options that override the model's own generation configuration.
         tenants: Drafters by tenant.
         engine: Decodes.
+        parsing: Of replies to chats.
     """
 
     drafter: RetrievalDrafter
@@ -58,6 +60,7 @@ class Loaded:
     overrides: Mapping[str, Any]
     tenants: Tenants
     engine: ServingEngine
+    parsing: ReplyParsing
 
 
 class Service:
@@ -128,8 +131,11 @@ class Service:
             texts = TokenTexts(tokenizer)
             longest = max(map(len, tokenizer.get_vocab()), default=1)
             loaded = Loaded(
-                drafter, tokenizer, decoder(tokenizer), texts, longest, overrides, tenants, engine
-            )
+                drafter, tokenizer, decoder(tokenizer), texts, longest, overrides, tenants, engine,
+                reply_parsing(
+                    tokenizer, self.chat_template, self.settings.tool_parser, self.settings.reasoning_parser
+                ),
+            )  # fmt: skip
             for call in self.when_loaded:
                 call(loaded)
             engine.start()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-__all__ = ["Decode", "ReplyText", "StopTexts", "decoder", "stopping_specials"]
+__all__ = ["Decode", "ReplyText", "StopTexts", "decoder", "selective_decoder", "stopping_specials"]
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -32,6 +33,43 @@ def decoder(tokenizer: Any) -> Decode:
         return text
 
     return decode
+
+
+def selective_decoder(
+    tokenizer: Any, kept: Collection[str] | None = (), dropped: Collection[int] = ()
+) -> Decode:
+    """Token ids to text, with some special tokens in it.
+
+    Args:
+        tokenizer: Any of transformers.
+        kept: Texts of the special tokens that stay; None for all.
+        dropped: Ids that are left out in any case.
+    """
+    hidden = set(dropped)
+    if kept is not None:
+        hidden |= {token for token, text in _special_tokens(tokenizer).items() if text not in kept}
+
+    def decode(tokens: Sequence[int]) -> str:
+        text: str = tokenizer.decode(
+            [token for token in tokens if token not in hidden],
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
+        )
+        return text
+
+    return decode
+
+
+@lru_cache(maxsize=4)
+def _special_tokens(tokenizer: Any) -> Mapping[int, str]:
+    """Texts of all special tokens by id."""
+    ids = list(getattr(tokenizer, "all_special_ids", ()))
+    named = zip(ids, getattr(tokenizer, "all_special_tokens", ()), strict=False)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {
+        **{int(token): str(text) for token, text in named},
+        **{int(token): str(each) for token, each in added.items() if getattr(each, "special", False)},
+    }
 
 
 def stopping_specials(tokenizer: Any, stops: Sequence[str]) -> dict[int, str]:

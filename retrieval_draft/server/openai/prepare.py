@@ -13,11 +13,18 @@ from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.errors import RetrievalDraftError
 from retrieval_draft.generation.requests import DecodeRequests
 from retrieval_draft.server.errors import ApiError, from_library
-from retrieval_draft.server.openai.detokenize import Decode, ReplyText, StopTexts, stopping_specials
+from retrieval_draft.server.openai.detokenize import (
+    Decode,
+    ReplyText,
+    StopTexts,
+    selective_decoder,
+    stopping_specials,
+)
 from retrieval_draft.server.openai.generation_request import GenerationFields
 from retrieval_draft.server.openai.penalties import AllowedTokens, CountPenalty
 from retrieval_draft.server.openai.prompt_logprobs import PromptLogprobs
 from retrieval_draft.server.openai.reply import Reply
+from retrieval_draft.server.parsing.deltas import ReplyParser
 from retrieval_draft.server.settings import ServerSettings
 
 __all__ = ["GenerationParams", "Means", "PreparedRequest", "prepare_request", "tokenize"]
@@ -63,6 +70,8 @@ class GenerationParams:
         competing: Whether only the best of them are returned.
         top_logprobs: Alternatives of each token; None for no log probabilities.
         echoed: The prompts as text, if the replies begin with them; else empty.
+        parser: Makes the parser of a reply; None where replies are plain text.
+        marks: Special tokens that the parser sees; None for all.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -71,6 +80,8 @@ class GenerationParams:
     competing: bool = False
     top_logprobs: int | None = None
     echoed: Sequence[str] = ()
+    parser: Callable[[], ReplyParser] | None = None
+    marks: frozenset[str] | None = frozenset()
 
 
 @dataclass(slots=True)
@@ -237,7 +248,14 @@ def _add(
     """Adds the replies of one prompt."""
     asked.prepared.append(prepared)
     first, stops, decode = prepared.requests[0], fields.stops, means.decode
+    for request in prepared.requests:
+        if fields.ignore_eos:
+            request.eos = frozenset()
     specials = stopping_specials(means.tokenizer, stops) if stops else {}
+    if asks.marks or asks.marks is None:
+        decode = selective_decoder(means.tokenizer, asks.marks, first.eos)
+        kept = specials if asks.marks is None else asks.marks
+        specials = {token: text for token, text in specials.items() if text not in kept}
     ids = first.prompt
     tail = ids[-16:].tolist()
     prompt_logprobs, offsets = None, []
@@ -250,8 +268,6 @@ def _add(
         prompt_text.push(ids.tolist())
         offsets = [min(offset, len(echoed)) for offset in prompt_text.offsets]
     for request in prepared.requests:
-        if fields.ignore_eos:
-            request.eos = frozenset()
         text = None
         if stops:
             text = ReplyText(decode, tail, stops, specials, bool(fields.include_stop_str_in_output))
@@ -260,4 +276,7 @@ def _add(
         begin = sum(len(reply.indices) for reply in asked.replies)
         indices = range(begin, begin + copies)
         shown = None if stops else ReplyText(decode, tail)
-        asked.replies.append(Reply(indices, shown, ids.tolist(), echoed, prompt_logprobs, silent, offsets))
+        parser = None if asks.parser is None else asks.parser()
+        asked.replies.append(
+            Reply(indices, shown, ids.tolist(), echoed, prompt_logprobs, silent, offsets, parser)
+        )

@@ -118,16 +118,33 @@ def make_router(service: Service) -> APIRouter:
         body = await read_body(request, CHAT)
         body.check()
         _check_choices(service, body.n or 1)
-        conversation, variables = body.conversation, body.variables
+        conversation, variables, use = body.conversation, body.variables, body.tool_use
+        if use is not None and use.choice != "auto":
+            raise ApiError(
+                400, "tool_choice: only auto and none are supported by this server.", "tool_choice"
+            )
 
         def prepare(loaded: Loaded, means: Means) -> PreparedRequest:
             text = render_chat(
                 loaded.tokenizer, conversation, service.chat_template, variables, body.add_generation_prompt,
-                bool(body.continue_final_message),
+                bool(body.continue_final_message), () if use is None else use.shown, body.reasoning_effort,
             )  # fmt: skip
+            parsing, parser = loaded.parsing, None
+            marks: frozenset[str] | None = frozenset()
+            if use is not None and not parsing.has_tools:
+                raise ApiError(
+                    400, "This server does not know how its model calls tools; see --tool-parser.", "tools"
+                )
+            if use is not None or parsing.parses:
+                parser = parsing.parser(
+                    text, None if use is None else use.schemas, bool(use and use.one_call)
+                )
+                marks = parsing.marks(use is not None)
             ids = tokenize(means, text, "messages", special=False)
             top = (body.top_logprobs or 0) if body.logprobs else None
-            asks = GenerationParams([ids], body.wanted_tokens, body.n or 1, False, top)
+            asks = GenerationParams(
+                [ids], body.wanted_tokens, body.n or 1, False, top, parser=parser, marks=marks
+            )
             return prepare_request(asks, body, means)
 
         def shape(loaded: Loaded, request_id: str) -> ResponseFormat:
