@@ -71,6 +71,8 @@ class ChatRequest(GenerationFields):
         add_generation_prompt: Extension of vLLM: whether the prompt ends with the start of an assistant
             message.
         continue_final_message: Extension of vLLM: whether the reply continues the last message.
+        echo: Extension of vLLM: whether the reply begins with the last message, where that has its role.
+        best_of: Extension of vLLM: samples to draw, of which the `n` most probable are returned.
         chat_template_kwargs: Extension of vLLM: variables of the chat template.
         tools: Functions that the model may call; read by `tool_use`.
         tool_choice: Whether it calls any; read by `tool_use`.
@@ -95,6 +97,8 @@ class ChatRequest(GenerationFields):
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
     chat_template_kwargs: Raw = field(default_factory=Raw)
     parallel_tool_calls: bool | None = None
     tools: Annotated[Raw, Meta(extra_json_schema=TOOLS_SCHEMA)] = field(default_factory=Raw)
@@ -107,8 +111,6 @@ class ChatRequest(GenerationFields):
     verbosity: Raw = field(default_factory=Raw)
     web_search_options: Raw = field(default_factory=Raw)
     chat_template: Raw = field(default_factory=Raw)
-    echo: Raw = field(default_factory=Raw)
-    best_of: Raw = field(default_factory=Raw)
     suffix: Raw = field(default_factory=Raw)
     add_special_tokens: Raw = field(default_factory=Raw)
 
@@ -120,11 +122,11 @@ class ChatRequest(GenerationFields):
         """
         self.check_common(self.wanted_tokens)
         self.refuse("functions", "audio", "web_search_options", "chat_template")
-        self.refuse("echo", "suffix", "add_special_tokens")
+        self.refuse("suffix", "add_special_tokens")
         self.refuse("function_call", neutral=(b'"none"', b'"auto"'))
         self.refuse("modalities", neutral=(b'["text"]',))
         self.refuse("verbosity", neutral=(b'"medium"',))
-        self.refuse("best_of", neutral=(b"1",))
+        self.check_best_of(self.best_of)
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true.", "top_logprobs")
         if self.add_generation_prompt and self.continue_final_message:

@@ -97,6 +97,7 @@ class ReplyText:
         stops: Strings at which the reply ends; they are not part of it.
         specials: Texts of special tokens by id, which only stop strings see.
         keeps_stop: Whether the text includes the stop string.
+        least: Tokens in which no stop string is looked for.
 
     Attributes:
         text: All that is final.
@@ -115,13 +116,14 @@ class ReplyText:
         stops: Sequence[str] = (),
         specials: Mapping[int, str] = _NO_SPECIALS,
         keeps_stop: bool = False,
+        least: int = 0,
     ) -> None:
         self._decode = decode
         self._ids = [int(token) for token in prompt[-_CONTEXT:]]
         self._read = len(self._ids)
         self._known = decode(self._ids) if self._ids else ""
         self._stops = [stop for stop in stops if stop]
-        self._specials, self._keeps_stop = specials, keeps_stop
+        self._specials, self._keeps_stop, self._least = specials, keeps_stop, least
         self._held = ""
         self._hidden: list[tuple[int, int]] = []  # parts of the held text that only stop strings see
         self.text = ""
@@ -175,6 +177,9 @@ class ReplyText:
 
     def _look(self) -> None:
         """Looks for stop strings in the held text, and releases text that cannot be part of one."""
+        if len(self.pieces) < self._least:
+            self._release(len(self._held))
+            return
         found = [(position, stop) for stop in self._stops if (position := self._held.find(stop)) >= 0]
         if found:
             position, self.stopped = min(found, key=lambda each: (each[0], -len(each[1])))

@@ -150,7 +150,7 @@ class ChatFormat(_Common):
         with_logprobs: Whether log probabilities are.
         role: Of the message.
         echoed: The beginning of the message, which the prompt had.
-        names_calls: Whether a reply that calls tools says so as the reason of its end.
+        names_calls: Whether "tool_calls" is the reason of the end of a reply that calls tools.
     """
 
     kind = "chat.completion"

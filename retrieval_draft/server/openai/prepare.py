@@ -21,7 +21,7 @@ from retrieval_draft.server.openai.detokenize import (
     stopping_specials,
 )
 from retrieval_draft.server.openai.generation_request import GenerationFields
-from retrieval_draft.server.openai.penalties import AllowedTokens, CountPenalty
+from retrieval_draft.server.openai.penalties import AllowedTokens, BadWords, CountPenalty
 from retrieval_draft.server.openai.prompt_logprobs import PromptLogprobs
 from retrieval_draft.server.openai.reply import Reply
 from retrieval_draft.server.parsing.deltas import ReplyParser
@@ -124,10 +124,14 @@ def prepare_request(asks: GenerationParams, fields: GenerationFields, means: Mea
     named = {
         "logit_bias": [token for (token,) in options.get("sequence_bias", ())],
         "allowed_token_ids": fields.allowed_token_ids or [],
+        "stop_token_ids": fields.stop_token_ids or [],
     }
     for name, tokens in named.items():
         if tokens and max(tokens) >= vocabulary:
             raise ApiError(400, f"{name} names the token {max(tokens)}; ids end at {vocabulary - 1}.", name)
+    if fields.stop_token_ids:
+        options["eos_token_id"] = [*_ends(model.generation_config), *fields.stop_token_ids]
+    words = _words(means.tokenizer, fields.bad_words or ())
     asked = PreparedRequest()
     documents, asked.predicted = _references(fields, means)
     for index, prompt in enumerate(asks.prompts):
@@ -144,6 +148,8 @@ def prepare_request(asks: GenerationParams, fields: GenerationFields, means: Mea
             )
         if fields.allowed_token_ids:
             processors.append(AllowedTokens(fields.allowed_token_ids, vocabulary))
+        if words:
+            processors.append(BadWords(len(prompt), words))
         extra: dict[str, Any] = {"logits_processor": processors} if processors else {}
         samples = asks.samples
         try:
@@ -195,6 +201,23 @@ def _tokenize(means: Means, text: str, param: str, most: int | None, special: bo
             400, f"{param} has {len(text)} characters; {most} tokens, the most allowed, have fewer.", param
         )
     return list(means.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def _ends(config: Any) -> list[int]:
+    """Tokens that end a reply of a model."""
+    ids = config.eos_token_id
+    return [] if ids is None else [int(ids)] if isinstance(ids, int) else [int(each) for each in ids]
+
+
+def _words(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts at the beginning of a reply and within it, where a space may belong to the first."""
+    found = []
+    for word in words:
+        for text in (word, " " + word.lstrip()):
+            ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            if ids and ids not in found:
+                found.append(ids)
+    return found
 
 
 def _references(fields: GenerationFields, means: Means) -> tuple[list[list[int]], list[int]]:
@@ -249,14 +272,20 @@ def _add(
     asked.prepared.append(prepared)
     first, stops, decode = prepared.requests[0], fields.stops, means.decode
     for request in prepared.requests:
+        request.max_draft_tokens = fields.max_draft_tokens
         if fields.ignore_eos:
-            request.eos = frozenset()
+            request.eos = frozenset(fields.stop_token_ids or ())
     specials = stopping_specials(means.tokenizer, stops) if stops else {}
-    if asks.marks or asks.marks is None:
-        decode = selective_decoder(means.tokenizer, asks.marks, first.eos)
-        kept = specials if asks.marks is None else asks.marks
-        specials = {token: text for token, text in specials.items() if text not in kept}
-    ids = first.prompt
+    kept = None if fields.skip_special_tokens is False else asks.marks
+    if kept is None or kept or fields.stop_token_ids:
+        dropped = () if fields.include_stop_str_in_output else first.eos
+        decode = selective_decoder(means.tokenizer, kept, dropped)
+        specials = {
+            token: text
+            for token, text in specials.items()
+            if token in dropped or (kept is not None and text not in kept)
+        }
+    ids, least = first.prompt, fields.min_tokens or 0
     tail = ids[-16:].tolist()
     prompt_logprobs, offsets = None, []
     echoed = asks.echoed[index] if asks.echoed else None
@@ -270,7 +299,7 @@ def _add(
     for request in prepared.requests:
         text = None
         if stops:
-            text = ReplyText(decode, tail, stops, specials, bool(fields.include_stop_str_in_output))
+            text = ReplyText(decode, tail, stops, specials, bool(fields.include_stop_str_in_output), least)
             request.criteria.append(StopTexts(text))
         asked.texts.append(text)
         begin = sum(len(reply.indices) for reply in asked.replies)

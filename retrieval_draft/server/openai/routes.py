@@ -117,8 +117,13 @@ def make_router(service: Service) -> APIRouter:
         """Continues a conversation."""
         body = await read_body(request, CHAT)
         body.check()
-        _check_choices(service, body.n or 1)
+        n = body.n or 1
+        samples = body.best_of or n
+        _check_choices(service, samples)
         conversation, variables, use = body.conversation, body.variables, body.tool_use
+        last = conversation[-1]
+        role = last["role"] if body.add_generation_prompt is False else "assistant"
+        echoed = last["content"] if body.echo and last["role"] == role else ""
         if use is not None and use.choice != "auto":
             raise ApiError(
                 400, "tool_choice: only auto and none are supported by this server.", "tool_choice"
@@ -143,17 +148,18 @@ def make_router(service: Service) -> APIRouter:
             ids = tokenize(means, text, "messages", special=False)
             top = (body.top_logprobs or 0) if body.logprobs else None
             asks = GenerationParams(
-                [ids], body.wanted_tokens, body.n or 1, False, top, parser=parser, marks=marks
+                [ids], body.wanted_tokens, samples, samples > n, top, parser=parser, marks=marks
             )
             return prepare_request(asks, body, means)
 
         def shape(loaded: Loaded, request_id: str) -> ResponseFormat:
             return ChatFormat(
                 f"chatcmpl-{request_id}", service.settings.model_name, loaded.texts,
-                bool(body.return_token_ids), bool(body.logprobs),
+                bool(body.return_token_ids), bool(body.logprobs), role=role, echoed=echoed,
+                names_calls=use is None or use.choice != "function",
             )  # fmt: skip
 
-        return await _respond(service, request, body, prepare, shape, None)
+        return await _respond(service, request, body, prepare, shape, n if samples > n else None)
 
     return router
 

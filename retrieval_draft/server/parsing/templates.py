@@ -1,4 +1,4 @@
-"""Parsing of replies by transformers, where a tokenizer says how its model writes."""
+"""Parsing of replies by transformers, where a tokenizer has a template for that."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TemplateReader:
             try:
                 events = self._parser.feed(char)
             except (ValueError, KeyError, TypeError):
-                # A call that is none; the parser cannot go on from there.
+                # A call that is none; the parser ends with it, and another continues.
                 self.out.content(self._unsent)
                 self._unsent, self._region = "", ""
                 self._parser = self._made("")

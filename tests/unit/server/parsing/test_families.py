@@ -49,7 +49,13 @@ def parsed(name: str, text: str, tools: Any = TOOLS, **more: Any) -> Message:
         ("llama3", '{"name": "Bob", "age": 1} hi', '{"name": "Bob", "age": 1} hi', "", []),
         ("llama3", '{"answer": {"name": "f"}}', '{"answer": {"name": "f"}}', "", []),
         ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, {"name": "g"}]', "", "", [F, G]),
-        ("mistral", '[THINK]x[/THINK]y[TOOL_CALLS]f{"a": 1}[TOOL_CALLS]g[CALL_ID]1[ARGS]{}', "y", "x", [F, G]),
+        (
+            "mistral",
+            '[THINK]x[/THINK]y[TOOL_CALLS]f{"a": 1}[TOOL_CALLS]g[CALL_ID]1[ARGS]{}',
+            "y",
+            "x",
+            [F, G],
+        ),
         ("mistral", "[TOOL_CALLS] no, call", "[TOOL_CALLS] no, call", "", []),
         (
             "gemma",
