@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.http.fair_pool import FairPool
@@ -30,6 +30,8 @@ __all__ = ["Loaded", "Service"]
 
 _PREPARING = 32
 """Threads that tokenise, at most one for each tenant's short requests and one for its long ones."""
+
+Result = TypeVar("Result")
 
 _SHORT_BYTES = 1 << 15
 
@@ -182,26 +184,11 @@ class Service:
         Raises:
             ApiError: It is not supported, or beyond a limit.
         """
-        loaded, loop, is_gone = self.loaded, asyncio.get_running_loop(), False
+        loaded, loop = self.loaded, asyncio.get_running_loop()
         if self._is_draining:
             raise ApiError(503, "The server is about to stop.", retry_after=5)
         arrived = time.monotonic()
-
-        def check() -> None:
-            if is_gone:
-                raise ApiError(499, "The client has left.")
-
-        def run() -> PreparedRequest:
-            means = Means(
-                loaded.tenants[tenant], loaded.tokenizer, loaded.decode, self.settings, loaded.overrides,
-                loaded.longest, check,
-            )  # fmt: skip
-            return prepare(loaded, means)
-
-        try:
-            asked = await asyncio.wrap_future(self._preparing.submit((tenant, size > _SHORT_BYTES), run))
-        finally:
-            is_gone = True  # the result of the running call is not used
+        asked = await self.work(tenant, prepare, size)
         job: Job
 
         def slow() -> None:
@@ -216,6 +203,45 @@ class Service:
             choice.text = text
         loaded.engine.submit(job)
         return job, asked
+
+    async def work(self, tenant: str, call: Callable[[Loaded, Means], Result], size: int = 0) -> Result:
+        """Result of work on a thread, which other tenants do not wait for.
+
+        Args:
+            tenant: For whom.
+            call: May be slow.
+            size: Bytes of the request.
+
+        Raises:
+            ApiError: Of the work.
+        """
+        loaded, is_gone = self.loaded, False
+
+        def check() -> None:
+            if is_gone:
+                raise ApiError(499, "The client has left.")
+
+        def run() -> Result:
+            means = Means(
+                loaded.tenants[tenant], loaded.tokenizer, loaded.decode, self.settings, loaded.overrides,
+                loaded.longest, check,
+            )  # fmt: skip
+            return call(loaded, means)
+
+        try:
+            return await asyncio.wrap_future(self._preparing.submit((tenant, size > _SHORT_BYTES), run))
+        finally:
+            is_gone = True  # the result of the running call is not used
+
+    def check_model(self, name: str | None) -> None:
+        """Refuses another model than the served one.
+
+        Raises:
+            ApiError: It is not served here (404).
+        """
+        served = self.settings.model_name
+        if name is not None and name != served:
+            raise ApiError(404, f"There is no model {name!r} here; this server has {served!r}.", "model")
 
     def leave(self, job: Job) -> None:
         """Ends a job whose client has left. No-op if already finished."""

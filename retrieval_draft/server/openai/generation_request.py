@@ -10,7 +10,16 @@ from msgspec.json import Decoder
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.json_body import decode_field, decode_texts, is_absent
 
-__all__ = ["ContentPart", "GenerationFields", "Ids", "Prediction", "Speculative", "StreamOptions", "text_of"]
+__all__ = [
+    "ContentPart",
+    "GenerationFields",
+    "Ids",
+    "Prediction",
+    "Speculative",
+    "StreamOptions",
+    "TokenId",
+    "text_of",
+]
 
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Ids = Annotated[list[TokenId], Meta(min_length=1)]
@@ -298,7 +307,10 @@ def text_of(content: str | list[ContentPart] | None, param: str) -> str:
     if isinstance(content, str):
         return content
     for part in content:
-        if part.type not in ("text", "input_text", "refusal") or part.text is None:
+        if (
+            part.type not in ("text", "input_text", "output_text", "reasoning_text", "refusal")
+            or part.text is None
+        ):
             kind = part.type[:64]
             raise ApiError(400, f"A content part of type {kind!r} {_UNSUPPORTED}; use text.", param)
     return "".join(part.text or "" for part in content)
