@@ -66,7 +66,7 @@ class ResponseItems:
                 events.append(self.event("response.function_call_arguments.delta", **at, delta=delta.text))
             return events
         item["content"][0]["text"] += delta.text
-        extra = {"logprobs": []} if kind == "content" else {}
+        extra: dict[str, Any] = {"logprobs": []} if kind == "content" else {}
         events.append(
             self.event(f"response.{_PARTS[kind]}.delta", **at, content_index=0, delta=delta.text, **extra)
         )
@@ -89,7 +89,7 @@ class ResponseItems:
             events.append(self.event("response.function_call_arguments.done", **at, **done))
         else:
             part = item["content"][0]
-            extra = {"logprobs": []} if kind == "content" else {}
+            extra: dict[str, Any] = {"logprobs": []} if kind == "content" else {}
             done = {**at, "content_index": 0}
             events.append(self.event(f"response.{_PARTS[kind]}.done", **done, text=part["text"], **extra))
             events.append(self.event("response.content_part.done", **done, part=dict(part)))
@@ -150,7 +150,8 @@ class ResponsesWriter(ResponseWriter):
         items = self._items()
         async for index, text, _, _ in self._pieces():
             self._add(items, index, text)
-        return self._end(items)[-1]["response"]
+        response: dict[str, Any] = self._end(items)[-1]["response"]
+        return response
 
     async def events(self) -> AsyncIterator[bytes]:
         """Server-sent events; the last has the whole response, or the error."""
