@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from retrieval_draft.config import DraftConfig
     from retrieval_draft.drafter import RetrievalDrafter
+    from retrieval_draft.drafting.grammar.grammar import Grammar
     from retrieval_draft.drafting.tree import DraftTree
     from retrieval_draft.errors import RetrievalDraftError
     from retrieval_draft.index.source import DraftSource, NodeLogits, Proposal
@@ -29,6 +30,7 @@ __all__ = [
     "DraftConfig",
     "DraftSource",
     "DraftTree",
+    "Grammar",
     "NodeLogits",
     "Proposal",
     "Proposer",
@@ -43,6 +45,7 @@ _HOME = {
     "DraftConfig": "retrieval_draft.config",
     "DraftSource": "retrieval_draft.index.source",
     "DraftTree": "retrieval_draft.drafting.tree",
+    "Grammar": "retrieval_draft.drafting.grammar.grammar",
     "NodeLogits": "retrieval_draft.index.source",
     "Proposal": "retrieval_draft.index.source",
     "Proposer": "retrieval_draft.proposer",

@@ -48,6 +48,7 @@ from retrieval_draft.generation.checks import (
     reference_tokens,
     strip_prompts,
 )
+from retrieval_draft.generation.grammars import Grammars, take_grammar
 from retrieval_draft.generation.hf_generate import through_model
 from retrieval_draft.generation.output import best_rows, make_output
 from retrieval_draft.generation.plain import generate_plainly, refuse_extras, sample_plainly
@@ -234,6 +235,7 @@ class RetrievalDrafter:
         share: str | None = None,
         best_of: int | None = None,
         output_prompt_logits: bool = False,
+        grammar: Grammars = None,
         cache: Any = None,
         past_key_values: Any = None,
         **generate_kwargs: Any,
@@ -261,6 +263,7 @@ class RetrievalDrafter:
             best_of: Samples to draw for each prompt, of which the ``num_return_sequences`` with the highest
                 mean log probability are returned, the best first.
             output_prompt_logits: Whether ``prompt_logits`` is returned, with ``return_dict_in_generate``.
+            grammar: A `Grammar` that the replies follow, or one for each prompt. Needs the tokenizer.
             cache: Holds the beginning of `input_ids`: from an earlier call, or a ``DynamicCache``. One of
                 ours is continued in place, and cropped to the common beginning with the text.
             past_key_values: The name of `cache` before transformers 5.24; either works with any version.
@@ -281,6 +284,7 @@ class RetrievalDrafter:
             if shown is not streamer:
                 stack.enter_context(ending(shown))
             self.check_model()
+            take_grammar(self.target.model, self.tokenizer, grammar, ids, config, options)
             if self.verification.way == "plain":
                 refuse_extras(sample=sample, best_of=best_of, output_prompt_logits=output_prompt_logits)
                 self.check_share(share)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from retrieval_draft.drafting.grammar.grammar import Grammar
 from retrieval_draft.drafting.session import DraftSession
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.decode import Batch, OnError
@@ -23,6 +24,7 @@ from retrieval_draft.generation.checks import (
     check_generation,
     strip_prompts,
 )
+from retrieval_draft.generation.grammars import take_grammar
 from retrieval_draft.generation.hf_generate import through_model
 from retrieval_draft.generation.requests import (
     DecodeOptions,
@@ -66,6 +68,7 @@ class ContinuousDrafter:
         share: str | None = None,
         best_of: int | None = None,
         top_logprobs: int | None = None,
+        grammar: Grammar | None = None,
         streamer: Any = None,
         **options: Any,
     ) -> DecodeRequests:
@@ -80,6 +83,7 @@ class ContinuousDrafter:
             best_of: Samples to draw; their log probabilities are kept.
             top_logprobs: Alternatives of each token to keep with log probabilities; None for no log
                 probabilities.
+            grammar: Rule that the reply follows.
             streamer: Refused, and ended: tokens are passed to the requests' own `emit`.
             **options: As for ``model.generate``.
 
@@ -96,6 +100,7 @@ class ContinuousDrafter:
         drafter.check_model()
         drafter.check_share(share)
         target, tokenizer = drafter.target, drafter.tokenizer
+        take_grammar(target.model, tokenizer, grammar, ids, config, options)
         keep_best = best_of_options(best_of, target.model, config, options)
         references = drafter.references(documents, prediction)
         extras = DecodeOptions(None, seed, 0, references, False, keep_best, share, top_logprobs)

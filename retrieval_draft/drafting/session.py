@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft._kernels.lazy import LazyKernels
+from retrieval_draft.drafting.grammar.grammar_text import GrammarText
+from retrieval_draft.drafting.grammar.grammar_tree import certain_tokens, constrain, forced_proposal
 from retrieval_draft.drafting.hierarchy import SourceSessions
 from retrieval_draft.drafting.predictions import Predictions
 from retrieval_draft.drafting.stats import DraftStats
@@ -58,23 +60,26 @@ class DraftPlan:
         tree: The tree to verify.
         fused: The whole fused tree, of which `tree` is the best part.
         proposals: The sources' proposals; bit s of ``tree.sources`` means ``proposals[s]``.
+        ahead: Tokens that a grammar forces before the root of `fused`; `tree` begins with them.
     """
 
     tree: DraftTree
     fused: DraftTree
     proposals: Sequence[Proposal]
+    ahead: int = 0
 
     def cut(self, nodes: int) -> DraftPlan:
         """The plan that verifies the best `nodes` nodes of this one's tree."""
         if nodes >= self.tree.num_draft_tokens:
             return self
-        return DraftPlan(self.tree.truncate(nodes), self.fused, self.proposals)
+        return DraftPlan(self.tree.truncate(nodes), self.fused, self.proposals, self.ahead)
 
     def chain(self, nodes: int) -> DraftPlan:
         """The plan that verifies the best path of this one's tree, `nodes` drafts at most."""
         if not self.tree.num_draft_tokens:
             return self
-        return DraftPlan(self.tree.path(self.tree.best_path(nodes)), self.fused, self.proposals)
+        path = self.tree.path(self.tree.best_path(nodes))
+        return DraftPlan(path, self.fused, self.proposals, self.ahead)
 
 
 class DraftSession:
@@ -88,6 +93,7 @@ class DraftSession:
         vocabulary: Number of token ids that the model can embed.
         stats: Counts to add to.
         excluded: Ids that are no text, such as those that stand for an image: neither drafted nor learned.
+        grammar: Follows the reply; None where any text is allowed.
     """
 
     def __init__(
@@ -99,7 +105,11 @@ class DraftSession:
         vocabulary: int,
         stats: DraftStats,
         excluded: Iterable[int] = (),
+        grammar: GrammarText | None = None,
     ) -> None:
+        self._grammar = grammar
+        # Tokens that the grammar forces, and that the sources have seen before they are in the text.
+        self._seen: list[int] = []
         self._sessions = sessions
         self._fuse = fuse
         self._calibration = calibration
@@ -122,6 +132,11 @@ class DraftSession:
             nodes: Draft nodes at most in this step; None for as many as in any.
         """
         most = self._max_nodes if nodes is None else nodes
+        if self._grammar is not None:
+            return self._propose_by(self._grammar, root, length, max_depth, most)
+        return self._propose(root, length, max_depth, most)
+
+    def _propose(self, root: int, length: int, max_depth: int, most: int) -> DraftPlan:
         wanted = proposed_nodes(most, self._calibration.noise is not None)
         proposals = self._sessions.propose(wanted)
         if not proposals:
@@ -130,6 +145,25 @@ class DraftSession:
         self._calibration.position = length + 1
         fused = self._fuse(root, proposals, self._calibration, most)
         return DraftPlan(_usable(fused, max_depth, self._vocabulary, self._excluded), fused, proposals)
+
+    def _propose_by(
+        self, grammar: GrammarText, root: int, length: int, max_depth: int, most: int
+    ) -> DraftPlan:
+        """As `propose`: what the grammar forces is taken for granted, and looked up from its end on."""
+        ahead = certain_tokens(grammar, min(most, max_depth))
+        known = len(self._seen)
+        if self.wants_hidden:  # the hidden state at the text's end drafts what follows there
+            ahead, plan = [], self._propose(root, length, max_depth, most)
+        elif ahead[:known] == self._seen:
+            if len(ahead) > known:
+                self._sessions.observe(np.array(ahead[known:], np.int32))
+                self._seen = ahead
+            depth = len(ahead)
+            plan = self._propose(ahead[-1] if ahead else root, length + depth, max_depth - depth, most)
+        else:  # the sources are ahead of what may still be emitted
+            ahead, plan = [], DraftPlan(DraftTree.root(root), DraftTree.root(root), ())
+        tree = constrain(root, ahead, plan.tree, grammar, most, max_depth, 1 << len(plan.proposals))
+        return DraftPlan(tree, plan.fused, [*plan.proposals, forced_proposal(ahead)], len(ahead))
 
     def propose_chain(self, root: int, length: int, max_depth: int) -> DraftPlan:
         """As `propose`, but one path: the one with the most accepted tokens on average."""
@@ -154,7 +188,19 @@ class DraftSession:
 
     def observe(self, emitted: TokenArray) -> None:
         """Appends a step's tokens, int32, shape (m,), to the text of every source."""
-        self._sessions.observe(emitted)
+        if self._seen:
+            emitted = self._unseen(emitted)
+        if len(emitted):
+            self._sessions.observe(emitted)
+
+    def _unseen(self, emitted: TokenArray) -> TokenArray:
+        """Those of a step's tokens that the sources have not seen as forced ones."""
+        seen = self._seen[: len(emitted)]
+        self._seen = self._seen[len(emitted) :]
+        if seen == emitted[: len(seen)].tolist():
+            return emitted[len(seen) :]
+        self._seen = []
+        return emitted
 
     def learn(self, plan: DraftPlan, emitted: TokenArray, logits: NodeLogits) -> None:
         """Passes on a step's result besides its tokens; now, or a step later.
@@ -166,7 +212,7 @@ class DraftSession:
         """
         self._sessions.learn(self._learnable(logits))
         if plan.proposals:
-            self._calibration.observe(plan.fused, plan.proposals, emitted)
+            self._calibration.observe(plan.fused, plan.proposals, emitted[plan.ahead :])
 
     @property
     def wants_hidden(self) -> bool:

@@ -159,6 +159,7 @@ class DraftEngine:
             self._target.vocabulary,
             stats,
             request.placeholders | self._target.blank,
+            request.grammar,
         )
 
     def flush(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
+from retrieval_draft.drafting.grammar.grammar_text import GrammarText
 from retrieval_draft.engine.cache.chain_cache import ChainCache
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
 from retrieval_draft.engine.placeholders import text_runs
@@ -56,6 +57,7 @@ class DecodeRequest:
         placeholders: Ids that stand for images and the like, from which nothing is learned.
         passed: Results of the prompt's pass, where the model made that itself; `cache` holds the whole prompt
             then.
+        grammar: Follows the reply, whose drafts keep to it; `sampler` masks what it forbids. None without.
     """
 
     prompt: TokenArray
@@ -77,6 +79,7 @@ class DecodeRequest:
     read_prompt: Callable[[Tensor], None] | None = None
     placeholders: frozenset[int] = frozenset()
     passed: PassedPrompt | None = None
+    grammar: GrammarText | None = None
 
     @property
     def runs(self) -> list[TokenArray]:

@@ -193,6 +193,8 @@ class Row:
             return DraftPlan(tree, tree, ())
         wanted = self.request.max_length - len(self.text) - 1
         max_depth = 0 if root in self.target.blank else self.target.max_depth(length, wanted)
+        if self.request.grammar is not None:
+            self.request.grammar.follow(self.text.reply)
         is_tree = self.target.verification.way == "tree"
         propose = self.drafting.propose if is_tree else self.drafting.propose_chain
         plan = propose(root, length, max_depth)

@@ -23,6 +23,7 @@ from transformers import (
 from retrieval_draft.engine.cache.cache_rows import adopt
 from retrieval_draft.engine.placeholders import text_runs
 from retrieval_draft.engine.request import DecodeRequest
+from retrieval_draft.engine.sampling.grammar_processor import start_grammar
 from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.engine.sampling.row_processors import criteria_of_row, processors_of_row
 from retrieval_draft.engine.sampling.sampling import Sampler
@@ -135,17 +136,18 @@ def make_requests(
             sample = extras.sample + samples[key]
             noise = GumbelNoise(seeds[row], _logit_width(target), target.device, sample=sample)
             samples[key] += 1
-        sampler = None
+        sampler, grammar = None, None
         top = extras.top_logprobs
         if noise is not None or len(processors) or any(keeps) or top is not None:
-            own = processors_of_row(processors, row, len(prompts))
+            given = processors_of_row(processors, row, len(prompts))
+            own, grammar = start_grammar(given, row, len(prompts), width)
             sampler = Sampler(own, noise, *keeps, keep_logprob=extras.best_of is not None, keep_top=top)
         request = DecodeRequest(
             prompt, 0, sampler=sampler, noise=noise, padded=input_ids[row : row + 1].long()
         )
         if stream is not None:
             request.emit, request.ended = stream.taker(row), partial(stream.end, row)
-        request.cache = caches[row]
+        request.cache, request.grammar = caches[row], grammar
         request.prefix_owner = None if owners[row] == row else requests[owners[row]]
         request.keep_prompt_logits = extras.keep_prompt_logits
         request.placeholders = target.placeholders

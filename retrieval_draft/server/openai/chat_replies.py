@@ -13,6 +13,8 @@ from retrieval_draft.server.openai.prepare import (
     prepare_request,
     tokenize,
 )
+from retrieval_draft.server.openai.structured_outputs import asked_grammar
+from retrieval_draft.server.openai.tool_grammar import tool_grammar
 from retrieval_draft.server.service import Loaded, Service
 
 __all__ = ["ChatReplies"]
@@ -42,10 +44,6 @@ class ChatReplies:
         self.kept = body.n or 1 if self.samples > (body.n or 1) else None
         self._conversation, self._variables = body.conversation, body.variables
         self.use = body.tool_use
-        if self.use is not None and self.use.choice != "auto":
-            raise ApiError(
-                400, "tool_choice: only auto and none are supported by this server.", "tool_choice"
-            )
 
     def prompt(self, loaded: Loaded) -> str:
         """The conversation as text.
@@ -79,9 +77,15 @@ class ChatReplies:
             raise ApiError(
                 400, "This server does not know how its model calls tools; see --tool-parser.", "tools"
             )
+        asked, text_before = asked_grammar(body), text
+        if use is not None and (use.choice != "auto" or asked is None):
+            means.check()
+            asked = tool_grammar(use, parsing, text, loaded.tokenizer)
         if use is not None or parsing.parses:
+            if asked is not None and asked.field != "tool_choice" and parsing.template is None:
+                text_before = ""  # the rule begins with the reply, which has no reasoning then
             schemas = None if use is None else use.schemas
-            parser = parsing.parser(text, schemas, use is not None and use.one_call)
+            parser = parsing.parser(text_before, schemas, use is not None and use.one_call)
             marks = parsing.marks(use is not None)
         ids = tokenize(means, text, "messages", special=False)
         top = (body.top_logprobs or 0) if body.logprobs else None
@@ -93,6 +97,7 @@ class ChatReplies:
             top,
             parser=parser,
             marks=marks,
+            grammar=asked,
         )
         return prepare_request(asks, body, means)
 

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-__all__ = ["Decode", "ReplyText", "StopTexts", "decoder", "selective_decoder", "stopping_specials"]
+__all__ = [
+    "Decode",
+    "ReplyText",
+    "StopTexts",
+    "decoder",
+    "selective_decoder",
+    "special_tokens",
+    "stopping_specials",
+]
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -28,7 +36,7 @@ def decoder(tokenizer: Any) -> Decode:
 
     def decode(tokens: Sequence[int]) -> str:
         text: str = tokenizer.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            list(tokens), skipspecial_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
 
@@ -47,12 +55,12 @@ def selective_decoder(
     """
     hidden = set(dropped)
     if kept is not None:
-        hidden |= {token for token, text in _special_tokens(tokenizer).items() if text not in kept}
+        hidden |= {token for token, text in special_tokens(tokenizer).items() if text not in kept}
 
     def decode(tokens: Sequence[int]) -> str:
         text: str = tokenizer.decode(
             [token for token in tokens if token not in hidden],
-            skip_special_tokens=False,
+            skipspecial_tokens=False,
             clean_up_tokenization_spaces=False,
         )
         return text
@@ -61,10 +69,10 @@ def selective_decoder(
 
 
 @lru_cache(maxsize=4)
-def _special_tokens(tokenizer: Any) -> Mapping[int, str]:
+def special_tokens(tokenizer: Any) -> Mapping[int, str]:
     """Texts of all special tokens by id."""
     ids = list(getattr(tokenizer, "all_special_ids", ()))
-    named = zip(ids, getattr(tokenizer, "all_special_tokens", ()), strict=False)
+    named = zip(ids, getattr(tokenizer, "allspecial_tokens", ()), strict=False)
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {
         **{int(token): str(text) for token, text in named},

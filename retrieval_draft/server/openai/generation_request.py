@@ -133,6 +133,16 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     return_token_ids: bool | None = None
     ignore_eos: bool | None = None
 
+    # These ask for a grammar that the reply follows (`structured_outputs.asked_grammar`).
+    structured_outputs: Raw = field(default_factory=Raw)
+    guided_json: Raw = field(default_factory=Raw)
+    guided_regex: Raw = field(default_factory=Raw)
+    guided_choice: Raw = field(default_factory=Raw)
+    guided_grammar: Raw = field(default_factory=Raw)
+    grammar: Raw = field(default_factory=Raw)
+    json_schema: Raw = field(default_factory=Raw)
+    response_format: Raw = field(default_factory=Raw)
+
     # These do not change the reply.
     user: Raw = field(default_factory=Raw)
     metadata: Raw = field(default_factory=Raw)
@@ -156,14 +166,6 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     truncate_prompt_tokens: Raw = field(default_factory=Raw)
     return_tokens_as_token_ids: Raw = field(default_factory=Raw)
     logits_processors: Raw = field(default_factory=Raw)
-    structured_outputs: Raw = field(default_factory=Raw)
-    guided_json: Raw = field(default_factory=Raw)
-    guided_regex: Raw = field(default_factory=Raw)
-    guided_choice: Raw = field(default_factory=Raw)
-    guided_grammar: Raw = field(default_factory=Raw)
-    grammar: Raw = field(default_factory=Raw)
-    json_schema: Raw = field(default_factory=Raw)
-    response_format: Raw = field(default_factory=Raw)
 
     @property
     def bias(self) -> dict[int, float]:
@@ -245,13 +247,11 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
             ApiError: Names the field.
         """
         self.refuse(
-            "use_beam_search", "early_stopping", "prompt_logprobs",
-            "truncate_prompt_tokens", "return_tokens_as_token_ids", "logits_processors", "structured_outputs",
-            "guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar", "json_schema",
+            "use_beam_search", "early_stopping", "prompt_logprobs", "truncate_prompt_tokens",
+            "return_tokens_as_token_ids", "logits_processors",
         )  # fmt: skip
         self.refuse("spaces_between_special_tokens", neutral=(b"true",), off=False)
         self.refuse("length_penalty", "typical_p", neutral=(b"1", b"1.0"))
-        self.refuse("response_format", neutral=(b'{"type":"text"}', b'{"type": "text"}'))
         least = self.min_tokens or 0
         if max_tokens is not None and least > max_tokens:
             raise ApiError(400, f"min_tokens is {least}, and max_tokens {max_tokens}.", "min_tokens")

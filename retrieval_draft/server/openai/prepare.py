@@ -24,6 +24,7 @@ from retrieval_draft.server.openai.generation_request import GenerationFields
 from retrieval_draft.server.openai.penalties import AllowedTokens, BadWords, CountPenalty
 from retrieval_draft.server.openai.prompt_logprobs import PromptLogprobs
 from retrieval_draft.server.openai.reply import Reply
+from retrieval_draft.server.openai.structured_outputs import AskedGrammar, asked_grammar, check_grammar
 from retrieval_draft.server.parsing.deltas import ReplyParser
 from retrieval_draft.server.settings import ServerSettings
 
@@ -72,6 +73,7 @@ class GenerationParams:
         echoed: The prompts as text, if the replies begin with them; else empty.
         parser: Makes the parser of a reply; None where replies are plain text.
         marks: Special tokens that the parser sees; None for all.
+        grammar: Rule that the replies follow; None for the one that the request's fields ask for, if any.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -82,6 +84,7 @@ class GenerationParams:
     echoed: Sequence[str] = ()
     parser: Callable[[], ReplyParser] | None = None
     marks: frozenset[str] | None = frozenset()
+    grammar: AskedGrammar | None = None
 
 
 @dataclass(slots=True)
@@ -132,6 +135,15 @@ def prepare_request(asks: GenerationParams, fields: GenerationFields, means: Mea
     if fields.stop_token_ids:
         options["eos_token_id"] = [*_ends(model.generation_config), *fields.stop_token_ids]
     words = _words(means.tokenizer, fields.bad_words or ())
+    grammar = asks.grammar or asked_grammar(fields)
+    if grammar is not None:
+        means.check()
+        for name in ("min_tokens", "ignore_eos", "allowed_token_ids", "bad_words"):
+            if getattr(fields, name):
+                raise ApiError(400, f"{name} does not go together with {grammar.field}.", name)
+        check_grammar(drafter, grammar)
+    if fields.allowed_token_ids and {word[-1] for word in words} >= set(fields.allowed_token_ids):
+        raise ApiError(400, "bad_words leaves none of allowed_token_ids.", "bad_words")
     asked = PreparedRequest()
     documents, asked.predicted = _references(fields, means)
     for index, prompt in enumerate(asks.prompts):
@@ -163,6 +175,7 @@ def prepare_request(asks: GenerationParams, fields: GenerationFields, means: Mea
                 num_return_sequences=1 if greedy or asks.competing else samples,
                 best_of=samples if asks.competing and not greedy else None,
                 top_logprobs=asks.top_logprobs,
+                grammar=None if grammar is None else grammar.grammar,
                 max_new_tokens=max(room, 1),
                 **options,
                 **extra,

@@ -94,14 +94,14 @@ class ReplyParsing:
         """
         if self.template is not None:
             return lambda: TemplateReader(self.template, prompt, tools, one_call)
-        kind, tags, begun = self._kind, self._tags, self._begun(prompt)
+        kind, tags, begun = self._kind, self.tags, self.begun(prompt)
         return lambda: kind(tools, tags, begun, one_call)
 
     def marks(self, has_tools: bool) -> frozenset[str] | None:
         """Special tokens that are to stay in the text; None for all."""
         if self.template is not None:
             return None
-        kind, tags = self._kind, self._tags
+        kind, tags = self._kind, self.tags
         found = {tags.begin.split("thought")[0], tags.end} if tags is not None else set()
         if has_tools or kind is HarmonyReader:
             found |= {*kind.opens, *kind.closes, *kind.inner}
@@ -114,11 +114,13 @@ class ReplyParsing:
         return Reader if self.tool_parser is None else TOOL_PARSERS[self.tool_parser]
 
     @property
-    def _tags(self) -> Tags | None:
+    def tags(self) -> Tags | None:
+        """Marks around reasoning; None for none, or where it has none."""
         return None if self.reasoning_parser is None else REASONING_PARSERS[self.reasoning_parser]
 
-    def _begun(self, prompt: str) -> bool:
-        return self._tags is not None and prompt.rstrip().endswith(self._tags.begin.rstrip())
+    def begun(self, prompt: str) -> bool:
+        """True if a prompt ends within reasoning."""
+        return self.tags is not None and prompt.rstrip().endswith(self.tags.begin.rstrip())
 
 
 def reply_parsing(
