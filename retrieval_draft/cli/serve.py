@@ -76,6 +76,12 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    tool_parser: Annotated[
+        str, typer.Option(help="Form of the model's calls of tools: a family's name, auto or none.")
+    ] = "auto",
+    reasoning_parser: Annotated[
+        str, typer.Option(help="Marks around its reasoning: a family's name, auto or none.")
+    ] = "auto",
     log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
     otlp_endpoint: Annotated[
         str | None,
@@ -114,6 +120,8 @@ def serve(
         stuck_seconds=stuck_seconds,
         grace_seconds=grace,
         cors_origins=tuple(cors_origin or ()),
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
     )
     if log_format not in ("text", "json"):
         raise InvalidInputError(f"log_format is {log_format!r}.", "Choose text or json.")

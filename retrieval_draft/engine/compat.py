@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ __all__ = [
     "CACHE_NAMES",
     "cache_parameter",
     "callers_model_inputs",
+    "can_parse_responses",
     "croppable_layers",
     "empty_layer",
     "given_cache",
@@ -41,6 +44,7 @@ __all__ = [
     "own_cache",
     "query_length",
     "require_parts",
+    "response_parser",
     "steps_as_alone",
 ]
 
@@ -282,3 +286,20 @@ def next_inputs(model: Any, ids: Any, inputs: Mapping[str, Any]) -> dict[str, An
 def query_length(given: Any) -> int:
     """Tokens of a pass, from the argument of a cache layer: their number, or before 5.2 their positions."""
     return given if isinstance(given, int) else int(given.shape[0])
+
+
+def can_parse_responses() -> bool:
+    """True if transformers parses replies as they arrive, by a tokenizer's `response_template`."""
+    return find_spec("transformers.utils.chat_parsing") is not None
+
+
+def response_parser(template: Any, prefix: str, tools: Any) -> Any:
+    """A parser of one reply by transformers, where `can_parse_responses`.
+
+    Args:
+        template: A `response_template`.
+        prefix: The prompt.
+        tools: As of chat templates.
+    """
+    parsing: Any = import_module("transformers.utils.chat_parsing")
+    return parsing.ResponseParser(template, prefix=prefix, tools=tools)

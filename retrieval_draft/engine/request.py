@@ -49,6 +49,7 @@ class DecodeRequest:
         finished: Called with the reply, int32, once the request has left the batch; a view of a buffer.
         prompt_rows: Last prompt positions whose predictions the sources learn from.
         prefill_chunk: Prompt tokens in one pass at most.
+        max_draft_tokens: Draft tokens in one step at most; None for as many as pay.
         cache: Holds the beginning of the prompt already, all but one token at most; None to begin anew.
         prefix_owner: An earlier request of the batch with the same prompt, whose prompt pass serves both.
         keep_prompt_logits: Whether the logits at the prompt's positions are kept.
@@ -71,6 +72,7 @@ class DecodeRequest:
     finished: Callable[[TokenArray], None] | None = None
     prompt_rows: int = 1
     prefill_chunk: int | None = None
+    max_draft_tokens: int | None = None
     cache: SpeculativeCache | ChainCache | None = None
     prefix_owner: DecodeRequest | None = None
     keep_prompt_logits: bool = False

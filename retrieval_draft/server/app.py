@@ -22,7 +22,10 @@ from retrieval_draft.server.body_limit import BodyLimit
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.openai.chat_request import ChatRequest, Message
 from retrieval_draft.server.openai.completions_request import CompletionRequest
+from retrieval_draft.server.openai.responses_request import ResponsesRequest
 from retrieval_draft.server.openai.routes import make_router
+from retrieval_draft.server.openai.token_routes import DetokenizeRequest, TokenizeRequest, token_router
+from retrieval_draft.server.openai.tools import Tool
 from retrieval_draft.server.scheduler.events import EngineListener
 from retrieval_draft.server.service import Service
 
@@ -61,6 +64,7 @@ def create_app(
         title="retrieval-draft", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
     )
     app.include_router(make_router(service))
+    app.include_router(token_router(service))
     for router in extra_routers:
         app.include_router(router)
     _handle_errors(app)
@@ -84,7 +88,16 @@ def _describe_bodies(app: FastAPI) -> None:
     """Adds the schemas of request bodies, which routes read themselves, to the description of the API."""
     made = app.openapi
     _, schemas = msgspec.json.schema_components(
-        [CompletionRequest, ChatRequest, Message], ref_template="#/components/schemas/{name}"
+        [
+            CompletionRequest,
+            ChatRequest,
+            Message,
+            Tool,
+            ResponsesRequest,
+            TokenizeRequest,
+            DetokenizeRequest,
+        ],
+        ref_template="#/components/schemas/{name}",
     )
 
     def described() -> dict[str, Any]:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.http.fair_pool import FairPool
@@ -18,6 +18,7 @@ from retrieval_draft.server.openai.detokenize import Decode, decoder
 from retrieval_draft.server.openai.model_defaults import usable_defaults
 from retrieval_draft.server.openai.prepare import Means, PreparedRequest
 from retrieval_draft.server.openai.token_text import TokenTexts
+from retrieval_draft.server.parsing.choice import ReplyParsing, reply_parsing
 from retrieval_draft.server.scheduler.channel import Channel
 from retrieval_draft.server.scheduler.engine import ServingEngine
 from retrieval_draft.server.scheduler.events import EngineListener
@@ -29,6 +30,8 @@ __all__ = ["Loaded", "Service"]
 
 _PREPARING = 32
 """Threads that tokenise, at most one for each tenant's short requests and one for its long ones."""
+
+Result = TypeVar("Result")
 
 _SHORT_BYTES = 1 << 15
 
@@ -48,6 +51,7 @@ class Loaded:
         overrides: Options that override the model's own generation configuration.
         tenants: Drafters by tenant.
         engine: Decodes.
+        parsing: Of replies to chats.
     """
 
     drafter: RetrievalDrafter
@@ -58,6 +62,7 @@ class Loaded:
     overrides: Mapping[str, Any]
     tenants: Tenants
     engine: ServingEngine
+    parsing: ReplyParsing
 
 
 class Service:
@@ -128,8 +133,11 @@ class Service:
             texts = TokenTexts(tokenizer)
             longest = max(map(len, tokenizer.get_vocab()), default=1)
             loaded = Loaded(
-                drafter, tokenizer, decoder(tokenizer), texts, longest, overrides, tenants, engine
-            )
+                drafter, tokenizer, decoder(tokenizer), texts, longest, overrides, tenants, engine,
+                reply_parsing(
+                    tokenizer, self.chat_template, self.settings.tool_parser, self.settings.reasoning_parser
+                ),
+            )  # fmt: skip
             for call in self.when_loaded:
                 call(loaded)
             engine.start()
@@ -176,26 +184,11 @@ class Service:
         Raises:
             ApiError: It is not supported, or beyond a limit.
         """
-        loaded, loop, is_gone = self.loaded, asyncio.get_running_loop(), False
+        loaded, loop = self.loaded, asyncio.get_running_loop()
         if self._is_draining:
             raise ApiError(503, "The server is about to stop.", retry_after=5)
         arrived = time.monotonic()
-
-        def check() -> None:
-            if is_gone:
-                raise ApiError(499, "The client has left.")
-
-        def run() -> PreparedRequest:
-            means = Means(
-                loaded.tenants[tenant], loaded.tokenizer, loaded.decode, self.settings, loaded.overrides,
-                loaded.longest, check,
-            )  # fmt: skip
-            return prepare(loaded, means)
-
-        try:
-            asked = await asyncio.wrap_future(self._preparing.submit((tenant, size > _SHORT_BYTES), run))
-        finally:
-            is_gone = True  # the result of the running call is not used
+        asked = await self.work(tenant, prepare, size)
         job: Job
 
         def slow() -> None:
@@ -210,6 +203,45 @@ class Service:
             choice.text = text
         loaded.engine.submit(job)
         return job, asked
+
+    async def work(self, tenant: str, call: Callable[[Loaded, Means], Result], size: int = 0) -> Result:
+        """Result of work on a thread, which other tenants do not wait for.
+
+        Args:
+            tenant: For whom.
+            call: May be slow.
+            size: Bytes of the request.
+
+        Raises:
+            ApiError: Of the work.
+        """
+        loaded, is_gone = self.loaded, False
+
+        def check() -> None:
+            if is_gone:
+                raise ApiError(499, "The client has left.")
+
+        def run() -> Result:
+            means = Means(
+                loaded.tenants[tenant], loaded.tokenizer, loaded.decode, self.settings, loaded.overrides,
+                loaded.longest, check,
+            )  # fmt: skip
+            return call(loaded, means)
+
+        try:
+            return await asyncio.wrap_future(self._preparing.submit((tenant, size > _SHORT_BYTES), run))
+        finally:
+            is_gone = True  # the result of the running call is not used
+
+    def check_model(self, name: str | None) -> None:
+        """Refuses another model than the served one.
+
+        Raises:
+            ApiError: It is not served here (404).
+        """
+        served = self.settings.model_name
+        if name is not None and name != served:
+            raise ApiError(404, f"There is no model {name!r} here; this server has {served!r}.", "model")
 
     def leave(self, job: Job) -> None:
         """Ends a job whose client has left. No-op if already finished."""

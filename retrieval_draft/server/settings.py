@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from retrieval_draft.errors import InvalidInputError
 
-__all__ = ["ServerSettings"]
+__all__ = ["REASONING_PARSERS", "TOOL_PARSERS", "ServerSettings"]
 
+TOOL_PARSERS = ("auto", "none", "deepseek", "gemma", "gpt-oss", "hermes", "llama3", "mistral", "qwen")
+REASONING_PARSERS = ("auto", "none", "deepseek", "gemma", "gpt-oss", "mistral", "qwen")
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s,?#*]+")
 
 
@@ -35,6 +37,8 @@ class ServerSettings:
         send_seconds: Limit for sending one piece of a stream.
         grace_seconds: Time for running requests to finish when the server stops.
         cors_origins: Web pages' origins that may use the server from a browser; "*" for any. None by default.
+        tool_parser: Form in which the model writes calls of tools; "auto" for as its chat template shows.
+        reasoning_parser: Marks around its reasoning; the same.
     """
 
     model_name: str
@@ -54,6 +58,8 @@ class ServerSettings:
     send_seconds: float = 30.0
     grace_seconds: float = 30.0
     cors_origins: tuple[str, ...] = ()
+    tool_parser: str = "auto"
+    reasoning_parser: str = "auto"
 
     def __post_init__(self) -> None:
         limits: tuple[tuple[str, float, float, float], ...] = (
@@ -81,6 +87,14 @@ class ServerSettings:
         for name, value, low, high in limits:
             if not low <= value <= high:
                 raise InvalidInputError(f"{name} is {value}; it must lie in {low}..{high}.")
+        for option, name, known in (
+            ("tool-parser", self.tool_parser, TOOL_PARSERS),
+            ("reasoning-parser", self.reasoning_parser, REASONING_PARSERS),
+        ):
+            if name not in known:
+                raise InvalidInputError(
+                    f"There is no {option} {name!r}.", f"Choose one of {', '.join(known)}."
+                )
         for origin in self.cors_origins:
             if not _ORIGIN.fullmatch(origin):
                 raise InvalidInputError(

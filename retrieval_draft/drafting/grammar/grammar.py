@@ -11,7 +11,7 @@ from retrieval_draft.errors import InvalidInputError
 
 __all__ = ["ANY_WHITESPACE", "Grammar", "import_llguidance"]
 
-_MOST = {"json_schema": 1 << 18, "regex": 1 << 14, "choice": 1 << 17, "lark": 1 << 15}
+_MOST = {"json_schema": 1 << 18, "regex": 1 << 14, "choice": 1 << 17, "lark": 1 << 15, "tools": 1 << 18}
 """Characters of a grammar's source by its kind: the slowest ones then compile within seconds."""
 
 _MAX_CHOICES = 4096
@@ -29,7 +29,7 @@ class Grammar:
     it is used first, and kept compiled.
 
     Attributes:
-        kind: "json_schema", "regex", "choice" or "lark".
+        kind: "json_schema", "regex", "choice", "lark", or "tools": a server's own rules.
         source: Of that kind, as text.
         before: Text in front of it.
         after: Text behind it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Raw, Struct, field
@@ -12,6 +12,7 @@ from msgspec.json import Decoder
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.json_body import decode_field, is_absent
 from retrieval_draft.server.openai.generation_request import ContentPart, GenerationFields, text_of
+from retrieval_draft.server.openai.tools import TOOL_CHOICE_SCHEMA, TOOLS_SCHEMA, ToolUse, tool_use
 
 __all__ = ["CHAT", "ChatRequest", "Message"]
 
@@ -70,8 +71,14 @@ class ChatRequest(GenerationFields):
         add_generation_prompt: Extension of vLLM: whether the prompt ends with the start of an assistant
             message.
         continue_final_message: Extension of vLLM: whether the reply continues the last message.
+        echo: Extension of vLLM: whether the reply begins with the last message, where that has its role.
+        best_of: Extension of vLLM: samples to draw, of which the `n` most probable are returned.
         chat_template_kwargs: Extension of vLLM: variables of the chat template.
-        tools: Not supported, as are those after it.
+        tools: Functions that the model may call; read by `tool_use`.
+        tool_choice: Whether it calls any; read by `tool_use`.
+        parallel_tool_calls: Whether it may call several.
+        reasoning_effort: A variable of the chat template, where it has one.
+        functions: Not supported, as are those after it.
     """
 
     messages: Annotated[
@@ -90,20 +97,20 @@ class ChatRequest(GenerationFields):
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
     chat_template_kwargs: Raw = field(default_factory=Raw)
-    parallel_tool_calls: Raw = field(default_factory=Raw)
-    tools: Raw = field(default_factory=Raw)
-    tool_choice: Raw = field(default_factory=Raw)
+    parallel_tool_calls: bool | None = None
+    tools: Annotated[Raw, Meta(extra_json_schema=TOOLS_SCHEMA)] = field(default_factory=Raw)
+    tool_choice: Annotated[Raw, Meta(extra_json_schema=TOOL_CHOICE_SCHEMA)] = field(default_factory=Raw)
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     functions: Raw = field(default_factory=Raw)
     function_call: Raw = field(default_factory=Raw)
     audio: Raw = field(default_factory=Raw)
     modalities: Raw = field(default_factory=Raw)
-    reasoning_effort: Raw = field(default_factory=Raw)
     verbosity: Raw = field(default_factory=Raw)
     web_search_options: Raw = field(default_factory=Raw)
     chat_template: Raw = field(default_factory=Raw)
-    echo: Raw = field(default_factory=Raw)
-    best_of: Raw = field(default_factory=Raw)
     suffix: Raw = field(default_factory=Raw)
     add_special_tokens: Raw = field(default_factory=Raw)
 
@@ -114,14 +121,12 @@ class ChatRequest(GenerationFields):
             ApiError: Names the field.
         """
         self.check_common(self.wanted_tokens)
-        self.refuse(
-            "tools", "functions", "audio", "reasoning_effort", "web_search_options", "chat_template", "echo",
-            "suffix", "add_special_tokens",
-        )  # fmt: skip
-        self.refuse("tool_choice", "function_call", neutral=(b'"none"', b'"auto"'))
+        self.refuse("functions", "audio", "web_search_options", "chat_template")
+        self.refuse("suffix", "add_special_tokens")
+        self.refuse("function_call", neutral=(b'"none"', b'"auto"'))
         self.refuse("modalities", neutral=(b'["text"]',))
         self.refuse("verbosity", neutral=(b'"medium"',))
-        self.refuse("best_of", neutral=(b"1",))
+        self.check_best_of(self.best_of)
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true.", "top_logprobs")
         if self.add_generation_prompt and self.continue_final_message:
@@ -138,7 +143,7 @@ class ChatRequest(GenerationFields):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Variables of the chat template.
+        """Variables of the chat template besides `reasoning_effort`.
 
         Raises:
             ApiError: They are no object, or too long.
@@ -149,6 +154,15 @@ class ChatRequest(GenerationFields):
         if len(memoryview(raw)) > _MAX_VARIABLES:
             raise ApiError(400, f"{name} has more than {_MAX_VARIABLES} bytes.", name)
         return decode_field(raw, _VARIABLES, name)
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """Tools that the reply may call; None for none.
+
+        Raises:
+            ApiError: They are invalid.
+        """
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     @property
     def conversation(self) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from inspect import signature
 from typing import Any
@@ -17,6 +17,7 @@ from retrieval_draft.server.errors import ApiError
 __all__ = ["render_chat"]
 
 _NONE: Mapping[str, Any] = {}
+_NO_TOOLS: Sequence[dict[str, Any]] = ()
 _GENERATION = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
 _SET_ALREADY = frozenset(signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
 
@@ -28,6 +29,8 @@ def render_chat(
     variables: Mapping[str, Any] = _NONE,
     begins: bool | None = None,
     goes_on: bool = False,
+    tools: Sequence[dict[str, Any]] = _NO_TOOLS,
+    effort: str | None = None,
 ) -> str:
     """The prompt of a conversation, up to the start of the reply.
 
@@ -41,6 +44,8 @@ def render_chat(
         begins: Whether the prompt ends with the start of an assistant message; None for yes, unless
             `goes_on`.
         goes_on: Whether the reply continues the last message.
+        tools: That the model may call.
+        effort: The template's variable ``reasoning_effort``.
 
     Raises:
         ApiError: There is no template, or it refuses the conversation.
@@ -53,8 +58,23 @@ def render_chat(
             "messages",
         )
     try:
-        source: str = tokenizer.get_chat_template(template)
-        unknown = set(variables) - _free_names(source)
+        source: str = tokenizer.get_chat_template(template, tools=list(tools) or None)
+        names = _free_names(source)
+        if tools and "tools" not in names:
+            raise ApiError(
+                400,
+                "This model's chat template has no tools; start the server with --chat-template.",
+                "tools",
+            )
+        if effort is not None:
+            if "reasoning_effort" not in names:
+                raise ApiError(
+                    400,
+                    "This model's chat template has no reasoning_effort; leave it out.",
+                    "reasoning_effort",
+                )
+            variables = {"reasoning_effort": effort, **variables}
+        unknown = set(variables) - (names - _SET_ALREADY)
         if unknown:
             raise ApiError(
                 400,
@@ -69,6 +89,7 @@ def render_chat(
         def render(opens: bool) -> str:
             text: str = tokenizer.apply_chat_template(
                 conversation,
+                tools=list(tools) or None,
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=opens,
@@ -94,8 +115,8 @@ def render_chat(
 
 @lru_cache(maxsize=8)
 def _free_names(source: str) -> frozenset[str]:
-    """Variables of a template that a caller may set: none of those that transformers sets itself."""
+    """Variables of a template, those that transformers sets itself among them."""
     # transformers adds one tag to Jinja's. Nothing is rendered here.
     parser = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True)
     found = meta.find_undeclared_variables(parser.parse(_GENERATION.sub("", source)))
-    return frozenset(found) - _SET_ALREADY
+    return frozenset(found)

@@ -66,13 +66,7 @@ class CompletionRequest(GenerationFields):
             raise ApiError(400, "max_tokens is 0, which makes sense with echo only.", "max_tokens")
         if self.logprobs is True:
             raise ApiError(400, "logprobs is true; say how many alternatives to name, 0..20.", "logprobs")
-        if self.best_of is not None:
-            if self.best_of < (self.n or 1):
-                raise ApiError(400, f"best_of is {self.best_of}; it must be at least n.", "best_of")
-            if self.stream and self.best_of > (self.n or 1):
-                raise ApiError(400, "The best samples are known at the end only; do not stream.", "best_of")
-            if self.best_of > 1 and self.temperature is not None and self.temperature < 1e-5:
-                raise ApiError(400, "Greedy decoding has one sample; set a temperature.", "best_of")
+        self.check_best_of(self.best_of)
 
     def prompts(self, most: int) -> list[Any]:
         """One text or list of ids for each prompt.

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-__all__ = ["Decode", "ReplyText", "StopTexts", "decoder", "stopping_specials"]
+__all__ = [
+    "Decode",
+    "ReplyText",
+    "StopTexts",
+    "decoder",
+    "selective_decoder",
+    "special_tokens",
+    "stopping_specials",
+]
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -27,11 +36,48 @@ def decoder(tokenizer: Any) -> Decode:
 
     def decode(tokens: Sequence[int]) -> str:
         text: str = tokenizer.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            list(tokens), skipspecial_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
 
     return decode
+
+
+def selective_decoder(
+    tokenizer: Any, kept: Collection[str] | None = (), dropped: Collection[int] = ()
+) -> Decode:
+    """Token ids to text, with some special tokens in it.
+
+    Args:
+        tokenizer: Any of transformers.
+        kept: Texts of the special tokens that stay; None for all.
+        dropped: Ids that are left out in any case.
+    """
+    hidden = set(dropped)
+    if kept is not None:
+        hidden |= {token for token, text in special_tokens(tokenizer).items() if text not in kept}
+
+    def decode(tokens: Sequence[int]) -> str:
+        text: str = tokenizer.decode(
+            [token for token in tokens if token not in hidden],
+            skipspecial_tokens=False,
+            clean_up_tokenization_spaces=False,
+        )
+        return text
+
+    return decode
+
+
+@lru_cache(maxsize=4)
+def special_tokens(tokenizer: Any) -> Mapping[int, str]:
+    """Texts of all special tokens by id."""
+    ids = list(getattr(tokenizer, "all_special_ids", ()))
+    named = zip(ids, getattr(tokenizer, "allspecial_tokens", ()), strict=False)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {
+        **{int(token): str(text) for token, text in named},
+        **{int(token): str(each) for token, each in added.items() if getattr(each, "special", False)},
+    }
 
 
 def stopping_specials(tokenizer: Any, stops: Sequence[str]) -> dict[int, str]:
@@ -59,6 +105,7 @@ class ReplyText:
         stops: Strings at which the reply ends; they are not part of it.
         specials: Texts of special tokens by id, which only stop strings see.
         keeps_stop: Whether the text includes the stop string.
+        least: Tokens in which no stop string is looked for.
 
     Attributes:
         text: All that is final.
@@ -77,13 +124,14 @@ class ReplyText:
         stops: Sequence[str] = (),
         specials: Mapping[int, str] = _NO_SPECIALS,
         keeps_stop: bool = False,
+        least: int = 0,
     ) -> None:
         self._decode = decode
         self._ids = [int(token) for token in prompt[-_CONTEXT:]]
         self._read = len(self._ids)
         self._known = decode(self._ids) if self._ids else ""
         self._stops = [stop for stop in stops if stop]
-        self._specials, self._keeps_stop = specials, keeps_stop
+        self._specials, self._keeps_stop, self._least = specials, keeps_stop, least
         self._held = ""
         self._hidden: list[tuple[int, int]] = []  # parts of the held text that only stop strings see
         self.text = ""
@@ -137,6 +185,9 @@ class ReplyText:
 
     def _look(self) -> None:
         """Looks for stop strings in the held text, and releases text that cannot be part of one."""
+        if len(self.pieces) < self._least:
+            self._release(len(self._held))
+            return
         found = [(position, stop) for stop in self._stops if (position := self._held.find(stop)) >= 0]
         if found:
             position, self.stopped = min(found, key=lambda each: (each[0], -len(each[1])))

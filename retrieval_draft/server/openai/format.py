@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from retrieval_draft.engine.sampling.token_logprobs import TokenLogprobs
 from retrieval_draft.server.openai.reply import Reply
 from retrieval_draft.server.openai.token_text import TokenTexts
+from retrieval_draft.server.parsing.deltas import Delta
 
 __all__ = ["ChatFormat", "CompletionFormat", "ResponseFormat"]
 
@@ -65,7 +66,7 @@ class _Common:
         choices.sort(key=lambda choice: int(choice["index"]))
         return {**self._head, "object": self.kind, "choices": choices, "usage": usage}
 
-    def _says_nothing(self, reply: Reply, text: str) -> bool:
+    def _says_nothing(self, reply: Reply, text: Sequence[Any]) -> bool:
         return not (text or reply.reason or self._with_ids or self._with_logprobs)
 
     def _ids(self, tokens: Sequence[int]) -> dict[str, Any]:
@@ -139,25 +140,68 @@ class CompletionFormat(_Common):
 
 
 class ChatFormat(_Common):
-    """``chat.completion``."""
+    """``chat.completion``.
+
+    Args:
+        id: Of the response.
+        model: Name of the model for clients.
+        texts: Tokens as text.
+        with_ids: Whether token ids are wanted.
+        with_logprobs: Whether log probabilities are.
+        role: Of the message.
+        echoed: The beginning of the message, which the prompt had.
+        names_calls: Whether "tool_calls" is the reason of the end of a reply that calls tools.
+    """
 
     kind = "chat.completion"
     piece_kind = "chat.completion.chunk"
 
+    def __init__(
+        self,
+        id: str,
+        model: str,
+        texts: TokenTexts,
+        with_ids: bool,
+        with_logprobs: bool,
+        *,
+        role: str = "assistant",
+        echoed: str = "",
+        names_calls: bool = True,
+    ) -> None:
+        super().__init__(id, model, texts, with_ids, with_logprobs)
+        self._role, self._echoed, self._names_calls = role, echoed, names_calls
+
     def begin(self, reply: Reply) -> list[dict[str, Any]]:
         """The role."""
-        delta = {"role": "assistant", "content": ""}
+        delta = {"role": self._role, "content": self._echoed}
         return [self._piece([self._delta(index, delta, None, None)]) for index in reply.indices]
 
     def piece(self, reply: Reply, text: str, begin: int, end: int) -> list[dict[str, Any]]:
-        """New text."""
-        if self._says_nothing(reply, text):
+        """New text, or new parts of the message, one a piece; the first has all of the tokens."""
+        if self._says_nothing(reply, text if reply.message is None else reply.deltas):
             return []
         tokens = reply.tokens[begin:end]
         logprobs = self._logprobs(reply.logprobs[begin:end]) if self._with_logprobs else None
-        delta = {"content": text} if text or reply.reason is None else {}
+        if reply.message is None:
+            deltas = [{"content": text} if text or reply.reason is None else {}]
+        else:
+            deltas = [_part(reply, delta) for delta in reply.deltas] or [{}]
+            if reply.reason is not None and deltas[-1]:
+                deltas.append({})  # the reason stands alone
+        last = len(deltas) - 1
         return [
-            self._piece([self._delta(index, delta, logprobs, reply.reason) | self._ids(tokens)])
+            self._piece(
+                [
+                    self._delta(
+                        index,
+                        delta,
+                        None if number else logprobs,
+                        self._reason(reply) if number == last else None,
+                    )
+                    | self._ids(() if number else tokens)
+                ]
+            )
+            for number, delta in enumerate(deltas)
             for index in reply.indices
         ]
 
@@ -166,15 +210,38 @@ class ChatFormat(_Common):
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": reply.text, "refusal": None},
+                "message": self._message(reply),
                 "logprobs": self._logprobs(reply.logprobs) if self._with_logprobs else None,
-                "finish_reason": reply.reason,
+                "finish_reason": self._reason(reply),
                 **self._ids(reply.tokens),
             }
             for reply in replies
             for index in reply.indices
         ]
         return self._whole(choices, usage)
+
+    def _message(self, reply: Reply) -> dict[str, Any]:
+        message = reply.message
+        content = reply.text if message is None else message.content
+        fields: dict[str, Any] = {"role": self._role, "content": self._echoed + content, "refusal": None}
+        if message is not None and message.reasoning:
+            fields["reasoning_content"] = message.reasoning
+        if message is not None and message.calls:
+            fields["content"] = fields["content"] or None
+            fields["tool_calls"] = [
+                {
+                    "id": reply.call_id(index),
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for index, call in enumerate(message.calls)
+            ]
+        return fields
+
+    def _reason(self, reply: Reply) -> str | None:
+        """The reason of the end. A call of the one tool that was to be called is no reason, as of OpenAI."""
+        calls = reply.message is not None and reply.message.calls and self._names_calls
+        return "tool_calls" if calls and reply.reason == "stop" else reply.reason
 
     def _delta(self, index: int, delta: dict[str, Any], logprobs: Any, reason: str | None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
@@ -190,6 +257,19 @@ class ChatFormat(_Common):
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text, raw = self._texts.text(token), self._texts.bytes(token)
         return {"token": text, "logprob": _finite(logprob), "bytes": raw}
+
+
+def _part(reply: Reply, delta: Delta) -> dict[str, Any]:
+    """A part of a message as OpenAI's ``delta``."""
+    if delta.kind == "content":
+        return {"content": delta.text}
+    if delta.kind == "reasoning":
+        return {"reasoning_content": delta.text}
+    if delta.kind == "arguments":
+        return {"tool_calls": [{"index": delta.call, "function": {"arguments": delta.text}}]}
+    function = {"name": delta.text, "arguments": ""}
+    call = {"index": delta.call, "id": reply.call_id(delta.call), "type": "function", "function": function}
+    return {"tool_calls": [call]}
 
 
 def _echoed(reply: Reply) -> tuple[list[int], list[TokenLogprobs | None]]:

@@ -10,11 +10,21 @@ from msgspec.json import Decoder
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.json_body import decode_field, decode_texts, is_absent
 
-__all__ = ["ContentPart", "GenerationFields", "Ids", "Prediction", "StreamOptions", "text_of"]
+__all__ = [
+    "ContentPart",
+    "GenerationFields",
+    "Ids",
+    "Prediction",
+    "Speculative",
+    "StreamOptions",
+    "TokenId",
+    "text_of",
+]
 
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Ids = Annotated[list[TokenId], Meta(min_length=1)]
 Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
+Word = Annotated[str, Meta(min_length=1, max_length=256)]
 Bias = dict[
     Annotated[str, Meta(pattern=r"^[0-9]{1,9}$")],
     Annotated[float, Meta(ge=-100, le=100)],
@@ -24,6 +34,7 @@ _STOPS = Decoder(list[Stop])
 _DOCUMENTS = Decoder(list[str])
 _TEXTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 _MAX_BIASED, _MAX_STOPS, _MAX_DOCUMENTS = 1024, 16, 64
+_MAX_WORDS = 64
 _OFF = (b"false", b"[]", b"{}", b'""')
 _UNSUPPORTED = "is not supported by this server"
 
@@ -40,6 +51,13 @@ class Prediction(Struct, forbid_unknown_fields=True):
 
     content: str | list[ContentPart]
     type: Literal["content"] = "content"
+
+
+class Speculative(Struct, forbid_unknown_fields=True):
+    """Drafting for one request."""
+
+    enabled: bool | None = None
+    max_draft_tokens: Annotated[int, Meta(ge=0, le=1 << 20)] | None = None
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
@@ -69,10 +87,14 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         stop: Strings at which the reply ends.
         n: Choices.
         min_tokens: Extension of vLLM: the reply does not end by itself before.
+        stop_token_ids: Extension of vLLM: tokens that end the reply, and are no part of its text.
+        bad_words: Extension of vLLM: texts that the reply does not have.
         allowed_token_ids: Extension of vLLM: only these are generated.
-        include_stop_str_in_output: Extension of vLLM: whether the reply ends with the stop string.
+        skip_special_tokens: Extension of vLLM: whether special tokens are left out of the text.
+        include_stop_str_in_output: Extension of vLLM: whether the reply ends with the stop string or token.
         stream: Whether tokens are sent as they are decoded.
         stream_options: Options of the stream.
+        speculative: Extension: whether drafts are made, and how many tokens a step.
         prediction: Expected text of the reply; a draft source of this request.
         documents: Extension: texts that the reply may quote; draft sources of this request.
         share: Extension: parts of this request that other servers may learn.
@@ -87,7 +109,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.001, le=100)] | None = None
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     logit_bias: Annotated[Raw, Meta(extra_json_schema={"type": "object"})] = field(default_factory=Raw)
@@ -95,10 +117,14 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     stop: Annotated[Raw, Meta(extra_json_schema=_TEXTS)] = field(default_factory=Raw)
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     min_tokens: Annotated[int, Meta(ge=0)] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    bad_words: list[Word] | None = None
     allowed_token_ids: Ids | None = None
+    skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    speculative: Speculative | None = None
     prediction: Prediction | None = None
     documents: Annotated[Raw, Meta(extra_json_schema=_TEXTS)] = field(default_factory=Raw)
     share: Literal["none", "reply", "all"] | None = None
@@ -131,9 +157,6 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     request_id: Raw = field(default_factory=Raw)
 
     # These would change it, and are not supported.
-    stop_token_ids: Raw = field(default_factory=Raw)
-    bad_words: Raw = field(default_factory=Raw)
-    skip_special_tokens: Raw = field(default_factory=Raw)
     spaces_between_special_tokens: Raw = field(default_factory=Raw)
     use_beam_search: Raw = field(default_factory=Raw)
     length_penalty: Raw = field(default_factory=Raw)
@@ -185,6 +208,14 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         return None if self.prediction is None else text_of(self.prediction.content, "prediction")
 
     @property
+    def max_draft_tokens(self) -> int | None:
+        """Limit of a step's draft tokens; None for none."""
+        asked = self.speculative
+        if asked is None:
+            return None
+        return 0 if asked.enabled is False else asked.max_draft_tokens
+
+    @property
     def includes_usage(self) -> bool:
         """True if a stream ends with the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
@@ -216,21 +247,38 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
             ApiError: Names the field.
         """
         self.refuse(
-            "stop_token_ids", "bad_words", "use_beam_search", "early_stopping", "prompt_logprobs",
-            "truncate_prompt_tokens", "return_tokens_as_token_ids", "logits_processors",
+            "use_beam_search", "early_stopping", "prompt_logprobs", "truncate_prompt_tokens",
+            "return_tokens_as_token_ids", "logits_processors",
         )  # fmt: skip
-        self.refuse("skip_special_tokens", neutral=(b"true",), off=False)
         self.refuse("spaces_between_special_tokens", neutral=(b"true",), off=False)
         self.refuse("length_penalty", "typical_p", neutral=(b"1", b"1.0"))
         least = self.min_tokens or 0
         if max_tokens is not None and least > max_tokens:
             raise ApiError(400, f"min_tokens is {least}, and max_tokens {max_tokens}.", "min_tokens")
-        if least and self.stops:
-            raise ApiError(400, "min_tokens does not go together with stop.", "min_tokens")
-        if self.include_stop_str_in_output and not self.stops:
-            raise ApiError(
-                400, "include_stop_str_in_output needs stop strings.", "include_stop_str_in_output"
-            )
+        for name, given, most in (
+            ("stop_token_ids", self.stop_token_ids, _MAX_BIASED),
+            ("bad_words", self.bad_words, _MAX_WORDS),
+        ):
+            if given is not None and len(given) > most:
+                raise ApiError(400, f"{name} has {len(given)} entries; {most} are allowed.", name)
+
+    def check_best_of(self, best_of: int | None) -> None:
+        """Refuses samples that cannot compete.
+
+        Args:
+            best_of: Samples to draw.
+
+        Raises:
+            ApiError: There are too few, they are streamed, or they are all the same.
+        """
+        if best_of is None:
+            return
+        if best_of < (self.n or 1):
+            raise ApiError(400, f"best_of is {best_of}; it must be at least n.", "best_of")
+        if self.stream and best_of > (self.n or 1):
+            raise ApiError(400, "The best samples are known at the end only; do not stream.", "best_of")
+        if best_of > 1 and self.temperature is not None and self.temperature < 1e-5:
+            raise ApiError(400, "Greedy decoding has one sample; set a temperature.", "best_of")
 
     def refuse(self, *names: str, neutral: tuple[bytes, ...] = (), off: bool = True) -> None:
         """Refuses unsupported fields that would change the reply.
@@ -259,7 +307,10 @@ def text_of(content: str | list[ContentPart] | None, param: str) -> str:
     if isinstance(content, str):
         return content
     for part in content:
-        if part.type not in ("text", "input_text", "refusal") or part.text is None:
+        if (
+            part.type not in ("text", "input_text", "output_text", "reasoning_text", "refusal")
+            or part.text is None
+        ):
             kind = part.type[:64]
             raise ApiError(400, f"A content part of type {kind!r} {_UNSUPPORTED}; use text.", param)
     return "".join(part.text or "" for part in content)

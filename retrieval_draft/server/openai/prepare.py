@@ -13,12 +13,19 @@ from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.errors import RetrievalDraftError
 from retrieval_draft.generation.requests import DecodeRequests
 from retrieval_draft.server.errors import ApiError, from_library
-from retrieval_draft.server.openai.detokenize import Decode, ReplyText, StopTexts, stopping_specials
+from retrieval_draft.server.openai.detokenize import (
+    Decode,
+    ReplyText,
+    StopTexts,
+    selective_decoder,
+    stopping_specials,
+)
 from retrieval_draft.server.openai.generation_request import GenerationFields
-from retrieval_draft.server.openai.penalties import AllowedTokens, CountPenalty
+from retrieval_draft.server.openai.penalties import AllowedTokens, BadWords, CountPenalty
 from retrieval_draft.server.openai.prompt_logprobs import PromptLogprobs
 from retrieval_draft.server.openai.reply import Reply
 from retrieval_draft.server.openai.structured_outputs import AskedGrammar, asked_grammar, check_grammar
+from retrieval_draft.server.parsing.deltas import ReplyParser
 from retrieval_draft.server.settings import ServerSettings
 
 __all__ = ["GenerationParams", "Means", "PreparedRequest", "prepare_request", "tokenize"]
@@ -64,6 +71,8 @@ class GenerationParams:
         competing: Whether only the best of them are returned.
         top_logprobs: Alternatives of each token; None for no log probabilities.
         echoed: The prompts as text, if the replies begin with them; else empty.
+        parser: Makes the parser of a reply; None where replies are plain text.
+        marks: Special tokens that the parser sees; None for all.
         grammar: Rule that the replies follow; None for the one that the request's fields ask for, if any.
     """
 
@@ -73,6 +82,8 @@ class GenerationParams:
     competing: bool = False
     top_logprobs: int | None = None
     echoed: Sequence[str] = ()
+    parser: Callable[[], ReplyParser] | None = None
+    marks: frozenset[str] | None = frozenset()
     grammar: AskedGrammar | None = None
 
 
@@ -116,14 +127,23 @@ def prepare_request(asks: GenerationParams, fields: GenerationFields, means: Mea
     named = {
         "logit_bias": [token for (token,) in options.get("sequence_bias", ())],
         "allowed_token_ids": fields.allowed_token_ids or [],
+        "stop_token_ids": fields.stop_token_ids or [],
     }
     for name, tokens in named.items():
         if tokens and max(tokens) >= vocabulary:
             raise ApiError(400, f"{name} names the token {max(tokens)}; ids end at {vocabulary - 1}.", name)
+    if fields.stop_token_ids:
+        options["eos_token_id"] = [*_ends(model.generation_config), *fields.stop_token_ids]
+    words = _words(means.tokenizer, fields.bad_words or ())
     grammar = asks.grammar or asked_grammar(fields)
     if grammar is not None:
         means.check()
+        for name in ("min_tokens", "ignore_eos", "allowed_token_ids", "bad_words"):
+            if getattr(fields, name):
+                raise ApiError(400, f"{name} does not go together with {grammar.field}.", name)
         check_grammar(drafter, grammar)
+    if fields.allowed_token_ids and {word[-1] for word in words} >= set(fields.allowed_token_ids):
+        raise ApiError(400, "bad_words leaves none of allowed_token_ids.", "bad_words")
     asked = PreparedRequest()
     documents, asked.predicted = _references(fields, means)
     for index, prompt in enumerate(asks.prompts):
@@ -140,6 +160,8 @@ def prepare_request(asks: GenerationParams, fields: GenerationFields, means: Mea
             )
         if fields.allowed_token_ids:
             processors.append(AllowedTokens(fields.allowed_token_ids, vocabulary))
+        if words:
+            processors.append(BadWords(len(prompt), words))
         extra: dict[str, Any] = {"logits_processor": processors} if processors else {}
         samples = asks.samples
         try:
@@ -194,6 +216,23 @@ def _tokenize(means: Means, text: str, param: str, most: int | None, special: bo
     return list(means.tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
+def _ends(config: Any) -> list[int]:
+    """Tokens that end a reply of a model."""
+    ids = config.eos_token_id
+    return [] if ids is None else [int(ids)] if isinstance(ids, int) else [int(each) for each in ids]
+
+
+def _words(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts at the beginning of a reply and within it, where a space may belong to the first."""
+    found = []
+    for word in words:
+        for text in (word, " " + word.lstrip()):
+            ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            if ids and ids not in found:
+                found.append(ids)
+    return found
+
+
 def _references(fields: GenerationFields, means: Means) -> tuple[list[list[int]], list[int]]:
     """Token ids of the documents and of the prediction.
 
@@ -245,8 +284,21 @@ def _add(
     """Adds the replies of one prompt."""
     asked.prepared.append(prepared)
     first, stops, decode = prepared.requests[0], fields.stops, means.decode
+    for request in prepared.requests:
+        request.max_draft_tokens = fields.max_draft_tokens
+        if fields.ignore_eos:
+            request.eos = frozenset(fields.stop_token_ids or ())
     specials = stopping_specials(means.tokenizer, stops) if stops else {}
-    ids = first.prompt
+    kept = None if fields.skip_special_tokens is False else asks.marks
+    if kept is None or kept or fields.stop_token_ids:
+        dropped = () if fields.include_stop_str_in_output else first.eos
+        decode = selective_decoder(means.tokenizer, kept, dropped)
+        specials = {
+            token: text
+            for token, text in specials.items()
+            if token in dropped or (kept is not None and text not in kept)
+        }
+    ids, least = first.prompt, fields.min_tokens or 0
     tail = ids[-16:].tolist()
     prompt_logprobs, offsets = None, []
     echoed = asks.echoed[index] if asks.echoed else None
@@ -258,14 +310,15 @@ def _add(
         prompt_text.push(ids.tolist())
         offsets = [min(offset, len(echoed)) for offset in prompt_text.offsets]
     for request in prepared.requests:
-        if fields.ignore_eos:
-            request.eos = frozenset()
         text = None
         if stops:
-            text = ReplyText(decode, tail, stops, specials, bool(fields.include_stop_str_in_output))
+            text = ReplyText(decode, tail, stops, specials, bool(fields.include_stop_str_in_output), least)
             request.criteria.append(StopTexts(text))
         asked.texts.append(text)
         begin = sum(len(reply.indices) for reply in asked.replies)
         indices = range(begin, begin + copies)
         shown = None if stops else ReplyText(decode, tail)
-        asked.replies.append(Reply(indices, shown, ids.tolist(), echoed, prompt_logprobs, silent, offsets))
+        parser = None if asks.parser is None else asks.parser()
+        asked.replies.append(
+            Reply(indices, shown, ids.tolist(), echoed, prompt_logprobs, silent, offsets, parser)
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -12,9 +14,12 @@ from retrieval_draft.engine.sampling.token_logprobs import TokenLogprobs
 from retrieval_draft.server.observability.request_metrics import speculative_decoding
 from retrieval_draft.server.openai.detokenize import ReplyText
 from retrieval_draft.server.openai.prompt_logprobs import PromptLogprobs
+from retrieval_draft.server.parsing.deltas import Delta, Message, ReplyParser
 from retrieval_draft.server.scheduler.channel import Ended, Tokens
 
 __all__ = ["Reply", "drafting_metrics", "predicted_tokens"]
+
+_LETTERS = string.ascii_letters + string.digits
 
 
 class Reply:
@@ -28,6 +33,7 @@ class Reply:
         prompt_logprobs: Its log probabilities, where they are echoed.
         silent: Whether only the prompt is wanted: new tokens are dropped.
         prompt_offsets: Offset of each of its tokens in `prompt_text`, where they have log probabilities.
+        parser: Finds reasoning and calls of tools in the text; None where it is plain.
 
     Attributes:
         tokens: So far.
@@ -35,6 +41,9 @@ class Reply:
         drafted: Indices of the tokens that were drafted.
         marks: The pieces of the text that became final last, and whether each one's token was drafted.
         text: The text so far.
+        message: The parsed text so far; None where it is plain.
+        deltas: Parts of the message that the last event brought.
+        reasoning_tokens: Number of tokens of the reasoning.
         offsets: Offset of each token in it.
         reason: "stop" or "length"; None while it is decoded.
         stats: Counts, once it has ended.
@@ -51,10 +60,15 @@ class Reply:
         prompt_logprobs: PromptLogprobs | None = None,
         silent: bool = False,
         prompt_offsets: Sequence[int] = (),
+        parser: ReplyParser | None = None,
     ) -> None:
         self.indices, self._detokenizer, self.prompt = indices, detokenizer, prompt
         self.prompt_text, self.prompt_logprobs, self._silent = prompt_text, prompt_logprobs, silent
-        self.prompt_offsets = prompt_offsets
+        self.prompt_offsets, self._parser = prompt_offsets, parser
+        self.message = None if parser is None else Message()
+        self.deltas: list[Delta] = []
+        self.reasoning_tokens = 0
+        self._call_ids: list[str] = []
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.drafted: list[int] = []
@@ -83,6 +97,7 @@ class Reply:
         self.marks = [(piece, index < event.accepted) for index, piece in enumerate(pieces) if piece]
         text = "".join(pieces)
         self.text += text
+        self._parse(pieces, False)
         return text
 
     def end(self, event: Ended) -> str:
@@ -91,6 +106,7 @@ class Reply:
         self.accepted_steps.update(event.accepted_steps)
         if self._silent:
             self.reason = "length"
+            self._parse((), True)
             return ""
         rest = event.rest
         if rest is None:
@@ -98,7 +114,26 @@ class Reply:
             rest = self._detokenizer.finish()
         self.text += rest
         self.marks = [(rest, False)] if rest else []
+        self._parse((rest,), True)
         return rest
+
+    def _parse(self, pieces: Sequence[str], ends: bool) -> None:
+        parser, message = self._parser, self.message
+        if parser is None or message is None:
+            return
+        self.deltas = []
+        for piece in pieces:
+            self.deltas += parser.feed(piece)
+            self.reasoning_tokens += parser.reasons and not ends
+        if ends:
+            self.deltas += parser.finish()
+        message.add(self.deltas)
+
+    def call_id(self, call: int) -> str:
+        """Id of a call of a tool: nine letters and digits, as the strictest chat templates have it."""
+        while len(self._call_ids) <= call:
+            self._call_ids.append("".join(secrets.choice(_LETTERS) for _ in range(9)))
+        return self._call_ids[call]
 
     @property
     def mean_logprob(self) -> float:

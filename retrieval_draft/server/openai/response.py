@@ -88,7 +88,9 @@ class ResponseWriter:
                 new = self.shape.piece(reply, text, begin, end)
                 if self.with_marks:
                     marks = [{"text": piece, "drafted": drafted} for piece, drafted in reply.marks]
-                    new = [each | {"draft_marks": marks} for each in new]
+                    # Once for each choice, however many pieces a step makes of its text.
+                    count = len(reply.indices)
+                    new = [*(each | {"draft_marks": marks} for each in new[:count]), *new[count:]]
                 pieces += new
                 for piece in pieces:
                     yield event(piece)
@@ -141,7 +143,7 @@ class ResponseWriter:
             "completion_tokens_details": {
                 "accepted_prediction_tokens": accepted,
                 "rejected_prediction_tokens": rejected,
-                "reasoning_tokens": 0,
+                "reasoning_tokens": sum(each.reasoning_tokens * len(each.indices) for each in replies),
                 "audio_tokens": 0,
             },
         }

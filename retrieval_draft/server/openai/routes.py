@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel
 
 from retrieval_draft.http.event_stream import EventStream, unless_gone
 from retrieval_draft.http.json_response import Json
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.json_body import read_body
-from retrieval_draft.server.openai.chat_request import CHAT
-from retrieval_draft.server.openai.chat_template import render_chat
+from retrieval_draft.server.openai.api_errors import GENERATED, ErrorBody, body_schema
+from retrieval_draft.server.openai.chat_replies import ChatReplies
+from retrieval_draft.server.openai.chat_request import CHAT, ChatRequest
 from retrieval_draft.server.openai.completions_request import COMPLETION
-from retrieval_draft.server.openai.format import ChatFormat, CompletionFormat, ResponseFormat
+from retrieval_draft.server.openai.format import CompletionFormat, ResponseFormat
 from retrieval_draft.server.openai.generation_request import GenerationFields
 from retrieval_draft.server.openai.prepare import (
     GenerationParams,
@@ -26,34 +27,14 @@ from retrieval_draft.server.openai.prepare import (
     tokenize,
 )
 from retrieval_draft.server.openai.response import ResponseWriter
+from retrieval_draft.server.openai.responses_request import RESPONSES, named_as_here
+from retrieval_draft.server.openai.responses_writer import ResponsesWriter
 from retrieval_draft.server.service import Loaded, Service
 
 __all__ = ["make_router"]
 
 _DEFAULT_COMPLETION = 16
 """OpenAI's default of max_tokens for completions."""
-
-
-class _ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: int
-
-
-class ErrorBody(BaseModel):
-    """Body of every error response."""
-
-    error: _ErrorDetail
-
-
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
-}
-_GENERATED: dict[int | str, dict[str, Any]] = {
-    **_ERRORS,
-    200: {"content": {"application/json": {}, "text/event-stream": {}}},
-}
 
 
 def make_router(service: Service) -> APIRouter:
@@ -74,10 +55,10 @@ def make_router(service: Service) -> APIRouter:
     @router.get("/v1/models/{name:path}", responses={401: {"model": ErrorBody}, 404: {"model": ErrorBody}})
     async def model(name: str) -> Response:
         """The served model by its name."""
-        _check_model(service, name)
+        service.check_model(name)
         return Json(_model(service))
 
-    @router.post("/v1/completions", responses=_GENERATED, openapi_extra=_body("CompletionRequest"))
+    @router.post("/v1/completions", responses=GENERATED, openapi_extra=body_schema("CompletionRequest"))
     async def completions(request: Request) -> Response:
         """Continues texts."""
         body = await read_body(request, COMPLETION)
@@ -112,33 +93,34 @@ def make_router(service: Service) -> APIRouter:
 
         return await _respond(service, request, body, prepare, shape, n if samples > n else None)
 
-    @router.post("/v1/chat/completions", responses=_GENERATED, openapi_extra=_body("ChatRequest"))
+    @router.post("/v1/chat/completions", responses=GENERATED, openapi_extra=body_schema("ChatRequest"))
     async def chat(request: Request) -> Response:
         """Continues a conversation."""
         body = await read_body(request, CHAT)
         body.check()
-        _check_choices(service, body.n or 1)
-        conversation, variables = body.conversation, body.variables
+        return await _chat(service, request, body)
 
-        def prepare(loaded: Loaded, means: Means) -> PreparedRequest:
-            text = render_chat(
-                loaded.tokenizer, conversation, service.chat_template, variables, body.add_generation_prompt,
-                bool(body.continue_final_message),
-            )  # fmt: skip
-            ids = tokenize(means, text, "messages", special=False)
-            top = (body.top_logprobs or 0) if body.logprobs else None
-            asks = GenerationParams([ids], body.wanted_tokens, body.n or 1, False, top)
-            return prepare_request(asks, body, means)
-
-        def shape(loaded: Loaded, request_id: str) -> ResponseFormat:
-            return ChatFormat(
-                f"chatcmpl-{request_id}", service.settings.model_name, loaded.texts,
-                bool(body.return_token_ids), bool(body.logprobs),
-            )  # fmt: skip
-
-        return await _respond(service, request, body, prepare, shape, None)
+    @router.post("/v1/responses", responses=GENERATED, openapi_extra=body_schema("ResponsesRequest"))
+    async def responses(request: Request) -> Response:
+        """Continues a conversation; keeps nothing of it."""
+        body = await read_body(request, RESPONSES)
+        body.check()
+        writer = partial(ResponsesWriter, model=service.settings.model_name, echoed=body.echoed)
+        with named_as_here():
+            return await _chat(service, request, body.chat, writer)
 
     return router
+
+
+async def _chat(
+    service: Service,
+    request: Request,
+    body: ChatRequest,
+    writer: Callable[..., ResponseWriter] = ResponseWriter,
+) -> Response:
+    chat = ChatReplies(service, body)
+    _check_choices(service, chat.samples)
+    return await _respond(service, request, body, chat.prepare, chat.shape, chat.kept, writer)
 
 
 async def _respond(
@@ -148,9 +130,10 @@ async def _respond(
     prepare: Callable[[Loaded, Means], PreparedRequest],
     shape: Callable[[Loaded, str], ResponseFormat],
     kept: int | None,
+    writer: Callable[..., ResponseWriter] = ResponseWriter,
 ) -> Response:
     """Submits a request to the engine, and returns the response to the client."""
-    _check_model(service, fields.model)
+    service.check_model(fields.model)
     request_id, tenant = request.state.request_id, request.state.tenant
     traceparent, size = request.headers.get("traceparent"), len(await request.body())
     submitted = await unless_gone(
@@ -161,7 +144,7 @@ async def _respond(
         return Response(status_code=499)
     job, asked = submitted
     with_metrics = bool(fields.metrics) or "x-draft-metrics" in request.headers
-    answer = ResponseWriter(
+    answer = writer(
         job, asked, shape(service.loaded, request_id), kept, fields.includes_usage, with_metrics,
         bool(fields.draft_marks),
     )  # fmt: skip
@@ -171,21 +154,9 @@ async def _respond(
     return await answer.unless_gone(request.receive, lambda: service.leave(job))
 
 
-def _body(name: str) -> dict[str, Any]:
-    """Names the schema of a body in the description of the API."""
-    schema = {"$ref": f"#/components/schemas/{name}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
 def _model(service: Service) -> dict[str, Any]:
     name = service.settings.model_name
     return {"id": name, "object": "model", "created": service.created, "owned_by": "retrieval-draft"}
-
-
-def _check_model(service: Service, name: str | None) -> None:
-    served = service.settings.model_name
-    if name is not None and name != served:
-        raise ApiError(404, f"There is no model {name!r} here; this server has {served!r}.", "model")
 
 
 def _check_choices(service: Service, choices: int) -> None:

@@ -150,10 +150,8 @@ def test_what_changes_nothing_is_let_through(value: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [{"stop_token_ids": [1]}, {"bad_words": ["a"]}, {"skip_special_tokens": False},
-     {"use_beam_search": True}, {"length_penalty": 2}, {"prompt_logprobs": 1}, {"truncate_prompt_tokens": 1},
-     {"suffix": "a"}, {"min_tokens": 5, "max_tokens": 4},
-     {"min_tokens": 1, "stop": "a"}, {"include_stop_str_in_output": True}],
+    [{"use_beam_search": True}, {"length_penalty": 2}, {"prompt_logprobs": 1}, {"truncate_prompt_tokens": 1},
+     {"suffix": "a"}, {"min_tokens": 5, "max_tokens": 4}],
     ids=json.dumps,
 )  # fmt: skip
 def test_what_would_change_the_reply_is_refused_by_name(value: dict[str, Any]) -> None:
@@ -164,8 +162,8 @@ def test_what_would_change_the_reply_is_refused_by_name(value: dict[str, Any]) -
 
 @pytest.mark.parametrize(
     "value",
-    [{"tools": [{}]}, {"tool_choice": "required"}, {"functions": [{}]}, {"function_call": {"name": "f"}},
-     {"best_of": 2}, {"echo": True}, {"modalities": ["audio"]}, {"reasoning_effort": "high"},
+    [{"functions": [{}]}, {"function_call": {"name": "f"}},
+     {"n": 2, "best_of": 1}, {"modalities": ["audio"]},
      {"chat_template": "a"}, {"top_logprobs": 1}, {"web_search_options": {"a": 1}}],
     ids=json.dumps,
 )  # fmt: skip

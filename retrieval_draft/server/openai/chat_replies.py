@@ -1,0 +1,117 @@
+"""Preparing of chats, for the endpoints that answer them."""
+
+from __future__ import annotations
+
+from retrieval_draft.server.errors import ApiError
+from retrieval_draft.server.openai.chat_request import ChatRequest
+from retrieval_draft.server.openai.chat_template import render_chat
+from retrieval_draft.server.openai.format import ChatFormat
+from retrieval_draft.server.openai.prepare import (
+    GenerationParams,
+    Means,
+    PreparedRequest,
+    prepare_request,
+    tokenize,
+)
+from retrieval_draft.server.openai.structured_outputs import asked_grammar
+from retrieval_draft.server.openai.tool_grammar import tool_grammar
+from retrieval_draft.server.service import Loaded, Service
+
+__all__ = ["ChatReplies"]
+
+
+class ChatReplies:
+    """A chat, checked and ready to be prepared on a thread.
+
+    Args:
+        service: The served service.
+        body: The request.
+
+    Attributes:
+        body: As given.
+        samples: Choices to draw.
+        kept: Choices to return, where more are drawn; else None.
+        use: Tools that the reply may call; None for none.
+
+    Raises:
+        ApiError: A field is invalid or not supported.
+    """
+
+    def __init__(self, service: Service, body: ChatRequest) -> None:
+        body.check()
+        self._service, self.body = service, body
+        self.samples = body.best_of or body.n or 1
+        self.kept = body.n or 1 if self.samples > (body.n or 1) else None
+        self._conversation, self._variables = body.conversation, body.variables
+        self.use = body.tool_use
+
+    def prompt(self, loaded: Loaded) -> str:
+        """The conversation as text.
+
+        Raises:
+            ApiError: The chat template refuses it.
+        """
+        body, use = self.body, self.use
+        return render_chat(
+            loaded.tokenizer,
+            self._conversation,
+            self._service.chat_template,
+            self._variables,
+            body.add_generation_prompt,
+            bool(body.continue_final_message),
+            () if use is None else use.shown,
+            body.reasoning_effort,
+        )
+
+    def prepare(self, loaded: Loaded, means: Means) -> PreparedRequest:
+        """Prepares the request.
+
+        Raises:
+            ApiError: Something is not supported, or beyond a limit.
+        """
+        body, use, parsing = self.body, self.use, loaded.parsing
+        text = self.prompt(loaded)
+        parser = None
+        marks: frozenset[str] | None = frozenset()
+        if use is not None and not parsing.has_tools:
+            raise ApiError(
+                400, "This server does not know how its model calls tools; see --tool-parser.", "tools"
+            )
+        asked, text_before = asked_grammar(body), text
+        if use is not None and (use.choice != "auto" or asked is None):
+            means.check()
+            asked = tool_grammar(use, parsing, text, loaded.tokenizer)
+        if use is not None or parsing.parses:
+            if asked is not None and asked.field != "tool_choice" and parsing.template is None:
+                text_before = ""  # the rule begins with the reply, which has no reasoning then
+            schemas = None if use is None else use.schemas
+            parser = parsing.parser(text_before, schemas, use is not None and use.one_call)
+            marks = parsing.marks(use is not None)
+        ids = tokenize(means, text, "messages", special=False)
+        top = (body.top_logprobs or 0) if body.logprobs else None
+        asks = GenerationParams(
+            [ids],
+            body.wanted_tokens,
+            self.samples,
+            self.kept is not None,
+            top,
+            parser=parser,
+            marks=marks,
+            grammar=asked,
+        )
+        return prepare_request(asks, body, means)
+
+    def shape(self, loaded: Loaded, request_id: str) -> ChatFormat:
+        """The format of the response."""
+        body, last = self.body, self._conversation[-1]
+        role = last["role"] if body.add_generation_prompt is False else "assistant"
+        return ChatFormat(
+            f"chatcmpl-{request_id}",
+            self._service.settings.model_name,
+            loaded.texts,
+            bool(body.return_token_ids),
+            bool(body.logprobs),
+            role=role,
+            echoed=last["content"] if body.echo and last["role"] == role else "",
+            names_calls=self.use is None or self.use.choice != "function",
+        )

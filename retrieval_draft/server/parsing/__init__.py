@@ -1,0 +1,1 @@
+"""Parsing of replies: reasoning, content and calls of tools, while the text still arrives."""

@@ -1,0 +1,169 @@
+"""OpenAI's responses, whole and streamed, by the official client; and the routes of tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.support.scripted import byte_tokenizer, scripted
+from tests.support.servers import MODEL, Running, serving, tiny_drafter, tiny_model
+
+CALL = '<tool_call>\n{"name": "look", "arguments": {"path": "é"}}\n</tool_call>'
+SCRIPTS = [f"<think>\nHm.\n</think>\nI look.\n{CALL}\n{CALL}", "Plain text. 🎈", "x" * 60]
+TOOLS: list[Any] = [{"type": "function", "name": "look", "parameters": {"type": "object"}, "strict": None}]
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    tokenizer = byte_tokenizer()
+    model = tiny_model(tokenizer, eos_token_id=0, max_position_embeddings=2048)
+    with (
+        scripted(tokenizer, SCRIPTS),
+        serving(tiny_drafter(model, tokenizer), tokenizer, tool_parser="hermes") as made,
+    ):
+        yield made
+
+
+@pytest.fixture(scope="module")
+def client(running: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+
+
+def comparable(response: Any) -> Any:
+    """A response without ids and times."""
+    fields = response.model_dump()
+    for each in fields["output"]:
+        each.pop("id")
+        each.pop("call_id", None)
+    return {name: value for name, value in fields.items() if name not in ("id", "created_at", "output")}, [
+        {key: value for key, value in item.items() if key != "parsed_arguments"}
+        | ({"content": [{**part, "parsed": None} for part in item["content"]]} if item.get("content") else {})
+        for item in fields["output"]
+    ]
+
+
+def test_a_text(client: openai.OpenAI) -> None:
+    response = client.responses.create(
+        model=MODEL, input="say 1", instructions="Be brief.", temperature=0, metadata={"a": "b"}
+    )
+    assert (response.status, response.output_text) == ("completed", "Plain text. 🎈")
+    assert (response.instructions, response.metadata, response.tools) == ("Be brief.", {"a": "b"}, [])
+    usage: Any = response.usage
+    assert usage.output_tokens == len("Plain text. 🎈".encode()) + 1
+    assert usage.total_tokens == usage.input_tokens + usage.output_tokens
+    cut = client.responses.create(model=MODEL, input="say 2", max_output_tokens=9)
+    assert (cut.status, cut.output_text) == ("incomplete", "x" * 9)
+    details: Any = cut.incomplete_details
+    assert details.reason == "max_output_tokens"
+
+
+def test_items_of_a_turn_and_the_next_one(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": MODEL, "tools": TOOLS, "temperature": 0}
+    response = client.responses.create(input=[{"role": "user", "content": "say 0"}], **fields)
+    assert [item.type for item in response.output] == [
+        "reasoning",
+        "message",
+        "function_call",
+        "function_call",
+    ]
+    assert response.output_text == "I look."
+    reasoning, _, call, other = response.output
+    assert reasoning.content[0].text == "Hm."  # type: ignore[union-attr,index]
+    assert json.loads(call.arguments) == {"path": "é"}  # type: ignore[union-attr]
+    assert call.call_id != other.call_id  # type: ignore[union-attr]
+    again = client.responses.create(
+        input=[
+            {"role": "user", "content": [{"type": "input_text", "text": "ab"}]},
+            *[item.model_dump(exclude_none=True) for item in response.output],  # type: ignore[list-item]
+            {"type": "function_call_output", "call_id": call.call_id, "output": "say 1"},  # type: ignore[union-attr,list-item,typeddict-item]
+        ],
+        **fields,
+    )
+    assert again.output_text == "Plain text. 🎈"
+    alone = client.responses.create(input="say 0", parallel_tool_calls=False, **fields)
+    assert [item.type for item in alone.output] == ["reasoning", "message", "function_call"]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_stream_ends_with_the_whole_response(client: openai.OpenAI, number: int) -> None:
+    fields: dict[str, Any] = {"model": MODEL, "input": f"say {number}", "tools": TOOLS, "temperature": 0}
+    whole = client.responses.create(**fields)
+    kinds, deltas = [], 0
+    with client.responses.stream(**fields) as stream:
+        for index, event in enumerate(stream):
+            assert event.sequence_number == index
+            kinds.append(event.type)
+            deltas += event.type == "response.output_text.delta"
+        final = stream.get_final_response()
+    assert kinds[:2] == ["response.created", "response.in_progress"]
+    assert kinds[-1] == "response.completed"
+    assert kinds.count("response.output_item.added") == kinds.count("response.output_item.done") > 0
+    assert deltas > 2
+    assert comparable(final) == comparable(whole)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"store": True}, "store"),
+        ({"background": True}, "background"),
+        ({"include": ["reasoning.encrypted_content"]}, "include"),
+        ({"reasoning": {"summary": "auto"}}, "reasoning"),
+        ({"reasoning": {"effort": "low"}}, "reasoning"),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tool_choice": "always"}, "tool_choice"),
+        ({"input": []}, "input"),
+        ({"input": [{"type": "item_reference", "id": "a"}]}, "input"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "a"}]}]}, "input"),
+        ({"input": [{"role": "tool", "content": "a"}]}, "input"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"unheard_of": 1}, "unheard_of"),
+        ({"model": "other"}, "model"),
+    ],
+    ids=str,
+)
+def test_fields_are_refused_by_name(running: Running, fields: dict[str, Any], param: str) -> None:
+    response = httpx.post(f"{running.url}/v1/responses", json={"input": "ab", **fields})
+    assert response.status_code == (404 if param == "model" else 400)
+    assert response.json()["error"]["param"] == param
+
+
+def post(running: Running, path: str, **fields: Any) -> Any:
+    return httpx.post(f"{running.url}/{path}", json=fields)
+
+
+def test_tokens_and_back(running: Running) -> None:
+    text = "ab é<|turn|>"
+    body = post(running, "tokenize", prompt=text, return_token_strs=True).json()
+    assert body["count"] == len(body["tokens"]) == len(body["token_strs"]) == len("ab é".encode()) + 1
+    assert body["max_model_len"] == 2048
+    assert post(running, "detokenize", tokens=body["tokens"]).json() == {"prompt": text}
+    messages = [{"role": "user", "content": "ab"}]
+    chat = post(running, "tokenize", messages=messages, add_generation_prompt=False).json()
+    assert post(running, "detokenize", tokens=chat["tokens"]).json() == {"prompt": "<|turn|>user\nab"}
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    assert post(running, "tokenize", messages=messages, tools=tools).json()["count"] > chat["count"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("tokenize", {}, "prompt"),
+        ("tokenize", {"prompt": "a", "messages": [{"role": "user"}]}, "messages"),
+        ("tokenize", {"messages": []}, "messages"),
+        ("tokenize", {"prompt": "x" * 100_000}, "prompt"),
+        ("detokenize", {"tokens": [1 << 20]}, "tokens"),
+        ("detokenize", {}, "tokens"),
+        ("v1/embeddings", {"input": "a"}, "model"),
+    ],
+)
+def test_tokens_are_refused_by_name(running: Running, path: str, fields: dict[str, Any], param: str) -> None:
+    response = post(running, path, **fields)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param

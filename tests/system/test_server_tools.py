@@ -1,0 +1,188 @@
+"""Calls of tools by the official client, its streaming helpers included, against a real server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.support.scripted import byte_tokenizer, scripted
+from tests.support.servers import MODEL, Running, serving, tiny_drafter, tiny_model
+
+CALL = '<tool_call>\n{"name": "look", "arguments": {"path": "a/{b}.py", "é": ["</tool_call>"]}}\n</tool_call>'
+OTHER = '<tool_call>{"name": "run", "arguments": {}}</tool_call>'
+SCRIPTS = [
+    f"I look.\n{CALL}\n{OTHER}",
+    "<think>\nHm, a file.\n</think>\n\nNo call is needed. 🎈 ",
+    CALL,
+    '<tool_call>{"name": "look", "arguments": {"path": "a long path that is cut',
+    "Hm.</think>Yes",
+    "<tool_call>no call</tool_call>",
+]
+TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look",
+            "description": "Reads a file.",
+            "parameters": {"type": "object", "properties": {"path": {"type": "string"}}},
+        },
+    },
+    {"type": "function", "function": {"name": "run"}},
+]
+ARGUMENTS = {"path": "a/{b}.py", "é": ["</tool_call>"]}
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    tokenizer = byte_tokenizer()
+    model = tiny_model(tokenizer, eos_token_id=0, max_position_embeddings=2048)
+    with (
+        scripted(tokenizer, SCRIPTS),
+        serving(tiny_drafter(model, tokenizer), tokenizer, tool_parser="hermes") as made,
+    ):
+        yield made
+
+
+@pytest.fixture(scope="module")
+def client(running: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+
+
+def asked(number: int, **more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": f"say {number}"}]
+    return {"model": MODEL, "messages": messages, "tools": TOOLS, "max_tokens": 400, "temperature": 0, **more}
+
+
+def test_calls_are_parsed(client: openai.OpenAI) -> None:
+    choice = client.chat.completions.create(**asked(0)).choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content == "I look."
+    calls: Any = choice.message.tool_calls
+    assert [call.function.name for call in calls] == ["look", "run"]
+    assert [json.loads(call.function.arguments) for call in calls] == [ARGUMENTS, {}]
+    assert len({call.id for call in calls}) == 2
+    assert all(call.type == "function" for call in calls)
+    alone = client.chat.completions.create(**asked(2)).choices[0]
+    assert alone.message.content is None
+
+
+def test_a_stream_has_the_shape_of_openai(client: openai.OpenAI) -> None:
+    seen: list[Any] = []
+    reasons = []
+    for chunk in client.chat.completions.create(**asked(0), stream=True):
+        (choice,) = chunk.choices
+        seen += choice.delta.tool_calls or []
+        reasons.append(choice.finish_reason)
+        if choice.finish_reason is not None:
+            assert choice.delta.content is None
+            assert choice.delta.tool_calls is None
+    assert reasons[-1] == "tool_calls"
+    assert not any(reasons[:-1])
+    for index, name in enumerate(["look", "run"]):
+        mine = [call for call in seen if call.index == index]
+        first, *rest = mine
+        assert (first.type, first.function.name, first.function.arguments) == ("function", name, "")
+        assert first.id
+        assert all(call.id is None and call.function.name is None and call.type is None for call in rest)
+    pieces = [call.function.arguments for call in seen if call.index == 0]
+    assert json.loads("".join(pieces)) == ARGUMENTS
+    assert len(pieces) > 3, "they come while they are written"
+
+
+def test_the_streaming_helper_of_the_client(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(**asked(0)) as stream:
+        done = [event for event in stream if event.type == "tool_calls.function.arguments.done"]
+        choice = stream.get_final_completion().choices[0]
+    assert [event.name for event in done] == ["look", "run"]
+    calls: Any = choice.message.tool_calls
+    assert [json.loads(call.function.arguments) for call in calls] == [ARGUMENTS, {}]
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "I look.")
+
+
+def test_reasoning_is_apart(client: openai.OpenAI) -> None:
+    response = client.chat.completions.create(**asked(1))
+    message: Any = response.choices[0].message
+    assert (message.reasoning_content, message.content) == ("Hm, a file.", "No call is needed. 🎈")
+    assert message.tool_calls is None
+    usage: Any = response.usage
+    assert usage.completion_tokens_details.reasoning_tokens == len(">\nHm, a file.\n</think")
+    begun = client.chat.completions.create(**asked(4), extra_body={"chat_template_kwargs": {"think": True}})
+    other: Any = begun.choices[0].message
+    assert (other.reasoning_content, other.content) == ("Hm.", "Yes")
+    plain = client.chat.completions.create(**{**asked(1), "tools": openai.omit})
+    assert plain.choices[0].message.content == "No call is needed. 🎈"
+
+
+def test_a_call_that_is_cut_ends_by_its_length(client: openai.OpenAI) -> None:
+    choice = client.chat.completions.create(**asked(3, max_tokens=60)).choices[0]
+    assert choice.finish_reason == "length"
+    (call,) = choice.message.tool_calls or []
+    assert call.function.arguments == '{"path": "a long pa'
+    for number, text in ((5, SCRIPTS[5]), (0, "I look.")):
+        message = client.chat.completions.create(**asked(number)).choices[0].message
+        assert message.content == text
+    early = client.chat.completions.create(**asked(2, max_tokens=20)).choices[0]
+    assert (early.message.content, early.message.tool_calls) == (CALL[:20], None)
+
+
+def test_one_call_where_more_are_not_wanted(client: openai.OpenAI) -> None:
+    choice = client.chat.completions.create(**asked(0, parallel_tool_calls=False)).choices[0]
+    assert [call.function.name for call in choice.message.tool_calls or []] == ["look"]
+
+
+def test_none_calls_nothing(client: openai.OpenAI) -> None:
+    shown = client.chat.completions.create(**asked(2))
+    choice = client.chat.completions.create(**asked(2, tool_choice="none"))
+    assert (choice.choices[0].message.content, choice.choices[0].finish_reason) == (CALL, "stop")
+    assert shown.usage is not None
+    assert choice.usage is not None
+    assert choice.usage.prompt_tokens < shown.usage.prompt_tokens, "the model is not told of them"
+
+
+def test_messages_of_tools_come_back(client: openai.OpenAI) -> None:
+    """The template gets arguments as an object: text has no items()."""
+    choice = client.chat.completions.create(**asked(0)).choices[0]
+    messages = [
+        {"role": "user", "content": "ab"},
+        choice.message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": (choice.message.tool_calls or [])[0].id, "content": "say 2"},
+    ]
+    again = client.chat.completions.create(**asked(0, messages=messages)).choices[0]
+    assert again.finish_reason == "tool_calls"
+
+
+def test_several_choices_and_log_probabilities(client: openai.OpenAI) -> None:
+    response = client.chat.completions.create(**asked(0, n=2, logprobs=True, temperature=1))
+    assert [choice.finish_reason for choice in response.choices] == ["tool_calls"] * 2
+    tokens = [0, 0]
+    for chunk in client.chat.completions.create(**asked(0, n=2, logprobs=True, temperature=1), stream=True):
+        for each in chunk.choices:
+            if each.logprobs is not None:
+                tokens[each.index] += len(each.logprobs.content or [])
+    assert response.usage is not None
+    assert sum(tokens) == response.usage.completion_tokens
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+        ({"tools": [*TOOLS, TOOLS[0]]}, "tools"),
+        ({"tool_choice": "always"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice"),
+        ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+    ],
+)
+def test_fields_are_refused_by_name(running: Running, fields: dict[str, Any], param: str) -> None:
+    response = httpx.post(f"{running.url}/v1/chat/completions", json=asked(0, **fields))
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
