@@ -158,7 +158,7 @@ class ContinuousDrafter:
         return self._drafter.target.passes_whole
 
     def keep_prefixes(self, seconds: float | None = None) -> None:
-        """Copies texts that are to be kept, for about so many seconds; None copies all. Inside of `running`."""
+        """Copies texts that are to be kept, for about so many seconds; None copies all of them."""
         if self._drafter.prefix_cache is not None:
             self._drafter.prefix_cache.work(seconds)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache, SpeculativeLayer
+from retrieval_draft.engine.cache.prefix_states import PrefixStates, StatePrefix
 from retrieval_draft.engine.cache.prefix_tree import Block, PrefixTree
 from retrieval_draft.engine.model_version import ModelVersion
 from retrieval_draft.engine.target import Target
@@ -54,14 +55,15 @@ class PrefixCache:
     Attributes:
         max_bytes: As given.
         refusal: The reason why nothing is kept for this model, or empty.
-        nbytes: Bytes of all blocks.
         failures: Texts that were not kept, or not found, because of an error.
     """
 
     def __init__(self, target: Target, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.refusal = _refusal(target)
-        self.nbytes = self.failures = 0
+        self.failures = 0
+        self._block_bytes = 0
+        self._states = PrefixStates(max_bytes) if target.verification.way == "chain" else None
         self._target = target
         self._version = ModelVersion(target.model)
         self._weights = 0
@@ -94,21 +96,32 @@ class PrefixCache:
             keeper.is_waiting = False
         self._tree = None
         self._waiting.clear()
-        self.nbytes = 0
+        self._block_bytes = 0
+        if self._states is not None:
+            self._states.clear()
 
-    def find(self, key: Hashable, text: TokenArray) -> Prefix | None:
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is kept."""
+        return self._block_bytes + (0 if self._states is None else self._states.nbytes)
+
+    def find(self, key: Hashable, text: TokenArray) -> Prefix | StatePrefix | None:
         """The longest beginning of a text, int32, shape (n,), that a request can go on from."""
         rope = self._target.rope
         if rope is not None and len(text) >= rope.length:
             return None
         try:
-            return self._find(key, text)
+            found = self._find(key, text) if self._states is None else self._states.find(key, text)
+            return found if found is not None and found.length >= _LEAST else None
         except Exception as error:  # the request begins anew
             self.failed("found", error)
             return None
 
     def add(self, keeper: Keeper) -> None:
         """Notes that a text has grown; `work` copies what is new of it."""
+        if self._states is not None:
+            self._keep_states(self._states, keeper)
+            return
         if keeper.is_waiting:
             return
         if len(self._waiting) >= _WAITING:
@@ -131,6 +144,16 @@ class PrefixCache:
                 self._waiting.popleft()
             if seconds is not None and perf_counter() - began >= seconds:
                 return
+
+    def _keep_states(self, states: PrefixStates, keeper: Keeper) -> None:
+        """Copies the states of a text, of which the next pass would leave nothing."""
+        cache = keeper.cache
+        if cache.shift or cache.fixed:
+            return
+        try:
+            keeper.at = states.keep(keeper.key, keeper.text, cache, keeper.at)
+        except Exception as error:  # the request has its tokens all the same
+            self.failed("kept", error)
 
     def failed(self, done: str, error: Exception) -> None:
         """Counts a text that could not be kept or found, and logs the first."""
@@ -160,7 +183,7 @@ class PrefixCache:
             if end < common:
                 held_from = at + common
             at += common
-        return Prefix(best, self._layouts, blocks[:count], tree.size) if best >= _LEAST else None
+        return Prefix(best, self._layouts, blocks[:count], tree.size) if best else None
 
     def _copy_block(self, keeper: Keeper) -> bool:
         """Copies the next block of a text, or walks over it where it is kept; False at the text's end."""
@@ -238,13 +261,13 @@ class PrefixCache:
         while True:
             if layout.spare:
                 return layout.spare.pop()
-            if self.nbytes + layout.nbytes <= self.max_bytes:
+            if self._block_bytes + layout.nbytes <= self.max_bytes:
                 states = layout.allocate()
-                self.nbytes += layout.nbytes
+                self._block_bytes += layout.nbytes
                 return states
             if other.spare:
                 other.spare.pop()
-                self.nbytes -= other.nbytes
+                self._block_bytes -= other.nbytes
                 continue
             removed = tree.remove_oldest()
             if removed is None:
@@ -379,7 +402,7 @@ class Prefix:
         self.length = length
         self._layouts, self._blocks, self._size = layouts, blocks, size
 
-    def fill(self, cache: SpeculativeCache) -> Iterator[None]:
+    def fill(self, cache: Any) -> Iterator[None]:
         """Copies it into an empty cache, layer by layer. Yields in between, when other rows may step."""
         for block in self._blocks:
             block.pins += 1
@@ -414,11 +437,11 @@ class Prefixes:
     cache: PrefixCache
     key: Hashable
 
-    def find(self, prompt: TokenArray) -> Prefix | None:
+    def find(self, prompt: TokenArray) -> Prefix | StatePrefix | None:
         """The longest beginning of a prompt, int32, shape (length,), that leaves a token to be passed."""
         return self.cache.find(self.key, prompt[:-1])
 
-    def keeper(self, cache: SpeculativeCache) -> Keeper:
+    def keeper(self, cache: Any) -> Keeper:
         """Keeps the text of a request with this cache."""
         return Keeper(self, cache)
 
@@ -442,7 +465,7 @@ class Keeper:
 
     __slots__ = ("_prefixes", "at", "block", "cache", "end", "is_waiting", "text")
 
-    def __init__(self, prefixes: Prefixes, cache: SpeculativeCache) -> None:
+    def __init__(self, prefixes: Prefixes, cache: Any) -> None:
         self._prefixes, self.cache = prefixes, cache
         self.text: TokenArray = np.zeros(0, np.int32)
         self.end = self.at = 0
@@ -454,7 +477,7 @@ class Keeper:
         """Key of the texts that it joins."""
         return self._prefixes.key
 
-    def beside(self, cache: SpeculativeCache) -> Keeper:
+    def beside(self, cache: Any) -> Keeper:
         """Keeps the text of another request with the same prompt."""
         return Keeper(self._prefixes, cache)
 
@@ -475,8 +498,8 @@ def _block_tokens(token_bytes: int) -> int:
 
 def _refusal(target: Target) -> str:
     """The reason why texts of a model cannot be continued from a block, or empty."""
-    if target.verification.way != "tree":
-        return f"Its texts are not decoded in trees: {target.verification.reason}"
-    if target.passes_whole:
-        return "It reads a prompt at once: in parts its tokens have other keys."
+    if target.verification.way == "plain":
+        return "Nothing is drafted for it: its own generate makes a cache for each text."
+    if target.passes_whole or not target.passes_parts:
+        return "It reads a prompt at once: in parts its tokens may have other keys or states."
     return ""
