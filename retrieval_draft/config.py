@@ -95,7 +95,7 @@ class DraftConfig:
         history_prompts: Whether prompts are kept.
         history_replies: Whether replies are kept.
         prefix_cache_bytes: Limit of the memory for keys and values of earlier texts, from which a prompt with
-            the same beginning goes on; 0 keeps none.
+            the same beginning continues; 0 keeps none.
     """
 
     method: str = "calibrated"

@@ -545,7 +545,7 @@ class RetrievalDrafter:
         return references
 
     def use_prefixes(self, requests: Sequence[DecodeRequest]) -> None:
-        """Has requests go on from earlier texts with the same beginning, and their texts kept."""
+        """Has requests continue earlier texts with the same beginning, and their texts kept."""
         if self.prefix_cache is not None:
             for request in requests:
                 request.prefixes = partial(self.prefix_cache.prefixes, self._tenant)

@@ -54,7 +54,7 @@ class DecodeRequest:
         keep_prompt_logits: Whether the logits at the prompt's positions are kept.
         read_prompt: Called with those logits instead, run by run: (m, vocabulary) each; they are not kept.
         placeholders: Ids that stand for images and the like, from which nothing is learned.
-        prefixes: Finds the texts that the prompt may go on from, and that this one joins; None for neither.
+        prefixes: Finds the texts that the prompt may continue, and that this one joins; None for neither.
         passed: Results of the prompt's pass, where the model made that itself; `cache` holds the whole prompt
             then.
     """

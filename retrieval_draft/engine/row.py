@@ -154,7 +154,7 @@ class Row:
                 drafting.learn_hidden(self._hidden_end)
 
     def _take_prefix(self, finds: bool) -> Iterator[None]:
-        """Goes on from an earlier text with the same beginning, if there is one, and has this text kept.
+        """Continues an earlier text with the same beginning, if there is one, and has this text kept.
 
         Yields where other rows may step. An error costs the prefix only.
         """

@@ -1,4 +1,4 @@
-"""Keys and values of earlier texts, from which a request with the same beginning goes on."""
+"""Keys and values of earlier texts, from which a request with the same beginning continues."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class PrefixCache:
 
     They are copied out of running and finished requests, a block at a time, and into the buffers of new
     ones. Layers with a sliding window keep the end of each pass over a prompt and of each text, where others
-    can go on. Used by one thread at a time, but for the properties.
+    can continue. Used by one thread at a time, but for the properties.
 
     Args:
         target: The model.
@@ -106,7 +106,7 @@ class PrefixCache:
         return self._block_bytes + (0 if self._states is None else self._states.nbytes)
 
     def find(self, key: Hashable, text: TokenArray) -> Prefix | StatePrefix | None:
-        """The longest beginning of a text, int32, shape (n,), that a request can go on from."""
+        """The longest beginning of a text, int32, shape (n,), that a request can continue."""
         rope = self._target.rope
         if rope is not None and len(text) >= rope.length:
             return None
@@ -130,9 +130,10 @@ class PrefixCache:
         keeper.is_waiting = True
 
     def work(self, seconds: float | None = None) -> None:
-        """Copies texts that wait, a block at least, until so many seconds are over; None copies all."""
-        began = perf_counter()
+        """Copies texts that wait, a block at least, in about so many seconds; None copies all."""
+        began = now = perf_counter()
         while self._waiting:
+            before = now
             keeper = self._waiting[0]
             try:
                 has_more = self._copy_block(keeper)
@@ -142,7 +143,8 @@ class PrefixCache:
             if not has_more:
                 keeper.is_waiting = False
                 self._waiting.popleft()
-            if seconds is not None and perf_counter() - began >= seconds:
+            now = perf_counter()
+            if seconds is not None and now - began + (now - before) >= seconds:  # the next takes as long
                 return
 
     def _keep_states(self, states: PrefixStates, keeper: Keeper) -> None:
@@ -427,7 +429,7 @@ class Prefix:
 
 @dataclass(frozen=True, slots=True)
 class Prefixes:
-    """The texts that a request may go on from: those of its tenant, by the model as it is.
+    """The texts that a request may continue: those of its tenant, by the model as it is.
 
     Attributes:
         cache: Holds them.

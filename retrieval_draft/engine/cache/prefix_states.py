@@ -1,4 +1,4 @@
-"""States after earlier texts, of models that can go on from such a border and from no token between two."""
+"""States after earlier texts, of models that continue from such a border, and from no token between two."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ _SLICE_SECONDS = 0.05
 """Target seconds of one pass over a part of a prompt while others wait for their next token."""
 
 _KEEPING_SECONDS = 0.0005
-"""Seconds in each turn for copying texts that later requests may go on from."""
+"""Seconds in each turn for copying texts that later requests may continue."""
 
 _FIRST_CHUNK, _LEAST_CHUNK = 128, 16
 
