@@ -67,7 +67,7 @@ def lend_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> I
 class _LentForward:
     """A lent function; a copy of its module, as of deepcopy or pickle, gets the module's own one instead.
 
-    What is lent reads the weights of the module that it was made for.
+    It reads the weights of the module that it was made for.
     """
 
     __slots__ = ("_forward", "_module")
