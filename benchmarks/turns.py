@@ -38,7 +38,9 @@ def measure_turns(
     """
     draw = random.Random(0)
     server = ServeProcess(["--model", model, *options])
-    cold, warm, known = [], [], []
+    cold: list[float] = []
+    warm: list[float] = []
+    known: list[float] = []
     try:
         first_token(server.port, [draw.randrange(*_IDS) for _ in range(64)])
         for number in range(rounds):

@@ -419,7 +419,7 @@ class Prefix:
                 block.pins -= 1
 
     def _parts(self, start: int) -> Iterator[tuple[_Held, int, int]]:
-        """What is held of each block, with begin and end of its part of the text after `start`."""
+        """The data of each block, with begin and end of its part of the text after `start`."""
         for index, block in enumerate(self._blocks):
             at = index * self._size
             begin, end = max(start - at, 0), min(self.length - at, self._size)

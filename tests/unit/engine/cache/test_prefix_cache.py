@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
@@ -197,3 +198,42 @@ def test_what_is_given_is_what_was_kept(name: str) -> None:
         assert torch.equal(mine.keys, theirs.keys)
         assert torch.equal(mine.values, theirs.values)
         assert mine.window is None or mine.keys.shape[-2] == WINDOW - 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("limit", [90_000, 1 << 22])
+@torch.no_grad()
+def test_keys_after_any_history_are_those_of_a_cold_prompt(name: str, limit: int) -> None:
+    draw = random.Random(limit)
+    target = Target(make(name))
+    cache = PrefixCache(target, limit)
+    texts = [prompt_ids(64, seed=seed)[0].numpy().astype(np.int32) for seed in range(2)]
+    hits = 0
+    for number in range(40):
+        begin = draw.choice(texts)
+        end = prompt_ids(draw.randint(2, 40), seed=number)[0].numpy().astype(np.int32)
+        text = np.concatenate([begin[: draw.randint(0, len(begin))], end])
+        prefixes = cache.prefixes(draw.choice("ab"))
+        assert prefixes is not None
+        prefix = prefixes.find(text)
+        own = target.cache(len(text))
+        if prefix is not None:
+            hits += 1
+            for _ in prefix.fill(own):
+                cache.work(0.0)  # may evict what is not in use
+            cold = target.cache(len(text))
+            *_, _ = target.prefill(cold, torch.from_numpy(text[: prefix.length].astype(np.int64)), 1)
+            assert own.get_seq_length() == prefix.length < len(text)
+            for mine, theirs in zip(own.layers, cold.layers, strict=True):
+                torch.testing.assert_close(mine.keys, theirs.keys, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(mine.values, theirs.values, atol=1e-4, rtol=1e-4)
+        keeper = prefixes.keeper(own)
+        for _ in target.prefill_passes(
+            own, torch.from_numpy(text[own.get_seq_length() :].astype(np.int64)), 1, 17
+        ):
+            keeper.extend(text, own.get_seq_length())
+            cache.work(0.0 if draw.random() < 0.5 else None)
+        texts.append(text)
+        assert cache.nbytes <= limit
+    assert hits > 4
+    assert cache.failures == 0
