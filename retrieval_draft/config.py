@@ -94,6 +94,8 @@ class DraftConfig:
         history_folder: Folder to save these texts in, for use after a restart; None to lose them at exit.
         history_prompts: Whether prompts are kept.
         history_replies: Whether replies are kept.
+        prefix_cache_bytes: Limit of the memory for keys and values of earlier texts, from which a prompt with
+            the same beginning continues; 0 keeps none.
     """
 
     method: str = "calibrated"
@@ -109,6 +111,7 @@ class DraftConfig:
     history_folder: str | None = None
     history_prompts: bool = True
     history_replies: bool = True
+    prefix_cache_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -128,6 +131,7 @@ class DraftConfig:
             ("top_k", self.top_k, 1, TOP_K_LIMIT),
             ("adjacency_rows", self.adjacency_rows, 16, 1 << 28),
             ("history_bytes", self.history_bytes, 1 << 20, 1 << 40),
+            ("prefix_cache_bytes", self.prefix_cache_bytes, 0, 1 << 44),
         ):
             if not low <= value <= high:
                 raise InvalidInputError(f"{name} is {value}; it must lie in {low}..{high}.")

@@ -23,6 +23,7 @@ from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.cache.cache_rows import CacheRows, write_back
 from retrieval_draft.engine.cache.chain_cache import ChainCache
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
+from retrieval_draft.engine.cache.prefix_cache import PrefixCache
 from retrieval_draft.engine.compat import given_cache, is_callers_own, output_cache_name
 from retrieval_draft.engine.cpu.kernels import CpuKernels
 from retrieval_draft.engine.decode import decode
@@ -85,6 +86,7 @@ class RetrievalDrafter:
         context: Configuration, datastores and draft models that the drafts are made from.
         draft_engine: Opens drafts for requests.
         lock: Held by the call that decodes.
+        prefix_cache: Keys and values of earlier texts; None where none are kept.
 
     Example:
         drafter = RetrievalDrafter.for_model(model, tokenizer)
@@ -98,6 +100,7 @@ class RetrievalDrafter:
         context: MethodContext,
         draft_engine: DraftEngine,
         beside: RetrievalDrafter | None = None,
+        tenant: str = "",
     ) -> None:
         """Use `for_model`.
 
@@ -107,6 +110,7 @@ class RetrievalDrafter:
             context: Configuration, datastores and draft models.
             draft_engine: Made from `context`.
             beside: A drafter of the same model, with which this one takes turns.
+            tenant: Keeps its texts apart from those of others beside it.
         """
         self.config = context.config
         self.store = context.stores.shared
@@ -118,10 +122,15 @@ class RetrievalDrafter:
         self.context = context
         self.kernels: CpuKernels
         self.lock: Any
+        self.prefix_cache: PrefixCache | None
         if beside is None:
             self.kernels, self.lock = CpuKernels(target.model, context.config.cpu_kernels), threading.RLock()
+            limit = context.config.prefix_cache_bytes
+            self.prefix_cache = PrefixCache(target, limit) if limit else None
         else:
             self.kernels, self.lock = beside.kernels, beside.lock
+            self.prefix_cache = beside.prefix_cache
+        self._tenant = tenant
         self._state = ModelState.of(target.model)
         self._has_warned = False
         self._plain_reasons: set[str] = set()
@@ -216,7 +225,7 @@ class RetrievalDrafter:
         stores = replace(stores, shared=store, owns_shared=True)
         parts = replace(self.context, config=config, stores=stores)
         supply = make_draft_engine(self.target, parts)
-        other = RetrievalDrafter(self.target, self.tokenizer, parts, supply, beside=self)
+        other = RetrievalDrafter(self.target, self.tokenizer, parts, supply, beside=self, tenant=tenant)
         supply.prepare_like(self.draft_engine)
         return other
 
@@ -539,6 +548,12 @@ class RetrievalDrafter:
             )
         return references
 
+    def use_prefixes(self, requests: Sequence[DecodeRequest]) -> None:
+        """Has requests continue earlier texts with the same beginning, and their texts kept."""
+        if self.prefix_cache is not None:
+            for request in requests:
+                request.prefixes = partial(self.prefix_cache.prefixes, self._tenant)
+
     def check_share(self, share: str | None) -> None:
         """Refuses a word that is no way to share, and sharing without a store.
 
@@ -587,6 +602,8 @@ class RetrievalDrafter:
                 stream,
                 media=bool(media),
             )
+            if not media and cache is None:
+                self.use_prefixes(requests)
             if media:
                 kind = (media, min(map(len, prompts)) < input_ids.shape[1], len(prompts) > 1)
                 try:
@@ -650,6 +667,8 @@ class RetrievalDrafter:
                 each,
             )
         finally:
+            if self.prefix_cache is not None:
+                self.prefix_cache.work()  # before a caller can change the caches
             shared.source_failures = self.draft_engine.failures - failures
             for stats in (shared, *each):
                 total.add(stats)

@@ -120,6 +120,7 @@ class ContinuousDrafter:
 
         requests = through_model(target, tokenizer, collect, ids, mask, config, options)
         share_when_finished(drafter.store, requests, share)
+        drafter.use_prefixes(requests)
         return DecodeRequests(requests, references)
 
     @contextmanager
@@ -160,6 +161,11 @@ class ContinuousDrafter:
     def passes_whole(self) -> bool:
         """True if a prompt is to be passed at once: in parts the model reads it otherwise."""
         return self._drafter.target.passes_whole
+
+    def keep_prefixes(self, seconds: float | None = None) -> None:
+        """Copies texts that are to be kept, for about so many seconds; None copies all of them."""
+        if self._drafter.prefix_cache is not None:
+            self._drafter.prefix_cache.work(seconds)
 
     def plain_seconds(self, rows: int) -> float:
         """Measured seconds of a pass over one token of each row; 0 where nothing is measured."""

@@ -31,6 +31,6 @@ app = typer.Typer(
 for _command in (
     parts.automaton, sampling.batch, chains.chains, parts.cold, drafts.drafts, sampling.draw, parts.fusion,
     llama_cpp.llama_cpp, parts.loop, models.models, parts.passes, sampling.samples, serve.serve, store.store,
-    vllm.vllm, weights.weights,
+    serve.turns, vllm.vllm, weights.weights,
 ):  # fmt: skip
     app.command(_command.__name__)(_command)

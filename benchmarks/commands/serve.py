@@ -1,4 +1,4 @@
-"""``python -m benchmarks serve``: many clients on a server, and the gain of drafting there."""
+"""``python -m benchmarks serve``, ``turns``: many clients on a server, and the gain of drafting there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from retrieval_draft.cli.common import DIFFERENT, Json
 from retrieval_draft.cli.output import print_json, print_table
 from retrieval_draft.errors import InvalidInputError
 
-__all__ = ["serve"]
+__all__ = ["serve", "turns"]
 
 
 def serve(
@@ -70,6 +70,25 @@ def serve(
         print_table("", ("server", ""), rows)
     if result.get("different") or result.get("wrong"):
         raise typer.Exit(DIFFERENT)
+
+
+def turns(
+    model: Annotated[str, typer.Option(help="Name or folder of a model.")] = "smollm2-135m",
+    tokens: Annotated[int, typer.Option(min=16, help="Of the first prompt.")] = 2000,
+    rounds: Annotated[int, typer.Option(min=1, help="Conversations.")] = 5,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Time a conversation's second turn to its first token, against one that nothing is known of."""
+    from benchmarks.turns import measure_turns
+    from retrieval_draft.bench.provenance import provenance
+
+    result = measure_turns(model, tokens=tokens, rounds=rounds)
+    finish(result | provenance(), out)
+    if json:
+        print_json(result)
+        return
+    print_table("", ("turns", ""), [(name, str(value)) for name, value in result.items()])
 
 
 def _load(

@@ -68,6 +68,12 @@ def serve(
     stuck_seconds: Annotated[float, typer.Option(help="A longer step turns /health stuck.")] = 120.0,
     grace: Annotated[float, typer.Option(min=0.0, help="Seconds for running requests at a stop.")] = 30.0,
     prefill_chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens in one pass.")] = 512,
+    prefix_cache_bytes: Annotated[
+        int,
+        typer.Option(
+            min=0, help="For keys and values that later prompts with the same beginning reuse; 0: none."
+        ),
+    ] = 1 << 30,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(
@@ -168,6 +174,7 @@ def serve(
             nodes=nodes,
             cpu_kernels=cpu_kernels,
             history_folder=None if history is None else str(history),
+            prefix_cache_bytes=prefix_cache_bytes,
         )
         if threads is not None:
             torch.set_num_threads(threads)

@@ -16,6 +16,7 @@ class DraftStats:
     Attributes:
         requests: Requests counted.
         prompt_tokens: Tokens of the prompts.
+        cached_tokens: Those of them whose keys were kept from earlier texts.
         tokens: Generated tokens, the one from the prefill included.
         steps: Verification steps, the prefill not included; each row of a batch counts its own.
         passes: Forward passes that verified; the rows of a batch share them.
@@ -37,6 +38,7 @@ class DraftStats:
 
     requests: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     tokens: int = 0
     steps: int = 0
     passes: int = 0

@@ -82,11 +82,19 @@ class ChainTarget(Target):
         further: int = 0,
     ) -> Iterator[Tensor | None]:
         """As for trees; in one pass where several tokens after a long text may differ from a whole text."""
-        in_parts = self.rope is None and self.longest is None and not self._limited
-        if in_parts and self.blank.isdisjoint(prompt.tolist() if self.blank else ()):
+        if self._in_parts and self.blank.isdisjoint(prompt.tolist() if self.blank else ()):
             yield from super().prefill_passes(cache, prompt, rows, chunk, further)
         else:
             yield self._forward(cache, prompt[None], cache.get_seq_length(), rows, 0)
+
+    @property
+    def _in_parts(self) -> bool:
+        return self.rope is None and self.longest is None and not self._limited
+
+    @property
+    def passes_parts(self) -> bool:  # type: ignore[override]
+        """True if any prompt may be passed in parts."""
+        return self._in_parts and not self.blank
 
     def refill(self, cache: Any, text: Tensor, chunk: int | None) -> None:
         """Has the next pass take the whole text again."""

@@ -11,6 +11,7 @@ from transformers import StoppingCriteriaList
 from retrieval_draft.drafting.grammar.grammar_text import GrammarText
 from retrieval_draft.engine.cache.chain_cache import ChainCache
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
+from retrieval_draft.engine.cache.prefix_cache import Prefixes
 from retrieval_draft.engine.placeholders import text_runs
 from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.engine.sampling.sampling import Sampler
@@ -55,6 +56,7 @@ class DecodeRequest:
         keep_prompt_logits: Whether the logits at the prompt's positions are kept.
         read_prompt: Called with those logits instead, run by run: (m, vocabulary) each; they are not kept.
         placeholders: Ids that stand for images and the like, from which nothing is learned.
+        prefixes: Finds the texts that the prompt may continue, and that this one joins; None for neither.
         passed: Results of the prompt's pass, where the model made that itself; `cache` holds the whole prompt
             then.
         grammar: Follows the reply, whose drafts keep to it; `sampler` masks what it forbids. None without.
@@ -80,6 +82,7 @@ class DecodeRequest:
     placeholders: frozenset[int] = frozenset()
     passed: PassedPrompt | None = None
     grammar: GrammarText | None = None
+    prefixes: Callable[[], Prefixes | None] | None = None
 
     @property
     def runs(self) -> list[TokenArray]:

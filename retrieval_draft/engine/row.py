@@ -17,6 +17,7 @@ from retrieval_draft.drafting.session import DraftPlan, DraftSession
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.attention.tree_mask import TreeInputs
+from retrieval_draft.engine.cache.prefix_cache import Keeper
 from retrieval_draft.engine.logits import LogitReader
 from retrieval_draft.engine.placeholders import text_runs
 from retrieval_draft.engine.request import DecodeRequest
@@ -33,6 +34,9 @@ _ROOM = 4096
 
 _SPARE = 64
 """Tree nodes that the cache makes room for at once."""
+
+_COPY_SECONDS = 0.02
+"""Seconds of copying keys of an earlier text after which other rows may step."""
 
 _log = logging.getLogger("retrieval_draft")
 
@@ -99,6 +103,7 @@ class Row:
         self._feedback: _Feedback | None = None
         self._unlearned: _Feedback | None = None
         self._context = request.runs[-1]
+        self._keeper: Keeper | None = None
         stats.requests += 1
         stats.prompt_tokens += len(request.prompt)
 
@@ -107,11 +112,13 @@ class Row:
 
         Yields after each pass but the last, when other rows may step.
         """
-        request, begin = self.request, perf_counter()
+        request = self.request
+        reads_all = request.keep_prompt_logits or request.read_prompt is not None
+        yield from self._take_prefix(finds=not reads_all)
+        begin = perf_counter()
         self._renews_cache()
         fed = request.prompt[self.cache.get_seq_length() :]
         prompt = torch.from_numpy(fed.astype(np.int64)).to(self.target.device)
-        reads_all = request.keep_prompt_logits or request.read_prompt is not None
         wanted = len(fed) if reads_all else min(request.prompt_rows, len(fed))
         parts, kept = [], []
         passed = self.cache.get_seq_length()
@@ -128,6 +135,8 @@ class Row:
                 if request.read_prompt is not None:
                     request.read_prompt(logits)
                 end = logits[-1:]
+            if self._keeper is not None:
+                self._keeper.extend(request.prompt, self.cache.get_seq_length())
             if self.cache.get_seq_length() - passed < len(fed):
                 self.stats.prefill_seconds += perf_counter() - begin
                 yield
@@ -146,11 +155,39 @@ class Row:
                 self._hidden_end = hidden[-1]
                 drafting.learn_hidden(self._hidden_end)
 
+    def _take_prefix(self, finds: bool) -> Iterator[None]:
+        """Continues an earlier text with the same beginning, if there is one, and has this text kept.
+
+        Yields where other rows may step. An error costs the prefix only.
+        """
+        request, begin = self.request, perf_counter()
+        if request.prefixes is None or request.cache is not None:
+            return
+        prefixes = request.prefixes()
+        prefix = prefixes.find(request.prompt) if prefixes is not None and finds else None
+        try:
+            for _ in () if prefix is None else prefix.fill(self.cache):
+                if perf_counter() - begin > _COPY_SECONDS:
+                    self.stats.prefill_seconds += perf_counter() - begin
+                    yield
+                    begin = perf_counter()
+            if prefix is not None:
+                self.stats.cached_tokens += prefix.length
+        except Exception as error:
+            assert prefixes is not None
+            prefixes.cache.failed("continued", error)
+            self.cache = self.target.cache(self._capacity)
+        if prefixes is not None:
+            self._keeper = prefixes.keeper(self.cache)
+        self.stats.prefill_seconds += perf_counter() - begin
+
     def fork(self, prefix_owner: Row) -> None:
         """Takes over the result of `prefill` of a row with the same prompt, and emits its own first token."""
         begin = perf_counter()
         assert prefix_owner._prompt_end is not None
         self.cache = prefix_owner.cache.clone(self._capacity)
+        if prefix_owner._keeper is not None:
+            self._keeper = prefix_owner._keeper.beside(self.cache)
         self.prompt_logits = prefix_owner.prompt_logits
         self._predictions = prefix_owner._predictions
         self._begin(prefix_owner._prompt_end)
@@ -292,6 +329,8 @@ class Row:
         moved = None if self._moved is None else torch.from_numpy(self._moved).to(self.target.device)
         self._commit(moved)
         self.cache.text = self.text.tokens[: self.cache.get_seq_length()].copy()
+        if self._keeper is not None:
+            self._keeper.extend(self.cache.text, len(self.cache.text))
         self._prompt_end = self._predictions = self._hidden_end = None
         if self.request.finished is not None:
             self.request.finished(self.text.reply)

@@ -70,6 +70,7 @@ class Target:
         shares_passes: Whether the rows of a batch share a pass; each gets its own else.
         passes_whole: Whether a prompt is passed at once unless its caller asks for parts: its tokens may see
             later ones.
+        passes_parts: Whether a prompt may be passed in parts, one after another.
         blank: Ids that are neither drafted nor drafted after. Their embedding is zero, so that all keys are
             equally good for them, and which of these the model keeps depends on the number of tokens passed,
             later ones included.
@@ -78,6 +79,7 @@ class Target:
     verification = Verification("tree", "the model takes masks and positions of a tree")
     shares_passes = True
     passes_whole = False
+    passes_parts = True
     blank: frozenset[int] = frozenset()
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -236,6 +237,30 @@ class SpeculativeLayer(CacheLayerMixin):
         self._reserve(tokens)
         for part, states in zip(self._parts(), (key_states, value_states), strict=True):
             part.narrow(-2, 0, tokens).copy_(states)
+        self.length += tokens
+
+    def slots(self, first: int, end: int) -> list[Tensor]:
+        """Views of the buffers at the positions from `first` to `end`: (parts, batch, heads, tokens, dim)."""
+        return [buffer.narrow(-2, first - self.start, end - first) for buffer in self._buffers]
+
+    def fill(self, runs: Sequence[Sequence[Tensor]], start: int) -> None:
+        """Takes over committed text in runs, as `load` does at once.
+
+        Args:
+            runs: As `slots` returns them, one after the other.
+            start: As of `load`.
+        """
+        self.dtype, self.device = runs[0][0].dtype, runs[0][0].device
+        self._buffers = tuple(
+            each.new_empty((*each.shape[:-2], 0, each.shape[-1]), device=each.device) for each in runs[0]
+        )
+        self._host_memory = None
+        self.is_initialized = True
+        self.length = self.start = start
+        tokens = sum(run[0].shape[-2] for run in runs)
+        self._reserve(tokens)
+        for buffer, parts in zip(self._buffers, zip(*runs, strict=True), strict=True):
+            torch.cat(parts, -2, out=buffer.narrow(-2, 0, tokens))
         self.length += tokens
 
     def reset(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from retrieval_draft.engine.compat import croppable_layers
 
-__all__ = ["SavedStates", "can_crop", "crop_layers", "tensors_of"]
+__all__ = ["SavedStates", "can_crop", "crop_layers", "snapshot", "tensors_of"]
 
 _ATTENTION = ("keys", "values")
 
@@ -49,6 +50,17 @@ class SavedStates:
     def tensors(self) -> Iterator[Tensor]:
         """All copies."""
         yield from tensors_of(self._copies)
+
+
+def snapshot(cache: Any) -> Any:
+    """A copy of a cache, which shares those keys and values that are never written to."""
+    shared = [
+        getattr(layer, name)
+        for layer in getattr(cache, "layers", ())
+        if _is_concatenated(layer)
+        for name in _ATTENTION
+    ]
+    return copy.deepcopy(cache, {id(each): each for each in shared})
 
 
 def can_crop(cache: Cache, length: int) -> bool:

@@ -41,6 +41,7 @@ class Watcher:
         self._queue = (0, 0)
         self._seconds: dict[str, float] = dict.fromkeys(_TIMES, 0.0)
         self._drafted, self._accepted, self._row_steps, self._tokens = 0, 0, 0, 0
+        self._prompt_tokens = self._cached_tokens = 0
         self._drafted_by: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         self._accepted_by: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         self._ended: Counter[str] = Counter()
@@ -76,6 +77,9 @@ class Watcher:
                     if len(self._tenants) > _WAITING:  # ends that were never reported
                         self._tenants.clear()
                     self._tenants[event.request_id] = event.tenant
+                    if event.index == 0:
+                        self._prompt_tokens += event.prompt_tokens
+                        self._cached_tokens += event.cached_tokens
                 else:
                     self._ended[event.reason] += 1
 
@@ -91,6 +95,8 @@ class Watcher:
                 "waiting": waiting,
                 "ended": dict(self._ended),
                 "tokens": self._tokens,
+                "prompt_tokens": self._prompt_tokens,
+                "cached_tokens": self._cached_tokens,
                 "row_steps": self._row_steps,
                 "drafted": self._drafted,
                 "accepted": self._accepted,

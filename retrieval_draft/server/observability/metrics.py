@@ -56,6 +56,8 @@ class ServerMetrics:
         self._positions = [self._child(per_position, str(position)) for position in range(_POSITIONS)]
         self._row_steps = self._counter("row_steps", "Steps of all rows, those without drafts included.")
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts.")
+        self._looked_up = self._counter("prefix_cache_queries", "Tokens of prompts that were looked up.")
+        self._hits = self._counter("prefix_cache_hits", "Those of them whose keys were kept.")
         self._generated = self._counter("generation_tokens", "Tokens of replies.")
         self._ended = self._vector(Counter, "request_success", "Choices that ended.", "finished_reason")
         self._by_name = {
@@ -108,6 +110,8 @@ class ServerMetrics:
         """Counts a row that joined the batch."""
         if start.index == 0:
             self._prompt.inc(start.prompt_tokens)
+            self._looked_up.inc(start.prompt_tokens)
+            self._hits.inc(start.cached_tokens)
             self._prompts.observe(start.prompt_tokens)
             self._prefill.observe(start.prefill_seconds)
         self._queued.observe(start.queued_seconds)

@@ -67,7 +67,20 @@ class StateCollector(Collector):
                     "The state of tenant %s could not be read for the metrics.", tenant, exc_info=True
                 )
         yield held
+        yield _prefix_family([drafter for _, drafter in found])
         yield from _store_families(statuses)
+
+
+def _prefix_family(drafters: list[Any]) -> Metric:
+    """Bytes of keys and values, which the drafters of one model share."""
+    caches = {
+        id(cache): cache for each in drafters if (cache := getattr(each, "prefix_cache", None)) is not None
+    }
+    return GaugeMetricFamily(
+        "retrieval_draft:prefix_cache_bytes",
+        "Bytes of keys and values of earlier texts.",
+        value=sum(cache.nbytes for cache in caches.values()),
+    )
 
 
 def _store_families(statuses: dict[str, dict[str, Any]]) -> Iterator[Metric]:

@@ -139,7 +139,10 @@ class ResponseWriter:
             "prompt_tokens": self.asked.prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self.asked.prompt_tokens + completion,
-            "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+            "prompt_tokens_details": {
+                "cached_tokens": sum(reply.stats.cached_tokens for reply in replies),
+                "audio_tokens": 0,
+            },
             "completion_tokens_details": {
                 "accepted_prediction_tokens": accepted,
                 "rejected_prediction_tokens": rejected,

@@ -37,6 +37,9 @@ _OPENING_SECONDS = 0.02
 _SLICE_SECONDS = 0.05
 """Target seconds of one pass over a part of a prompt while others wait for their next token."""
 
+_KEEPING_SECONDS = 0.0005
+"""Seconds in each turn for copying texts that later requests may continue."""
+
 _FIRST_CHUNK, _LEAST_CHUNK = 128, 16
 
 Draftings = list["DraftSession | None"]
@@ -170,6 +173,7 @@ class ServingEngine:
                 with self._drafter.running(self._row_failed) as batch:
                     while self._queue.waiting or self._choices or self._joining:
                         self._turn(batch)
+                    self._drafter.keep_prefixes()
             except Exception as error:  # an error of one batch must not end the server
                 _log.exception("The batch failed, and all of its requests with it.")
                 self._fail_all(error)
@@ -193,6 +197,7 @@ class ServingEngine:
         self._leave(batch)
         self._reports.queue(self._queue.waiting, self.running)
         self._deliver()
+        self._drafter.keep_prefixes(_KEEPING_SECONDS)
 
     def _cancel_expired(self, batch: Batch) -> None:
         """Removes jobs that were aborted or have timed out."""

@@ -24,6 +24,7 @@ class RequestStart:
         queued_seconds: Time it waited to join the batch.
         prefill_seconds: Time of the prompt's pass, to the first token.
         traceparent: W3C's header of the HTTP request, for traces; None without.
+        cached_tokens: Tokens of the prompt whose keys were kept from earlier texts.
     """
 
     request_id: str
@@ -33,6 +34,7 @@ class RequestStart:
     queued_seconds: float
     prefill_seconds: float
     traceparent: str | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,7 @@ class Reports:
             max(joined - job.arrived, 0.0),
             choice.stats.prefill_seconds,
             job.traceparent,
+            choice.stats.cached_tokens,
         )
         self._tell(lambda listener: listener.request_started(start))
 

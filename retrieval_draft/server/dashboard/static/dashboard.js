@@ -90,6 +90,8 @@ function show(state) {
     ["waiting", count(state.waiting)],
     ["ended", ended.join(", ") || "none"],
     ["tokens", count(state.tokens)],
+    ["prompt tokens", count(state.prompt_tokens)],
+    ["not read again", state.prompt_tokens ? `${short((100 * state.cached_tokens) / state.prompt_tokens)} %` : "–"],
     ["drafted nodes", count(state.drafted)],
     ["accepted", count(state.accepted)],
   ]);
