@@ -76,6 +76,14 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    image_folder: Annotated[
+        Path | None,
+        typer.Option(help="Requests may name images below this folder: file:///FOLDER/a.png."),
+    ] = None,
+    fetch_images: Annotated[
+        bool,
+        typer.Option("--fetch-images", help="Requests may name images of public addresses: https://..."),
+    ] = False,
     log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
     otlp_endpoint: Annotated[
         str | None,
@@ -98,6 +106,7 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model to OpenAI's clients, its drafts made from text seen before."""
+    from retrieval_draft.server.media.settings import MediaSettings
     from retrieval_draft.server.settings import ServerSettings
 
     settings = ServerSettings(
@@ -114,6 +123,7 @@ def serve(
         stuck_seconds=stuck_seconds,
         grace_seconds=grace,
         cors_origins=tuple(cors_origin or ()),
+        media=MediaSettings(image_folder, fetch_images),
     )
     if log_format not in ("text", "json"):
         raise InvalidInputError(f"log_format is {log_format!r}.", "Choose text or json.")
@@ -144,7 +154,7 @@ def serve(
         )
     if engine != "transformers":
         raise InvalidInputError(f"There is no engine {engine!r}.", "Choose transformers or vllm.")
-    from retrieval_draft.models.loading import check_name, check_weights, load_model
+    from retrieval_draft.models.loading import check_name, check_weights, load_model, load_processor
 
     check_name(model)  # before torch, whose import takes seconds
     check_weights(weights)
@@ -173,12 +183,16 @@ def serve(
         )  # fmt: skip
         return drafter, tokenizer
 
-    _serve(settings, load, keys, chat_template, log_format, otlp_endpoint, host, port, unix_socket)
+    _serve(
+        settings, load, lambda: load_processor(model), keys, chat_template, log_format, otlp_endpoint, host,
+        port, unix_socket,
+    )  # fmt: skip
 
 
 def _serve(
     settings: ServerSettings,
     load: Any,
+    load_processor: Any,
     keys: Any,
     chat_template: Path | None,
     log_format: str,
@@ -201,7 +215,7 @@ def _serve(
     from retrieval_draft.server.service import Service
 
     template = None if chat_template is None else _read(chat_template)
-    service = Service(settings, load, keys=keys, chat_template=template)
+    service = Service(settings, load, keys=keys, chat_template=template, load_processor=load_processor)
     tracing = None
     if otlp_endpoint:
         from retrieval_draft.server.observability.tracing import Tracing

@@ -14,6 +14,7 @@ from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.http.fair_pool import FairPool
 from retrieval_draft.http.keys import KeyRing
 from retrieval_draft.server.errors import ApiError
+from retrieval_draft.server.media.prompt import MediaPrompts
 from retrieval_draft.server.openai.detokenize import Decode, decoder
 from retrieval_draft.server.openai.model_defaults import usable_defaults
 from retrieval_draft.server.openai.prepare import Means, PreparedRequest
@@ -48,6 +49,7 @@ class Loaded:
         overrides: Options that override the model's own generation configuration.
         tenants: Drafters by tenant.
         engine: Decodes.
+        media: Makes prompts with images; None for a model of text.
     """
 
     drafter: RetrievalDrafter
@@ -58,6 +60,7 @@ class Loaded:
     overrides: Mapping[str, Any]
     tenants: Tenants
     engine: ServingEngine
+    media: MediaPrompts | None = None
 
 
 class Service:
@@ -68,6 +71,7 @@ class Service:
         load: Makes drafter and tokenizer; called once, on a thread.
         keys: API keys of the tenants.
         chat_template: Replaces the tokenizer's own.
+        load_processor: Makes the processor of a model that reads images; None for text alone.
 
     Attributes:
         settings: As given.
@@ -86,6 +90,7 @@ class Service:
         *,
         keys: KeyRing | None = None,
         chat_template: str | None = None,
+        load_processor: Callable[[], Any] | None = None,
     ) -> None:
         self.settings = settings
         self.keys = keys if keys is not None else KeyRing({})
@@ -94,7 +99,7 @@ class Service:
         self.when_loaded: list[Callable[[Loaded], object]] = []
         self.created = int(time.time())
         self.error: Exception | None = None
-        self._load = load
+        self._load, self._load_processor = load, load_processor
         self._loaded: Loaded | None = None
         self._is_draining = False
         self._thread = threading.Thread(target=self._start, name="retrieval-draft-load", daemon=True)
@@ -128,8 +133,9 @@ class Service:
             texts = TokenTexts(tokenizer)
             longest = max(map(len, tokenizer.get_vocab()), default=1)
             loaded = Loaded(
-                drafter, tokenizer, decoder(tokenizer), texts, longest, overrides, tenants, engine
-            )
+                drafter, tokenizer, decoder(tokenizer), texts, longest, overrides, tenants, engine,
+                self._media(drafter),
+            )  # fmt: skip
             for call in self.when_loaded:
                 call(loaded)
             engine.start()
@@ -137,6 +143,15 @@ class Service:
         except Exception as error:
             self.error = error
             _log.exception("The model could not be loaded.")
+
+    def _media(self, drafter: RetrievalDrafter) -> MediaPrompts | None:
+        """What makes prompts with images, for a model that reads them and has a processor."""
+        if self._load_processor is None or not drafter.target.takes_media:
+            return None
+        processor = self._load_processor()
+        if getattr(processor, "image_processor", None) is None:
+            return None
+        return MediaPrompts(processor, self.settings.media)
 
     @property
     def loaded(self) -> Loaded:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.server.media.settings import MediaSettings
 
 __all__ = ["ServerSettings"]
 
@@ -35,6 +36,7 @@ class ServerSettings:
         send_seconds: Limit for sending one piece of a stream.
         grace_seconds: Time for running requests to finish when the server stops.
         cors_origins: Web pages' origins that may use the server from a browser; "*" for any. None by default.
+        media: Sources of images, and their limits.
     """
 
     model_name: str
@@ -54,6 +56,7 @@ class ServerSettings:
     send_seconds: float = 30.0
     grace_seconds: float = 30.0
     cors_origins: tuple[str, ...] = ()
+    media: MediaSettings = field(default_factory=MediaSettings)
 
     def __post_init__(self) -> None:
         limits: tuple[tuple[str, float, float, float], ...] = (

@@ -10,7 +10,16 @@ from msgspec.json import Decoder
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.json_body import decode_field, decode_texts, is_absent
 
-__all__ = ["ContentPart", "GenerationFields", "Ids", "Prediction", "StreamOptions", "text_of"]
+__all__ = [
+    "ContentPart",
+    "GenerationFields",
+    "Ids",
+    "ImageUrl",
+    "Prediction",
+    "StreamOptions",
+    "content_of",
+    "text_of",
+]
 
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Ids = Annotated[list[TokenId], Meta(min_length=1)]
@@ -28,11 +37,19 @@ _OFF = (b"false", b"[]", b"{}", b'""')
 _UNSUPPORTED = "is not supported by this server"
 
 
+class ImageUrl(Struct):
+    """The place of an image. `detail` is accepted: the model's processor alone decides on sizes."""
+
+    url: str
+    detail: str | None = None
+
+
 class ContentPart(Struct):
-    """A part of a message; only text is supported."""
+    """A part of a message: text, or in chats an image."""
 
     type: str
     text: str | None = None
+    image_url: ImageUrl | str | None = None
 
 
 class Prediction(Struct, forbid_unknown_fields=True):
@@ -263,3 +280,23 @@ def text_of(content: str | list[ContentPart] | None, param: str) -> str:
             kind = part.type[:64]
             raise ApiError(400, f"A content part of type {kind!r} {_UNSUPPORTED}; use text.", param)
     return "".join(part.text or "" for part in content)
+
+
+def content_of(content: str | list[ContentPart] | None, param: str) -> str | list[dict[str, Any]]:
+    """The content of a message for a chat template: text, or parts where there are images.
+
+    Raises:
+        ApiError: A part is neither text nor an image.
+    """
+    if not isinstance(content, list) or all(part.type != "image_url" for part in content):
+        return text_of(content, param)
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        if part.type != "image_url":
+            parts.append({"type": "text", "text": text_of([part], param)})
+        elif part.image_url is None:
+            raise ApiError(400, "A content part of type 'image_url' has no image_url.", param)
+        else:
+            given = part.image_url
+            parts.append({"type": "image", "url": given if isinstance(given, str) else given.url})
+    return parts

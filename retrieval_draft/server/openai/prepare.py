@@ -20,7 +20,7 @@ from retrieval_draft.server.openai.prompt_logprobs import PromptLogprobs
 from retrieval_draft.server.openai.reply import Reply
 from retrieval_draft.server.settings import ServerSettings
 
-__all__ = ["GenerationParams", "Means", "PreparedRequest", "prepare_request", "tokenize"]
+__all__ = ["GenerationParams", "Means", "PreparedRequest", "check_length", "prepare_request", "tokenize"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,7 @@ class GenerationParams:
         competing: Whether only the best of them are returned.
         top_logprobs: Alternatives of each token; None for no log probabilities.
         echoed: The prompts as text, if the replies begin with them; else empty.
+        model_inputs: Further inputs of the model, such as those of images; empty for text alone.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -71,6 +72,7 @@ class GenerationParams:
     competing: bool = False
     top_logprobs: int | None = None
     echoed: Sequence[str] = ()
+    model_inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -149,6 +151,7 @@ def prepare_request(asks: GenerationParams, fields: GenerationFields, means: Mea
                 max_new_tokens=max(room, 1),
                 **options,
                 **extra,
+                **{name: value.to(target.device) for name, value in asks.model_inputs.items()},
             )
         except (RetrievalDraftError, ValueError) as error:
             raise (
@@ -177,12 +180,25 @@ def tokenize(means: Means, text: str, param: str, *, special: bool = True) -> li
     return _tokenize(means, text, param, means.most_prompt_tokens, special)
 
 
-def _tokenize(means: Means, text: str, param: str, most: int | None, special: bool) -> list[int]:
-    means.check()
+def check_length(means: Means, text: str, param: str) -> None:
+    """Refuses a text with more characters than the tokens of a prompt can have.
+
+    Raises:
+        ApiError: As above.
+    """
+    _check_length(means, text, param, means.most_prompt_tokens)
+
+
+def _check_length(means: Means, text: str, param: str, most: int | None) -> None:
     if most is not None and len(text) > most * means.longest:
         raise ApiError(
             400, f"{param} has {len(text)} characters; {most} tokens, the most allowed, have fewer.", param
         )
+
+
+def _tokenize(means: Means, text: str, param: str, most: int | None, special: bool) -> list[int]:
+    means.check()
+    _check_length(means, text, param, most)
     return list(means.tokenizer(text, add_special_tokens=special)["input_ids"])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,6 +13,7 @@ from retrieval_draft.http.event_stream import EventStream, unless_gone
 from retrieval_draft.http.json_response import Json
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.json_body import read_body
+from retrieval_draft.server.media.prompt import take_urls
 from retrieval_draft.server.openai.chat_request import CHAT
 from retrieval_draft.server.openai.chat_template import render_chat
 from retrieval_draft.server.openai.completions_request import COMPLETION
@@ -22,6 +23,7 @@ from retrieval_draft.server.openai.prepare import (
     GenerationParams,
     Means,
     PreparedRequest,
+    check_length,
     prepare_request,
     tokenize,
 )
@@ -119,15 +121,33 @@ def make_router(service: Service) -> APIRouter:
         body.check()
         _check_choices(service, body.n or 1)
         conversation, variables = body.conversation, body.variables
+        urls = take_urls(conversation)
 
         def prepare(loaded: Loaded, means: Means) -> PreparedRequest:
-            text = render_chat(
-                loaded.tokenizer, conversation, service.chat_template, variables, body.add_generation_prompt,
-                bool(body.continue_final_message),
-            )  # fmt: skip
-            ids = tokenize(means, text, "messages", special=False)
+            media = loaded.media
+            template = service.chat_template or (None if media is None else media.template)
+
+            def render(messages: list[dict[str, Any]]) -> str:
+                return render_chat(
+                    loaded.tokenizer, messages, template, variables, body.add_generation_prompt,
+                    bool(body.continue_final_message),
+                )  # fmt: skip
+
+            if media is None:
+                if urls:
+                    raise ApiError(400, "image_url: this model reads no images, text alone.", "messages")
+                text = render(conversation)
+            else:
+                text = render(media.parts(conversation, render))
             top = (body.top_logprobs or 0) if body.logprobs else None
-            asks = GenerationParams([ids], body.wanted_tokens, body.n or 1, False, top)
+            inputs: Mapping[str, Any] = {}
+            if media is not None and urls:
+                check_length(means, text, "messages")
+                prompt = media.prompt(text, urls, means.check)
+                ids, inputs = prompt.ids, prompt.inputs
+            else:
+                ids = tokenize(means, text, "messages", special=False)
+            asks = GenerationParams([ids], body.wanted_tokens, body.n or 1, False, top, model_inputs=inputs)
             return prepare_request(asks, body, means)
 
         def shape(loaded: Loaded, request_id: str) -> ResponseFormat:

@@ -263,7 +263,8 @@ class ServingEngine:
             rest = zip(joining.group.choices[1:], joining.draftings[1:], strict=True)
             for choice, drafting in rest:
                 other = batch.row(choice.request, drafting, choice.stats, has_others=True)
-                for _ in batch.joining(other, row):
+                own_pass = choice.request.passed is not None
+                for _ in batch.joining(other, None if own_pass else row):
                     pass
                 self._joined(choice, other, joining)
             self._joining.remove(joining)
@@ -306,6 +307,8 @@ class ServingEngine:
         """
         choices = joining.group.choices
         joining.draftings = joining.opening.result()
+        if joining.group.prepared.begin is not None:
+            joining.group.prepared.begin()
         has_others = any(other.row is not None for other in self._joining)
         joining.row = batch.row(
             choices[0].request, joining.draftings[0], choices[0].stats, has_others=has_others
