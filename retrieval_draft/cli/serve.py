@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,6 +77,26 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    tenant_weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Share of a tenant while several wait: 2 for twice that of others; repeatable.",
+            metavar="TENANT=WEIGHT",
+            show_default=False,
+        ),
+    ] = None,
+    max_cache_bytes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of keys and values of all that run; others wait.", show_default=False),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A LoRA adapter that requests may name as their model; repeatable.",
+            metavar="NAME=FOLDER",
+            show_default=False,
+        ),
+    ] = None,
     image_folder: Annotated[
         Path | None,
         typer.Option(help="Requests may name images below this folder: file:///FOLDER/a.png."),
@@ -123,6 +144,8 @@ def serve(
         stuck_seconds=stuck_seconds,
         grace_seconds=grace,
         cors_origins=tuple(cors_origin or ()),
+        tenant_weights=_weights(tenant_weight or ()),
+        max_cache_bytes=max_cache_bytes,
         media=MediaSettings(image_folder, fetch_images),
     )
     if log_format not in ("text", "json"):
@@ -130,6 +153,10 @@ def serve(
     keys = _keys(api_key or [], api_key_file, tenant, host if unix_socket is None else None, no_auth)
     shared = store_config(store, tenant, share, snapshots)
     if engine == "vllm":
+        if lora:
+            raise InvalidInputError(
+                "vLLM has options of its own for adapters.", "Give --enable-lora --lora-modules after --."
+            )
         if unix_socket is not None:
             raise InvalidInputError("vLLM is started on a host and port here.", "Leave --unix-socket out.")
         launcher: Any = importlib.import_module("retrieval_draft.integrations.vllm.launcher")
@@ -154,10 +181,14 @@ def serve(
         )
     if engine != "transformers":
         raise InvalidInputError(f"There is no engine {engine!r}.", "Choose transformers or vllm.")
+    from retrieval_draft.models.adapters import check_adapter, read_adapters
     from retrieval_draft.models.loading import check_name, check_weights, load_model, load_processor
 
     check_name(model)  # before torch, whose import takes seconds
     check_weights(weights)
+    adapters = read_adapters(lora or (), settings.model_name)
+    for folder in adapters.values():
+        check_adapter(folder)
 
     def load() -> tuple[Any, Any]:
         import torch
@@ -184,8 +215,8 @@ def serve(
         return drafter, tokenizer
 
     _serve(
-        settings, load, lambda: load_processor(model), keys, chat_template, log_format, otlp_endpoint, host,
-        port, unix_socket,
+        settings, load, lambda: load_processor(model), adapters, keys, chat_template, log_format,
+        otlp_endpoint, host, port, unix_socket,
     )  # fmt: skip
 
 
@@ -193,6 +224,7 @@ def _serve(
     settings: ServerSettings,
     load: Any,
     load_processor: Any,
+    adapters: dict[str, Path],
     keys: Any,
     chat_template: Path | None,
     log_format: str,
@@ -215,7 +247,9 @@ def _serve(
     from retrieval_draft.server.service import Service
 
     template = None if chat_template is None else _read(chat_template)
-    service = Service(settings, load, keys=keys, chat_template=template, load_processor=load_processor)
+    service = Service(
+        settings, load, keys=keys, chat_template=template, load_processor=load_processor, adapters=adapters
+    )
     tracing = None
     if otlp_endpoint:
         from retrieval_draft.server.observability.tracing import Tracing
@@ -253,6 +287,22 @@ def _keys(given: list[str], file: Path | None, tenant: str, host: str | None, no
             f"The API keys have {len(ring.tenants)} tenants.", f"One server has {_MAX_TENANTS} at most."
         )
     return ring
+
+
+def _weights(given: Sequence[str]) -> dict[str, float]:
+    """Weights of tenants by name.
+
+    Raises:
+        InvalidInputError: A word is not of the form TENANT=WEIGHT.
+    """
+    found = {}
+    for word in given:
+        name, _, weight = word.partition("=")
+        try:
+            found[name] = float(weight)
+        except ValueError as error:
+            raise InvalidInputError(f"{word!r} is not of the form TENANT=WEIGHT.") from error
+    return found
 
 
 _MAX_TENANTS = 64

@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from retrieval_draft._files import expanded
-from retrieval_draft.errors import ModelFileError
+from retrieval_draft.errors import InvalidInputError, ModelFileError
 
-__all__ = ["check_adapter", "with_adapter"]
+__all__ = ["check_adapter", "read_adapters", "with_adapter"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+
+
+def read_adapters(given: Iterable[str], model_name: str) -> dict[str, Path]:
+    """Folders of adapters by name.
+
+    Args:
+        given: ``NAME=FOLDER`` each.
+        model_name: Of the model, which no adapter may have.
+
+    Raises:
+        InvalidInputError: A word is not of that form, or a name is no name or given twice.
+    """
+    found: dict[str, Path] = {}
+    for word in given:
+        name, equals, folder = word.partition("=")
+        if not equals or not folder or not _NAME.fullmatch(name):
+            raise InvalidInputError(f"The adapter {word!r} is not of the form NAME=FOLDER.")
+        if name in found or name == model_name:
+            raise InvalidInputError(f"Two models are called {name!r}.", "Give each adapter its own name.")
+        found[name] = Path(folder)
+    return found
 
 
 def check_adapter(folder: str | Path) -> Path:
@@ -51,7 +76,8 @@ def with_adapter(model: Any, folder: str | Path) -> Any:
     except Exception as error:  # any type: PEFT has errors of many
         first = (str(error).strip().splitlines() or [""])[0]
         raise ModelFileError(
-            f"The adapter {str(folder)!r} does not fit {type(model).__name__}: {type(error).__name__}: {first}"
+            f"The adapter {str(folder)!r} does not fit {type(model).__name__}: "
+            f"{type(error).__name__}: {first}"
         ) from error
 
 

@@ -4,40 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from retrieval_draft.drafter import RetrievalDrafter
-from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.methods.registry import get_method
 from retrieval_draft.models.adapters import with_adapter
 from retrieval_draft.server.tenants import Tenants
 
-__all__ = ["adapter_tenants", "read_adapters"]
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
-
-
-def read_adapters(given: Iterable[str], model_name: str) -> dict[str, Path]:
-    """Folders of adapters by name.
-
-    Args:
-        given: ``NAME=FOLDER`` each.
-        model_name: Of the model, which no adapter may have.
-
-    Raises:
-        InvalidInputError: A word is not of that form, or a name is no name or given twice.
-    """
-    found: dict[str, Path] = {}
-    for word in given:
-        name, equals, folder = word.partition("=")
-        if not equals or not folder or not _NAME.fullmatch(name):
-            raise InvalidInputError(f"The adapter {word!r} is not of the form NAME=FOLDER.")
-        if name in found or name == model_name:
-            raise InvalidInputError(f"Two models are called {name!r}.", "Give each adapter its own name.")
-        found[name] = Path(folder)
-    return found
+__all__ = ["adapter_tenants"]
 
 
 def adapter_tenants(

@@ -7,12 +7,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.http.fair_pool import FairPool
 from retrieval_draft.http.keys import KeyRing
+from retrieval_draft.server.adapters import adapter_tenants
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.media.prompt import MediaPrompts
 from retrieval_draft.server.openai.detokenize import Decode, decoder
@@ -50,6 +52,7 @@ class Loaded:
         tenants: Drafters by tenant.
         engine: Decodes.
         media: Makes prompts with images; None for a model of text.
+        adapters: Drafters by tenant of each adapter, by its name.
     """
 
     drafter: RetrievalDrafter
@@ -61,6 +64,11 @@ class Loaded:
     tenants: Tenants
     engine: ServingEngine
     media: MediaPrompts | None = None
+    adapters: Mapping[str, Tenants] = field(default_factory=dict)
+
+    def tenants_of(self, model: str | None) -> Tenants:
+        """Drafters by tenant of the model, or of the adapter of that name."""
+        return self.tenants if model is None else self.adapters.get(model, self.tenants)
 
 
 class Service:
@@ -72,6 +80,7 @@ class Service:
         keys: API keys of the tenants.
         chat_template: Replaces the tokenizer's own.
         load_processor: Makes the processor of a model that reads images; None for text alone.
+        adapters: Folders of LoRA adapters by the names under which they are served.
 
     Attributes:
         settings: As given.
@@ -91,6 +100,7 @@ class Service:
         keys: KeyRing | None = None,
         chat_template: str | None = None,
         load_processor: Callable[[], Any] | None = None,
+        adapters: Mapping[str, Path] | None = None,
     ) -> None:
         self.settings = settings
         self.keys = keys if keys is not None else KeyRing({})
@@ -100,6 +110,7 @@ class Service:
         self.created = int(time.time())
         self.error: Exception | None = None
         self._load, self._load_processor = load, load_processor
+        self._adapters = dict(adapters or {})
         self._loaded: Loaded | None = None
         self._is_draining = False
         self._thread = threading.Thread(target=self._start, name="retrieval-draft-load", daemon=True)
@@ -127,14 +138,16 @@ class Service:
             drafter.warm_up()
             tenants = Tenants(drafter, self.keys.default, self.settings.history_bytes)
             overrides = usable_defaults(drafter)
+            adapters = {name: self._adapter(drafter, name) for name in self._adapters}
+            drafters = [drafter, *(each[self.keys.default] for each in adapters.values())]
             engine = ServingEngine(
-                drafter, self.settings, self.listeners, self._share(self.settings.max_queue)
+                drafters, self.settings, self.listeners, self._share(self.settings.max_queue)
             )
             texts = TokenTexts(tokenizer)
             longest = max(map(len, tokenizer.get_vocab()), default=1)
             loaded = Loaded(
                 drafter, tokenizer, decoder(tokenizer), texts, longest, overrides, tenants, engine,
-                self._media(drafter),
+                self._media(drafter), adapters,
             )  # fmt: skip
             for call in self.when_loaded:
                 call(loaded)
@@ -143,6 +156,18 @@ class Service:
         except Exception as error:
             self.error = error
             _log.exception("The model could not be loaded.")
+
+    def _adapter(self, drafter: RetrievalDrafter, name: str) -> Tenants:
+        tenants = adapter_tenants(
+            drafter, name, self._adapters[name], self.keys.default, self.settings.history_bytes
+        )
+        tenants[self.keys.default].warm_up()
+        return tenants
+
+    @property
+    def models(self) -> list[str]:
+        """Names that requests may give as their model: the model's, and those of its adapters."""
+        return [self.settings.model_name, *self._adapters]
 
     def _media(self, drafter: RetrievalDrafter) -> MediaPrompts | None:
         """What makes prompts with images, for a model that reads them and has a processor."""
@@ -174,6 +199,8 @@ class Service:
         traceparent: str | None = None,
         client_id: str | None = None,
         size: int = 0,
+        model: str | None = None,
+        priority: int = 0,
     ) -> tuple[Job, PreparedRequest]:
         """Prepares a request on a thread, and queues it.
 
@@ -187,6 +214,8 @@ class Service:
             traceparent: W3C's header of the request, for traces.
             client_id: The client's id of the request, for logs.
             size: Bytes of the request.
+            model: One of `models`; None for the first.
+            priority: Lower numbers of a tenant come first.
 
         Raises:
             ApiError: It is not supported, or beyond a limit.
@@ -194,7 +223,7 @@ class Service:
         loaded, loop, is_gone = self.loaded, asyncio.get_running_loop(), False
         if self._is_draining:
             raise ApiError(503, "The server is about to stop.", retry_after=5)
-        arrived = time.monotonic()
+        arrived, tenants = time.monotonic(), loaded.tenants_of(model)
 
         def check() -> None:
             if is_gone:
@@ -202,7 +231,7 @@ class Service:
 
         def run() -> PreparedRequest:
             means = Means(
-                loaded.tenants[tenant], loaded.tokenizer, loaded.decode, self.settings, loaded.overrides,
+                tenants[tenant], loaded.tokenizer, loaded.decode, self.settings, loaded.overrides,
                 loaded.longest, check,
             )  # fmt: skip
             return prepare(loaded, means)
@@ -217,9 +246,9 @@ class Service:
             loaded.engine.give_up(job, ApiError(503, "The stream was not read for too long."))
 
         channel = Channel(loop, self.settings.unread_tokens, slow)
-        drafter = loaded.tenants[tenant]
+        drafter = tenants[tenant]
         seconds = self.settings.request_seconds
-        job = Job(request_id, tenant, drafter, channel, seconds, arrived, traceparent, client_id)
+        job = Job(request_id, tenant, drafter, channel, seconds, arrived, traceparent, client_id, priority)
         choices = [choice for prepared in asked.prepared for choice in job.add(prepared)]
         for choice, text in zip(choices, asked.texts, strict=True):
             choice.text = text
@@ -241,7 +270,8 @@ class Service:
             return 503, body
         engine = loaded.engine
         body |= {"running": engine.running, "waiting": engine.waiting}
-        stores = [drafter.store for drafter in loaded.tenants.made.values() if drafter.store is not None]
+        every = [drafter for each in self._all_tenants(loaded) for drafter in each.made.values()]
+        stores = [drafter.store for drafter in every if drafter.store is not None]
         if stores:
             body["store"] = loaded.drafter.store.health.state if loaded.drafter.store else "none"
             if any(store.health.state != "connected" for store in stores):
@@ -292,7 +322,11 @@ class Service:
         self.abort()
         if not loaded.engine.stop(timeout):
             _log.warning("The engine did not end within %g s.", timeout)
-        loaded.tenants.close()
+        for tenants in self._all_tenants(loaded):
+            tenants.close()
+
+    def _all_tenants(self, loaded: Loaded) -> list[Tenants]:
+        return [*loaded.adapters.values(), loaded.tenants]
 
     @property
     def choices_limit(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from retrieval_draft.errors import InvalidInputError
@@ -36,6 +37,8 @@ class ServerSettings:
         send_seconds: Limit for sending one piece of a stream.
         grace_seconds: Time for running requests to finish when the server stops.
         cors_origins: Web pages' origins that may use the server from a browser; "*" for any. None by default.
+        tenant_weights: Shares of tenants beside the others', by name; 1 for those that are not named.
+        max_cache_bytes: Memory for the caches of all that run; what does not fit waits. None for no limit.
         media: Sources of images, and their limits.
     """
 
@@ -56,6 +59,8 @@ class ServerSettings:
     send_seconds: float = 30.0
     grace_seconds: float = 30.0
     cors_origins: tuple[str, ...] = ()
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    max_cache_bytes: int | None = None
     media: MediaSettings = field(default_factory=MediaSettings)
 
     def __post_init__(self) -> None:
@@ -80,6 +85,8 @@ class ServerSettings:
             ("unread_tokens", self.unread_tokens, 1, 1 << 30),
             ("send_seconds", self.send_seconds, 0.01, 1 << 20),
             ("grace_seconds", self.grace_seconds, 0.0, 1 << 20),
+            ("max_cache_bytes", 1 if self.max_cache_bytes is None else self.max_cache_bytes, 1, 1 << 50),
+            *((f"the weight of {name}", each, 0.001, 1000.0) for name, each in self.tenant_weights.items()),
         )
         for name, value, low, high in limits:
             if not low <= value <= high:

@@ -67,7 +67,7 @@ class Setting:
         text = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
         opened = [Image.open(io.BytesIO(content)).convert("RGB") for content in images]
         inputs = self.processor(text=[text], images=[opened], return_tensors="pt", add_special_tokens=False)
-        options = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": -1, **options}
+        options = {"do_sample": False, "max_new_tokens": NEW, **options}
         out = self.drafter.generate(**inputs, **options)
         return out[:, inputs["input_ids"].shape[1] :].tolist()
 

@@ -97,6 +97,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         draft_marks: Extension: whether each piece of a stream marks its drafted text.
         return_token_ids: Extension: whether the response has the token ids.
         ignore_eos: Extension: whether the reply continues to its limit.
+        priority: Extension of vLLM: requests with lower numbers come first, among those of a tenant.
     """
 
     model: str | None = None
@@ -123,6 +124,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     draft_marks: bool | None = None
     return_token_ids: bool | None = None
     ignore_eos: bool | None = None
+    priority: Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
 
     # These do not change the reply.
     user: Raw = field(default_factory=Raw)
@@ -134,7 +136,6 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     prompt_cache_retention: Raw = field(default_factory=Raw)
     cache_prompt: Raw = field(default_factory=Raw)
     cache_salt: Raw = field(default_factory=Raw)
-    priority: Raw = field(default_factory=Raw)
     request_id: Raw = field(default_factory=Raw)
 
     # These would change it, and are not supported.

@@ -70,14 +70,14 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get("/v1/models", responses={401: {"model": ErrorBody}})
     async def models() -> Response:
-        """The list of the one served model."""
-        return Json({"object": "list", "data": [_model(service)]})
+        """The list of the served model and its adapters."""
+        return Json({"object": "list", "data": [_model(service, name) for name in service.models]})
 
     @router.get("/v1/models/{name:path}", responses={401: {"model": ErrorBody}, 404: {"model": ErrorBody}})
     async def model(name: str) -> Response:
-        """The served model by its name."""
+        """A served model by its name."""
         _check_model(service, name)
-        return Json(_model(service))
+        return Json(_model(service, name))
 
     @router.post("/v1/completions", responses=_GENERATED, openapi_extra=_body("CompletionRequest"))
     async def completions(request: Request) -> Response:
@@ -108,7 +108,7 @@ def make_router(service: Service) -> APIRouter:
 
         def shape(loaded: Loaded, request_id: str) -> ResponseFormat:
             return CompletionFormat(
-                f"cmpl-{request_id}", service.settings.model_name, loaded.texts,
+                f"cmpl-{request_id}", body.model or service.settings.model_name, loaded.texts,
                 bool(body.return_token_ids), body.alternatives is not None,
             )  # fmt: skip
 
@@ -152,7 +152,7 @@ def make_router(service: Service) -> APIRouter:
 
         def shape(loaded: Loaded, request_id: str) -> ResponseFormat:
             return ChatFormat(
-                f"chatcmpl-{request_id}", service.settings.model_name, loaded.texts,
+                f"chatcmpl-{request_id}", body.model or service.settings.model_name, loaded.texts,
                 bool(body.return_token_ids), bool(body.logprobs),
             )  # fmt: skip
 
@@ -175,7 +175,16 @@ async def _respond(
     traceparent, size = request.headers.get("traceparent"), len(await request.body())
     submitted = await unless_gone(
         request.receive,
-        service.submit(request_id, tenant, prepare, traceparent, request.state.client_id, size),
+        service.submit(
+            request_id,
+            tenant,
+            prepare,
+            traceparent,
+            request.state.client_id,
+            size,
+            fields.model,
+            fields.priority or 0,
+        ),
     )
     if submitted is None:
         return Response(status_code=499)
@@ -197,15 +206,17 @@ def _body(name: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def _model(service: Service) -> dict[str, Any]:
-    name = service.settings.model_name
-    return {"id": name, "object": "model", "created": service.created, "owned_by": "retrieval-draft"}
+def _model(service: Service, name: str) -> dict[str, Any]:
+    base = service.settings.model_name
+    shown = {"id": name, "object": "model", "created": service.created, "owned_by": "retrieval-draft"}
+    return shown if name == base else {**shown, "parent": base}
 
 
 def _check_model(service: Service, name: str | None) -> None:
-    served = service.settings.model_name
-    if name is not None and name != served:
-        raise ApiError(404, f"There is no model {name!r} here; this server has {served!r}.", "model")
+    served = service.models
+    if name is not None and name not in served:
+        names = ", ".join(map(repr, served))
+        raise ApiError(404, f"There is no model {name!r} here; this server has {names}.", "model")
 
 
 def _check_choices(service: Service, choices: int) -> None:
