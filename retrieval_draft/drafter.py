@@ -315,7 +315,7 @@ class RetrievalDrafter:
                 config: GenerationConfig,
                 model_inputs: dict[str, Any],
             ) -> Any:
-                media = self._media_inputs(model_inputs)
+                media = self.media_inputs(model_inputs)
                 rows = len(input_ids)
                 check_generation(config, processors, rows, model_inputs, self._own_config, bool(media))
                 return self._run(input_ids, processors, criteria, config, model_inputs, known, extras, media)
@@ -371,7 +371,7 @@ class RetrievalDrafter:
                 parts = (input_ids, logits_processor, stopping_criteria, generation_config)
                 return self._plain(lambda: sample_plainly(self.target.model, *parts, draft_seed, options))
             check_prompt(input_ids, model_inputs.get("attention_mask"))
-            media = self._media_inputs(model_inputs)
+            media = self.media_inputs(model_inputs)
             check_generation(
                 generation_config,
                 logits_processor,
@@ -629,10 +629,13 @@ class RetrievalDrafter:
             rows, input_ids = [rows[row] for row in kept], input_ids[kept]
         return make_output(rows, input_ids, config)
 
-    def _media_inputs(self, model_inputs: dict[str, Any]) -> frozenset[str]:
+    def media_inputs(self, model_inputs: dict[str, Any]) -> frozenset[str]:
         """Names of inputs for which the model passes the prompt itself: those of images, or its own cache.
 
         Called inside of `model.generate`, whose caller's arguments are looked up.
+
+        Args:
+            model_inputs: As prepared by model.generate.
         """
         if not self.target.takes_media:
             return frozenset()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from retrieval_draft.drafting.session import DraftSession
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.decode import Batch, OnError
 from retrieval_draft.engine.model_state import outside_inference
+from retrieval_draft.engine.prompt_pass import prompt_pass
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import InvalidInputError
@@ -85,7 +86,7 @@ class ContinuousDrafter:
                 probabilities.
             grammar: Rule that the reply follows.
             streamer: Refused, and ended: tokens are passed to the requests' own `emit`.
-            **options: As for ``model.generate``.
+            **options: As for ``model.generate``, inputs of images among them, of one prompt.
 
         Returns:
             One request for each sample.
@@ -105,6 +106,8 @@ class ContinuousDrafter:
         references = drafter.references(documents, prediction)
         extras = DecodeOptions(None, seed, 0, references, False, keep_best, share, top_logprobs)
 
+        begins: list[Callable[[], None]] = []
+
         def collect(
             input_ids: Tensor,
             processors: LogitsProcessorList,
@@ -113,15 +116,26 @@ class ContinuousDrafter:
             model_inputs: dict[str, Any],
         ) -> list[DecodeRequest]:
             model: Any = target.model
-            check_generation(config, processors, len(input_ids), model_inputs, model.generation_config)
+            media = drafter.media_inputs(model_inputs)
+            own = model.generation_config
+            check_generation(config, processors, len(input_ids), model_inputs, own, bool(media))
             mask = model_inputs.get("attention_mask")
-            prompts = strip_prompts(input_ids, mask, target.embedding_rows, target.max_positions)
-            return make_requests(target, prompts, input_ids, processors, criteria, config, None, extras)
+            if not media:
+                prompts = strip_prompts(input_ids, mask, target.embedding_rows, target.max_positions)
+                return make_requests(target, prompts, input_ids, processors, criteria, config, None, extras)
+            # Ids that stand for images may lie outside of the embedding.
+            prompts = strip_prompts(input_ids, mask, 1 << 31, None)
+            made = make_requests(
+                target, prompts, input_ids, processors, criteria, config, None, extras, media=True
+            )
+            begins.append(prompt_pass(target, made, input_ids, config, model_inputs, media))
+            return made
 
-        requests = through_model(target, tokenizer, collect, ids, mask, config, options)
+        with target.media_lock if target.takes_media else nullcontext():
+            requests = through_model(target, tokenizer, collect, ids, mask, config, options)
         share_when_finished(drafter.store, requests, share)
         drafter.use_prefixes(requests)
-        return DecodeRequests(requests, references)
+        return DecodeRequests(requests, references, begins[0] if begins else None)
 
     @contextmanager
     def running(self, failed: OnError | None = None) -> Iterator[Batch]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from benchmarks.commands import (
+    agents,
     chains,
     drafts,
     llama_cpp,
@@ -29,7 +30,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for _command in (
-    parts.automaton, sampling.batch, chains.chains, parts.cold, drafts.drafts, sampling.draw, parts.fusion,
+    agents.agents, parts.automaton, sampling.batch, chains.chains, parts.cold, drafts.drafts, sampling.draw,
+    parts.fusion,
     llama_cpp.llama_cpp, parts.loop, models.models, parts.passes, sampling.samples, serve.serve, store.store,
     serve.turns, vllm.vllm, weights.weights,
 ):  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,6 +89,34 @@ def serve(
     reasoning_parser: Annotated[
         str, typer.Option(help="Marks around its reasoning: a family's name, auto or none.")
     ] = "auto",
+    tenant_weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Share of a tenant while several wait: 2 for twice that of others; repeatable.",
+            metavar="TENANT=WEIGHT",
+            show_default=False,
+        ),
+    ] = None,
+    max_cache_bytes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of keys and values of all that run; others wait.", show_default=False),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A LoRA adapter that requests may name as their model; repeatable.",
+            metavar="NAME=FOLDER",
+            show_default=False,
+        ),
+    ] = None,
+    image_folder: Annotated[
+        Path | None,
+        typer.Option(help="Requests may name images below this folder: file:///FOLDER/a.png."),
+    ] = None,
+    fetch_images: Annotated[
+        bool,
+        typer.Option("--fetch-images", help="Requests may name images of public addresses: https://..."),
+    ] = False,
     log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
     otlp_endpoint: Annotated[
         str | None,
@@ -110,6 +139,7 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model to OpenAI's clients, its drafts made from text seen before."""
+    from retrieval_draft.server.media.settings import MediaSettings
     from retrieval_draft.server.settings import ServerSettings
 
     settings = ServerSettings(
@@ -128,12 +158,19 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         tool_parser=tool_parser,
         reasoning_parser=reasoning_parser,
+        tenant_weights=_weights(tenant_weight or ()),
+        max_cache_bytes=max_cache_bytes,
+        media=MediaSettings(image_folder, fetch_images),
     )
     if log_format not in ("text", "json"):
         raise InvalidInputError(f"log_format is {log_format!r}.", "Choose text or json.")
     keys = _keys(api_key or [], api_key_file, tenant, host if unix_socket is None else None, no_auth)
     shared = store_config(store, tenant, share, snapshots)
     if engine == "vllm":
+        if lora:
+            raise InvalidInputError(
+                "vLLM has options of its own for adapters.", "Give --enable-lora --lora-modules after --."
+            )
         if unix_socket is not None:
             raise InvalidInputError("vLLM is started on a host and port here.", "Leave --unix-socket out.")
         launcher: Any = importlib.import_module("retrieval_draft.integrations.vllm.launcher")
@@ -158,10 +195,14 @@ def serve(
         )
     if engine != "transformers":
         raise InvalidInputError(f"There is no engine {engine!r}.", "Choose transformers or vllm.")
-    from retrieval_draft.models.loading import check_name, check_weights, load_model
+    from retrieval_draft.models.adapters import check_adapter, read_adapters
+    from retrieval_draft.models.loading import check_name, check_weights, load_model, load_processor
 
     check_name(model)  # before torch, whose import takes seconds
     check_weights(weights)
+    adapters = read_adapters(lora or (), settings.model_name)
+    for folder in adapters.values():
+        check_adapter(folder)
 
     def load() -> tuple[Any, Any]:
         import torch
@@ -188,12 +229,17 @@ def serve(
         )  # fmt: skip
         return drafter, tokenizer
 
-    _serve(settings, load, keys, chat_template, log_format, otlp_endpoint, host, port, unix_socket)
+    _serve(
+        settings, load, lambda: load_processor(model), adapters, keys, chat_template, log_format,
+        otlp_endpoint, host, port, unix_socket,
+    )  # fmt: skip
 
 
 def _serve(
     settings: ServerSettings,
     load: Any,
+    load_processor: Any,
+    adapters: dict[str, Path],
     keys: Any,
     chat_template: Path | None,
     log_format: str,
@@ -216,7 +262,9 @@ def _serve(
     from retrieval_draft.server.service import Service
 
     template = None if chat_template is None else _read(chat_template)
-    service = Service(settings, load, keys=keys, chat_template=template)
+    service = Service(
+        settings, load, keys=keys, chat_template=template, load_processor=load_processor, adapters=adapters
+    )
     tracing = None
     if otlp_endpoint:
         from retrieval_draft.server.observability.tracing import Tracing
@@ -254,6 +302,22 @@ def _keys(given: list[str], file: Path | None, tenant: str, host: str | None, no
             f"The API keys have {len(ring.tenants)} tenants.", f"One server has {_MAX_TENANTS} at most."
         )
     return ring
+
+
+def _weights(given: Sequence[str]) -> dict[str, float]:
+    """Weights of tenants by name.
+
+    Raises:
+        InvalidInputError: A word is not of the form TENANT=WEIGHT.
+    """
+    found = {}
+    for word in given:
+        name, _, weight = word.partition("=")
+        try:
+            found[name] = float(weight)
+        except ValueError as error:
+            raise InvalidInputError(f"{word!r} is not of the form TENANT=WEIGHT.") from error
+    return found
 
 
 _MAX_TENANTS = 64

@@ -245,7 +245,9 @@ def _try(
             path_probs=np.ones(size, np.float32),
             sources=np.zeros(size, np.int64),
         )
-        logits = target.verify_tree(cache, tree, len(request.prompt))[[0, size - 1]]
+        # With masks of its own: in a running batch those of the target may be another row's.
+        inputs = target.attention_of_row().prepare(tree, len(request.prompt), None, cache.shift)
+        logits = target.verify(cache, inputs)[[0, size - 1]]
         cache.drop()
         own = torch.stack([one.logits[row, -1], two.logits[row, -1]])
         found = disagreement(logits, own.to(logits.device))

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_free", "is_ordinary_call", "lend_attention", "lend_forwards", "loan"]
+__all__ = ["is_free", "is_ordinary_call", "lend_attention", "lend_forwards", "loan", "own_forwards"]
 
 _users: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _attention_users: dict[tuple[int, str], tuple[int, str]] = {}
@@ -62,6 +62,26 @@ def lend_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> I
                 _users[module] = _users.get(module, 0) + 1
                 changed.append(module)
         yield
+
+
+@contextmanager
+def own_forwards(model: nn.Module) -> Iterator[None]:
+    """Gives a model's modules their own ``forward`` back inside the context, on the thread that borrowed."""
+    lent = {
+        module: forward
+        for module in model.modules()
+        if isinstance(forward := module.__dict__.get("forward"), _LentForward)
+    }
+    with _lock:
+        for module in lent:
+            del module.__dict__["forward"]
+    try:
+        yield
+    finally:
+        with _lock:
+            for module, forward in lent.items():
+                if module in _users:
+                    module.__dict__["forward"] = forward
 
 
 class _LentForward:

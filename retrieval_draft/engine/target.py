@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,11 @@ class Target:
     def media_ways(self) -> dict[Hashable, str]:
         """Kinds of inputs with images that were tried, with a reason against trees, empty for none."""
         return {}
+
+    @cached_property
+    def media_lock(self) -> Lock:
+        """Held while inputs with images are prepared or passed: some models keep positions between both."""
+        return Lock()
 
     @contextmanager
     def watching_hidden(self, wanted: bool = True) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -72,10 +72,12 @@ class DecodeRequests:
     Attributes:
         requests: Those of one prompt; the first leads the others.
         references: Texts that the replies may quote.
+        begin: Passes a prompt with images, on the thread that decodes, before its row is made; None for text.
     """
 
     requests: Sequence[DecodeRequest]
     references: Sequence[TokenArray] = ()
+    begin: Callable[[], None] | None = None
 
 
 def make_requests(

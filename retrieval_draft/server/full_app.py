@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from fastapi import APIRouter, FastAPI, Response
 
+from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.server.app import PUBLIC, create_app
 from retrieval_draft.server.dashboard.routes import PUBLIC as DASHBOARD_PUBLIC
 from retrieval_draft.server.dashboard.routes import Dashboard
@@ -30,6 +32,8 @@ def create_full_app(service: Service, listeners: Sequence[EngineListener] = ()) 
 
     def watch(loaded: Loaded) -> None:
         loaded.tenants.when_made(metrics.watch)
+        for name, tenants in loaded.adapters.items():
+            tenants.when_made(partial(_watch_adapter, metrics, name))
 
     service.when_loaded.append(watch)
     observer = DraftingMetrics(metrics.registry)
@@ -42,6 +46,10 @@ def create_full_app(service: Service, listeners: Sequence[EngineListener] = ()) 
         extra_routers=(_metrics_router(metrics), drafts_router, dashboard.router),
         public=PUBLIC | DASHBOARD_PUBLIC,
     )
+
+
+def _watch_adapter(metrics: ServerMetrics, name: str, tenant: str, drafter: RetrievalDrafter) -> None:
+    metrics.watch(f"{tenant}/{name}", drafter)
 
 
 def _metrics_router(metrics: ServerMetrics) -> APIRouter:

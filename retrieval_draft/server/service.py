@@ -7,13 +7,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.http.fair_pool import FairPool
 from retrieval_draft.http.keys import KeyRing
+from retrieval_draft.server.adapters import adapter_tenants
 from retrieval_draft.server.errors import ApiError
+from retrieval_draft.server.media.prompt import MediaPrompts
 from retrieval_draft.server.openai.detokenize import Decode, decoder
 from retrieval_draft.server.openai.model_defaults import usable_defaults
 from retrieval_draft.server.openai.prepare import Means, PreparedRequest
@@ -52,6 +55,8 @@ class Loaded:
         tenants: Drafters by tenant.
         engine: Decodes.
         parsing: Of replies to chats.
+        media: Makes prompts with images; None for a model of text.
+        adapters: Drafters by tenant of each adapter, by its name.
     """
 
     drafter: RetrievalDrafter
@@ -63,6 +68,12 @@ class Loaded:
     tenants: Tenants
     engine: ServingEngine
     parsing: ReplyParsing
+    media: MediaPrompts | None = None
+    adapters: Mapping[str, Tenants] = field(default_factory=dict)
+
+    def tenants_of(self, model: str | None) -> Tenants:
+        """Drafters by tenant of the model, or of the adapter of that name."""
+        return self.tenants if model is None else self.adapters.get(model, self.tenants)
 
 
 class Service:
@@ -73,6 +84,8 @@ class Service:
         load: Makes drafter and tokenizer; called once, on a thread.
         keys: API keys of the tenants.
         chat_template: Replaces the tokenizer's own.
+        load_processor: Makes the processor of a model that reads images; None for text alone.
+        adapters: Folders of LoRA adapters by the names under which they are served.
 
     Attributes:
         settings: As given.
@@ -91,6 +104,8 @@ class Service:
         *,
         keys: KeyRing | None = None,
         chat_template: str | None = None,
+        load_processor: Callable[[], Any] | None = None,
+        adapters: Mapping[str, Path] | None = None,
     ) -> None:
         self.settings = settings
         self.keys = keys if keys is not None else KeyRing({})
@@ -99,7 +114,8 @@ class Service:
         self.when_loaded: list[Callable[[Loaded], object]] = []
         self.created = int(time.time())
         self.error: Exception | None = None
-        self._load = load
+        self._load, self._load_processor = load, load_processor
+        self._adapters = dict(adapters or {})
         self._loaded: Loaded | None = None
         self._is_draining = False
         self._thread = threading.Thread(target=self._start, name="retrieval-draft-load", daemon=True)
@@ -127,8 +143,10 @@ class Service:
             drafter.warm_up()
             tenants = Tenants(drafter, self.keys.default, self.settings.history_bytes)
             overrides = usable_defaults(drafter)
+            adapters = {name: self._adapter(drafter, name) for name in self._adapters}
+            drafters = [drafter, *(each[self.keys.default] for each in adapters.values())]
             engine = ServingEngine(
-                drafter, self.settings, self.listeners, self._share(self.settings.max_queue)
+                drafters, self.settings, self.listeners, self._share(self.settings.max_queue)
             )
             texts = TokenTexts(tokenizer)
             longest = max(map(len, tokenizer.get_vocab()), default=1)
@@ -137,6 +155,7 @@ class Service:
                 reply_parsing(
                     tokenizer, self.chat_template, self.settings.tool_parser, self.settings.reasoning_parser
                 ),
+                self._media(drafter), adapters,
             )  # fmt: skip
             for call in self.when_loaded:
                 call(loaded)
@@ -145,6 +164,27 @@ class Service:
         except Exception as error:
             self.error = error
             _log.exception("The model could not be loaded.")
+
+    def _adapter(self, drafter: RetrievalDrafter, name: str) -> Tenants:
+        tenants = adapter_tenants(
+            drafter, name, self._adapters[name], self.keys.default, self.settings.history_bytes
+        )
+        tenants[self.keys.default].warm_up()
+        return tenants
+
+    @property
+    def models(self) -> list[str]:
+        """Names that requests may give as their model: the model's, and those of its adapters."""
+        return [self.settings.model_name, *self._adapters]
+
+    def _media(self, drafter: RetrievalDrafter) -> MediaPrompts | None:
+        """What makes prompts with images, for a model that reads them and has a processor."""
+        if self._load_processor is None or not drafter.target.takes_media:
+            return None
+        processor = self._load_processor()
+        if getattr(processor, "image_processor", None) is None:
+            return None
+        return MediaPrompts(processor, self.settings.media)
 
     @property
     def loaded(self) -> Loaded:
@@ -167,6 +207,8 @@ class Service:
         traceparent: str | None = None,
         client_id: str | None = None,
         size: int = 0,
+        model: str | None = None,
+        priority: int = 0,
     ) -> tuple[Job, PreparedRequest]:
         """Prepares a request on a thread, and queues it.
 
@@ -180,6 +222,8 @@ class Service:
             traceparent: W3C's header of the request, for traces.
             client_id: The client's id of the request, for logs.
             size: Bytes of the request.
+            model: One of `models`; None for the first.
+            priority: Lower numbers of a tenant come first.
 
         Raises:
             ApiError: It is not supported, or beyond a limit.
@@ -188,34 +232,42 @@ class Service:
         if self._is_draining:
             raise ApiError(503, "The server is about to stop.", retry_after=5)
         arrived = time.monotonic()
-        asked = await self.work(tenant, prepare, size)
+        asked = await self.work(tenant, prepare, size, model)
         job: Job
 
         def slow() -> None:
             loaded.engine.give_up(job, ApiError(503, "The stream was not read for too long."))
 
         channel = Channel(loop, self.settings.unread_tokens, slow)
-        drafter = loaded.tenants[tenant]
+        drafter = loaded.tenants_of(model)[tenant]
         seconds = self.settings.request_seconds
-        job = Job(request_id, tenant, drafter, channel, seconds, arrived, traceparent, client_id)
+        job = Job(request_id, tenant, drafter, channel, seconds, arrived, traceparent, client_id, priority)
         choices = [choice for prepared in asked.prepared for choice in job.add(prepared)]
         for choice, text in zip(choices, asked.texts, strict=True):
             choice.text = text
         loaded.engine.submit(job)
         return job, asked
 
-    async def work(self, tenant: str, call: Callable[[Loaded, Means], Result], size: int = 0) -> Result:
+    async def work(
+        self,
+        tenant: str,
+        call: Callable[[Loaded, Means], Result],
+        size: int = 0,
+        model: str | None = None,
+    ) -> Result:
         """Result of work on a thread, which other tenants do not wait for.
 
         Args:
             tenant: For whom.
             call: May be slow.
             size: Bytes of the request.
+            model: One of `models`; None for the first.
 
         Raises:
             ApiError: Of the work.
         """
         loaded, is_gone = self.loaded, False
+        tenants = loaded.tenants_of(model)
 
         def check() -> None:
             if is_gone:
@@ -223,7 +275,7 @@ class Service:
 
         def run() -> Result:
             means = Means(
-                loaded.tenants[tenant], loaded.tokenizer, loaded.decode, self.settings, loaded.overrides,
+                tenants[tenant], loaded.tokenizer, loaded.decode, self.settings, loaded.overrides,
                 loaded.longest, check,
             )  # fmt: skip
             return call(loaded, means)
@@ -234,14 +286,15 @@ class Service:
             is_gone = True  # the result of the running call is not used
 
     def check_model(self, name: str | None) -> None:
-        """Refuses another model than the served one.
+        """Refuses a model that is not served.
 
         Raises:
-            ApiError: It is not served here (404).
+            ApiError: It is none of `models` (404).
         """
-        served = self.settings.model_name
-        if name is not None and name != served:
-            raise ApiError(404, f"There is no model {name!r} here; this server has {served!r}.", "model")
+        served = self.models
+        if name is not None and name not in served:
+            names = ", ".join(map(repr, served))
+            raise ApiError(404, f"There is no model {name!r} here; this server has {names}.", "model")
 
     def leave(self, job: Job) -> None:
         """Ends a job whose client has left. No-op if already finished."""
@@ -258,7 +311,8 @@ class Service:
             return 503, body
         engine = loaded.engine
         body |= {"running": engine.running, "waiting": engine.waiting}
-        stores = [drafter.store for drafter in loaded.tenants.made.values() if drafter.store is not None]
+        every = [drafter for each in self._all_tenants(loaded) for drafter in each.made.values()]
+        stores = [drafter.store for drafter in every if drafter.store is not None]
         if stores:
             body["store"] = loaded.drafter.store.health.state if loaded.drafter.store else "none"
             if any(store.health.state != "connected" for store in stores):
@@ -309,7 +363,11 @@ class Service:
         self.abort()
         if not loaded.engine.stop(timeout):
             _log.warning("The engine did not end within %g s.", timeout)
-        loaded.tenants.close()
+        for tenants in self._all_tenants(loaded):
+            tenants.close()
+
+    def _all_tenants(self, loaded: Loaded) -> list[Tenants]:
+        return [*loaded.adapters.values(), loaded.tenants]
 
     @property
     def choices_limit(self) -> int:

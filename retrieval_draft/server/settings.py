@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.server.media.settings import MediaSettings
 
 __all__ = ["REASONING_PARSERS", "TOOL_PARSERS", "ServerSettings"]
 
@@ -39,6 +41,9 @@ class ServerSettings:
         cors_origins: Web pages' origins that may use the server from a browser; "*" for any. None by default.
         tool_parser: Form in which the model writes calls of tools; "auto" for as its chat template shows.
         reasoning_parser: Marks around its reasoning; the same.
+        tenant_weights: Shares of tenants beside the others', by name; 1 for those that are not named.
+        max_cache_bytes: Memory for the caches of all that run; what does not fit waits. None for no limit.
+        media: Sources of images, and their limits.
     """
 
     model_name: str
@@ -60,6 +65,9 @@ class ServerSettings:
     cors_origins: tuple[str, ...] = ()
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    max_cache_bytes: int | None = None
+    media: MediaSettings = field(default_factory=MediaSettings)
 
     def __post_init__(self) -> None:
         limits: tuple[tuple[str, float, float, float], ...] = (
@@ -83,6 +91,8 @@ class ServerSettings:
             ("unread_tokens", self.unread_tokens, 1, 1 << 30),
             ("send_seconds", self.send_seconds, 0.01, 1 << 20),
             ("grace_seconds", self.grace_seconds, 0.0, 1 << 20),
+            ("max_cache_bytes", 1 if self.max_cache_bytes is None else self.max_cache_bytes, 1, 1 << 50),
+            *((f"the weight of {name}", each, 0.001, 1000.0) for name, each in self.tenant_weights.items()),
         )
         for name, value, low, high in limits:
             if not low <= value <= high:

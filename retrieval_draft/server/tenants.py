@@ -17,11 +17,19 @@ class Tenants:
         drafter: Of the default tenant; the others share its model, corpora and measurements.
         default: Its name.
         history_bytes: Memory for the history of each other tenant.
+        key: The namespace of a tenant; None for its name.
     """
 
-    def __init__(self, drafter: RetrievalDrafter, default: str, history_bytes: int) -> None:
+    def __init__(
+        self,
+        drafter: RetrievalDrafter,
+        default: str,
+        history_bytes: int,
+        key: Callable[[str], str] | None = None,
+    ) -> None:
         self._drafters = {default: drafter}
         self._default, self._history_bytes = default, history_bytes
+        self._key = key
         self._lock = threading.Lock()
         self._watchers: list[Callable[[str, RetrievalDrafter], object]] = []
 
@@ -33,7 +41,8 @@ class Tenants:
         with self._lock:
             if tenant not in self._drafters:
                 main = self._drafters[self._default]
-                self._drafters[tenant] = main.namespace(tenant, self._history_bytes)
+                key = tenant if self._key is None else self._key(tenant)
+                self._drafters[tenant] = main.namespace(key, self._history_bytes)
                 for call in self._watchers:
                     call(tenant, self._drafters[tenant])
             return self._drafters[tenant]

@@ -15,10 +15,10 @@ from retrieval_draft.server.scheduler.channel import Channel, Ended, Event, Fail
 from retrieval_draft.server.scheduler.job import Job
 
 
-def empty_job(name: str, *sizes: int, tenant: str = "default") -> Job:
+def empty_job(name: str, *sizes: int, tenant: str = "default", priority: int = 0) -> Job:
     """A job with prompts of so many samples each, which nobody will decode."""
     nothing: Any = None
-    job = Job(name, tenant, nothing, nothing, 60.0)
+    job = Job(name, tenant, nothing, nothing, 60.0, priority=priority)
     for size in sizes:
         job.add(DecodeRequests([DecodeRequest(np.array([1], np.int32), 2) for _ in range(size)]))
     return job

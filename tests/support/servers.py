@@ -68,11 +68,17 @@ def serving(
     *,
     keys: dict[str, str] | None = None,
     listeners: Any = (),
+    processor: Any = None,
+    adapters: Any = None,
     **settings: Any,
 ) -> Iterator[Running]:
     """The server that is shipped, on a free port, which ends with the block."""
     service = Service(
-        ServerSettings(MODEL, **settings), lambda: (drafter, tokenizer), keys=KeyRing(keys or {})
+        ServerSettings(MODEL, **settings),
+        lambda: (drafter, tokenizer),
+        keys=KeyRing(keys or {}),
+        load_processor=None if processor is None else lambda: processor,
+        adapters=adapters,
     )
     app = create_full_app(service, listeners)
     config = http_config(app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=2)

@@ -12,6 +12,7 @@ from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.drafting.stats import DraftStats
 from tests.support.chain_models import KNOWN, make_family
 from tests.support.drafters import prompt_ids
+from tests.support.image_models import image_prompt, make_image_model
 from tests.support.models import make
 
 OPTIONS: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": 20}
@@ -159,3 +160,27 @@ def test_prompts_can_be_read_run_by_run(model: Any) -> None:
         batch.join(prepared.requests[0], None, DraftStats())
     with torch.no_grad():
         torch.testing.assert_close(torch.cat(runs), model(prompt).logits[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "idefics3"])
+def test_prompts_with_images_join_in_another_order_than_they_were_prepared_in(name: str) -> None:
+    """Some models keep offsets of positions from the preparation of a prompt to its pass."""
+    model = make_image_model(name)
+    prompts = [image_prompt(name, model, (20 + seed,), images=1 + seed, seed=seed) for seed in range(2)]
+    options = {"max_new_tokens": 12, "do_sample": False}
+    wanted = [drafter(model).generate(**prompt, **options)[0].tolist() for prompt in prompts]
+    mine = drafter(model)
+    prepared = [mine.continuous.prepare(**prompt, **options) for prompt in prompts]
+    mine.continuous.prepare(prompts[0]["input_ids"][:, :5], **options)
+    rows: list[Any] = []
+    with mine.continuous.running() as batch:
+        for each in reversed(prepared):
+            assert each.begin is not None
+            each.begin()
+            (drafting,) = mine.continuous.open(each, [DraftStats()])
+            rows.append(batch.join(each.requests[0], drafting, DraftStats()))
+            batch.step()
+        while batch.rows:
+            batch.step()
+            batch.leave()
+    assert [row.text.tokens.tolist() for row in reversed(rows)] == wanted

@@ -170,7 +170,7 @@ class SpeculativeLayer(CacheLayerMixin):
             Those of `update`, the last `new` rows unwritten; None, and nothing has changed, where that is
             not a part of the buffers.
         """
-        if not self.is_initialized or (not self._keeps and not staged and new > self._slack(0)):
+        if not self.is_initialized or (not self._keeps and not staged and new > self.slack(0)):
             return None
         first = self.first_visible
         self._reserve(new)
@@ -302,7 +302,7 @@ class SpeculativeLayer(CacheLayerMixin):
         begin, size = first - self.start, end - first
         return keys.narrow(-2, begin, size), values.narrow(-2, begin, size)
 
-    def _slack(self, new: int) -> int:
+    def slack(self, new: int) -> int:
         """Slots of a window layer beyond its window; then a shift moves the window without overlap."""
         assert self.window is not None
         return max(self.window - 1, _GROWTH, new)
@@ -316,7 +316,7 @@ class SpeculativeLayer(CacheLayerMixin):
         first = self.start
         if not self._keeps:
             assert self.window is not None
-            limit = self.window - 1 + self._slack(new)
+            limit = self.window - 1 + self.slack(new)
             if used + new > limit:
                 first = self.first_visible
             wanted = min(wanted, limit)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from retrieval_draft.server.errors import ApiError
+from retrieval_draft.server.media.prompt import take_urls
 from retrieval_draft.server.openai.chat_request import ChatRequest
 from retrieval_draft.server.openai.chat_template import render_chat
 from retrieval_draft.server.openai.format import ChatFormat
@@ -10,6 +14,7 @@ from retrieval_draft.server.openai.prepare import (
     GenerationParams,
     Means,
     PreparedRequest,
+    check_length,
     prepare_request,
     tokenize,
 )
@@ -43,25 +48,35 @@ class ChatReplies:
         self.samples = body.best_of or body.n or 1
         self.kept = body.n or 1 if self.samples > (body.n or 1) else None
         self._conversation, self._variables = body.conversation, body.variables
+        self._urls = take_urls(self._conversation)
         self.use = body.tool_use
 
     def prompt(self, loaded: Loaded) -> str:
         """The conversation as text.
 
         Raises:
-            ApiError: The chat template refuses it.
+            ApiError: The chat template refuses it, or it has images and the model reads none.
         """
-        body, use = self.body, self.use
-        return render_chat(
-            loaded.tokenizer,
-            self._conversation,
-            self._service.chat_template,
-            self._variables,
-            body.add_generation_prompt,
-            bool(body.continue_final_message),
-            () if use is None else use.shown,
-            body.reasoning_effort,
-        )
+        body, use, media = self.body, self.use, loaded.media
+        template = self._service.chat_template or (None if media is None else media.template)
+
+        def render(messages: list[dict[str, Any]]) -> str:
+            return render_chat(
+                loaded.tokenizer,
+                messages,
+                template,
+                self._variables,
+                body.add_generation_prompt,
+                bool(body.continue_final_message),
+                () if use is None else use.shown,
+                body.reasoning_effort,
+            )
+
+        if media is not None:
+            return render(media.parts(self._conversation, render))
+        if self._urls:
+            raise ApiError(400, "image_url: this model reads no images, text alone.", "messages")
+        return render(self._conversation)
 
     def prepare(self, loaded: Loaded, means: Means) -> PreparedRequest:
         """Prepares the request.
@@ -87,7 +102,13 @@ class ChatReplies:
             schemas = None if use is None else use.schemas
             parser = parsing.parser(text_before, schemas, use is not None and use.one_call)
             marks = parsing.marks(use is not None)
-        ids = tokenize(means, text, "messages", special=False)
+        inputs: Mapping[str, Any] = {}
+        if self._urls and loaded.media is not None:
+            check_length(means, text, "messages")
+            prompt = loaded.media.prompt(text, self._urls, means.check)
+            ids, inputs = prompt.ids, prompt.inputs
+        else:
+            ids = tokenize(means, text, "messages", special=False)
         top = (body.top_logprobs or 0) if body.logprobs else None
         asks = GenerationParams(
             [ids],
@@ -98,6 +119,7 @@ class ChatReplies:
             parser=parser,
             marks=marks,
             grammar=asked,
+            model_inputs=inputs,
         )
         return prepare_request(asks, body, means)
 
@@ -107,7 +129,7 @@ class ChatReplies:
         role = last["role"] if body.add_generation_prompt is False else "assistant"
         return ChatFormat(
             f"chatcmpl-{request_id}",
-            self._service.settings.model_name,
+            body.model or self._service.settings.model_name,
             loaded.texts,
             bool(body.return_token_ids),
             bool(body.logprobs),

@@ -11,7 +11,7 @@ from msgspec.json import Decoder
 
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.json_body import decode_field, is_absent
-from retrieval_draft.server.openai.generation_request import ContentPart, GenerationFields, text_of
+from retrieval_draft.server.openai.generation_request import ContentPart, GenerationFields, content_of
 from retrieval_draft.server.openai.tools import TOOL_CHOICE_SCHEMA, TOOLS_SCHEMA, ToolUse, tool_use
 
 __all__ = ["CHAT", "ChatRequest", "Message"]
@@ -166,7 +166,7 @@ class ChatRequest(GenerationFields):
 
     @property
     def conversation(self) -> list[dict[str, Any]]:
-        """Messages for a chat template: their content as plain text, the arguments of tools as objects.
+        """Messages for a chat template: content as text, or as parts with images; arguments as objects.
 
         Raises:
             ApiError: A message is invalid, or there are too many.
@@ -189,7 +189,7 @@ def _plain(message: Message) -> dict[str, Any]:
                 400, f"messages: {name} is not supported by this server; leave it out.", "messages"
             )
     fields = {name: value for name in _PASSED_ON if (value := getattr(message, name)) is not None}
-    fields["content"] = text_of(message.content, "messages")
+    fields["content"] = content_of(message.content, "messages")
     if message.tool_calls:
         fields["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
     return fields

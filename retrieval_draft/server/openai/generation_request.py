@@ -14,10 +14,12 @@ __all__ = [
     "ContentPart",
     "GenerationFields",
     "Ids",
+    "ImageUrl",
     "Prediction",
     "Speculative",
     "StreamOptions",
     "TokenId",
+    "content_of",
     "text_of",
 ]
 
@@ -39,11 +41,19 @@ _OFF = (b"false", b"[]", b"{}", b'""')
 _UNSUPPORTED = "is not supported by this server"
 
 
+class ImageUrl(Struct):
+    """The place of an image. `detail` is accepted: the model's processor alone decides on sizes."""
+
+    url: str
+    detail: str | None = None
+
+
 class ContentPart(Struct):
-    """A part of a message; only text is supported."""
+    """A part of a message: text, or in chats an image."""
 
     type: str
     text: str | None = None
+    image_url: ImageUrl | str | None = None
 
 
 class Prediction(Struct, forbid_unknown_fields=True):
@@ -102,6 +112,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         draft_marks: Extension: whether each piece of a stream marks its drafted text.
         return_token_ids: Extension: whether the response has the token ids.
         ignore_eos: Extension: whether the reply continues to its limit.
+        priority: Extension of vLLM: requests with lower numbers come first, among those of a tenant.
     """
 
     model: str | None = None
@@ -132,6 +143,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     draft_marks: bool | None = None
     return_token_ids: bool | None = None
     ignore_eos: bool | None = None
+    priority: Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
 
     # These ask for a grammar that the reply follows (`structured_outputs.asked_grammar`).
     structured_outputs: Raw = field(default_factory=Raw)
@@ -153,7 +165,6 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     prompt_cache_retention: Raw = field(default_factory=Raw)
     cache_prompt: Raw = field(default_factory=Raw)
     cache_salt: Raw = field(default_factory=Raw)
-    priority: Raw = field(default_factory=Raw)
     request_id: Raw = field(default_factory=Raw)
 
     # These would change it, and are not supported.
@@ -314,3 +325,23 @@ def text_of(content: str | list[ContentPart] | None, param: str) -> str:
             kind = part.type[:64]
             raise ApiError(400, f"A content part of type {kind!r} {_UNSUPPORTED}; use text.", param)
     return "".join(part.text or "" for part in content)
+
+
+def content_of(content: str | list[ContentPart] | None, param: str) -> str | list[dict[str, Any]]:
+    """The content of a message for a chat template: text, or parts where there are images.
+
+    Raises:
+        ApiError: A part is neither text nor an image.
+    """
+    if not isinstance(content, list) or all(part.type != "image_url" for part in content):
+        return text_of(content, param)
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        if part.type != "image_url":
+            parts.append({"type": "text", "text": text_of([part], param)})
+        elif part.image_url is None:
+            raise ApiError(400, "A content part of type 'image_url' has no image_url.", param)
+        else:
+            given = part.image_url
+            parts.append({"type": "image", "url": given if isinstance(given, str) else given.url})
+    return parts

@@ -28,7 +28,7 @@ from retrieval_draft.server.openai.structured_outputs import AskedGrammar, asked
 from retrieval_draft.server.parsing.deltas import ReplyParser
 from retrieval_draft.server.settings import ServerSettings
 
-__all__ = ["GenerationParams", "Means", "PreparedRequest", "prepare_request", "tokenize"]
+__all__ = ["GenerationParams", "Means", "PreparedRequest", "check_length", "prepare_request", "tokenize"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,7 @@ class GenerationParams:
         parser: Makes the parser of a reply; None where replies are plain text.
         marks: Special tokens that the parser sees; None for all.
         grammar: Rule that the replies follow; None for the one that the request's fields ask for, if any.
+        model_inputs: Further inputs of the model, such as those of images; empty for text alone.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -85,6 +86,7 @@ class GenerationParams:
     parser: Callable[[], ReplyParser] | None = None
     marks: frozenset[str] | None = frozenset()
     grammar: AskedGrammar | None = None
+    model_inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -179,6 +181,7 @@ def prepare_request(asks: GenerationParams, fields: GenerationFields, means: Mea
                 max_new_tokens=max(room, 1),
                 **options,
                 **extra,
+                **{name: value.to(target.device) for name, value in asks.model_inputs.items()},
             )
         except (RetrievalDraftError, ValueError) as error:
             raise (
@@ -207,12 +210,25 @@ def tokenize(means: Means, text: str, param: str, *, special: bool = True) -> li
     return _tokenize(means, text, param, means.most_prompt_tokens, special)
 
 
-def _tokenize(means: Means, text: str, param: str, most: int | None, special: bool) -> list[int]:
-    means.check()
+def check_length(means: Means, text: str, param: str) -> None:
+    """Refuses a text with more characters than the tokens of a prompt can have.
+
+    Raises:
+        ApiError: As above.
+    """
+    _check_length(means, text, param, means.most_prompt_tokens)
+
+
+def _check_length(means: Means, text: str, param: str, most: int | None) -> None:
     if most is not None and len(text) > most * means.longest:
         raise ApiError(
             400, f"{param} has {len(text)} characters; {most} tokens, the most allowed, have fewer.", param
         )
+
+
+def _tokenize(means: Means, text: str, param: str, most: int | None, special: bool) -> list[int]:
+    means.check()
+    _check_length(means, text, param, most)
     return list(means.tokenizer(text, add_special_tokens=special)["input_ids"])
 
 

@@ -49,14 +49,14 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get("/v1/models", responses={401: {"model": ErrorBody}})
     async def models() -> Response:
-        """The list of the one served model."""
-        return Json({"object": "list", "data": [_model(service)]})
+        """The list of the served model and its adapters."""
+        return Json({"object": "list", "data": [_model(service, name) for name in service.models]})
 
     @router.get("/v1/models/{name:path}", responses={401: {"model": ErrorBody}, 404: {"model": ErrorBody}})
     async def model(name: str) -> Response:
-        """The served model by its name."""
+        """A served model by its name."""
         service.check_model(name)
-        return Json(_model(service))
+        return Json(_model(service, name))
 
     @router.post("/v1/completions", responses=GENERATED, openapi_extra=body_schema("CompletionRequest"))
     async def completions(request: Request) -> Response:
@@ -87,7 +87,7 @@ def make_router(service: Service) -> APIRouter:
 
         def shape(loaded: Loaded, request_id: str) -> ResponseFormat:
             return CompletionFormat(
-                f"cmpl-{request_id}", service.settings.model_name, loaded.texts,
+                f"cmpl-{request_id}", body.model or service.settings.model_name, loaded.texts,
                 bool(body.return_token_ids), body.alternatives is not None,
             )  # fmt: skip
 
@@ -105,7 +105,8 @@ def make_router(service: Service) -> APIRouter:
         """Continues a conversation; keeps nothing of it."""
         body = await read_body(request, RESPONSES)
         body.check()
-        writer = partial(ResponsesWriter, model=service.settings.model_name, echoed=body.echoed)
+        name = body.chat.model or service.settings.model_name
+        writer = partial(ResponsesWriter, model=name, echoed=body.echoed)
         with named_as_here():
             return await _chat(service, request, body.chat, writer)
 
@@ -138,7 +139,16 @@ async def _respond(
     traceparent, size = request.headers.get("traceparent"), len(await request.body())
     submitted = await unless_gone(
         request.receive,
-        service.submit(request_id, tenant, prepare, traceparent, request.state.client_id, size),
+        service.submit(
+            request_id,
+            tenant,
+            prepare,
+            traceparent,
+            request.state.client_id,
+            size,
+            fields.model,
+            fields.priority or 0,
+        ),
     )
     if submitted is None:
         return Response(status_code=499)
@@ -154,9 +164,10 @@ async def _respond(
     return await answer.unless_gone(request.receive, lambda: service.leave(job))
 
 
-def _model(service: Service) -> dict[str, Any]:
-    name = service.settings.model_name
-    return {"id": name, "object": "model", "created": service.created, "owned_by": "retrieval-draft"}
+def _model(service: Service, name: str) -> dict[str, Any]:
+    base = service.settings.model_name
+    shown = {"id": name, "object": "model", "created": service.created, "owned_by": "retrieval-draft"}
+    return shown if name == base else {**shown, "parent": base}
 
 
 def _check_choices(service: Service, choices: int) -> None:

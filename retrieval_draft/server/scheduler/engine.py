@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from time import monotonic
 
 from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.drafting.session import DraftSession
+from retrieval_draft.engine.cache.footprint import CacheFootprint
 from retrieval_draft.engine.decode import Batch
+from retrieval_draft.engine.model_state import outside_inference
 from retrieval_draft.engine.row import Row
+from retrieval_draft.engine.target import Target
 from retrieval_draft.http.fair_pool import FairPool
 from retrieval_draft.server.errors import ApiError, from_library
 from retrieval_draft.server.scheduler.channel import Channel, Ended, Event, Failed, Tokens
@@ -22,6 +26,7 @@ from retrieval_draft.server.scheduler.job import Choice, Job, SequenceGroup
 from retrieval_draft.server.scheduler.queue import JobQueue
 from retrieval_draft.server.scheduler.reports import Reports
 from retrieval_draft.server.settings import ServerSettings
+from retrieval_draft.serving import ContinuousDrafter
 
 __all__ = ["ServingEngine"]
 
@@ -39,6 +44,9 @@ _SLICE_SECONDS = 0.05
 
 _KEEPING_SECONDS = 0.0005
 """Seconds in each turn for copying texts that later requests may continue."""
+
+_NODES = 64
+"""Nodes of a tree that a cache has room for beside the text."""
 
 _FIRST_CHUNK, _LEAST_CHUNK = 128, 16
 
@@ -71,12 +79,13 @@ def _close_all(opening: Future[Draftings]) -> None:
 
 
 class ServingEngine:
-    """Decodes the requests of all clients in one batch.
+    """Decodes the requests of all clients in one batch: in one for each model, where adapters are served.
 
-    Only `submit`, `give_up`, `refuse`, `stop` and the properties may be used from other threads.
+    Batches step in turns, one pass each. Only `submit`, `give_up`, `refuse`, `stop` and the properties may be
+    used from other threads.
 
     Args:
-        drafter: Owns the model; its lock is held while there is work.
+        drafters: One for each model, or a single one; their locks are held while they have work.
         settings: Limits.
         listeners: Receive the engine's events.
         most_waiting: Limit of one tenant's waiting choices; None for that of all.
@@ -84,15 +93,19 @@ class ServingEngine:
 
     def __init__(
         self,
-        drafter: RetrievalDrafter,
+        drafters: RetrievalDrafter | Sequence[RetrievalDrafter],
         settings: ServerSettings,
         listeners: Sequence[EngineListener] = (),
         most_waiting: int | None = None,
     ) -> None:
-        self._drafter = drafter.continuous
+        given = [drafters] if isinstance(drafters, RetrievalDrafter) else drafters
+        self._drafters = {each.target: each.continuous for each in given}
+        self._batches: dict[Target, Batch] = {}
+        self._entered = ExitStack()
         self._settings = settings
         self._reports = Reports(listeners)
-        self._queue = JobQueue(settings.max_queue, most_waiting)
+        self._queue = JobQueue(settings.max_queue, most_waiting, settings.tenant_weights)
+        self._footprints: dict[Target, CacheFootprint] = {}
         self._opening = FairPool(max(settings.max_batch, 2), "retrieval-draft-index")
         self._turns: Counter[str] = Counter()
         self._chunk = _FIRST_CHUNK
@@ -103,16 +116,34 @@ class ServingEngine:
         self._thread = threading.Thread(target=self._run, name="retrieval-draft-engine", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Finds out what caches take, where their memory is limited, and starts the thread."""
+        if self._settings.max_cache_bytes is not None:
+            with outside_inference():
+                self._footprints = {target: CacheFootprint(target) for target in self._drafters}
         self._thread.start()
+
+    def _bytes(self, choices: Iterable[Choice]) -> int:
+        """Bytes that the caches of choices may come to take, where they are limited."""
+        return sum(
+            self._footprints[choice.job.drafter.target].bytes(choice.request.max_length + _NODES)
+            for choice in choices
+        )
 
     def submit(self, job: Job) -> None:
         """Queues a job.
 
         Raises:
-            ApiError: It has more samples than the batch has rows (400), the queue is full (429), or the
-                engine is about to stop (503).
+            ApiError: It has more samples than the batch has rows or needs more memory than caches may take
+                (400), the queue is full (429), or the engine is about to stop (503).
         """
+        most = self._settings.max_cache_bytes
+        needed = 0 if most is None else max(self._bytes(group.choices) for group in job.groups)
+        if most is not None and needed > most:
+            raise ApiError(
+                400,
+                f"Prompt and reply may need {needed} bytes of cache; this server has {most}.",
+                "max_tokens",
+            )
         widest = max(len(group.choices) for group in job.groups)
         if widest > self._settings.max_batch:
             raise ApiError(
@@ -170,45 +201,60 @@ class ServingEngine:
     def _run(self) -> None:
         while self._queue.wait():
             try:
-                with self._drafter.running(self._row_failed) as batch:
+                with self._entered:
                     while self._queue.waiting or self._choices or self._joining:
-                        self._turn(batch)
-                    self._drafter.keep_prefixes()
+                        self._turn()
+                    for drafter in self._drafters.values():
+                        drafter.keep_prefixes()
             except Exception as error:  # an error of one batch must not end the server
                 _log.exception("The batch failed, and all of its requests with it.")
                 self._fail_all(error)
             finally:
+                self._batches.clear()
                 self._beat = 0.0
                 self._deliver()
 
-    def _turn(self, batch: Batch) -> None:
+    def _batch(self, job: Job) -> Batch:
+        """The batch of a job's model; the first job of a model begins it."""
+        target = job.drafter.target
+        if target not in self._batches:
+            running = self._drafters[target].running(self._row_failed)
+            self._batches[target] = self._entered.enter_context(running)
+        return self._batches[target]
+
+    def _turn(self) -> None:
         self._beat = monotonic()
-        self._cancel_expired(batch)
-        self._admit(batch)
-        self._leave(batch)  # the first token may have been the last
-        if batch.rows:
-            step = batch.step()
-            for row, plan, tokens in zip(step.rows, step.plans, step.emitted, strict=True):
-                choice = self._choices[row]
-                if plan.tree.num_draft_tokens:
-                    choice.accepted_steps[len(row.path) - 1] += 1
-                self._send(choice, row, min(len(row.path) - 1, len(tokens)))
-            self._reports.step(step, self._choices, self._drafter.plain_seconds(len(step.rows)))
-        self._leave(batch)
+        self._cancel_expired()
+        self._admit()
+        for target, batch in self._batches.items():
+            self._leave(batch)  # the first token may have been the last
+            if batch.rows:
+                self._step(batch, self._drafters[target])
+            self._leave(batch)
         self._reports.queue(self._queue.waiting, self.running)
         self._deliver()
-        self._drafter.keep_prefixes(_KEEPING_SECONDS)
+        for drafter in self._drafters.values():
+            drafter.keep_prefixes(_KEEPING_SECONDS / len(self._drafters))
 
-    def _cancel_expired(self, batch: Batch) -> None:
+    def _step(self, batch: Batch, drafter: ContinuousDrafter) -> None:
+        step = batch.step()
+        for row, plan, tokens in zip(step.rows, step.plans, step.emitted, strict=True):
+            choice = self._choices[row]
+            if plan.tree.num_draft_tokens:
+                choice.accepted_steps[len(row.path) - 1] += 1
+            self._send(choice, row, min(len(row.path) - 1, len(tokens)))
+        self._reports.step(step, self._choices, drafter.plain_seconds(len(step.rows)))
+
+    def _cancel_expired(self) -> None:
         """Removes jobs that were aborted or have timed out."""
         now = monotonic()
         for job in dict.fromkeys([*self._queue.jobs(), *self._jobs()]):
             if job.given_up is None and now - job.arrived > job.seconds:
                 job.given_up = ApiError(504, f"The request took longer than {job.seconds:g} s.")
             if job.given_up is not None:
-                self._drop(batch, job, job.given_up, "abort")
+                self._drop(job, job.given_up, "abort")
 
-    def _drop(self, batch: Batch | None, job: Job, error: ApiError, reason: str) -> None:
+    def _drop(self, job: Job, error: ApiError, reason: str) -> None:
         """Removes a job from the queue and the batch, and reports that to its client."""
         job.given_up = error
         self._queue.drop(job)
@@ -218,8 +264,8 @@ class ServingEngine:
         for row, choice in list(self._choices.items()):
             if choice.job is job:
                 del self._choices[row]
-                if batch is not None:
-                    batch.remove(row)
+                if job.drafter.target in self._batches:
+                    self._batches[job.drafter.target].remove(row)
         told = False
         for choice in job.choices:
             if not choice.over:
@@ -228,11 +274,11 @@ class ServingEngine:
         if told and not job.failed:
             self._outbox[job.channel].append(Failed(error))
 
-    def _admit(self, batch: Batch) -> None:
+    def _admit(self) -> None:
         """One pass over the prompt of one group that joins, and no more before the next step."""
         while True:
             free_rows = self._settings.max_batch - self.running
-            group = self._queue.next(free_rows) if free_rows > 0 else None
+            group = self._queue.next(free_rows, self._has_memory) if free_rows > 0 else None
             if group is None:
                 break
             self._joining.append(_Joining(group, self._open(group), monotonic()))
@@ -240,17 +286,19 @@ class ServingEngine:
             return
         ready = [joining for joining in self._joining if joining.opening.done()]
         if not ready:
-            if not batch.rows:  # there is no other work
+            if not self._choices:  # there is no other work
                 wait([joining.opening for joining in self._joining], _OPENING_SECONDS, "FIRST_COMPLETED")
             return
         joining = self._next(ready)
+        job = joining.group.job
         try:
+            batch = self._batch(job)
             if joining.row is None:
                 self._begin(batch, joining)
-            has_company = len(batch.rows) + len(self._joining) > 1
+            has_company = len(self._choices) + len(self._joining) > 1
             chunk = min(self._chunk, self._settings.prefill_chunk)
             prefix_owner = joining.group.choices[0].request
-            if not self._drafter.passes_whole:
+            if not self._drafters[job.drafter.target].passes_whole:
                 prefix_owner.prefill_chunk = chunk if has_company else self._settings.prefill_chunk
             began = monotonic()
             more = next(joining.passes, self) is not self
@@ -268,13 +316,21 @@ class ServingEngine:
             rest = zip(joining.group.choices[1:], joining.draftings[1:], strict=True)
             for choice, drafting in rest:
                 other = batch.row(choice.request, drafting, choice.stats, has_others=True)
-                for _ in batch.joining(other, row):
+                own_pass = choice.request.passed is not None
+                for _ in batch.joining(other, None if own_pass else row):
                     pass
                 self._joined(choice, other, joining)
             self._joining.remove(joining)
         except Exception as error:  # of the model, or of this request's own processors
-            job = joining.group.job
-            self._drop(batch, job, _failure(job, error), "error")
+            self._drop(job, _failure(job, error), "error")
+
+    def _has_memory(self, group: SequenceGroup) -> bool:
+        """True if the caches of a group fit beside those of all that run, at the longest."""
+        most = self._settings.max_cache_bytes
+        if most is None:
+            return True
+        joining = [choice for each in self._joining for choice in each.group.choices]
+        return self._bytes([*self._choices.values(), *joining, *group.choices]) <= most
 
     def _next(self, ready: Sequence[_Joining]) -> _Joining:
         """The group whose prompt is passed next: tenants take turns, and so do the prompts of one."""
@@ -284,19 +340,31 @@ class ServingEngine:
         least = min((turns for turns in self._turns.values() if turns), default=0)
         for tenant in tenants:
             self._turns[tenant] = max(self._turns[tenant], least)
-        joining = min(ready, key=lambda each: (self._turns[each.group.job.tenant], each.turn))
+        joining = min(ready, key=self._order)
         self._turns[joining.group.job.tenant] += 1
         joining.turn = sum(self._turns.values())
         return joining
 
+    def _order(self, joining: _Joining) -> tuple[int, int, int]:
+        job = joining.group.job
+        return self._turns[job.tenant], job.priority, joining.turn
+
     def _open(self, group: SequenceGroup) -> Future[Draftings]:
-        """Opens the sources for a group; on another thread where there is much to index."""
+        """Opens the sources for a group; on another thread where there is much to index.
+
+        They are prepared with the batch of their model, which has begun then.
+        """
+        opened: Future[Draftings] = Future()
+        try:
+            self._batch(group.job)
+        except Exception as error:
+            opened.set_exception(error)
+            return opened
         opener = group.job.drafter.continuous
         stats = [choice.stats for choice in group.choices]
         tokens = len(group.choices[0].request.prompt) + sum(map(len, group.prepared.references))
         if tokens > _INDEXED_AT_ONCE and opener.opens_beside:
             return self._opening.submit(group.job.tenant, lambda: opener.open(group.prepared, stats))
-        opened: Future[Draftings] = Future()
         try:
             opened.set_result(opener.open(group.prepared, stats))
         except Exception as error:
@@ -311,6 +379,8 @@ class ServingEngine:
         """
         choices = joining.group.choices
         joining.draftings = joining.opening.result()
+        if joining.group.prepared.begin is not None:
+            joining.group.prepared.begin()
         has_others = any(other.row is not None for other in self._joining)
         joining.row = batch.row(
             choices[0].request, joining.draftings[0], choices[0].stats, has_others=has_others
@@ -351,6 +421,7 @@ class ServingEngine:
             self._outbox[choice.job.channel].append(
                 Tokens(choice.index, tokens, kept, accepted, pieces, offsets)
             )
+            self._queue.serve(choice.job.tenant, 0, len(reply) - choice.sent)
             choice.sent = len(reply)
 
     def _end(self, choice: Choice, reason: str) -> None:
@@ -375,7 +446,7 @@ class ServingEngine:
     def _fail_all(self, error: Exception) -> None:
         # If no row had joined yet, the waiting jobs would break the next batch too.
         for job in dict.fromkeys(self._jobs() or self._queue.jobs()):
-            self._drop(None, job, from_library(error), "error")
+            self._drop(job, from_library(error), "error")
         self._choices.clear()
         self._joining.clear()
 

@@ -76,6 +76,7 @@ class Job:
         arrived: Time of arrival, on the monotonic clock.
         traceparent: W3C's header of the HTTP request, for traces; None without.
         client_id: The client's id of the request, for logs; None without.
+        priority: Requests of its tenant with lower numbers join before it.
         groups: One for each prompt.
         given_up: Error that ends it early; None if there is none.
         failed: Whether that is the error of a row of it, which its client has been told.
@@ -90,6 +91,7 @@ class Job:
     arrived: float = field(default_factory=monotonic)
     traceparent: str | None = None
     client_id: str | None = None
+    priority: int = 0
     groups: list[SequenceGroup] = field(default_factory=list)
     given_up: ApiError | None = None
     failed: bool = False

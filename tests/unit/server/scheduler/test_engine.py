@@ -13,6 +13,7 @@ import torch
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafter import RetrievalDrafter
+from retrieval_draft.engine.cache.footprint import CacheFootprint
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.openai.detokenize import ReplyText, StopTexts
 from retrieval_draft.server.scheduler.channel import Ended, Event, Failed, Tokens
@@ -319,11 +320,11 @@ def test_a_batch_that_breaks_fails_its_requests_and_the_next_is_served(
     async def check() -> None:
         whole, left = ServingEngine._turn, [2]
 
-        def broken(engine: ServingEngine, batch: Any) -> None:
+        def broken(engine: ServingEngine) -> None:
             left[0] -= 1
             if not left[0]:
                 raise MemoryError("broken on purpose")
-            whole(engine, batch)
+            whole(engine)
 
         monkeypatch.setattr(ServingEngine, "_turn", broken)
         with serving() as (engine, ends):
@@ -424,3 +425,26 @@ def test_counts_go_to_the_drafter_that_was_used() -> None:
         assert end.stats.tokens == 8
 
     run(check)
+
+
+def test_what_does_not_fit_into_the_memory_of_caches_waits_or_is_refused() -> None:
+    prompt = prompt_ids(20)
+    each = CacheFootprint(DRAFTER.target).bytes(20 + 8 + 64)
+
+    async def test() -> None:
+        most = 0
+        with serving(max_cache_bytes=int(each * 2.2)) as (engine, _):
+            with pytest.raises(ApiError, match="bytes of cache"):
+                engine.submit(job_of(DRAFTER, prompt, max_new_tokens=490))
+            jobs = [job_of(DRAFTER, prompt, str(number)) for number in range(5)]
+            GATE.open.clear()
+            for job in jobs:
+                engine.submit(job)
+            assert await asyncio.to_thread(GATE.reached.wait, 60)
+            most = max(most, engine.running)
+            GATE.open.set()
+            told = await asyncio.gather(*map(ended, jobs))
+        assert most <= 2
+        assert all(any(isinstance(event, Ended) for event in events) for events in told)
+
+    run(test)

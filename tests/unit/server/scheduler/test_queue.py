@@ -106,3 +106,56 @@ def test_the_engine_sleeps_until_something_comes_or_all_ends(what: str) -> None:
         else:
             queue.end()
         assert woken.result(10) == (what == "put")
+
+
+def test_the_lowest_priority_of_a_tenant_comes_first_and_of_equal_ones_the_first_that_came() -> None:
+    queue = JobQueue(99)
+    for name, priority in (("a", 0), ("b", 5), ("c", -1), ("d", 0), ("e", 5), ("f", -1)):
+        queue.put(empty_job(name, 1, 1, priority=priority))
+    assert order(queue) == [each for name in "cfadbe" for each in (name, name)]
+
+
+def test_no_priority_takes_the_turn_of_another_tenant() -> None:
+    queue = JobQueue(99)
+    for name in ("x1", "x2", "x3", "y1", "y2"):
+        queue.put(empty_job(name, 1, tenant=name[0], priority=-100 if name[0] == "x" else 100))
+    assert order(queue) == ["x1", "y1", "x2", "y2", "x3"]
+
+
+def test_turns_are_by_tokens_of_prompts_and_replies() -> None:
+    queue = JobQueue(99)
+    for name in ("x1", "x2", "x3", "y1", "y2", "y3", "y4", "y5"):
+        queue.put(empty_job(name, 1, tenant=name[0]))
+    found = []
+    while (group := queue.next(8)) is not None:
+        found.append(group.job.id)
+        queue.serve(group.job.tenant, 0, 10 if group.job.tenant == "x" else 4)
+    assert found == ["x1", "y1", "y2", "y3", "x2", "y4", "y5", "x3"]
+
+
+def test_weights_are_shares() -> None:
+    queue = JobQueue(99, weights={"x": 3.0})
+    for number in range(12):
+        for tenant in "xy":
+            queue.put(empty_job(f"{tenant}{number}", 1, tenant=tenant))
+    first = "".join(order(queue))[:24:2]
+    assert (first.count("x"), first.count("y")) == (9, 3)
+
+
+def test_one_that_comes_back_has_saved_no_turns() -> None:
+    queue = JobQueue(99)
+    for number in range(6):
+        queue.put(empty_job(f"x{number}", 1, tenant="x"))
+    for _ in range(3):
+        assert queue.next(8) is not None
+    for number in range(3):
+        queue.put(empty_job(f"y{number}", 1, tenant="y"))
+    assert order(queue) == ["x3", "y0", "x4", "y1", "x5", "y2"]
+
+
+def test_one_that_does_not_fit_is_waited_for() -> None:
+    queue = JobQueue(9)
+    queue.put(empty_job("a", 1))
+    queue.put(empty_job("b", 1))
+    assert queue.next(8, lambda group: group.job.id == "b") is None
+    assert order(queue) == ["a", "b"]

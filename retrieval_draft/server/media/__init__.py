@@ -1,0 +1,1 @@
+"""Images in chat messages: where they may come from, and the model inputs that they become."""

@@ -1,0 +1,120 @@
+"""Model inputs of a conversation with images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from retrieval_draft.server.errors import ApiError
+from retrieval_draft.server.media.images import ImageReader
+from retrieval_draft.server.media.settings import MediaSettings
+
+__all__ = ["MediaPrompt", "MediaPrompts", "take_urls"]
+
+Conversation = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class MediaPrompt:
+    """A prompt with images.
+
+    Attributes:
+        ids: Token ids.
+        inputs: Further inputs of the model, by name.
+    """
+
+    ids: Sequence[int]
+    inputs: Mapping[str, Tensor]
+
+
+def take_urls(conversation: Conversation) -> list[str]:
+    """Takes the URLs of images out of a conversation, in order; their places stay."""
+    return [
+        part.pop("url")
+        for message in conversation
+        if isinstance(message["content"], list)
+        for part in message["content"]
+        if part["type"] == "image"
+    ]
+
+
+class MediaPrompts:
+    """Makes prompts with a model's processor.
+
+    Args:
+        processor: As of ``AutoProcessor``.
+        settings: Allowed sources of images, and limits.
+
+    Attributes:
+        template: The processor's chat template, or None.
+        reader: Reads images.
+    """
+
+    def __init__(self, processor: Any, settings: MediaSettings) -> None:
+        self._processor, self._settings = processor, settings
+        self.template: str | None = getattr(processor, "chat_template", None)
+        self.reader = ImageReader(settings)
+        self._reads_texts: dict[str | None, bool] = {}
+
+    def parts(self, conversation: Conversation, render: Callable[[Conversation], str]) -> Conversation:
+        """The conversation in the form that a chat template reads: many for images read no plain texts.
+
+        Args:
+            conversation: Messages.
+            render: Renders messages.
+        """
+        marked = "the text of a message"
+        if self.template not in self._reads_texts:
+            try:
+                reads = marked in render([{"role": "user", "content": marked}])
+            except ApiError:
+                reads = False
+            self._reads_texts[self.template] = reads
+        if self._reads_texts[self.template] and not any(isinstance(m["content"], list) for m in conversation):
+            return conversation
+        return [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if isinstance(message["content"], str)
+            else message
+            for message in conversation
+        ]
+
+    def prompt(self, text: str, urls: Sequence[str], check: Callable[[], object]) -> MediaPrompt:
+        """The prompt of a rendered conversation.
+
+        Args:
+            text: As rendered.
+            urls: Of its images, in order.
+            check: Called before each image; may raise.
+
+        Raises:
+            ApiError: An image is not allowed or cannot be read, or the processor refuses.
+        """
+        if len(urls) > self._settings.max_images:
+            raise ApiError(
+                400, f"There are {len(urls)} images; {self._settings.max_images} are allowed.", "messages"
+            )
+        images = []
+        for url in urls:
+            check()
+            images.append(self.reader.read(url))
+        check()
+        try:
+            made = self._processor(
+                text=[text], images=[images], return_tensors="pt", add_special_tokens=False
+            )
+        except Exception as error:  # any type: each processor has its own checks
+            raise ApiError(
+                400,
+                f"The model's processor refuses the images: {type(error).__name__}: {str(error)[:300]}",
+                "messages",
+            ) from error
+        inputs = {
+            name: value
+            for name, value in made.items()
+            if name not in ("input_ids", "attention_mask") and isinstance(value, Tensor)
+        }
+        return MediaPrompt(made["input_ids"][0].tolist(), inputs)
