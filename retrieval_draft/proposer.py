@@ -355,12 +355,12 @@ class ProposerSession:
         self.apply_feedback()
         self._closed = True
         proposer = self._proposer
+        if finished and proposer.store is not None:  # first, while the sources know what they learned
+            reply = np.concatenate(self._reply) if self._reply else np.empty(0, np.int32)
+            proposer.store.share(self._prompt, reply, self._share)
         with proposer.lock:
             self._drafting.close()
             proposer.stats.add(self.stats)
-        if finished and proposer.store is not None:
-            reply = np.concatenate(self._reply) if self._reply else np.empty(0, np.int32)
-            proposer.store.share(self._prompt, reply, self._share)
 
     def _check_open(self) -> None:
         if self._closed:

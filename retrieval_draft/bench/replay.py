@@ -175,8 +175,8 @@ class Replayer:
         drafts = self._hierarchy.open(trace.prompt)
         text = np.concatenate((trace.prompt, trace.output))
         start = len(trace.prompt)
-        self._learn(drafts, trace, text, 0, 1)
         drafts.observe(trace.output[:1])
+        self._learn(drafts, trace, text, 0, 1)
         done = 1
         while done < len(trace.output):
             root, rest = int(text[start + done - 1]), trace.output[done:]
@@ -194,8 +194,8 @@ class Replayer:
             walked = time.perf_counter()
             outcomes = calibration.observe(tree, proposals, emitted)
             observed = time.perf_counter()
-            self._learn(drafts, trace, text, done, done + len(emitted))
             drafts.observe(emitted)
+            self._learn(drafts, trace, text, done, done + len(emitted))
             self.observe_us.append((time.perf_counter() - walked) * 1e6)
             self.draft_us.append((drafted - begin) * 1e6)
             self.fuse_us.append((drafted - proposed + observed - walked) * 1e6)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from retrieval_draft.index.source import TokenArray
+from retrieval_draft.index.source import NodeLogits, TokenArray
 
 __all__ = ["Outbox", "Run"]
 
@@ -19,10 +20,12 @@ class Run(NamedTuple):
     Attributes:
         prompt: int32, shape (n,). The shared part of it; may be empty.
         reply: int32, shape (m,). May be empty.
+        learned: Predictions after contexts of the text.
     """
 
     prompt: TokenArray
     reply: TokenArray
+    learned: Sequence[NodeLogits] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -58,9 +61,9 @@ class Outbox:
         """Bytes of waiting runs."""
         return 4 * self._tokens
 
-    def put(self, prompt: TokenArray, reply: TokenArray) -> None:
-        """Adds a copy of a run: prompt and reply, int32, shape (n,) and (m,)."""
-        run = Run(np.array(prompt, np.int32), np.array(reply, np.int32))
+    def put(self, prompt: TokenArray, reply: TokenArray, learned: Sequence[NodeLogits] = ()) -> None:
+        """Adds a copy of a run: prompt and reply, int32, shape (n,) and (m,), and predictions as they are."""
+        run = Run(np.array(prompt, np.int32), np.array(reply, np.int32), learned)
         if not run.num_tokens:
             return
         with self._changed:
