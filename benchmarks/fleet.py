@@ -17,6 +17,7 @@ import numpy as np
 from retrieval_draft.bench.replay import Counts, Replayer, Trace, read_traces
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafting.calibration import Calibration
+from retrieval_draft.drafting.kept_calibration import calibration_bytes, load_bytes
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.observations import Observations
@@ -33,8 +34,12 @@ from retrieval_draft.index.store.run_encoder import RunEncoder
 
 __all__ = ["LEVELS", "measure_fleet"]
 
-LEVELS = ("nothing", "texts", "replies", "rows")
-"""Shared in turn: nothing; texts to look up; what follows in replies, learned by the matrices; rows too."""
+LEVELS = ("nothing", "texts", "replies", "rows", "all")
+"""Shared in turn: nothing; texts to look up; what follows in them, learned by the matrices; rows, and with
+them where replies begin; calibration, with which a server starts at its first request."""
+
+CALIBRATED_EVERY = 16
+"""Requests of the fleet from one calibration that is sent to the next."""
 
 ENTRY_IN_REDIS = 24
 """Bytes that a stream adds to an entry: its id and field, packed."""
@@ -73,7 +78,7 @@ class _Store:
         self.learned = Learned(vocabulary, "f" * 32)
         server = number.to_bytes(15, "little") + b"\x00"
         self.learned.own = (server, other_id(server))
-        share = 0.5 if level == "rows" else 0.0
+        share = 0.5 if level in ("rows", "all") else 0.0
         self.encoder = RunEncoder(server, mirror, codec, vocabulary, 1 << 15, share)
         self.told: Observations | None = None
 
@@ -86,7 +91,7 @@ class _Store:
         return self._mirror.nbytes + self.learned.nbytes + self.encoder.nbytes
 
     def observe(self, prompt: TokenArray) -> Observations | None:
-        self.told = Observations(prompt) if self._level == "rows" else None
+        self.told = Observations(prompt) if self._level in ("rows", "all") else None
         return self.told
 
     def flush(self) -> bool:
@@ -154,7 +159,7 @@ def _replay(
     fan = _Fan(vocabulary)
     mirror.learned = fan
     stores: list[Any] = [_Store(each, mirror, codec, vocabulary, level) for each in range(servers)]
-    if level in ("replies", "rows"):
+    if level in ("replies", "rows", "all"):
         fan.parts = [store.learned for store in stores]
     shared = level != "nothing"
     replayers = [
@@ -169,9 +174,15 @@ def _replay(
     ]
     total, sent, curve = Counts(), _Sent(), []
     part = Counts()
+    newest = b""
     try:
         for number, trace in enumerate(traces):
-            counts = replayers[number % servers].run(trace)
+            replayer = replayers[number % servers]
+            if newest and number < servers:
+                load_bytes(replayer.calibration, newest)
+            counts = replayer.run(trace)
+            if level == "all" and number % CALIBRATED_EVERY == CALIBRATED_EVERY - 1:
+                newest = calibration_bytes(replayer.calibration)
             for sums in (total, part):
                 sums.tokens += counts.tokens
                 sums.steps += counts.steps
@@ -192,6 +203,7 @@ def _replay(
         "text_bytes_per_request": sent.text_bytes / len(traces),
         "learned_bytes_per_request": sent.learned_bytes / len(traces),
         "entries_per_request": (sent.texts + sent.learned) / len(traces),
+        "calibration_bytes": len(newest),
         "memory_mb": memory / 1e6,
     }
 

@@ -7,6 +7,7 @@ import typer
 from benchmarks.commands import (
     chains,
     drafts,
+    fleet,
     llama_cpp,
     models,
     parts,
@@ -29,8 +30,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for _command in (
-    parts.automaton, sampling.batch, chains.chains, parts.cold, drafts.drafts, sampling.draw, parts.fusion,
-    llama_cpp.llama_cpp, parts.loop, models.models, parts.passes, sampling.samples, serve.serve, store.store,
-    vllm.vllm, weights.weights,
+    parts.automaton, sampling.batch, chains.chains, parts.cold, drafts.drafts, sampling.draw, fleet.fleet,
+    parts.fusion, llama_cpp.llama_cpp, parts.loop, models.models, parts.passes, sampling.samples, serve.serve,
+    store.store, vllm.vllm, weights.weights,
 ):  # fmt: skip
     app.command(_command.__name__)(_command)

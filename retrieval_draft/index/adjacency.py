@@ -334,7 +334,7 @@ class AdjacencySource:
     ) -> None:
         self.matrix = AdjacencyMatrix(rows, top_k)
         self._kept: KeptMatrix | None = None
-        self._shared = shared
+        self.store = shared
         if file is not None:
             from retrieval_draft.index.matrix_file import KeptMatrix
 
@@ -344,7 +344,7 @@ class AdjacencySource:
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> AdjacencySession:
         """Starts at the end of the prompt, int32, shape (length,); references have no predictions."""
-        told = None if self._shared is None else self._shared.observe(prompt)
+        told = None if self.store is None else self.store.observe(prompt)
         return AdjacencySession(self.matrix, prompt, self._kept, told)
 
     def flush(self) -> None:

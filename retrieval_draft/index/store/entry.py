@@ -11,7 +11,7 @@ import numpy as np
 
 from retrieval_draft.index.source import TokenArray
 
-__all__ = ["FORMAT_VERSION", "LEARNED_VERSION", "Entry", "EntryCodec", "RejectedEntryError"]
+__all__ = ["FORMAT_VERSION", "LEARNED_VERSION", "Entry", "EntryCodec", "RejectedEntryError", "holds_text"]
 
 FORMAT_VERSION = 1
 """Version of an entry with a token run, which all releases read."""
@@ -56,6 +56,11 @@ class RejectedEntryError(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+def holds_text(payload: bytes) -> bool:
+    """True if an entry of `EntryCodec` holds a token run."""
+    return payload[1] == FORMAT_VERSION  # the first number of the array
 
 
 class EntryCodec:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Collection
 from weakref import WeakKeyDictionary
 
+import msgspec
 import numpy as np
 
+from retrieval_draft.errors import DatastoreError
 from retrieval_draft.index.adjacency import AdjacencyMatrix
 from retrieval_draft.index.matrix_file import matrix_bytes, merge_bytes
 from retrieval_draft.index.matrix_rows import MOST_VISITS
@@ -46,7 +49,8 @@ class Learned:
     Attributes:
         table: All rows that came, those of this server among them.
         own: Ids under which this server writes: its matrices know what it sent.
-        calibration: The newest calibration that came; empty for none.
+        calibration: The newest calibration that came, unchecked; empty for none.
+        calibrated: Time at which it came, monotonic.
     """
 
     def __init__(self, vocabulary: int, fingerprint: str) -> None:
@@ -55,6 +59,7 @@ class Learned:
         self.table = AdjacencyMatrix(ROWS, 2 * TOP, MOST_VISITS)
         self.own: Collection[bytes] = ()
         self.calibration = b""
+        self.calibrated = -math.inf
         self._matrices: WeakKeyDictionary[AdjacencyMatrix, int] = WeakKeyDictionary()
         self._marks: OrderedDict[tuple[bytes, int], int] = OrderedDict()
         self._recent: deque[tuple[TokenArray, int]] = deque()  # texts, and tokens of context in front
@@ -86,7 +91,7 @@ class Learned:
                 self._marks.popitem(last=False)
             matrices = [] if server in self.own else list(self._matrices)
         if entry.calibration:
-            self.calibration = entry.calibration
+            self.calibration, self.calibrated = entry.calibration, time.monotonic()
         if entry.rows is not None:
             self.table.merge(entry.rows)
             for matrix in matrices:
@@ -123,8 +128,8 @@ class Learned:
                 _learn_text(matrix, text, context)
 
     def packed(self) -> bytes:
-        """The table as a file, for a snapshot."""
-        return matrix_bytes(self.table, self._fingerprint)
+        """Table and calibration, for a snapshot."""
+        return msgspec.msgpack.encode((matrix_bytes(self.table, self._fingerprint), self.calibration))
 
     def restore(self, packed: bytes, segments: Segments) -> None:
         """Starts from a snapshot.
@@ -140,7 +145,12 @@ class Learned:
             for text in _newest(segments):
                 self._queue(text, 0)
         if packed:
-            merge_bytes(self.table, packed, self._fingerprint, self._vocabulary)
+            try:
+                rows, calibration = msgspec.msgpack.decode(packed, type=tuple[bytes, bytes])
+            except (msgspec.DecodeError, RecursionError) as error:
+                raise DatastoreError(f"What was learned is torn: {error}.") from error
+            self.calibration = self.calibration or calibration
+            merge_bytes(self.table, rows, self._fingerprint, self._vocabulary)
             for matrix in list(self._matrices):
                 self._give_all(matrix)
 

@@ -42,6 +42,7 @@ class Outbox:
     Attributes:
         dropped: Runs that were not sent because too many were waiting.
         unfinished: Runs that wait, or were taken and not reported by `finish` yet.
+        calibration: File of a calibration that goes with the next runs; empty for none.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -52,6 +53,7 @@ class Outbox:
         self._changed = threading.Condition()
         self.dropped = 0
         self.unfinished = 0
+        self.calibration = b""
 
     def __len__(self) -> int:
         return len(self._runs)

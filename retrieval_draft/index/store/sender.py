@@ -12,7 +12,7 @@ from redis.exceptions import NoPermissionError, ResponseError
 
 from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.index.store.counts import StoreCounts
-from retrieval_draft.index.store.entry import EntryCodec
+from retrieval_draft.index.store.entry import EntryCodec, holds_text
 from retrieval_draft.index.store.log_replica import FIELD, KEPT_SECONDS, LogReplica, stream_id
 from retrieval_draft.index.store.outbox import Outbox
 from retrieval_draft.index.store.rate_limit import BURST, RateLimit
@@ -171,6 +171,9 @@ class Sender:
             taken = self._outbox.take(_RUNS, _TOKENS, timeout=1.0)
             try:
                 self._unsent.extend(self._encoder.encode(taken))
+                if taken and self._outbox.calibration:
+                    calibration, self._outbox.calibration = self._outbox.calibration, b""
+                    self._unsent.append(self._encoder.calibration(calibration))
             finally:
                 self._outbox.finish(len(taken))
         while self._returned:
@@ -207,8 +210,10 @@ class Sender:
         if self._again:
             self._again -= 1
             self._counts.resent += 1
-        else:
+        elif holds_text(payload):
             self._counts.sent += 1
+        else:
+            self._counts.sent_learned += 1
         self._kept.append((now, payload))
         self._kept_bytes += len(payload)
         while self._kept[0][0] < now - self._keep_seconds or self._kept_bytes > _KEPT_BYTES:

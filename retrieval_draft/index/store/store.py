@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import threading
 import time
@@ -40,6 +41,9 @@ __all__ = ["SharedStore"]
 
 KEY_VARIABLE = "RETRIEVAL_DRAFT_STORE_KEY"
 _CLOSE_SECONDS = 2.0
+
+CALIBRATION_SECONDS = 600.0
+"""Seconds between the calibrations that all servers together send."""
 
 
 class SharedStore:
@@ -86,6 +90,7 @@ class SharedStore:
         self.counts = StoreCounts()
         self.mirror = LogReplica(vocabulary, self._codec, config, self.counts)
         self.learned = self.mirror.learned
+        self._calibrated = -math.inf
         self._observed: WeakSet[Observations] = WeakSet()
         self._observing = lock_for_moments()
         self._lock = threading.Lock()
@@ -206,6 +211,21 @@ class SharedStore:
         with self._observing:
             self._observed.add(made)
         return made
+
+    def wants_calibration(self) -> bool:
+        """True once where this server is to send one, as no server has for ten minutes."""
+        now = time.monotonic()
+        if not self.config.row_share or self.config.share == "none" or self._stopped.is_set():
+            return False
+        if now - max(self.learned.calibrated, self._calibrated) < CALIBRATION_SECONDS:
+            return False
+        self._calibrated = now
+        return True
+
+    def share_calibration(self, content: bytes) -> None:
+        """Queues a calibration's file, which holds no tokens, to be sent with the next texts."""
+        if len(content) < self._codec.most_bytes // 2:
+            self._outbox.calibration = content
 
     def wait_ready(self, timeout: float = 5.0) -> bool:
         """Waits until the log has been read to its end once, or is known to be unreadable now.
