@@ -14,16 +14,20 @@ import numpy as np
 
 from benchmarks.store_worker import FINGERPRINT, numbered_run, probe_text
 from benchmarks.valkey_process import ValkeyProcess
+from retrieval_draft.index.adjacency import AdjacencyMatrix
 from retrieval_draft.index.shared import SharedSource
+from retrieval_draft.index.source import NodeLogits
 from retrieval_draft.index.store.config import StoreConfig
-from retrieval_draft.index.store.entry import ID_BYTES, EntryCodec
+from retrieval_draft.index.store.entry import ID_BYTES, LEARNED_VERSION, EntryCodec
 from retrieval_draft.index.store.keys import SHARDS, stream_key
+from retrieval_draft.index.store.learned_entry import pack_learned
 from retrieval_draft.index.store.log_replica import FIELD
 from retrieval_draft.index.store.store import SharedStore
 
 __all__ = ["measure_fuzz"]
 
 _VOCABULARY = 32000
+_CONTEXT = np.array([[1, 2, 3, 4]], np.int32)
 _KEY = "the tenant's key"
 _GOOD = 200
 _SECONDS = 60.0
@@ -36,8 +40,8 @@ def measure_fuzz(
 
     Args:
         folder: For the store's data.
-        fuzzed: Random bytes, random MessagePack, and valid entries with a bit flipped, truncated or with one
-            field replaced.
+        fuzzed: Random bytes, random MessagePack, valid entries, of texts and of rows, with a bit flipped,
+            truncated or with one field replaced, and signed ones with rows that are none.
         foreign: Valid entries of another tenant.
         seed: Of all random choices.
 
@@ -63,12 +67,16 @@ def measure_fuzz(
     with ValkeyProcess(folder / "fuzz", append_only=False) as server:
         client: Any = server.client()
         with SharedStore(StoreConfig(server.url, key=_KEY), FINGERPRINT, _VOCABULARY) as store:
+            matrix = AdjacencyMatrix(1 << 12)
+            store.learned.attach(matrix)
             for number, each in enumerate(fields):
                 client.xadd(stream_key(namespace, str(number % SHARDS)), each)
             end = time.monotonic() + _SECONDS
             while store.counts.received < len(fields) and time.monotonic() < end:
                 time.sleep(0.01)
             store.mirror.publish()
+            for each in (matrix, store.learned.table):
+                each.rows().check(_VOCABULARY)
             found = Counter(tuple(text) for text in _texts(store))
             expected = Counter(
                 tuple(numbered_run(1, number, _VOCABULARY).tolist()) for number in range(_GOOD)
@@ -95,12 +103,24 @@ def measure_fuzz(
 
 
 def _fuzzed(chance: random.Random, codec: EntryCodec, server: bytes, number: int) -> bytes:
-    kind = number % 5
+    kind = number % 7
     if kind == 0:
         return chance.randbytes(chance.randrange(200))
     if kind == 1:
         return msgspec.msgpack.encode([_thing(chance, 3) for _ in range(chance.randrange(9))])
+    if kind == 5:  # signed, and made to look like rows
+        head = chance.choice([b"", b"\x01\x00\x00", b"\x01\x01\x00", b"\x01\x00\x00\x02\x01\x00\x00\x00\x08"])
+        return codec.encode_learned(server, number, head + chance.randbytes(chance.randrange(1, 60)))
     true = bytearray(codec.encode(server, number, probe_text(10**7 + number, _VOCABULARY, 20)))
+    if chance.random() < 0.5:
+        rows = AdjacencyMatrix(16)
+        rows.learn(NodeLogits(_CONTEXT, _CONTEXT + 5, np.full((1, 4), 0.25, np.float32)))
+        content = bytearray(pack_learned(rows.rows(), [(number, 3)], _VOCABULARY))
+        if kind == 6:
+            content[chance.randrange(len(content))] = chance.randrange(256)
+        true = bytearray(codec.encode_learned(server, number, bytes(content)))
+    if kind == 6:
+        return bytes(true) if true[1] == LEARNED_VERSION else bytes(true[:-1])
     if kind == 2:
         bit = chance.randrange(8 * len(true))
         true[bit // 8] ^= 1 << bit % 8

@@ -165,6 +165,7 @@ def _judge(group: list[_Server], folder: Path, done: int) -> dict[str, Any]:
         "entries": done,
         "lost": lost,
         "doubled": doubled,
+        "learned_entries": min(status["learned_entries"] for status in statuses),
         "agree": agree and len({status["digest"] for status in statuses}) == 1,
         "tokens": NUMBERED_TOKENS * done,
         "servers": len(workers),
@@ -183,7 +184,8 @@ def _settle(workers: list[WorkerProcess]) -> None:
     last: list[int] = []
     since = time.monotonic()
     while time.monotonic() < since + _STILL_SECONDS:
-        found = [worker.call(do="status")["entries"] for worker in workers]
+        statuses = [worker.call(do="status") for worker in workers]
+        found = [status["entries"] + status["learned_entries"] for status in statuses]
         if found != last:
             since = time.monotonic()
         elif len(set(found)) == 1:

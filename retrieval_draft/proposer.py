@@ -13,7 +13,12 @@ from numpy.typing import NDArray
 from retrieval_draft.config import MAX_NODES, DraftConfig
 from retrieval_draft.drafting.calibration import Calibration
 from retrieval_draft.drafting.hierarchy import SourceHierarchy
-from retrieval_draft.drafting.kept_calibration import calibration_file, keep_calibration, load_calibration
+from retrieval_draft.drafting.kept_calibration import (
+    FleetCalibration,
+    calibration_file,
+    keep_calibration,
+    load_calibration,
+)
 from retrieval_draft.drafting.open_stores import open_draft_stores
 from retrieval_draft.drafting.session import DraftPlan, DraftSession
 from retrieval_draft.drafting.stats import DraftStats
@@ -71,7 +76,9 @@ class Proposer:
         names = tuple(name for name in config.sources if name != "siblings")
         parts = MethodContext(replace(config, sources=names), stores)
         self._hierarchy = SourceHierarchy(self._method.sources(parts))
-        self.calibration: Calibration = load_calibration(calibration_file(config))
+        kept = calibration_file(config)
+        self._fleet = FleetCalibration(stores.shared, is_new=kept is None or not kept.exists())
+        self.calibration: Calibration = load_calibration(kept)
         self.lock = threading.RLock()
         """Lock of sources and calibration, which all sessions share."""
 
@@ -134,6 +141,7 @@ class Proposer:
         stats = DraftStats(requests=1, prompt_tokens=len(ids))
         opened = self._hierarchy.open(ids, texts)  # outside the lock, as a long text takes time
         with self.lock:
+            self._fleet.exchange(self.calibration)
             drafting = DraftSession(
                 opened,
                 self._method.tree,
@@ -355,12 +363,12 @@ class ProposerSession:
         self.apply_feedback()
         self._closed = True
         proposer = self._proposer
+        if finished and proposer.store is not None:  # first, while the sources know what they learned
+            reply = np.concatenate(self._reply) if self._reply else np.empty(0, np.int32)
+            proposer.store.share(self._prompt, reply, self._share)
         with proposer.lock:
             self._drafting.close()
             proposer.stats.add(self.stats)
-        if finished and proposer.store is not None:
-            reply = np.concatenate(self._reply) if self._reply else np.empty(0, np.int32)
-            proposer.store.share(self._prompt, reply, self._share)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -186,8 +186,8 @@ class Replayer:
         drafts = self._hierarchy.open(trace.prompt)
         text = np.concatenate((trace.prompt, trace.output))
         start = len(trace.prompt)
-        self._learn(drafts, trace, text, 0, 1)
         drafts.observe(trace.output[:1])
+        self._learn(drafts, trace, text, 0, 1)
         done = 1
         learn: Callable[[], None] | None = None
         while done < len(trace.output):
@@ -205,13 +205,13 @@ class Replayer:
                 tree = max(alone, key=lambda tree: len(tree.walk(rest)), default=tree)
             path = tree.walk(rest)
             emitted = trace.output[done : done + len(path)]
+            drafts.observe(emitted)
             learn = partial(
                 self._learn_step, calibration, drafts, trace, text, tree, proposals, emitted, done,
                 drafted - proposed,
             )  # fmt: skip
             if not self._late:
                 learn()
-            drafts.observe(emitted)
             self.draft_us.append((drafted - begin) * 1e6)
             self.verified += tree.num_draft_tokens
             count_names(proposals, Counter(tree.sources[1:].tolist()), Counter(), self.drafted)

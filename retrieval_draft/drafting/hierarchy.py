@@ -16,6 +16,7 @@ from retrieval_draft.index.source import (
     TokenArray,
     empty_proposal,
 )
+from retrieval_draft.index.store.store import SharedStore
 
 __all__ = ["SourceHierarchy", "SourceSessions", "open_parallel", "wants_hidden"]
 
@@ -145,6 +146,12 @@ class SourceHierarchy:
     def sources(self) -> tuple[DraftSource, ...]:
         """The sources, nearest first."""
         return tuple(guarded.source for guarded in self._guarded)
+
+    @property
+    def store(self) -> SharedStore | None:
+        """The store of the first source that has one."""
+        stores = (getattr(source, "store", None) for source in self.sources)
+        return next((store for store in stores if isinstance(store, SharedStore)), None)
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> SourceSessions:
         """Starts a request in every source.

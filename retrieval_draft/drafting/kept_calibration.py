@@ -1,18 +1,35 @@
-"""Calibration saved in the history's folder from one process to the next."""
+"""Calibration saved in the history's folder from one process to the next, and passed between servers."""
 
 from __future__ import annotations
 
 import logging
+import tempfile
+import threading
 from pathlib import Path
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafting.calibration import Calibration
 from retrieval_draft.errors import DatastoreError
+from retrieval_draft.index.store.store import SharedStore
 
-__all__ = ["CALIBRATION", "calibration_file", "keep_calibration", "load_calibration"]
+__all__ = [
+    "CALIBRATION",
+    "FleetCalibration",
+    "calibration_bytes",
+    "calibration_file",
+    "keep_calibration",
+    "load_bytes",
+    "load_calibration",
+]
 
 CALIBRATION = "calibration.safetensors"
 """Name of the calibration's file in the history's folder."""
+
+NEW_REQUESTS = 16
+"""Requests up to which a server is new, and starts over with the fleet's; later its own is better."""
+
+TAUGHT_REQUESTS = 64
+"""Requests from which on a server's calibration is worth sending."""
 
 _log = logging.getLogger("retrieval_draft")
 
@@ -50,3 +67,65 @@ def keep_calibration(calibration: Calibration | None, path: Path | None) -> None
             calibration.save(path)
         except OSError as error:
             _log.warning("Calibration could not be saved to %s: %s", path, error)
+
+
+def calibration_bytes(calibration: Calibration) -> bytes:
+    """The file of a calibration, without its path."""
+    with tempfile.TemporaryDirectory(prefix="retrieval_draft-") as folder:
+        calibration.save(Path(folder, CALIBRATION))
+        return Path(folder, CALIBRATION).read_bytes()
+
+
+def load_bytes(calibration: Calibration, content: bytes) -> None:
+    """Loads the bytes of a file, of any origin, into a calibration.
+
+    Raises:
+        DatastoreError: They are torn, of another format, or hold impossible numbers; nothing is changed.
+    """
+    with tempfile.TemporaryDirectory(prefix="retrieval_draft-") as folder:
+        Path(folder, CALIBRATION).write_bytes(content)
+        calibration.load(Path(folder, CALIBRATION))
+
+
+class FleetCalibration:
+    """Passes calibrations between servers: a new one starts with the newest that another has sent.
+
+    Of all servers together about one in ten minutes sends its own (`SharedStore.wants_calibration`).
+
+    Args:
+        store: The shared store; None for no exchange.
+        is_new: Whether this server's calibration comes from no folder.
+    """
+
+    def __init__(self, store: SharedStore | None, is_new: bool) -> None:
+        self._store = store
+        self._is_new = is_new
+        self._requests = 0
+
+    def exchange(self, calibration: Calibration) -> None:
+        """Takes over or sends a calibration, if it is time; called as a request starts, by its thread."""
+        if self._store is None:
+            return
+        self._requests += 1
+        if self._is_new and self._requests <= NEW_REQUESTS:
+            content = self._store.learned.calibration
+            if content:
+                self._is_new = False
+                try:
+                    load_bytes(calibration, content)
+                except (OSError, DatastoreError) as error:
+                    _log.warning("The calibration of another server cannot be used. %s", error)
+        elif self._requests >= TAUGHT_REQUESTS and self._store.wants_calibration():
+            threading.Thread(
+                target=self._send,
+                args=(self._store, calibration),
+                name="retrieval_draft calibration",
+                daemon=True,
+            ).start()
+
+    @staticmethod
+    def _send(store: SharedStore, calibration: Calibration) -> None:
+        try:
+            store.share_calibration(calibration_bytes(calibration))
+        except OSError as error:
+            _log.warning("The calibration could not be shared: %s", error)

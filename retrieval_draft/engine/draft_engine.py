@@ -12,7 +12,12 @@ from retrieval_draft.drafting.calibration import Calibration
 from retrieval_draft.drafting.cost import CostModel
 from retrieval_draft.drafting.fusion import fuse
 from retrieval_draft.drafting.hierarchy import SourceHierarchy, SourceSessions
-from retrieval_draft.drafting.kept_calibration import calibration_file, keep_calibration, load_calibration
+from retrieval_draft.drafting.kept_calibration import (
+    FleetCalibration,
+    calibration_file,
+    keep_calibration,
+    load_calibration,
+)
 from retrieval_draft.drafting.session import DraftSession, Fuse
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.head_cost import HeadCost
@@ -75,6 +80,7 @@ class DraftEngine:
         self._spare = spare
         self._drafts = bool(sources) and self._max_nodes > 0
         self._calibration: Any = None  # made by prepare
+        self._fleet = FleetCalibration(None, is_new=False)
         self.budget = Budget()
         self._head: HeadCost | None = None
         self._known = LearnedState()
@@ -94,7 +100,9 @@ class DraftEngine:
             self.budget = Budget(self._measure())
         kept = calibration_file(self._config)
         saved = self._known.calibration
-        self._calibration = load_calibration(kept) if saved is None or (kept and kept.exists()) else saved
+        is_kept = kept is not None and kept.exists()
+        self._fleet = FleetCalibration(self._hierarchy.store, is_new=saved is None and not is_kept)
+        self._calibration = load_calibration(kept) if saved is None or is_kept else saved
 
     def start_from(self, known: LearnedState) -> None:
         """Has `prepare` take another process's state; a calibration beside the history takes precedence."""
@@ -114,7 +122,9 @@ class DraftEngine:
             return
         self._hierarchy.prepare()
         self._head, self.budget = other._head, other.budget
-        self._calibration = load_calibration(calibration_file(self._config))
+        kept = calibration_file(self._config)
+        self._fleet = FleetCalibration(self._hierarchy.store, is_new=kept is None or not kept.exists())
+        self._calibration = load_calibration(kept)
 
     def open(
         self,
@@ -134,6 +144,7 @@ class DraftEngine:
         """
         if not self._drafts:
             return [None] * len(requests)
+        self._fleet.exchange(self._calibration)
         opened: dict[int, SourceSessions] = {}
         for owner in requests:
             if owner.prefix_owner is None:

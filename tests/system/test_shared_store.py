@@ -143,7 +143,7 @@ def test_bad_entries_are_counted_and_good_ones_still_come(server) -> None:
             put(server, chance.randbytes(chance.randrange(100)))
         for number in range(20):
             put(server, other.encode(writer, number, run(1)))
-            put(server, msgspec.msgpack.encode([2, "another", "format"]))
+            put(server, msgspec.msgpack.encode([3, "another", "format"]))
             put(server, codec.encode(writer, number, np.array([1, VOCABULARY], np.int32)))
             put(server, bytes(200_000))
         server.client().xadd(stream_key(NAMESPACE, "1"), {b"text": b"hello", b"more": b"x"})

@@ -158,3 +158,52 @@ def test_what_is_no_store_is_refused(model, tokenizer) -> None:
         StoreConfig("redis://h", key="")
     assert "secret" not in repr(StoreConfig("redis://:secret@h", key="secret"))
     assert np.array_equal(PROMPT[0], [5, 6, 7, 8, 9])
+
+
+ADJACENCY = ("adjacency",)
+
+
+def test_a_repeated_prompt_takes_no_more_steps_after_a_restart(model, tokenizer, tmp_path) -> None:
+    options = {"sources": ADJACENCY, "history_folder": str(tmp_path / "kept")}
+    steps = []
+    with drafter(model, tokenizer, None, **options) as first:
+        for _ in range(2):
+            stock = first.generate(PROMPT, max_new_tokens=60)
+            steps.append(first.last_stats.steps)
+    with drafter(model, tokenizer, None, **options) as second:
+        assert torch.equal(second.generate(PROMPT, max_new_tokens=60), stock)
+        assert second.last_stats.steps <= steps[1] < steps[0]
+
+
+def test_the_second_server_drafts_from_rows_that_the_first_has_learned(model, tokenizer, url) -> None:
+    options = {"sources": ADJACENCY}
+    with (
+        drafter(model, tokenizer, url, **options) as first,
+        drafter(model, tokenizer, url, **options) as second,
+    ):
+        for each in (first, second):
+            each.warm_up()
+        alone = first.generate(PROMPT, max_new_tokens=60)
+        before = first.last_stats.steps
+        first.generate(PROMPT, max_new_tokens=60)  # rows seen twice are sent, as the text is
+        wait_until(lambda: second.store.mirror.learned_entries == 1)
+        wait_until(lambda: second.store.mirror.entries == 2)
+        time.sleep(0.05)
+        matrix, tail = second.draft_engine.sources[0].matrix, alone[0, -5:-1].numpy().astype(np.int32)
+        assert alone[0, -1] in matrix.row(tail)[0]
+        assert torch.equal(second.generate(PROMPT, max_new_tokens=60), alone)
+        assert second.last_stats.steps < before
+
+
+def test_rows_learned_in_an_unshared_request_stay(model, tokenizer, url) -> None:
+    options = {"sources": ADJACENCY}
+    with (
+        drafter(model, tokenizer, url, **options) as first,
+        drafter(model, tokenizer, url, **options) as second,
+    ):
+        for share in ("none", "none", "reply"):
+            first.generate(PROMPT, max_new_tokens=30, share=share)
+        first.generate(torch.tensor([[9, 8, 7]]), max_new_tokens=30, share="reply")
+        wait_until(lambda: second.store.mirror.entries == 2)
+        assert second.store.learned.table.row(PROMPT[0, -1:].numpy().astype(np.int32))[2] == 0, "a prompt's"
+        assert first.draft_engine.sources[0].matrix.row(PROMPT[0, -4:].numpy().astype(np.int32))[2] == 3

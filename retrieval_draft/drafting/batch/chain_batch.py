@@ -17,7 +17,12 @@ from retrieval_draft.drafting.batch.lookups import Lookups
 from retrieval_draft.drafting.batch.segment_table import SegmentTable
 from retrieval_draft.drafting.batch.slots import Slots
 from retrieval_draft.drafting.calibration import MEMORY, PRIOR, REQUEST_RATE, Calibration
-from retrieval_draft.drafting.kept_calibration import calibration_file, keep_calibration, load_calibration
+from retrieval_draft.drafting.kept_calibration import (
+    FleetCalibration,
+    calibration_file,
+    keep_calibration,
+    load_calibration,
+)
 from retrieval_draft.drafting.sources import make_sources
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index import suffix_automaton
@@ -104,9 +109,10 @@ class ChainBatch:
         self._lookups = Lookups(
             make_sources(self.config, stores) if sources is None else sources, stores.vocabulary
         )
-        self.calibration = (
-            load_calibration(calibration_file(self.config)) if calibration is None else calibration
-        )
+        kept = calibration_file(self.config)
+        self.calibration = load_calibration(kept) if calibration is None else calibration
+        is_new = calibration is None and (kept is None or not kept.exists())
+        self._fleet = FleetCalibration(stores.shared if self._owned else None, is_new)
         self._slots = Slots(max_chain, MOST, self._lookups.used.bit_count())
         self._table = SegmentTable(self._lookups.supplies)
         self._lock = threading.RLock()
@@ -166,6 +172,7 @@ class ChainBatch:
             raise InvalidInputError("The prompt is empty.", "Pass one token at least, such as the bos token.")
         others = [self._checked(reference, "A reference") for reference in references]
         with self._lock:
+            self._fleet.exchange(self.calibration)
             session = self._slots.open(text, others, self._lookups.request)
             self._table.fit(self._slots.capacity)
             slot = self._slots.slot(session)

@@ -36,6 +36,7 @@ class StoreConfig:
         max_tokens: Limit of an entry. Longer ones are dropped; texts of this server are cut to it.
         tokens_per_second: Limit for one server, on average; entries beyond it are dropped. Four seconds'
             worth may arrive at once, and this server sends no faster.
+        row_share: Bytes of adjacency rows that are sent for each byte of tokens, at most; 0 for texts alone.
         queue_tokens: Limit of the tokens that wait to be sent, as in an outage. The oldest are dropped first.
         timeout: Seconds after which Redis counts as unreachable. No request ever waits for it.
     """
@@ -51,6 +52,7 @@ class StoreConfig:
     stream_seconds: float = 7 * 86400.0
     max_tokens: int = 1 << 15
     tokens_per_second: int = 1_000_000
+    row_share: float = 0.5
     queue_tokens: int = 1 << 22
     timeout: float = 2.0
 
@@ -69,6 +71,7 @@ class StoreConfig:
             ("stream_seconds", self.stream_seconds, 1, 1 << 32),
             ("max_tokens", self.max_tokens, 64, 1 << 24),
             ("tokens_per_second", self.tokens_per_second, 64, 1 << 40),
+            ("row_share", self.row_share, 0, 16),
             ("queue_tokens", self.queue_tokens, 64, 1 << 32),
             ("timeout", self.timeout, 0.05, 60),
         )

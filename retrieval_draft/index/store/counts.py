@@ -28,7 +28,8 @@ class StoreCounts:
     """Counts since the start.
 
     Attributes:
-        sent: Entries that Redis accepted; repeated ones count once.
+        sent: Entries with texts that Redis accepted; repeated ones count once.
+        sent_learned: Likewise entries with what was learned.
         resent: Entries sent again, as an outage may have lost them; readers ingest them once.
         received: Entries read, our own among them.
         ingested: Entries added.
@@ -43,6 +44,7 @@ class StoreCounts:
     """
 
     sent: int = 0
+    sent_learned: int = 0
     resent: int = 0
     received: int = 0
     ingested: int = 0

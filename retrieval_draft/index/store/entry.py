@@ -1,4 +1,4 @@
-"""An entry of the shared log: a token run, its sender, and a signature."""
+"""An entry of the shared log: a token run or what was learned, its sender, and a signature."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ import numpy as np
 
 from retrieval_draft.index.source import TokenArray
 
-__all__ = ["FORMAT_VERSION", "Entry", "EntryCodec", "RejectedEntryError"]
+__all__ = ["FORMAT_VERSION", "LEARNED_VERSION", "Entry", "EntryCodec", "RejectedEntryError", "holds_text"]
 
 FORMAT_VERSION = 1
+"""Version of an entry with a token run, which all releases read."""
+
+LEARNED_VERSION = 2
+"""Version of an entry with what was learned: releases that do not know it drop it, and count it."""
+
 ID_BYTES = 16
 _MOST = 2**63
+_VERSIONS = (FORMAT_VERSION, LEARNED_VERSION)
 
 
 class Entry(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -27,7 +33,7 @@ class Entry(msgspec.Struct, array_like=True, frozen=True, gc=False):
         server: 16 bytes that a server draws when it starts.
         sequence: The server's entries count up from 0. With `server` it identifies an entry.
         created: Milliseconds since the epoch, by the server's clock.
-        tokens: The run, uint32, little-endian.
+        tokens: The run, uint32, little-endian; of version 2 what `pack_learned` makes.
         signature: HMAC-SHA256 of the entry without it; empty where there is no key.
     """
 
@@ -52,6 +58,11 @@ class RejectedEntryError(Exception):
         self.reason = reason
 
 
+def holds_text(payload: bytes) -> bool:
+    """True if an entry of `EntryCodec` holds a token run."""
+    return payload[1] == FORMAT_VERSION  # the first number of the array
+
+
 class EntryCodec:
     """Writes and reads the entries of one namespace.
 
@@ -61,6 +72,7 @@ class EntryCodec:
         max_tokens: Of a run.
 
     Attributes:
+        fingerprint: Of the tokenizer.
         most_bytes: Of an entry; a longer one is none.
 
     Example:
@@ -70,6 +82,7 @@ class EntryCodec:
 
     def __init__(self, namespace: str, key: str | bytes | None, max_tokens: int) -> None:
         self._namespace = namespace
+        self.fingerprint = namespace.partition(":")[0]
         self._key = key.encode() if isinstance(key, str) else key
         self._max_bytes = 4 * max_tokens
         self.most_bytes = self._max_bytes + len(namespace.encode()) + 256
@@ -84,9 +97,22 @@ class EntryCodec:
             sequence: Number of entries it sent before.
             tokens: int32, shape (length,), ids of 0 and above.
         """
-        run = np.asarray(tokens).astype("<u4").tobytes()
+        return self._encode(FORMAT_VERSION, server, sequence, np.asarray(tokens).astype("<u4").tobytes())
+
+    def encode_learned(self, server: bytes, sequence: int, packed: bytes) -> bytes:
+        """Encodes one entry with what was learned.
+
+        Args:
+            server: Id of the sender, another one than for runs: their numbers have no gaps where this is not
+                read.
+            sequence: Number of such entries it sent before.
+            packed: From `pack_learned`.
+        """
+        return self._encode(LEARNED_VERSION, server, sequence, packed)
+
+    def _encode(self, version: int, server: bytes, sequence: int, content: bytes) -> bytes:
         created = time.time_ns() // 1_000_000
-        entry = Entry(FORMAT_VERSION, self._namespace, server, sequence, created, run)
+        entry = Entry(version, self._namespace, server, sequence, created, content)
         if self._key is not None:
             entry = msgspec.structs.replace(entry, signature=self._sign(entry))
         return self._encoder.encode(entry)
@@ -109,7 +135,7 @@ class EntryCodec:
             entry = self._decoder.decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RejectedEntryError(self._misfit(payload)) from error
-        if entry.version != FORMAT_VERSION:
+        if entry.version not in _VERSIONS:
             raise RejectedEntryError("version")
         if entry.namespace != self._namespace:
             raise RejectedEntryError("namespace")
@@ -121,7 +147,8 @@ class EntryCodec:
         size = len(entry.tokens)
         if size > self._max_bytes:
             raise RejectedEntryError("length")
-        if not size or size % 4 or len(entry.server) != ID_BYTES or not 0 <= entry.sequence < _MOST:
+        odd = size % 4 and entry.version == FORMAT_VERSION
+        if not size or odd or len(entry.server) != ID_BYTES or not 0 <= entry.sequence < _MOST:
             raise RejectedEntryError("malformed")
         return entry
 
@@ -143,6 +170,6 @@ class EntryCodec:
             TypeError,
         ):
             return "malformed"
-        if isinstance(found, list) and found and type(found[0]) is int and found[0] != FORMAT_VERSION:
+        if isinstance(found, list) and found and type(found[0]) is int and found[0] not in _VERSIONS:
             return "version"
         return "malformed"

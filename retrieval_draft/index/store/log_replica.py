@@ -12,13 +12,16 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from retrieval_draft.errors import DatastoreError
 from retrieval_draft.index.segments.segment import Segment, text_dtype
 from retrieval_draft.index.segments.segment_session import Segments
 from retrieval_draft.index.segments.segment_store import SMALL, SegmentStore
 from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.index.store.counts import StoreCounts
-from retrieval_draft.index.store.entry import Entry, EntryCodec, RejectedEntryError
+from retrieval_draft.index.store.entry import FORMAT_VERSION, Entry, EntryCodec, RejectedEntryError
 from retrieval_draft.index.store.gil_yielder import GilYielder
+from retrieval_draft.index.store.learned import Learned
+from retrieval_draft.index.store.learned_entry import LearnedEntry, unpack_learned
 from retrieval_draft.index.store.rate_limit import RateLimit
 from retrieval_draft.index.store.replay_buffer import ReplayBuffer
 from retrieval_draft.index.store.sequence_set import SequenceSet
@@ -40,6 +43,9 @@ client of a cluster), or None where it was deleted; for one that is too long and
 
 MAX_SERVERS = 1 << 16
 _BATCH_TOKENS = 1 << 19
+
+_Read = tuple[Entry, float, bytes, LearnedEntry | None]
+"""An entry, the time of its id, itself as it was read, and what was learned where it holds that."""
 
 
 class _Writer:
@@ -68,9 +74,11 @@ class LogReplica:
 
     Attributes:
         pile: The text, for lookups.
+        learned: Rows and replies, for matrices.
         positions: For each shard the id of the last added entry.
         batch_tokens: Tokens of a segment, where many arrive at once.
-        entries: Number of entries added, those of a snapshot included.
+        entries: Number of texts added, those of a snapshot included.
+        learned_entries: Number of entries added with what was learned.
         digest: Sum of the hashes of all added entries, below 2^64: two mirrors of the same entries have the
             same, in any order of arrival.
     """
@@ -79,7 +87,8 @@ class LogReplica:
         self.lock = threading.Lock()
         self.pile = SegmentStore(vocabulary, config.max_bytes)
         self.positions: dict[str, bytes] = {}
-        self.entries = 0
+        self.learned = Learned(vocabulary, codec.fingerprint)
+        self.entries = self.learned_entries = 0
         self.digest = 0
         self.batch_tokens = min(_BATCH_TOKENS, config.max_bytes // 64)  # so that eviction has small units
         self._vocabulary = vocabulary
@@ -108,7 +117,7 @@ class LogReplica:
         """Bytes of texts that can be looked up, and of those about to be."""
         unsorted = sum(text.nbytes for text, _ in tuple(self._unsorted))
         waiting = sum(text.nbytes for text in self._texts)
-        return self.pile.nbytes + waiting + unsorted + self.recent.nbytes
+        return self.pile.nbytes + waiting + unsorted + self.recent.nbytes + self.learned.nbytes
 
     @property
     def waiting_tokens(self) -> int:
@@ -141,7 +150,7 @@ class LogReplica:
             first, last = stream_id(items[0][0]), stream_id(items[-1][0])
             highest = self._highest.get(shard, (-1, -1))
             known = first <= highest  # read again: repeated drops are not counted
-            read: list[tuple[Entry, float, bytes]] = []
+            read: list[_Read] = []
             suspicious = self.recent.is_suspicious
             clock = self._clocks.setdefault(shard, StreamClock())
             now = time.monotonic()
@@ -156,11 +165,12 @@ class LogReplica:
                 try:
                     payload = _payload(item)
                     entry = self._codec.decode(payload)
+                    found = None if entry.version == FORMAT_VERSION else self._unpacked(entry)
                 except RejectedEntryError as rejected:
                     if not again:
                         self._counts.dropped[rejected.reason] += 1
                     continue
-                read.append((entry, seconds, payload))
+                read.append((entry, seconds, payload, found))
                 if suspicious:
                     self.recent.seen(entry.server, entry.sequence)
             self._ingest(shard, self._in_vocabulary(read, not known))
@@ -170,6 +180,7 @@ class LogReplica:
     def after_fork(self) -> None:
         """Renews locks in the child of a fork: one that another thread held would stay locked."""
         self.lock, self._sorting = threading.Lock(), threading.Lock()
+        self.learned.after_fork()
         self.pile.after_fork()
 
     def reread(self, shard: str, from_start: bool) -> None:
@@ -205,8 +216,8 @@ class LogReplica:
             self._unsorted.popleft()
         return True
 
-    def snapshot(self, namespace: str) -> tuple[Segments, LogState]:
-        """The text and its position in the log, both of one moment."""
+    def snapshot(self, namespace: str) -> tuple[Segments, LogState, bytes]:
+        """The text, its position in the log and the rows, all of one moment."""
         with self.lock:
             self._publish()
             while self.sort():
@@ -219,7 +230,7 @@ class LogReplica:
                 digest=f"{self.digest:016x}",
                 created=time.time_ns() // 1_000_000,
             )
-            return self.pile.segments, state
+            return self.pile.segments, state, self.learned.packed()
 
     def restore(self, segments: Segments, state: LogState) -> None:
         """Starts from a snapshot instead of an empty state."""
@@ -233,24 +244,35 @@ class LogReplica:
                 known = SequenceSet(bounds)
                 self._writers[bytes.fromhex(server)] = _Writer(known, RateLimit(self._rate), 0.0)
 
-    def _in_vocabulary(
-        self, read: list[tuple[Entry, float, bytes]], count: bool
-    ) -> list[tuple[Entry, float, bytes]]:
-        if not read:
+    def _unpacked(self, entry: Entry) -> LearnedEntry:
+        """Reads and checks what was learned.
+
+        Raises:
+            RejectedEntryError: No server can have learned it.
+        """
+        try:
+            return unpack_learned(entry.tokens, self._vocabulary)
+        except DatastoreError as error:
+            raise RejectedEntryError("malformed") from error
+
+    def _in_vocabulary(self, read: list[_Read], count: bool) -> list[_Read]:
+        runs = [entry.tokens for entry, _, _, found in read if found is None]
+        if not runs or int(np.frombuffer(b"".join(runs), "<u4").max()) < self._vocabulary:
             return read
-        joined = np.frombuffer(b"".join([entry.tokens for entry, _, _ in read]), "<u4")
-        if int(joined.max()) < self._vocabulary:
-            return read
-        kept = [pair for pair in read if int(np.frombuffer(pair[0].tokens, "<u4").max()) < self._vocabulary]
+        kept = [
+            each
+            for each in read
+            if each[3] is not None or int(np.frombuffer(each[0].tokens, "<u4").max()) < self._vocabulary
+        ]
         if count:
             self._counts.dropped["vocabulary"] += len(read) - len(kept)
         return kept
 
-    def _ingest(self, shard: str, read: Sequence[tuple[Entry, float, bytes]]) -> None:
+    def _ingest(self, shard: str, read: Sequence[_Read]) -> None:
         """Keeps the entries that are new, unless their server adds too many."""
         runs: list[bytes] = []
         now = time.monotonic()
-        for number, (entry, seconds, payload) in enumerate(read):
+        for number, (entry, seconds, payload, found) in enumerate(read):
             if not number % 8:
                 self._breather.yield_gil()
             writer = self._writers.get(entry.server)
@@ -269,14 +291,20 @@ class LogReplica:
             if not writer.rate.allows(len(entry.tokens) // 4, seconds):
                 self._counts.dropped["rate"] += 1
                 continue
-            runs.append(entry.tokens)
+            if found is None:
+                runs.append(entry.tokens)
+                self.learned.note(entry.server, entry.sequence, entry.tokens)
+            else:
+                self.learned_entries += 1
+                self._counts.ingested += 1
+                self.learned.take(entry.server, found)
             self.recent.note(entry.server, entry.sequence, payload, now)
             self.digest += xxhash.xxh3_64_intdigest(
                 entry.server + entry.sequence.to_bytes(8, "little") + entry.tokens
             )
+        self.digest %= 1 << 64
         if not runs:
             return
-        self.digest %= 1 << 64
         self.entries += len(runs)
         self._counts.ingested += len(runs)
         text = np.frombuffer(self._separator.join(runs) + self._separator, "<u4")

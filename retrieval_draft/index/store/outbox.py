@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from retrieval_draft.index.source import TokenArray
+from retrieval_draft.index.source import NodeLogits, TokenArray
 
 __all__ = ["Outbox", "Run"]
 
@@ -19,10 +20,12 @@ class Run(NamedTuple):
     Attributes:
         prompt: int32, shape (n,). The shared part of it; may be empty.
         reply: int32, shape (m,). May be empty.
+        learned: Predictions after contexts of the text.
     """
 
     prompt: TokenArray
     reply: TokenArray
+    learned: Sequence[NodeLogits] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -39,6 +42,7 @@ class Outbox:
     Attributes:
         dropped: Runs that were not sent because too many were waiting.
         unfinished: Runs that wait, or were taken and not reported by `finish` yet.
+        calibration: File of a calibration that goes with the next runs; empty for none.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -49,6 +53,7 @@ class Outbox:
         self._changed = threading.Condition()
         self.dropped = 0
         self.unfinished = 0
+        self.calibration = b""
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -58,9 +63,9 @@ class Outbox:
         """Bytes of waiting runs."""
         return 4 * self._tokens
 
-    def put(self, prompt: TokenArray, reply: TokenArray) -> None:
-        """Adds a copy of a run: prompt and reply, int32, shape (n,) and (m,)."""
-        run = Run(np.array(prompt, np.int32), np.array(reply, np.int32))
+    def put(self, prompt: TokenArray, reply: TokenArray, learned: Sequence[NodeLogits] = ()) -> None:
+        """Adds a copy of a run: prompt and reply, int32, shape (n,) and (m,), and predictions as they are."""
+        run = Run(np.array(prompt, np.int32), np.array(reply, np.int32), learned)
         if not run.num_tokens:
             return
         with self._changed:

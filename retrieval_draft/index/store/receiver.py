@@ -103,6 +103,7 @@ class Receiver:
         if at_end and not found:
             found = self._reader.wait(self._starts, BLOCK)
         self._link.worked()
+        self._mirror.learned.work()
         missing = self._mirror.recent.missing()
         if missing:
             self._put_back(missing)
@@ -118,6 +119,7 @@ class Receiver:
         for key, items in found:
             self._mirror.take(self._shards[key], items)
             self._starts[key] = items[-1][0]
+        self._mirror.learned.work()
         enough = (
             self._mirror.waiting_tokens >= self._mirror.batch_tokens
             or time.monotonic() - self._since > _SECONDS

@@ -10,15 +10,14 @@ from typing import Any
 
 from redis.exceptions import NoPermissionError, ResponseError
 
-from retrieval_draft.index.segments.new_texts import new_texts
-from retrieval_draft.index.source import TokenArray
 from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.index.store.counts import StoreCounts
-from retrieval_draft.index.store.entry import EntryCodec
+from retrieval_draft.index.store.entry import EntryCodec, holds_text
 from retrieval_draft.index.store.log_replica import FIELD, KEPT_SECONDS, LogReplica, stream_id
 from retrieval_draft.index.store.outbox import Outbox
 from retrieval_draft.index.store.rate_limit import BURST, RateLimit
 from retrieval_draft.index.store.reconnecting_worker import ReconnectingWorker, server_run
+from retrieval_draft.index.store.run_encoder import RunEncoder
 
 __all__ = ["Sender"]
 
@@ -26,9 +25,6 @@ _KEPT_BYTES = 1 << 24
 _RUNS = 128
 _TOKENS = 1 << 17
 """Tokens of one pipeline."""
-
-_OVERLAP = 31
-"""Tokens that a run cut in two has in both parts; no lookup needs a longer context."""
 
 _PACE = 0.8
 """Share of the readers' rate limit: entries sent evenly may arrive in bursts."""
@@ -96,20 +92,17 @@ class Sender:
         stopped: threading.Event,
         stream_bytes: int,
     ) -> None:
-        self._server = server
         self._keys = deque(keys)
         self._outbox = outbox
-        self._mirror = mirror
-        self._codec = codec
         self._link = link
         self._keep_ms = int(1000 * config.stream_seconds)
         self._counts = counts
-        self._vocabulary = vocabulary
         self._is_cluster = is_cluster
         self._stopped = stopped
         self._stream_bytes = stream_bytes
         self._rate = RateLimit(_PACE * config.tokens_per_second)
-        self._most_tokens = min(config.max_tokens, int(_PACE * BURST * config.tokens_per_second))
+        most_tokens = min(config.max_tokens, int(_PACE * BURST * config.tokens_per_second))
+        self._encoder = RunEncoder(server, mirror, codec, vocabulary, most_tokens, config.row_share)
         self._unsent: deque[bytes] = deque()
         self._kept: deque[tuple[float, bytes]] = deque()
         self._kept_bytes = 0
@@ -123,7 +116,11 @@ class Sender:
         self._trimmed = 0.0
         self._measures = True  # until that is denied
         self._last_seconds = 0.0  # of the last entry's id
-        self.sequence = 0
+
+    @property
+    def sequence(self) -> int:
+        """Entries with texts that were encoded so far."""
+        return self._encoder.sequence
 
     @property
     def _key(self) -> bytes:
@@ -137,7 +134,7 @@ class Sender:
     @property
     def nbytes(self) -> int:
         """Bytes of entries being sent or kept."""
-        return self._kept_bytes + sum(map(len, tuple(self._unsent)))
+        return self._kept_bytes + sum(map(len, tuple(self._unsent))) + self._encoder.nbytes
 
     def run(self) -> None:
         """Runs the thread until stopped."""
@@ -173,8 +170,10 @@ class Sender:
         if not self._unsent:
             taken = self._outbox.take(_RUNS, _TOKENS, timeout=1.0)
             try:
-                for run in taken:
-                    self._encode(run.prompt, run.reply)
+                self._unsent.extend(self._encoder.encode(taken))
+                if taken and self._outbox.calibration:
+                    calibration, self._outbox.calibration = self._outbox.calibration, b""
+                    self._unsent.append(self._encoder.calibration(calibration))
             finally:
                 self._outbox.finish(len(taken))
         while self._returned:
@@ -182,16 +181,6 @@ class Sender:
             self._again += 1
         if self._unsent:
             self._send(client)
-
-    def _encode(self, prompt: TokenArray, reply: TokenArray) -> None:
-        for text in new_texts(self._mirror.segments, prompt, reply):
-            run = text[(text >= 0) & (text < self._vocabulary)]
-            step = self._most_tokens - _OVERLAP
-            for begin in range(0, max(len(run) - _OVERLAP, 1), step):
-                piece = run[begin : begin + self._most_tokens]
-                if len(piece) > 1:
-                    self._unsent.append(self._codec.encode(self._server, self.sequence, piece))
-                    self.sequence += 1
 
     def _send(self, client: Any) -> None:
         """Sends unsent entries, in pipelines; raises Redis' answer to the first one it refused."""
@@ -221,8 +210,10 @@ class Sender:
         if self._again:
             self._again -= 1
             self._counts.resent += 1
-        else:
+        elif holds_text(payload):
             self._counts.sent += 1
+        else:
+            self._counts.sent_learned += 1
         self._kept.append((now, payload))
         self._kept_bytes += len(payload)
         while self._kept[0][0] < now - self._keep_seconds or self._kept_bytes > _KEPT_BYTES:

@@ -19,6 +19,7 @@ import xxhash
 
 from retrieval_draft._files import cache_home, expanded, read_bounded, replace_file, sync_folder
 from retrieval_draft.errors import DatastoreError, InvalidInputError, RetrievalDraftError
+from retrieval_draft.index.adjacency import MATRIX
 from retrieval_draft.index.segments.index_folder import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -49,6 +50,9 @@ _STALE_UPLOAD_SECONDS = 86400
 """Age in seconds at which an unfinished snapshot is removed: uploads are visible in parts, and may take
 long."""
 
+MOST_LEARNED = 1 << 26
+"""Largest size of the file of the rows; all that are kept take a sixth of it."""
+
 _AHEAD_SECONDS = 3600
 """Seconds by which servers' clocks may differ; a snapshot from further ahead counts as older than all
 others."""
@@ -64,11 +68,13 @@ class Snapshot:
         info: Its summary.
         state: Its position in the log.
         segments: Mapped, oldest first.
+        learned: The file of the rows, unchecked; empty where there is none.
     """
 
     info: SnapshotInfo
     state: LogState
     segments: tuple[Segment, ...]
+    learned: bytes = b""
 
 
 class _UnreachableError(DatastoreError):
@@ -120,12 +126,13 @@ class SnapshotPlace:
         else:
             self._local = expanded(text) / fingerprint / tenant
 
-    def write(self, segments: Sequence[Segment], state: LogState) -> SnapshotInfo:
+    def write(self, segments: Sequence[Segment], state: LogState, learned: bytes = b"") -> SnapshotInfo:
         """Writes a snapshot; readers see all of it or nothing.
 
         Args:
             segments: Oldest first; there may be none.
             state: Their position in the log.
+            learned: The file of the rows; empty for none.
 
         Raises:
             DatastoreError: The disk is full, or the storage cannot be written; no files are left.
@@ -138,7 +145,7 @@ class SnapshotPlace:
             else:
                 self._local.mkdir(parents=True, exist_ok=True)
                 unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self._local))
-            info = self._fill(unfinished / name, segments, state)
+            info = self._fill(unfinished / name, segments, state, learned)
             if self._remote is not None:
                 self._upload(unfinished / name)
             else:
@@ -284,9 +291,13 @@ class SnapshotPlace:
         names = [name for name in names if _NAME.fullmatch(name)]
         return sorted(names, key=lambda name: (name < latest, name), reverse=True)
 
-    def _fill(self, folder: Path, segments: Sequence[Segment], state: LogState) -> SnapshotInfo:
+    def _fill(
+        self, folder: Path, segments: Sequence[Segment], state: LogState, learned: bytes
+    ) -> SnapshotInfo:
         index = IndexFolder.create(folder, self._fingerprint, self._vocabulary)
         index.publish([index.write(segment) for segment in segments])
+        if learned:
+            replace_file(folder / MATRIX, learned)
         file = StateFile(
             KIND,
             FORMAT_VERSION,
@@ -312,7 +323,12 @@ class SnapshotPlace:
         _check_manifest(content, folder / MANIFEST, file)
         index = IndexFolder.open(folder)
         index.check(self._fingerprint, self._vocabulary)
-        return Snapshot(describe(folder.name, file), file.state, index.segments())
+        path = folder / MATRIX
+        learned = b""
+        if path.exists():
+            with suppress(OSError, DatastoreError):  # without rows it is a snapshot like those of before
+                learned = _read(path, MOST_LEARNED)
+        return Snapshot(describe(folder.name, file), file.state, index.segments(), learned)
 
     def _upload(self, folder: Path) -> None:
         target = f"{self._root}/{folder.name}"
@@ -354,6 +370,8 @@ class SnapshotPlace:
                 )
             (folder / STATE).write_bytes(state)
             (folder / MANIFEST).write_bytes(content)
+            with suppress(FileNotFoundError, DatastoreError):  # as in `_open`
+                (folder / MATRIX).write_bytes(self._fetched(name, MATRIX, MOST_LEARNED))
             for entry in manifest.segments:
                 (folder / entry.name).mkdir()
                 for part, expected in entry.files.items():

@@ -75,6 +75,10 @@ class Snapshotter:
             return
         if found is not None:
             self._mirror.restore(found.segments, found.state)
+            try:
+                self._mirror.learned.restore(found.learned, found.segments)
+            except RetrievalDraftError as error:
+                self._fail("read in full", error)
 
     def write(self) -> SnapshotInfo:
         """Writes one now, and removes those that two newer ones replace.
@@ -86,8 +90,8 @@ class Snapshotter:
             raise DatastoreError(
                 "There is no location for snapshots.", "Name a folder or a URL: snapshots= or --snapshots."
             )
-        segments, state = self._mirror.snapshot(self._namespace)
-        info = self._location.write(segments, state)
+        segments, state, learned = self._mirror.snapshot(self._namespace)
+        info = self._location.write(segments, state, learned)
         self._counts.snapshots += 1
         self._wrote = time.monotonic()
         with suppress(DatastoreError):  # the next snapshot tries again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import threading
 import time
@@ -15,7 +16,9 @@ from weakref import WeakSet, finalize
 import numpy as np
 import xxhash
 
+from retrieval_draft._forks import lock_for_moments
 from retrieval_draft.errors import DatastoreError
+from retrieval_draft.index.observations import Observations
 from retrieval_draft.index.segments.segment_session import Segments
 from retrieval_draft.index.source import TokenArray
 from retrieval_draft.index.store.config import StoreConfig, check_share
@@ -24,6 +27,7 @@ from retrieval_draft.index.store.counts import StoreCounts
 from retrieval_draft.index.store.entry import ID_BYTES, EntryCodec
 from retrieval_draft.index.store.health import Health
 from retrieval_draft.index.store.keys import SHARDS, stream_key
+from retrieval_draft.index.store.learned import other_id
 from retrieval_draft.index.store.log_replica import LogReplica
 from retrieval_draft.index.store.outbox import Outbox
 from retrieval_draft.index.store.receiver import BLOCK, Receiver
@@ -37,6 +41,9 @@ __all__ = ["SharedStore"]
 
 KEY_VARIABLE = "RETRIEVAL_DRAFT_STORE_KEY"
 _CLOSE_SECONDS = 2.0
+
+CALIBRATION_SECONDS = 600.0
+"""Seconds between the calibrations that all servers together send."""
 
 
 class SharedStore:
@@ -57,6 +64,7 @@ class SharedStore:
         counts: Counters since the start.
         health: The state of the connection.
         mirror: The received texts.
+        learned: Rows and replies of other servers, for matrices.
 
     Raises:
         InvalidInputError: The URL or a setting cannot be used.
@@ -81,6 +89,10 @@ class SharedStore:
         self._codec = EntryCodec(self.namespace, config.key or environ.get(KEY_VARIABLE), config.max_tokens)
         self.counts = StoreCounts()
         self.mirror = LogReplica(vocabulary, self._codec, config, self.counts)
+        self.learned = self.mirror.learned
+        self._calibrated = -math.inf
+        self._observed: WeakSet[Observations] = WeakSet()
+        self._observing = lock_for_moments()
         self._lock = threading.Lock()
         self._asleep = False
         self._start()
@@ -90,6 +102,7 @@ class SharedStore:
         """Makes the state of one process: threads, connections, and the server's id."""
         config = self.config
         self.server = os.urandom(ID_BYTES)
+        self.learned.own = (self.server, other_id(self.server))
         self.health = Health(str(self._url))
         self._stopped = threading.Event()
         begun = threading.Event()
@@ -178,7 +191,41 @@ class SharedStore:
             self._wake()
         if chosen == "none" or self._stopped.is_set():
             return
-        self._outbox.put(prompt if chosen == "all" else np.empty(0, np.int32), reply)
+        with self._observing:
+            found = [each for each in self._observed if each.belong_to(prompt, reply)]
+        learned = found[0].shareable(chosen == "all") if found else ()
+        self._outbox.put(prompt if chosen == "all" else np.empty(0, np.int32), reply, learned)
+
+    def observe(self, prompt: TokenArray) -> Observations | None:
+        """Collects a request's predictions, which others learn if its text is shared as long as this lives.
+
+        Args:
+            prompt: int32, shape (n,).
+
+        Returns:
+            None where rows are not shared.
+        """
+        if not self.config.row_share or self._stopped.is_set():
+            return None
+        made = Observations(prompt)
+        with self._observing:
+            self._observed.add(made)
+        return made
+
+    def wants_calibration(self) -> bool:
+        """True once where this server is to send one, as no server has for ten minutes."""
+        now = time.monotonic()
+        if not self.config.row_share or self.config.share == "none" or self._stopped.is_set():
+            return False
+        if now - max(self.learned.calibrated, self._calibrated) < CALIBRATION_SECONDS:
+            return False
+        self._calibrated = now
+        return True
+
+    def share_calibration(self, content: bytes) -> None:
+        """Queues a calibration's file, which holds no tokens, to be sent with the next texts."""
+        if len(content) < self._codec.most_bytes // 2:
+            self._outbox.calibration = content
 
     def wait_ready(self, timeout: float = 5.0) -> bool:
         """Waits until the log has been read to its end once, or is known to be unreadable now.
@@ -233,6 +280,8 @@ class SharedStore:
             "state_changes": self.health.changes,
             "state_seconds": time.time() - self.health.since,
             "entries": self.mirror.entries,
+            "learned_entries": self.mirror.learned_entries,
+            "rows": self.learned.table.filled,
             "digest": f"{self.mirror.digest:016x}",
             "tokens": self.mirror.pile.num_tokens,
             "segments": len(self.segments),

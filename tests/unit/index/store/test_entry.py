@@ -47,7 +47,7 @@ def test_the_wire_format_stays() -> None:
 @pytest.mark.parametrize(
     ("index", "value", "expected"),
     [
-        (0, 2, "version"),
+        (0, 3, "version"),
         (0, "1", "malformed"),
         (1, "f:other", "namespace"),
         (2, b"short", "malformed"),

@@ -197,7 +197,7 @@ def test_many_runs_at_once_become_several_segments(monkeypatch) -> None:
 def test_a_restored_copy_goes_on_where_the_snapshot_stood() -> None:
     made, other = replica(), replica()
     made.take("0", [item(5, A, 0), item(6, A, 2)])
-    segments, state = made.snapshot("fingerprint:tenant")
+    segments, state, _ = made.snapshot("fingerprint:tenant")
     assert state.positions == {"0": "6-0"}
     other.restore(segments, state)
     assert (other.entries, other.digest, other.positions) == (2, made.digest, {"0": b"6-0"})
