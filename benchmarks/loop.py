@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 
 from retrieval_draft.config import SOURCES, DraftConfig
@@ -17,7 +18,10 @@ from retrieval_draft.engine.decode import Batch, Step
 from retrieval_draft.engine.logits import LogitReader
 from retrieval_draft.models.loading import load_model
 
-__all__ = ["PROMPTS", "measure_loop", "time_steps"]
+__all__ = ["PROMPTS", "SMALL", "measure_loop", "time_steps"]
+
+SMALL = "small"
+"""Name of a random model of one layer."""
 
 PROMPTS = (
     "Explain why the sky is blue, and why sunsets are red.",
@@ -31,23 +35,36 @@ def measure_loop(model: str, *, nodes: int | None = 16, tokens: int = 32) -> dic
     """Decodes a few prompts without a history, after one that warms up.
 
     Args:
-        model: Name or folder of a model.
+        model: Name or folder of a model; or `SMALL`, a model that leaves the caches to the loop, which shows
+            what a pass over weights that fill them costs the loop after it.
         nodes: Draft nodes of a step; None for as many as pay.
         tokens: Of each reply.
 
     Returns:
         As `time_steps`.
     """
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = (_small_model(), None) if model == SMALL else load_model(model)
     sources = tuple(name for name in SOURCES if name != "history")
     drafter = RetrievalDrafter.for_model(loaded, tokenizer, config=DraftConfig(nodes=nodes, sources=sources))
     drafter.warm_up()
     try:
-        return time_steps(
-            drafter, [tokenizer(text, return_tensors="pt").input_ids for text in PROMPTS], tokens
-        )
+        if tokenizer is None:
+            prompts = [torch.arange(24)[None].repeat(1, 2) + 100 * number for number in range(len(PROMPTS))]
+        else:
+            prompts = [tokenizer(text, return_tensors="pt").input_ids for text in PROMPTS]
+        return time_steps(drafter, prompts, tokens)
     finally:
         drafter.close()
+
+
+def _small_model() -> Any:
+    """A random model of one small layer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=2048
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 def time_steps(drafter: RetrievalDrafter, prompts: Sequence[Tensor], tokens: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from retrieval_draft.engine.prompt_inputs import NotVerifiable, pass_prompts
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.row import Row
 from retrieval_draft.engine.target import Target
-from retrieval_draft.engine.threads import in_live_pool
+from retrieval_draft.engine.threads import end_own_threads, in_live_pool
 from retrieval_draft.engine.verification import Verification
 from retrieval_draft.engine.wrapped_models import unwrap
 from retrieval_draft.errors import InvalidInputError, UnsupportedGenerationError, UnsupportedModelError
@@ -457,6 +457,7 @@ class RetrievalDrafter:
     def close(self) -> None:
         """Saves and sends texts that wait for history and store, and stops background threads."""
         self.draft_engine.close()
+        end_own_threads()
         if self.store is not None and self.context.stores.owns_shared:
             self.store.close()
 

@@ -66,7 +66,7 @@ def automaton(
 
 
 def loop(
-    model: Annotated[str, typer.Option(help="Name or folder of a model.")] = "gemma3-270m",
+    model: Annotated[str, typer.Option(help="Name or folder of a model, or small.")] = "gemma3-270m",
     nodes: Annotated[int, typer.Option(min=0, help="Draft nodes of a step; 0 for as many as pay.")] = 16,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each reply.")] = 32,
     out: Out = None,

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,7 +25,8 @@ _lock = threading.RLock()
 
 def is_free(module: nn.Module) -> bool:
     """True if no other code has replaced a module's ``forward``, as hooks that move weights do."""
-    return "forward" not in module.__dict__ or module in _users
+    forward = module.__dict__.get("forward")
+    return forward is None or module in _users or forward == _own_forward(module)
 
 
 def is_ordinary_call(input: Any) -> bool:
@@ -56,10 +58,32 @@ def lend_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> I
         with _lock:
             for module, forward in forwards:
                 if module not in _users:
-                    module.__dict__["forward"] = forward
+                    module.__dict__["forward"] = _LentForward(module, forward)
                 _users[module] = _users.get(module, 0) + 1
                 changed.append(module)
         yield
+
+
+class _LentForward:
+    """A lent function; a copy of its module, as of deepcopy or pickle, gets the module's own one instead.
+
+    It reads the weights of the module that it was made for.
+    """
+
+    __slots__ = ("_forward", "_module")
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self._module, self._forward = module, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Callable[[nn.Module], MethodType], tuple[nn.Module]]:
+        return _own_forward, (self._module,)
+
+
+def _own_forward(module: nn.Module) -> MethodType:
+    return MethodType(type(module).forward, module)
 
 
 @contextmanager

@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["in_live_pool", "number_of_threads", "on_threads"]
+from retrieval_draft._forks import lock_for_moments
+
+__all__ = ["end_own_threads", "in_live_pool", "number_of_threads", "on_threads"]
 
 Result = TypeVar("Result")
 
@@ -115,15 +117,27 @@ def _openmp(name: str) -> Any:
 
 
 def _run_on_own_threads(function: Callable[[Any], object], argument: Any, threads: int) -> None:
-    others = [_own_pool().submit(function, argument) for _ in range(threads - 1)]
+    global _own_pool
+    with _own_pool_lock:
+        if _own_pool is None:
+            _own_pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="retrieval-draft")
+        others = [_own_pool.submit(function, argument) for _ in range(threads - 1)]
     function(argument)
     for other in others:
         other.result()
 
 
-@cache
-def _own_pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(os.cpu_count() or 1, 1), thread_name_prefix="retrieval-draft")
+_own_pool: ThreadPoolExecutor | None = None
+_own_pool_lock = lock_for_moments()
+
+
+def end_own_threads() -> None:
+    """Ends the threads that stand for OpenMP's where torch has none; they come again when needed."""
+    global _own_pool
+    with _own_pool_lock:
+        pool, _own_pool = _own_pool, None
+    if pool is not None:
+        pool.shutdown()
 
 
 _has_pool = True
@@ -138,9 +152,9 @@ def _before_fork() -> None:
 
 
 def _after_fork() -> None:
-    global _stale_thread
+    global _own_pool, _stale_thread
     _stale_thread = threading.get_ident() if _has_pool else None
-    _own_pool.cache_clear()
+    _own_pool = None
 
 
 if hasattr(os, "register_at_fork"):

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from retrieval_draft import RetrievalDrafter
+from retrieval_draft.engine.substitution import is_free
 from retrieval_draft.errors import InvalidInputError
 from tests.support.drafters import prompt_ids
 from tests.support.models import make
@@ -34,6 +36,39 @@ def test_a_models_copy_has_a_drafter_of_its_own() -> None:
         assert not torch.equal(found, expected)
         assert each.generate.__self__ is not drafter
     assert torch.equal(model.generate(PROMPT, **OPTIONS), expected)
+
+
+def unpickled(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))  # noqa: S301
+
+
+@pytest.mark.parametrize("by", [copy.deepcopy, unpickled])
+def test_a_copy_made_during_a_generation_reads_its_own_weights(by: Callable[[Any], Any]) -> None:
+    """The forwards that a model is lent meanwhile read the weights that they were made for."""
+    model = make("llama", hidden_size=256, intermediate_size=512)
+    drafter = RetrievalDrafter.for_model(model)
+    copies: list[Any] = []
+
+    class Copying(BaseStreamer):  # type: ignore[misc]
+        def put(self, value: object) -> None:
+            if not copies and any("forward" in module.__dict__ for module in model.modules()):
+                copies.append(by(model))
+
+        def end(self) -> None:
+            pass
+
+    drafter.generate(PROMPT, streamer=Copying(), **OPTIONS)
+    (copied,) = copies
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(-0.5)
+    expected = type(model).generate(copied, PROMPT, **OPTIONS)
+    fresh = make("llama", hidden_size=256, intermediate_size=512)
+    fresh.load_state_dict(copied.state_dict())
+    assert torch.equal(expected, fresh.generate(PROMPT, **OPTIONS))
+    mended = RetrievalDrafter.for_model(copied)
+    assert torch.equal(mended.generate(PROMPT, **OPTIONS), expected)
+    assert all(is_free(module) for module in copied.modules())
 
 
 def test_a_copy_whose_drafter_cannot_be_made_says_so_each_time() -> None:

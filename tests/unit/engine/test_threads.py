@@ -10,7 +10,7 @@ import torch
 
 from retrieval_draft.engine import threads as threads_module
 from retrieval_draft.engine.cpu.linear_kernels import tiled
-from retrieval_draft.engine.threads import in_live_pool, number_of_threads, on_threads
+from retrieval_draft.engine.threads import end_own_threads, in_live_pool, number_of_threads, on_threads
 
 TASKS = Path("/proc/self/task")
 WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -124,6 +124,19 @@ def test_several_server_threads_at_once(two_threads: None) -> None:
 
 def test_work_runs_in_place_where_nothing_was_forked() -> None:
     assert in_live_pool(threading.get_ident) == threading.get_ident()
+
+
+def test_threads_that_stand_for_openmps_end_and_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads_module, "_openmp", lambda name: None)
+    function, address, calls = record()
+    argument = (ctypes.c_int64 * 1)(7)
+    for repeat in range(1, 3):
+        on_threads(address)(argument, 3)
+        assert len(calls) == 3 * repeat
+        assert any(each.name.startswith("retrieval-draft_") for each in threading.enumerate())
+        end_own_threads()
+        assert not any(each.name.startswith("retrieval-draft_") for each in threading.enumerate())
+    del function
 
 
 FORK = """
