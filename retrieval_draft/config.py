@@ -55,6 +55,8 @@ SOURCES = {
     for spec in (
         SourceSpec("automaton", "request", 0, "retrieval_draft.index.suffix_automaton:make_source"),
         SourceSpec("adjacency", "request", 1, "retrieval_draft.index.adjacency:make_source"),
+        SourceSpec("alignment", "request", 8, "retrieval_draft.index.alignment:make_source"),
+        SourceSpec("runners-up", "request", 9, "retrieval_draft.index.runners_up:make_source"),
         SourceSpec("siblings", "request", 7, "retrieval_draft.index.siblings:make_source"),
         SourceSpec("history", "history", 2, "retrieval_draft.index.history:make_source"),
         SourceSpec("shared", "shared", 5, "retrieval_draft.index.shared:make_source"),

@@ -49,6 +49,8 @@ class Trace:
         top_tokens: int32, shape (output, k), the target's best tokens at each output position, or None.
         top_probs: float32, shape (output, k), their probabilities, or None.
         noise: Noise that the output was drawn with, or None where it is greedy.
+        references: int32, shape (length,) each. Texts that the caller passed along.
+        turn: Number of the turn in its conversation.
     """
 
     task: str
@@ -57,10 +59,16 @@ class Trace:
     top_tokens: NDArray[np.int32] | None = None
     top_probs: NDArray[np.float32] | None = None
     noise: GumbelNoise | None = None
+    references: tuple[TokenArray, ...] = ()
+    turn: int = 0
 
 
 def read_traces(paths: Sequence[Path]) -> Iterator[Trace]:
     """Reads traces: JSON lines ``{"task", "prompt": [ids], "output": [ids]}``, gzipped or not.
+
+    Optional fields: ``"turn"``, the number of the turn in its conversation, whose prompt holds the turns before;
+    ``"references"``, texts that were passed along; ``"top"``, ids and probabilities of the target's best tokens;
+    ``"noise"``, ``{"seed", "sample", "vocabulary"}`` of an output that was sampled.
 
     Raises:
         InvalidInputError: A line is not such an object; the message names file and line.
@@ -92,6 +100,8 @@ def _trace(record: Any) -> Trace:
         top_tokens=None if top is None else np.array(top[0], np.int32),
         top_probs=None if top is None else np.array(top[1], np.float32),
         noise=_noise(record.get("noise")),
+        references=tuple(np.array(text, np.int32) for text in record.get("references") or ()),
+        turn=int(record.get("turn") or 0),
     )
 
 
@@ -183,7 +193,7 @@ class Replayer:
             self._hierarchy.close()
             self._hierarchy = SourceHierarchy(self._method.sources(self._parts))
         calibration = self.calibration.open(trace.noise)
-        drafts = self._hierarchy.open(trace.prompt)
+        drafts = self._hierarchy.open(trace.prompt, trace.references)
         text = np.concatenate((trace.prompt, trace.output))
         start = len(trace.prompt)
         drafts.observe(trace.output[:1])
@@ -306,7 +316,11 @@ def replay(
     if part not in PARTS:
         raise InvalidInputError(f"part is {part!r}.", f"Choose from: {', '.join(PARTS)}.")
     traces = list(islice(read_traces(paths), limit))[PARTS[part]]
-    ids = [int(ids.max(initial=0)) for trace in traces for ids in (trace.prompt, trace.output)]
+    ids = [
+        int(ids.max(initial=0))
+        for trace in traces
+        for ids in (trace.prompt, trace.output, *trace.references)
+    ]
     opened = tuple(Corpus.open(corpus) for corpus in corpora)
     vocabulary = (
         max([*ids, *(corpus.folder.manifest.vocabulary_size - 1 for corpus in opened)], default=0) + 1
@@ -321,9 +335,10 @@ def replay(
     )
     total = Counts()
     tasks: dict[str, Counts] = {}
+    turns: dict[int, Counts] = {}
     for trace in traces:
         counts = replayer.run(trace, oracle)
-        for sums in (total, tasks.setdefault(trace.task, Counts())):
+        for sums in (total, tasks.setdefault(trace.task, Counts()), turns.setdefault(trace.turn, Counts())):
             sums.tokens += counts.tokens
             sums.steps += counts.steps
     if total.steps == 0:
@@ -334,6 +349,7 @@ def replay(
     result = {
         "tokens_per_step": total.tokens_per_step,
         "by_task": {task: counts.tokens_per_step for task, counts in tasks.items()},
+        "by_turn": {turn: counts.tokens_per_step for turn, counts in sorted(turns.items())},
         "steps": total.steps,
         "tokens": total.tokens,
         "nodes_per_step": replayer.verified / total.steps,

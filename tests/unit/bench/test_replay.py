@@ -95,3 +95,29 @@ def test_the_last_step_is_learned_when_learning_is_late(tmp_path: Path) -> None:
     trace = write(tmp_path / "t.jsonl", record, record)
     found = [replay([trace], nodes=16, sources=["adjacency"], late=late) for late in (False, True)]
     assert found[0]["steps"] == found[1]["steps"]
+
+
+def test_references_are_drafted_from(tmp_path: Path) -> None:
+    passage = list(range(100, 120))
+    record = {"task": "quote", "prompt": [1, 2], "output": passage}
+    alone = replay([write(tmp_path / "a.jsonl", record)], nodes=30)
+    helped = replay([write(tmp_path / "b.jsonl", record | {"references": [[7, 8], passage]})], nodes=30)
+    assert helped["steps"] <= 2 < alone["steps"]
+
+
+def test_turns_of_a_conversation_are_counted_apart(tmp_path: Path) -> None:
+    reply = [5, 6, 7, 8, 9, 10, 11, 12]
+    first = {"task": "a", "prompt": [1], "output": reply}
+    second = {"task": "a", "turn": 1, "prompt": [1, *reply, 2], "output": reply}
+    found = replay([write(tmp_path / "t.jsonl", first, second)], nodes=16, history=False)
+    assert set(found["by_turn"]) == {0, 1}
+    assert found["by_turn"][0] < found["by_turn"][1]
+
+
+def test_a_sampled_trace_is_drafted_with_its_noise(tmp_path: Path) -> None:
+    record = {"task": "a", "prompt": [1, 2, 3, 1], "output": [2, 3, 1, 2, 3, 1, 2]}
+    noise = {"seed": 3, "sample": 0, "vocabulary": 16}
+    sampled = replay([write(tmp_path / "t.jsonl", record | {"noise": noise})], nodes=4)
+    assert sampled["tokens"] == 7
+    with pytest.raises(InvalidInputError, match="line 1"):
+        replay([write(tmp_path / "u.jsonl", record | {"references": [["x"]]})], nodes=4)

@@ -1,0 +1,127 @@
+"""Guesses of the next token among those that the target ranked high, but did not choose, a moment ago.
+
+The logits that chose a token also rank guesses of the one after it ("LogitSpec", 2025, arXiv:2507.01449); here
+the last positions do so together, the nearest with the most weight. On replies of SmolLM2 135M one token in six
+is among the seven runners-up of the position before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval_draft.config import DraftConfig
+from retrieval_draft.index.draft_stores import DraftStores
+from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArray, empty_proposal
+
+__all__ = ["RunnersUpSession", "RunnersUpSource", "make_source"]
+
+POSITIONS = 16
+KEPT = 8
+"""Positions whose predictions are kept, and predictions of each."""
+
+LAST, EARLIER, FADE = 0.6, 0.12, 0.93
+"""Weight of the last position, of the one before it, and the ratio of each earlier one to the next."""
+
+WEIGHTS: NDArray[np.float32] = np.array(
+    [LAST, *(EARLIER * FADE**back for back in range(1, POSITIONS))], np.float32
+)
+
+
+class RunnersUpSession:
+    """The last predictions of one request.
+
+    Args:
+        prompt: int32, shape (length,).
+
+    Example:
+        7 was chosen from [7, 4] with probabilities [.7, .2]: 4 is a guess of the token after it, .6 * .2
+    """
+
+    def __init__(self, prompt: TokenArray) -> None:
+        from retrieval_draft.index._kernels import runners_up
+
+        self._kernels: Any = runners_up
+        self._tail: NDArray[np.int32] = np.full(POSITIONS + CONTEXT, -1, np.int32)
+        self._tokens: NDArray[np.int32] = np.full((POSITIONS, KEPT), -1, np.int32)
+        self._probs: NDArray[np.float32] = np.zeros((POSITIONS, KEPT), np.float32)
+        self._found: NodeLogits | None = None
+        self.observe(prompt)
+
+    def propose(self, budget: int) -> Proposal:
+        """Children of the root, the best `budget` of them."""
+        if self._found is not None:  # the tokens that show which nodes were accepted have come by now
+            found, self._found = self._found, None
+            self._kernels.keep(
+                self._tail,
+                np.array(found.contexts, np.int32),
+                np.array(found.top_tokens, np.int32),
+                np.array(found.top_probs, np.float32),
+                self._tokens,
+                self._probs,
+            )
+        tokens, lengths = np.empty((2, POSITIONS * KEPT), np.int32)
+        probs = np.empty(POSITIONS * KEPT, np.float32)
+        size = self._kernels.propose(
+            self._tail, self._tokens, self._probs, WEIGHTS, tokens, probs, lengths
+        )
+        size = min(size, budget)
+        if size <= 0:
+            return empty_proposal(RunnersUpSource.name, RunnersUpSource.level)
+        return Proposal(
+            tokens[:size],
+            np.full(size, -1, np.int32),
+            probs[:size],
+            lengths[:size],
+            RunnersUpSource.name,
+            RunnersUpSource.level,
+        )
+
+    def observe(self, tokens: TokenArray) -> None:
+        """Appends accepted tokens, int32, shape (m,); the predictions move back."""
+        size = min(len(tokens), len(self._tail))
+        if not size:
+            return
+        self._tail[:-size] = self._tail[size:]
+        self._tail[len(self._tail) - size :] = tokens[len(tokens) - size :]
+        size = min(size, POSITIONS)
+        self._tokens[size:] = self._tokens[: POSITIONS - size]
+        self._probs[size:] = self._probs[: POSITIONS - size]
+        self._tokens[:size] = -1
+
+    def learn(self, logits: NodeLogits) -> None:
+        """Keeps predictions until the next step."""
+        self._found = logits if logits.top_tokens.shape[1] > 1 else None
+
+    def close(self) -> None:
+        """Does nothing: the predictions are freed with the session."""
+
+
+class RunnersUpSource:
+    """Drafts from the ranks of the target's own last predictions."""
+
+    name = "runners-up"
+    level = "request"
+
+    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> RunnersUpSession:
+        """Starts at the end of the prompt, int32, shape (length,); references have no predictions."""
+        return RunnersUpSession(prompt)
+
+    def flush(self) -> None:
+        """Does nothing: no state outlives a request."""
+
+    def close(self) -> None:
+        """Does nothing: there is no thread or file to close."""
+
+    @property
+    def nbytes(self) -> int:
+        """0: sessions hold everything."""
+        return 0
+
+
+def make_source(config: DraftConfig, stores: DraftStores) -> RunnersUpSource:
+    """A source that needs no datastore."""
+    return RunnersUpSource()
