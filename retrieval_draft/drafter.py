@@ -118,7 +118,9 @@ class RetrievalDrafter:
         self.kernels: CpuKernels
         self.lock: Any
         if beside is None:
-            self.kernels, self.lock = CpuKernels(target.model, context.config.cpu_kernels), threading.RLock()
+            # Captured passes hold what torch is told, which these kernels go around.
+            enabled = context.config.cpu_kernels and target.graphs is None
+            self.kernels, self.lock = CpuKernels(target.model, enabled), threading.RLock()
         else:
             self.kernels, self.lock = beside.kernels, beside.lock
         self._state = ModelState.of(target.model)
@@ -176,7 +178,7 @@ class RetrievalDrafter:
             )
         with outside_inference():
             check_modules(unwrap(model))
-            target = in_live_pool(lambda: find_target(model, strict))
+            target = in_live_pool(lambda: find_target(model, strict, config.graphs))
             if tokenizer is not None:
                 check_tokenizer(tokenizer, model, target.embedding_rows)
             stores = open_draft_stores(tokenizer, target.embedding_rows, config, corpora, phrases, store)
