@@ -90,6 +90,9 @@ class DraftConfig:
             for their measured cost.
         cpu_kernels: Whether the model's layers use faster kernels for few tokens on the
             CPU while the drafter decodes. Results differ in the last bits. No effect on other devices.
+        graphs: Whether passes over draft trees are captured once and replayed, for a request that is alone in
+            its pass: "auto" as CUDA graphs on CUDA, "off" never, "tape" as recorded operations on any device,
+            which saves nothing and is for tests.
         known_noise: Whether drafts for sampled text are ranked by the noise that it will be drawn with.
             Turned off in measurements only.
         history_bytes: Limit of the memory for texts of earlier requests; the oldest are evicted first.
@@ -108,6 +111,7 @@ class DraftConfig:
     adjacency_rows: int = 262144
     prefill_logits: bool | Literal["auto"] = "auto"
     cpu_kernels: bool = True
+    graphs: Literal["auto", "off", "tape"] = "auto"
     known_noise: bool = True
     history_bytes: int = 1 << 28
     history_folder: str | None = None
@@ -137,6 +141,8 @@ class DraftConfig:
         ):
             if not low <= value <= high:
                 raise InvalidInputError(f"{name} is {value}; it must lie in {low}..{high}.")
+        if self.graphs not in ("auto", "off", "tape"):
+            raise InvalidInputError(f"graphs is {self.graphs!r}; it must be 'auto', 'off' or 'tape'.")
         if self.prefill_logits not in (True, False, "auto"):
             raise InvalidInputError(
                 f"prefill_logits is {self.prefill_logits!r}; it must be True, False or 'auto'."

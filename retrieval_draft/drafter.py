@@ -124,7 +124,9 @@ class RetrievalDrafter:
         self.lock: Any
         self.prefix_cache: PrefixCache | None
         if beside is None:
-            self.kernels, self.lock = CpuKernels(target.model, context.config.cpu_kernels), threading.RLock()
+            # Captured passes hold what torch is told, which these kernels go around.
+            enabled = context.config.cpu_kernels and target.graphs is None
+            self.kernels, self.lock = CpuKernels(target.model, enabled), threading.RLock()
             limit = context.config.prefix_cache_bytes
             self.prefix_cache = PrefixCache(target, limit) if limit else None
         else:
@@ -186,7 +188,7 @@ class RetrievalDrafter:
             )
         with outside_inference():
             check_modules(unwrap(model))
-            target = in_live_pool(lambda: find_target(model, strict))
+            target = in_live_pool(lambda: find_target(model, strict, config.graphs))
             if tokenizer is not None:
                 check_tokenizer(tokenizer, model, target.embedding_rows)
             stores = open_draft_stores(tokenizer, target.embedding_rows, config, corpora, phrases, store)

@@ -11,7 +11,23 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.__main__ import main as run_benchmark
 from retrieval_draft.cli import main
 from retrieval_draft.engine.cpu import linear_choice
+from retrieval_draft.engine.graph import graph_passes
 from tests.support.commands import Command
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--graphs",
+        choices=("off", "tape"),
+        default="off",
+        help="verify trees by captured passes on the CPU too",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--graphs") == "tape":
+        graph_passes.AUTO["cpu"] = "tape"
+
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tiny models: threads cost more than they save.

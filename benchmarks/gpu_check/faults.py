@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -74,6 +73,6 @@ def _late_here(prepare: Any) -> Any:
         late[id(attention)] = ids.clone()
         same = min(ids.shape[1], stale.shape[1])
         seen[:, :same] = stale[:, :same]
-        return replace(inputs, input_ids=seen)
+        return TreeInputs(seen, inputs.position_ids, inputs.attention_mask, inputs.moved)
 
     return faulty

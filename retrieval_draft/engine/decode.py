@@ -65,11 +65,12 @@ class _RowOutput:
 
 @dataclass(frozen=True, slots=True)
 class _Verified:
-    """A pass over some rows, and its time."""
+    """A pass over some rows, and its time; `is_usual` unless a pass was captured meanwhile."""
 
     outputs: dict[Row, _RowOutput]
     nodes: int
     seconds: float
+    is_usual: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,7 @@ class Batch:
         self.rows: list[Row] = []
         self._target, self._reader, self._stats, self._budget = target, reader, stats, budget
         self._failed = failed
+        target.summarised_for(reader.k)
         self._costs: _StepCosts | None = None
         # The host is idle while a device runs a pass.
         self._learns_late = target.device.type == "cuda"
@@ -227,7 +229,7 @@ class Batch:
             forward_seconds=sum(each.seconds for each in verified),
             seconds=ended - started,
         )
-        if len(verified) == 1 and rows:
+        if len(verified) == 1 and rows and verified[0].is_usual:
             self._costs = _StepCosts(
                 rows=len(outputs),
                 nodes=verified[0].nodes,
@@ -309,6 +311,7 @@ class Batch:
     ) -> _Verified:
         """One pass over the trees of all rows, and its predictions."""
         repeated = sum(row.carried or 0 for row in rows)
+        captures = self._target.captures
         began = perf_counter()
         wants_hidden = any(row.drafting is not None and row.drafting.wants_hidden for row in rows)
         with self._target.watching_hidden(wants_hidden):
@@ -332,12 +335,13 @@ class Batch:
                     rows, plans, predictions, begins, begins[1:], strict=False
                 )
             }
-        return _Verified(outputs, repeated + begins[-1], ended - began)
+        is_usual = captures == self._target.captures
+        return _Verified(outputs, repeated + begins[-1], ended - began, is_usual)
 
     def _read(self, logits: Tensor, begins: Sequence[int], nodes: Sequence[int]) -> list[Predictions]:
         """Summaries of each row's part of the logits, in one copy; padded nodes left out."""
         if len(nodes) == 1:
-            return [self._reader.read(logits, nodes[0])]
+            return [self._reader.read(logits, nodes[0], self._target.summary_of(logits))]
         whole = self._reader.read(logits)
         return [
             Predictions(*(getattr(whole, name)[begin : begin + size] for name in Predictions.__slots__))

@@ -11,7 +11,7 @@ from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.drafting.predictions import Predictions
 from retrieval_draft.errors import NonFiniteLogitsError
 
-__all__ = ["LogitReader", "non_finite", "top_k"]
+__all__ = ["LogitReader", "non_finite", "summary", "top_k"]
 
 _kernels = LazyKernels("retrieval_draft.engine._kernels.top_k")
 
@@ -72,6 +72,26 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return best, index, values, indices
 
 
+def summary(logits: Tensor, k: int) -> Tensor:
+    """Argmax and alternatives of logits, in few launches.
+
+    Args:
+        logits: (n, vocabulary).
+        k: At most the vocabulary.
+
+    Returns:
+        int32, shape (n, 2 + 2k): argmax, whether a value is NaN, the k best ids, bits of their probabilities
+        as float32.
+    """
+    best, index = logits.max(-1)
+    columns = [index[:, None], best.isnan()[:, None]]
+    if k:
+        indices = logits.topk(k).indices
+        probs = logits.softmax(-1, dtype=torch.float32).gather(1, indices)
+        columns += [indices, probs.view(torch.int32)]
+    return torch.cat(columns, -1).int()
+
+
 def _read_in_place(logits: Tensor, k: int) -> Predictions:
     """`LogitReader.read` where the host can read the logits itself, in one call."""
     array: NDArray[np.float32] = logits.detach().numpy()
@@ -83,6 +103,16 @@ def _read_in_place(logits: Tensor, k: int) -> Predictions:
         array, array.view(np.int32), maxima, maxima.view(np.int32), next_tokens, finite, indices, probs
     )
     return Predictions(next_tokens, finite, indices, probs)
+
+
+def _unpacked(packed: NDArray[np.int32]) -> Predictions:
+    k = packed.shape[1] // 2 - 1
+    return Predictions(
+        next_tokens=packed[:, 0],
+        finite=packed[:, 1] == 0,
+        top_tokens=packed[:, 2 : 2 + k],
+        top_probs=packed[:, 2 + k :].view(np.float32),
+    )
 
 
 class LogitReader:
@@ -97,29 +127,28 @@ class LogitReader:
         self._scratch = torch.empty((1, 0), dtype=torch.float32, device="cpu")
         self._host = torch.empty(0, dtype=torch.int32, device="cpu")
 
-    def read(self, logits: Tensor, nodes: int | None = None) -> Predictions:
+    def read(self, logits: Tensor, nodes: int | None = None, summarised: Tensor | None = None) -> Predictions:
         """Summarises `logits` with one device-to-host copy.
 
         Args:
             logits: (n, vocabulary), any floating dtype. Not changed.
             nodes: Rows that count; the rest is padding. All by default.
+            summarised: Their `summary`, if it has been made.
         """
         if nodes is not None:
             logits = logits[:nodes]
         k = min(self.k, logits.shape[-1])
+        if summarised is not None:
+            return _unpacked(self._down(summarised[: len(logits)]).numpy())
         if logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous():
             return _read_in_place(logits, k)
-        packed = self._down(self.pack(logits)).numpy()
-        return Predictions(
-            next_tokens=packed[:, 0],
-            finite=packed[:, 1] == 0,
-            top_tokens=packed[:, 2 : 2 + k],
-            top_probs=packed[:, 2 + k :].view(np.float32),
-        )
+        return _unpacked(self._down(self.pack(logits)).numpy())
 
     def pack(self, logits: Tensor) -> Tensor:
         """Argmax, NaN flag, top ids and top probabilities by row: int32, shape (n, 2 + 2k), on the device."""
         k = min(self.k, logits.shape[-1])
+        if logits.device.type != "cpu":
+            return summary(logits, k)
         best, index, values, indices = top_k(logits, k)
         columns = [index[:, None].int(), best.isnan()[:, None].int()]
         if k:
@@ -130,8 +159,6 @@ class LogitReader:
 
     def _exp_sum(self, logits: Tensor, best: Tensor) -> Tensor:
         """Sum over each row of exp(logit - best): float32, shape (n,)."""
-        if logits.device.type != "cpu":
-            return (logits.float() - best[:, None].float()).exp_().sum(-1)
         from retrieval_draft.engine._kernels.softmax import exp_sums
 
         total = torch.empty(len(logits), dtype=torch.float32, device="cpu")

@@ -59,20 +59,22 @@ _WORDS = 8
 """Different tokens of a probed text: few, so that a model that keeps the best keys finds equal ones in it."""
 
 
-def find_target(model: Any, strict: bool = False) -> Target:
+def find_target(model: Any, strict: bool = False, graphs: str = "auto") -> Target:
     """The model as it can be decoded with: by trees, else by chains, else by its own ``generate`` alone.
 
     Args:
         model: Any model of transformers that generates text.
         strict: Whether a model that can only be decoded plainly is refused.
+        graphs: As `DraftConfig.graphs`.
 
     Raises:
         UnsupportedModelError: It generates no text, or `strict` forbids it.
     """
     check_generates(unwrap(model))
     try:
-        target = Target(model)
+        target = Target(model, "off")
         probe(target)
+        target.use_graphs(graphs)
         return target
     except UnsupportedModelError as error:
         no_tree = error

@@ -24,6 +24,9 @@ from retrieval_draft.engine.cache.kv_cache import SpeculativeCache, layer_window
 from retrieval_draft.engine.cache.packed_cache import PackedCache
 from retrieval_draft.engine.compat import cache_parameter
 from retrieval_draft.engine.cpu.attention import WIDE_ATTENTION
+from retrieval_draft.engine.graph.attention import graph_attention
+from retrieval_draft.engine.graph.graph_passes import NODES, GraphPasses, graph_kind
+from retrieval_draft.engine.logits import summary
 from retrieval_draft.engine.placeholders import placeholder_ids, takes_media
 from retrieval_draft.engine.rope_switch import RopeSwitch, rope_switch
 from retrieval_draft.engine.thread_choice import ThreadChoice
@@ -62,6 +65,7 @@ class Target:
     Args:
         model: Any causal language model of transformers that takes a 4-D mask and positions. Wrappers of
             torch.compile or PEFT are removed.
+        graphs: As `DraftConfig.graphs`.
 
     Raises:
         UnsupportedModelError: The model cannot verify trees.
@@ -75,6 +79,7 @@ class Target:
         blank: Ids that are neither drafted nor drafted after. Their embedding is zero, so that all keys are
             equally good for them, and which of these the model keeps depends on the number of tokens passed,
             later ones included.
+        graphs: Captured passes; None where all are eager.
     """
 
     verification = Verification("tree", "the model takes masks and positions of a tree")
@@ -83,7 +88,9 @@ class Target:
     passes_parts = True
     blank: frozenset[int] = frozenset()
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    graphs: GraphPasses | None = None
+
+    def __init__(self, model: PreTrainedModel, graphs: str = "auto") -> None:
         model = unwrap(model)
         check_generates(model)
         self.model = model
@@ -103,7 +110,9 @@ class Target:
         self._keeps_logits = "logits_to_keep" in parameters
         self._takes_mask = "attention_mask" in parameters
         self._takes_positions = "position_ids" in parameters
+        self._watches_hidden = False
         self._set_up()
+        self.use_graphs(graphs)
 
     def _set_up(self) -> None:
         """Prepares for trees, or refuses the model."""
@@ -114,6 +123,28 @@ class Target:
         self.attention: Attention = self.attention_of_row()
         self._kinds = [kind for kind, _ in layers]
         self._rows_by: Callable[..., Tensor | None] | None = None
+
+    def use_graphs(self, setting: str) -> None:
+        """Has trees verified by captured passes from now on, or not; see `DraftConfig.graphs`."""
+        kind = graph_kind(setting, self.device)
+        if kind is None or self.rope is not None or self.verification.way != "tree":
+            return  # rotary factors that depend on a text's length are chosen on the host
+
+        def agrees(logits: Tensor, others: Tensor) -> bool:
+            return disagreement(logits, others) <= tolerance(self.model.dtype)
+
+        self.graphs = GraphPasses(
+            self.model,
+            self.device,
+            self.windows,
+            kind,
+            self._verify_eagerly,
+            self._call_fixed,
+            agrees,
+            self.vocabulary,
+            self.max_positions,
+        )
+        self.attention = self.attention_of_row()
 
     @cached_property
     def takes_media(self) -> bool:
@@ -147,15 +178,36 @@ class Target:
             self.hidden = args[0][0]
 
         handle = head.register_forward_pre_hook(keep)
+        self._watches_hidden = True
         try:
             yield
         finally:
             handle.remove()
-            self.hidden = None
+            self._watches_hidden, self.hidden = False, None
 
     def cache(self, capacity: int, keeps_all: bool = False) -> Any:
         """An empty cache with room for `capacity` tokens: a `SpeculativeCache`, or a `ChainCache`."""
         return SpeculativeCache(self.model.config, capacity, keeps_all)
+
+    @property
+    def captures(self) -> int:
+        """Passes captured so far."""
+        return 0 if self.graphs is None else self.graphs.captures
+
+    def summarised_for(self, k: int) -> None:
+        """Has captured passes summarise their logits for a `LogitReader` of `k` alternatives."""
+        if self.graphs is not None:
+            k = min(k, self.vocabulary)
+            self.graphs.summarised(2 + 2 * k, partial(summary, k=k))
+
+    def summary_of(self, logits: Tensor) -> Tensor | None:
+        """The summary of a captured pass's logits, made with them; None for others."""
+        return None if self.graphs is None else self.graphs.summary_of(logits)
+
+    def release(self, cache: Any) -> None:
+        """Gives a cache memory of its own, before a caller keeps it."""
+        if self.graphs is not None:
+            self.graphs.release(cache)
 
     def prefill(self, cache: Any, prompt: Tensor, rows: int, chunk: int | None = None) -> Iterator[Tensor]:
         """Appends `prompt` to the cache.
@@ -188,6 +240,8 @@ class Target:
         """
         length, offset = len(prompt), cache.get_seq_length()
         whole = offset + length + further
+        if self.graphs is not None:
+            self.graphs.recheck()
         if self.passes_whole and (chunk() if callable(chunk) else chunk) is None:
             yield self._forward(cache, prompt[None], offset, rows, whole)
             return
@@ -241,7 +295,9 @@ class Target:
         cache.made_for(whole)
         return logits
 
-    def _call(self, cache: Any, ids: Tensor, positions: Tensor, mask: Any, keep: int) -> Tensor:
+    def _call(
+        self, cache: Any, ids: Tensor, positions: Tensor, mask: Any, keep: int, timed: bool = True
+    ) -> Tensor:
         options = {self._cache_parameter: cache}
         if self._keeps_logits:
             options["logits_to_keep"] = keep
@@ -256,7 +312,8 @@ class Target:
                 return_dict=True,
                 **options,
             )
-            out = forward() if self.threads is None else self.threads.run(ids.shape[1], forward)
+            is_timed = timed and self.threads is not None
+            out = self.threads.run(ids.shape[1], forward) if self.threads and is_timed else forward()
         logits: Tensor = out.logits[0]
         return logits if self._keeps_logits else logits[-keep:]
 
@@ -264,8 +321,37 @@ class Target:
         """One pass over a tree, whose nodes stay staged in the cache.
 
         Returns:
-            (n, vocabulary), float, logits after each node, padded nodes included.
+            (n, vocabulary), float, logits after each node, padded nodes included; they hold until the next
+            pass.
         """
+        logits = None if self.graphs is None else self.graphs.verify(cache, inputs)
+        if logits is None:
+            return self._verify_eagerly(cache, inputs)
+        if self._watches_hidden and self.graphs is not None:
+            hidden = self.graphs.hidden
+            self.hidden = None if hidden is None else hidden.clone()
+        return logits
+
+    def _call_fixed(
+        self, cache: Any, ids: Tensor, positions: Tensor, mask: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """A pass to be captured: its logits, and the inputs of the output head."""
+        head: Any = self.model.get_output_embeddings()
+        seen: list[Tensor] = []
+
+        def keep(module: Any, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0][0])
+
+        handle = None if head is None else head.register_forward_pre_hook(keep)
+        try:
+            with graph_attention(self.model):
+                logits = self._call(cache, ids, positions, mask, ids.shape[1], timed=False)
+        finally:
+            if handle is not None:
+                handle.remove()
+        return logits, seen[-1] if seen else None
+
+    def _verify_eagerly(self, cache: Any, inputs: TreeInputs) -> Tensor:
         cache.stage(True)
         try:
             return self._call(
@@ -347,11 +433,12 @@ class Target:
         return self._call(joined, ids, positions, joined.joined_mask(), ids.shape[1])
 
     def _one_by_one(self, caches: Sequence[SpeculativeCache], inputs: Sequence[TreeInputs]) -> Tensor:
-        return torch.cat([self.verify(*row) for row in zip(caches, inputs, strict=True)])
+        return torch.cat([self._verify_eagerly(*row) for row in zip(caches, inputs, strict=True)])
 
     def attention_of_row(self) -> Attention:
         """Masks for one more request beside others; `attention` serves one that is alone."""
-        return TreeAttention(self.windows, self.model.dtype, self.device)
+        sizes = NODES if self.graphs is not None else ()
+        return TreeAttention(self.windows, self.model.dtype, self.device, sizes)
 
     def verify_tree(
         self, cache: Any, tree: DraftTree, length: int, moved: NDArray[np.int64] | None = None

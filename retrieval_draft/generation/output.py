@@ -55,6 +55,8 @@ def make_output(rows: Sequence[Row], input_ids: Tensor, config: GenerationConfig
     logits = [sampler.logits for sampler in samplers if sampler is not None and sampler.logits is not None]
     logprobs = [sampler.logprobs for sampler in samplers if sampler is not None and sampler.logprobs]
     prompts = [row.prompt_logits for row in rows if row.prompt_logits is not None]
+    for row in rows:
+        row.target.release(row.cache)
     caches = [row.cache for row in rows]
     kind: Any = GenerateOutput if prompts or logprobs else GenerateDecoderOnlyOutput
     fields: dict[str, Any] = {

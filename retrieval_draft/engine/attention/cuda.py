@@ -21,7 +21,13 @@ from transformers.masking_utils import sdpa_mask
 
 from retrieval_draft.engine.substitution import is_ordinary_call, lend_attention
 
-__all__ = ["CUDA_ATTENTION", "attend_grouped", "attend_unmasked", "cuda_attention"]
+__all__ = [
+    "CUDA_ATTENTION",
+    "attend_grouped",
+    "attend_unmasked",
+    "can_attend_grouped",
+    "cuda_attention",
+]
 
 CUDA_ATTENTION = "retrieval_draft_cuda"
 """The name of this attention in transformers' registry."""
@@ -126,6 +132,11 @@ def _attend(
     else:
         out = attend_grouped(query, key, value, attention_mask, scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def can_attend_grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
+    """True if `attend_grouped` takes these: half precision, on CUDA, one row, sizes that fit its kernel."""
+    return _is_ours(query, key, value, mask, False, {})
 
 
 def _is_ours(

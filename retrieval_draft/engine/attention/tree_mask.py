@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.drafting.tree import DraftTree
 
-__all__ = ["Mask", "TreeAttention", "TreeInputs", "padded_size"]
+__all__ = ["Mask", "TreeAttention", "TreeInputs", "packed_words", "padded_size"]
 
 Mask = Tensor | dict[str, Tensor | None] | None
 """A mask: None where every given key is visible; else additive, or one such mask for each layer type."""
@@ -31,22 +31,45 @@ def padded_size(nodes: int) -> int:
     return next((size for size in _SIZES if size >= nodes), -(-nodes // 32) * 32)
 
 
-@dataclass(frozen=True, slots=True)
+def packed_words(nodes: int) -> int:
+    """Length of `TreeInputs.packed` for a padded tree: tokens, positions, depths, length, who sees whom."""
+    return 3 * nodes + 1 + (0 if nodes == 1 else -(-nodes * nodes // 8))
+
+
 class TreeInputs:
     """Arguments of one forward pass. They hold until the next `TreeAttention.prepare`.
 
-    Attributes:
+    Args:
         input_ids: int64, shape (1, n).
         position_ids: int64, shape (1, n).
-        attention_mask: None where every given key is visible; else additive, shape
-            (1, 1, n, keys), or one such mask (or None) for each layer type.
+        attention_mask: As the attribute, or a function that makes it once it is asked for.
         moved: int64. The path indices given to `prepare`, on the device; None if there were none.
+        packed: int64, shape (`packed_words(n)`,). What the rest is made of, on the device; None on the host.
     """
 
-    input_ids: Tensor
-    position_ids: Tensor
-    attention_mask: Mask
-    moved: Tensor | None
+    __slots__ = ("_mask", "input_ids", "moved", "packed", "position_ids")
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Mask | Callable[[], Mask],
+        moved: Tensor | None,
+        packed: Tensor | None = None,
+    ) -> None:
+        self.input_ids, self.position_ids, self.moved = input_ids, position_ids, moved
+        self._mask = attention_mask
+        self.packed = packed
+
+    @property
+    def attention_mask(self) -> Mask:
+        """None where every given key is visible; else additive, (1, 1, n, keys), or one for each layer type.
+
+        A mask for a layer type may be None too.
+        """
+        if callable(self._mask):
+            self._mask = self._mask()
+        return self._mask
 
 
 class _Mask:
@@ -143,8 +166,9 @@ class _HostMask(_Mask):
 class TreeAttention:
     """Turns draft trees into arguments of the model's forward pass.
 
-    On CUDA everything is copied to the device at once, from pinned memory, and trees are padded to a few
-    sizes: padded nodes have the root's position, are seen by no other node and never accepted. On a CPU
+    On CUDA everything is copied to the device at once, from pinned memory, masks are made where a pass asks
+    for them, and trees are padded to a few sizes: padded nodes have the root's position, are seen by no other
+    node and never accepted. On a CPU
     kernels write what the model reads, and torch has next to nothing to do.
 
     Args:
@@ -152,12 +176,21 @@ class TreeAttention:
             dictionary.
         dtype: Of the masks; the model's.
         device: Device of the model's inputs.
+        sizes: Sizes of trees, ascending, in place of `padded_size` as far as they go. With them a CPU does
+            all as a device does.
     """
 
-    def __init__(self, windows: dict[str, int | None], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        windows: dict[str, int | None],
+        dtype: torch.dtype,
+        device: torch.device,
+        sizes: Sequence[int] = (),
+    ) -> None:
         self.device = device
-        self.pads = device.type == "cuda"
-        self._is_here = device.type == "cpu"
+        self.pads = device.type == "cuda" or bool(sizes)
+        self._sizes = sizes
+        self._is_here = device.type == "cpu" and not sizes
         mask: Any = _HostMask if self._is_here else _Mask
         self._masks = {kind: mask(window, dtype, device) for kind, window in windows.items()}
         self._host = torch.empty(0, dtype=torch.int64, device="cpu")
@@ -167,7 +200,9 @@ class TreeAttention:
 
     def size(self, nodes: int) -> int:
         """Nodes that a tree of `nodes` has when it is forwarded, the root included."""
-        return padded_size(nodes) if self.pads else nodes
+        if not self.pads:
+            return nodes
+        return next((size for size in self._sizes if size >= nodes), padded_size(nodes))
 
     def prepare(
         self, tree: DraftTree, length: int, moved: NDArray[np.int64] | None = None, shift: int = 0
@@ -186,18 +221,18 @@ class TreeAttention:
             # A pass whose result was never read, as a probe's, may still wait for its copy.
             self._sent.synchronize()
         extra = 0 if moved is None else len(moved)
-        after = 3 * nodes + extra
-        words = after + (0 if nodes == 1 else -(-nodes * nodes // 8))
-        self._reserve(words)
-        hidden = self._bytes[8 * after :]
+        after = packed_words(nodes)
+        self._reserve(after + extra)
+        hidden = self._bytes[8 * (3 * nodes + 1) :]
         max_depth = kernels.pack_tree(
             tree.tokens, tree.parents, tree.depths, length + shift, nodes, self._words, hidden
         )
         if self._is_here:
             return self._inputs_here(hidden, nodes, moved, length)
+        self._words[3 * nodes] = length
         if moved is not None:
-            self._words[3 * nodes : after] = moved
-        return self.unpack(self._send(words), nodes, extra, max_depth, length)
+            self._words[after : after + extra] = moved
+        return self.unpack(self._send(after + extra), nodes, extra, max_depth, length)
 
     def _inputs_here(
         self, hidden: NDArray[np.bool_], nodes: int, moved: NDArray[np.int64] | None, length: int
@@ -213,23 +248,28 @@ class TreeAttention:
         return TreeInputs(ids, positions, _alone(masks), None if moved is None else torch.from_numpy(moved))
 
     def unpack(self, up: Tensor, nodes: int, extra: int, max_depth: int, length: int) -> TreeInputs:
-        """The device's half of `prepare`: views of `up`, and the tree written into the masks.
+        """The device's half of `prepare`: views of `up`, and masks once they are asked for.
 
         Args:
-            up: int64, shape (words,). Tokens, positions, depths, path indices and mask bytes, on the device.
+            up: int64, shape (words,). `packed_words`, then path indices, on the device.
             nodes: Nodes of the padded tree.
             extra: Number of path indices.
             max_depth: Largest depth of a node.
             length: Committed tokens.
         """
         ids, positions, depths = up[: 3 * nodes].view(3, 1, nodes)
-        masks: dict[str, Tensor | None] = dict.fromkeys(self._masks)
-        if nodes > 1:
-            hidden = up[3 * nodes + extra :].view(torch.bool)[: nodes * nodes].view(nodes, nodes)
-            for kind, mask in self._masks.items():
-                masks[kind] = mask.write(hidden, depths[0], max_depth, length)
-        moved = up[3 * nodes : 3 * nodes + extra] if extra else None
-        return TreeInputs(ids, positions, _alone(masks), moved)
+        packed = up[: packed_words(nodes)]
+
+        def masks() -> Mask:
+            made: dict[str, Tensor | None] = dict.fromkeys(self._masks)
+            if nodes > 1:
+                hidden = packed[3 * nodes + 1 :].view(torch.bool)[: nodes * nodes].view(nodes, nodes)
+                for kind, mask in self._masks.items():
+                    made[kind] = mask.write(hidden, depths[0], max_depth, length)
+            return _alone(made)
+
+        moved = up[len(packed) :][:extra] if extra else None
+        return TreeInputs(ids, positions, masks, moved, packed)
 
     def _reserve(self, words: int) -> None:
         if words > len(self._host):
@@ -245,9 +285,10 @@ class TreeAttention:
         """One copy to the device."""
         up = self._up[:words]
         up.copy_(self._host[:words], non_blocking=True)
-        if self._sent is None:
-            self._sent = torch.cuda.Event()
-        self._sent.record(torch.cuda.current_stream(self.device))
+        if self.device.type == "cuda":
+            if self._sent is None:
+                self._sent = torch.cuda.Event()
+            self._sent.record(torch.cuda.current_stream(self.device))
         return up
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -101,7 +101,7 @@ class SpeculativeLayer(CacheLayerMixin):
             for buffer in self._buffers:
                 *blocks, capacity, dim = buffer.shape
                 size = dim * buffer.element_size()
-                if buffer.device.type == "cpu" and size % 4 == 0:
+                if buffer.device.type == "cpu" and size % 4 == 0 and buffer.is_contiguous():
                     self._host_memory.append((buffer.data_ptr(), math.prod(blocks), capacity, size // 4))
         start = self.length - self.start
         return [(*memory, start) for memory in self._host_memory]
@@ -263,6 +263,50 @@ class SpeculativeLayer(CacheLayerMixin):
             torch.cat(parts, -2, out=buffer.narrow(-2, 0, tokens))
         self.length += tokens
 
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """(parts, batch, heads, slots, dim) each: keys and values together, or each alone."""
+        return self._buffers
+
+    @property
+    def keeps_all(self) -> bool:
+        """True if keys that have left the window stay, or none ever does."""
+        return self._keeps
+
+    def move(self, buffers: Sequence[Tensor], keeps_all: bool) -> None:
+        """Moves text and staged nodes to other memory, in the same order.
+
+        Args:
+            buffers: As `buffers`, with as many slots or more. They may overlap the present ones.
+            keeps_all: As of the layer, from now on.
+        """
+        used = self.length - self.start + self.staged
+        for old, new in zip(self._buffers, buffers, strict=True):
+            if old.data_ptr() != new.data_ptr():
+                same = old.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
+                held = old.narrow(-2, 0, used)
+                new.narrow(-2, 0, used).copy_(held.clone() if same else held)
+        self._buffers, self._host_memory = tuple(buffers), None
+        self._keeps = self.window is None or keeps_all
+
+    def leave(self, keeps_all: bool) -> None:
+        """Moves to memory of its own.
+
+        Args:
+            keeps_all: As of the layer, from now on. Without, keys that left the window long ago are
+                forgotten.
+        """
+        self._keeps = self.window is None or keeps_all
+        first = self.start
+        if not self._keeps:
+            first = max(first, self.first_visible - self.slack(0))
+        used = self.length - first + self.staged
+        self._buffers = tuple(
+            buffer.narrow(-2, first - self.start, used).clone(memory_format=torch.contiguous_format)
+            for buffer in self._buffers
+        )
+        self.start, self._host_memory = first, None
+
     def reset(self) -> None:
         """Forgets the text and keeps the buffers."""
         self.length = self.start = self.staged = 0
@@ -372,6 +416,8 @@ class SpeculativeCache(Cache):
             positions than tokens, or as more.
         fixed: Leading tokens whose keys are not those of their ids alone, as of images: they cannot be made
             again from `text`.
+        mover: Moves a path in all layers at once, where their memory allows it: takes path indices on the
+            device and leading nodes in place, and returns whether it did.
 
     Raises:
         UnsupportedModelError: A layer keeps state that a rejected draft token would spoil.
@@ -388,6 +434,7 @@ class SpeculativeCache(Cache):
             ]
         )
         self._attention = [layer for layer in self.layers if isinstance(layer, SpeculativeLayer)]
+        self.mover: Callable[[Tensor, int], bool] | None = None
         self._staging = False
         self._longest = 0
         self.shift = self.fixed = 0
@@ -416,6 +463,8 @@ class SpeculativeCache(Cache):
     def commit(self, moved: Tensor | None, kept: int, count: int) -> None:
         """Keeps one path of the staged nodes in every layer; for arguments see `SpeculativeLayer.commit`."""
         staged = [layer for layer in self._attention if layer.staged]
+        if moved is not None and self.mover is not None and self.mover(moved, kept):
+            moved = None
         if moved is not None and moved.device.type == "cpu":
             rows = [row for layer in staged for row in layer.host_memory]
             if len(rows) == sum(len(layer._buffers) for layer in staged):
@@ -426,6 +475,11 @@ class SpeculativeCache(Cache):
             if moved is not None and layer.device not in here:
                 here[layer.device] = moved.to(layer.device, non_blocking=True)
             layer.commit(here.get(layer.device), kept, count)
+
+    @property
+    def attention_layers(self) -> Sequence[SpeculativeLayer]:
+        """Layers with keys of their own, in order."""
+        return self._attention
 
     def carries(self, accepted: int) -> None:
         """Accepted tokens that the next pass repeats: none ever, since a path can be moved into place."""
@@ -441,6 +495,7 @@ class SpeculativeCache(Cache):
             ],
         )
         copy._attention = [layer for layer in copy.layers if isinstance(layer, SpeculativeLayer)]
+        copy.mover = None
         copy._staging = False
         copy._longest = self._longest
         copy.shift, copy.fixed = self.shift, self.fixed

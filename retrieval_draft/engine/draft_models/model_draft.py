@@ -98,7 +98,7 @@ class ModelDraft:
         cpu_kernels: bool = True,
     ) -> None:
         self.limits = limits or ExpansionLimits()
-        self.target = Target(model)
+        self.target = Target(model, "off")  # its sessions take turns within a step
         self._kernels = CpuKernels(model, cpu_kernels)
         self._allowed: Tensor | None = None
         if self.target.embedding_rows > vocabulary:

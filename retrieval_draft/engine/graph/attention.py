@@ -1,0 +1,150 @@
+"""Attention of passes of fixed shape: under a mask, with the heads that share keys as a batch."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout as drop
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from retrieval_draft.engine.attention.cuda import CUDA_ATTENTION, attend_grouped, can_attend_grouped
+from retrieval_draft.engine.cpu.attention import WIDE_ATTENTION
+from retrieval_draft.engine.substitution import lend_attention
+
+__all__ = ["GRAPH_ATTENTION", "GRAPH_ATTENTION_EAGER", "attend_in_full", "graph_attention"]
+
+GRAPH_ATTENTION = "retrieval_draft_graph"
+"""The name in transformers' registry of the attention in place of "sdpa"."""
+
+GRAPH_ATTENTION_EAGER = "retrieval_draft_graph_eager"
+"""The name of the attention in place of "eager", which minds soft caps and sinks."""
+
+
+def attend_in_full(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention with all scores in memory.
+
+    Args:
+        query: (1, heads, n, dim).
+        key: (1, key heads, keys, dim).
+        value: (1, key heads, keys, dim of values).
+        mask: Additive, or bool, true for visible keys: (1, 1, n, keys). None where all are visible.
+        scale: Of the products.
+        softcap: Limit of the scores, which near it smoothly.
+        sinks: (heads,). Scores of a key without a value, which takes its share of each query.
+
+    Returns:
+        (1, heads, n, dim of values).
+    """
+    heads, nodes = query.shape[1:3]
+    shared = key.shape[1]
+    grouped = query.reshape(shared, heads // shared * nodes, query.shape[-1])
+    scores = (grouped @ key[0].transpose(-1, -2)).view(shared, heads // shared, nodes, -1) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        column = sinks.view(shared, -1, 1, 1).expand(-1, -1, nodes, -1).to(scores.dtype)
+        scores = torch.cat([scores, column], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    out = weights.reshape(shared, heads // shared * nodes, -1) @ value[0]
+    return out.view(1, heads, nodes, value.shape[-1])
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """In place of "sdpa"; what is not a pass of ours, as in another thread, goes there."""
+    ours = attention_mask is not None and query.shape[0] == 1 and attention_mask.shape[1] == 1
+    if not ours or dropout or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    assert attention_mask is not None
+    if can_attend_grouped(query, key, value, attention_mask):
+        out = attend_grouped(query, key, value, attention_mask, scaling)
+    else:
+        heads, nodes, size = query.shape[1:]
+        shared = key.shape[1]
+        groups = heads // shared
+        out = scaled_dot_product_attention(
+            query.view(shared, groups, nodes, size).transpose(0, 1),
+            key.expand(groups, -1, -1, -1),
+            value.expand(groups, -1, -1, -1),
+            attn_mask=attention_mask,
+            scale=scaling,
+        )
+        out = out.transpose(0, 1).reshape(1, heads, nodes, value.shape[-1])
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _attend_eager(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """In place of "eager". Rows of a batch, as in another thread, are attended to one by one."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = torch.cat(
+        [
+            attend_in_full(
+                query[row : row + 1],
+                key[row : row + 1],
+                value[row : row + 1],
+                None if attention_mask is None else attention_mask[row % len(attention_mask)][None],
+                scale,
+                softcap,
+                s_aux,
+            )
+            for row in range(query.shape[0])
+        ]
+    )
+    return drop(out, dropout, module.training and dropout > 0).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(GRAPH_ATTENTION, _attend)
+AttentionMaskInterface.register(GRAPH_ATTENTION, sdpa_mask)
+AttentionInterface.register(GRAPH_ATTENTION_EAGER, _attend_eager)
+AttentionMaskInterface.register(GRAPH_ATTENTION_EAGER, eager_mask)
+
+
+def graph_attention(model: Any) -> AbstractContextManager[Any]:
+    """Lends a model the attention of these two that does what its own does; it may have neither's."""
+    eager = model.config.get_text_config(decoder=True)._attn_implementation in (
+        "eager",
+        GRAPH_ATTENTION_EAGER,
+    )
+    if eager:
+        return lend_attention(model, GRAPH_ATTENTION_EAGER, ("eager",))
+    return lend_attention(model, GRAPH_ATTENTION, ("sdpa", WIDE_ATTENTION, CUDA_ATTENTION))

@@ -1,0 +1,154 @@
+"""One memory for the keys of all layers: moves in and out, growth, and paths against layers of their own."""
+
+from __future__ import annotations
+
+import torch
+
+from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
+from retrieval_draft.engine.graph.arena import PAGE, Arena, lies_on_one_device
+from tests.support.dispatched import Dispatched
+from tests.support.models import CONFIGS, WINDOW
+
+
+def filled(length: int, name: str = "gemma3", seed: int = 0) -> SpeculativeCache:
+    cache = SpeculativeCache(CONFIGS[name](), length)
+    write(cache, length, seed)
+    return cache
+
+
+def write(cache: SpeculativeCache, count: int, seed: int, staged: bool = False) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    cache.stage(staged)
+    for layer in range(len(cache.layers)):
+        cache.update(*torch.randn((2, 1, 2, count, 8), generator=generator).unbind(), layer)
+    cache.stage(False)
+
+
+def states(cache: SpeculativeCache) -> list[torch.Tensor]:
+    return [part.clone() for layer in cache.layers for part in (layer.keys, layer.values)]
+
+
+def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+
+
+def test_all_layers_of_a_shape_share_a_tensor_of_zeros() -> None:
+    arena = Arena(filled(9), 2 * PAGE)
+    (tensor,) = arena.tensors
+    assert tensor.shape == (3, 2, 1, 2, 2 * PAGE, 8)
+    assert not tensor.any()
+    assert arena.nbytes == tensor.nbytes
+
+
+def test_keys_and_values_of_other_sizes_have_tensors_of_their_own() -> None:
+    cache = SpeculativeCache(CONFIGS["llama"](), 4)
+    for layer in range(3):
+        cache.update(torch.ones(1, 2, 4, 6), torch.ones(1, 2, 4, 8), layer)
+    assert [tuple(tensor.shape) for tensor in Arena(cache, PAGE).tensors] == [
+        (3, 1, 1, 2, PAGE, 6),
+        (3, 1, 1, 2, PAGE, 8),
+    ]
+
+
+def test_a_path_moves_in_all_layers_in_two_calls() -> None:
+    """As it does in caches without an arena, windows included, step by step."""
+    own, here = filled(40), filled(40)
+    arena = Arena(here, PAGE)
+    arena.take(here)
+    for step in range(30):
+        for cache in (own, here):
+            write(cache, 6, step, staged=True)
+        moved = torch.tensor([3, 5])
+        own.commit(moved, 2, 4)
+        with Dispatched() as calls:
+            here.commit(moved, 2, 4)
+        assert calls.launches == ["index_select", "copy_"]
+        assert equal(states(own), states(here))
+    assert arena.holds(here)
+    assert here.get_seq_length() == 160
+
+
+def test_the_next_cache_waits_until_the_one_before_has_left() -> None:
+    first, second = filled(30), filled(20, seed=1)
+    before, arena = states(first), Arena(first, PAGE)
+    arena.take(first)
+    arena.release(second)
+    assert arena.owner is first
+    arena.release(first)
+    assert arena.owner is None
+    assert first.mover is None
+    arena.take(second)
+    assert arena.holds(second)
+    assert equal(states(first), before)
+    write(second, 50, 2)
+    assert equal(states(first), before)
+
+
+def test_a_window_that_forgets_does_so_again_outside() -> None:
+    cache = filled(1000)
+    arena = Arena(cache, 2048)
+    arena.take(cache)
+    write(cache, 500, 1)
+    arena.release(cache)
+    assert cache.layers[0].capacity < 300
+    assert cache.layers[1].capacity == 1500
+    write(cache, 5, 2)
+    assert cache.layers[0].keys.shape[2] == WINDOW - 1
+
+
+def test_a_cache_that_has_outgrown_it_is_noticed() -> None:
+    cache = filled(250)
+    arena = Arena(cache, PAGE)
+    arena.take(cache)
+    write(cache, 20, 1)
+    assert not arena.holds(cache)
+    held = states(cache)
+    arena = Arena(cache, 2 * PAGE)
+    arena.take(cache)
+    assert equal(states(cache), held)
+
+
+def test_a_cache_that_was_emptied_begins_at_the_first_slot_again() -> None:
+    cache = filled(700)  # the windows have forgotten its beginning
+    arena = Arena(cache, 1024)
+    arena.take(cache)
+    cache.reset()
+    assert not arena.holds(cache)
+    write(cache, 7, 1)
+    held = states(cache)
+    arena.take(cache)
+    assert arena.holds(cache)
+    assert equal(states(cache), held)
+    keys, _ = arena.keys_and_values(7)[0]
+    assert torch.equal(keys, cache.layers[0].keys)
+
+
+def test_nothing_of_the_text_before_is_left() -> None:
+    first = filled(30)
+    arena = Arena(first, PAGE)
+    arena.take(first)
+    arena.tensors[0][..., 100, :] = float("nan")
+    arena.release(first)
+    second = filled(4, seed=1)
+    arena.take(second)
+    assert arena.tensors[0].isfinite().all()
+    assert not arena.tensors[0][..., 4:, :].any()
+
+
+def test_a_cache_that_nobody_holds_leaves_by_itself() -> None:
+    cache = filled(9)
+    arena = Arena(cache, PAGE)
+    arena.take(cache)
+    del cache
+    assert arena.owner is None
+
+
+def test_other_shapes_do_not_fit() -> None:
+    arena = Arena(filled(9), PAGE)
+    other = SpeculativeCache(CONFIGS["llama"](), 4)
+    assert not lies_on_one_device(other)
+    for layer in range(3):
+        other.update(torch.ones(1, 2, 4, 6), torch.ones(1, 2, 4, 6), layer)
+    assert lies_on_one_device(other)
+    assert not arena.fits(other)
+    assert arena.fits(filled(3))

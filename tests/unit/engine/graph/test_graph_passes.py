@@ -1,0 +1,208 @@
+"""Captured passes of a model: when they are used, tried, dropped and given up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from retrieval_draft.engine.graph import graph_passes
+from retrieval_draft.engine.graph.arena import PAGE
+from retrieval_draft.engine.graph.captured import UncapturableError
+from retrieval_draft.engine.graph.graph_passes import graph_kind
+from retrieval_draft.engine.logits import LogitReader, summary
+from retrieval_draft.engine.target import Target
+from tests.support.models import CONFIGS, make
+from tests.support.trees import tree_of
+
+TREE = tree_of([5, 6, 7, 8, 9], [-1, 0, 1, 0, 3])
+CHAIN = tree_of([1, 2, 3], [-1, 0, 1])
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def prompt(length: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 97, length))
+
+
+def begun(target: Target, length: int = 40) -> Any:
+    cache = target.cache(length + 30)
+    for _ in target.prefill(cache, prompt(length), 1):
+        pass
+    return cache
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "diffllama", "doge"])
+def test_every_architecture_passes_trees_as_an_eager_pass_does(name: str) -> None:
+    """Over steps that move paths, the text growing beyond a page."""
+    model = make(name)
+    eager, target = Target(model, "off"), Target(model, "tape")
+    mine, theirs = begun(target, 230), begun(eager, 230)
+    for step in range(12):
+        tree = TREE if step % 3 else CHAIN
+        length = mine.get_seq_length()
+        found = target.verify_tree(mine, tree, length)[: len(tree)]
+        wanted = eager.verify_tree(theirs, tree, length)
+        assert float((found - wanted).abs().max()) < 1e-4
+        for cache in (mine, theirs):
+            cache.commit(torch.tensor([3, 4]) if step % 3 else torch.tensor([2]), 1, 3 if step % 3 else 2)
+    assert target.graphs is not None
+    assert target.graphs.reason is None
+    assert target.graphs.replays == 12
+    assert target.graphs.captures <= 3
+
+
+def test_a_mask_by_the_number_of_keys_is_found_out() -> None:
+    """GPT-Neo's own, which counts from the last slot: right for few keys, wrong for many."""
+    model = make("gpt-neo", attention="eager")
+    target, eager = Target(model, "tape"), Target(model, "off")
+    assert target.graphs is not None
+    for length, reason in ((40, None), (260, "the replay of a pass over 8 tokens gave other logits")):
+        found = target.verify_tree(begun(target, length), TREE, length)[:5]
+        assert torch.allclose(found, eager.verify_tree(begun(eager, length), TREE, length), atol=1e-4)
+        assert str(target.graphs.reason).startswith(str(reason))
+
+
+@pytest.mark.parametrize(("setting", "kind"), [("auto", None), ("off", None), ("tape", "tape")])
+def test_settings_on_the_cpu(setting: str, kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(graph_passes.AUTO, "cpu", raising=False)
+    assert graph_kind(setting, torch.device("cpu")) == kind
+    assert (Target(make("llama"), setting).graphs is not None) == (kind is not None)
+
+
+def test_auto_is_a_cuda_graph_on_cuda() -> None:
+    assert graph_kind("auto", torch.device("cuda", 1)) == "cuda"
+
+
+def test_models_whose_factors_the_host_chooses_are_passed_eagerly() -> None:
+    assert Target(make("llama-dynamic"), "tape").graphs is None
+
+
+def test_a_second_cache_is_passed_eagerly_until_the_first_is_gone() -> None:
+    target = Target(make("llama"), "tape")
+    first, second = begun(target), begun(target, 20)
+    target.verify_tree(first, TREE, 40)
+    assert target.graphs is not None
+    assert target.graphs.replays == 1
+    assert torch.isfinite(target.verify_tree(second, TREE, 20)).all()
+    assert target.graphs.replays == 1
+    target.release(first)
+    second.drop()
+    target.verify_tree(second, TREE, 20)
+    assert target.graphs.replays == 2
+    first.commit(torch.tensor([3]), 1, 2)
+    assert first.get_seq_length() == 42
+
+
+def test_growth_captures_anew() -> None:
+    target = Target(make("gemma3", max_position_embeddings=4096), "tape")
+    cache = begun(target)
+    assert target.graphs is not None
+    for round_number in (1, 2):
+        target.verify_tree(cache, TREE, cache.get_seq_length())
+        cache.commit(None, 1, 1)
+        assert target.graphs.captures == round_number
+        for _ in target.prefill(cache, prompt(3 * PAGE), 1):
+            pass
+
+
+def test_a_change_of_the_model_is_seen_at_the_next_request() -> None:
+    model = make("llama")
+    target = Target(model, "tape")
+    cache = begun(target)
+    before = target.verify_tree(cache, TREE, 40).clone()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.mul_(2)
+    cache.drop()
+    after = target.verify_tree(cache, TREE, 40).clone()
+    assert not torch.equal(before, after), "values are read anew"
+    weight.data = weight.data / 2
+    cache = begun(target)
+    assert torch.allclose(target.verify_tree(cache, TREE, 40), before, atol=1e-5)
+    assert target.graphs is not None
+    assert target.graphs.captures == 2
+
+
+def test_a_pass_that_reads_on_the_host_is_made_eagerly(caplog: pytest.LogCaptureFixture) -> None:
+    model = make("llama")
+    own = model.model.norm.forward
+    model.model.norm.forward = lambda states: own(states) * (1 + 0 * int(states.isfinite().sum().item()))
+    target, eager = Target(model, "tape"), Target(model, "off")
+    cache, other = begun(target), begun(eager)
+    wanted = eager.verify_tree(other, TREE, 40)
+    for _ in range(3):
+        assert torch.allclose(target.verify_tree(cache, TREE, 40)[:5], wanted, atol=1e-5)
+        cache.drop()
+    assert target.graphs is not None
+    assert "_local_scalar_dense" in str(target.graphs.reason)
+    assert UncapturableError.__name__ in str(target.graphs.reason)
+    assert len(caplog.records) == 1
+
+
+def test_a_pass_that_freezes_a_length_is_found_out() -> None:
+    model = make("llama")
+    rotary = model.model.rotary_emb
+    own = rotary.forward
+    counted = []
+
+    def forward(states: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        counted.append(1)
+        first = int(position_ids.numpy()[0, 0]) if len(counted) > 2 else 0
+        return own(states, position_ids * 0 + first + torch.arange(position_ids.shape[1])[None])
+
+    rotary.forward = forward
+    target = Target(model, "tape")
+    target.verify_tree(begun(target), CHAIN, 40)
+    assert target.graphs is not None
+    assert target.graphs.reason is not None
+
+
+def test_trees_at_the_end_of_the_longest_text_are_passed_eagerly() -> None:
+    target = Target(make("llama", max_position_embeddings=44), "tape")
+    cache = begun(target)
+    target.verify_tree(cache, CHAIN, 40)
+    assert target.graphs is not None
+    assert (target.graphs.captures, target.graphs.reason) == (0, None)
+
+
+def test_hidden_states_are_those_of_an_eager_pass() -> None:
+    model = make("llama")
+    target, eager = Target(model, "tape"), Target(model, "off")
+    found = []
+    for each in (target, eager):
+        cache = begun(each)
+        with each.watching_hidden():
+            each.verify_tree(cache, TREE, 40)
+            assert each.hidden is not None
+            found.append(each.hidden[:5])
+        assert each.hidden is None
+    assert torch.allclose(*found, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [0, 8])
+def test_the_summary_is_that_of_the_reader(k: int) -> None:
+    target = Target(make("llama"), "tape")
+    target.summarised_for(k)
+    cache = begun(target)
+    logits = target.verify_tree(cache, TREE, 40)
+    made = target.summary_of(logits)
+    assert made is not None
+    reader = LogitReader(k)
+    one, other = reader.read(logits, 5, made), reader.read(logits.clone(), 5)
+    assert (one.next_tokens == other.next_tokens).all()
+    assert one.finite.all()
+    assert (one.top_tokens == other.top_tokens).all()
+    assert np.allclose(one.top_probs, other.top_probs, atol=1e-6)
+    assert target.summary_of(logits.clone()) is None
+
+
+def test_a_row_with_nan_is_not_finite_in_the_summary() -> None:
+    logits = torch.randn(3, 50)
+    logits[1, 7] = float("nan")
+    assert summary(logits, 4)[:, 1].tolist() == [0, 1, 0]
