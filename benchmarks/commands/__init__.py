@@ -7,6 +7,7 @@ import typer
 from benchmarks.commands import (
     chains,
     drafts,
+    grammars,
     llama_cpp,
     models,
     parts,
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 for _command in (
     parts.automaton, sampling.batch, chains.chains, parts.cold, drafts.drafts, sampling.draw, parts.fusion,
+    grammars.grammars,
     llama_cpp.llama_cpp, parts.loop, models.models, parts.passes, sampling.samples, serve.serve, store.store,
     vllm.vllm, weights.weights,
 ):  # fmt: skip

@@ -28,7 +28,7 @@ def take_grammar(
     config: GenerationConfig | None,
     options: dict[str, Any],
 ) -> None:
-    """Adds a grammar to the logits processors, behind those of the caller.
+    """Adds a grammar to the logits processors, after those of the caller.
 
     Args:
         model: Of transformers.

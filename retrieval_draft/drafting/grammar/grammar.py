@@ -32,7 +32,7 @@ class Grammar:
         kind: "json_schema", "regex", "choice", "lark", or "tools": a server's own rules.
         source: Of that kind, as text.
         before: Text in front of it.
-        after: Text behind it.
+        after: Text after it.
 
     Example:
         grammar = Grammar.json_schema({"type": "object", "properties": {"age": {"type": "integer"}}})
@@ -117,7 +117,7 @@ class Grammar:
 
             try:
                 text = any_to_lark(text)
-            except Exception as error:  # whatever its translator raises
+            except Exception as error:  # its translator raises many types
                 raise InvalidInputError(f"The grammar is no GBNF: {_first_line(str(error))}.") from error
         return cls("lark", text)
 

@@ -22,7 +22,7 @@ _PATIENCE_FOR_TOKEN = 0.02
 class GrammarText:
     """The state of a grammar after a reply's tokens so far. Not thread-safe.
 
-    Where the grammar forces text, its usual tokens are the only ones allowed: they are `certain`. The last of
+    Usual tokens of text that the grammar forces are the only ones allowed: they are `certain`. The last of
     them are left open where they could merge with text that follows; `likely` then names a guess.
 
     Args:
@@ -53,7 +53,7 @@ class GrammarText:
             return
         begin = perf_counter()
         for token in new:
-            # Other rows of a batch go on after the end of this one: padding is no part of the reply.
+            # Other rows of a batch continue after the end of this one: padding is no part of the reply.
             self._is_over = self._is_over or token in self.eos
             taken = self._is_over or self._matcher.try_consume_tokens([token]) == 1
             if not taken and not self._matcher.is_error():
@@ -70,7 +70,7 @@ class GrammarText:
         """Tokens that may come next, a bit each, the lowest first; None for any: the reply is over.
 
         Raises:
-            InvalidInputError: The grammar is too complex at this place.
+            InvalidInputError: The grammar is too complex here.
         """
         if self._is_over:
             return None

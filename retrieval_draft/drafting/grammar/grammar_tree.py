@@ -67,7 +67,7 @@ def constrain(
 
     Args:
         root: The last token of the reply.
-        ahead: Certain tokens behind it.
+        ahead: Certain tokens after it.
         tree: Its root is the last token of `ahead`, or `root` without any.
         text: The reply.
         most: Draft nodes at most.
@@ -97,7 +97,7 @@ def constrain(
 
 _Step = tuple[int, int, float, int, int, Sequence[int]]
 """A node to enter: its parent, token, probability and sources, its node in the old tree or -1, and the tokens
-that are likely behind it."""
+that are likely after it."""
 
 
 class _Growth:

@@ -20,7 +20,7 @@ class GrammarProcessor(LogitsProcessor):
     """Masks the tokens that a grammar forbids after the reply so far.
 
     It works in any loop of transformers that keeps the order of rows. A reply begins with the first call, and
-    again with a call whose text does not go on with that of the call before.
+    again with a call whose text does not continue that of the call before.
 
     Args:
         compiled: A grammar for each prompt, None for any text; or a single one for all of them.

@@ -87,7 +87,7 @@ def schema_grammar(
         schema: The schema, or its JSON text.
         name: The field that asks for it, for errors.
         before: Text in front, such as ``"<tool_call>\n"``. Special tokens are written by their names.
-        after: Text behind.
+        after: Text after it.
         strict: Whether keywords that cannot be followed are refused; else they are ignored.
         whitespace: As of `Grammar.json_schema`.
 
@@ -206,7 +206,7 @@ _READERS: Mapping[str, Callable[[Raw, str], AskedGrammar | None]] = {
     "json_schema": _of_schema,
 }
 _OFF = (b"false", b"[]", b"{}", b'""')
-"""Values by which clients say that they ask for nothing."""
+"""Values by which clients ask for nothing."""
 
 
 def _asked(name: str, make: Callable[..., Grammar], *given: Any) -> AskedGrammar:

@@ -8,10 +8,13 @@ from retrieval_draft.drafting.budget import Budget
 from retrieval_draft.drafting.calibration import Calibration
 from retrieval_draft.drafting.cost import SIZES, CostModel
 from retrieval_draft.drafting.fusion import fuse
+from retrieval_draft.drafting.grammar.compiler import compiler_of
+from retrieval_draft.drafting.grammar.grammar import Grammar
 from retrieval_draft.drafting.predictions import Predictions
 from retrieval_draft.drafting.session import DraftSession
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
+from tests.support.grammars import json_tokenizer
 from tests.support.sources import sessions_of
 
 
@@ -96,3 +99,52 @@ def test_excluded_ids_are_neither_drafted_nor_learned() -> None:
     top = np.array([[75], [75], [excluded]], np.int32)
     session.learn(plan, np.array([75], np.int32), NodeLogits(contexts, top, np.ones((3, 1), np.float32)))
     assert learner.learned[-1].contexts.tolist() == [[70, 71, 72, 73]]
+
+
+class Recorder(Guesser):
+    """Keeps the text that it is given."""
+
+    def __init__(self) -> None:
+        self.text: list[int] = []
+
+    def observe(self, tokens: TokenArray) -> None:
+        self.text += tokens.tolist()
+
+
+def test_what_a_grammar_forces_is_drafted_first_and_seen_by_the_sources_once() -> None:
+    tokenizer = json_tokenizer()
+    compiler = compiler_of(tokenizer, [tokenizer.eos_token_id], len(tokenizer))
+    text = compiler.compile(Grammar.regex("ZQXZ[ab]ZZ")).open()
+    recorder, stats = Recorder(), DraftStats()
+    session = DraftSession(
+        sessions_of(recorder), fuse, Calibration().open(), 60, len(tokenizer), stats, (), text
+    )
+    forced = tokenizer.encode("ZQXZ")
+    plan = session.propose(7, 50, 100)
+    assert plan.tree.tokens[: len(forced) + 1].tolist() == [7, *forced]
+    assert plan.ahead == len(forced)
+    assert recorder.text == forced
+    session.observe(np.array(forced[:2], np.int32))  # the budget cut the rest off
+    text.follow(np.array(forced[:2], np.int32))
+    plan = session.propose(forced[1], 52, 100)
+    assert plan.tree.tokens[1:3].tolist() == forced[2:]
+    assert recorder.text == forced
+    ending = [*forced[2:], *tokenizer.encode("a")]
+    session.count(plan, range(3))
+    session.observe(np.array(ending, np.int32))
+    text.follow(np.array([*forced, *tokenizer.encode("a")], np.int32))
+    assert recorder.text == [*forced, *tokenizer.encode("a")]
+    plan = session.propose(ending[-1], 55, 1)
+    assert plan.tree.tokens.tolist() == [ending[-1], tokenizer.encode("Z")[0]]
+    session.close()
+    assert stats.accepted_by_source["grammar"] == 2
+
+
+def test_a_token_that_was_not_forced_after_all_is_seen_too() -> None:
+    recorder = Recorder()
+    session = DraftSession(sessions_of(recorder), fuse, Calibration().open(), 60, 100, DraftStats())
+    session._seen = [4, 5]
+    session.observe(np.array([4, 6, 7], np.int32))
+    assert recorder.text == [4, 6, 7]
+    session.observe(np.array([8], np.int32))
+    assert recorder.text == [4, 6, 7, 8]
