@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import openai
+import pydantic
 import pytest
 
 from tests.support.scripted import byte_tokenizer, scripted
@@ -22,6 +23,7 @@ SCRIPTS = [
     '<tool_call>{"name": "look", "arguments": {"path": "a long path that is cut',
     "Hm.</think>Yes",
     "<tool_call>no call</tool_call>",
+    '<tool_call>\n{"name": "look", "arguments": {"path": "a"}}\n</tool_call>',
 ]
 TOOLS: list[Any] = [
     {
@@ -186,3 +188,84 @@ def test_fields_are_refused_by_name(running: Running, fields: dict[str, Any], pa
     response = httpx.post(f"{running.url}/v1/chat/completions", json=asked(0, **fields))
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+
+
+STRICT: Any = {
+    "type": "object",
+    "properties": {"path": {"enum": ["a.py", "é/{b}.py"]}, "deep": {"$ref": "#/$defs/node"}},
+    "required": ["path", "deep"],
+    "additionalProperties": False,
+    "$defs": {"node": {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"],
+                       "additionalProperties": False}},
+}  # fmt: skip
+
+
+def constrained(*, strict: bool = True, **more: Any) -> dict[str, Any]:
+    """A request for which nothing is scripted."""
+    tools = [
+        {"type": "function", "function": {"name": "look", "parameters": STRICT, "strict": strict}},
+        {"type": "function", "function": {"name": "run"}},
+    ]
+    messages = [{"role": "user", "content": "ab"}]
+    return {"model": MODEL, "messages": messages, "tools": tools, "max_tokens": 200, **more}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look"}}], ids=str)
+@pytest.mark.parametrize("sampled", [{"temperature": 0}, {"temperature": 1.2, "seed": 4}], ids=str)
+def test_a_call_that_is_required(client: openai.OpenAI, choice: Any, sampled: Any) -> None:
+    pytest.importorskip("llguidance")
+    # A model of random weights would think without end: its tags need an h, which is not forced there.
+    bias = {str(byte_tokenizer().convert_tokens_to_ids("h")): -100}
+    fields = constrained(tool_choice=choice, parallel_tool_calls=False, logit_bias=bias, **sampled)
+    made = client.chat.completions.create(**fields)
+    (call,) = made.choices[0].message.tool_calls or []
+    assert made.choices[0].finish_reason == ("tool_calls" if choice == "required" else "stop")
+    arguments = json.loads(call.function.arguments)
+    if call.function.name == "look":
+        assert arguments["path"] in ("a.py", "é/{b}.py")
+        assert arguments["deep"]["n"] in (1, 2)
+    else:
+        assert (choice, arguments) == ("required", {})
+    plain = client.chat.completions.create(**fields, extra_body={"speculative": {"enabled": False}})
+    (other,) = plain.choices[0].message.tool_calls or []
+    assert other.function == call.function, "drafted is undrafted"
+    text = ""
+    for chunk in client.chat.completions.create(**fields, stream=True):
+        for part in chunk.choices[0].delta.tool_calls or []:
+            text += (part.function and part.function.arguments) or ""
+    assert text == call.function.arguments
+
+
+def test_strict_tools_and_their_models(client: openai.OpenAI) -> None:
+    pytest.importorskip("llguidance")
+
+    class Look(pydantic.BaseModel):
+        path: str
+
+    tool = openai.pydantic_function_tool(Look, name="look")
+    parsed = client.chat.completions.parse(**{**asked(6), "tools": [tool]}).choices[0].message
+    (call,) = parsed.tool_calls or []
+    assert call.function.parsed_arguments == Look(path="a")
+    free = client.chat.completions.create(**{**asked(1), "tools": [tool]}).choices[0].message
+    assert free.content == "No call is needed. 🎈"
+    both = client.chat.completions.create(
+        **constrained(
+            tool_choice="auto",
+            temperature=0,
+            response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": [7]}}},
+        )
+    )
+    assert both.choices[0].message.content == "7"
+
+
+@pytest.mark.parametrize("name", ["min_tokens", "ignore_eos", "allowed_token_ids", "bad_words"])
+def test_what_does_not_go_with_a_required_call(running: Running, name: str) -> None:
+    value = {"min_tokens": 1, "ignore_eos": True, "allowed_token_ids": [1], "bad_words": ["a"]}[name]
+    response = httpx.post(
+        f"{running.url}/v1/chat/completions", json=constrained(tool_choice="required", **{name: value})
+    )
+    assert (response.status_code, response.json()["error"]["param"]) == (400, name)
+    wrong = constrained(tool_choice="required")
+    wrong["tools"][0]["function"]["parameters"] = {"type": "nothing"}
+    response = httpx.post(f"{running.url}/v1/chat/completions", json=wrong)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "tool_choice")

@@ -56,7 +56,7 @@ FUNCTIONS = [ToolFunction("f", parameters=NODE, strict=True), ToolFunction("g")]
 
 
 def accepts(family: str, use: ToolUse, *texts: str, prompt: str = "", reasoning: bool = False) -> list[bool]:
-    """Whether the rule of a reply allows each text as the whole of it."""
+    """True for each text that the rule of a reply allows as the whole of it."""
     tokenizer = byte_tokenizer(specials=("<|turn|>", *MARKS.get(family, ())))
     name = family if family in REASONING_PARSERS else "qwen"
     parsing = ReplyParsing(family, name if reasoning else None)
