@@ -223,7 +223,11 @@ class PrefixCache:
             states = self._allocate(tree, 0)
             if states is None:
                 return None
-            full.copy(keeper.cache, keeper.at, 0, size, states)
+            try:
+                full.copy(keeper.cache, keeper.at, 0, size, states)
+            except BaseException:
+                full.spare.append(states)
+                raise
             block = tree.add(parent, tokens.copy(), _Held(states))
         elif common < size:
             full.copy(keeper.cache, keeper.at, common, size, block.data.states)

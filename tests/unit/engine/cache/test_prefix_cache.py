@@ -148,6 +148,13 @@ def test_an_error_costs_the_prefix_only(monkeypatch: pytest.MonkeyPatch) -> None
         patch.setattr("retrieval_draft.engine.cache.kv_cache.SpeculativeLayer.fill", fails)
         assert torch.equal(drafter.generate(base, **GREEDY), model.generate(base, **GREEDY))
     assert cache.failures == 3
+    held = cache.nbytes
+    with monkeypatch.context() as patch:
+        patch.setattr("retrieval_draft.engine.cache.prefix_cache._Layout.copy", fails)
+        for seed in range(5):
+            drafter.generate(prompt_ids(20, seed=seed + 5), **GREEDY)
+    assert cache.nbytes <= held + 64 * 1024, "memory that was not used is used the next time"
+    assert cache.failures == 8
     drafter.generate(base, **GREEDY)
     assert known(drafter) == 39
 
