@@ -75,8 +75,8 @@ def measure_fuzz(
             while store.counts.received < len(fields) and time.monotonic() < end:
                 time.sleep(0.01)
             store.mirror.publish()
-            for each in (matrix, store.learned.table):
-                each.rows().check(_VOCABULARY)
+            for table in (matrix, store.learned.table):
+                table.rows().check(_VOCABULARY)
             found = Counter(tuple(text) for text in _texts(store))
             expected = Counter(
                 tuple(numbered_run(1, number, _VOCABULARY).tolist()) for number in range(_GOOD)

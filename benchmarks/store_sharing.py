@@ -40,9 +40,10 @@ def measure_propagation(
         vocabulary: Number of token ids.
 
     Returns:
-        Milliseconds, median and 99th percentile, over rounds and receiving servers.
+        Milliseconds, median and 99th percentile, over rounds and receiving servers: to a draft from the text,
+        and in every other turn of the servers to a row in the matrix.
     """
-    found: list[float] = []
+    found: dict[bool, list[float]] = {False: [], True: []}
     lost = 0
     with ValkeyProcess(folder / "propagation") as server, ExitStack() as stack:
         config = {"url": server.url, "vocabulary": vocabulary}
@@ -55,8 +56,9 @@ def measure_propagation(
             for number in range(rounds):
                 sender = workers[number % servers]
                 others = [worker for worker in workers if worker is not sender]
+                rows = number % (2 * servers) >= servers  # every server sends for both in turn
                 for worker in others:
-                    worker.ask(do="watch", seed=number)
+                    worker.ask(do="watch", seed=number, rows=rows)
                 time.sleep(0.02)
                 begin = sender.call(do="share", seed=number)["at"]
                 for worker in others:
@@ -64,13 +66,15 @@ def measure_propagation(
                     if end is None:
                         lost += 1
                     else:
-                        found.append(1000 * (end - begin))
+                        found[rows].append(1000 * (end - begin))
                 advance()
     return {
-        "p50": float(np.percentile(found, 50)),
-        "p99": float(np.percentile(found, 99)),
-        "max": max(found),
-        "samples": len(found),
+        "p50": float(np.percentile(found[False], 50)),
+        "p99": float(np.percentile(found[False], 99)),
+        "max": max(found[False]),
+        "rows_p50": float(np.percentile(found[True], 50)),
+        "rows_p99": float(np.percentile(found[True], 99)),
+        "samples": len(found[False]) + len(found[True]),
         "lost": lost,
         "servers": servers,
     }

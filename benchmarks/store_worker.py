@@ -20,6 +20,7 @@ import numpy as np
 
 from retrieval_draft.bench.synthetic_text import SyntheticText
 from retrieval_draft.errors import DatastoreError
+from retrieval_draft.index.adjacency import AdjacencyMatrix
 from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.index.segments.segment_session import SegmentSession
 from retrieval_draft.index.shared import SharedSource
@@ -121,6 +122,7 @@ class _Worker:
         self._config = config
         load_kernels(self._vocabulary)
         self._store: SharedStore | None = None
+        self.matrix = AdjacencyMatrix()
         self._thread: threading.Thread | None = None
 
     @property
@@ -128,6 +130,7 @@ class _Worker:
         """The store, opened on first use."""
         if self._store is None:
             self._store = SharedStore(StoreConfig(**self._config), FINGERPRINT, self._vocabulary)
+            self._store.learned.attach(self.matrix)
         return self._store
 
     def open(self, seconds: float = 30.0) -> dict[str, Any]:
@@ -151,12 +154,19 @@ class _Worker:
         """Ends a request."""
         text = probe_text(seed, self._vocabulary)
         begin = time.monotonic()
-        self.store.share(text[:0], text)
+        self.store._outbox.put(text[:0], text, _learned(text))
         return {"at": begin}
 
-    def watch(self, seed: int, seconds: float = 10.0) -> dict[str, Any]:
-        """Waits until another server's request is drafted from."""
+    def watch(self, seed: int, rows: bool = False, seconds: float = 10.0) -> dict[str, Any]:
+        """Waits until another server's request is drafted from, or a matrix has a row of it."""
         text = probe_text(seed, self._vocabulary)
+        if rows:
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                if text[0] in self.matrix.row(text[:CONTEXT])[0]:  # predicted there, and not the next one
+                    return {"at": time.monotonic()}
+                time.sleep(_POLL_SECONDS)
+            return {"at": None}
         session = SharedSource(self.store).open(text[:40])
         end = time.monotonic() + seconds
         while time.monotonic() < end:

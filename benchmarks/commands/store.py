@@ -149,6 +149,7 @@ def _rows(found: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     for part, value in found.items():
         if part == "propagation":
             rows.append(("from one server to the others, ms: p50, p99", _numbers(value, "p50", "p99")))
+            rows.append(("the same for rows, ms: p50, p99", _numbers(value, "rows_p50", "rows_p99")))
         elif part == "outages":
             rows += [
                 (

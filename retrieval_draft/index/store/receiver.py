@@ -119,13 +119,13 @@ class Receiver:
         for key, items in found:
             self._mirror.take(self._shards[key], items)
             self._starts[key] = items[-1][0]
-        self._mirror.learned.work()
         enough = (
             self._mirror.waiting_tokens >= self._mirror.batch_tokens
             or time.monotonic() - self._since > _SECONDS
         )
         if enough or not more:
             self._publish()
+        self._mirror.learned.work()  # after the texts: they can be looked up before they are learned
         if not more:
             self._note_end()
 

@@ -29,9 +29,8 @@ _MOST_SEEN = 255
 class RowOutbox:
     """Collects predictions, and returns the rows seen often enough, within a share of the texts' bytes.
 
-    Of these the ones seen least come first: they are of long contexts, of which readers know little; what
-    follows one common token they know from the texts. On replies of SmolLM2-135M over 4 servers that is
-    worth 0.2%.
+    They take turns, so that no row waits for others that are seen more often: most are of long contexts, of
+    which readers know little; what follows one common token they know from the texts.
 
     A row that was returned starts from nothing: each observation is sent once, and readers add them up.
 
@@ -47,6 +46,7 @@ class RowOutbox:
         self._vocabulary = vocabulary
         self._share = share
         self._credit = 0.0
+        self._turn = 0
         self._pending: AdjacencyMatrix | None = None
 
     @property
@@ -67,7 +67,7 @@ class RowOutbox:
                 )
 
     def take(self, text_bytes: int) -> MatrixRows | None:
-        """Removes and returns the rows that may go now, those of long contexts first.
+        """Removes and returns the rows whose turn it is, as many as may go now.
 
         Args:
             text_bytes: Bytes of the texts sent since the last call.
@@ -80,11 +80,14 @@ class RowOutbox:
             return None
         rows = self._pending.rows(LEAST_VISITS)
         rows = rows.only(np.flatnonzero(rows.probs[:, 0] >= LEAST_PROB))
-        rows = rows.only(np.argsort(rows.visits, kind="stable")[:MOST_ROWS])
+        turns = ((rows.keys >> np.uint64(17)).astype(np.int64) - self._turn) % ROWS
+        order = np.argsort(turns, kind="stable")[:MOST_ROWS]
+        rows, turns = rows.only(order), turns[order]
         sizes = np.cumsum(packed_sizes(rows, self._vocabulary)) + ENTRY_BYTES
         rows = rows.only(np.arange(np.searchsorted(sizes, self._credit, side="right")))
         if not len(rows):
             return None
         self._credit -= float(sizes[len(rows) - 1])
+        self._turn = (self._turn + int(turns[len(rows) - 1]) + 1) % ROWS
         self._pending.empty(rows)
         return rows

@@ -254,3 +254,14 @@ def test_a_source_tells_its_store_what_requests_learned() -> None:
     source = AdjacencySource(rows=64, shared=store)
     source.open(ids(1, 2)).observe(ids(3))
     assert store.asked == [[1, 2]]
+
+
+def test_rows_take_turns() -> None:
+    outbox = RowOutbox(VOCABULARY, 0.5)
+    sent: set[int] = set()
+    for _ in range(60):
+        outbox.learn([predictions(token, times=2) for token in range(20)])
+        rows = outbox.take(320)
+        if rows is not None:
+            sent |= set(rows.keys.tolist())
+    assert len(sent) == 20
