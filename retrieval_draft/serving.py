@@ -66,6 +66,7 @@ class ContinuousDrafter:
         share: str | None = None,
         best_of: int | None = None,
         top_logprobs: int | None = None,
+        max_draft_tokens: int | None = None,
         streamer: Any = None,
         **options: Any,
     ) -> DecodeRequests:
@@ -80,6 +81,7 @@ class ContinuousDrafter:
             best_of: Samples to draw; their log probabilities are kept.
             top_logprobs: Alternatives of each token to keep with log probabilities; None for no log
                 probabilities.
+            max_draft_tokens: Draft tokens in one step at most, 0 for none; None for as many as pay.
             streamer: Refused, and ended: tokens are passed to the requests' own `emit`.
             **options: As for ``model.generate``.
 
@@ -98,7 +100,9 @@ class ContinuousDrafter:
         target, tokenizer = drafter.target, drafter.tokenizer
         keep_best = best_of_options(best_of, target.model, config, options)
         references = drafter.references(documents, prediction)
-        extras = DecodeOptions(None, seed, 0, references, False, keep_best, share, top_logprobs)
+        extras = DecodeOptions(
+            None, seed, 0, references, False, keep_best, share, top_logprobs, max_draft_tokens
+        )
 
         def collect(
             input_ids: Tensor,

@@ -190,14 +190,17 @@ class Row:
     def propose(self) -> DraftPlan:
         """Drafts of all sources for the next step."""
         root, length = int(self.text.tokens[-1]), len(self.text) - 1
-        if self.drafting is None:
+        most = self.request.max_draft_tokens
+        if self.drafting is None or most == 0:
             tree = DraftTree.root(root)
             return DraftPlan(tree, tree, ())
         wanted = self.request.max_length - len(self.text) - 1
         max_depth = 0 if root in self.target.blank else self.target.max_depth(length, wanted)
         if self.target.verification.way == "tree":
-            return self.drafting.propose(root, length, max_depth)
-        return self.drafting.propose_chain(root, length, max_depth)
+            plan = self.drafting.propose(root, length, max_depth)
+        else:
+            plan = self.drafting.propose_chain(root, length, max_depth)
+        return plan if most is None else plan.cut(most)
 
     def prepare(self, plan: DraftPlan) -> TreeInputs:
         """Packs the tree for the model, and moves the last accepted path into place."""
