@@ -247,6 +247,7 @@ class RetrievalDrafter:
         best_of: int | None = None,
         output_prompt_logits: bool = False,
         grammar: Grammars = None,
+        max_draft_tokens: int | None = None,
         cache: Any = None,
         past_key_values: Any = None,
         **generate_kwargs: Any,
@@ -275,6 +276,8 @@ class RetrievalDrafter:
                 mean log probability are returned, the best first.
             output_prompt_logits: Whether ``prompt_logits`` is returned, with ``return_dict_in_generate``.
             grammar: A `Grammar` that the replies follow, or one for each prompt. Needs the tokenizer.
+            max_draft_tokens: Draft tokens in one step of a row at most; 0 switches drafting off, None leaves
+                it to the measured cost. The text stays the same.
             cache: Holds the beginning of `input_ids`: from an earlier call, or a ``DynamicCache``. One of
                 ours is continued in place, and cropped to the common beginning with the text.
             past_key_values: The name of `cache` before transformers 5.24; either works with any version.
@@ -304,7 +307,10 @@ class RetrievalDrafter:
                 return self._plain(lambda: generate_plainly(self.target.model, ids, seed, options))
             keep_best = best_of_options(best_of, self.target.model, config, options)
             references = self.references(documents, prediction)
-            extras = DecodeOptions(shown, seed, sample, references, output_prompt_logits, keep_best, share)
+            extras = DecodeOptions(
+                shown, seed, sample, references, output_prompt_logits, keep_best, share,
+                max_draft_tokens=max_draft_tokens,
+            )  # fmt: skip
             self.check_share(share)
             known = cache if cache is not None else past_key_values
             if self.target.takes_media and isinstance(known, DynamicCache) and known.get_seq_length():
@@ -350,12 +356,14 @@ class RetrievalDrafter:
         draft_share: str | None = None,
         draft_prediction: Any = None,
         draft_documents: Any = None,
+        draft_max_tokens: int | None = None,
         **model_inputs: Any,
     ) -> Any:
         """A decoding loop: ``model.generate(..., custom_generate=drafter)``, as method or drafter itself.
 
         Arguments that begin with ``draft_`` can be given to ``model.generate`` and have the meaning of those
-        of `generate`. The caller's `streamer` is found although transformers passes it to no such loop.
+        of `generate`; `draft_max_tokens` has that of `max_draft_tokens`. The caller's `streamer` is found
+        although transformers passes it to no such loop.
         `input_ids` is int64, shape (batch, length).
         """
         if draft_streamer is None:
@@ -384,7 +392,10 @@ class RetrievalDrafter:
             )
             self.check_share(draft_share)
             references = self.references(draft_documents, draft_prediction)
-            extras = DecodeOptions(draft_streamer, draft_seed, references=references, share=draft_share)
+            extras = DecodeOptions(
+                draft_streamer, draft_seed, references=references, share=draft_share,
+                max_draft_tokens=draft_max_tokens,
+            )  # fmt: skip
             cache = given_cache(model_inputs)
             if isinstance(cache, DynamicCache) and not is_callers_own(cache):
                 cache = None

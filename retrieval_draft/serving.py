@@ -70,6 +70,7 @@ class ContinuousDrafter:
         best_of: int | None = None,
         top_logprobs: int | None = None,
         grammar: Grammar | None = None,
+        max_draft_tokens: int | None = None,
         streamer: Any = None,
         **options: Any,
     ) -> DecodeRequests:
@@ -85,6 +86,7 @@ class ContinuousDrafter:
             top_logprobs: Alternatives of each token to keep with log probabilities; None for no log
                 probabilities.
             grammar: Rule that the reply follows.
+            max_draft_tokens: Draft tokens in one step at most, 0 for none; None for as many as pay.
             streamer: Refused, and ended: tokens are passed to the requests' own `emit`.
             **options: As for ``model.generate``, inputs of images among them, of one prompt.
 
@@ -104,7 +106,9 @@ class ContinuousDrafter:
         take_grammar(target.model, tokenizer, grammar, ids, config, options)
         keep_best = best_of_options(best_of, target.model, config, options)
         references = drafter.references(documents, prediction)
-        extras = DecodeOptions(None, seed, 0, references, False, keep_best, share, top_logprobs)
+        extras = DecodeOptions(
+            None, seed, 0, references, False, keep_best, share, top_logprobs, max_draft_tokens
+        )
 
         begins: list[Callable[[], None]] = []
 

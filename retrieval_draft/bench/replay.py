@@ -66,9 +66,9 @@ class Trace:
 def read_traces(paths: Sequence[Path]) -> Iterator[Trace]:
     """Reads traces: JSON lines ``{"task", "prompt": [ids], "output": [ids]}``, gzipped or not.
 
-    Optional fields: ``"turn"``, the number of the turn in its conversation, whose prompt holds the turns before;
-    ``"references"``, texts that were passed along; ``"top"``, ids and probabilities of the target's best tokens;
-    ``"noise"``, ``{"seed", "sample", "vocabulary"}`` of an output that was sampled.
+    Optional fields: ``"turn"``, the number of the turn in its conversation, whose prompt holds the turns
+    before; ``"references"``, texts that were passed along; ``"top"``, ids and probabilities of the target's
+    best tokens; ``"noise"``, ``{"seed", "sample", "vocabulary"}`` of an output that was sampled.
 
     Raises:
         InvalidInputError: A line is not such an object; the message names file and line.
@@ -317,9 +317,7 @@ def replay(
         raise InvalidInputError(f"part is {part!r}.", f"Choose from: {', '.join(PARTS)}.")
     traces = list(islice(read_traces(paths), limit))[PARTS[part]]
     ids = [
-        int(ids.max(initial=0))
-        for trace in traces
-        for ids in (trace.prompt, trace.output, *trace.references)
+        int(ids.max(initial=0)) for trace in traces for ids in (trace.prompt, trace.output, *trace.references)
     ]
     opened = tuple(Corpus.open(corpus) for corpus in corpora)
     vocabulary = (

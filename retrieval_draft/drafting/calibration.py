@@ -263,7 +263,7 @@ def columns_of(names: tuple[str, ...]) -> tuple[NDArray[np.int64], int]:
         a bit mask.
 
     Example:
-        ("automaton", "mine", "corpus"), in slots 0, 8 and 4  ->  [0, 2, 1], 0b1_0001_0001
+        ("automaton", "mine", "corpus"), in slots 0, 10 and 4  ->  [0, 2, 1], 0b100_0001_0001
     """
     from retrieval_draft.drafting._kernels.fusion import SOURCES as COUNT
 

@@ -48,9 +48,9 @@ class DecodeRequest:
         emit: Called with each new token, once and in order.
         ended: Called once the reply is complete.
         finished: Called with the reply, int32, once the request has left the batch; a view of a buffer.
+        max_draft_tokens: Draft tokens in one step at most, 0 for none; None for as many as pay.
         prompt_rows: Last prompt positions whose predictions the sources learn from.
         prefill_chunk: Prompt tokens in one pass at most.
-        max_draft_tokens: Draft tokens in one step at most; None for as many as pay.
         cache: Holds the beginning of the prompt already, all but one token at most; None to begin anew.
         prefix_owner: An earlier request of the batch with the same prompt, whose prompt pass serves both.
         keep_prompt_logits: Whether the logits at the prompt's positions are kept.
@@ -72,9 +72,9 @@ class DecodeRequest:
     emit: Callable[[int], None] | None = None
     ended: Callable[[], None] | None = None
     finished: Callable[[TokenArray], None] | None = None
+    max_draft_tokens: int | None = None
     prompt_rows: int = 1
     prefill_chunk: int | None = None
-    max_draft_tokens: int | None = None
     cache: SpeculativeCache | ChainCache | None = None
     prefix_owner: DecodeRequest | None = None
     keep_prompt_logits: bool = False

@@ -53,6 +53,7 @@ class DecodeOptions:
         share: Parts that other servers may learn: "none", "reply" or "all"; None for the store's default.
         top_logprobs: Number of alternatives of each token to keep with log probabilities; None for no log
             probabilities.
+        max_draft_tokens: Draft tokens in one step of a reply at most, 0 for none; None for as many as pay.
     """
 
     streamer: Any = None
@@ -63,6 +64,14 @@ class DecodeOptions:
     best_of: int | None = None
     share: str | None = None
     top_logprobs: int | None = None
+    max_draft_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        most = self.max_draft_tokens
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 0):
+            raise InvalidInputError(
+                f"max_draft_tokens is {most!r}.", "Pass a number of tokens, 0 for none, or None."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +162,7 @@ def make_requests(
         request.prefix_owner = None if owners[row] == row else requests[owners[row]]
         request.keep_prompt_logits = extras.keep_prompt_logits
         request.placeholders = target.placeholders
+        request.max_draft_tokens = extras.max_draft_tokens
         set_limits(request, criteria_of_row(criteria, len(prompts)), config, width - len(prompt))
         requests.append(request)
     return requests

@@ -1,8 +1,8 @@
 """Guesses of the next token among those that the target ranked high, but did not choose, a moment ago.
 
-The logits that chose a token also rank guesses of the one after it ("LogitSpec", 2025, arXiv:2507.01449); here
-the last positions do so together, the nearest with the most weight. On replies of SmolLM2 135M one token in six
-is among the seven runners-up of the position before it.
+The logits that chose a token also rank guesses of the one after it ("LogitSpec", 2025, arXiv:2507.01449);
+here the last positions do so together, the nearest with the most weight. On replies of SmolLM2 135M one token
+in six is among the seven runners-up of the position before it.
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ class RunnersUpSession:
             )
         tokens, lengths = np.empty((2, POSITIONS * KEPT), np.int32)
         probs = np.empty(POSITIONS * KEPT, np.float32)
-        size = self._kernels.propose(
-            self._tail, self._tokens, self._probs, WEIGHTS, tokens, probs, lengths
-        )
+        size = self._kernels.propose(self._tail, self._tokens, self._probs, WEIGHTS, tokens, probs, lengths)
         size = min(size, budget)
         if size <= 0:
             return empty_proposal(RunnersUpSource.name, RunnersUpSource.level)

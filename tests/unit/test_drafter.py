@@ -17,6 +17,7 @@ from transformers import (
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.errors import (
+    InvalidInputError,
     NonFiniteLogitsError,
 )
 from retrieval_draft.generation.streaming import shown_streamer
@@ -349,3 +350,22 @@ def test_defaults_of_the_configuration_work() -> None:
     drafter = RetrievalDrafter.for_model(MODEL, config=DraftConfig())
     drafter.warm_up()
     assert torch.equal(drafter.generate(PROMPT, max_new_tokens=60, do_sample=False, prediction=REPLY), STOCK)
+
+
+@pytest.mark.parametrize("most", [0, 1, 3, None])
+def test_drafts_are_capped_or_switched_off_and_the_text_stays(most: int | None) -> None:
+    drafter = oracle(nodes=8)
+    for draft in (
+        lambda: drafter.generate(PROMPT, max_new_tokens=60, do_sample=False, max_draft_tokens=most),
+        lambda: MODEL.generate(
+            PROMPT, max_new_tokens=60, do_sample=False, custom_generate=drafter, draft_max_tokens=most
+        ),
+    ):
+        assert reply_of(draft(), PROMPT) == REPLY
+        assert max(drafter.last_stats.nodes) == (8 if most is None else most)
+
+
+@pytest.mark.parametrize("most", [-1, 1.5, True, "2"])
+def test_a_cap_that_is_no_number_of_tokens_is_refused(most: Any) -> None:
+    with pytest.raises(InvalidInputError, match="max_draft_tokens"):
+        oracle().generate(PROMPT, max_new_tokens=2, do_sample=False, max_draft_tokens=most)

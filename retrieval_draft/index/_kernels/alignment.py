@@ -10,8 +10,8 @@ from retrieval_draft._kernels.jit import kernel
 POINTER, MATCHED, LOST = range(3)
 META_FIELDS = 3
 """POINTER is the place in the text of the token that the copy predicts, -1 where nothing is copied; MATCHED
-the tokens that were copied in a row, 0 after an edit; LOST the tokens since the copy was left, 0 while it goes
-on."""
+the tokens that were copied in a row, 0 after an edit; LOST the tokens since the copy was left, 0 while it
+goes on."""
 
 NGRAM = 4
 """Equal tokens with which a copy begins."""
