@@ -35,6 +35,9 @@ def models(
     ] = None,
     limit: Annotated[float, typer.Option(min=1.0, help="Seconds for each model.")] = 240.0,
     jobs: Annotated[int, typer.Option(min=1, help="Models at the same time.")] = 1,
+    tape: Annotated[
+        bool, typer.Option("--tape", help="Replay recorded passes over trees, as CUDA graphs are.")
+    ] = False,
     out: Out = None,
     json: Json = False,
 ) -> None:
@@ -52,6 +55,7 @@ def models(
         limit=limit,
         seeds=seeds,
         jobs=jobs,
+        graphs="tape" if tape else "auto",
         keep=lambda found: finish(found, out),
     )
     if json:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -45,6 +45,7 @@ def measure_models(
     limit: float = 240.0,
     seeds: int = 1,
     jobs: int = 1,
+    graphs: Literal["auto", "off", "tape"] = "auto",
     keep: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Tries models against `model.generate`.
@@ -57,6 +58,7 @@ def measure_models(
         limit: Seconds for each model.
         seeds: Models of each name, with other weights and prompts.
         jobs: Models at the same time.
+        graphs: As `DraftConfig.graphs`.
         keep: Called after every model with the object so far.
 
     Returns:
@@ -80,7 +82,7 @@ def measure_models(
         entry = {"family": family, "mapping": mapping, "class": classes[family]}
         if family in NO_TEXT and not image_text:
             return {**entry, "outcome": "not_built", "error": NO_TEXT[family]}
-        arguments = (family, classes[family], settings, image_text, attention, tuple(trials), seed)
+        arguments = (family, classes[family], settings, image_text, attention, tuple(trials), seed, graphs)
         try:
             found: dict[str, Any] = isolated(_tried, *arguments, limit=limit)
         except Failed as error:
@@ -156,6 +158,8 @@ def summary(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
     ]
     ways = [models[name].get("way") for name in (*result["equal"], *result["plain"])]
     result["ways"] = {way: ways.count(way) for way in ("tree", "chain", "plain")}
+    captured = [entry["captured"] for entry in models.values() if "captured" in entry]
+    result["captured"] = {"yes": captured.count("yes"), "no": len(captured) - captured.count("yes")}
     return {**result, "models": models}
 
 
@@ -181,6 +185,7 @@ def _tried(
     attention: str | None,
     trials: Sequence[str],
     seed: int,
+    graphs: Literal["auto", "off", "tape"],
 ) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -192,5 +197,5 @@ def _tried(
     except Exception as error:  # a class's own code raises anything
         return {"outcome": "not_built", "error": described(error)}
     built = time.monotonic() - begin
-    result = try_model(model, image_text, trials, seed)
+    result = try_model(model, image_text, trials, seed, graphs)
     return {**result, "seconds": {"build": round(built, 1), "all": round(time.monotonic() - begin, 1)}}

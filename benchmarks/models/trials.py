@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -77,22 +77,31 @@ class _Subject:
     Args:
         model: A tiny one.
         seed: Of the prompts and of sampling.
+        config: Of all drafters, but for their nodes.
     """
 
-    def __init__(self, model: Any, seed: int) -> None:
+    def __init__(self, model: Any, seed: int, config: DraftConfig) -> None:
         self.model = model
         self.seed = _SEEDS * seed + 11
         self.prompts = _prompts(seed)
-        self.default = RetrievalDrafter.for_model(model)
+        self.default = RetrievalDrafter.for_model(model, config=config)
         # Not "auto", which passes a prompt several times to find out.
         self._planted = RetrievalDrafter.for_model(
-            model, config=DraftConfig(nodes=_NODES, prefill_logits=False)
+            model, config=replace(config, nodes=_NODES, prefill_logits=False)
         )
 
     @functools.cached_property
     def pictured(self) -> tuple[Tensor, Tensor, dict[str, Any]] | None:
         """A prompt with an image, as `image_prompt` makes it."""
         return image_prompt(self.model, self.seed)
+
+    @property
+    def captured(self) -> str:
+        """The word yes if passes over drafts were replayed, and none made eagerly for a reason; else that."""
+        graphs = self._planted.target.graphs
+        if graphs is None:
+            return "no"
+        return graphs.reason or ("yes" if graphs.replays else "no pass over a tree")
 
     def fresh(self) -> RetrievalDrafter:
         """A drafter of `_NODES` nodes that has seen no text."""
@@ -110,7 +119,13 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:_SHOWN]}{at}"
 
 
-def try_model(model: Any, image_text: bool, trials: Iterable[str] = TRIALS, seed: int = 0) -> dict[str, Any]:
+def try_model(
+    model: Any,
+    image_text: bool,
+    trials: Iterable[str] = TRIALS,
+    seed: int = 0,
+    graphs: Literal["auto", "off", "tape"] = "auto",
+) -> dict[str, Any]:
     """Runs trials of a model, and those that differ again in float64, to which it is then converted.
 
     Args:
@@ -118,11 +133,13 @@ def try_model(model: Any, image_text: bool, trials: Iterable[str] = TRIALS, seed
         image_text: Whether its class reads images.
         trials: Names of `TRIALS`.
         seed: Of the prompts and of sampling.
+        graphs: As `DraftConfig.graphs`.
 
     Returns:
         For JSON: "outcome", one of equal, plain, refused, differs, crashed and stock_fails; "error", empty
         where there is none; "way" and "reason" of the verification; "layers", the number of each kind;
-        "trials" by name, with the fields of `Trial`.
+        "trials" by name, with the fields of `Trial`; "captured", whether passes over
+        trees were replayed, or why not.
     """
     result: dict[str, Any] = {
         "class": type(model).__name__,
@@ -136,7 +153,7 @@ def try_model(model: Any, image_text: bool, trials: Iterable[str] = TRIALS, seed
     except _StockFails as error:
         return {**result, "outcome": "stock_fails", "error": str(error), "trials": {}}
     try:
-        subject = _Subject(model, seed)
+        subject = _Subject(model, seed, DraftConfig(graphs=graphs))
     except Exception as error:  # any failure is counted
         outcome = "refused" if isinstance(error, UnsupportedModelError) else "crashed"
         return {**result, "outcome": outcome, "error": described(error), "trials": {}}
@@ -144,9 +161,10 @@ def try_model(model: Any, image_text: bool, trials: Iterable[str] = TRIALS, seed
     result |= {"way": way, "reason": subject.default.verification.reason}
     wanted = [name for name in TRIALS if name in trials and (image_text or not name.endswith("images"))]
     found = {name: trial for name in wanted if (trial := _tried(subject, name)) is not None}
+    result["captured"] = subject.captured
     different = [name for name, trial in found.items() if trial.verdict == "differs"]
     if different and to_float64(model, lambda: _stock(model, prompt, torch.ones_like(prompt))):
-        subject = _Subject(model, seed)
+        subject = _Subject(model, seed, DraftConfig(graphs=graphs))
         for name in different:
             again = _tried(subject, name)
             if again is not None and again.verdict == "equal":

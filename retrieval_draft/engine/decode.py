@@ -15,7 +15,7 @@ from retrieval_draft.drafting.predictions import Predictions
 from retrieval_draft.drafting.session import DraftPlan, DraftSession
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.attention.tree_mask import TreeInputs
-from retrieval_draft.engine.logits import LogitReader
+from retrieval_draft.engine.logits import BestLogits, LogitReader
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.row import Row
 from retrieval_draft.engine.target import Target
@@ -55,12 +55,17 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class _RowOutput:
-    """A row's part of a pass: its drafts, logits and hidden states at their nodes, padding included."""
+    """A row's part of a pass: its drafts, logits and hidden states at their nodes, padding included.
+
+    Attributes:
+        best: The best logits of its nodes, where the host has no others.
+    """
 
     plan: DraftPlan
     logits: Tensor
     predictions: Predictions
     hidden: Tensor | None
+    best: BestLogits | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +91,7 @@ class _StepCosts:
 
 
 def _accept(row: Row, output: _RowOutput) -> list[int]:
-    return row.accept(output.plan, output.logits, output.predictions, output.hidden)
+    return row.accept(output.plan, output.logits, output.predictions, output.hidden, output.best)
 
 
 class Batch:
@@ -118,7 +123,6 @@ class Batch:
         self.rows: list[Row] = []
         self._target, self._reader, self._stats, self._budget = target, reader, stats, budget
         self._failed = failed
-        target.summarised_for(reader.k)
         self._costs: _StepCosts | None = None
         # The host is idle while a device runs a pass.
         self._learns_late = target.device.type == "cuda"
@@ -314,6 +318,8 @@ class Batch:
         captures = self._target.captures
         began = perf_counter()
         wants_hidden = any(row.drafting is not None and row.drafting.wants_hidden for row in rows)
+        best = max((row.best_logits for row in rows), default=0)
+        best = self._target.summarised_for(self._reader.k, best)
         with self._target.watching_hidden(wants_hidden):
             logits = self._target.verify_rows([row.cache for row in rows], inputs)
             hidden = self._target.hidden if wants_hidden else None
@@ -323,29 +329,38 @@ class Batch:
         begins = [0]
         for given in inputs:
             begins.append(begins[-1] + given.input_ids.shape[1])
-        predictions = self._read(logits, begins, [len(plan.tree) for plan in plans])
+        read = self._read(logits, begins, [len(plan.tree) for plan in plans], best)
         # On CUDA the pass is over when its logits have been read; nothing else waits for it.
         ended = perf_counter() if self._learns_late else launched
         if len(rows) == 1:
-            outputs = {rows[0]: _RowOutput(plans[0], logits, predictions[0], hidden)}
+            outputs = {rows[0]: _RowOutput(plans[0], logits, read[0][0], hidden, read[0][1])}
         else:
             outputs = {
-                row: _RowOutput(plan, logits[begin:end], each, None if hidden is None else hidden[begin:end])
-                for row, plan, each, begin, end in zip(
-                    rows, plans, predictions, begins, begins[1:], strict=False
+                row: _RowOutput(
+                    plan, logits[begin:end], each, None if hidden is None else hidden[begin:end], some
+                )
+                for row, plan, (each, some), begin, end in zip(
+                    rows, plans, read, begins, begins[1:], strict=False
                 )
             }
         is_usual = captures == self._target.captures
         return _Verified(outputs, repeated + begins[-1], ended - began, is_usual)
 
-    def _read(self, logits: Tensor, begins: Sequence[int], nodes: Sequence[int]) -> list[Predictions]:
+    def _read(
+        self, logits: Tensor, begins: Sequence[int], nodes: Sequence[int], best: int
+    ) -> list[tuple[Predictions, BestLogits | None]]:
         """Summaries of each row's part of the logits, in one copy; padded nodes left out."""
         if len(nodes) == 1:
-            return [self._reader.read(logits, nodes[0], self._target.summary_of(logits))]
-        whole = self._reader.read(logits)
+            made = self._target.summary_of(logits)
+            return [self._reader.read_with_best(logits, nodes[0], best, made)]
+        whole, some = self._reader.read_with_best(logits, None, best, None)
+        parts = [slice(begin, begin + size) for begin, size in zip(begins, nodes, strict=False)]
         return [
-            Predictions(*(getattr(whole, name)[begin : begin + size] for name in Predictions.__slots__))
-            for begin, size in zip(begins, nodes, strict=False)
+            (
+                Predictions(*(getattr(whole, name)[part] for name in Predictions.__slots__)),
+                None if some is None else BestLogits(some.tokens[part], some.values[part], some.vocabulary),
+            )
+            for part in parts
         ]
 
     def _verify_alone(

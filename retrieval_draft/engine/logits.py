@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -11,7 +13,7 @@ from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.drafting.predictions import Predictions
 from retrieval_draft.errors import NonFiniteLogitsError
 
-__all__ = ["LogitReader", "non_finite", "summary", "top_k"]
+__all__ = ["BestLogits", "LogitReader", "non_finite", "summary", "top_k"]
 
 _kernels = LazyKernels("retrieval_draft.engine._kernels.top_k")
 
@@ -72,23 +74,40 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return best, index, values, indices
 
 
-def summary(logits: Tensor, k: int) -> Tensor:
+class BestLogits(NamedTuple):
+    """The best logits of each node, in falling order.
+
+    Attributes:
+        tokens: int32, shape (n, count).
+        values: float32, shape (n, count).
+        vocabulary: Ids that they were chosen from.
+    """
+
+    tokens: NDArray[np.int32]
+    values: NDArray[np.float32]
+    vocabulary: int
+
+
+def summary(logits: Tensor, k: int, best: int = 0) -> Tensor:
     """Argmax and alternatives of logits, in few launches.
 
     Args:
         logits: (n, vocabulary).
-        k: At most the vocabulary.
+        k: At most the vocabulary, as `best`.
+        best: Number of best logits, for `BestLogits`.
 
     Returns:
-        int32, shape (n, 2 + 2k): argmax, whether a value is NaN, the k best ids, bits of their probabilities
-        as float32.
+        int32, shape (n, 2 + 2k + 2 best): argmax, whether a value is NaN, the k best ids, bits of their
+        probabilities as float32; ids and bits of the best logits.
     """
-    best, index = logits.max(-1)
-    columns = [index[:, None], best.isnan()[:, None]]
+    most, index = logits.max(-1)
+    columns = [index[:, None], most.isnan()[:, None]]
+    values, indices = logits.topk(max(k, best)) if k or best else (logits, index)
     if k:
-        indices = logits.topk(k).indices
-        probs = logits.softmax(-1, dtype=torch.float32).gather(1, indices)
-        columns += [indices, probs.view(torch.int32)]
+        probs = logits.softmax(-1, dtype=torch.float32).gather(1, indices[:, :k])
+        columns += [indices[:, :k], probs.view(torch.int32)]
+    if best:
+        columns += [indices[:, :best], values[:, :best].float().contiguous().view(torch.int32)]
     return torch.cat(columns, -1).int()
 
 
@@ -105,13 +124,13 @@ def _read_in_place(logits: Tensor, k: int) -> Predictions:
     return Predictions(next_tokens, finite, indices, probs)
 
 
-def _unpacked(packed: NDArray[np.int32]) -> Predictions:
-    k = packed.shape[1] // 2 - 1
+def _unpacked(packed: NDArray[np.int32], best: int = 0) -> Predictions:
+    k = packed.shape[1] // 2 - 1 - best
     return Predictions(
         next_tokens=packed[:, 0],
         finite=packed[:, 1] == 0,
         top_tokens=packed[:, 2 : 2 + k],
-        top_probs=packed[:, 2 + k :].view(np.float32),
+        top_probs=packed[:, 2 + k : 2 + 2 * k].view(np.float32),
     )
 
 
@@ -122,10 +141,39 @@ class LogitReader:
         k: Number of alternatives to read for each node; 0 for the argmax alone.
     """
 
+    _is_here = True  # whether logits in the host's memory are read there
+
     def __init__(self, k: int) -> None:
         self.k = k
         self._scratch = torch.empty((1, 0), dtype=torch.float32, device="cpu")
         self._host = torch.empty(0, dtype=torch.int32, device="cpu")
+
+    def read_with_best(
+        self, logits: Tensor, nodes: int | None, best: int, summarised: Tensor | None
+    ) -> tuple[Predictions, BestLogits | None]:
+        """Runs `read`, with the best logits of each node beside it, still in one copy.
+
+        Args:
+            logits: As for `read`.
+            nodes: As for `read`.
+            best: Their number. 0 for none.
+            summarised: Their `summary` with so many, if it has been made.
+
+        Returns:
+            Predictions; and the best logits, or None where the host has all of them anyway, or `best` is 0.
+        """
+        if not best or (summarised is None and self._is_here and logits.device.type == "cpu"):
+            return self.read(logits, nodes, summarised), None
+        if nodes is not None:
+            logits = logits[:nodes]
+        vocabulary = logits.shape[-1]
+        best = min(best, vocabulary)
+        if summarised is None:
+            summarised = summary(logits, min(self.k, vocabulary), best)
+        packed = self._down(summarised[: len(logits)]).numpy()
+        values = packed[:, packed.shape[1] - best :].view(np.float32)
+        tokens = packed[:, packed.shape[1] - 2 * best : packed.shape[1] - best]
+        return _unpacked(packed, best), BestLogits(tokens, values, vocabulary)
 
     def read(self, logits: Tensor, nodes: int | None = None, summarised: Tensor | None = None) -> Predictions:
         """Summarises `logits` with one device-to-host copy.
@@ -140,14 +188,15 @@ class LogitReader:
         k = min(self.k, logits.shape[-1])
         if summarised is not None:
             return _unpacked(self._down(summarised[: len(logits)]).numpy())
-        if logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous():
+        is_here = self._is_here and logits.device.type == "cpu"
+        if is_here and logits.dtype == torch.float32 and logits.is_contiguous():
             return _read_in_place(logits, k)
         return _unpacked(self._down(self.pack(logits)).numpy())
 
     def pack(self, logits: Tensor) -> Tensor:
         """Argmax, NaN flag, top ids and top probabilities by row: int32, shape (n, 2 + 2k), on the device."""
         k = min(self.k, logits.shape[-1])
-        if logits.device.type != "cpu":
+        if logits.device.type != "cpu" or not self._is_here:
             return summary(logits, k)
         best, index, values, indices = top_k(logits, k)
         columns = [index[:, None].int(), best.isnan()[:, None].int()]

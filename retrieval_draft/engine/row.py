@@ -18,7 +18,7 @@ from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.attention.tree_mask import TreeInputs
 from retrieval_draft.engine.cache.prefix_cache import Keeper
-from retrieval_draft.engine.logits import LogitReader
+from retrieval_draft.engine.logits import BestLogits, LogitReader
 from retrieval_draft.engine.placeholders import text_runs
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.sampling.sampling import non_finite
@@ -262,7 +262,12 @@ class Row:
         return self.attention.prepare(plan.tree, len(self.text) - 1, None, self.cache.shift)
 
     def accept(
-        self, plan: DraftPlan, logits: Tensor, predictions: Predictions, hidden: Tensor | None = None
+        self,
+        plan: DraftPlan,
+        logits: Tensor,
+        predictions: Predictions,
+        hidden: Tensor | None = None,
+        best: BestLogits | None = None,
     ) -> list[int]:
         """Emits the target's choices along the tree, and notes which nodes to keep and what to learn.
 
@@ -271,8 +276,9 @@ class Row:
             logits: (n + 1, vocabulary) or more, float, after each node.
             predictions: Their summary.
             hidden: (n + 1, d) or more. Inputs of the output head at the nodes, if a source wants them.
+            best: Their best logits, where the host has no others.
         """
-        emitted = self._accept(plan.tree, logits, predictions)
+        emitted = self._accept(plan.tree, logits, predictions, best)
         path = self._path
         kept = 0
         while kept < len(path) and path[kept] == kept:
@@ -335,13 +341,17 @@ class Row:
         if self.request.finished is not None:
             self.request.finished(self.text.reply)
 
-    def _accept(self, tree: DraftTree, logits: Tensor, predictions: Predictions) -> list[int]:
+    def _accept(
+        self, tree: DraftTree, logits: Tensor, predictions: Predictions, best: BestLogits | None = None
+    ) -> list[int]:
         """Emits the accepted tokens one by one, each as if it had been decoded alone."""
         emitted: list[int] = []
         path: list[int] = []
         self._path = path
         choose = (
-            self._argmax(predictions) if self.request.sampler is None else self._sample(logits, predictions)
+            self._argmax(predictions)
+            if self.request.sampler is None
+            else self._sample(logits, predictions, best)
         )
         for node, token in walk(tree, choose):
             path.append(node)
@@ -361,15 +371,21 @@ class Row:
 
         return choose
 
-    def _sample(self, logits: Tensor, predictions: Predictions) -> Callable[[int], int]:
+    def _sample(
+        self, logits: Tensor, predictions: Predictions, best: BestLogits | None
+    ) -> Callable[[int], int]:
         sampler = self.request.sampler
         assert sampler is not None
 
         def choose(node: int) -> int:
-            ids = self.text.ids
-            assert ids is not None
             if not predictions.finite[node]:
                 raise non_finite(len(self.text))
+            if best is not None and sampler.best_logits:
+                token = sampler.choose_among(best, node, len(self.text))
+                if token is not None:
+                    return token
+            ids = self.text.ids
+            assert ids is not None
             return sampler.choose(logits[node], ids, len(self.text))
 
         return choose
@@ -393,6 +409,11 @@ class Row:
         if self._path:
             self.cache.commit(moved, self._kept, len(self._path))
         self._path, self._moved = (), None
+
+    @property
+    def best_logits(self) -> int:
+        """Number of best logits of a node that its token is chosen among; 0 for all of them, or the best."""
+        return 0 if self.request.sampler is None else self.request.sampler.best_logits
 
     @property
     def carried(self) -> int | None:

@@ -111,6 +111,7 @@ class Target:
         self._takes_mask = "attention_mask" in parameters
         self._takes_positions = "position_ids" in parameters
         self._watches_hidden = False
+        self._best = 0
         self._set_up()
         self.use_graphs(graphs)
 
@@ -194,11 +195,23 @@ class Target:
         """Passes captured so far."""
         return 0 if self.graphs is None else self.graphs.captures
 
-    def summarised_for(self, k: int) -> None:
-        """Has captured passes summarise their logits for a `LogitReader` of `k` alternatives."""
-        if self.graphs is not None:
-            k = min(k, self.vocabulary)
-            self.graphs.summarised(2 + 2 * k, partial(summary, k=k))
+    def summarised_for(self, k: int, best: int) -> int:
+        """Has captured passes summarise their logits for a `LogitReader`.
+
+        Args:
+            k: Its alternatives.
+            best: Number of best logits that this pass's rows choose among. It never falls again, since passes
+                would be captured anew each time.
+
+        Returns:
+            Number of best logits that are read.
+        """
+        if self.graphs is None:
+            return best
+        self._best = max(self._best, min(best, self.vocabulary))
+        k = min(k, self.vocabulary)
+        self.graphs.summarised((k, self._best), partial(summary, k=k, best=self._best))
+        return self._best
 
     def summary_of(self, logits: Tensor) -> Tensor | None:
         """The summary of a captured pass's logits, made with them; None for others."""

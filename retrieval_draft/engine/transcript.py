@@ -28,6 +28,7 @@ class Transcript:
         self._tokens = np.empty(max(capacity, len(prompt)) + 1, np.int32)
         self._tokens[: len(prompt)] = prompt
         self._ids: Tensor | None = None
+        self._known = len(prompt)  # tokens that `ids` has
         if padded is not None:
             self._padding = padded.shape[1] - len(prompt)
             self._ids = padded.new_empty((1, len(self._tokens) + self._padding))
@@ -49,15 +50,19 @@ class Transcript:
     @property
     def ids(self) -> Tensor | None:
         """int64, shape (1, length + padding), a view; None if no processor or criterion needs it."""
-        return None if self._ids is None else self._ids[:, : self._length + self._padding]
+        if self._ids is None:
+            return None
+        if self._known < self._length:
+            new = torch.from_numpy(self._tokens[self._known : self._length].astype(np.int64))
+            self._ids[0, self._known + self._padding : self._length + self._padding].copy_(new)
+            self._known = self._length
+        return self._ids[:, : self._length + self._padding]
 
     def append(self, token: int) -> None:
         """Adds one token to the reply."""
         if self._length == len(self._tokens):
             self._grow()
         self._tokens[self._length] = token
-        if self._ids is not None:
-            self._ids[0, self._length + self._padding] = token
         self._length += 1
 
     def _grow(self) -> None:

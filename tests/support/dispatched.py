@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,15 +34,21 @@ VIEWS = {
 
 
 class Dispatched(TorchDispatchMode):
-    """Names of the aten calls of this thread, in order."""
+    """The aten calls of this thread, in order.
 
-    def __init__(self) -> None:
-        super().__init__()
+    Args:
+        depth: Anything, not empty while nothing is counted.
+    """
+
+    def __init__(self, depth: Sized = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._depth = depth
         self.calls: list[tuple[str, Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.calls.append((func.overloadpacket.__name__, args, out))
+        if not len(self._depth):
+            self.calls.append((func.overloadpacket.__name__, args, out))
         return out
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -88,18 +88,18 @@ class GraphPasses:
         self._is_checked = False
         self._changes = 0
         self._summarise: Callable[[Tensor], Tensor] | None = None
-        self._columns = 0
+        self._summary_key: Hashable = None
         self._last: FixedPass | None = None
         self._pool: Any = None
         self.reason: str | None = None
         self.captures = self.replays = 0
         self.largest = 64
 
-    def summarised(self, columns: int, summarise: Callable[[Tensor], Tensor]) -> None:
-        """Sets what captured passes make of their logits for the host; `columns` tells it from others."""
-        if columns != self._columns:
+    def summarised(self, key: Hashable, summarise: Callable[[Tensor], Tensor]) -> None:
+        """Sets what captured passes make of their logits for the host; `key` tells it from others."""
+        if key != self._summary_key:
             self._forget()
-        self._columns, self._summarise = columns, summarise
+            self._summary_key, self._summarise = key, summarise
 
     def summary_of(self, logits: Tensor) -> Tensor | None:
         """The result of `summarised` for the logits of the last pass, (n, columns); None for any others."""

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from retrieval_draft.engine.logits import non_finite
+from retrieval_draft.engine.logits import BestLogits, non_finite
 from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.engine.sampling.token_logprobs import TokenLogprobs, token_logprobs
-from retrieval_draft.engine.sampling.warpers import Choice, Warpers, split
+from retrieval_draft.engine.sampling.warpers import Choice, Warpers, best_logits, split
 from retrieval_draft.errors import (
     InvalidInputError,
     NonFiniteLogitsError,
@@ -43,6 +43,7 @@ class Sampler:
         logits: Raw logits, each float32, shape (1, vocabulary), or None.
         logprobs: Natural logarithms of the chosen tokens' probabilities, in order; empty unless kept.
         top: The alternatives of `keep_top`, in order; empty unless kept.
+        best_logits: Number of best logits that `choose_among` chooses among; 0 where it takes all of them.
 
     Example:
         With a temperature of 0.5 and logits ``[1.0, 0.0]``, token 0 is drawn with probability 0.88; where it
@@ -71,6 +72,9 @@ class Sampler:
         self.logits: list[Tensor] | None = [] if keep_logits else None
         self.logprobs: list[float] = []
         self._keep_top = keep_top
+        needs_all = head or keep_scores or keep_logits or keep_top is not None or noise is None
+        self.best_logits = 0 if needs_all else best_logits(tail)
+        self._row = torch.empty(0, dtype=torch.float32, device="cpu")
         self.top: list[TokenLogprobs] = []
 
     @property
@@ -109,6 +113,34 @@ class Sampler:
             self.logprobs.append(choice.logprob)
         if self._keep_top is not None:
             self.top.append(token_logprobs(row, choice.token, self._keep_top))
+        return choice.token
+
+    def choose_among(self, best: BestLogits, node: int, position: int) -> int | None:
+        """The token of `choose`, from the best logits of a node.
+
+        Args:
+            best: `best_logits` of each node, or more.
+            node: Index of the node.
+            position: Of the token to be chosen, padding not counted.
+
+        Returns:
+            None where these logits do not tell: as many are equal as there are.
+        """
+        values = best.values[node]
+        assert self._noise is not None
+        if len(values) < best.vocabulary and not self._warpers.tells(values):
+            return None
+        if len(self._row) != best.vocabulary:
+            self._row = torch.empty(best.vocabulary, dtype=torch.float32, device="cpu")
+        row = self._row.numpy()
+        # All others are lower than the last of top-k, and so are left out for any value.
+        row.fill(values[-1] - max(1.0, abs(float(values[-1])) / 8))
+        row[best.tokens[node]] = values
+        choice = self._warpers.choose(self._row, self._noise.key(position), self._keep_logprob)
+        if choice is None:
+            return None
+        if self._keep_logprob:
+            self.logprobs.append(choice.logprob)
         return choice.token
 
     def _choose_in_torch(self, scores: Tensor, position: int, row: Tensor) -> Choice:

@@ -17,7 +17,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-__all__ = ["Choice", "Warpers", "split"]
+__all__ = ["BEST", "Choice", "Warpers", "best_logits", "split"]
+
+BEST = 128
+"""Best logits of a node that are read where top-k leaves fewer. Of half precision many may equal the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,17 @@ def split(processors: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     return head, tail
 
 
+def best_logits(tail: Sequence[Any]) -> int:
+    """Number of a row's best logits that a tail of `split` looks at; 0 for all of them.
+
+    Example:
+        temperature, top-k of 50, top-p  ->  128; top-p, top-k of 50  ->  0: top-p sums up all
+    """
+    later = tail[1:] if tail and _is_temperature(tail[0]) else tail
+    few = bool(later) and type(later[0]) is TopKLogitsWarper and later[0].top_k <= BEST // 2
+    return BEST if few else 0
+
+
 class Warpers:
     """Chooses a token of a row as if warpers of transformers had run on it, without a copy of the row.
 
@@ -73,6 +87,17 @@ class Warpers:
         self._keeps = np.array([keep for _, _, keep in steps], np.int64)
         self._filters = any(not _is_temperature(warper) for warper in tail)
         self._scratch = _scratch(0)
+
+    def tells(self, values: NDArray[np.float32]) -> bool:
+        """True if top-k drops the last of these best values of a row, in falling order, and so all below."""
+        from retrieval_draft.engine._kernels.warp import TEMPERATURE, TOP_K
+
+        for kind, number in zip(self._kinds.tolist(), self._numbers.tolist(), strict=True):
+            if kind == TEMPERATURE:
+                values = values / np.float32(number)
+            else:
+                return bool(kind == TOP_K and number < len(values) and values[-1] < values[int(number) - 1])
+        return False
 
     def choose(self, row: Tensor, key: np.uint64 | None, logprob: bool = False) -> Choice | None:
         """One draw, or the most probable token.

@@ -18,6 +18,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from retrieval_draft.engine.logits import BestLogits
 from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.engine.sampling.sampling import Sampler
 from retrieval_draft.errors import InvalidInputError, NonFiniteLogitsError
@@ -167,3 +168,56 @@ def test_kept_tensors_do_not_share_the_rows_memory() -> None:
     assert sampler.logits is not None
     assert torch.equal(sampler.scores[0][0], before)
     assert torch.equal(sampler.logits[0][0], before)
+
+
+def warped(top_k: int, temperature: float = 0.7, top_p: float = 0.9) -> LogitsProcessorList:
+    return LogitsProcessorList(
+        [TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)]
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.7])
+def test_the_best_logits_choose_as_all_of_them_do(temperature: float) -> None:
+    vocabulary = 3000
+    noise = GumbelNoise(5, vocabulary, torch.device("cpu"))
+    processors = warped(20, temperature)
+    one, other = (Sampler(processors, noise, keep_logprob=True) for _ in range(2))
+    assert one.best_logits == 128
+    for position in range(100):
+        logits = 3 * torch.randn(4, vocabulary)
+        values, tokens = logits.topk(one.best_logits)
+        best = BestLogits(tokens.int().numpy(), values.numpy(), vocabulary)
+        ids = torch.zeros((1, 3), dtype=torch.int64)
+        assert one.choose_among(best, 2, position) == other.choose(logits[2], ids, position)
+    assert one.logprobs == pytest.approx(other.logprobs, abs=1e-6)
+
+
+def test_ties_beyond_the_best_logits_are_left_to_all_of_them() -> None:
+    vocabulary = 1000
+    sampler = Sampler(warped(20), GumbelNoise(5, vocabulary, torch.device("cpu")))
+    logits = torch.zeros(1, vocabulary)
+    logits[0, :10] = 5
+    values, tokens = logits.topk(sampler.best_logits)
+    best = BestLogits(tokens.int().numpy(), values.numpy(), vocabulary)
+    assert sampler.choose_among(best, 0, 3) is None
+    logits[0, :20] = 5
+    values, tokens = logits.topk(sampler.best_logits)
+    assert sampler.choose_among(BestLogits(tokens.int().numpy(), values.numpy(), vocabulary), 0, 3) in range(
+        20
+    )
+
+
+def test_where_all_logits_are_needed_none_are_left_out() -> None:
+    noise, top_k = GumbelNoise(5, 1000, torch.device("cpu")), TopKLogitsWarper(20)
+    for processors in (
+        [],
+        [TemperatureLogitsWarper(0.5)],
+        [TopPLogitsWarper(0.9), top_k],
+        [TopKLogitsWarper(100)],
+        [RepetitionPenaltyLogitsProcessor(1.2), top_k],
+    ):
+        assert Sampler(LogitsProcessorList(processors), noise).best_logits == 0
+    assert Sampler(LogitsProcessorList([top_k]), None).best_logits == 0
+    for kept in ({"keep_scores": True}, {"keep_logits": True}, {"keep_top": 3}):
+        assert Sampler(LogitsProcessorList([top_k]), noise, **kept).best_logits == 0
+    assert Sampler(LogitsProcessorList([top_k]), noise).best_logits > 20

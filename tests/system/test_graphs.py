@@ -1,0 +1,90 @@
+"""Text from captured passes, on tapes: that of `model.generate`, and of the same seed without drafts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from retrieval_draft import DraftConfig, RetrievalDrafter
+from tests.support.batches import padded, ragged
+from tests.support.drafters import drafter_with, near_ties, prompt_ids, reply_of
+from tests.support.models import CACHE, CONFIGS, make
+from tests.support.sources import OracleSource
+
+NEW = 60
+
+
+def tape(model: Any, **options: Any) -> RetrievalDrafter:
+    return RetrievalDrafter.for_model(model, config=DraftConfig(nodes=12, graphs="tape", **options))
+
+
+def replays(drafter: RetrievalDrafter) -> int:
+    graphs = drafter.target.graphs
+    assert graphs is not None
+    assert graphs.reason is None
+    return graphs.replays
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_and_sampled_text(name: str) -> None:
+    model, prompt = make(name), prompt_ids(40)
+    stock = model.generate(prompt, max_new_tokens=NEW, do_sample=False)
+    drafter = tape(model)
+    assert near_ties(model, drafter.generate(prompt, max_new_tokens=NEW, do_sample=False), stock) == 0
+    plain = RetrievalDrafter.for_model(model, config=DraftConfig(method="none", graphs="tape"))
+    eager = RetrievalDrafter.for_model(model, config=DraftConfig(nodes=12, graphs="off", cpu_kernels=False))
+    for options in (
+        {"top_k": 20, "top_p": 0.9, "temperature": 0.8},
+        {"top_k": 0},
+        {"repetition_penalty": 1.2},
+    ):
+        sampled = {"do_sample": True, "seed": 3, "max_new_tokens": NEW, **options}
+        out = drafter.generate(prompt, **sampled)
+        assert torch.equal(out, plain.generate(prompt, **sampled))
+        assert torch.equal(out, eager.generate(prompt, **sampled))
+    assert replays(drafter) > 20
+    assert replays(plain) > 3 * (NEW - 2)
+    assert drafter.stats.accepted > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_batches_end_in_captured_passes(name: str) -> None:
+    """Rows together are passed eagerly; the last one, alone, is not."""
+    model, prompts = make(name), ragged((9, 23, 40))
+    ids, mask = padded(prompts)
+    drafter = tape(model)
+    out = drafter.generate(ids, mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(prompt, max_new_tokens=NEW, do_sample=False)
+        assert torch.equal(out[row, ids.shape[1] :], alone[0, prompt.shape[1] :])
+    assert torch.equal(drafter.generate(prompt, max_new_tokens=NEW, do_sample=False), alone)
+    assert replays(drafter) > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])
+def test_a_returned_cache_is_the_callers_own(name: str) -> None:
+    """Later requests write to the memory of captured passes, not to a cache that was returned."""
+    model, prompt = make(name), prompt_ids(40)
+    drafter = tape(model)
+    options = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
+    first = drafter.generate(prompt, **options)
+    cache = first[CACHE]
+    held = [layer.keys.clone() for layer in cache.layers]
+    drafter.generate(prompt_ids(30, seed=2), **options)
+    assert all(map(torch.equal, held, [layer.keys for layer in cache.layers]))
+    turn = torch.cat([first.sequences, prompt_ids(5, seed=3)], 1)
+    again = drafter.generate(turn, **{CACHE: cache}, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(again, model.generate(turn, max_new_tokens=NEW, do_sample=False))
+    assert replays(drafter) > 20
+
+
+def test_long_replies_whose_paths_move() -> None:
+    """Forced drafts, so that long paths move, in a text beyond a page of slots."""
+    model, prompt = make("gemma3"), prompt_ids(40)
+    stock = model.generate(prompt, max_new_tokens=420, do_sample=False)
+    drafter = drafter_with(model, OracleSource(reply_of(stock, prompt)), nodes=16, graphs="tape")
+    drafter.target.use_graphs("tape")
+    out = drafter.generate(prompt, max_new_tokens=420, do_sample=False)
+    assert near_ties(model, out, stock) == 0
