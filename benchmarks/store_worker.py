@@ -163,7 +163,7 @@ class _Worker:
         if rows:
             end = time.monotonic() + seconds
             while time.monotonic() < end:
-                if text[0] in self.matrix.row(text[:CONTEXT])[0]:  # predicted there, and not the next one
+                if text[0] in self.matrix.row(text[:CONTEXT])[0]:  # predicted there, though not the next
                     return {"at": time.monotonic()}
                 time.sleep(_POLL_SECONDS)
             return {"at": None}

@@ -224,7 +224,7 @@ class SharedStore:
 
     def share_calibration(self, content: bytes) -> None:
         """Queues a calibration's file, which holds no tokens, to be sent with the next texts."""
-        if len(content) < self._codec.most_bytes // 2:
+        if len(content) < 4 * self.config.max_tokens - 64:
             self._outbox.calibration = content
 
     def wait_ready(self, timeout: float = 5.0) -> bool:
