@@ -11,8 +11,9 @@ import gzip
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from retrieval_draft.config import SOURCES, DraftConfig
 from retrieval_draft.drafting.calibration import Calibration
 from retrieval_draft.drafting.hierarchy import SourceHierarchy, SourceSessions
 from retrieval_draft.drafting.session import count_names, proposed_nodes
+from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.corpus import Corpus
 from retrieval_draft.index.draft_stores import DraftStores
-from retrieval_draft.index.source import CONTEXT, NodeLogits, TokenArray
+from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArray
 from retrieval_draft.methods.method import MethodContext, as_proposed
 from retrieval_draft.methods.registry import get_method
 
@@ -125,10 +127,18 @@ class Replayer:
         keep: Whether sources keep learned state from one request to the next.
         stores: Data that sources are made from.
         calibration: The calibration, updated in place.
+        late: Whether all but a step's tokens is learned after the next step's drafts, as while a device runs
+            the pass.
     """
 
     def __init__(
-        self, config: DraftConfig, nodes: int, keep: bool, stores: DraftStores, calibration: Calibration
+        self,
+        config: DraftConfig,
+        nodes: int,
+        keep: bool,
+        stores: DraftStores,
+        calibration: Calibration,
+        late: bool = False,
     ) -> None:
         self._method = get_method(config.method)
         if self._method.needs_model:
@@ -139,6 +149,7 @@ class Replayer:
         self._parts = MethodContext(config, stores)
         self._nodes = nodes
         self._keep = keep
+        self._late = late
         self._hierarchy = SourceHierarchy(self._method.sources(self._parts))
         self.calibration = calibration
         self.reliability = Reliability()
@@ -178,6 +189,7 @@ class Replayer:
         self._learn(drafts, trace, text, 0, 1)
         drafts.observe(trace.output[:1])
         done = 1
+        learn: Callable[[], None] | None = None
         while done < len(trace.output):
             root, rest = int(text[start + done - 1]), trace.output[done:]
             begin = time.perf_counter()
@@ -186,28 +198,52 @@ class Replayer:
             proposed = time.perf_counter()
             tree = self._method.tree(root, proposals, calibration, self._nodes)
             drafted = time.perf_counter()
+            if self._late and learn is not None:
+                learn()
             if oracle:
                 alone = [as_proposed(root, [proposal], None, self._nodes) for proposal in proposals]
                 tree = max(alone, key=lambda tree: len(tree.walk(rest)), default=tree)
             path = tree.walk(rest)
             emitted = trace.output[done : done + len(path)]
-            walked = time.perf_counter()
-            outcomes = calibration.observe(tree, proposals, emitted)
-            observed = time.perf_counter()
-            self._learn(drafts, trace, text, done, done + len(emitted))
+            learn = partial(
+                self._learn_step, calibration, drafts, trace, text, tree, proposals, emitted, done,
+                drafted - proposed,
+            )  # fmt: skip
+            if not self._late:
+                learn()
             drafts.observe(emitted)
-            self.observe_us.append((time.perf_counter() - walked) * 1e6)
             self.draft_us.append((drafted - begin) * 1e6)
-            self.fuse_us.append((drafted - proposed + observed - walked) * 1e6)
-            self.reliability.observe(tree, outcomes)
             self.verified += tree.num_draft_tokens
             count_names(proposals, Counter(tree.sources[1:].tolist()), Counter(), self.drafted)
             count_names(proposals, Counter(tree.sources[path[1:]].tolist()), Counter(), self.accepted)
             done += len(emitted)
             counts.steps += 1
+        if self._late and learn is not None:
+            learn()
         drafts.close()
         self._hierarchy.flush()  # so that a replay is deterministic
         return counts
+
+    def _learn_step(
+        self,
+        calibration: Calibration,
+        drafts: SourceSessions,
+        trace: Trace,
+        text: TokenArray,
+        tree: DraftTree,
+        proposals: Sequence[Proposal],
+        emitted: TokenArray,
+        done: int,
+        fuse_seconds: float,
+    ) -> None:
+        """Learns from the step after `done` outputs, but for its tokens."""
+        walked = time.perf_counter()
+        outcomes = calibration.observe(tree, proposals, emitted)
+        observed = time.perf_counter()
+        self._learn(drafts, trace, text, done, done + len(emitted))
+        self.observe_us.append((time.perf_counter() - walked) * 1e6)
+        self.fuse_us.append((fuse_seconds + observed - walked) * 1e6)
+        self.reliability.observe(tree, outcomes)
 
     def _learn(self, drafts: SourceSessions, trace: Trace, text: TokenArray, first: int, last: int) -> None:
         """Passes the sources the target's predictions at outputs first..last-1: top-k, or the choice only."""
@@ -239,6 +275,7 @@ def replay(
     priors: bool = True,
     oracle: bool = False,
     calibration: Calibration | None = None,
+    late: bool = False,
 ) -> dict[str, Any]:
     """Replays traces and reports tokens per step.
 
@@ -254,6 +291,7 @@ def replay(
         without: Evidence that calibration does not learn from, to measure its value.
         priors: Whether calibration starts from the shipped priors.
         oracle: Whether to verify, in each step, only the source that turns out best.
+        late: Whether all but a step's tokens is learned after the next step's drafts, as on a device.
         calibration: Calibration to start from instead; updated in place.
 
     Returns:
@@ -279,6 +317,7 @@ def replay(
         history,
         DraftStores(vocabulary, corpora=opened),
         Calibration(priors, without) if calibration is None else calibration,
+        late,
     )
     total = Counts()
     tasks: dict[str, Counts] = {}
@@ -313,6 +352,7 @@ def replay(
             "without": list(without),
             "priors": priors,
             "oracle": oracle,
+            "late": late,
             "traces": [path.name for path in paths],
         },
     }

@@ -140,6 +140,7 @@ def replay(
     ] = "",
     priors: Annotated[bool, typer.Option(help="Start from the shipped calibration.")] = True,
     oracle: Annotated[bool, typer.Option(help="Verify the best single source of each step instead.")] = False,
+    late: Annotated[bool, typer.Option(help="Learn from a step after the next drafts, as on a GPU.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw predicted against observed acceptance.", show_default=False)
     ] = None,
@@ -162,6 +163,7 @@ def replay(
         without=split(without),
         priors=priors,
         oracle=oracle,
+        late=late,
     )
     finish(result, out)
     if plot is not None:

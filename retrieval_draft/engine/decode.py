@@ -35,7 +35,8 @@ class Step:
         rows: Those that stepped; ones that failed are left out.
         plans: The verified drafts, one for each row.
         emitted: Tokens of each row.
-        learn_seconds: Updates of sources and calibration with the result of the step before.
+        learn_seconds: Updates of sources and calibration with the result of the step before, but for those
+            that are made while a device runs the pass.
         draft_seconds: Proposals and choice of the budget.
         commit_seconds: Packing and moving accepted paths.
         forward_seconds: The pass.
@@ -117,6 +118,8 @@ class Batch:
         self._target, self._reader, self._stats, self._budget = target, reader, stats, budget
         self._failed = failed
         self._costs: _StepCosts | None = None
+        # The host is idle while a device runs a pass.
+        self._learns_late = target.device.type == "cuda"
 
     def join(
         self,
@@ -198,7 +201,10 @@ class Batch:
         """Drafts, verifies and accepts in every row."""
         stats = self._stats
         started = perf_counter()
-        self._apply_feedback()
+        if self._learns_late:
+            self._of_each(Row.observe, self.rows)
+        else:
+            self._apply_feedback()
         learnt = perf_counter()
         planned = self._plan()
         drafted = perf_counter()
@@ -206,6 +212,8 @@ class Batch:
         packed = perf_counter()
         verified = self._verify_groups(prepared, planned)
         outputs = {row: output for each in verified for row, output in each.outputs.items()}
+        if self._learns_late:  # a row may have failed meanwhile
+            outputs = {row: output for row, output in outputs.items() if row in self.rows}
         emitted: dict[Row, list[int]] = self._of_each(_accept, list(outputs), list(outputs.values()))
         ended = perf_counter()
         rows = list(emitted)
@@ -307,12 +315,14 @@ class Batch:
             logits = self._target.verify_rows([row.cache for row in rows], inputs)
             hidden = self._target.hidden if wants_hidden else None
         launched = perf_counter()
+        if self._learns_late:
+            self._apply_feedback()
         begins = [0]
         for given in inputs:
             begins.append(begins[-1] + given.input_ids.shape[1])
         predictions = self._read(logits, begins, [len(plan.tree) for plan in plans])
         # On CUDA the pass is over when its logits have been read; nothing else waits for it.
-        ended = perf_counter() if self._target.device.type == "cuda" else launched
+        ended = perf_counter() if self._learns_late else launched
         if len(rows) == 1:
             outputs = {rows[0]: _RowOutput(plans[0], logits, predictions[0], hidden)}
         else:

@@ -54,7 +54,8 @@ class Row:
     """The state of a request: its text, its cache and the path that waits to be committed.
 
     A step's result reaches its sources as the next step begins, so that a step drafts first and verifies
-    then, and its tokens are out before anything is learned from them.
+    then, and its tokens are out before anything is learned from them. What is learned besides the tokens may
+    wait until the next pass runs, where a device runs it.
 
     Args:
         target: The model.
@@ -96,6 +97,7 @@ class Row:
         self._predictions: Predictions | None = None
         self._hidden_end: Tensor | None = None
         self._feedback: _Feedback | None = None
+        self._unlearned: _Feedback | None = None
         self._context = request.runs[-1]
         stats.requests += 1
         stats.prompt_tokens += len(request.prompt)
@@ -247,22 +249,40 @@ class Row:
 
     def apply_feedback(self) -> None:
         """Updates sources and calibration with the result of the last step, once."""
+        self.observe()
+        self.learn()
+
+    def observe(self) -> None:
+        """Appends the last step's tokens to the text of every source, once; more is not needed to draft."""
         drafting, feedback = self.drafting, self._feedback
         self._feedback = None
         if drafting is None or feedback is None:
             return
-        plan, path, emitted, predictions, hidden = feedback
-        before = len(self.text) - len(emitted) - 1
-        drafting.count(plan, path)
-        accepted = np.array(emitted, np.int32)
+        drafting.count(feedback.plan, feedback.path)
+        accepted = np.array(feedback.emitted, np.int32)
         if self._ends_drafting(accepted):
             return
         drafting.observe(accepted)
+        if feedback.hidden is not None:
+            # A head's next drafts begin with it, after what it learns.
+            self._unlearned = feedback
+            self.learn()
+            drafting.learn_hidden(feedback.hidden)
+        else:
+            self._unlearned = feedback
+
+    def learn(self) -> None:
+        """Updates sources and calibration with the predictions of the step last observed, once."""
+        drafting, feedback = self.drafting, self._unlearned
+        self._unlearned = None
+        if drafting is None or feedback is None:
+            return
+        plan, _, emitted, predictions, _ = feedback
+        before = len(self.text) - len(emitted) - 1
         begin = self.text.prompt_length - len(self._context)
         contexts = plan.tree.contexts(self.text.tokens[max(begin, before - 3) : before])
-        drafting.learn(plan, accepted, NodeLogits(contexts, predictions.top_tokens, predictions.top_probs))
-        if hidden is not None:
-            drafting.learn_hidden(hidden)
+        logits = NodeLogits(contexts, predictions.top_tokens, predictions.top_probs)
+        drafting.learn(plan, np.array(emitted, np.int32), logits)
 
     def finish(self) -> None:
         """Moves the last accepted path into place, so that the cache can be used further."""

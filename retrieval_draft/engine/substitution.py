@@ -87,7 +87,7 @@ def own_forwards(model: nn.Module) -> Iterator[None]:
 class _LentForward:
     """A lent function; a copy of its module, as of deepcopy or pickle, gets the module's own one instead.
 
-    The lent function reads the weights of the module that it was made for.
+    It reads the weights of the module that it was made for.
     """
 
     __slots__ = ("_forward", "_module")

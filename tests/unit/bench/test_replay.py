@@ -80,3 +80,18 @@ def test_missing_torn_and_empty_files(tmp_path: Path) -> None:
         replay([torn], nodes=4)
     with pytest.raises(InvalidInputError, match="Nothing to replay"):
         replay([write(tmp_path / "empty.jsonl")], nodes=4)
+
+
+def test_learning_late_costs_a_step_where_the_next_one_needs_it(tmp_path: Path) -> None:
+    trace = write(tmp_path / "t.jsonl", {"prompt": [1, 2], "output": [5, 6] * 12})
+    now, late = (
+        replay([trace], nodes=8, sources=["adjacency"], late=late)["steps"] for late in (False, True)
+    )
+    assert now < late <= now + 2
+
+
+def test_the_last_step_is_learned_when_learning_is_late(tmp_path: Path) -> None:
+    record = {"task": "a", "prompt": [1], "output": [5, 6, 7, 8, 9, 10, 11, 12]}
+    trace = write(tmp_path / "t.jsonl", record, record)
+    found = [replay([trace], nodes=16, sources=["adjacency"], late=late) for late in (False, True)]
+    assert found[0]["steps"] == found[1]["steps"]

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from retrieval_draft.drafting.session import _usable, prompt_contexts
+from retrieval_draft import RetrievalDrafter
+from retrieval_draft.config import DraftConfig
+from retrieval_draft.drafting.budget import Budget
+from retrieval_draft.drafting.session import DraftSession, _usable, prompt_contexts
 from retrieval_draft.drafting.stats import DraftStats
-from retrieval_draft.engine.decode import decode
+from retrieval_draft.engine.decode import Batch, decode
 from retrieval_draft.engine.logits import LogitReader
 from retrieval_draft.engine.request import DecodeRequest
+from retrieval_draft.engine.row import Row
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.transcript import Transcript
 from tests.support.models import make
@@ -77,3 +83,77 @@ def test_plain_decoding_needs_no_drafting() -> None:
         row = decode(Target(model), [request], LogitReader(0), DraftStats())[0]
     assert row.text.tokens.tolist() == stock[0].tolist()
     assert row.cache.get_seq_length() == 14
+
+
+def late_batch(failed: list[Row] | None = None) -> Batch:
+    """A batch that learns as on a device, while a pass runs."""
+    target = Target(make("gemma3"))
+    target.model.eval()
+    note = None if failed is None else (lambda row, error: failed.append(row))
+    batch = Batch(target, LogitReader(4), DraftStats(), Budget(), note)
+    batch._learns_late = True
+    return batch
+
+
+def joined(batch: Batch, drafter: RetrievalDrafter, prompt: list[int], length: int) -> Row:
+    stats = DraftStats()
+    request = DecodeRequest(np.array(prompt, np.int32), max_length=length)
+    (session,) = drafter.draft_engine.open([request], [], [stats])
+    return batch.join(request, session, stats)
+
+
+def test_learning_waits_until_the_pass_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def note(owner: type, name: str) -> None:
+        call = getattr(owner, name)
+
+        def noted(*args: Any) -> Any:
+            calls.append(name)
+            return call(*args)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(Target, "verify_rows")
+    note(LogitReader, "read")
+    note(DraftSession, "observe")
+    note(DraftSession, "learn")
+    batch = late_batch()
+    drafter = RetrievalDrafter.for_model(batch._target.model, config=DraftConfig(nodes=8))
+    drafter.warm_up()
+    with torch.no_grad():
+        row = joined(batch, drafter, [1, 2, 3, 1, 2, 3], 12)
+        while not row.done:
+            calls.clear()
+            batch.step()
+            assert calls in (["verify_rows", "read"], ["observe", "verify_rows", "learn", "read"])
+        batch.leave()
+    assert calls[-2:] == ["observe", "learn"]
+    stock = batch._target.model.generate(torch.tensor([[1, 2, 3, 1, 2, 3]]), max_length=12, do_sample=False)
+    assert row.text.tokens.tolist() == stock[0].tolist()
+
+
+def test_a_row_that_fails_while_a_pass_runs_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed: list[Row] = []
+    batch = late_batch(failed)
+    drafter = RetrievalDrafter.for_model(batch._target.model, config=DraftConfig(nodes=8))
+    drafter.warm_up()
+    with torch.no_grad():
+        bad = joined(batch, drafter, [5, 6, 7], 30)
+        good = joined(batch, drafter, [1, 2, 3, 1, 2, 3], 20)
+        learn = Row.learn
+
+        def fails(row: Row) -> None:
+            if row is bad and len(row.text) > 8:
+                raise RuntimeError("no")
+            learn(row)
+
+        monkeypatch.setattr(Row, "learn", fails)
+        while batch.rows:
+            length = len(bad.text)
+            step = batch.step()
+            assert bad in step.rows or len(bad.text) == length
+            batch.leave()
+    assert failed == [bad]
+    stock = batch._target.model.generate(torch.tensor([[1, 2, 3, 1, 2, 3]]), max_length=20, do_sample=False)
+    assert good.text.tokens.tolist() == stock[0].tolist()
