@@ -37,7 +37,7 @@ def agent_turns(length: str, turns: int = 20) -> list[Turn]:
     """The requests of an agent that reads, edits and tests one file after the other.
 
     The client sends the conversation again with every turn. Its own earlier replies are the script's, so that
-    every server gets the same requests, whatever it answered.
+    every server gets the same requests, for any answers.
 
     Args:
         length: One of `LENGTHS`.
@@ -62,14 +62,14 @@ def agent_turns(length: str, turns: int = 20) -> list[Turn]:
 
 def _step(kind: int, path: str, begin: int, part: list[str]) -> tuple[str, str]:
     """A message of the user or of a tool, and the agent's reply: read, edit, run, read again."""
-    place = {"path": f"src/{path}", "from": begin, "to": begin + len(part)}
+    part_read = {"path": f"src/{path}", "from": begin, "to": begin + len(part)}
     old = next((line for line in part if "def " in line or "=" in line), part[0])
     new = f"{old}  # checked"
     edit = {"path": f"src/{path}", "old": old, "new": new}
     name = path.removesuffix(".py")
     command = {"command": f"python -m pytest -q tests/test_{name}.py"}
     if kind == 0:
-        return f"Mark the first definition in src/{path} as checked.", _call("read_file", place)
+        return f"Mark the first definition in src/{path} as checked.", _call("read_file", part_read)
     if kind == 1:
         return "\n".join([f"src/{path}:", *part]), _call("edit_file", edit)
     if kind == 2:
@@ -77,7 +77,7 @@ def _step(kind: int, path: str, begin: int, part: list[str]) -> tuple[str, str]:
     failed = "\n".join(
         [f"FAILED tests/test_{name}.py::test_source", *part[:4], "1 failed, 3 passed in 0.12s"]
     )
-    return failed, _call("read_file", place)
+    return failed, _call("read_file", part_read)
 
 
 def _call(tool: str, arguments: dict[str, Any]) -> str:

@@ -178,7 +178,7 @@ class Service:
         return [self.settings.model_name, *self._adapters]
 
     def _media(self, drafter: RetrievalDrafter) -> MediaPrompts | None:
-        """What makes prompts with images, for a model that reads them and has a processor."""
+        """Makes prompts with images, for a model that reads them and has a processor; else None."""
         if self._load_processor is None or not drafter.target.takes_media:
             return None
         processor = self._load_processor()

@@ -59,7 +59,7 @@ class Fetcher:
         """The content of a file.
 
         Raises:
-            ApiError: It cannot be had, or not within the limits (400); the message says nothing of addresses.
+            ApiError: It cannot be had, or not within the limits (400); the message names no address.
         """
         end = monotonic() + self._seconds
         for _ in range(_REDIRECTS + 1):

@@ -31,7 +31,7 @@ class MediaPrompt:
 
 
 def take_urls(conversation: Conversation) -> list[str]:
-    """Takes the URLs of images out of a conversation, in order; their places stay."""
+    """Takes the URLs of images out of a conversation, in order; their parts stay."""
     return [
         part.pop("url")
         for message in conversation

@@ -42,7 +42,7 @@ _UNSUPPORTED = "is not supported by this server"
 
 
 class ImageUrl(Struct):
-    """The place of an image. `detail` is accepted: the model's processor alone decides on sizes."""
+    """The URL of an image. `detail` is accepted: the model's processor alone decides on sizes."""
 
     url: str
     detail: str | None = None

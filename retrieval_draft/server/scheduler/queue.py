@@ -103,7 +103,7 @@ class JobQueue:
     def next(
         self, free_rows: int, fits: Callable[[SequenceGroup], bool] = lambda group: True
     ) -> SequenceGroup | None:
-        """The first group of the tenant whose turn it is, if it fits; nobody overtakes one that does not.
+        """The first group of the tenant whose turn it is, if it fits; none overtakes one that does not.
 
         Its prompt counts as served.
 

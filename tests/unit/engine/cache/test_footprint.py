@@ -1,4 +1,4 @@
-"""What a cache will take is known before it is made."""
+"""The memory of a cache is known before it is made."""
 
 from __future__ import annotations
 
