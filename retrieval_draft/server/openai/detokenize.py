@@ -36,7 +36,7 @@ def decoder(tokenizer: Any) -> Decode:
 
     def decode(tokens: Sequence[int]) -> str:
         text: str = tokenizer.decode(
-            list(tokens), skipspecial_tokens=True, clean_up_tokenization_spaces=False
+            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
 
@@ -60,7 +60,7 @@ def selective_decoder(
     def decode(tokens: Sequence[int]) -> str:
         text: str = tokenizer.decode(
             [token for token in tokens if token not in hidden],
-            skipspecial_tokens=False,
+            skip_special_tokens=False,
             clean_up_tokenization_spaces=False,
         )
         return text
@@ -72,7 +72,7 @@ def selective_decoder(
 def special_tokens(tokenizer: Any) -> Mapping[int, str]:
     """Texts of all special tokens by id."""
     ids = list(getattr(tokenizer, "all_special_ids", ()))
-    named = zip(ids, getattr(tokenizer, "allspecial_tokens", ()), strict=False)
+    named = zip(ids, getattr(tokenizer, "all_special_tokens", ()), strict=False)
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {
         **{int(token): str(text) for token, text in named},
