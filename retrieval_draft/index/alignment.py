@@ -1,7 +1,7 @@
-"""Continuations of a text that is copied with edits: the places where the copy may go on after one.
+"""Continuations of a text that is copied with edits: the positions where the copy may continue after one.
 
 A suffix automaton knows what followed the last tokens. After an edit these tokens are new, and it has short
-contexts only, which occur in many places; the copy most often goes on near the place where it was left. So
+contexts only, which occur in many positions; the copy most often continues near the one where it was left. So
 diffs are aligned, and match models of compressors recover (lpaq, Mahoney 2007).
 """
 
@@ -55,7 +55,7 @@ class AlignmentSession:
         references: int32, shape (length,) each.
 
     Example:
-        text "1 2 3 4 5 6 7 8, 1 2 3 4 9": the copy was left at 5, for 9; it may go on with 6, as if 9 had
+        text "1 2 3 4 5 6 7 8, 1 2 3 4 9": the copy was left at 5, for 9; it may continue with 6, as if 9 had
         replaced 5
     """
 
@@ -75,7 +75,7 @@ class AlignmentSession:
         self.observe(prompt)
 
     def propose(self, budget: int) -> Proposal:
-        """Chains from the places where the copy may go on."""
+        """Chains from the positions where the copy may continue."""
         if self._meta[self._kernels.POINTER] < 0 or budget <= 0:
             return empty_proposal(AlignmentSource.name, AlignmentSource.level)
         tokens, parents, lengths = np.empty((3, budget), np.int32)

@@ -9,27 +9,27 @@ from retrieval_draft._kernels.jit import kernel
 
 POINTER, MATCHED, LOST = range(3)
 META_FIELDS = 3
-"""POINTER is the place in the text of the token that the copy predicts, -1 where nothing is copied; MATCHED
-the tokens that were copied in a row, 0 after an edit; LOST the tokens since the copy was left, 0 while it
-goes on."""
+"""POINTER is the position in the text of the token that the copy predicts, -1 where nothing is copied;
+MATCHED the tokens that were copied in a row, 0 after an edit; LOST the tokens since the copy was left, 0
+while it continues."""
 
 NGRAM = 4
 """Equal tokens with which a copy begins."""
 
 COUNTED = 32
-"""Equal tokens that are counted before the place where a copy begins."""
+"""Equal tokens that are counted before the position where a copy begins."""
 
 FORGET = 24
 """Tokens after which a copy that was left is forgotten."""
 
 BEFORE, AFTER = 4, 48
-"""Tokens around the place where a copy was left among which it may go on."""
+"""Tokens around the position where a copy was left among which it may continue."""
 
 COMPARED = 6
-"""Equal tokens that are counted before such a place."""
+"""Equal tokens that are counted before such a position."""
 
-PLACES = 3
-"""Such places that are proposed together."""
+POSITIONS = 3
+"""Such positions that are proposed together."""
 
 
 @kernel
@@ -38,7 +38,7 @@ def slot_of(text: NDArray[np.int32], end: int, slots: int) -> int:
 
     Args:
         text: int32, shape (room,).
-        end: Place in it, NGRAM or more.
+        end: Position in it, NGRAM or more.
         slots: Slots of the table.
     """
     mixed = np.uint64(0x9E3779B97F4A7C15)
@@ -51,7 +51,7 @@ def slot_of(text: NDArray[np.int32], end: int, slots: int) -> int:
 
 @kernel
 def equal_before(text: NDArray[np.int32], first: int, second: int, most: int) -> int:
-    """Number of equal tokens before two places of `text`, int32, `most` at most; a text's end differs."""
+    """Number of equal tokens before two positions of `text`, int32, `most` at most; a text's end differs."""
     count = 0
     while count < most and count < first and count < second:
         token = text[first - 1 - count]
@@ -75,7 +75,7 @@ def append(
         text: int32, shape (room,), with room for them. Changed, as are `table` and `meta`.
         length: Tokens in `text`.
         tokens: int32, shape (m,). -1 ends a text.
-        table: int32, shape (slots,), a power of two. The last place after each n-gram, 0 for none.
+        table: int32, shape (slots,), a power of two. The last position after each n-gram, 0 for none.
         meta: int64, shape (META_FIELDS,).
     """
     since = 0  # tokens since a text's end
@@ -97,23 +97,23 @@ def append(
         if since < NGRAM:
             continue
         slot = slot_of(text, length, len(table))
-        place = np.int64(table[slot])
+        position = np.int64(table[slot])
         table[slot] = length
-        if place > 0 and (meta[POINTER] < 0 or meta[LOST] > 0):
-            equal = equal_before(text, place, length, COUNTED)
+        if position > 0 and (meta[POINTER] < 0 or meta[LOST] > 0):
+            equal = equal_before(text, position, length, COUNTED)
             if equal >= NGRAM:
-                meta[POINTER], meta[MATCHED], meta[LOST] = place, equal, 0
+                meta[POINTER], meta[MATCHED], meta[LOST] = position, equal, 0
 
 
 @kernel
-def find_places(
+def find_positions(
     text: NDArray[np.int32],
     length: int,
     meta: NDArray[np.int64],
-    places: NDArray[np.int64],
+    positions: NDArray[np.int64],
     equal: NDArray[np.int64],
 ) -> int:
-    """Places where the copy may go on, each with another token: those after the most equal tokens, first.
+    """Positions where the copy may continue, of different tokens; those after the most equal tokens first.
 
     The last one is that which the copy would have reached, had as many tokens been replaced as were written.
 
@@ -121,25 +121,25 @@ def find_places(
         text: int32, shape (room,).
         length: Tokens in it.
         meta: int64, shape (META_FIELDS,).
-        places: int64, shape (PLACES,). Written, as is `equal`.
-        equal: int64, shape (PLACES,). Equal tokens before each place.
+        positions: int64, shape (POSITIONS,). Written, as is `equal`.
+        equal: int64, shape (POSITIONS,). Equal tokens before each position.
 
     Returns:
-        Number of places.
+        Number of positions.
     """
     pointer, lost = meta[POINTER], meta[LOST]
     if lost == 0:
-        places[0], equal[0] = pointer, meta[MATCHED]
+        positions[0], equal[0] = pointer, meta[MATCHED]
         return 1
     count = 0
-    for place in range(max(pointer - BEFORE, 1), min(pointer + AFTER, length)):
-        found = equal_before(text, place, length, COMPARED)
-        if found == 0 or text[place] < 0:
+    for position in range(max(pointer - BEFORE, 1), min(pointer + AFTER, length)):
+        found = equal_before(text, position, length, COMPARED)
+        if found == 0 or text[position] < 0:
             continue
         slot = 0
-        while slot < count and text[places[slot]] != text[place]:
+        while slot < count and text[positions[slot]] != text[position]:
             slot += 1
-        if slot == count and count == PLACES:
+        if slot == count and count == POSITIONS:
             slot -= 1
         elif slot == count:
             equal[slot] = 0
@@ -147,16 +147,16 @@ def find_places(
         if equal[slot] >= found:
             continue
         while slot > 0 and equal[slot - 1] < found:
-            equal[slot], places[slot] = equal[slot - 1], places[slot - 1]
+            equal[slot], positions[slot] = equal[slot - 1], positions[slot - 1]
             slot -= 1
-        equal[slot], places[slot] = found, place
-    place = pointer + lost
-    if count < PLACES and place < length and text[place] >= 0:
+        equal[slot], positions[slot] = found, position
+    position = pointer + lost
+    if count < POSITIONS and position < length and text[position] >= 0:
         slot = 0
-        while slot < count and text[places[slot]] != text[place]:
+        while slot < count and text[positions[slot]] != text[position]:
             slot += 1
         if slot == count:
-            places[count], equal[count] = place, 0
+            positions[count], equal[count] = position, 0
             count += 1
     return count
 
@@ -173,7 +173,7 @@ def propose(
     probs: NDArray[np.float32],
     lengths: NDArray[np.int32],
 ) -> int:
-    """Chains of the tokens from each place where the copy may go on; the first gets half of the nodes.
+    """Chains of the tokens from each position where the copy may continue; the first gets half of the nodes.
 
     Args:
         text: int32, shape (room,).
@@ -191,22 +191,22 @@ def propose(
     """
     if meta[POINTER] < 0:
         return 0
-    places = np.zeros(PLACES, np.int64)
-    equal = np.zeros(PLACES, np.int64)
-    count = find_places(text, length, meta, places, equal)
+    positions = np.zeros(POSITIONS, np.int64)
+    equal = np.zeros(POSITIONS, np.int64)
+    count = find_positions(text, length, meta, positions, equal)
     size = 0
     for chain in range(count):
         rest = budget - size
         room = rest if chain == count - 1 else (rest + 1) // 2
-        place, parent = places[chain], -1
-        while room > 0 and place < length and text[place] >= 0:
-            tokens[size] = text[place]
+        position, parent = positions[chain], -1
+        while room > 0 and position < length and text[position] >= 0:
+            tokens[size] = text[position]
             parents[size] = parent
             probs[size] = chances[min(equal[chain], len(chances) - 1)]
             lengths[size] = equal[chain]
             parent = size
             size += 1
-            place += 1
+            position += 1
             equal[chain] += 1
             room -= 1
     return size

@@ -1,4 +1,4 @@
-"""A copy goes on near the place where an edit left it."""
+"""A copy continues near the position where an edit left it."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def chains(opened: AlignmentSession, budget: int = 8) -> list[list[int]]:
     return found
 
 
-def test_a_copy_goes_on() -> None:
+def test_a_copy_continues() -> None:
     opened = session(1, 10, 11, 12, 13)
     assert chains(opened, 3) == [[14, 15, 16]]
     assert opened.propose(3).match_lengths.tolist() == [4, 5, 6]
     assert opened.propose(3).source == "alignment"
 
 
-def test_after_a_replaced_token_it_goes_on_with_the_next_one() -> None:
+def test_after_a_replaced_token_it_continues_with_the_next_one() -> None:
     opened = session(1, 10, 11, 12, 13, 99)
     assert chains(opened, 3) == [[15, 16, 17]]
     assert opened.propose(3).match_lengths.tolist() == [0, 1, 2]
 
 
-def test_equal_tokens_near_the_place_come_first() -> None:
+def test_equal_tokens_near_the_position_come_first() -> None:
     opened = session(1, 10, 11, 12, 13, 99, 17)
     assert chains(opened, 4) == [[18, 19], [16, 17]]
 
@@ -53,7 +53,7 @@ def test_a_copy_that_was_left_long_ago_is_forgotten() -> None:
     assert chains(session(1, 10, 11, 12, 13, *range(100, 125))) == []
 
 
-def test_references_are_copied_and_nothing_goes_on_across_their_end() -> None:
+def test_references_are_copied_and_nothing_continues_across_their_end() -> None:
     prompt = np.array([1, 16, 17, 18, 19], np.int32)
     assert chains(AlignmentSession(prompt, [np.array(OLD, np.int32)])) == []
     longer: TokenArray = np.array([*OLD, 20], np.int32)
