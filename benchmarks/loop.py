@@ -84,9 +84,9 @@ def time_steps(drafter: RetrievalDrafter, prompts: Sequence[Tensor], tokens: int
     reads = [0.0]
     read, step = LogitReader.read, Batch.step
 
-    def timed_read(reader: LogitReader, logits: Tensor, nodes: int | None = None) -> Predictions:
+    def timed_read(reader: LogitReader, logits: Tensor, *rest: Any) -> Predictions:
         begin = perf_counter()
-        found = read(reader, logits, nodes)
+        found = read(reader, logits, *rest)
         reads[0] += perf_counter() - begin
         return found
 

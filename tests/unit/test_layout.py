@@ -66,6 +66,7 @@ FOLDERS_OF_TESTS = ("benchmarks", "property", "system", "unit")
 OF_NO_ONE_MODULE = {
     "engine/sampling/test_distribution.py": "samples follow the model's distribution",
     "engine/test_fake_cuda.py": "the loop as on a device without one",
+    "engine/test_launches.py": "launches and copies of a step",
     "index/build/test_bad_records.py": "documents beside records that cannot be read",
     "index/segments/test_manifests.py": "files of all indexes that say what cannot be",
     "index/store/test_snapshots_remote.py": "snapshots at a location that they are copied from",

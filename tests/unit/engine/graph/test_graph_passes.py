@@ -188,7 +188,7 @@ def test_hidden_states_are_those_of_an_eager_pass() -> None:
 @pytest.mark.parametrize("k", [0, 8])
 def test_the_summary_is_that_of_the_reader(k: int) -> None:
     target = Target(make("llama"), "tape")
-    target.summarised_for(k)
+    target.summarised_for(k, 0)
     cache = begun(target)
     logits = target.verify_tree(cache, TREE, 40)
     made = target.summary_of(logits)
