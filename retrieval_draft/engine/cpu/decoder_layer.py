@@ -744,6 +744,7 @@ class _Recorder:
         self.attended = attended
         self.layer_index = -1
         self.states: list[Tensor] = []
+        self.mask: Any = None
         self.kwargs: dict[str, Any] = {}
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -759,7 +760,7 @@ def _record(
     recorder = getattr(_recording, "recorder", None)
     if recorder is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    recorder.states, recorder.kwargs = [query, key, value], kwargs
+    recorder.states, recorder.mask, recorder.kwargs = [query, key, value], attention_mask, kwargs
     return recorder.attended, None
 
 
@@ -782,8 +783,9 @@ def _observe(model: Any, layer: Any, parts: _Parts) -> _Calls | None:
     x = normal(1, tokens, parts.width)
     x[:, -1] *= 0.01  # of a small row a constant that is added before a root shows
     angles = torch.cat([normal(1, tokens, head // 2).float()] * 2, -1)
+    mask = normal(1, 1, tokens, tokens)
     given = {
-        "attention_mask": normal(1, 1, tokens, tokens),
+        "attention_mask": mask,
         "position_ids": torch.arange(tokens, device="cpu")[None],
         "position_embeddings": (angles.cos().to(parts.dtype), angles.sin().to(parts.dtype)),
     }
@@ -809,6 +811,8 @@ def _observe(model: Any, layer: Any, parts: _Parts) -> _Calls | None:
             _recording.recorder = None
     if (
         len(own.states) == 3
+        and own.mask.shape == mask.shape
+        and torch.equal(own.mask, mask)  # a layer may make another one of it, as Doge does
         and own.layer_index == ours.layer_index >= 0
         and all(value is None or isinstance(value, bool | int | float | str) for value in fixed.values())
         and type(expected) is Tensor

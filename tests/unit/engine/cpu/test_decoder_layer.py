@@ -151,6 +151,7 @@ def other_structures() -> dict[str, Any]:
         "parallel branches": transformers.CohereConfig(**shape),
         "norms over all heads": transformers.Olmo2Config(**shape),
         "another activation": transformers.LlamaConfig(**shape, hidden_act="relu"),
+        "a mask of its own": transformers.DogeConfig(**shape),
     }
 
 
