@@ -21,27 +21,11 @@ __all__ = ["AlignmentSession", "AlignmentSource", "make_source"]
 
 CHANCES: NDArray[np.float32] = np.array(
     [
-        0.15,
-        0.4,
-        0.6,
-        0.75,
-        0.8,
-        0.82,
-        0.85,
-        0.88,
-        0.9,
-        0.92,
-        0.94,
-        0.95,
-        0.96,
-        0.97,
-        0.975,
-        0.98,
-        0.985,
-        0.99,
+        0.15, 0.4, 0.6, 0.75, 0.8, 0.82, 0.85, 0.88, 0.9,
+        0.92, 0.94, 0.95, 0.96, 0.97, 0.975, 0.98, 0.985, 0.99,
     ],
     np.float32,
-)
+)  # fmt: skip
 """Share of right continuations by the number of equal tokens before them, on edits of Python files."""
 
 _END: TokenArray = np.array([-1], np.int32)
