@@ -10,6 +10,7 @@ from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.engine.cpu import attention as cpu_attention
 from retrieval_draft.engine.cpu.attention import WIDE_ATTENTION, wide_attention
 from retrieval_draft.engine.cpu.kernels import CpuKernels
+from retrieval_draft.engine.substitution import _LentForward
 from tests.support.drafters import prompt_ids
 from tests.support.models import make
 
@@ -126,6 +127,7 @@ def kept(value: Any, seen: set[int]) -> int:
     if is_dataclass(value):
         inner += [getattr(value, field.name) for field in fields(value)]
     inner += [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+    inner += [value._forward] if isinstance(value, _LentForward) else []
     return sum(kept(each, seen) for each in inner)
 
 
