@@ -30,6 +30,7 @@ def row(reply: list[int], **sampler: Any) -> Any:
         request=SimpleNamespace(sampler=SimpleNamespace(**kept)),
         prompt_logits=None,
         cache=SpeculativeCache(CONFIGS["llama"]()),
+        target=SimpleNamespace(release=lambda cache: None),
     )
 
 
