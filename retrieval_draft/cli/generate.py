@@ -32,6 +32,7 @@ from retrieval_draft.models.chat import chat_inputs
 
 if TYPE_CHECKING:
     from retrieval_draft.drafter import RetrievalDrafter
+    from retrieval_draft.drafting.grammar.grammar import Grammar
 
 __all__ = ["generate", "print_piece"]
 
@@ -72,6 +73,16 @@ def generate(
     best_of: Annotated[
         int | None, typer.Option(min=1, help="Of so many samples print the most probable --samples.")
     ] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(help="A file with a JSON schema that the text follows.", show_default=False),
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="A regular expression that the text matches.", show_default=False)
+    ] = None,
+    max_draft_tokens: Annotated[
+        int | None, typer.Option(min=0, help="Draft tokens of a step at most; 0 drafts nothing.")
+    ] = None,
     chat: Chat = False,
     dtype: Dtype = "float32",
     weights: Weights = None,
@@ -98,6 +109,7 @@ def generate(
         history_folder=None if history is None else str(history),
     )
     shared = store_config(store, tenant, share, snapshots)
+    grammar = _grammar(json_schema, regex)
     check_name(model)
     check_weights(weights)
     # These import torch, which takes seconds.
@@ -115,7 +127,9 @@ def generate(
     )  # fmt: skip
     drafter.warm_up()
     inputs = _encode(tokenizer, text, chat).to(loaded.get_input_embeddings().weight.device)
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    sampling: dict[str, Any] = {
+        "do_sample": temperature > 0, "grammar": grammar, "max_draft_tokens": max_draft_tokens
+    }  # fmt: skip
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_p": top_p, "seed": seed}
         sampling |= {} if top_k is None else {"top_k": top_k}
@@ -159,6 +173,21 @@ def generate(
         print()
     if stats:
         _print_stats(drafter, seconds)
+
+
+def _grammar(json_schema: Path | None, regex: str | None) -> Grammar | None:
+    from retrieval_draft.drafting.grammar.grammar import Grammar
+
+    if json_schema is not None and regex is not None:
+        raise InvalidInputError("A text follows one grammar.", "Pass --json-schema or --regex, not both.")
+    if regex is not None:
+        return Grammar.regex(regex)
+    if json_schema is None:
+        return None
+    try:
+        return Grammar.json_schema(json_schema.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"Cannot read the schema {json_schema}: {error}.") from error
 
 
 def _encode(tokenizer: Any, text: str, chat: bool) -> Any:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,39 @@ def plain(tiny: str, tokens: int) -> list[int]:
     model, tokenizer = load_model(tiny, device="cpu")
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
     return list(model.generate(ids, max_new_tokens=tokens, do_sample=False)[0, ids.shape[1] :].tolist())
+
+
+def test_text_follows_a_schema_or_a_regular_expression(command: Command, tiny: str, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["yes", "no"]}', encoding="utf-8")
+    folder = save_tiny(tmp_path / "model")
+    end = load_model(tiny, device="cpu")[1].eos_token_id
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}), encoding="utf-8")
+    words = ["generate", TEXT, "--model", str(folder), "--max-new-tokens", "20", "--json"]
+    assert json.loads(json.loads(command(*words, "--json-schema", str(schema))[1])["text"]) in ("yes", "no")
+    drafted, plain_ = (
+        json.loads(command(*words, "--regex", "[ab]{6}", "--max-draft-tokens", most)[1])
+        for most in ("8", "0")
+    )
+    assert re.fullmatch("[ab]{6}", drafted["text"])
+    assert drafted["text"] == plain_["text"]
+    assert plain_["stats"]["drafted"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--json-schema", "no-such-file"], "Cannot read the schema no-such-file"),
+        (["--regex", "a(?=b)"], "regular expression|grammar"),
+        (["--regex", "a", "--json-schema", "x"], "follows one grammar"),
+    ],
+)
+def test_grammars_that_cannot_be_are_refused(
+    command: Command, tiny: str, options: list[str], reason: str
+) -> None:
+    code, out, err = command("generate", "x", "--model", tiny, *options)
+    assert (code, out) == (1, "")
+    assert re.search(reason, err)
 
 
 def test_no_arguments_print_help(command: Command) -> None:
