@@ -57,23 +57,22 @@ class MediaPrompts:
         self._processor, self._settings = processor, settings
         self.template: str | None = getattr(processor, "chat_template", None)
         self.reader = ImageReader(settings)
-        self._reads_texts: dict[str | None, bool] = {}
+        self._reads_texts: bool | None = None
 
     def parts(self, conversation: Conversation, render: Callable[[Conversation], str]) -> Conversation:
         """The conversation in the form that a chat template reads: many for images read no plain texts.
 
         Args:
             conversation: Messages.
-            render: Renders messages.
+            render: Renders messages by the template alone: the first answer stands for all requests.
         """
         marked = "the text of a message"
-        if self.template not in self._reads_texts:
+        if self._reads_texts is None:
             try:
-                reads = marked in render([{"role": "user", "content": marked}])
+                self._reads_texts = marked in render([{"role": "user", "content": marked}])
             except ApiError:
-                reads = False
-            self._reads_texts[self.template] = reads
-        if self._reads_texts[self.template] and not any(isinstance(m["content"], list) for m in conversation):
+                self._reads_texts = False
+        if self._reads_texts and not any(isinstance(m["content"], list) for m in conversation):
             return conversation
         return [
             {**message, "content": [{"type": "text", "text": message["content"]}]}
