@@ -119,7 +119,7 @@ class JobQueue:
             group = self._groups[tenant][0]
             if len(group.choices) > free_rows or not fits(group):
                 return None
-            self._reached = self._served[tenant]  # where nobody waits, one that comes back begins here
+            self._reached = self._served[tenant]  # where a tenant begins that comes while none waits
             waiting = self._groups.pop(tenant)
             del waiting[0]
             if waiting:
