@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from retrieval_draft.server.media.images import ImageReader
 from retrieval_draft.server.media.settings import MediaSettings
 
 __all__ = ["MediaPrompt", "MediaPrompts", "take_urls"]
+
+_log = logging.getLogger("retrieval_draft.server")
 
 Conversation = list[dict[str, Any]]
 
@@ -106,6 +109,7 @@ class MediaPrompts:
                 text=[text], images=[images], return_tensors="pt", add_special_tokens=False
             )
         except Exception as error:  # any type: each processor has its own checks
+            _log.warning("The processor refuses the images of a request.", exc_info=True)
             raise ApiError(
                 400,
                 f"The model's processor refuses the images: {type(error).__name__}: {str(error)[:300]}",
