@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["serve"]
 
 
+def _repeatable(metavar: str, text: str) -> Any:
+    return typer.Option(help=f"{text} Repeatable.", metavar=metavar, show_default=False)
+
+
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -77,11 +81,7 @@ def serve(
     ] = 1 << 30,
     cors_origin: Annotated[
         list[str] | None,
-        typer.Option(
-            help='Origin of web pages that may use the server: https://host; repeatable; "*" for any.',
-            metavar="ORIGIN",
-            show_default=False,
-        ),
+        _repeatable("ORIGIN", 'Origin of web pages that may use the server: https://host; "*" for any.'),
     ] = None,
     tool_parser: Annotated[
         str, typer.Option(help="Form of the model's calls of tools: a family's name, auto or none.")
@@ -91,11 +91,7 @@ def serve(
     ] = "auto",
     tenant_weight: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Share of a tenant while several wait: 2 for twice that of others; repeatable.",
-            metavar="TENANT=WEIGHT",
-            show_default=False,
-        ),
+        _repeatable("TENANT=WEIGHT", "Share of a tenant while several wait: 2 for twice that of others."),
     ] = None,
     max_cache_bytes: Annotated[
         int | None,
@@ -103,11 +99,7 @@ def serve(
     ] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A LoRA adapter that requests may name as their model; repeatable.",
-            metavar="NAME=FOLDER",
-            show_default=False,
-        ),
+        _repeatable("NAME=FOLDER", "A LoRA adapter that requests may name as their model."),
     ] = None,
     image_folder: Annotated[
         Path | None,

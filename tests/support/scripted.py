@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import openai
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
 from retrieval_draft.serving import ContinuousDrafter
+from tests.support.servers import Running, serving, tiny_drafter, tiny_model
 
 TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
@@ -68,3 +70,17 @@ def scripted(tokenizer: Any, scripts: Sequence[str]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ContinuousDrafter, "prepare", prepare)
         yield
+
+
+@contextmanager
+def scripted_server(scripts: Sequence[str]) -> Iterator[Running]:
+    """A server whose replies are the scripts, with calls of tools in the form of Hermes."""
+    tokenizer = byte_tokenizer()
+    drafter = tiny_drafter(tiny_model(tokenizer, eos_token_id=0, max_position_embeddings=2048), tokenizer)
+    with scripted(tokenizer, scripts), serving(drafter, tokenizer, tool_parser="hermes") as running:
+        yield running
+
+
+def openai_client(running: Running) -> openai.OpenAI:
+    """The official client of a server without keys."""
+    return openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)

@@ -194,3 +194,30 @@ def test_a_model_of_text_refuses_images_by_name(tmp_path: Path) -> None:
         assert response.status_code == 400
         assert "image_url: this model reads no images" in response.json()["error"]["message"]
         assert torch.is_grad_enabled()
+
+
+def test_a_request_that_the_template_refuses_decides_nothing_for_others() -> None:
+    processor = image_processor("llava")
+    processor.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    drafter = RetrievalDrafter.for_model(make_image_model("llava"), processor.tokenizer)
+    with serving(drafter, processor.tokenizer, processor=processor) as running:
+        sent = {"role": "user", "content": "ab cd"}
+        refused = ask(running, sent, chat_template_kwargs={"unknown": 1})
+        answer = ask(running, sent)
+    assert "chat_template_kwargs" in refused.json()["error"]["message"]
+    assert answer.json()["usage"]["prompt_tokens"] == len(processor.tokenizer("ab cd")["input_ids"])
+
+
+def test_tokens_of_a_conversation_with_images_are_those_of_its_prompt(setting: Setting) -> None:
+    sent = message("ab", data_url(image_bytes(1)))
+    usage = ask(setting.running, sent).json()["usage"]
+    answer = httpx.post(f"{setting.running.url}/tokenize", json={"messages": [sent]})
+    assert answer.json()["count"] == usage["prompt_tokens"]
+
+
+def test_a_message_with_images_is_echoed_as_its_text(setting: Setting) -> None:
+    sent = message("ab", data_url(image_bytes(1)), "cd", role="assistant")
+    fields = {"continue_final_message": True}
+    (plain,) = ask(setting.running, message("ef"), sent, **fields).json()["choices"]
+    (echoed,) = ask(setting.running, message("ef"), sent, **fields, echo=True).json()["choices"]
+    assert echoed["message"]["content"] == "abcd" + plain["message"]["content"]

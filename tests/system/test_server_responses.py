@@ -10,8 +10,8 @@ import httpx
 import openai
 import pytest
 
-from tests.support.scripted import byte_tokenizer, scripted
-from tests.support.servers import MODEL, Running, serving, tiny_drafter, tiny_model
+from tests.support.scripted import openai_client, scripted_server
+from tests.support.servers import MODEL, Running
 
 CALL = '<tool_call>\n{"name": "look", "arguments": {"path": "é"}}\n</tool_call>'
 SCRIPTS = [f"<think>\nHm.\n</think>\nI look.\n{CALL}\n{CALL}", "Plain text. 🎈", "x" * 60]
@@ -20,18 +20,13 @@ TOOLS: list[Any] = [{"type": "function", "name": "look", "parameters": {"type": 
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
-    tokenizer = byte_tokenizer()
-    model = tiny_model(tokenizer, eos_token_id=0, max_position_embeddings=2048)
-    with (
-        scripted(tokenizer, SCRIPTS),
-        serving(tiny_drafter(model, tokenizer), tokenizer, tool_parser="hermes") as made,
-    ):
+    with scripted_server(SCRIPTS) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def client(running: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+    return openai_client(running)
 
 
 def comparable(response: Any) -> Any:
@@ -72,15 +67,16 @@ def test_items_of_a_turn_and_the_next_one(client: openai.OpenAI) -> None:
         "function_call",
     ]
     assert response.output_text == "I look."
-    reasoning, _, call, other = response.output
-    assert reasoning.content[0].text == "Hm."  # type: ignore[union-attr,index]
-    assert json.loads(call.arguments) == {"path": "é"}  # type: ignore[union-attr]
-    assert call.call_id != other.call_id  # type: ignore[union-attr]
+    output: list[Any] = list(response.output)
+    reasoning, _, call, other = output
+    assert reasoning.content[0].text == "Hm."
+    assert json.loads(call.arguments) == {"path": "é"}
+    assert call.call_id != other.call_id
     again = client.responses.create(
         input=[
             {"role": "user", "content": [{"type": "input_text", "text": "ab"}]},
-            *[item.model_dump(exclude_none=True) for item in response.output],  # type: ignore[list-item]
-            {"type": "function_call_output", "call_id": call.call_id, "output": "say 1"},  # type: ignore[union-attr,list-item,typeddict-item]
+            *[item.model_dump(exclude_none=True) for item in output],
+            {"type": "function_call_output", "call_id": call.call_id, "output": "say 1"},
         ],
         **fields,
     )

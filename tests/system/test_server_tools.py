@@ -11,8 +11,8 @@ import openai
 import pydantic
 import pytest
 
-from tests.support.scripted import byte_tokenizer, scripted
-from tests.support.servers import MODEL, Running, serving, tiny_drafter, tiny_model
+from tests.support.scripted import byte_tokenizer, openai_client, scripted_server
+from tests.support.servers import MODEL, Running
 
 CALL = '<tool_call>\n{"name": "look", "arguments": {"path": "a/{b}.py", "é": ["</tool_call>"]}}\n</tool_call>'
 OTHER = '<tool_call>{"name": "run", "arguments": {}}</tool_call>'
@@ -41,18 +41,13 @@ ARGUMENTS = {"path": "a/{b}.py", "é": ["</tool_call>"]}
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
-    tokenizer = byte_tokenizer()
-    model = tiny_model(tokenizer, eos_token_id=0, max_position_embeddings=2048)
-    with (
-        scripted(tokenizer, SCRIPTS),
-        serving(tiny_drafter(model, tokenizer), tokenizer, tool_parser="hermes") as made,
-    ):
+    with scripted_server(SCRIPTS) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def client(running: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+    return openai_client(running)
 
 
 def asked(number: int, **more: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from retrieval_draft.server.media.images import ImageReader
 from retrieval_draft.server.media.settings import MediaSettings
 
 __all__ = ["MediaPrompt", "MediaPrompts", "take_urls"]
+
+_log = logging.getLogger("retrieval_draft.server")
 
 Conversation = list[dict[str, Any]]
 
@@ -57,23 +60,22 @@ class MediaPrompts:
         self._processor, self._settings = processor, settings
         self.template: str | None = getattr(processor, "chat_template", None)
         self.reader = ImageReader(settings)
-        self._reads_texts: dict[str | None, bool] = {}
+        self._reads_texts: bool | None = None
 
     def parts(self, conversation: Conversation, render: Callable[[Conversation], str]) -> Conversation:
         """The conversation in the form that a chat template reads: many for images read no plain texts.
 
         Args:
             conversation: Messages.
-            render: Renders messages.
+            render: Renders messages by the template alone: the first answer stands for all requests.
         """
         marked = "the text of a message"
-        if self.template not in self._reads_texts:
+        if self._reads_texts is None:
             try:
-                reads = marked in render([{"role": "user", "content": marked}])
+                self._reads_texts = marked in render([{"role": "user", "content": marked}])
             except ApiError:
-                reads = False
-            self._reads_texts[self.template] = reads
-        if self._reads_texts[self.template] and not any(isinstance(m["content"], list) for m in conversation):
+                self._reads_texts = False
+        if self._reads_texts and not any(isinstance(m["content"], list) for m in conversation):
             return conversation
         return [
             {**message, "content": [{"type": "text", "text": message["content"]}]}
@@ -107,6 +109,7 @@ class MediaPrompts:
                 text=[text], images=[images], return_tensors="pt", add_special_tokens=False
             )
         except Exception as error:  # any type: each processor has its own checks
+            _log.warning("The processor refuses the images of a request.", exc_info=True)
             raise ApiError(
                 400,
                 f"The model's processor refuses the images: {type(error).__name__}: {str(error)[:300]}",

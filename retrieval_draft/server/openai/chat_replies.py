@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from retrieval_draft.server.errors import ApiError
@@ -73,10 +74,32 @@ class ChatReplies:
             )
 
         if media is not None:
-            return render(media.parts(self._conversation, render))
+            # Without the request's own tools and variables, which the template may refuse.
+            plain = partial(render_chat, loaded.tokenizer, template=template)
+            return render(media.parts(self._conversation, plain))
         if self._urls:
             raise ApiError(400, "image_url: this model reads no images, text alone.", "messages")
         return render(self._conversation)
+
+    def tokens(
+        self, loaded: Loaded, means: Means, text: str, *, special: bool = False
+    ) -> tuple[Sequence[int], Mapping[str, Any]]:
+        """Token ids of the conversation, and the model's further inputs: those of images.
+
+        Args:
+            loaded: The loaded objects.
+            means: Tools and limits.
+            text: As of `prompt`.
+            special: Whether the tokenizer adds its special tokens to a text without images.
+
+        Raises:
+            ApiError: It is too long, or an image is not allowed or cannot be read.
+        """
+        if not self._urls or loaded.media is None:
+            return tokenize(means, text, "messages", special=special), {}
+        check_length(means, text, "messages")
+        prompt = loaded.media.prompt(text, self._urls, means.check)
+        return prompt.ids, prompt.inputs
 
     def prepare(self, loaded: Loaded, means: Means) -> PreparedRequest:
         """Prepares the request.
@@ -102,13 +125,7 @@ class ChatReplies:
             schemas = None if use is None else use.schemas
             parser = parsing.parser(text_before, schemas, use is not None and use.one_call)
             marks = parsing.marks(use is not None)
-        inputs: Mapping[str, Any] = {}
-        if self._urls and loaded.media is not None:
-            check_length(means, text, "messages")
-            prompt = loaded.media.prompt(text, self._urls, means.check)
-            ids, inputs = prompt.ids, prompt.inputs
-        else:
-            ids = tokenize(means, text, "messages", special=False)
+        ids, inputs = self.tokens(loaded, means, text)
         top = (body.top_logprobs or 0) if body.logprobs else None
         asks = GenerationParams(
             [ids],
@@ -134,6 +151,11 @@ class ChatReplies:
             bool(body.return_token_ids),
             bool(body.logprobs),
             role=role,
-            echoed=last["content"] if body.echo and last["role"] == role else "",
+            echoed=_text(last["content"]) if body.echo and last["role"] == role else "",
             names_calls=self.use is None or self.use.choice != "function",
         )
+
+
+def _text(content: str | Sequence[Mapping[str, Any]]) -> str:
+    """The text of a message, without its images."""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)

@@ -67,11 +67,13 @@ class BadWords(LogitsProcessor):
 
     def __init__(self, prompt_length: int, words: Sequence[Sequence[int]]) -> None:
         self._begin, self._words = prompt_length, [list(word) for word in words]
+        self._longest = max(map(len, self._words), default=0)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores of the next token, float, shape (rows, vocabulary)."""
         refused = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-        for row, reply in enumerate(input_ids[:, self._begin :].tolist()):
+        begin = max(self._begin, input_ids.shape[1] - self._longest)
+        for row, reply in enumerate(input_ids[:, begin:].tolist()):
             for *before, last in self._words:
                 if len(before) <= len(reply) and reply[len(reply) - len(before) :] == before:
                     refused[row, last] = True

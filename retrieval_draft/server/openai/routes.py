@@ -105,7 +105,7 @@ def make_router(service: Service) -> APIRouter:
         """Continues a conversation; keeps nothing of it."""
         body = await read_body(request, RESPONSES)
         body.check()
-        name = body.chat.model or service.settings.model_name
+        name = body.model or service.settings.model_name
         writer = partial(ResponsesWriter, model=name, echoed=body.echoed)
         with named_as_here():
             return await _chat(service, request, body.chat, writer)

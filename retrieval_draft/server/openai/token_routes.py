@@ -93,7 +93,8 @@ def token_router(service: Service) -> APIRouter:
                 special = body.add_special_tokens is not False
                 ids = tokenize(means, body.prompt or "", "prompt", special=special)
             else:
-                ids = tokenize(means, chat.prompt(loaded), "messages", special=bool(body.add_special_tokens))
+                special = bool(body.add_special_tokens)
+                ids = list(chat.tokens(loaded, means, chat.prompt(loaded), special=special)[0])
             names = loaded.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
             most = means.drafter.continuous.target.max_positions
             return {"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": names}

@@ -117,13 +117,13 @@ class Reader:
         yield from ()
 
     def call(self, mark: str) -> Reads[None]:
-        """Parses a call after its mark.
+        """Parses a call after its mark; a reader without marks knows none.
 
         Raises:
             BrokenCallError: It is none.
         """
         yield from ()
-        raise NotImplementedError
+        raise BrokenCallError
 
     def attempt(self, mark: str, call: Callable[[str], Reads[None]]) -> Reads[None]:
         """Parses a call; if it is none, its text becomes content."""

@@ -11,6 +11,9 @@ from retrieval_draft.server.parsing.reader import Tools
 
 __all__ = ["TemplateReader"]
 
+_BROKEN = (ValueError, KeyError, TypeError, RecursionError)
+"""Errors of transformers' parser at a call that is none; the last at one of many brackets."""
+
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -50,7 +53,7 @@ class TemplateReader:
             self._unsent += char
             try:
                 events = self._parser.feed(char)
-            except (ValueError, KeyError, TypeError):
+            except _BROKEN:
                 # A call that is none; the parser ends with it, and another continues.
                 self.out.content(self._unsent)
                 self._unsent, self._region = "", ""
@@ -63,7 +66,7 @@ class TemplateReader:
         """Parses the end."""
         try:
             self._tell(self._parser.finalize()[1])
-        except (ValueError, KeyError, TypeError):
+        except _BROKEN:
             self.out.content(self._unsent)
         return self.out.end()
 

@@ -35,6 +35,7 @@ class JobQueue:
         self._weights = dict(weights or {})
         self._groups: dict[str, list[SequenceGroup]] = {}
         self._served: dict[str, float] = {}
+        self._reached = 0.0
         self._waiting = 0
         self._changed = threading.Condition()
         self._refuses: ApiError | None = None
@@ -71,7 +72,7 @@ class JobQueue:
 
     def _begin(self, tenant: str) -> None:
         """Adds a tenant with nothing waiting."""
-        least = min((self._served[other] for other in self._groups), default=0.0)
+        least = min((self._served[other] for other in self._groups), default=self._reached)
         self._served[tenant] = max(self._served.get(tenant, 0.0), least)
         self._groups[tenant] = []
 
@@ -118,6 +119,7 @@ class JobQueue:
             group = self._groups[tenant][0]
             if len(group.choices) > free_rows or not fits(group):
                 return None
+            self._reached = self._served[tenant]  # where a tenant begins that comes while none waits
             waiting = self._groups.pop(tenant)
             del waiting[0]
             if waiting:

@@ -133,6 +133,17 @@ def test_turns_are_by_tokens_of_prompts_and_replies() -> None:
     assert found == ["x1", "y1", "y2", "y3", "x2", "y4", "y5", "x3"]
 
 
+def test_one_that_comes_while_nobody_waits_has_saved_no_turns() -> None:
+    queue = JobQueue(99)
+    for number in range(50):  # one tenant alone, which never had to wait
+        queue.put(empty_job(f"x{number}", 1, tenant="x"))
+        assert len(order(queue)) == 1
+        queue.serve("x", 0, 1)
+    for name in ("y1", "y2", "y3", "y4", "y5", "y6", "x1"):
+        queue.put(empty_job(name, 1, tenant=name[0]))
+    assert order(queue).index("x1") < 4
+
+
 def test_weights_are_shares() -> None:
     queue = JobQueue(99, weights={"x": 3.0})
     for number in range(12):
