@@ -132,7 +132,7 @@ class RetrievalDrafter:
         else:
             self.kernels, self.lock = beside.kernels, beside.lock
             self.prefix_cache = beside.prefix_cache
-        self._tenant = tenant
+        self._tenant, self._owns_prefixes = tenant, beside is None
         self._state = ModelState.of(target.model)
         self._has_warned = False
         self._plain_reasons: set[str] = set()
@@ -481,9 +481,18 @@ class RetrievalDrafter:
             self.store.flush()
 
     def close(self) -> None:
-        """Saves and sends texts that wait for history and store, and stops background threads."""
+        """Saves and sends texts that wait for history and store, and stops background threads.
+
+        Keys and values of earlier texts are forgotten, unless this is a namespace: then others share them.
+        """
         self.draft_engine.close()
         end_own_threads()
+        # A batch that still runs on another thread uses them.
+        if self.prefix_cache is not None and self._owns_prefixes and self.lock.acquire(blocking=False):
+            try:
+                self.prefix_cache.clear()
+            finally:
+                self.lock.release()
         if self.store is not None and self.context.stores.owns_shared:
             self.store.close()
 

@@ -76,7 +76,9 @@ def serve(
     prefix_cache_bytes: Annotated[
         int,
         typer.Option(
-            min=0, help="For keys and values that later prompts with the same beginning reuse; 0: none."
+            min=0,
+            help="For keys and values that later prompts with the same beginning reuse, "
+            "as much again for each --lora; 0: none.",
         ),
     ] = 1 << 30,
     cors_origin: Annotated[

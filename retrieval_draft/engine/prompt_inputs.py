@@ -89,6 +89,8 @@ def pass_prompts(
     passed = _pass_own(target, input_ids, config, model_inputs, wants_all)
     padding = [input_ids.shape[1] - len(request.prompt) for request in requests]
     caches = _checked(target, kind, passed, requests, padding)
+    if target.graphs is not None:
+        target.graphs.recheck()
     for row, (request, cache) in enumerate(zip(requests, caches, strict=True)):
         found = np.flatnonzero(np.isin(request.prompt, np.fromiter(request.placeholders, np.int32)))
         cache.fixed = int(found[-1]) + 1 if len(found) else len(request.prompt)

@@ -325,8 +325,8 @@ class Target:
                 return_dict=True,
                 **options,
             )
-            is_timed = timed and self.threads is not None
-            out = self.threads.run(ids.shape[1], forward) if self.threads and is_timed else forward()
+            threads = self.threads if timed else None
+            out = forward() if threads is None else threads.run(ids.shape[1], forward)
         logits: Tensor = out.logits[0]
         return logits if self._keeps_logits else logits[-keep:]
 

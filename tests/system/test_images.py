@@ -342,3 +342,20 @@ def test_prompt_logits_are_those_of_the_model() -> None:
     with torch.no_grad():
         wanted = model(**inputs).logits[0]
     torch.testing.assert_close(out.prompt_logits[0], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_captured_passes_after_an_image_see_a_changed_model() -> None:
+    """A hook, as adapters are, comes between two requests that both have images."""
+    model, inputs = make_image_model("qwen3_vl"), prompt_of("qwen3_vl")
+    drafter = RetrievalDrafter.for_model(model, config=DraftConfig(nodes=12, graphs="tape"))
+    options = {"max_new_tokens": NEW, "do_sample": False}
+    first = drafter.generate(**inputs, **options)
+    layer = model.get_decoder().layers[0].mlp
+    layer.register_forward_hook(lambda module, args, out: -3 * out)
+    stock = model.generate(**inputs, **options)
+    assert not torch.equal(first, stock)
+    assert torch.equal(drafter.generate(**inputs, **options), stock)
+    graphs = drafter.target.graphs
+    assert graphs is not None
+    assert graphs.reason is None
+    assert graphs.replays > 0

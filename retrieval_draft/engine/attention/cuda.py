@@ -27,6 +27,8 @@ __all__ = [
     "attend_unmasked",
     "can_attend_grouped",
     "cuda_attention",
+    "group_heads",
+    "ungroup_heads",
 ]
 
 CUDA_ATTENTION = "retrieval_draft_cuda"
@@ -73,22 +75,31 @@ def attend_grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scal
     Example:
         32 heads over 8 key heads: queries (4, 8, n, dim), keys (4, 8, keys, dim) with a stride of 0, no copy
     """
+    states = group_heads(query, key, value)
+    bias = _bias(mask, query.dtype).expand(*states[0].shape[:2], -1, -1)
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    return ungroup_heads(attend(*states, bias, False, 0.0, False, scale=scale)[0])
+
+
+def group_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views in which the query heads that share keys are a batch over them: (groups, key heads, n, dim).
+
+    Arguments are those of `attend_grouped`.
+    """
     heads, nodes, size = query.shape[1:]
     shared = key.shape[1]
     groups = heads // shared
-    bias = _bias(mask, query.dtype).expand(groups, shared, -1, -1)
-    attend = torch.ops.aten._scaled_dot_product_efficient_attention
-    out: Tensor = attend(
+    return (
         query.view(shared, groups, nodes, size).transpose(0, 1),
         key.expand(groups, -1, -1, -1),
         value.expand(groups, -1, -1, -1),
-        bias,
-        False,
-        0.0,
-        False,
-        scale=scale,
-    )[0]
-    return out.transpose(0, 1).reshape(1, heads, nodes, value.shape[-1])
+    )
+
+
+def ungroup_heads(out: Tensor) -> Tensor:
+    """The result of attention over `group_heads` as (1, heads, n, dim of values)."""
+    groups, shared, nodes, size = out.shape
+    return out.transpose(0, 1).reshape(1, groups * shared, nodes, size)
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -38,7 +38,8 @@ _LEAST = 8
 """Tokens of the shortest beginning that is taken: fewer are passed as fast."""
 
 _WAITING = 64
-"""Texts that may wait to be copied; beyond it the one that has waited longest is not kept."""
+"""Texts that may wait to be copied; beyond it the one that has waited longest is not kept, as where the
+caches of those that wait take more than the limit of what is kept."""
 
 
 class PrefixCache:
@@ -92,6 +93,8 @@ class PrefixCache:
         """Forgets all texts."""
         if self._tree is not None:
             self._tree.clear()
+            for layout in self._layouts:
+                layout.spare.clear()
         for keeper in self._waiting:
             keeper.is_waiting = False
         self._tree = None
@@ -124,10 +127,13 @@ class PrefixCache:
             return
         if keeper.is_waiting:
             return
-        if len(self._waiting) >= _WAITING:
-            self._waiting.popleft().is_waiting = False
         self._waiting.append(keeper)
-        keeper.is_waiting = True
+        keeper.is_waiting, keeper.nbytes = True, keeper.cache.nbytes
+        held = sum(each.nbytes for each in self._waiting)
+        while len(self._waiting) > 1 and (len(self._waiting) > _WAITING or held > self.max_bytes):
+            oldest = self._waiting.popleft()
+            oldest.is_waiting = False
+            held -= oldest.nbytes
 
     def work(self, seconds: float | None = None) -> None:
         """Copies texts that wait, a block at least, in about so many seconds; None copies all."""
@@ -467,14 +473,15 @@ class Keeper:
         at: Tokens that are kept.
         block: The block of the last of them; None before the first.
         is_waiting: Whether there is more to copy.
+        nbytes: Bytes of the cache when it began to wait.
     """
 
-    __slots__ = ("_prefixes", "at", "block", "cache", "end", "is_waiting", "text")
+    __slots__ = ("_prefixes", "at", "block", "cache", "end", "is_waiting", "nbytes", "text")
 
     def __init__(self, prefixes: Prefixes, cache: Any) -> None:
         self._prefixes, self.cache = prefixes, cache
         self.text: TokenArray = np.zeros(0, np.int32)
-        self.end = self.at = 0
+        self.end = self.at = self.nbytes = 0
         self.block: Block | None = None
         self.is_waiting = False
 

@@ -13,7 +13,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from retrieval_draft.engine.attention.cuda import CUDA_ATTENTION, attend_grouped, can_attend_grouped
+from retrieval_draft.engine.attention.cuda import (
+    CUDA_ATTENTION,
+    attend_grouped,
+    can_attend_grouped,
+    group_heads,
+    ungroup_heads,
+)
 from retrieval_draft.engine.cpu.attention import WIDE_ATTENTION
 from retrieval_draft.engine.substitution import lend_attention
 
@@ -88,17 +94,8 @@ def _attend(
     if can_attend_grouped(query, key, value, attention_mask):
         out = attend_grouped(query, key, value, attention_mask, scaling)
     else:
-        heads, nodes, size = query.shape[1:]
-        shared = key.shape[1]
-        groups = heads // shared
-        out = scaled_dot_product_attention(
-            query.view(shared, groups, nodes, size).transpose(0, 1),
-            key.expand(groups, -1, -1, -1),
-            value.expand(groups, -1, -1, -1),
-            attn_mask=attention_mask,
-            scale=scaling,
-        )
-        out = out.transpose(0, 1).reshape(1, heads, nodes, value.shape[-1])
+        states = group_heads(query, key, value)
+        out = ungroup_heads(scaled_dot_product_attention(*states, attn_mask=attention_mask, scale=scaling))
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from typing import Any
 
 import numpy as np
@@ -244,3 +245,48 @@ def test_keys_after_any_history_are_those_of_a_cold_prompt(name: str, limit: int
         assert cache.nbytes <= limit
     assert hits > 4
     assert cache.failures == 0
+
+
+def prefixes_of(target: Target, limit: int = 1 << 24) -> Prefixes:
+    prefixes = PrefixCache(target, limit).prefixes("")
+    assert prefixes is not None
+    return prefixes
+
+
+@torch.no_grad()
+def test_texts_that_wait_hold_no_more_than_the_limit() -> None:
+    """Nothing is copied meanwhile, as where requests end faster than their keys are copied."""
+    target = Target(make("llama"))
+    texts = [prompt_ids(40, seed=seed)[0].numpy().astype(np.int32) for seed in range(8)]
+    each = passed(target, prefixes_of(target), texts[0]).nbytes
+    prefixes = prefixes_of(target, 3 * each)
+    caches = [weakref.ref(passed(target, prefixes, text)) for text in texts]
+    assert [cache() is not None for cache in caches] == [False] * 5 + [True] * 3
+    prefixes.cache.work()
+    assert [prefixes.find(text) is not None for text in texts] == [False] * 5 + [True] * 3
+
+
+@torch.no_grad()
+def test_a_text_larger_than_the_limit_waits_alone() -> None:
+    target = Target(make("llama"))
+    prefixes = prefixes_of(target, 1)
+    caches = [
+        weakref.ref(passed(target, prefixes, prompt_ids(40)[0].numpy().astype(np.int32))) for _ in range(2)
+    ]
+    assert [cache() is not None for cache in caches] == [False, True]
+
+
+def test_close_gives_the_memory_back() -> None:
+    drafter = drafter_of(make("gemma3"), 60_000)
+    other = drafter.namespace("other", 1 << 20)
+    for seed in range(3):
+        other.generate(prompt_ids(90, seed=seed), **GREEDY)
+    cache = drafter.prefix_cache
+    assert cache is not None
+    layout = cache._layouts[0]
+    layout.spare.append(layout.allocate())  # as of a removed block
+    other.close()
+    assert cache.nbytes > 0, "others of the same model use it"
+    drafter.close()
+    assert cache.nbytes == 0
+    assert not layout.spare
