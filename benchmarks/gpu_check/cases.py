@@ -21,7 +21,10 @@ from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.target import Target
 from retrieval_draft.methods.make_draft_engine import make_draft_engine
 
-__all__ = ["Beginning", "Case", "Decoded", "Decoder", "launching"]
+__all__ = ["EAGER", "Beginning", "Case", "Decoded", "Decoder", "launching"]
+
+EAGER = "-eager"
+"""Suffix of a method that makes all passes anew, none from captured graphs."""
 
 _RECORDED = "recorded"
 _MEASURED = (0, 2, 8)
@@ -39,7 +42,7 @@ class Case:
 
     Attributes:
         model: Of the setting's geometries.
-        decoder: A method of ``bench live``.
+        decoder: A method of ``bench live``, whose name `EAGER` may follow.
         context: "recorded" prompts unchanged, or their length in tokens after padding with text.
         rows: Prompts at a time.
         sampled: Whether tokens are drawn.
@@ -122,7 +125,13 @@ class Decoder:
         if (case.model, case.decoder) not in made:
             # The times of a rehearsal's passes depend on a busy machine, and do not predict those of drafts.
             nodes = _TINY_NODES if setting.tiny else None
-            contestant: Any = make_contestant(case.decoder, self._model, None, nodes)
+            contestant: Any = make_contestant(
+                case.decoder.replace(EAGER, ""),
+                self._model,
+                None,
+                nodes,
+                graphs="off" if EAGER in case.decoder else "auto",
+            )
             made[case.model, case.decoder] = (
                 contestant,
                 None if self.is_stock else Beginning(contestant.drafter),
@@ -164,6 +173,14 @@ class Decoder:
             return Decoded(tokens, seconds, new - 1, None)
         stats = self._contestant.drafter.last_stats
         return Decoded(tokens, seconds, stats.passes, stats)
+
+    @property
+    def captured(self) -> str | None:
+        """Passes that were captured and replayed, or the reason for none; None where there are no graphs."""
+        graphs = None if self.is_stock else self._contestant.drafter.target.graphs
+        if graphs is None:
+            return None
+        return graphs.reason or f"{graphs.captures} captured, {graphs.replays} replayed"
 
     def _padded(self, chosen: Sequence[Recorded]) -> tuple[Tensor, Tensor]:
         longest = max(len(each.prompt) for each in chosen)

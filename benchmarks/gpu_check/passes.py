@@ -19,6 +19,7 @@ from benchmarks.gpu_check.setting import Setting, synchronize
 from retrieval_draft.bench.decoders import cudnn_attention
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.compat import cache_parameter
+from retrieval_draft.engine.graph.graph_passes import GraphPasses
 from retrieval_draft.engine.passes import tree_passes
 from retrieval_draft.engine.target import Target
 
@@ -30,12 +31,12 @@ _ROOM = 512
 
 @torch.no_grad()
 def run(setting: Setting, box: Box, report: Report) -> None:
-    """Runs both models at every context: the graph of a plain pass first, then eager passes."""
+    """Runs both models at every context: the graph of a plain pass first, then eager and captured passes."""
     contexts = (16, 64) if setting.tiny else (128, 2048, 8192)
     sizes = (1, 4) if setting.tiny else (1, 4, 16, 32, 64)
     for model_name in setting.geometries:
         model = setting.model(model_name)
-        target = Target(model)
+        target, capturing = Target(model, "off"), Target(model)
         for context in contexts:
             if not box.has(3.0):
                 report.note(f"out of time before {model_name} at {context}")
@@ -49,7 +50,16 @@ def run(setting: Setting, box: Box, report: Report) -> None:
                     return
                 row = _eager(setting, partial(same_length, size), partial(growing, size))
                 report.row(model=model_name, context=context, nodes=size, kind="eager", **row)
-    report.note("captured graphs of draft trees: not there yet")
+            if capturing.graphs is None:
+                continue
+            capturing.graphs.recheck()
+            replayed = tree_passes(capturing, context)
+            for size in sizes:
+                if not box.has(2.0):
+                    report.note(f"out of time at {model_name}, {context}, {size} captured nodes")
+                    return
+                row = _replayed(setting, capturing.graphs, partial(replayed, size))
+                report.row(model=model_name, context=context, nodes=size, kind="captured", **row)
 
 
 class _Growing:
@@ -98,6 +108,20 @@ def _eager(setting: Setting, same_length: Any, growing: Any) -> dict[str, Any]:
         row["kernel_ms"] = round(counts.busy_ms, 3)
         row["launch_bound"] = round(wall / counts.busy_ms, 2) if counts.busy_ms else None
     return row
+
+
+def _replayed(setting: Setting, graphs: GraphPasses, work: Any) -> dict[str, Any]:
+    """A pass over a tree of our own: captured at the first call, with its trials, and replayed after."""
+    before = graphs.captures, graphs.replays
+    first = milliseconds(work, setting.device, 1)[0]
+    wall = statistics.median(milliseconds(work, setting.device, 10))
+    return {
+        "first_ms": round(first, 1),
+        "wall_ms": round(wall, 3),
+        "captures": graphs.captures - before[0],
+        "replays": graphs.replays - before[1],
+        "reason": graphs.reason,
+    }
 
 
 def _graph(setting: Setting, model: Any, context: int) -> dict[str, Any]:

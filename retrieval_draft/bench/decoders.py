@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from transformers import CompileConfig
@@ -87,6 +87,7 @@ def make_contestant(
     history: bool = False,
     corpora: Sequence[Path] = (),
     draft_model: Any = None,
+    graphs: Literal["auto", "off"] = "auto",
 ) -> Decoder:
     """``stock`` is `model.generate`, ``stock-pld`` its prompt lookup, all else a drafting method.
 
@@ -103,6 +104,7 @@ def make_contestant(
         corpora: Index folders that they draft from.
         draft_model: For `calibrated` and for the methods that need one, as `RetrievalDrafter.for_model` takes
             it; without one those that need it draft with the model's own layers, some skipped.
+        graphs: As `DraftConfig.graphs`.
 
     Raises:
         UnknownMethodError: None of these.
@@ -112,7 +114,9 @@ def make_contestant(
         with cudnn_attention(False):  # a drafter measures passes when it is made
             return _NoCudnn(
                 name,
-                make_contestant(inner, model, tokenizer, nodes, cpu_kernels, history, corpora, draft_model),
+                make_contestant(
+                    inner, model, tokenizer, nodes, cpu_kernels, history, corpora, draft_model, graphs
+                ),
             )
     if name == STOCK:
         return _Stock(name, model, {})
@@ -126,7 +130,7 @@ def make_contestant(
             f"Unknown method {name!r}.", f"Choose from: {known}; or one with {NO_CUDNN}."
         )
     sources = tuple(source for source in SOURCES if history or source != "history")
-    config = DraftConfig(method=name, nodes=nodes, cpu_kernels=cpu_kernels, sources=sources)
+    config = DraftConfig(method=name, nodes=nodes, cpu_kernels=cpu_kernels, sources=sources, graphs=graphs)
     if draft_model is None and get_method(name).needs_model:
         draft_model = SELF
     return _Drafted(

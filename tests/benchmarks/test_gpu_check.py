@@ -216,15 +216,15 @@ def test_reasons_name_what_did_not_run_or_did_not_end() -> None:
     ]
 
 
-def test_table_has_forty_rows_at_most_and_joins_what_anatomy_counted() -> None:
+def test_table_has_sixty_rows_at_most_and_joins_what_anatomy_counted() -> None:
     key = {"model": "8b", "context": "recorded"}
     row = {**key, "decoder": "none-no-cudnn", "tokens_per_second": 40.0, "equal": "recorded"}
     parts: dict[str, dict[str, Any]] = {
-        "speed": {"rows": [row] * 60},
+        "speed": {"rows": [row] * 80},
         "anatomy": {"rows": [{**key, "decoder": "none", "kernels": 1364.0, "syncs": 1.0}]},
     }
     lines = make_table(parts).splitlines()
-    assert len(lines) == 41
+    assert len(lines) == 61
     assert [cell.strip() for cell in lines[1].split("|")] == [
         "8b", "recorded", "none-no-cudnn", "40", "-", "-", "-", "1364", "1", "recorded",
     ]  # fmt: skip
