@@ -41,6 +41,8 @@ class RunnersUpSession:
         7 was chosen from [7, 4] with probabilities [.7, .2]: 4 is a guess of the token after it, .6 * .2
     """
 
+    learns_early = True
+
     def __init__(self, prompt: TokenArray) -> None:
         from retrieval_draft.index._kernels import runners_up
 
@@ -70,9 +72,7 @@ class RunnersUpSession:
         if not size:
             return empty_proposal(RunnersUpSource.name, RunnersUpSource.level)
         tokens, parents, lengths = nodes[:, :size]
-        return Proposal(
-            tokens, parents, probs[:size], lengths, RunnersUpSource.name, RunnersUpSource.level
-        )
+        return Proposal(tokens, parents, probs[:size], lengths, RunnersUpSource.name, RunnersUpSource.level)
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,); the predictions move back."""
