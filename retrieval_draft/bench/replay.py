@@ -138,7 +138,7 @@ class Replayer:
         stores: Data that sources are made from.
         calibration: The calibration, updated in place.
         late: Whether all but a step's tokens is learned after the next step's drafts, as while a device runs
-            the pass.
+            the pass; sources that draft from the last predictions get these before, as there.
     """
 
     def __init__(
@@ -216,6 +216,8 @@ class Replayer:
             path = tree.walk(rest)
             emitted = trace.output[done : done + len(path)]
             drafts.observe(emitted)
+            if self._late:
+                self._learn(drafts, trace, text, done, done + len(emitted), early=True)
             learn = partial(
                 self._learn_step, calibration, drafts, trace, text, tree, proposals, emitted, done,
                 drafted - proposed,
@@ -250,12 +252,21 @@ class Replayer:
         walked = time.perf_counter()
         outcomes = calibration.observe(tree, proposals, emitted)
         observed = time.perf_counter()
-        self._learn(drafts, trace, text, done, done + len(emitted))
+        early = False if self._late else None
+        self._learn(drafts, trace, text, done, done + len(emitted), early)
         self.observe_us.append((time.perf_counter() - walked) * 1e6)
         self.fuse_us.append((fuse_seconds + observed - walked) * 1e6)
         self.reliability.observe(tree, outcomes)
 
-    def _learn(self, drafts: SourceSessions, trace: Trace, text: TokenArray, first: int, last: int) -> None:
+    def _learn(
+        self,
+        drafts: SourceSessions,
+        trace: Trace,
+        text: TokenArray,
+        first: int,
+        last: int,
+        early: bool | None = None,
+    ) -> None:
         """Passes the sources the target's predictions at outputs first..last-1: top-k, or the choice only."""
         if trace.top_tokens is None or trace.top_probs is None:
             top_tokens = trace.output[first:last, None]
@@ -268,7 +279,7 @@ class Replayer:
             tail = text[max(0, end - CONTEXT) : end]
             if len(tail):
                 contexts[row, CONTEXT - len(tail) :] = tail
-        drafts.learn(NodeLogits(contexts, top_tokens, top_probs))
+        drafts.learn(NodeLogits(contexts, top_tokens, top_probs), early)
 
 
 def replay(

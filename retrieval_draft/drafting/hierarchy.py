@@ -58,10 +58,15 @@ class _Opened:
 
 
 class SourceSessions:
-    """Sessions of one request in all sources, called together."""
+    """Sessions of one request in all sources, called together.
+
+    Attributes:
+        learns_early: Whether a source drafts from the last predictions, and so learns before each proposal.
+    """
 
     def __init__(self, opened: Sequence[_Opened] = ()) -> None:
         self._opened = tuple(opened)
+        self.learns_early = any(_learns_early(each.session) for each in self._opened)
 
     def propose(self, budget: int) -> list[Proposal]:
         """One proposal of at most `budget` nodes from each source, in their order; empty ones too.
@@ -96,10 +101,16 @@ class SourceSessions:
                 except Exception as error:  # as above
                     opened.failed("observe", error)
 
-    def learn(self, logits: NodeLogits) -> None:
-        """Passes the target's predictions at verified nodes to every source."""
+    def learn(self, logits: NodeLogits, early: bool | None = None) -> None:
+        """Passes the target's predictions at verified nodes to the sources.
+
+        Args:
+            logits: The predictions.
+            early: True for those sources alone that draft from the last predictions, False for the others
+                alone, None for all.
+        """
         for opened in self._opened:
-            if opened.session is not None:
+            if opened.session is not None and early in (None, _learns_early(opened.session)):
                 try:
                     opened.session.learn(logits)
                 except Exception as error:  # as above
@@ -244,6 +255,10 @@ def open_parallel(
 def wants_hidden(session: object) -> bool:
     """True if a session has `learn_hidden` and a use for it."""
     return bool(getattr(session, "wants_hidden", False))
+
+
+def _learns_early(session: object) -> bool:
+    return bool(getattr(session, "learns_early", False))
 
 
 def _fills(proposal: Proposal, budget: int) -> bool:

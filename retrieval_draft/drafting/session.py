@@ -202,15 +202,27 @@ class DraftSession:
         self._seen = []
         return emitted
 
-    def learn(self, plan: DraftPlan, emitted: TokenArray, logits: NodeLogits) -> None:
+    @property
+    def learns_early(self) -> bool:
+        """True if a source drafts from the last predictions: `learn_early` comes before the next proposal."""
+        return self._sessions.learns_early
+
+    def learn_early(self, logits: NodeLogits) -> None:
+        """Passes on the target's predictions to the sources that draft from the last ones."""
+        self._sessions.learn(self._learnable(logits), early=True)
+
+    def learn(
+        self, plan: DraftPlan, emitted: TokenArray, logits: NodeLogits, early: bool | None = None
+    ) -> None:
         """Passes on a step's result besides its tokens; now, or a step later.
 
         Args:
             plan: The step's drafts.
             emitted: int32, shape (m,). Tokens accepted in this step, the bonus token last.
             logits: The target's predictions, at nodes of the tree or elsewhere in the text.
+            early: False after `learn_early`; None without it.
         """
-        self._sessions.learn(self._learnable(logits))
+        self._sessions.learn(self._learnable(logits), early)
         if plan.proposals:
             self._calibration.observe(plan.fused, plan.proposals, emitted[plan.ahead :])
 

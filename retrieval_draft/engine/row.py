@@ -59,7 +59,7 @@ class Row:
 
     A step's result reaches its sources as the next step begins, so that a step drafts first and verifies
     then, and its tokens are out before anything is learned from them. What is learned besides the tokens may
-    wait until the next pass runs, where a device runs it.
+    wait until the next pass runs, where a device runs it, unless a source drafts from the last predictions.
 
     Args:
         target: The model.
@@ -102,6 +102,7 @@ class Row:
         self._hidden_end: Tensor | None = None
         self._feedback: _Feedback | None = None
         self._unlearned: _Feedback | None = None
+        self._learned_early: NodeLogits | None = None
         self._context = request.runs[-1]
         self._keeper: Keeper | None = None
         stats.requests += 1
@@ -309,26 +310,34 @@ class Row:
         if self._ends_drafting(accepted):
             return
         drafting.observe(accepted)
+        self._unlearned = feedback
+        if drafting.learns_early:
+            self._learned_early = self._logits_of(feedback)
+            drafting.learn_early(self._learned_early)
         if feedback.hidden is not None:
             # A head's next drafts begin with it, after what it learns.
-            self._unlearned = feedback
             self.learn()
             drafting.learn_hidden(feedback.hidden)
-        else:
-            self._unlearned = feedback
 
     def learn(self) -> None:
         """Updates sources and calibration with the predictions of the step last observed, once."""
-        drafting, feedback = self.drafting, self._unlearned
-        self._unlearned = None
+        drafting, feedback, known = self.drafting, self._unlearned, self._learned_early
+        self._unlearned = self._learned_early = None
         if drafting is None or feedback is None:
             return
+        emitted = np.array(feedback.emitted, np.int32)
+        if known is None:
+            drafting.learn(feedback.plan, emitted, self._logits_of(feedback))
+        else:
+            drafting.learn(feedback.plan, emitted, known, early=False)
+
+    def _logits_of(self, feedback: _Feedback) -> NodeLogits:
+        """Predictions at the nodes of the last step, before another one emits tokens."""
         plan, _, emitted, predictions, _ = feedback
         before = len(self.text) - len(emitted) - 1
         begin = self.text.prompt_length - len(self._context)
         contexts = plan.tree.contexts(self.text.tokens[max(begin, before - 3) : before])
-        logits = NodeLogits(contexts, predictions.top_tokens, predictions.top_probs)
-        drafting.learn(plan, np.array(emitted, np.int32), logits)
+        return NodeLogits(contexts, predictions.top_tokens, predictions.top_probs)
 
     def finish(self) -> None:
         """Moves the last accepted path into place, so that the cache can be used further."""

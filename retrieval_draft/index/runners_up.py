@@ -41,6 +41,8 @@ class RunnersUpSession:
         7 was chosen from [7, 4] with probabilities [.7, .2]: 4 is a guess of the token after it, .6 * .2
     """
 
+    learns_early = True
+
     def __init__(self, prompt: TokenArray) -> None:
         from retrieval_draft.index._kernels import runners_up
 
@@ -57,38 +59,25 @@ class RunnersUpSession:
             found, self._found = self._found, None
             self._kernels.keep(
                 self._tail,
-                np.array(found.contexts, np.int32),
-                np.array(found.top_tokens, np.int32),
-                np.array(found.top_probs, np.float32),
+                np.ascontiguousarray(found.contexts, np.int32),
+                np.ascontiguousarray(found.top_tokens, np.int32),
+                np.ascontiguousarray(found.top_probs, np.float32),
                 self._tokens,
                 self._probs,
             )
-        tokens, lengths = np.empty((2, POSITIONS * KEPT), np.int32)
-        probs = np.empty(POSITIONS * KEPT, np.float32)
-        size = self._kernels.propose(self._tail, self._tokens, self._probs, WEIGHTS, tokens, probs, lengths)
-        size = min(size, budget)
-        if size <= 0:
+        if budget <= 0:
             return empty_proposal(RunnersUpSource.name, RunnersUpSource.level)
-        return Proposal(
-            tokens[:size],
-            np.full(size, -1, np.int32),
-            probs[:size],
-            lengths[:size],
-            RunnersUpSource.name,
-            RunnersUpSource.level,
-        )
+        nodes, probs = np.empty((3, budget), np.int32), np.empty(budget, np.float32)
+        size = self._kernels.propose(self._tail, self._tokens, self._probs, WEIGHTS, nodes, probs)
+        if not size:
+            return empty_proposal(RunnersUpSource.name, RunnersUpSource.level)
+        tokens, parents, lengths = nodes[:, :size]
+        return Proposal(tokens, parents, probs[:size], lengths, RunnersUpSource.name, RunnersUpSource.level)
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,); the predictions move back."""
-        size = min(len(tokens), len(self._tail))
-        if not size:
-            return
-        self._tail[:-size] = self._tail[size:]
-        self._tail[len(self._tail) - size :] = tokens[len(tokens) - size :]
-        size = min(size, POSITIONS)
-        self._tokens[size:] = self._tokens[: POSITIONS - size]
-        self._probs[size:] = self._probs[: POSITIONS - size]
-        self._tokens[:size] = -1
+        last = np.array(tokens[-len(self._tail) :], np.int32)  # a copy, which is writable, as kernels want it
+        self._kernels.advance(self._tail, last, self._tokens, self._probs)
 
     def learn(self, logits: NodeLogits) -> None:
         """Keeps predictions until the next step."""

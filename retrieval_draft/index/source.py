@@ -106,7 +106,11 @@ class SourceSession(Protocol):
         ...
 
     def learn(self, logits: NodeLogits) -> None:
-        """Learns from the target's predictions at verified nodes. Sources of plain text ignore them."""
+        """Learns from the target's predictions at verified nodes. Sources of plain text ignore them.
+
+        It comes a step late where a device runs the passes, unless the session has ``learns_early = True``:
+        then before the next proposal, and should be quick.
+        """
         ...
 
     def close(self) -> None:

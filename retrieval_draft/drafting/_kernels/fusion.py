@@ -316,6 +316,11 @@ def fuse(
     slots = np.empty(sources, np.int64)
     list_slots(used, slots)
     node_of = np.empty(total, np.int32)
+    # Nodes by parent and token, hashed; 0 for none. The root may have a hundred children.
+    entries = 4
+    while entries < 2 * total:
+        entries *= 2
+    table = np.zeros(entries, np.int32)
     size = 1
     for source in range(len(starts) - 1):
         start = starts[source]
@@ -331,11 +336,16 @@ def fuse(
             if parent < 0:
                 continue
             prob = guess(probs[item])
-            node = trie_child[parent]
-            while node >= 0 and trie_token[node] != tokens[item]:
-                node = trie_sibling[node]
-            if node < 0:
+            mixed = np.uint64(parent) << np.uint64(32) | np.uint64(np.uint32(tokens[item]))
+            mixed *= np.uint64(0x9E3779B97F4A7C15)
+            entry = np.int64(mixed >> np.uint64(40)) & (len(table) - 1)
+            node = table[entry]
+            while node > 0 and (trie_token[node] != tokens[item] or trie_parent[node] != parent):
+                entry = (entry + 1) & (len(table) - 1)
+                node = table[entry]
+            if node == 0:
                 node = size
+                table[entry] = node
                 size += 1
                 trie_token[node] = tokens[item]
                 trie_parent[node] = parent

@@ -98,8 +98,10 @@ class Grammar:
         Raises:
             InvalidInputError: There are none, or more than 4096, or one is no text.
         """
-        if isinstance(texts, str) or not 1 <= len(texts) <= _MAX_CHOICES:
-            raise InvalidInputError(f"A choice needs a list of 1 to {_MAX_CHOICES} texts.")
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise InvalidInputError(f"A choice is a {type(texts).__name__}; it must be a list of texts.")
+        if not 1 <= len(texts) <= _MAX_CHOICES:
+            raise InvalidInputError(f"A choice has {len(texts)} texts; 1 to {_MAX_CHOICES} are allowed.")
         options = [_literal(_text(text, "A choice")) for text in texts]
         return cls("choice", "start: " + " | ".join(options))
 
@@ -171,6 +173,10 @@ def import_llguidance() -> Any:
 def _text(given: Any, what: str) -> str:
     if not isinstance(given, str):
         raise InvalidInputError(f"{what} is a {type(given).__name__}; it must be a text.")
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(f"{what} has half of a surrogate pair: {error}.") from error
     return given
 
 

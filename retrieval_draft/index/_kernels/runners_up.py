@@ -49,14 +49,41 @@ def keep(
 
 
 @kernel
+def advance(
+    tail: NDArray[np.int32],
+    emitted: NDArray[np.int32],
+    tokens: NDArray[np.int32],
+    probs: NDArray[np.float32],
+) -> None:
+    """Appends tokens to the text; the predictions move back.
+
+    Args:
+        tail: int32, shape (longest,). The text's last tokens. Changed, as are `tokens` and `probs`.
+        emitted: int32, shape (m,).
+        tokens: int32, shape (positions, kept). See `keep`.
+        probs: float32, shape (positions, kept).
+    """
+    longest, positions, moved = len(tail), len(tokens), len(emitted)
+    for index in range(longest):
+        source = index + moved
+        tail[index] = tail[source] if source < longest else emitted[source - longest]
+    for back in range(positions - 1, -1, -1):
+        for column in range(tokens.shape[1]):
+            if back < moved:
+                tokens[back, column] = -1
+            else:
+                tokens[back, column] = tokens[back - moved, column]
+                probs[back, column] = probs[back - moved, column]
+
+
+@kernel
 def propose(
     tail: NDArray[np.int32],
     tokens: NDArray[np.int32],
     probs: NDArray[np.float32],
     weights: NDArray[np.float32],
-    out_tokens: NDArray[np.int32],
+    out_nodes: NDArray[np.int32],
     out_probs: NDArray[np.float32],
-    out_lengths: NDArray[np.int32],
 ) -> int:
     """Children of the root by the weighted sum of their probabilities at the last positions, best first.
 
@@ -65,13 +92,16 @@ def propose(
         tokens: int32, shape (positions, kept). See `keep`.
         probs: float32, shape (positions, kept).
         weights: float32, shape (positions,).
-        out_tokens: int32, shape (room,). Written, as are the next two.
-        out_probs: float32, shape (room,).
-        out_lengths: int32, shape (room,). Tokens since the last position that ranked each, 4 for more.
+        out_nodes: int32, shape (3, budget). Written: tokens, parents, and tokens since the last position that
+            ranked each, 4 for more.
+        out_probs: float32, shape (budget,). Written.
 
     Returns:
         Guesses written.
     """
+    guesses = np.empty(tokens.size, np.int32)
+    lengths = np.empty(tokens.size, np.int32)
+    sums = np.empty(tokens.size, np.float32)
     size = 0
     for back in range(len(tokens)):
         chosen = tail[len(tail) - 1 - back]
@@ -83,20 +113,29 @@ def propose(
             if token == chosen:
                 continue
             slot = 0
-            while slot < size and out_tokens[slot] != token:
+            while slot < size and guesses[slot] != token:
                 slot += 1
             if slot == size:
-                if size == len(out_tokens):
-                    continue
-                out_tokens[slot], out_probs[slot], out_lengths[slot] = token, 0.0, min(back, 4)
+                guesses[slot], sums[slot], lengths[slot] = token, 0.0, min(back, 4)
                 size += 1
-            out_probs[slot] += share
-    for last in range(1, size):
-        token, prob, length = out_tokens[last], out_probs[last], out_lengths[last]
-        slot = last
-        while slot > 0 and out_probs[slot - 1] < prob:
-            out_tokens[slot], out_probs[slot] = out_tokens[slot - 1], out_probs[slot - 1]
-            out_lengths[slot] = out_lengths[slot - 1]
-            slot -= 1
-        out_tokens[slot], out_probs[slot], out_lengths[slot] = token, prob, length
-    return size
+            sums[slot] += share
+    budget = len(out_probs)
+    order = np.empty(budget, np.int32)
+    kept = 0
+    for slot in range(size):
+        node = kept
+        if kept < budget:
+            kept += 1
+        elif out_probs[budget - 1] < sums[slot]:
+            node = budget - 1
+        else:
+            continue
+        while node > 0 and out_probs[node - 1] < sums[slot]:
+            order[node], out_probs[node] = order[node - 1], out_probs[node - 1]
+            node -= 1
+        order[node], out_probs[node] = slot, sums[slot]
+    for node in range(kept):
+        out_nodes[0, node], out_nodes[1, node], out_nodes[2, node] = (
+            guesses[order[node]], -1, lengths[order[node]],
+        )  # fmt: skip
+    return kept

@@ -90,6 +90,16 @@ def test_learning_late_costs_a_step_where_the_next_one_needs_it(tmp_path: Path) 
     assert now < late <= now + 2
 
 
+def test_sources_of_the_last_predictions_get_them_in_time_when_learning_is_late(tmp_path: Path) -> None:
+    tokens = list(range(5, 25))
+    top = [[[token, token + 1] for token in tokens], [[0.6, 0.3]] * len(tokens)]
+    trace = write(tmp_path / "t.jsonl", {"prompt": [1, 2], "output": tokens, "top": top})
+    now, late = (
+        replay([trace], nodes=8, sources=["runners-up"], late=late)["steps"] for late in (False, True)
+    )
+    assert now == late < len(tokens) - 1
+
+
 def test_the_last_step_is_learned_when_learning_is_late(tmp_path: Path) -> None:
     record = {"task": "a", "prompt": [1], "output": [5, 6, 7, 8, 9, 10, 11, 12]}
     trace = write(tmp_path / "t.jsonl", record, record)

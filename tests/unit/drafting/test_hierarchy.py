@@ -54,6 +54,29 @@ def test_far_sources_are_asked_unless_a_near_one_fills_the_budget(probs: list[fl
     assert (near.asked, far.asked) == ([4], [second])
 
 
+def test_each_source_learns_once_early_or_late() -> None:
+    class Learns(Fixed):
+        def __init__(self, early: bool) -> None:
+            super().__init__([])
+            self.learns_early = early
+            self.learned: list[NodeLogits] = []
+
+        def learn(self, logits: NodeLogits) -> None:
+            self.learned.append(logits)
+
+    logits = NodeLogits(np.zeros((1, 4), np.int32), np.zeros((1, 1), np.int32), np.ones((1, 1), np.float32))
+    early, late = Learns(True), Learns(False)
+    sessions = sessions_of(early, late)
+    assert sessions.learns_early
+    assert not sessions_of(late, Fixed([])).learns_early
+    sessions.learn(logits, early=True)
+    assert (early.learned, late.learned) == ([logits], [])
+    sessions.learn(logits, early=False)
+    assert (early.learned, late.learned) == ([logits], [logits])
+    sessions.learn(logits)
+    assert (len(early.learned), len(late.learned)) == (2, 2)
+
+
 def test_no_budget_asks_nobody() -> None:
     near = Fixed([0.5])
     assert sessions_of(near).propose(0) == []

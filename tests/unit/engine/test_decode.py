@@ -108,15 +108,17 @@ def test_learning_waits_until_the_pass_has_begun(monkeypatch: pytest.MonkeyPatch
     def note(owner: type, name: str) -> None:
         call = getattr(owner, name)
 
-        def noted(*args: Any) -> Any:
+        def noted(*args: Any, **options: Any) -> Any:
             calls.append(name)
-            return call(*args)
+            return call(*args, **options)
 
         monkeypatch.setattr(owner, name, noted)
 
     note(Target, "verify_rows")
     note(LogitReader, "read")
     note(DraftSession, "observe")
+    note(DraftSession, "learn_early")
+    note(DraftSession, "propose")
     note(DraftSession, "learn")
     batch = late_batch()
     drafter = RetrievalDrafter.for_model(batch._target.model, config=DraftConfig(nodes=8))
@@ -126,9 +128,10 @@ def test_learning_waits_until_the_pass_has_begun(monkeypatch: pytest.MonkeyPatch
         while not row.done:
             calls.clear()
             batch.step()
-            assert calls in (["verify_rows", "read"], ["observe", "verify_rows", "learn", "read"])
+            begun = [] if calls[0] == "propose" else ["observe", "learn_early"]
+            assert calls == [*begun, "propose", "verify_rows", *(["learn"] if begun else []), "read"]
         batch.leave()
-    assert calls[-2:] == ["observe", "learn"]
+    assert calls[-3:] == ["observe", "learn_early", "learn"]
     stock = batch._target.model.generate(torch.tensor([[1, 2, 3, 1, 2, 3]]), max_length=12, do_sample=False)
     assert row.text.tokens.tolist() == stock[0].tolist()
 

@@ -37,7 +37,7 @@ def inference() -> Any:
 class Told:
     """Stands for a `DraftSession`: notes what it is told, and proposes a given tree."""
 
-    wants_hidden = False
+    wants_hidden = learns_early = False
 
     def __init__(self, tree: DraftTree | None = None) -> None:
         self.tree = tree
@@ -58,7 +58,13 @@ class Told:
     def observe(self, emitted: TokenArray) -> None:
         self.calls.append(("observe", emitted.tolist()))
 
-    def learn(self, plan: DraftPlan, emitted: TokenArray, logits: NodeLogits) -> None:
+    def learn_early(self, logits: NodeLogits) -> None:
+        self.calls.append(("learn_early", logits.contexts.tolist()))
+
+    def learn(
+        self, plan: DraftPlan, emitted: TokenArray, logits: NodeLogits, early: bool | None = None
+    ) -> None:
+        assert early is (False if self.learns_early else None)
         self.calls.append(("learn", logits.contexts.tolist()))
 
     def learn_hidden(self, hidden: Any) -> None:
@@ -295,6 +301,23 @@ def test_a_step_is_learned_from_once_and_at_the_latest_at_the_end() -> None:
     assert [call for call, *_ in told.calls] == ["start"], "tokens are out before anything is learned"
     made.forget()
     assert [call for call, *_ in told.calls] == ["start", "count", "observe", "learn", "close"]
+
+
+def test_sources_of_the_last_predictions_get_them_before_the_next_step_drafts() -> None:
+    told, root = Told(), first_token()
+    told.learns_early = True
+    made = started(told)
+    tree = tree_of([root, 30], [-1, 0])
+    plan = DraftPlan(tree, tree, ())
+    TARGET.verify(made.cache, made.prepare(plan))
+    made.accept(plan, NOTHING, says(30, 31))
+    told.calls.clear()
+    made.observe()
+    made.propose()
+    made.learn()
+    made.learn()
+    assert [call for call, *_ in told.calls] == ["count", "observe", "learn_early", "propose", "learn"]
+    assert told.calls[2][1] == told.calls[4][1] == [[7, 8, 9, root], [8, 9, root, 30]]
 
 
 def test_what_cannot_be_learned_of_a_request_that_is_over_is_left(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from retrieval_draft.index.runners_up import EARLIER, FADE, LAST, RunnersUpSession, RunnersUpSource
+from retrieval_draft.index.runners_up import (
+    EARLIER,
+    FADE,
+    LAST,
+    POSITIONS,
+    WEIGHTS,
+    RunnersUpSession,
+    RunnersUpSource,
+)
 from retrieval_draft.index.source import NodeLogits
 
 
@@ -66,3 +74,36 @@ def test_a_choice_without_a_ranking_says_nothing() -> None:
     session.learn(logits([1, 2, 3, 4], [7], [1.0]))
     session.observe(np.array([7], np.int32))
     assert len(session.propose(8)) == 0
+
+
+def test_guesses_are_those_of_a_plain_twin() -> None:
+    rng = np.random.default_rng(0)
+    session = opened()
+    text = [1, 2, 3, 4]
+    ranked: dict[int, list[tuple[int, float]]] = {}  # by the position of the token that each chose
+    for _ in range(80):
+        size = int(rng.integers(1, 4))
+        emitted = rng.choice(30, size).tolist()
+        probs = -np.sort(-rng.dirichlet(np.full(8, 0.3), size).astype(np.float32))
+        tokens = np.stack([rng.permutation(30)[:8] for _ in range(size)]).astype(np.int32)
+        longer = np.array([*text, *emitted], np.int32)
+        contexts = np.stack([longer[at - 4 : at] for at in range(len(text), len(longer))])
+        for row in range(size):
+            ranked[len(text) + row] = list(zip(tokens[row].tolist(), probs[row], strict=True))
+        session.learn(NodeLogits(contexts, tokens, probs))
+        session.observe(longer[len(text) :])
+        text += emitted
+        sums: dict[int, float] = {}
+        for back in range(POSITIONS):
+            at = len(text) - 1 - back
+            for token, prob in ranked.get(at, ()):
+                if prob * WEIGHTS[back] < 1e-4:
+                    break
+                if token != text[at]:
+                    sums[token] = sums.get(token, 0.0) + prob * WEIGHTS[back]
+        best = sorted(sums, key=lambda token: -sums[token])
+        for budget in (0, 3, 200):
+            proposal = session.propose(budget)
+            assert proposal.tokens.tolist() == best[:budget]
+            assert proposal.probs == pytest.approx([sums[token] for token in best[:budget]])
+            assert (proposal.parents == -1).all()
