@@ -270,3 +270,12 @@ def test_rows_take_turns() -> None:
         if rows is not None:
             sent |= set(rows.keys.tolist())
     assert len(sent) == 20
+
+
+def test_a_calibration_of_a_snapshot_that_is_too_long_is_left_out() -> None:
+    made = replica().learned
+    rows, _ = msgspec.msgpack.decode(made.packed())
+    made.restore(msgspec.msgpack.encode((rows, bytes(learned_module.MOST_CALIBRATION + 1))), ())
+    assert made.calibration == b""
+    made.restore(msgspec.msgpack.encode((rows, b"short")), ())
+    assert made.calibration == b"short"
