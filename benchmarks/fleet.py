@@ -214,7 +214,8 @@ def _share(store: _Store, mirror: LogReplica, trace: Trace, share: str, sent: _S
     told, store.told = store.told, None
     learned = () if told is None else told.shareable(everything)
     nothing = np.empty(0, np.int32)
-    entries = store.encoder.encode([Run(trace.prompt if everything else nothing, trace.output, learned)])
+    taken = [Run(trace.prompt if everything else nothing, trace.output, learned)]
+    entries = [*store.encoder.encode(taken), *store.encoder.rows(taken)]
     items = []
     for index, entry in enumerate(entries):
         is_text = entry[1:2] == b"\x01"

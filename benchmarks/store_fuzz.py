@@ -93,6 +93,7 @@ def measure_fuzz(
         "ingested": status["ingested"],
         "uncounted": status["received"]
         - status["ingested"]
+        - status["learned_entries"]
         - status["duplicates"]
         - sum(status["dropped"].values()),
         "bad_texts": sum((found - expected).values()),

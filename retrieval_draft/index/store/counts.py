@@ -32,7 +32,7 @@ class StoreCounts:
         sent_learned: Likewise entries with what was learned.
         resent: Entries sent again, as an outage may have lost them; readers ingest them once.
         received: Entries read, our own among them.
-        ingested: Entries added.
+        ingested: Entries with texts added; those with what was learned are `learned_entries` of the status.
         ingested_tokens: Their tokens.
         duplicates: Entries that had been received before.
         dropped: Entries not added, by reason.

@@ -24,7 +24,7 @@ class NamespaceSurvey(msgspec.Struct):
     Attributes:
         fingerprint: Of the tokenizer.
         tenant: The servers that share it.
-        entries: Entries in all streams.
+        entries: Entries in all streams, with texts or with what was learned.
         nbytes: Their memory in Redis; None where it is not known.
         oldest: Milliseconds since the epoch of the oldest entry; None without one.
         newest: The same of the newest.

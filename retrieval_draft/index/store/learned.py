@@ -32,6 +32,10 @@ RECENT_TOKENS = 1 << 16
 TOKENS_PER_SECOND = 50_000
 """Others' tokens that matrices learn in a second, on average: 2 to 4% of a core."""
 
+MOST_CALIBRATION = 1 << 20
+"""Bytes beyond which a snapshot's calibration is left out; a full one has 50 KB. A request's thread
+reads it."""
+
 _CHUNK = 64
 _MOST_MARKS = 4096
 
@@ -149,7 +153,8 @@ class Learned:
                 rows, calibration = msgspec.msgpack.decode(packed, type=tuple[bytes, bytes])
             except (msgspec.DecodeError, RecursionError) as error:
                 raise DatastoreError(f"What was learned is torn: {error}.") from error
-            self.calibration = self.calibration or calibration
+            if len(calibration) <= MOST_CALIBRATION:
+                self.calibration = self.calibration or calibration
             merge_bytes(self.table, rows, self._fingerprint, self._vocabulary)
             for matrix in list(self._matrices):
                 self._give_all(matrix)

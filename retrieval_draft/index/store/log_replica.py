@@ -296,7 +296,6 @@ class LogReplica:
                 self.learned.note(entry.server, entry.sequence, entry.tokens)
             else:
                 self.learned_entries += 1
-                self._counts.ingested += 1
                 self.learned.take(entry.server, found)
             self.recent.note(entry.server, entry.sequence, payload, now)
             self.digest += xxhash.xxh3_64_intdigest(

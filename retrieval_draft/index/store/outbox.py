@@ -14,6 +14,11 @@ from retrieval_draft.index.source import NodeLogits, TokenArray
 __all__ = ["Outbox", "Run"]
 
 
+MOST_LEARNED = 1 << 15
+"""Predictions that wait, of about 80 bytes each; as many rows wait in a `RowOutbox`. Texts beyond it go
+alone."""
+
+
 class Run(NamedTuple):
     """A finished request.
 
@@ -32,6 +37,11 @@ class Run(NamedTuple):
         """Tokens of prompt and reply."""
         return len(self.prompt) + len(self.reply)
 
+    @property
+    def num_learned(self) -> int:
+        """Positions that `learned` has predictions for."""
+        return sum(len(each.contexts) for each in self.learned)
+
 
 class Outbox:
     """A bounded queue that never blocks `put`: the oldest runs beyond the limit are dropped and counted.
@@ -49,6 +59,7 @@ class Outbox:
         self._max_tokens = max_tokens
         self._runs: deque[Run] = deque()
         self._tokens = 0
+        self._learned = 0
         self._woken = False
         self._changed = threading.Condition()
         self.dropped = 0
@@ -60,8 +71,13 @@ class Outbox:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of waiting runs."""
-        return 4 * self._tokens
+        """Bytes of waiting texts and predictions."""
+        learned = sum(
+            each.contexts.nbytes + each.top_tokens.nbytes + each.top_probs.nbytes
+            for run in tuple(self._runs)
+            for each in run.learned
+        )
+        return 4 * self._tokens + learned
 
     def put(self, prompt: TokenArray, reply: TokenArray, learned: Sequence[NodeLogits] = ()) -> None:
         """Adds a copy of a run: prompt and reply, int32, shape (n,) and (m,), and predictions as they are."""
@@ -69,11 +85,16 @@ class Outbox:
         if not run.num_tokens:
             return
         with self._changed:
+            if self._learned + run.num_learned > MOST_LEARNED:
+                run = run._replace(learned=())
             self._runs.append(run)
+            self._learned += run.num_learned
             self._tokens += run.num_tokens
             self.unfinished += 1
             while self._tokens > self._max_tokens and len(self._runs) > 1:
-                self._tokens -= self._runs.popleft().num_tokens
+                oldest = self._runs.popleft()
+                self._tokens -= oldest.num_tokens
+                self._learned -= oldest.num_learned
                 self.dropped += 1
                 self.unfinished -= 1
             self._changed.notify_all()
@@ -94,6 +115,7 @@ class Outbox:
             while self._runs and len(taken) < runs and size < tokens:
                 taken.append(self._runs.popleft())
                 size += taken[-1].num_tokens
+                self._learned -= taken[-1].num_learned
             self._tokens -= size
         return taken
 

@@ -61,22 +61,23 @@ class RunEncoder:
         return self._rows.nbytes
 
     def encode(self, taken: Sequence[Run]) -> list[bytes]:
-        """Entries with the runs' texts, after one with what was learned, if there is any.
-
-        Readers need the begin of each reply, which is in it, before the text.
-        """
+        """Entries with the runs' texts, after one with the begin of each reply where prompts are shared."""
         texts: list[bytes] = []
         for run in taken:
-            self._rows.learn(run.learned)
             found = new_texts(self._mirror.segments, run.prompt, run.reply)
             for number, text in enumerate(found, 1):
                 replied = len(run.reply) if number == len(found) else 0  # the last one ends with the reply
                 texts += self._pieces(text, len(text) - replied)
+        marks, self._marks = self._marks[:MOST_MARKS], []
+        return [self._learned(pack_learned(None, marks, self._vocabulary)), *texts] if marks else texts
+
+    def rows(self, taken: Sequence[Run]) -> list[bytes]:
+        """An entry with rows, if any may go; apart from the texts, which need not wait for the choice."""
+        for run in taken:
+            self._rows.learn(run.learned)
         rows = self._rows.take(4 * self._tokens)
-        marks, self._marks, self._tokens = self._marks[:MOST_MARKS], [], 0
-        if rows is None and not marks:
-            return texts
-        return [self._learned(pack_learned(rows, marks, self._vocabulary)), *texts]
+        self._tokens = 0
+        return [] if rows is None else [self._learned(pack_learned(rows, (), self._vocabulary))]
 
     def calibration(self, content: bytes) -> bytes:
         """An entry with a calibration's file."""

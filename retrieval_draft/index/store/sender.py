@@ -14,7 +14,7 @@ from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.index.store.counts import StoreCounts
 from retrieval_draft.index.store.entry import EntryCodec, holds_text
 from retrieval_draft.index.store.log_replica import FIELD, KEPT_SECONDS, LogReplica, stream_id
-from retrieval_draft.index.store.outbox import Outbox
+from retrieval_draft.index.store.outbox import Outbox, Run
 from retrieval_draft.index.store.rate_limit import BURST, RateLimit
 from retrieval_draft.index.store.reconnecting_worker import ReconnectingWorker, server_run
 from retrieval_draft.index.store.run_encoder import RunEncoder
@@ -167,20 +167,28 @@ class Sender:
             self._client = client
             if not self._unsent:  # else only sending shows that the connection works
                 self._link.worked()
-        if not self._unsent:
-            taken = self._outbox.take(_RUNS, _TOKENS, timeout=1.0)
+        taken = [] if self._unsent else self._outbox.take(_RUNS, _TOKENS, timeout=1.0)
+        try:
+            self._unsent.extend(self._encoder.encode(taken))
+            while self._returned:
+                self._unsent.appendleft(self._returned.popleft())
+                self._again += 1
             try:
-                self._unsent.extend(self._encoder.encode(taken))
-                if taken and self._outbox.calibration:
-                    calibration, self._outbox.calibration = self._outbox.calibration, b""
-                    self._unsent.append(self._encoder.calibration(calibration))
-            finally:
-                self._outbox.finish(len(taken))
-        while self._returned:
-            self._unsent.appendleft(self._returned.popleft())
-            self._again += 1
-        if self._unsent:
-            self._send(client)
+                self._send(client)
+            finally:  # after an error both are sent later
+                if taken:
+                    self._unsent.extend(self._encode_learned(taken))
+        finally:
+            self._outbox.finish(len(taken))
+        self._send(client)
+
+    def _encode_learned(self, taken: Sequence[Run]) -> list[bytes]:
+        """Entries with the rows of sent texts, and with a calibration that waits."""
+        found = self._encoder.rows(taken)
+        if self._outbox.calibration:
+            calibration, self._outbox.calibration = self._outbox.calibration, b""
+            found.append(self._encoder.calibration(calibration))
+        return found
 
     def _send(self, client: Any) -> None:
         """Sends unsent entries, in pipelines; raises Redis' answer to the first one it refused."""

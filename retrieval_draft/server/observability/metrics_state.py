@@ -19,9 +19,11 @@ __all__ = ["StateCollector"]
 _log = logging.getLogger("retrieval_draft")
 
 _COUNTERS = {
-    "sent": ("store_entries_sent", "Entries that the store accepted."),
+    "sent": ("store_entries_sent", "Entries with texts that the store accepted."),
     "received": ("store_entries_received", "Entries read, our own among them."),
-    "ingested": ("store_entries_ingested", "Entries taken in."),
+    "ingested": ("store_entries_ingested", "Entries with texts taken in."),
+    "sent_learned": ("store_learned_sent", "Entries with rows or a calibration that the store accepted."),
+    "learned_entries": ("store_learned_ingested", "Entries with rows or a calibration taken in."),
     "duplicates": ("store_entries_duplicate", "Entries that had come before."),
     "unsent_dropped": ("store_entries_unsent", "Runs dropped before they were sent."),
     "failures": ("store_errors", "Calls to the store that failed."),

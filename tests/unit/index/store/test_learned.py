@@ -48,6 +48,10 @@ def encoder(server: bytes = A, mirror: LogReplica | None = None, share: float = 
     return RunEncoder(server, mirror or replica(), CODEC, VOCABULARY, 1000, share)
 
 
+def entries_of(made: RunEncoder, taken: list[Run]) -> list[bytes]:
+    return [*made.encode(taken), *made.rows(taken)]
+
+
 def take(made: LogReplica, *entries: bytes, at: int = 1) -> None:
     made.take("0", [[b"%d-%d" % (at, number), [FIELD, entry]] for number, entry in enumerate(entries)])
     made.learned.work()
@@ -70,8 +74,8 @@ def reply(size: int = 200) -> TokenArray:
 def test_rows_seen_often_enough_come_with_the_text_once() -> None:
     made, reader = encoder(), replica()
     matrix = learned_matrix(reader)
-    entries = made.encode([Run(NOTHING, reply(), [predictions(1, 2, times=3), predictions(5)])])
-    assert versions(entries) == [2, 1]
+    entries = entries_of(made, [Run(NOTHING, reply(), [predictions(1, 2, times=3), predictions(5)])])
+    assert versions(entries) == [1, 2], "no text waits for rows"
     take(reader, *entries)
     tokens, probs, visits = matrix.row(ids(1, 2))
     assert (tokens.tolist(), visits) == ([9, 8], 3)
@@ -79,10 +83,10 @@ def test_rows_seen_often_enough_come_with_the_text_once() -> None:
     assert matrix.row(ids(5))[0].tolist() != [9, 8], "seen once"
     take(reader, *entries, at=2)
     assert matrix.row(ids(1, 2))[2] == 3, "read twice"
-    again = made.encode([Run(NOTHING, reply()[::-1].copy(), [predictions(5)])])
+    again = entries_of(made, [Run(NOTHING, reply()[::-1].copy(), [predictions(5)])])
     take(reader, *again, at=3)
     assert matrix.row(ids(1, 2))[2] == 3
-    assert unpack_learned(msgspec.msgpack.decode(again[0])[5], VOCABULARY).rows.visits.tolist() == [2]
+    assert unpack_learned(msgspec.msgpack.decode(again[-1])[5], VOCABULARY).rows.visits.tolist() == [2]
 
 
 def test_rows_take_no_more_than_their_share() -> None:
@@ -101,14 +105,14 @@ def test_rows_take_no_more_than_their_share() -> None:
 
 def test_a_share_of_nothing_sends_texts_alone() -> None:
     made = encoder(share=0.0)
-    assert versions(made.encode([Run(reply(), reply(), [predictions(1, times=4)])])) == [1]
+    assert versions(entries_of(made, [Run(reply(), reply(), [predictions(1, times=4)])])) == [1]
     assert made.nbytes == 0
 
 
 def test_others_replies_are_learned_and_prompts_are_not() -> None:
     made, reader = encoder(), replica()
     matrix = learned_matrix(reader)
-    entries = made.encode([Run(ids(1, 2, 3, 4, 5, 6, 7), ids(8, 9, 10))])
+    entries = entries_of(made, [Run(ids(1, 2, 3, 4, 5, 6, 7), ids(8, 9, 10))])
     assert versions(entries) == [2, 1]
     take(reader, *entries)
     assert matrix.row(ids(7))[0].tolist() == [8]
@@ -124,15 +128,16 @@ def test_what_this_server_sent_its_matrices_know() -> None:
     made, reader = encoder(), replica()
     reader.learned.own = (A, other_id(A))
     matrix = learned_matrix(reader)
-    take(reader, *made.encode([Run(NOTHING, reply(), [predictions(1, 2, times=3)])]))
+    take(reader, *entries_of(made, [Run(NOTHING, reply(), [predictions(1, 2, times=3)])]))
     assert matrix.filled == 0
     assert reader.learned.table.filled == 2
+    assert (reader.learned_entries, reader.entries, reader._counts.ingested) == (1, 1, 1)
 
 
 def test_a_matrix_that_comes_later_learns_what_came_before() -> None:
     made, reader = encoder(), replica()
     learned_matrix(reader)
-    take(reader, *made.encode([Run(NOTHING, reply(), [predictions(1, 2, times=3)])]))
+    take(reader, *entries_of(made, [Run(NOTHING, reply(), [predictions(1, 2, times=3)])]))
     late = learned_matrix(reader)
     reader.learned.work()
     assert late.row(ids(1, 2))[2] == 3
@@ -144,7 +149,7 @@ def test_replies_are_learned_at_a_bounded_rate_the_newest_first_to_stay(monkeypa
     reader = replica()
     matrix = learned_matrix(reader)
     made = encoder()
-    entries = [entry for number in range(9) for entry in made.encode([Run(NOTHING, reply() + number)])]
+    entries = [entry for number in range(9) for entry in entries_of(made, [Run(NOTHING, reply() + number)])]
     reader.take("0", [[b"1-%d" % number, [FIELD, entry]] for number, entry in enumerate(entries)])
     assert reader.learned._tokens <= 500
     reader.learned._rate.room = 0.0
@@ -177,7 +182,7 @@ def test_content_that_is_none_is_counted_and_the_next_comes_in(packed: bytes) ->
 def test_ids_outside_of_the_vocabulary_are_neither_sent_nor_read() -> None:
     made = encoder()
     outside = [predictions(1, 2, times=3, tokens=(9, VOCABULARY)), predictions(VOCABULARY, 4, times=3)]
-    assert versions(made.encode([Run(NOTHING, reply(), outside)])) == [1]
+    assert versions(entries_of(made, [Run(NOTHING, reply(), outside)])) == [1]
     rows = MatrixRows(
         np.array([5], np.uint64), ids(2), ids(0), ids(VOCABULARY)[None], np.ones((1, 1), np.float32)
     )
@@ -195,7 +200,7 @@ def test_a_flood_of_rows_is_cut_off_like_one_of_texts() -> None:
 
 def test_a_snapshot_has_rows_and_counts_and_a_torn_one_costs_them_only() -> None:
     made, reader = encoder(), replica()
-    take(reader, *made.encode([Run(NOTHING, reply(), [predictions(1, 2, times=3)])]))
+    take(reader, *entries_of(made, [Run(NOTHING, reply(), [predictions(1, 2, times=3)])]))
     reader.publish()
     segments, state, packed = reader.snapshot("n:t")
     other = replica()
@@ -224,11 +229,11 @@ def read_as_version_1(payload: bytes) -> str:
 
 
 def test_a_server_of_the_release_before_drops_what_it_does_not_know() -> None:
-    entries = encoder().encode([Run(reply(), reply(), [predictions(1, 2, times=3)])])
-    assert [read_as_version_1(entry) for entry in entries] == ["version", "kept"]
+    entries = entries_of(encoder(), [Run(reply(), reply(), [predictions(1, 2, times=3)])])
+    assert [read_as_version_1(entry) for entry in entries] == ["version", "kept", "version"]
     sent = [msgspec.msgpack.decode(entry) for entry in entries]
-    assert sent[0][2] != sent[1][2], "no gaps among the numbers that it knows"
-    assert sent[1][3] == 0
+    assert sent[0][2] == sent[2][2] != sent[1][2], "no gaps among the numbers that it knows"
+    assert [each[3] for each in sent] == [0, 0, 1]
 
 
 def test_entries_of_the_release_before_are_read() -> None:
@@ -265,3 +270,12 @@ def test_rows_take_turns() -> None:
         if rows is not None:
             sent |= set(rows.keys.tolist())
     assert len(sent) == 20
+
+
+def test_a_calibration_of_a_snapshot_that_is_too_long_is_left_out() -> None:
+    made = replica().learned
+    rows, _ = msgspec.msgpack.decode(made.packed())
+    made.restore(msgspec.msgpack.encode((rows, bytes(learned_module.MOST_CALIBRATION + 1))), ())
+    assert made.calibration == b""
+    made.restore(msgspec.msgpack.encode((rows, b"short")), ())
+    assert made.calibration == b"short"

@@ -5,7 +5,8 @@ import time
 
 import numpy as np
 
-from retrieval_draft.index.store.outbox import Outbox
+from retrieval_draft.index.source import NodeLogits
+from retrieval_draft.index.store.outbox import MOST_LEARNED, Outbox
 
 NONE = np.empty(0, np.int32)
 
@@ -70,3 +71,17 @@ def test_what_was_taken_is_unfinished_until_it_is_reported() -> None:
     assert box.unfinished == 2
     box.finish(1)
     assert box.unfinished == 1
+
+
+def test_predictions_that_wait_are_counted_and_limited() -> None:
+    box = Outbox(100)
+    size = MOST_LEARNED // 4 + 1
+    learned = [NodeLogits(np.zeros((size, 4), np.int32), run(size)[:, None], np.ones((size, 1), np.float32))]
+    for _ in range(6):
+        box.put(NONE, run(10), learned)
+    assert 3 * 24 * size <= box.nbytes < 4 * 24 * size
+    assert [len(each.learned) for each in box.take(6, 1000, 0)] == [1, 1, 1, 0, 0, 0]
+    assert box.nbytes == 0
+    for _ in range(20):  # the oldest are dropped, and their predictions with them
+        box.put(NONE, run(50), learned)
+    assert [len(each.learned) for each in box.take(2, 1000, 0)] == [1, 1]
