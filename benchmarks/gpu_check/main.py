@@ -19,7 +19,7 @@ __all__ = ["PARTS", "main"]
 PARTS = {
     "facts": 5.0,
     "tests": 50.0,
-    "races": 22.0,
+    "races": 38.0,
     "attention": 12.0,
     "passes": 36.0,
     "anatomy": 36.0,

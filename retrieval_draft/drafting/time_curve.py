@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from retrieval_draft._kernels.lazy import LazyKernels
 
 __all__ = ["TimeCurve"]
 
@@ -15,6 +16,8 @@ MEASURED_TOGETHER, MEASURED_EACH = 0.2, 0.15
 
 REACH = 2.0
 """Doublings of n over which sizes are alike: of passes that were not tried, those of similar sizes tell."""
+
+_kernels = LazyKernels("retrieval_draft.drafting._kernels.time_curve")
 
 
 class TimeCurve:
@@ -33,10 +36,8 @@ class TimeCurve:
     """
 
     def __init__(self, seconds: Mapping[int, float]) -> None:
-        from retrieval_draft.drafting._kernels import time_curve
-
-        self._kernels: Any = time_curve
-        self._set(tuple(seconds), np.log([max(each, time_curve.LEAST_SECONDS) for each in seconds.values()]))
+        least: float = _kernels.LEAST_SECONDS
+        self._set(tuple(seconds), np.log([max(each, least) for each in seconds.values()]))
 
     def _set(self, sizes: tuple[int, ...], logs: NDArray[np.float64]) -> None:
         self._sizes = sizes
@@ -65,7 +66,7 @@ class TimeCurve:
     def by_size(self) -> dict[int, float]:
         """Seconds by number of tokens; more tokens never cost less."""
         ascending = np.empty_like(self._logs)
-        self._kernels.ascend(self._logs, self._covariance, ascending)
+        _kernels.ascend(self._logs, self._covariance, ascending)
         return dict(zip(self._sizes, np.exp(ascending).tolist(), strict=True))
 
     def observe(self, tokens: int, seconds: float) -> bool:
@@ -78,7 +79,7 @@ class TimeCurve:
         Returns:
             False for a time that is not believed yet.
         """
-        is_believed: bool = self._kernels.observe(
+        is_believed: bool = _kernels.observe(
             self._knots, self._logs, self._covariance, self._alike, self._suspected, tokens, seconds,
             self._table,
         )  # fmt: skip
@@ -92,5 +93,5 @@ class TimeCurve:
         """t(1), t(2), ... to at least t(tokens): float64, (m,) with m >= tokens. Good until the next pass."""
         if len(self._table) < tokens:
             self._table = np.empty(max(64, 1 << (tokens - 1).bit_length()), np.float64)
-            self._kernels.fill(self._knots, self._logs, self._covariance, self._table)
+            _kernels.fill(self._knots, self._logs, self._covariance, self._table)
         return self._table

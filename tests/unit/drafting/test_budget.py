@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 import numpy as np
@@ -82,3 +83,19 @@ def test_chains_have_passes_of_their_own_and_repeat_a_bounded_number_of_tokens()
     assert asked == [(2, 10, 1, None), (1, 30, 1, 4)]
     assert budget.alone(chains, [10, 20, 30], [MOST_CARRIED, 3, MOST_CARRIED + 1]) == [1, 0, 0]
     assert Budget().alone(chains, [10, 20, 30], [None, 3, MOST_CARRIED + 1]) == [2, 0, 0]
+
+
+def test_a_copy_of_a_budget_learns_alone() -> None:
+    """gpu_check takes a drafter back to measurements that it had before."""
+    budget = Budget(CostModel())
+    cost = budget.cost_of_one
+    assert isinstance(cost, CostModel)
+    cost.load({size: 0.01 * size for size in SIZES})
+    copied = copy.deepcopy(budget)
+    before = cost.seconds(8)
+    for _ in range(4):
+        copied.timed(1, 8, 100, 5.0)
+    assert cost.seconds(8) == before
+    other = copied.cost_of_one
+    assert isinstance(other, CostModel)
+    assert other.seconds(8) > 2 * before
