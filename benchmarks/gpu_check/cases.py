@@ -18,6 +18,7 @@ from benchmarks.gpu_check.setting import Setting, synchronize
 from retrieval_draft import RetrievalDrafter
 from retrieval_draft.bench.decoders import make_contestant
 from retrieval_draft.drafting.stats import DraftStats
+from retrieval_draft.engine.graph.graph_passes import GraphPasses
 from retrieval_draft.engine.target import Target
 from retrieval_draft.methods.make_draft_engine import make_draft_engine
 
@@ -175,12 +176,21 @@ class Decoder:
         return Decoded(tokens, seconds, stats.passes, stats)
 
     @property
-    def captured(self) -> str | None:
-        """Passes that were captured and replayed, or the reason for none; None where there are no graphs."""
-        graphs = None if self.is_stock else self._contestant.drafter.target.graphs
-        if graphs is None:
-            return None
-        return graphs.reason or f"{graphs.captures} captured, {graphs.replays} replayed"
+    def captures(self) -> int:
+        """Passes captured so far."""
+        graphs = self._graphs
+        return 0 if graphs is None else graphs.captures
+
+    @property
+    def replays(self) -> str | None:
+        """Replays so far, or the reason for none; None where there are no graphs."""
+        graphs = self._graphs
+        return None if graphs is None else graphs.reason or f"{graphs.replays} replayed"
+
+    @property
+    def _graphs(self) -> GraphPasses | None:
+        found: GraphPasses | None = None if self.is_stock else self._contestant.drafter.target.graphs
+        return found
 
     def _padded(self, chosen: Sequence[Recorded]) -> tuple[Tensor, Tensor]:
         longest = max(len(each.prompt) for each in chosen)

@@ -24,7 +24,7 @@ def run(setting: Setting, box: Box, report: Report) -> None:
     if setting.cuda:
         report.put(**_card(setting.device))
     report.put(**_costs(setting))
-    report.put(not_there_yet=["bitwise mode", "Triton attention of our own"])
+    report.put(not_there_yet=["bitwise mode"])
 
 
 def _software() -> dict[str, Any]:

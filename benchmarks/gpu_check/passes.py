@@ -121,6 +121,7 @@ def _replayed(setting: Setting, graphs: GraphPasses, work: Any) -> dict[str, Any
         "captures": graphs.captures - before[0],
         "replays": graphs.replays - before[1],
         "reason": graphs.reason,
+        "attention": "trees" if graphs.by_tree else "masks",
     }
 
 

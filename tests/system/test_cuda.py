@@ -10,6 +10,7 @@ the card.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -121,6 +122,11 @@ def drafted_equals_stock(shape: Shape, nodes: int, record: Record) -> None:
     drafter = drafter_with(model, OracleSource(stock), nodes=nodes)
     out = drafter.generate(prompt, max_new_tokens=NEW, do_sample=False)
     assert drafter.stats.accepted > 0
+    graphs = drafter.target.graphs
+    assert (graphs is not None) == (DEVICE.type == "cuda")
+    if graphs is not None:
+        assert graphs.reason is None
+        assert graphs.by_tree == (shape.dtype in HALVES and importlib.util.find_spec("triton") is not None)
     check(shape, list(reply_of(out, prompt)), stock, prompt[0], record)
 
 

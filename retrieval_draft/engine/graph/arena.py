@@ -9,7 +9,7 @@ from torch import Tensor
 
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache, SpeculativeLayer
 
-__all__ = ["PAGE", "Arena", "lies_on_one_device"]
+__all__ = ["PAGE", "Arena", "lies_on_one_device", "slot_bytes"]
 
 PAGE = 256
 """Slots are a multiple of it."""
@@ -25,6 +25,13 @@ def _kind(buffer: Tensor) -> _Kind:
 def lies_on_one_device(cache: SpeculativeCache) -> bool:
     """True if a cache holds keys, all on one device."""
     return len({buffer.device for layer in cache.attention_layers for buffer in layer.buffers}) == 1
+
+
+def slot_bytes(cache: SpeculativeCache) -> int:
+    """Bytes that an arena for a cache takes for each position of a text."""
+    return sum(
+        parts * heads * dim * dtype.itemsize for shape in _shapes(cache) for parts, heads, dim, dtype in shape
+    )
 
 
 class Arena:

@@ -1,8 +1,16 @@
-"""Attention of passes of fixed shape: under a mask, with the heads that share keys as a batch."""
+"""Attention of passes of fixed shape: by the kernel for trees where there is one, else under a mask.
+
+Under a mask the heads that share keys are a batch.
+"""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,13 +31,107 @@ from retrieval_draft.engine.attention.cuda import (
 from retrieval_draft.engine.cpu.attention import WIDE_ATTENTION
 from retrieval_draft.engine.substitution import lend_attention
 
-__all__ = ["GRAPH_ATTENTION", "GRAPH_ATTENTION_EAGER", "attend_in_full", "graph_attention"]
+__all__ = [
+    "GRAPH_ATTENTION",
+    "GRAPH_ATTENTION_EAGER",
+    "PassTree",
+    "attend_in_full",
+    "attending_to",
+    "can_attend_to_trees",
+    "graph_attention",
+]
 
 GRAPH_ATTENTION = "retrieval_draft_graph"
 """The name in transformers' registry of the attention in place of "sdpa"."""
 
 GRAPH_ATTENTION_EAGER = "retrieval_draft_graph_eager"
 """The name of the attention in place of "eager", which minds soft caps and sinks."""
+
+_LARGEST_HEAD = 256
+"""Dimensions, beyond which the sums of the kernel for trees do not stay in registers."""
+
+
+@dataclass
+class PassTree:
+    """The tree of a pass, as the kernel for trees reads it in place of masks.
+
+    Attributes:
+        length: int64, shape (1,). Committed tokens.
+        depths: int64, shape (n,). Of the nodes.
+        hidden: bool, shape (n, n). [i, j] true where node i must not see node j; None for a root alone.
+        windows: Windows by the masks that say the same: by the address of their first element.
+        reads: Layers that have read it so far.
+    """
+
+    length: Tensor
+    depths: Tensor
+    hidden: Tensor | None
+    windows: Mapping[int, int | None]
+    reads: int = 0
+
+
+_here = threading.local()
+"""`tree`: the tree of the pass that this thread makes."""
+
+
+@contextmanager
+def attending_to(tree: PassTree) -> Iterator[None]:
+    """Has attention under a mask of this tree read the tree instead, where the kernel for that can run."""
+    _here.tree = tree
+    try:
+        yield
+    finally:
+        _here.tree = None
+
+
+@cache
+def _kernel() -> Callable[..., Tensor] | None:
+    """The kernel for trees; None without Triton, which comes with torch for CUDA."""
+    try:
+        from retrieval_draft.engine.graph.tree_attention import tree_attention
+    except ImportError:
+        return None
+    return tree_attention  # type: ignore[no-any-return, unused-ignore]
+
+
+def can_attend_to_trees(dtype: torch.dtype, device: torch.device) -> bool:
+    """True where the kernel for trees runs: in half precision on a card, or by Triton's interpreter."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        here = device.type == "cpu" and dtype == torch.float32
+    else:
+        here = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    return here and _kernel() is not None
+
+
+def _attend_to_tree(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor | None:
+    """As `attend_in_full`, by the kernel for trees; None where it does not apply."""
+    tree: PassTree | None = getattr(_here, "tree", None)
+    if tree is None or mask is None or mask.data_ptr() not in tree.windows:
+        return None
+    states = (query, key, value)
+    applies = (
+        query.shape[0] == 1
+        and query.shape[2] == len(tree.depths)
+        and mask.shape[-1] == key.shape[2]
+        and all(each.stride(-1) == 1 and each.shape[-1] <= _LARGEST_HEAD for each in states)
+        and len({each.dtype for each in states}) == 1
+        and can_attend_to_trees(query.dtype, query.device)
+    )
+    kernel = _kernel()
+    if not applies or kernel is None:
+        return None
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    window = tree.windows[mask.data_ptr()]
+    tree.reads += 1
+    return kernel(*states, tree.length, tree.depths, tree.hidden, scale, window, softcap, sinks)
 
 
 def attend_in_full(
@@ -91,7 +193,10 @@ def _attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     assert attention_mask is not None
-    if can_attend_grouped(query, key, value, attention_mask):
+    by_tree = _attend_to_tree(query, key, value, attention_mask, scaling)
+    if by_tree is not None:
+        out = by_tree
+    elif can_attend_grouped(query, key, value, attention_mask):
         out = attend_grouped(query, key, value, attention_mask, scaling)
     else:
         states = group_heads(query, key, value)
@@ -113,6 +218,10 @@ def _attend_eager(
 ) -> tuple[Tensor, None]:
     """In place of "eager". Rows of a batch, as in another thread, are attended to one by one."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not dropout:
+        by_tree = _attend_to_tree(query, key, value, attention_mask, scale, softcap, s_aux)
+        if by_tree is not None:
+            return by_tree.transpose(1, 2).contiguous(), None
     out = torch.cat(
         [
             attend_in_full(

@@ -45,13 +45,12 @@ class CudaGraph:
         self._graph: Any = None
 
     def capture(self, calls: Callable[[], Result]) -> Result:
-        """As of `CapturedCalls`. The calls run twice more before, so that libraries have made their plans."""
+        """As of `CapturedCalls`. The calls run once before, so that libraries have made their plans."""
         with torch.cuda.device(self._device):
             current, side = torch.cuda.current_stream(), torch.cuda.Stream()
             side.wait_stream(current)
             with torch.cuda.stream(side):
-                for _ in range(2):
-                    calls()
+                calls()
             current.wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
             collects = gc.isenabled()

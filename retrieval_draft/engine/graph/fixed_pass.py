@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.cache_utils import Cache
 from retrieval_draft.engine.attention.tree_mask import Mask, packed_words
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
 from retrieval_draft.engine.graph.arena import Arena
+from retrieval_draft.engine.graph.attention import PassTree, attending_to
 from retrieval_draft.engine.graph.captured import CapturedCalls
 
 __all__ = ["FixedPass", "tree_masks"]
@@ -96,11 +98,13 @@ class FixedPass:
         windows: Layer types with their windows.
         dtype: Of the masks.
         summarise: Makes of logits what the host reads of them, (n, columns), in the same capture.
+        by_tree: Whether attention may read the tree instead of masks.
 
     Attributes:
         logits: (n, vocabulary). Written by `run`.
         hidden: (n, d). Inputs of the output head, written by `run`; None for a model without.
         summary: As `summarise` made it, written by `run`.
+        reads_masks: Whether a layer read a mask over all slots.
     """
 
     def __init__(
@@ -111,9 +115,11 @@ class FixedPass:
         windows: Mapping[str, int | None],
         dtype: torch.dtype,
         summarise: Callable[[Tensor], Tensor] | None,
+        by_tree: bool,
     ) -> None:
         self.nodes, self.keys = nodes, keys
         self._arena, self._windows, self._dtype, self._summarise = arena, windows, dtype, summarise
+        self._by_tree = by_tree
         device = arena.tensors[0].device
         self._given = torch.zeros(packed_words(nodes), dtype=torch.int64, device=device)
         self._columns = torch.arange(keys, device=device)
@@ -121,6 +127,7 @@ class FixedPass:
         self.logits: Tensor
         self.hidden: Tensor | None
         self.summary: Tensor | None
+        self.reads_masks = True
 
     def capture(self, call: Call, cache: SpeculativeCache, packed: Tensor, by: CapturedCalls) -> None:
         """Runs the pass once for the record.
@@ -145,7 +152,11 @@ class FixedPass:
             slots = self._columns[:nodes] + length
             masks = tree_masks(self._windows, length, depths[0], hidden, self._columns, self._dtype)
             mask: Mask = {**masks} if len(masks) > 1 else next(iter(masks.values()))
-            logits, inputs = call(_SlotCache(cache, states, slots), ids, positions, mask)
+            windows = {masks[kind].data_ptr(): window for kind, window in self._windows.items()}
+            tree = PassTree(length, depths[0], hidden, windows)
+            with attending_to(tree) if self._by_tree else nullcontext():
+                logits, inputs = call(_SlotCache(cache, states, slots), ids, positions, mask)
+            self.reads_masks = tree.reads < len(cache.attention_layers)
             return logits, inputs, None if self._summarise is None else self._summarise(logits)
 
         self.logits, self.hidden, self.summary = by.capture(calls)

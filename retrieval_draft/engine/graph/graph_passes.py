@@ -13,7 +13,8 @@ from torch import Tensor
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.attention.tree_mask import TreeAttention, TreeInputs
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
-from retrieval_draft.engine.graph.arena import PAGE, Arena, lies_on_one_device
+from retrieval_draft.engine.graph.arena import PAGE, Arena, lies_on_one_device, slot_bytes
+from retrieval_draft.engine.graph.attention import can_attend_to_trees
 from retrieval_draft.engine.graph.captured import CapturedCalls, CudaGraph, TapeGraph
 from retrieval_draft.engine.graph.fixed_pass import Call, FixedPass, stage
 from retrieval_draft.engine.graph.model_prints import model_print
@@ -25,6 +26,13 @@ NODES = (1, 8, 16, 32, 64, 128, 256)
 
 AUTO = {"cuda": "cuda"}
 """"auto" by type of device: "cuda" or "tape"; eager passes on others."""
+
+_WEIGHTS_PER_ARENA = 32
+"""An arena takes at least this part of the weights' memory: texts that outgrow it cost all passes."""
+
+_FEW_SLOTS, _MORE_SLOTS = 4096, 4
+"""Slots of a pass whose attention reads trees, which costs nothing for those that are not filled, and the
+factor to the next number."""
 
 _MOST_CHANGES = 16
 """Changes of a model, with captured passes in between, after which it is taken to change all the time."""
@@ -64,6 +72,7 @@ class GraphPasses:
         captures: Passes captured so far.
         replays: Passes replayed so far.
         largest: The size that is captured first where memory is shared, since smaller ones fit into its.
+        by_tree: Whether attention reads trees by a kernel for them; else masks.
     """
 
     def __init__(
@@ -94,6 +103,8 @@ class GraphPasses:
         self.reason: str | None = None
         self.captures = self.replays = 0
         self.largest = 64
+        self.by_tree = can_attend_to_trees(model.dtype, device)
+        self._reads_masks = False
 
     def summarised(self, key: Hashable, summarise: Callable[[Tensor], Tensor]) -> None:
         """Sets what captured passes make of their logits for the host; `key` tells it from others."""
@@ -139,7 +150,7 @@ class GraphPasses:
                 return None
             length = cache.get_seq_length()
             assert self._arena is not None
-            keys = _slots(length + nodes + 1, self._arena.slots)
+            keys = self._slots(length + nodes + 1, self._arena.slots)
             found = self._passes.get((nodes, keys)) or self._tried(nodes, keys, cache)
             if found is None:
                 return None
@@ -160,13 +171,27 @@ class GraphPasses:
             return False
         if arena is None or needed > arena.slots or not arena.fits(cache):
             expected = max(layer.capacity for layer in cache.attention_layers) + NODES[-1]
-            slots = max(needed, expected, 0 if arena is None else arena.slots * 3 // 2)
+            slots = max(
+                needed, expected, self._fewest_slots(cache) if arena is None else arena.slots * 3 // 2
+            )
             self._forget()
             self._arena = None if owner is None else arena
             arena = Arena(cache, -(-slots // PAGE) * PAGE)
         arena.take(cache)
         self._arena = arena
         return True
+
+    def _slots(self, needed: int, slots: int) -> int:
+        """The next of few numbers of keys, or all there are."""
+        keys, factor = (_FEW_SLOTS, _MORE_SLOTS) if self.by_tree and not self._reads_masks else (PAGE, 2)
+        while keys < needed:
+            keys *= factor
+        return min(keys, slots)
+
+    def _fewest_slots(self, cache: SpeculativeCache) -> int:
+        weights: int = sum(each.nbytes for each in self._model.parameters())
+        slots = weights // _WEIGHTS_PER_ARENA // slot_bytes(cache)
+        return slots if self._max_positions is None else min(slots, self._max_positions)
 
     def _check(self) -> None:
         """Drops passes that were captured with the model in another state."""
@@ -175,6 +200,7 @@ class GraphPasses:
             self._forget()
             self._changes += 1
             self.reason = None
+            self.by_tree = can_attend_to_trees(self._model.dtype, self._device)
             if self._changes > _MOST_CHANGES:
                 self.reason = "the model is another one at each request"
         self._print, self._is_checked = now, True
@@ -189,7 +215,30 @@ class GraphPasses:
         fits = nodes < self.largest and length + self.largest + 1 <= keys
         if self._kind == "cuda" and fits and (self.largest, keys) not in self._passes:
             self._tried(self.largest, keys, cache)
-        made = FixedPass(nodes, keys, self._arena, self._windows, self._model.dtype, self._summarise)
+        try:
+            made = self._compared(nodes, keys, cache)
+        except Exception as error:
+            if not self.by_tree:
+                raise
+            self._read_masks(f"{type(error).__name__}: {error}")
+            made = self._compared(nodes, keys, cache)
+        if made is None and self.by_tree:
+            self._read_masks(f"a pass over {nodes} tokens gave other logits")
+            made = self._compared(nodes, keys, cache)
+        if made is None:
+            self._give_up(f"the replay of a pass over {nodes} tokens gave other logits than an eager one")
+            return None
+        self._passes[nodes, keys] = made
+        self._reads_masks = made.reads_masks
+        return made
+
+    def _compared(self, nodes: int, keys: int, cache: SpeculativeCache) -> FixedPass | None:
+        """A new pass; None where its logits are not those of eager passes."""
+        assert self._arena is not None
+        length = cache.get_seq_length()
+        made = FixedPass(
+            nodes, keys, self._arena, self._windows, self._model.dtype, self._summarise, self.by_tree
+        )
         try:
             tree = self._tree(nodes, cache, 0)
             expected = self._eager(cache, tree)
@@ -208,11 +257,7 @@ class GraphPasses:
         finally:
             cache.drop()
             cache.keep(length)
-        if not agrees:
-            self._give_up(f"the replay of a pass over {nodes} tokens gave other logits than an eager one")
-            return None
-        self._passes[nodes, keys] = made
-        return made
+        return made if agrees else None
 
     def _tree(self, nodes: int, cache: SpeculativeCache, seed: int) -> TreeInputs:
         """A tree of random tokens after the text of a cache."""
@@ -232,6 +277,11 @@ class GraphPasses:
             self._pool = torch.cuda.graph_pool_handle()
         return CudaGraph(self._device, self._pool)
 
+    def _read_masks(self, reason: str) -> None:
+        self._forget()
+        self.by_tree = False
+        _log.warning("Attention of %s reads masks, not trees: %s", type(self._model).__name__, reason)
+
     def _give_up(self, reason: str) -> None:
         self._forget()
         self.reason = reason
@@ -239,11 +289,3 @@ class GraphPasses:
 
     def _forget(self) -> None:
         self._passes, self._last = {}, None
-
-
-def _slots(needed: int, slots: int) -> int:
-    """The next of few numbers of keys: `PAGE` times a power of two, or all there are."""
-    keys = PAGE
-    while keys < needed:
-        keys *= 2
-    return min(keys, slots)
