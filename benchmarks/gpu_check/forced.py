@@ -88,7 +88,10 @@ def forced(replies: Mapping[tuple[int, ...], Sequence[int]]) -> Iterator[None]:
     ) -> None:
         start(drafting, first, prompt, None)
 
-    def learn_recorded(drafting: DraftSession, plan: Any, emitted: TokenArray, logits: NodeLogits) -> None:
+    def learn_recorded(
+        drafting: DraftSession, plan: Any, emitted: TokenArray, logits: NodeLogits, early: bool | None = None
+    ) -> None:
+        """All sources learn now: which predictions are recorded is not known earlier."""
         path = plan.tree.walk(emitted)[: len(emitted)]
         repeated = np.resize(np.arange(len(path)), len(logits.contexts))
         contexts = logits.contexts[np.array(path)][repeated]
@@ -101,5 +104,6 @@ def forced(replies: Mapping[tuple[int, ...], Sequence[int]]) -> Iterator[None]:
         mock.patch.object(row_module, "walk", walk_recorded),
         mock.patch.object(DraftSession, "start", start_recorded),
         mock.patch.object(DraftSession, "learn", learn_recorded),
+        mock.patch.object(DraftSession, "learn_early", lambda drafting, logits: None),
     ):
         yield
