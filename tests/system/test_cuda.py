@@ -124,7 +124,8 @@ def drafted_equals_stock(shape: Shape, nodes: int, record: Record) -> None:
     assert drafter.stats.accepted > 0
     graphs = drafter.target.graphs
     assert (graphs is not None) == (DEVICE.type == "cuda")
-    if graphs is not None:
+    # Experts in float32 are chosen by torch operations that wait for the host, in the middle of a pass.
+    if graphs is not None and (shape.name, shape.dtype) != ("mixtral", torch.float32):
         assert graphs.reason is None
         assert graphs.by_tree == (shape.dtype in HALVES and importlib.util.find_spec("triton") is not None)
     check(shape, list(reply_of(out, prompt)), stock, prompt[0], record)
