@@ -4,25 +4,26 @@ Cho et al. (2025), "Lossless Acceleration of Large Language Models with Hierarch
 Temporal Locality in Speculative Decoding" (arXiv:2502.05609): 7 guesses of 4 tokens for the last token,
 verified in parallel. W, the context: those last seen after that token in prompt and output. If they are
 fewer than 7, S, the model: the most frequent of the 100,000 most frequent 5-grams of its own outputs. If
-still fewer, L, statistics: the most frequent continuations in a corpus, looked up as in REST.
+still fewer, L, statistics: the most frequent continuations in a corpus, looked up as in REST. Between S and L,
+the replies of other processes, in the shared store, and earlier requests, looked up like the corpus.
 
 Differences: W also takes guesses of a Jacobi window, which runs on further positions of the target; a lookup
 does not have them, so it is left out, and W offers less than published. S is made of this process's earlier
 outputs and not of a data set's; beyond 100,000 5-grams the rarest are removed, of equal ones the oldest.
-Guesses with the same beginning share nodes, newer ones come first, and W, S and L are filled up to 7
-together.
+Guesses with the same beginning share nodes, newer ones come first, and all levels are filled up to 7 together.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from heapq import nlargest
 
 from retrieval_draft._forks import lock_for_moments
 from retrieval_draft.index.segments.segment_session import Segments
 from retrieval_draft.index.source import Proposal, TokenArray
-from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
+from retrieval_draft.methods.datastore import Datastore, StoredSource
+from retrieval_draft.methods.lookup import GuessTree, LookupSession, after_references
 from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 from retrieval_draft.methods.rest import LONGEST, SHORTEST, TextEnd, common_prefixes
 
@@ -94,11 +95,11 @@ class ModelStore:
 
 
 class HierarchyDraftingSession(LookupSession):
-    """A request's own guesses, beside the model's and those of the corpora.
+    """A request's own guesses, beside the model's, those of other processes and those of the corpora.
 
     Args:
         model: Shared by all requests.
-        segments: Of the corpora; may be none.
+        stores: Segments of the levels beyond these, by the level's name, nearest first; may be none.
         prompt: int32, shape (length,).
 
     Example:
@@ -106,37 +107,39 @@ class HierarchyDraftingSession(LookupSession):
         parents [-1, 0, 1, 2, 1, 4]
     """
 
-    def __init__(self, model: ModelStore, segments: Segments, prompt: TokenArray) -> None:
+    def __init__(self, model: ModelStore, stores: Mapping[str, Segments], prompt: TokenArray) -> None:
         super().__init__(prompt)
         self._model = model
         self._prompted = len(self.text)
         self._context: dict[int, dict[Guess, None]] = {}  # of each token, the newest last
         self._indexed = 0
-        self._end = TextEnd(segments, prompt)
+        self._ends = {level: TextEnd(segments, prompt) for level, segments in stores.items()}
         self._index()
 
     def propose(self, budget: int) -> Proposal:
-        """Guess by guess: the context's, the model's, the corpora's."""
+        """Guess by guess: the context's, the model's, those of the other levels."""
         last = self.text[-1] if self.text else -1
         guesses = {guess: 1 for guess in reversed(self._context.get(last, {}))}
         level = "request"
         if len(guesses) < GUESSES:
             level = level if guesses else "history"
             _fill(guesses, self._model.best(last), 1)
-        for span in range(min(LONGEST, max(self._end.length, 4)), SHORTEST - 1, -1):
-            if len(guesses) >= GUESSES:
-                break
-            found = common_prefixes(self._end.behind(span), COPIED, 2 * GUESSES, COPIED)
-            level = level if guesses else "corpus"
-            _fill(guesses, [guess for guess, _ in found], span)
-            if found:
-                break
+        for name, end in self._ends.items():
+            for span in range(min(LONGEST, max(end.length, 4)), SHORTEST - 1, -1):
+                if len(guesses) >= GUESSES:
+                    break
+                found = common_prefixes(end.behind(span), COPIED, 2 * GUESSES, COPIED)
+                level = level if guesses else name
+                _fill(guesses, [guess for guess, _ in found], span)
+                if found:
+                    break
         return _merged(guesses, level).proposal(budget)
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,)."""
         super().observe(tokens)
-        self._end.observe(tokens)
+        for end in self._ends.values():
+            end.observe(tokens)
         self._index()
 
     def close(self) -> None:
@@ -174,19 +177,16 @@ def _merged(guesses: dict[Guess, int], level: str) -> GuessTree:
     return tree
 
 
-def _sources(parts: MethodContext) -> Sequence[MethodSource]:
-    model = ModelStore()
-    corpora = parts.stores.corpora
-    segments = tuple(part for corpus in corpora for part in corpus.segments)
+def _sources(parts: MethodContext) -> Sequence[StoredSource]:
+    model, store = ModelStore(), Datastore(parts)
+    between = "shared" if parts.stores.shared else "history"
 
     def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> HierarchyDraftingSession:
-        shared = model if parts.config.history_replies else ModelStore()
-        return HierarchyDraftingSession(shared, segments, after_references(prompt, references))
+        own = model if parts.config.history_replies else ModelStore()
+        stores = {between: store.learned, "corpus": store.corpora}
+        return HierarchyDraftingSession(own, stores, after_references(prompt, references))
 
-    def nbytes() -> int:
-        return model.nbytes + sum(corpus.nbytes for corpus in corpora)
-
-    return [MethodSource("hierarchy_drafting", opened, nbytes)]
+    return [StoredSource("hierarchy_drafting", store, opened, lambda: model.nbytes)]
 
 
 METHOD = Method(

@@ -81,6 +81,12 @@ class TextEnd:
             found.append((segment, np.clip(starts + length, 0, len(segment.tokens) - 1)))
         return found
 
+    def oldest(self, length: int, most: int) -> list[int]:
+        """At most `most` tokens after the oldest occurrence of the last `length` ones, in the first segment."""
+        (segment, starts), *_ = self.behind(length)
+        copied: list[int] = segment.tokens[starts.min() : starts.min() + most].tolist()
+        return copied[: copied.index(segment.separator)] if segment.separator in copied else copied
+
 
 def common_prefixes(positions: Positions, copied: int, number: int, shortest: int = 1) -> list[Counted]:
     """The `number` most frequent prefixes of `shortest` to `copied` tokens at `positions`, with their counts.

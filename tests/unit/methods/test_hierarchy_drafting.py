@@ -124,6 +124,29 @@ def test_the_corpus_is_last():
     assert made.nbytes > 1
 
 
+def test_replies_of_other_processes_come_between_the_model_and_the_corpus():
+    def stored(*text):
+        return SimpleNamespace(segments=(Segment.build([ids(*text)], 200),), nbytes=0, flush=lambda: None)
+
+    stores = DraftStores(200, corpora=(stored(50, 7, 1, 2, 3, 4),), shared=stored(50, 7, 8, 2, 3, 4))
+    (made,) = METHOD.sources(MethodContext(DraftConfig(), stores))
+    proposal = made.open(ids(50, 7)).propose(28)
+    assert proposal.tokens[::4].tolist() == [8, 1]
+    assert proposal.level == "shared"
+    finish(made, [], [7, 5, 6, 7, 8])
+    assert made.open(ids(50, 7)).propose(28).tokens[::4].tolist() == [5, 8, 1]
+
+
+def test_earlier_prompts_are_looked_up_like_a_corpus():
+    made = source()
+    finish(made, [50, 7, 1, 2, 3, 4], [9])
+    made.flush()
+    proposal = made.open(ids(50, 7)).propose(28)
+    assert proposal.tokens.tolist() == [1, 2, 3, 4]
+    assert proposal.level == "history"
+    made.close()
+
+
 def test_a_guess_known_to_two_stores_is_one():
     made = source([50, 7, 1, 2, 3, 4])
     finish(made, [], [7, 1, 2, 3, 4])
