@@ -4,13 +4,13 @@ Cho et al. (2025), "Lossless Acceleration of Large Language Models with Hierarch
 Temporal Locality in Speculative Decoding" (arXiv:2502.05609): 7 guesses of 4 tokens for the last token,
 verified in parallel. W, the context: those last seen after that token in prompt and output. If they are
 fewer than 7, S, the model: the most frequent of the 100,000 most frequent 5-grams of its own outputs. If
-still fewer, L, statistics: the most frequent continuations in a corpus, looked up as in REST. Between S and L,
-the replies of other processes, in the shared store, and earlier requests, looked up like the corpus.
+still fewer, L, statistics: the most frequent continuations in a corpus, looked up as in REST. Between S and
+L, the replies of other processes, in the shared store, and earlier requests, looked up like the corpus.
 
 Differences: W also takes guesses of a Jacobi window, which runs on further positions of the target; a lookup
 does not have them, so it is left out, and W offers less than published. S is made of this process's earlier
 outputs and not of a data set's; beyond 100,000 5-grams the rarest are removed, of equal ones the oldest.
-Guesses with the same beginning share nodes, newer ones come first, and all levels are filled up to 7 together.
+Guesses with the same beginning share nodes, newer ones come first, and all levels fill up to 7 together.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class TextEnd:
         return found
 
     def oldest(self, length: int, most: int) -> list[int]:
-        """At most `most` tokens after the oldest occurrence of the last `length` ones, in the first segment."""
+        """At most `most` tokens after the oldest occurrence of the last `length`, in the first segment."""
         (segment, starts), *_ = self.behind(length)
         copied: list[int] = segment.tokens[starts.min() : starts.min() + most].tolist()
         return copied[: copied.index(segment.separator)] if segment.separator in copied else copied
