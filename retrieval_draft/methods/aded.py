@@ -6,8 +6,8 @@ a tree search over sentences of 4 tokens; the 24 most visited ones, each with it
 are merged into at most 64 nodes.
 
 Pairs are counted in the corpora and in the shared store when they are first needed; without a corpus, the
-texts of earlier requests of this process come first. Not in the public material, and chosen here: a round extends a sentence to its end
-at once and has the mean value of its tokens; the most visited nodes are kept.
+texts of earlier requests of this process come first. Not in the public material, and chosen here: a round
+extends a sentence to its end at once and has the mean value of its tokens; the most visited nodes are kept.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from retrieval_draft.methods.lookup import GuessTree, LookupSession, after_refer
 from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 from retrieval_draft.methods.rest import Positions, TextEnd
 
-__all__ = ["METHOD", "SamDecodingSession"]
+__all__ = ["BIAS", "METHOD", "SamDecodingSession", "best_first"]
 
 NAME = "sam_decoding"
 MOST = 60
@@ -63,7 +63,7 @@ class SamDecodingSession(LookupSession):
         dynamic, static = self._automaton.match_length, self._corpora.length - BIAS
         if static > dynamic:
             tree = GuessTree(NAME, self._level)
-            _best_first(tree, self._corpora.behind(static + BIAS), _size(static), static + BIAS)
+            best_first(tree, self._corpora.behind(static + BIAS), _size(static), static + BIAS)
             return tree.proposal(budget)
         tree = GuessTree(NAME)
         if dynamic:
@@ -100,25 +100,36 @@ def _size(match: int) -> int:
     return min(MOST, 1 + match * PER_TOKEN)
 
 
-def _best_first(tree: GuessTree, positions: Positions, size: int, match: int) -> None:
+def best_first(tree: GuessTree, positions: Positions, size: int, match: int, least: float = 0.0) -> float:
     """Adds the `size` most probable nodes by the counts of the texts at `positions`.
 
+    Args:
+        tree: Gets the nodes; empty.
+        positions: Those after the match.
+        size: The most nodes.
+        match: Tokens of the match.
+        least: Path probability of a node at least.
+
+    Returns:
+        The sum of their path probabilities.
+
     Example:
-        positions before 9 4, 9 4 and 9 3, size 2  ->  9 (3 of 3), 9 4 (2 of 3)
+        positions before 9 4, 9 4 and 9 3, size 2  ->  9 (3 of 3), 9 4 (2 of 3): 1.67
     """
     heap: list[
         tuple[float, int, int, int, float, Positions]
     ] = []  # path, order, parent, token, share, positions
-    node, path, order = -1, 1.0, 0
+    node, path, order, total = -1, 1.0, 0, 0.0
     while True:
         here = sum(len(found) for _, found in positions)
         for token, count, behind in _children(positions):
             order += 1
-            heappush(heap, (-path * count / here, order, node, token, count / here, behind))
+            if path * count / here >= least:
+                heappush(heap, (-path * count / here, order, node, token, count / here, behind))
         if not heap or len(tree) == size:
-            return
+            return total
         negative, _, parent, token, share, positions = heappop(heap)
-        node, path = tree.add(parent, token, share, match), -negative
+        node, path, total = tree.add(parent, token, share, match), -negative, total - negative
 
 
 def _children(positions: Positions) -> list[tuple[int, int, Positions]]:
