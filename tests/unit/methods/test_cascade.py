@@ -11,7 +11,6 @@ from retrieval_draft.methods.cascade import LENIENCES, SIZES, CascadeSession
 from tests.support.drafters import prompt_ids
 from tests.support.models import make
 
-
 REVIEWED, BEHIND = SIZES[1][0]
 
 
