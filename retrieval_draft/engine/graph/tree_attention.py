@@ -101,9 +101,6 @@ def _attend_run(
         for first in range(plain, end, KEYS):
             slot = first + tl.arange(0, KEYS)
             is_slot = slot < end
-            at_key = K + slot[:, None] * k_slot + d[None, :]
-            k = tl.load(at_key, mask=is_slot[:, None] & is_d[None, :], other=0.0)
-            x = _scores(q, k, scale, softcap, CAPPED)
             is_node = is_slot & (slot >= length)
             other = tl.where(is_node, slot - length, 0)
             sees = is_slot[None, :]
@@ -115,6 +112,9 @@ def _attend_run(
                 depth = tl.load(DEPTHS + other, mask=is_node, other=0).to(tl.int32)
                 at = tl.where(is_node, length + depth, slot)
                 sees = sees & (position[:, None] - at[None, :] < window)
+            at_key = K + slot[:, None] * k_slot + d[None, :]
+            k = tl.load(at_key, mask=is_slot[:, None] & is_d[None, :], other=0.0)
+            x = _scores(q, k, scale, softcap, CAPPED)
             x = tl.where(sees, x, float("-inf"))
             at_value = V + slot[:, None] * v_slot + e[None, :]
             v = tl.load(at_value, mask=is_slot[:, None] & is_e[None, :], other=0.0)
