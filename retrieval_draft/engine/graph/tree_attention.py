@@ -27,7 +27,7 @@ OPTIONS = {"num_warps": 4, "num_stages": 2}
 """Of the first kernel's compilation. With these and `block_sizes` sums stay in registers."""
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit
 def _scores(
     q: tl.tensor, k: tl.tensor, scale: tl.tensor, softcap: tl.tensor, CAPPED: tl.constexpr
 ) -> tl.tensor:
@@ -37,7 +37,7 @@ def _scores(
     return x
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit
 def _add(x: tl.tensor, v: tl.tensor, maximum: tl.tensor, total: tl.tensor, sums: tl.tensor) -> tl.tensor:
     """A block of keys: scores (rows, keys), -inf where unseen, and values, added to the running softmax."""
     larger = tl.maximum(maximum, tl.max(x, 1))
@@ -48,7 +48,7 @@ def _add(x: tl.tensor, v: tl.tensor, maximum: tl.tensor, total: tl.tensor, sums:
     return larger, total * shrink + tl.sum(p, 1), sums
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit
 def _attend_run(
     Q: tl.tensor, K: tl.tensor, V: tl.tensor, LENGTH: tl.tensor, DEPTHS: tl.tensor, HIDDEN: tl.tensor,
     SUMS: tl.tensor, MAXIMA: tl.tensor, TOTALS: tl.tensor, scale: tl.tensor, softcap: tl.tensor,
@@ -125,7 +125,7 @@ def _attend_run(
         tl.store(TOTALS + at, total, mask=is_row)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit
 def _add_runs(
     SUMS: tl.tensor, MAXIMA: tl.tensor, TOTALS: tl.tensor, LENGTH: tl.tensor, SINKS: tl.tensor,
     OUT: tl.tensor, window: tl.tensor, nodes: tl.tensor, run_length: tl.tensor, VALUE: tl.constexpr,
