@@ -79,6 +79,7 @@ class _KeptSession:
 
     def __init__(self, session: SourceSession, keeper: SourceSession) -> None:
         self.propose, self.learn = session.propose, session.learn
+        self.learns_early = bool(getattr(session, "learns_early", False))
         self._both = (session, keeper)
 
     def observe(self, tokens: TokenArray) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from retrieval_draft.drafting.roofline import RooflineCost
 from retrieval_draft.index.segments.segment_session import Segments
 from retrieval_draft.index.source import Proposal, TokenArray
 from retrieval_draft.methods.datastore import Datastore, StoredSource
@@ -155,4 +156,5 @@ METHOD = Method(
     sources=_sources,
     tree=as_proposed,
     nodes=None,
+    costs=RooflineCost,
 )

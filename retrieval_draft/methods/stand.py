@@ -5,12 +5,13 @@ the target's distributions at verified nodes are averaged by their last 4, 3 and
 others with a weight of 1/(k+1), the top 10 kept; children of a node come from the longest n-gram that has a
 row, and are drawn without replacement where text is sampled: the best by log probability and Gumbel noise.
 
-Differences: greedy requests get the most probable children. Drafts are verified by the target's own draws, so
-that a seed gives the same text with any drafts; published is min(1, p/q), q being the row. Rows hold
-probabilities at a temperature of 1, not at that of the request, and the noise is drawn anew for each request
-and position; published is a cache of it. The published tree of 80 nodes was cut from 625 on AIME samples and
-is not public, so this one follows a rule, see `shape`. The drafting of an unseen n-gram is not public either:
-here its node stays a leaf. Rows stay for later requests, and the least recently written ones are evicted.
+Differences: greedy requests get the most probable children. The noise of a node's children is the one that
+the target draws that token with, so that draws agree where row and distribution do, and a seed gives the same
+text with any drafts; published is a cache of noise, and acceptance by min(1, p/q), q being the row. Rows hold
+probabilities at a temperature of 1, not at that of the request. The published tree of 80 nodes was cut from
+625 on AIME samples and is not public, so this one follows a rule, see `shape`. The drafting of an unseen
+n-gram is not public either: here its node stays a leaf. Rows stay for later requests, and the least recently
+written ones are evicted.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.index.adjacency import AdjacencyMatrix
@@ -112,22 +114,25 @@ class StandTable(AdjacencyMatrix):
         return [], [], 0
 
 
+class _Noise(Protocol):
+    """The Gumbel noise that a request's tokens are drawn with (`engine.sampling.noise.GumbelNoise`)."""
+
+    def of(self, position: int, tokens: NDArray[np.int64]) -> NDArray[np.float32]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class RowsProposal(Proposal):
     """The most probable children, and a function that draws children instead.
 
     Attributes:
-        drawn: Makes the proposal of a random generator.
+        drawn: Makes the proposal of a request's noise, and the position of its first drafted token.
     """
 
-    drawn: Callable[[np.random.Generator], Proposal]
+    drawn: Callable[[_Noise, int], Proposal]
 
 
 def drawn_tree(root_token: int, proposals: Sequence[Proposal], calibration: Any, max_nodes: int) -> DraftTree:
     """The proposal itself; for a sampled request one of drawn children.
-
-    The generator is the draft's own: its seed is made of the request's and of the position, and none of its
-    numbers is used for the text.
 
     Args:
         root_token: The last accepted token.
@@ -137,8 +142,7 @@ def drawn_tree(root_token: int, proposals: Sequence[Proposal], calibration: Any,
     """
     noise = getattr(calibration, "noise", None)
     if noise is not None and proposals and isinstance(proposals[0], RowsProposal):
-        generator = np.random.default_rng((int(noise.sample_key), calibration.position))
-        proposals = [proposals[0].drawn(generator)]
+        proposals = [proposals[0].drawn(noise, calibration.position)]
     return as_proposed(root_token, proposals, calibration, max_nodes)
 
 
@@ -170,9 +174,9 @@ class StandSession(LookupSession):
             partial(self._filled, budget),
         )
 
-    def _filled(self, budget: int, generator: np.random.Generator | None = None) -> Proposal:
+    def _filled(self, budget: int, noise: _Noise | None = None, position: int = 0) -> Proposal:
         tree = GuessTree("stand")
-        nodes, contexts = {-1: -1}, {-1: self.text}
+        nodes, contexts, depths = {-1: -1}, {-1: self.text}, {-1: 0}
         rows: dict[int, Any] = {}
         for number, (parent, rank) in enumerate(SHAPE):
             if len(tree) >= budget:
@@ -180,18 +184,19 @@ class StandSession(LookupSession):
             if parent not in nodes:
                 continue
             if parent not in rows:
-                rows[parent] = self._row(contexts[parent], generator)
+                rows[parent] = self._row(contexts[parent], noise, position + depths[parent])
             tokens, probs, order = rows[parent]
             if rank < len(tokens):
                 nodes[number] = tree.add(nodes[parent], tokens[rank], probs[rank], order)
                 contexts[number] = [*contexts[parent][1 - CONTEXT :], tokens[rank]]
+                depths[number] = depths[parent] + 1
         return tree.proposal(budget)
 
-    def _row(self, context: Sequence[int], generator: np.random.Generator | None) -> Any:
-        """A row's tokens, probabilities and order: best first, or as drawn."""
+    def _row(self, context: Sequence[int], noise: _Noise | None, position: int) -> Any:
+        """A row's tokens, probabilities and order: best first, or as drawn for a position."""
         tokens, probs, order = self._table.longest(context)
-        if generator is not None and tokens:
-            noisy = np.log(np.maximum(probs, 1e-9)) + generator.gumbel(size=len(probs))
+        if noise is not None and tokens:
+            noisy = np.log(np.maximum(probs, 1e-9)) + noise.of(position, np.array(tokens, np.int64))
             turns = np.argsort(-noisy).tolist()
             tokens, probs = [tokens[turn] for turn in turns], [probs[turn] for turn in turns]
         return tokens, probs, order

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from retrieval_draft.config import DraftConfig
+from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.source import NodeLogits
 from retrieval_draft.methods.method import MethodContext
@@ -116,7 +118,7 @@ def test_rows_outlive_requests_and_the_table_does_not_grow():
 
 
 def noise(key):
-    return SimpleNamespace(sample_key=np.uint64(key), vocabulary=16)
+    return GumbelNoise(key, 16, torch.device("cpu"))
 
 
 def sampled(opened, key, position=3, nodes=80):
@@ -144,6 +146,20 @@ def test_draws_depend_on_the_request_and_the_position_alone():
     assert sampled(opened, 1) != sampled(opened, 2)
     assert sampled(opened, 1) != sampled(opened, 1, position=4)
     assert sampled(opened, 1, nodes=2) == sampled(opened, 1)[:2]
+
+
+def test_the_first_draws_are_the_targets_where_the_rows_are_its_distribution():
+    opened = source().open(ids(5, 7))
+    opened.learn(predictions([5, 7], [9, 4, 3], [0.5, 0.3, 0.2]))
+    opened.learn(predictions([7, 9], [1, 2], [0.6, 0.4]))
+    scores, after = torch.full((16,), -torch.inf), torch.full((16,), -torch.inf)
+    scores[[9, 4, 3]], after[[1, 2]] = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.6, 0.4]).log()
+    for key in range(20):
+        first = noise(key).draw(scores, 3)
+        drafts = sampled(opened, key)
+        assert drafts[0] == first
+        if first == 9:
+            assert drafts[1] == noise(key).draw(after, 4)
 
 
 def test_greedy_requests_get_the_most_probable_children():
