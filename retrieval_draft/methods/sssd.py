@@ -8,12 +8,13 @@ are too sure of themselves, and the most probable nodes of the weighted sum are 
 join the datastore, which is live.
 
 A draft is as long as the hardware computes at no more than the cost of reading its weights, the knee of its
-roofline: here the measured time of passes decides, or `DraftConfig.nodes`.
+roofline (`RooflineCost`), or `DraftConfig.nodes`.
 
-Differences: their weights come from a search over a grid that is not public; these are from such a search on
-this project's recorded replies, which hardly depend on them. Shorter ends of the text are looked up as well,
-for what they add to the longest. Finished requests can be looked up at once, not after 20 minutes, and so can
-those of other servers.
+Differences: their weights come from a search over a grid that is not public; these are from such a search,
+`scripts/fit_sssd.py`, on chat replies of SmolLM2 135M alone. The request's shorter ends are looked up as
+theirs are, the datastore's too. Finished requests can be looked up at once, not after 20 minutes, and whole,
+not from the last 3 tokens of their prompt on; so can those of other servers. The knee is that of the measured
+passes, not of two kernels, and is not rounded to a multiple of 16.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ BRANCHES = ((5, 4), (8, 5), (32, 6), (48, 8))
 """Tokens of a branch by the nodes of a tree, the root counted; LONGEST_BRANCH in larger ones."""
 
 LONGEST_BRANCH = 10
-BACKOFF = 0.3
+BACKOFF = 1.0
 """Occurrences without a continuation that the request's counts are toned down by."""
 
-OWN = 0.6
+OWN = 0.8
 """Weight of the request where the datastore has a match too."""
 
-SHORTER = 0.4
+SHORTER = 0.1
 """Weight that each shorter end of the text has of what longer ones leave."""
 
 Path = tuple[int, ...]
@@ -62,7 +63,7 @@ class SssdSession(LookupSession):
         level: Locality of the datastore.
 
     Example:
-        text 7 8 9 7 8, datastore 7 8 5: 9 has .6 / 1.3 and 5 has .4  ->  tokens [9, 5, 7, ..]
+        text 7 8 9 7 8, datastore 7 8 5: 9 has .8 / 2 and 5 has .2  ->  tokens [9, 5, 7, ..]
     """
 
     def __init__(self, segments: Segments, prompt: TokenArray, level: str = "corpus") -> None:
@@ -127,7 +128,7 @@ def _mixed(found: Iterable[Sequence[Sequence[int]]], backoff: float) -> Shares:
     """Probabilities of the beginnings of continuations, those after longer ends first.
 
     Example:
-        after two tokens 9 4; after one of them 9 4 and 5: 9 4 has .6 + .4 / 2, 5 has .4 / 2
+        after two tokens 9 4; after one of them 9 4 and 5: 9 4 has .9 + .1 / 2, 5 has .1 / 2
     """
     mixed: Shares = {}
     longest_first = [rows for rows in found if rows]
