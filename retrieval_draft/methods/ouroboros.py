@@ -5,7 +5,7 @@ after it and outlives the request; the draft's last token is extended by the 3 n
 verified in one pass. Published, the draft model itself decodes with lookahead over the pool, which makes
 drafting faster and leaves the draft as it is; here it decodes plainly. The pool takes phrases from drafts,
 from text that was verified, and from what the target predicted at the nodes of one path, rejected ones too: a
-phrase that was wrong at a place is put right there. Published ones also come from the lookahead's own
+phrase that was wrong at one token is corrected. Published ones also come from the lookahead's own
 guesses. The draft's length is per task there; 8 here.
 """
 
