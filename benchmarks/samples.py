@@ -34,6 +34,7 @@ def samples(
     nodes: int | None = 16,
     seed: int = 0,
     ways: Sequence[str] = WAYS[:3],
+    method: str = "calibrated",
 ) -> dict[str, Any]:
     """Draws `count` samples of each prompt in several ways, the same ones in each.
 
@@ -50,6 +51,7 @@ def samples(
         nodes: Draft nodes of every step; None for the budget that the cost model chooses.
         seed: Of all prompts.
         ways: Names of `WAYS`.
+        method: A drafting method.
 
     Returns:
         The object that ``bench samples --json`` prints: for each way tokens, steps and tokens per step; the
@@ -65,7 +67,7 @@ def samples(
             f"Choose from: {', '.join(WAYS)}.",
         )
     sources = tuple(name for name in DraftConfig().sources if name != "history")
-    config = DraftConfig(nodes=nodes, sources=sources)
+    config = DraftConfig(method=method, nodes=nodes, sources=sources)
     totals = {way: DraftStats() for way in ways}
     same = 0
     with progress("Decoding (prompts)", len(prompts) * len(ways), delay=0.0) as advance:
@@ -94,6 +96,7 @@ def samples(
         "same_in_all_ways": same,
         "temperature": temperature,
         "nodes": nodes,
+        "method": method,
         "max_new_tokens": max_new_tokens,
         "provenance": provenance(),
     }

@@ -24,6 +24,7 @@ METHODS = (
     "stand",
     "racer",
     "logit_spec",
+    "sssd",
     "opt_tree",
     "rasd",
     "cascade",

@@ -94,6 +94,7 @@ def samples(
     ways: Annotated[
         str, typer.Option(help="together, alone, alone_without_noise, plain; by commas.")
     ] = "alone,alone_without_noise,together",
+    method: Annotated[str, typer.Option(help="A drafting method.")] = "calibrated",
     nodes: Nodes = 16,
     limit: Limit = 4,
     tasks: Tasks = "",
@@ -117,6 +118,7 @@ def samples(
         nodes=nodes,
         seed=seed,
         ways=split(ways),
+        method=method,
     )
     result["model"] = model
     finish(result, out)

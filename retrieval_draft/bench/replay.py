@@ -12,7 +12,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -297,6 +297,8 @@ def replay(
     oracle: bool = False,
     calibration: Calibration | None = None,
     late: bool = False,
+    prompt_tokens: int | None = None,
+    references: bool = True,
 ) -> dict[str, Any]:
     """Replays traces and reports tokens per step.
 
@@ -314,6 +316,9 @@ def replay(
         oracle: Whether to verify, in each step, only the source that turns out best.
         late: Whether all but a step's tokens is learned after the next step's drafts, as on a device.
         calibration: Calibration to start from instead; updated in place.
+        prompt_tokens: Leave only so many tokens at the end of each prompt; what is before them becomes a
+            reference text. None leaves prompts whole.
+        references: Whether to pass reference texts along.
 
     Returns:
         The object that ``bench replay --json`` prints: tokens_per_step is all tokens over all steps, the
@@ -327,6 +332,7 @@ def replay(
     if part not in PARTS:
         raise InvalidInputError(f"part is {part!r}.", f"Choose from: {', '.join(PARTS)}.")
     traces = list(islice(read_traces(paths), limit))[PARTS[part]]
+    traces = [_given(trace, prompt_tokens, references) for trace in traces]
     ids = [
         int(ids.max(initial=0)) for trace in traces for ids in (trace.prompt, trace.output, *trace.references)
     ]
@@ -378,12 +384,25 @@ def replay(
             "priors": priors,
             "oracle": oracle,
             "late": late,
+            "prompt_tokens": prompt_tokens,
+            "references": references,
             "traces": [path.name for path in paths],
         },
     }
     if get_method(method).calibrates and not oracle:
         result["calibration"] = replayer.reliability.summary()
     return result
+
+
+def _given(trace: Trace, prompt_tokens: int | None, references: bool) -> Trace:
+    """The request with `prompt_tokens` of its prompt; those before are a reference text, or left out.
+
+    Example:
+        prompt 5 6 7 8, two tokens left  ->  prompt 7 8, references (5 6)
+    """
+    start = 0 if prompt_tokens is None else max(0, len(trace.prompt) - prompt_tokens)
+    texts = (trace.prompt[:start], *trace.references) if start else trace.references
+    return replace(trace, prompt=trace.prompt[start:], references=texts if references else ())
 
 
 PARTS = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}

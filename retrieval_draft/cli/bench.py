@@ -25,6 +25,16 @@ from retrieval_draft.cli.output import print_json, print_table
 
 __all__ = ["app", "print_live"]
 
+PromptTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Leave only so many tokens at the end of each prompt; those before become a reference text.",
+        show_default=False,
+    ),
+]
+References = Annotated[bool, typer.Option(help="Pass reference texts along.")]
+
 app = typer.Typer(help="Measure.", pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("index")(bench_datastores.index)
 app.command("corpus")(bench_datastores.corpus)
@@ -141,6 +151,8 @@ def replay(
     priors: Annotated[bool, typer.Option(help="Start from the shipped calibration.")] = True,
     oracle: Annotated[bool, typer.Option(help="Verify the best single source of each step instead.")] = False,
     late: Annotated[bool, typer.Option(help="Learn from a step after the next drafts, as on a GPU.")] = False,
+    prompt_tokens: PromptTokens = None,
+    references: References = True,
     plot: Annotated[
         Path | None, typer.Option(help="Draw predicted against observed acceptance.", show_default=False)
     ] = None,
@@ -164,6 +176,8 @@ def replay(
         priors=priors,
         oracle=oracle,
         late=late,
+        prompt_tokens=prompt_tokens,
+        references=references,
     )
     finish(result, out)
     if plot is not None:
@@ -198,6 +212,8 @@ def methods(
     ] = True,
     part: Annotated[str, typer.Option(help="all, even or odd requests; priors are fitted on even.")] = "all",
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests.")] = None,
+    prompt_tokens: PromptTokens = None,
+    references: References = True,
     index: Index = None,
     out: Out = None,
     json: Json = False,
@@ -218,13 +234,19 @@ def methods(
             part=part,
             limit=limit,
             corpora=index or (),
+            prompt_tokens=prompt_tokens,
+            references=references,
         )
     finish(result, out)
     if json:
         print_json(result)
         return
-    rows = [(name, *(f"{found[size]:.3f}" for size in sizes)) for name, found in result["methods"].items()]
-    print_table("tokens per step", ("method", *(f"{size} nodes" for size in sizes)), rows)
+    used = result["nodes_per_step"]
+    rows = [
+        (name, *(f"{found[size]:.3f} ({used[name][size]:.1f})" for size in sizes))
+        for name, found in result["methods"].items()
+    ]
+    print_table("tokens per step (verified nodes)", ("method", *(f"{size} nodes" for size in sizes)), rows)
     for size, ratio in result["calibrated_to_best"].items():
         print(f"{size} nodes: calibrated is {ratio:.3f} times the best other method")
 

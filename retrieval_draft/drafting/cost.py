@@ -126,7 +126,7 @@ class CostModel:
         The time of linear layers, the larger part, depends on the number of nodes only. The cost of the rows'
         attention, and of sizes beyond those measured, is learned from real passes.
         """
-        model = CostModel()
+        model = type(self)()
         model.device = self.device
         if self._times is not None:
             more = (size for size in MORE_SIZES if size < rows * MORE_SIZES[0])

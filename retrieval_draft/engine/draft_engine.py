@@ -55,6 +55,7 @@ class DraftEngine:
         tree: Makes one tree of their proposals: (root token, proposals, calibration, max_nodes).
         nodes: Draft nodes of a step where `config` names none; None lets the measured cost decide.
         spare: Makes sources like these, to be thrown away once they have compiled their kernels.
+        costs: Chooses the number of nodes where measured cost decides.
 
     Attributes:
         reader: Reads as many alternatives as the sources learn from.
@@ -69,6 +70,7 @@ class DraftEngine:
         tree: Fuse = fuse,
         nodes: int | None = None,
         spare: Callable[[], Sequence[DraftSource]] = tuple,
+        costs: type[CostModel] = CostModel,
     ) -> None:
         self._target = target
         self._config = config
@@ -78,6 +80,7 @@ class DraftEngine:
         self._by_cost = fixed is None
         self._tree = tree
         self._spare = spare
+        self._costs = costs
         self._drafts = bool(sources) and self._max_nodes > 0
         self._calibration: Any = None  # made by prepare
         self._fleet = FleetCalibration(None, is_new=False)
@@ -201,12 +204,12 @@ class DraftEngine:
         from retrieval_draft.drafting.cost import ROUNDS, SIZES
 
         if self._known.seconds:
-            cost = CostModel()
+            cost = self._costs()
             cost.device = self._target.device
             cost.load(self._known.seconds)
             return cost
         with progress("Measuring forward passes", ROUNDS * len(SIZES)) as advance:
-            return CostModel.measure(self._forward(), self._target.device, advance)
+            return self._costs.measure(self._forward(), self._target.device, advance)
 
     def _forward(self) -> Callable[[int], None]:
         """Passes over n nodes after a short text, which leave the cache unchanged."""

@@ -5,9 +5,9 @@ made from a corpus; at each step the trigrams of the text's last 16 tokens gain 
 a tree search over sentences of 4 tokens; the 24 most visited ones, each with its most probable fifth token,
 are merged into at most 64 nodes.
 
-Pairs are read from the corpora's segments when they are needed; without a corpus, from the texts of earlier
-requests of this process. Not in the public material, and chosen here: a round extends a sentence to its end
-at once and has the mean value of its tokens; the most visited nodes are kept.
+Pairs are counted in the corpora and in the shared store when they are first needed; without a corpus, the
+texts of earlier requests of this process come first. Not in the public material, and chosen here: a round
+extends a sentence to its end at once and has the mean value of its tokens; the most visited nodes are kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import numpy as np
 from retrieval_draft._forks import lock_for_moments
 from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.index.source import Proposal, TokenArray
-from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
+from retrieval_draft.methods.datastore import Datastore, StoredSource
+from retrieval_draft.methods.lookup import GuessTree, LookupSession
 from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 
 __all__ = ["METHOD", "AdedSession", "TrigramMatrix"]
@@ -36,15 +37,18 @@ class TrigramMatrix:
     """Values of third tokens by the two before. Safe for sessions in several threads.
 
     Args:
-        segments: Texts to count trigrams in; without any, `remember` fills the matrix.
+        segments: Texts to count trigrams in.
         rows: Limit of kept pairs; the least recently used ones are evicted.
+
+    Attributes:
+        segments: As given, for pairs that are not kept yet.
 
     Example:
         remember 7 8 5, 7 8 9, 7 8 9: row(7, 8)  ->  9 .67, 5 .33; gain 7 8 5  ->  9 .67, 5 .37
     """
 
     def __init__(self, segments: Sequence[Segment] = (), rows: int = ROWS) -> None:
-        self._segments, self._most = segments, rows
+        self.segments, self._most = segments, rows
         self._rows: OrderedDict[tuple[int, int], dict[int, float]] = OrderedDict()
         self._seen, self._lock = dict[tuple[int, int], int](), lock_for_moments()
 
@@ -54,7 +58,7 @@ class TrigramMatrix:
     def row(self, first: int, second: int) -> list[tuple[int, float]]:
         """The third tokens and their values, best first."""
         with self._lock:
-            if not self._segments and (first, second) not in self._rows:
+            if not self.segments and (first, second) not in self._rows:
                 return []
             return sorted(self._take((first, second)).items(), key=lambda entry: (-entry[1], entry[0]))
 
@@ -65,20 +69,18 @@ class TrigramMatrix:
                 _raise(self._take((first, second)), third, GAIN)
 
     def remember(self, text: Sequence[int]) -> None:
-        """Moves rows towards a finished request's trigrams, a pair's n-th by 1/n; not with a corpus."""
-        if self._segments:
-            return
+        """Moves rows towards a finished request's trigrams, a pair's n-th occurrence by 1/n."""
         with self._lock:
             for first, second, third in zip(text, text[1:], text[2:], strict=False):
-                row = self._take(pair := (first, second))
+                row = self._take(pair := (first, second), counted=False)
                 self._seen[pair] = seen = self._seen.get(pair, 0) + 1
                 for token in row:
                     row[token] *= 1 - 1 / seen
                 _raise(row, third, 1 / seen)
 
-    def _take(self, pair: tuple[int, int]) -> dict[int, float]:
+    def _take(self, pair: tuple[int, int], counted: bool = True) -> dict[int, float]:
         if pair not in self._rows:
-            self._rows[pair] = self._count(pair)
+            self._rows[pair] = self._count(pair) if counted else {}
             if len(self._rows) > self._most:
                 oldest, _ = self._rows.popitem(last=False)
                 self._seen.pop(oldest, None)
@@ -87,7 +89,7 @@ class TrigramMatrix:
 
     def _count(self, pair: tuple[int, int]) -> dict[int, float]:
         counts: Counter[int] = Counter()
-        for segment in self._segments:
+        for segment in self.segments:
             counts.update(segment.followers(np.array(pair, np.int32), 1 << 16))
         total = counts.total()
         return {token: count / total for token, count in counts.most_common(KEPT)}
@@ -125,6 +127,7 @@ class AdedSession(LookupSession):
         matrix: Shared by all requests.
         prompt: int32, shape (length,).
         references: Texts of this request only, whose trigrams take precedence.
+        keeps: Whether the matrix learns the request's text at its end.
 
     Example:
         rows "7 8": 9 .75, 5 .25; "8 9": 1; "8 5": 2; "9 1": 3, text .. 7 8
@@ -132,9 +135,14 @@ class AdedSession(LookupSession):
     """
 
     def __init__(
-        self, matrix: TrigramMatrix, prompt: TokenArray, references: Sequence[TokenArray] = ()
+        self,
+        matrix: TrigramMatrix,
+        prompt: TokenArray,
+        references: Sequence[TokenArray] = (),
+        keeps: bool = True,
     ) -> None:
         super().__init__(prompt)
+        self._keeps = keeps
         self._matrix = matrix
         self._quoted = TrigramMatrix()
         for text in references:
@@ -158,8 +166,9 @@ class AdedSession(LookupSession):
         self._matrix.gain(self.text[-WINDOW:])
 
     def close(self) -> None:
-        """Adds the text to the matrix for later requests."""
-        self._matrix.remember(self.text)
+        """Adds the text to the matrix for later requests, if it is to be kept."""
+        if self._keeps:
+            self._matrix.remember(self.text)
 
     def _row(self, sentence: tuple[int, ...]) -> list[tuple[int, float]]:
         pair = [*self.text[-2:], *sentence][-2:]
@@ -188,13 +197,14 @@ class AdedSession(LookupSession):
         return found
 
 
-def _sources(parts: MethodContext) -> Sequence[MethodSource]:
-    matrix = TrigramMatrix([segment for corpus in parts.stores.corpora for segment in corpus.segments])
+def _sources(parts: MethodContext) -> Sequence[StoredSource]:
+    store, matrix = Datastore(parts, earlier=False), TrigramMatrix()
 
     def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> AdedSession:
-        return AdedSession(matrix, prompt, references)
+        matrix.segments = store.open()
+        return AdedSession(matrix, prompt, references, keeps=not store.corpora)
 
-    return [MethodSource("aded", opened, lambda: len(matrix) * ROW_BYTES)]
+    return [StoredSource("aded", store, opened, lambda: len(matrix) * ROW_BYTES)]
 
 
 METHOD = Method(

@@ -1,12 +1,14 @@
-"""Cascade speculative drafting: cheap guesses reviewed by a draft model, then more cheap guesses.
+"""Cascade speculative drafting: cheap guesses reviewed by draft models in a row, then more cheap guesses.
 
-Chen et al. (NeurIPS 2024, arXiv:2312.11462), the setting of LLaMA-7B with a 160M draft model: the base
-copies 10 tokens after the longest earlier occurrence of the text's end, or takes them from a table of
-bigrams. The draft model reviews them (vertical cascade, lenience 3: a token is kept while its probability
-is more than a third of the best one's) and adds its own after the last one kept, until there are 13 tokens;
-later positions, less likely to be reached, are the base's only (horizontal cascade): 10 more. The target
-reviews with lenience 1, which is the verification of this engine. Bigrams are those of earlier text here, the
-newest first.
+Chen et al. (NeurIPS 2024, arXiv:2312.11462): the base copies 10 tokens after the longest earlier occurrence
+of the text's end, or takes them from a table of bigrams. A draft model reviews the guesses of what is cheaper
+(vertical cascade: a token is kept while its probability is more than that of the best one divided by the
+lenience) and adds its own after the last one kept; later positions, less likely to be reached, are left to
+cheaper ones (horizontal cascade). Sizes are published for one draft model (LLaMA-7B with one of 160M: 13
+reviewed, 10 of the base, lenience 3) and for two (FLAN-T5 base and small: 5, 14 and 10, lenience 2; what the
+first reviews is one token of the second and 10 of the base). The target reviews with lenience 1, which is the
+verification of this engine. Bigrams are those of earlier text here, the newest first; of more than two draft
+models the best two are used.
 """
 
 from __future__ import annotations
@@ -17,32 +19,43 @@ import numpy as np
 
 from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits
 from retrieval_draft.index.source import DraftSource, Proposal, TokenArray
-from retrieval_draft.methods.drafted import expansions
+from retrieval_draft.methods.drafted import all_expansions
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
 from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 
 __all__ = ["METHOD", "CascadeSession"]
 
 COPIED = 10
-REVIEWED = 13
-BEHIND = 10
-LENIENCE = 3.0
+SIZES = {1: ((13, 10), (0, 10)), 2: ((5, 14, 10), (0, 1, 10), (0, 0, 10))}
+"""By the number of draft models: tokens of each model and of the base, last, in the draft (first row), and in
+what the first, the second model reviews."""
+
+LENIENCES = {1: 3.0, 2: 2.0}
 LONGEST = 10
 """Limit of the text's end that is looked up; the paper has none, and longer ends find the same."""
 
 
 class CascadeSession(LookupSession):
-    """The text's n-grams, and the draft model.
+    """The text's n-grams, and the draft models.
+
+    Args:
+        expansions: One or two draft models, the better first.
+        prompt: int32, shape (length,).
+        references: Texts that the base copies from too.
 
     Example:
         text 7 8 9 4 7 8: the base copies 9 4 7 8; the model keeps 9 4, adds 5, ...
     """
 
     def __init__(
-        self, expansion: Expansion, prompt: TokenArray, references: Sequence[TokenArray] = ()
+        self,
+        expansions: Sequence[Expansion],
+        prompt: TokenArray,
+        references: Sequence[TokenArray] = (),
     ) -> None:
         super().__init__(prompt)
-        self._expansion = expansion
+        self._expansions = expansions
+        self._sizes, self._lenience = SIZES[len(expansions)], LENIENCES[len(expansions)]
         self._copied: list[int] = after_references(prompt, references).tolist()
         self._last: dict[tuple[int, ...], int] = {}
         self._indexed = 0
@@ -53,13 +66,7 @@ class CascadeSession(LookupSession):
         if not self.text or budget <= 0:
             return tree.proposal(0)
         self._index()
-        chain: list[int] = []
-        wanted = min(REVIEWED, budget)
-        while len(chain) < wanted:
-            cheap = self.base(chain, wanted - len(chain))
-            chain += self._review(chain, cheap)
-        tree.add_path(chain[:wanted])
-        tree.add_path([*chain[:wanted], *self.base(chain[:wanted], BEHIND)])
+        tree.add_path(self._drafted(0, (), budget))
         return tree.proposal(budget)
 
     def observe(self, tokens: TokenArray) -> None:
@@ -82,28 +89,42 @@ class CascadeSession(LookupSession):
                 self._last[tuple(self._copied[end - size : end])] = end
         self._indexed = max(self._indexed, len(self._copied) - 1)
 
-    def _review(self, chain: Sequence[int], cheap: Sequence[int]) -> list[int]:
-        """The part of `cheap` that the draft model keeps, and its own token after it."""
+    def _drafted(self, row: int, chain: Sequence[int], most: int) -> list[int]:
+        """At most `most` guesses after text and chain, by a row of sizes."""
+        grown: list[int] = []
+        for model, size in enumerate(self._sizes[row]):
+            end = min(len(grown) + size, most)
+            if model == len(self._expansions):
+                grown += self.base([*chain, *grown], end - len(grown))
+            while model < len(self._expansions) and len(grown) < end:
+                before = [*chain, *grown]
+                cheap = self._drafted(model + 1, before, end - len(grown))
+                grown += self._review(model, before, cheap)[: end - len(grown)]
+        return grown
+
+    def _review(self, model: int, chain: Sequence[int], cheap: Sequence[int]) -> list[int]:
+        """The part of `cheap` that a draft model keeps, and its own token after it."""
         guesses = np.array([*chain, *cheap], np.int32)
-        logs = self._expansion.review(np.array(self.text, np.int32), guesses)[len(chain) :]
+        logs = self._expansions[model].review(np.array(self.text, np.int32), guesses)[len(chain) :]
         best, tokens = logs.max(-1)
         kept: list[int] = []
         for index, token in enumerate(cheap):
-            if float(logs[index, token]) <= float(best[index]) - np.log(LENIENCE):
+            if float(logs[index, token]) <= float(best[index]) - np.log(self._lenience):
                 break
             kept.append(int(token))
         return [*kept, int(tokens[len(kept)])]
 
     def close(self) -> None:
-        """Frees the draft model's cache."""
-        self._expansion.close()
+        """Frees the draft models' caches."""
+        for expansion in self._expansions:
+            expansion.close()
 
 
 def _sources(parts: MethodContext) -> Sequence[DraftSource]:
-    start = expansions(parts, "cascade", ExpansionLimits(top_k=1))
+    starts = all_expansions(parts, "cascade", ExpansionLimits(top_k=1))[: max(SIZES)]
 
     def open_session(prompt: TokenArray, references: Sequence[TokenArray]) -> CascadeSession:
-        return CascadeSession(start(), prompt, references)
+        return CascadeSession([start() for start in starts], prompt, references)
 
     return [MethodSource("cascade", open_session)]
 
@@ -113,6 +134,6 @@ METHOD = Method(
     "Chen et al. 2024, arXiv:2312.11462",
     _sources,
     as_proposed,
-    nodes=REVIEWED + BEHIND,
+    nodes=max(sum(sizes[0]) for sizes in SIZES.values()),
     needs_model=True,
 )

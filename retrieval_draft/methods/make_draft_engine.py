@@ -39,4 +39,5 @@ def make_draft_engine(target: Target, parts: MethodContext) -> DraftEngine:
         chosen.tree,
         chosen.nodes,
         lambda: [] if chosen.needs_model else chosen.sources(spare),
+        chosen.costs,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from retrieval_draft.config import DraftConfig
+from retrieval_draft.drafting.cost import CostModel
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.source import DraftSource, Proposal
@@ -42,6 +43,7 @@ class Method:
         sources: Makes its sources, nearest locality first.
         tree: Makes one tree of their proposals.
         nodes: Draft nodes of a step as published; None lets the measured cost decide.
+        costs: Chooses their number by the measured cost.
         calibrates: Whether acceptance is learned.
         needs_model: Whether it drafts with a draft model.
         reads_text: Whether it looks tokens up in text of the request, such as reference texts.
@@ -55,6 +57,7 @@ class Method:
     calibrates: bool = False
     needs_model: bool = False
     reads_text: bool = True
+    costs: type[CostModel] = CostModel
 
     def reads_references(self, config: DraftConfig) -> bool:
         """True if it drafts from reference texts as it is configured."""

@@ -3,9 +3,10 @@
 Zhao et al. (EMNLP 2024, arXiv:2402.13720): the pool keeps for each token the 20 newest phrases of 6 tokens
 after it and outlives the request; the draft's last token is extended by the 3 newest of them, and all is
 verified in one pass. Published, the draft model itself decodes with lookahead over the pool, which makes
-drafting faster and leaves the draft as it is; here it decodes plainly. The pool takes phrases from drafts and
-from text that was verified; published ones also come from the lookahead's own guesses. The draft's length is
-per task there; 8 here.
+drafting faster and leaves the draft as it is; here it decodes plainly. The pool takes phrases from drafts,
+from text that was verified, and from what the target predicted at the nodes of one path, rejected ones too: a
+phrase that was wrong at one token is corrected. Published ones also come from the lookahead's own
+guesses. The draft's length is per task there; 8 here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from retrieval_draft._forks import lock_for_moments
 from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits
-from retrieval_draft.index.source import DraftSource, Proposal, TokenArray
+from retrieval_draft.index.source import DraftSource, NodeLogits, Proposal, TokenArray
 from retrieval_draft.methods.drafted import expansions
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
 from retrieval_draft.methods.method import Method, MethodContext, as_proposed
@@ -84,6 +85,7 @@ class OuroborosSession(LookupSession):
             self._quoted.add(text.tolist())
         self._expansion = expansion
         self._pool = pool
+        self._drafts = False
         pool.add(self.text)
 
     def propose(self, budget: int) -> Proposal:
@@ -91,6 +93,7 @@ class OuroborosSession(LookupSession):
         tree = GuessTree("ouroboros", "model")
         if not self.text or budget <= 0:
             return tree.proposal(0)
+        self._drafts = True
         grown = self._expansion.grow(np.array(self.text, np.int32), min(DRAFTED, budget))
         chain = grown.tokens.tolist()
         last = tree.add_path(chain)
@@ -105,6 +108,18 @@ class OuroborosSession(LookupSession):
         before = len(self.text)
         super().observe(tokens)
         self._pool.add(self.text[max(0, before - PHRASE) :])
+
+    def learn(self, logits: NodeLogits) -> None:
+        """Adds the phrases that the target predicted, token by token, along the paths of verified nodes."""
+        if not self._drafts:  # predictions at the prompt
+            return
+        runs: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}  # by the end of a node's context
+        for context, best in zip(logits.contexts.tolist(), logits.top_tokens[:, 0].tolist(), strict=True):
+            tokens, predicted = runs.get(tuple(context[:-1]), ([], []))
+            tokens, predicted = [*tokens, context[-1]][-PHRASE:], [*predicted, best][-PHRASE:]
+            runs[tuple(context[1:])] = tokens, predicted
+            if len(predicted) == PHRASE:
+                self._pool.add([tokens[0], *predicted])
 
     def close(self) -> None:
         """Frees the draft model's cache."""

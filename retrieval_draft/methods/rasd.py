@@ -4,7 +4,7 @@ Quan et al. (Findings of ACL 2025, arXiv:2503.03434; no code). The draft model g
 retrieved continuations whose first token is not among the model's best at the root are dropped; the others
 are joined to the tree along equal tokens. The number of the best, and the sizes of the trees, were not
 published: here 10, and half of the nodes each, where one may use the other's rest. Retrieval here is the
-request's suffix automaton, history and corpora.
+request's suffix automaton, history, shared store and corpora.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["METHOD", "RasdSession", "RasdSource", "join"]
 
 LIMITS = ExpansionLimits(top_k=10, depth=6, entropy_stop=None)
 KEPT_FIRST = 10
-RETRIEVAL = ("automaton", "history", "corpus")
+RETRIEVAL = ("automaton", "history", "shared", "corpus")
 
 
 def join(model: Proposal, found: Sequence[Proposal], budget: int) -> GuessTree:

@@ -8,7 +8,7 @@ left.
 
 Differences: drafts stop at the end of a document; of equal counts the shorter prefix is first, then that
 first in the suffix array (theirs is random); segments are read one after the other up to 5000 occurrences.
-Without a corpus it drafts from earlier requests of this process, see `History`.
+The datastore is all that there is: reference texts, corpora, replies of other servers, earlier requests.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval_draft.drafting.sources import make_source
-from retrieval_draft.index.history import HistorySource
 from retrieval_draft.index.segments.segment import Segment, match_state
 from retrieval_draft.index.segments.segment_session import Segments
-from retrieval_draft.index.source import Proposal, SourceSession, TokenArray
-from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
+from retrieval_draft.index.source import Proposal, TokenArray
+from retrieval_draft.methods.datastore import Datastore, StoredSource
+from retrieval_draft.methods.lookup import GuessTree, LookupSession
 from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 
-__all__ = ["METHOD", "RestSession", "RestSource", "TextEnd", "common_prefixes"]
+__all__ = ["METHOD", "RestSession", "TextEnd", "common_prefixes"]
 
 LONGEST, SHORTEST, COPIED = 16, 2, 10
 MAX_MATCHES = 5000
@@ -82,6 +81,12 @@ class TextEnd:
             found.append((segment, np.clip(starts + length, 0, len(segment.tokens) - 1)))
         return found
 
+    def oldest(self, length: int, most: int) -> list[int]:
+        """At most `most` tokens after the oldest occurrence of the last `length`, in the first segment."""
+        (segment, starts), *_ = self.behind(length)
+        copied: list[int] = segment.tokens[starts.min() : starts.min() + most].tolist()
+        return copied[: copied.index(segment.separator)] if segment.separator in copied else copied
+
 
 def common_prefixes(positions: Positions, copied: int, number: int, shortest: int = 1) -> list[Counted]:
     """The `number` most frequent prefixes of `shortest` to `copied` tokens at `positions`, with their counts.
@@ -121,20 +126,20 @@ class RestSession(LookupSession):
     Args:
         segments: The datastore for this request.
         prompt: int32, shape (length,).
-        history: Keeps the request's text, or None.
+        level: Locality of the datastore.
 
     Example:
         datastore 7 8 9 4 and 7 8 9 3, prompt 1 7 8  ->  tokens [9, 3, 4], parents [-1, 0, 0]
     """
 
-    def __init__(self, segments: Segments, prompt: TokenArray, history: SourceSession | None = None) -> None:
+    def __init__(self, segments: Segments, prompt: TokenArray, level: str = "corpus") -> None:
         super().__init__(prompt[:0])
         self._end = TextEnd(segments, prompt)
-        self._history = history
+        self._level = level
 
     def propose(self, budget: int) -> Proposal:
         """The most frequent prefixes of the continuations."""
-        tree = GuessTree("rest", "history" if self._history else "corpus")
+        tree = GuessTree("rest", self._level)
         for span in range(min(LONGEST, max(self._end.length, 4)), SHORTEST - 1, -1):
             positions = self._end.behind(span)
             kept = _cut(common_prefixes(positions, COPIED, CHOICES))
@@ -148,13 +153,6 @@ class RestSession(LookupSession):
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,)."""
         self._end.observe(tokens)
-        if self._history:
-            self._history.observe(tokens)
-
-    def close(self) -> None:
-        """Ends the request; without a corpus its text is added to the datastore."""
-        if self._history:
-            self._history.close()
 
 
 def _cut(prefixes: list[Counted]) -> dict[tuple[int, ...], int]:
@@ -166,37 +164,19 @@ def _cut(prefixes: list[Counted]) -> dict[tuple[int, ...], int]:
     return kept
 
 
-class RestSource(MethodSource):
-    """The corpora; without one, the texts of earlier requests."""
+def _sources(parts: MethodContext) -> Sequence[StoredSource]:
+    store = Datastore(parts)
 
-    def __init__(self, parts: MethodContext) -> None:
-        segments = tuple(part for corpus in parts.stores.corpora for part in corpus.segments)
-        store = make_source("corpus" if segments else "history", parts.config, parts.stores)
-        assert store is not None
-        self._store = store
+    def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> RestSession:
+        return RestSession(store.open(references), prompt, store.level)
 
-        def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> RestSession:
-            quoted = (Segment.build(references, parts.stores.vocabulary),) if references else ()
-            if isinstance(store, HistorySource):
-                return RestSession((*quoted, *store.history.segments), prompt, store.open(prompt))
-            return RestSession((*quoted, *segments), prompt)
-
-        super().__init__("rest", opened, lambda: store.nbytes)
-        self.level = store.level
-
-    def flush(self) -> None:
-        """Waits until finished requests can be looked up."""
-        self._store.flush()
-
-    def close(self) -> None:
-        """Adds waiting requests, and closes the datastore."""
-        self._store.close()
+    return [StoredSource("rest", store, opened, level=store.level)]
 
 
 METHOD = Method(
     name="rest",
     paper="He et al. 2024, arXiv:2311.08252",
-    sources=lambda parts: [RestSource(parts)],
+    sources=_sources,
     tree=as_proposed,
     nodes=CHOICES,
 )

@@ -9,6 +9,7 @@ enough, and without a match there is no draft.
 
 Differences: missing tokens are not padded with zeros; a match stops at the end of a document and is at most
 32 tokens in a corpus, where at most 5000 occurrences are read; equal counts are in the order of token ids.
+Earlier requests and the store of other servers are looked up with the corpora.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ import numpy as np
 from retrieval_draft.index.segments.segment_session import Segments
 from retrieval_draft.index.source import Proposal, TokenArray
 from retrieval_draft.index.suffix_automaton import SuffixAutomaton
-from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
+from retrieval_draft.methods.datastore import Datastore, StoredSource
+from retrieval_draft.methods.lookup import GuessTree, LookupSession, after_references
 from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 from retrieval_draft.methods.rest import Positions, TextEnd
 
-__all__ = ["METHOD", "SamDecodingSession"]
+__all__ = ["BIAS", "METHOD", "SamDecodingSession", "best_first"]
 
+NAME = "sam_decoding"
 MOST = 60
 PER_TOKEN = 4
 CHILDREN = 8
@@ -38,15 +41,17 @@ class SamDecodingSession(LookupSession):
     """A request's automaton and text, and the occurrences of its end in the corpora.
 
     Args:
-        segments: Of the corpora; may be none.
+        segments: Of corpora and other stores; may be none.
         prompt: int32, shape (length,).
+        level: Their locality.
 
     Example:
         text 7 8 9 4 7 8 5 7 8: "7 8" first occurred at the start  ->  chain 9 4 7 8 5 7 8
     """
 
-    def __init__(self, segments: Segments, prompt: TokenArray) -> None:
+    def __init__(self, segments: Segments, prompt: TokenArray, level: str = "corpus") -> None:
         super().__init__(prompt[:0])
+        self._level = level
         self._automaton = SuffixAutomaton(len(prompt) + 256)
         self._automaton.insert(prompt)
         self._bytes = bytearray(np.asarray(prompt, np.int32).tobytes())
@@ -57,9 +62,10 @@ class SamDecodingSession(LookupSession):
         """The chain, or the tree."""
         dynamic, static = self._automaton.match_length, self._corpora.length - BIAS
         if static > dynamic:
-            tree = _best_first(self._corpora.behind(static + BIAS), _size(static), static + BIAS)
+            tree = GuessTree(NAME, self._level)
+            best_first(tree, self._corpora.behind(static + BIAS), _size(static), static + BIAS)
             return tree.proposal(budget)
-        tree = GuessTree("sam_decoding")
+        tree = GuessTree(NAME)
         if dynamic:
             end = self._oldest_end(dynamic)
             copied = np.frombuffer(bytes(self._bytes[4 * end : 4 * (end + _size(dynamic))]), np.int32)
@@ -94,26 +100,36 @@ def _size(match: int) -> int:
     return min(MOST, 1 + match * PER_TOKEN)
 
 
-def _best_first(positions: Positions, size: int, match: int) -> GuessTree:
-    """The `size` most probable nodes by the counts of the texts at `positions`.
+def best_first(tree: GuessTree, positions: Positions, size: int, match: int, least: float = 0.0) -> float:
+    """Adds the `size` most probable nodes by the counts of the texts at `positions`.
+
+    Args:
+        tree: Gets the nodes; empty.
+        positions: Those after the match.
+        size: The most nodes.
+        match: Tokens of the match.
+        least: Path probability of a node at least.
+
+    Returns:
+        The sum of their path probabilities.
 
     Example:
-        positions before 9 4, 9 4 and 9 3, size 2  ->  9 (3 of 3), 9 4 (2 of 3)
+        positions before 9 4, 9 4 and 9 3, size 2  ->  9 (3 of 3), 9 4 (2 of 3): 1.67
     """
-    tree = GuessTree("sam_decoding", "corpus")
     heap: list[
         tuple[float, int, int, int, float, Positions]
     ] = []  # path, order, parent, token, share, positions
-    node, path, order = -1, 1.0, 0
+    node, path, order, total = -1, 1.0, 0, 0.0
     while True:
         here = sum(len(found) for _, found in positions)
         for token, count, behind in _children(positions):
             order += 1
-            heappush(heap, (-path * count / here, order, node, token, count / here, behind))
+            if path * count / here >= least:
+                heappush(heap, (-path * count / here, order, node, token, count / here, behind))
         if not heap or len(tree) == size:
-            return tree
+            return total
         negative, _, parent, token, share, positions = heappop(heap)
-        node, path = tree.add(parent, token, share, match), -negative
+        node, path, total = tree.add(parent, token, share, match), -negative, total - negative
 
 
 def _children(positions: Positions) -> list[tuple[int, int, Positions]]:
@@ -133,18 +149,17 @@ def _children(positions: Positions) -> list[tuple[int, int, Positions]]:
     return [(token, counts[token], behind[token]) for token in best]
 
 
-def _sources(parts: MethodContext) -> Sequence[MethodSource]:
-    corpora = parts.stores.corpora
-    segments = tuple(part for corpus in corpora for part in corpus.segments)
+def _sources(parts: MethodContext) -> Sequence[StoredSource]:
+    store = Datastore(parts)
 
     def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> SamDecodingSession:
-        return SamDecodingSession(segments, after_references(prompt, references))
+        return SamDecodingSession(store.open(), after_references(prompt, references), store.level)
 
-    return [MethodSource("sam_decoding", opened, lambda: sum(corpus.nbytes for corpus in corpora))]
+    return [StoredSource(NAME, store, opened)]
 
 
 METHOD = Method(
-    name="sam_decoding",
+    name=NAME,
     paper="Hu et al. 2024, arXiv:2411.10666",
     sources=_sources,
     tree=as_proposed,

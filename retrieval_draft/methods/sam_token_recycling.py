@@ -2,10 +2,12 @@
 
 Hu et al. (2024), "SAM Decoding: Speculative Decoding via Suffix Automaton" (arXiv:2411.10666), with Token
 Recycling as the other drafter: where the longest suffix of the text that occurred before has 5 tokens or
-more, one chain of the 40 tokens after its oldest occurrence; else the tree. Never both.
+more, one chain of the 40 tokens after its oldest occurrence; else the tree. Never both. A match in the static
+texts counts 5 tokens less; ties to the text.
 
-Differences: their second automaton, over a fixed corpus, is left out; where fewer than 40 tokens follow,
-those are the chain (their code pads with zeros or takes a shorter match); the tree is `token_recycling`'s.
+Differences: where fewer than 40 tokens follow, those are the chain (their code pads with zeros or takes a
+shorter match); the tree is `token_recycling`'s. Suffix arrays instead of the static automaton, as in
+`sam_decoding`: of corpora, earlier requests and the store of other servers.
 """
 
 from __future__ import annotations
@@ -14,10 +16,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from retrieval_draft.index.segments.segment_session import Segments
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 from retrieval_draft.index.suffix_automaton import SuffixAutomaton
-from retrieval_draft.methods.lookup import GuessTree, MethodSource, after_references
+from retrieval_draft.methods.datastore import Datastore, StoredSource
+from retrieval_draft.methods.lookup import GuessTree, after_references
 from retrieval_draft.methods.method import Method, MethodContext, as_proposed
+from retrieval_draft.methods.rest import TextEnd
+from retrieval_draft.methods.sam_decoding import BIAS
 from retrieval_draft.methods.token_recycling import TEMPLATE, RecycledTokens
 
 __all__ = ["METHOD", "SamTokenRecyclingSession"]
@@ -32,33 +38,47 @@ class SamTokenRecyclingSession:
 
     Args:
         matrix: Shared by all requests.
+        segments: Of the static texts; may be none.
         prompt: int32, shape (length,).
+        level: Locality of the static texts.
 
     Example:
         text 1 2 3 4 5 8 9 1 2 3 4 5: the last five occurred at the start  ->  chain 8 9 1 2 3 4 5;
         text 8 2 3 4 5 8 9 1 2 3 4 5: only four did  ->  the template below 5
     """
 
-    def __init__(self, matrix: RecycledTokens, prompt: TokenArray) -> None:
+    def __init__(
+        self, matrix: RecycledTokens, segments: Segments, prompt: TokenArray, level: str = "corpus"
+    ) -> None:
         self._matrix = matrix
+        self._static = TextEnd(segments, prompt)
+        self._level = level
         self._automaton = SuffixAutomaton(len(prompt) + 256)
         self._bytes = bytearray()
         self._last = -1
-        self.observe(prompt)
+        self._append(prompt)
 
     def propose(self, budget: int) -> Proposal:
         """The chain after a long match, or the tree."""
-        length = self._automaton.match_length
-        if length < LONG:
+        length, static = self._automaton.match_length, self._static.length
+        level, copied = self._level, []
+        if static - BIAS > max(length, LONG - 1):
+            copied = self._static.oldest(static, COPIED)
+        if not copied and length < LONG:
             return self._matrix.propose(self._last, budget, NAME)
-        end = self._first_end(length)
-        copied = np.frombuffer(bytes(self._bytes[4 * end : 4 * (end + COPIED)]), np.int32)
-        tree = GuessTree(NAME)
-        tree.add_path(copied.tolist(), match_length=length)
+        if not copied:
+            end, level, static = self._first_end(length), "request", length
+            copied = np.frombuffer(bytes(self._bytes[4 * end : 4 * (end + COPIED)]), np.int32).tolist()
+        tree = GuessTree(NAME, level)
+        tree.add_path(copied, match_length=static)
         return tree.proposal(budget)
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,)."""
+        self._static.observe(tokens)
+        self._append(tokens)
+
+    def _append(self, tokens: TokenArray) -> None:
         if len(tokens):
             self._automaton.insert(tokens)
             self._bytes += np.asarray(tokens, np.int32).tobytes()
@@ -80,13 +100,14 @@ class SamTokenRecyclingSession:
         return found // 4 + length
 
 
-def _sources(parts: MethodContext) -> Sequence[MethodSource]:
-    matrix = RecycledTokens(parts.stores.vocabulary)
+def _sources(parts: MethodContext) -> Sequence[StoredSource]:
+    matrix, store = RecycledTokens(parts.stores.vocabulary), Datastore(parts)
 
     def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> SamTokenRecyclingSession:
-        return SamTokenRecyclingSession(matrix, after_references(prompt, references))
+        text = after_references(prompt, references)
+        return SamTokenRecyclingSession(matrix, store.open(), text, store.level)
 
-    return [MethodSource(NAME, opened, lambda: matrix.nbytes)]
+    return [StoredSource(NAME, store, opened, lambda: matrix.nbytes)]
 
 
 METHOD = Method(

@@ -1,30 +1,37 @@
-"""STAND: n-gram rows of averaged next-token distributions, drafted as one fixed tree of ranks.
+"""STAND: n-gram rows of averaged next-token distributions, drafted as one fixed tree of ranks or of draws.
 
 Song et al. (2025), "Accelerated Test-Time Scaling with Model-Free Speculative Sampling" (arXiv:2506.04708):
 the target's distributions at verified nodes are averaged by their last 4, 3 and 2 tokens, one that follows k
-others with a weight of 1/(k+1), the top 10 kept; children of a node are the best of the longest n-gram that
-has a row.
+others with a weight of 1/(k+1), the top 10 kept; children of a node come from the longest n-gram that has a
+row, and are drawn without replacement where text is sampled: the best by log probability and Gumbel noise.
 
-Differences: children are the most probable ones, as greedy decoding wants them; the published Gumbel noise
-is for sampling and is added elsewhere. The published tree of 80 nodes was cut from 625 on AIME samples and is
-not public, so this one follows a rule, see `shape`. The drafting of an unseen n-gram is not public either:
-here its node stays a leaf. Rows stay for later requests, and the least recently written ones are evicted.
+Differences: greedy requests get the most probable children. The noise of a node's children is the one that
+the target draws that token with, so that draws agree where row and distribution do, and a seed gives the same
+text with any drafts; published is a cache of noise, and acceptance by min(1, p/q), q being the row. Rows hold
+probabilities at a temperature of 1, not at that of the request. The published tree of 80 nodes was cut from
+625 on AIME samples and is not public, so this one follows a rule, see `shape`. The drafting of an unseen
+n-gram is not public either: here its node stays a leaf. Rows stay for later requests, and the least recently
+written ones are evicted.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
+from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.index.adjacency import AdjacencyMatrix
 from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArray
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
 from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 
-__all__ = ["METHOD", "StandSession", "StandTable", "shape"]
+__all__ = ["METHOD", "RowsProposal", "StandSession", "StandTable", "drawn_tree", "shape"]
 
 KEPT = 10
 NODES = 80
@@ -107,6 +114,38 @@ class StandTable(AdjacencyMatrix):
         return [], [], 0
 
 
+class _Noise(Protocol):
+    """The Gumbel noise that a request's tokens are drawn with (`engine.sampling.noise.GumbelNoise`)."""
+
+    def of(self, position: int, tokens: NDArray[np.int64]) -> NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RowsProposal(Proposal):
+    """The most probable children, and a function that draws children instead.
+
+    Attributes:
+        drawn: Makes the proposal of a request's noise, and the position of its first drafted token.
+    """
+
+    drawn: Callable[[_Noise, int], Proposal]
+
+
+def drawn_tree(root_token: int, proposals: Sequence[Proposal], calibration: Any, max_nodes: int) -> DraftTree:
+    """The proposal itself; for a sampled request one of drawn children.
+
+    Args:
+        root_token: The last accepted token.
+        proposals: The session's.
+        calibration: Has the request's noise, None for greedy, and the position of the first drafted token.
+        max_nodes: The most draft nodes to keep.
+    """
+    noise = getattr(calibration, "noise", None)
+    if noise is not None and proposals and isinstance(proposals[0], RowsProposal):
+        proposals = [proposals[0].drawn(noise, calibration.position)]
+    return as_proposed(root_token, proposals, calibration, max_nodes)
+
+
 class StandSession(LookupSession):
     """One request's last tokens.
 
@@ -122,10 +161,22 @@ class StandSession(LookupSession):
         super().__init__(prompt[-CONTEXT:])
         self._table = table
 
-    def propose(self, budget: int) -> Proposal:
+    def propose(self, budget: int) -> RowsProposal:
         """The shape, filled from the rows; ranks that a row does not have stay out."""
+        best = self._filled(budget)
+        return RowsProposal(
+            best.tokens,
+            best.parents,
+            best.probs,
+            best.match_lengths,
+            best.source,
+            best.level,
+            partial(self._filled, budget),
+        )
+
+    def _filled(self, budget: int, noise: _Noise | None = None, position: int = 0) -> Proposal:
         tree = GuessTree("stand")
-        nodes, contexts = {-1: -1}, {-1: self.text}
+        nodes, contexts, depths = {-1: -1}, {-1: self.text}, {-1: 0}
         rows: dict[int, Any] = {}
         for number, (parent, rank) in enumerate(SHAPE):
             if len(tree) >= budget:
@@ -133,12 +184,22 @@ class StandSession(LookupSession):
             if parent not in nodes:
                 continue
             if parent not in rows:
-                rows[parent] = self._table.longest(contexts[parent])
+                rows[parent] = self._row(contexts[parent], noise, position + depths[parent])
             tokens, probs, order = rows[parent]
             if rank < len(tokens):
                 nodes[number] = tree.add(nodes[parent], tokens[rank], probs[rank], order)
                 contexts[number] = [*contexts[parent][1 - CONTEXT :], tokens[rank]]
+                depths[number] = depths[parent] + 1
         return tree.proposal(budget)
+
+    def _row(self, context: Sequence[int], noise: _Noise | None, position: int) -> Any:
+        """A row's tokens, probabilities and order: best first, or as drawn for a position."""
+        tokens, probs, order = self._table.longest(context)
+        if noise is not None and tokens:
+            noisy = np.log(np.maximum(probs, 1e-9)) + noise.of(position, np.array(tokens, np.int64))
+            turns = np.argsort(-noisy).tolist()
+            tokens, probs = [tokens[turn] for turn in turns], [probs[turn] for turn in turns]
+        return tokens, probs, order
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,), to the context. Rows learn in `learn`."""
@@ -163,7 +224,7 @@ METHOD = Method(
     name="stand",
     paper="Song et al. 2025, arXiv:2506.04708",
     sources=_sources,
-    tree=as_proposed,
+    tree=drawn_tree,
     nodes=NODES,
     reads_text=False,
 )

@@ -12,8 +12,9 @@ The engine plug-in verifies paths of 16 tokens; for trees only the depth is give
 
 Differences: automata instead of trees. Suffixes that occur at the same positions have the same tree after
 them and are tried once, at the greatest length that leaves room for a chain. The ends of earlier outputs,
-which no token followed, do not count. Beyond 10,000 outputs or `history_bytes` the oldest quarter is removed
-at once.
+which no token followed, do not count. Replies of other servers, corpora, and the history of a folder are
+looked up as well: the tree after the longest suffix that they have, of 32 tokens at most. Beyond 10,000
+outputs or `history_bytes` the oldest quarter is removed at once.
 """
 
 from __future__ import annotations
@@ -21,14 +22,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
+from operator import itemgetter
 
 import numpy as np
 
 from retrieval_draft._forks import lock_for_moments
+from retrieval_draft.index.segments.segment_session import Segments
 from retrieval_draft.index.source import Proposal, TokenArray
 from retrieval_draft.index.suffix_automaton import SuffixAutomaton
-from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
+from retrieval_draft.methods.datastore import Datastore, StoredSource
+from retrieval_draft.methods.lookup import GuessTree, LookupSession, after_references
 from retrieval_draft.methods.method import Method, MethodContext, as_proposed
+from retrieval_draft.methods.rest import TextEnd
+from retrieval_draft.methods.sam_decoding import best_first
 
 __all__ = ["METHOD", "Replies", "SuffixDecodingSession", "suffix_tree"]
 
@@ -153,43 +159,64 @@ class Replies:
 
 
 class SuffixDecodingSession(LookupSession):
-    """A request's automaton beside `replies`, which all requests share.
+    """A request's automaton beside `replies`, which all requests share, and stored texts.
+
+    Args:
+        replies: Outputs of earlier requests.
+        prompt: int32, shape (length,).
+        segments: Of the stored texts; may be none.
+        level: Their locality.
 
     Example:
         text 7 8 9 4 7 8, no earlier outputs: two nodes after "7 8", 9 and 4  ->  parents [-1, 0]
     """
 
-    def __init__(self, replies: Replies, prompt: TokenArray) -> None:
+    def __init__(
+        self, replies: Replies, prompt: TokenArray, segments: Segments = (), level: str = "corpus"
+    ) -> None:
         super().__init__(prompt)
         self._replies = replies
         self._prompted = len(prompt)
         self._automaton = SuffixAutomaton(len(prompt) + 256)
         self._automaton.insert(prompt)
+        self._stored = TextEnd(segments, prompt)
+        self._level = level
 
     def propose(self, budget: int) -> Proposal:
-        """The better of the request's tree and that of earlier outputs."""
+        """The best of the request's tree, that of earlier outputs and that of stored texts."""
         end = self.text[1 - DEPTH :]
-        own, own_score = suffix_tree(self._automaton, end, budget, "request")
-        others, others_score = self._replies.behind(end, budget)
-        return (own if own_score >= others_score else others).proposal(budget)
+        own = suffix_tree(self._automaton, end, budget, "request")
+        best, _ = max(own, self._replies.behind(end, budget), self._behind(budget), key=itemgetter(1))
+        return best.proposal(budget)
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,)."""
         super().observe(tokens)
         self._automaton.insert(tokens)
+        self._stored.observe(tokens)
 
     def close(self) -> None:
         """Adds the output for later requests."""
         self._replies.add(np.array(self.text[self._prompted :], np.int32))
 
+    def _behind(self, budget: int) -> Scored:
+        tree = GuessTree(NAME, self._level)
+        for span in range(max(self._stored.length, 4), 0, -1):  # lengths below 4 are not told
+            positions = self._stored.behind(span)
+            if positions:
+                return tree, best_first(tree, positions, min(budget, span), span, MIN_PROB)
+        return tree, 0.0
 
-def _sources(parts: MethodContext) -> Sequence[MethodSource]:
+
+def _sources(parts: MethodContext) -> Sequence[StoredSource]:
     replies = Replies(parts.config.history_bytes if parts.config.history_replies else 0)
+    store = Datastore(parts, earlier=parts.config.history_folder is not None)
 
     def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> SuffixDecodingSession:
-        return SuffixDecodingSession(replies, after_references(prompt, references))
+        text = after_references(prompt, references)
+        return SuffixDecodingSession(replies, text, store.open(), store.level)
 
-    return [MethodSource(NAME, opened, lambda: replies.nbytes)]
+    return [StoredSource(NAME, store, opened, lambda: replies.nbytes)]
 
 
 METHOD = Method(

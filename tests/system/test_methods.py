@@ -50,6 +50,16 @@ def test_methods_with_a_draft_model_are_exact_too(name: str, method: str) -> Non
         assert drafter.stats.drafted > 0
 
 
+def test_a_cascade_of_two_draft_models_is_exact() -> None:
+    model, prompt, stock = reference("llama")
+    drafter = RetrievalDrafter.for_model(
+        model, draft_model=["self", make("llama", seed=7, num_hidden_layers=1)], method="cascade"
+    )
+    assert near_ties(model, drafter.generate(prompt, max_new_tokens=NEW, do_sample=False), stock) == 0
+    assert drafter.stats.source_failures == 0
+    assert drafter.stats.drafted > 0
+
+
 @pytest.mark.parametrize("method", lookup_methods())
 def test_a_seeded_sample_equals_the_same_seed_without_drafts(method: str) -> None:
     model, prompt, _ = reference("llama")

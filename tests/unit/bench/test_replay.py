@@ -131,3 +131,19 @@ def test_a_sampled_trace_is_drafted_with_its_noise(tmp_path: Path) -> None:
     assert sampled["tokens"] == 7
     with pytest.raises(InvalidInputError, match="line 1"):
         replay([write(tmp_path / "u.jsonl", record | {"references": [["x"]]})], nodes=4)
+
+
+def test_prompts_become_references(tmp_path: Path) -> None:
+    passage = list(range(100, 120))
+    trace = write(tmp_path / "t.jsonl", {"task": "copy", "prompt": [*passage, 1, 2], "output": passage})
+    whole, given, without, shorter = (
+        replay([trace], nodes=30, **options)["steps"]
+        for options in (
+            {},
+            {"prompt_tokens": 2},
+            {"prompt_tokens": 2, "references": False},
+            {"prompt_tokens": 40},
+        )
+    )
+    assert whole == given == shorter <= 2 < without
+    assert replay([trace], nodes=30, prompt_tokens=0)["steps"] <= 2

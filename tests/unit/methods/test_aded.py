@@ -149,6 +149,14 @@ def test_with_a_corpus_requests_are_not_kept():
     assert made.open(ids(1, 2)).propose(64).tokens.tolist() == [9]
 
 
+def test_the_shared_store_is_counted_where_this_process_knows_nothing():
+    shared = SimpleNamespace(segments=[Segment.build([ids(1, 2, 9), ids(5, 6, 7)], 64)], nbytes=0)
+    (made,) = METHOD.sources(MethodContext(DraftConfig(), DraftStores(64, shared=shared)))
+    made.open(ids(1, 2, 3)).close()
+    assert made.open(ids(1, 2)).propose(64).tokens.tolist() == [3]
+    assert made.open(ids(5, 6)).propose(64).tokens.tolist() == [7]
+
+
 def test_the_least_recently_used_pairs_make_room():
     matrix = TrigramMatrix(rows=3)
     matrix.remember([1, 2, 3, 4, 5])

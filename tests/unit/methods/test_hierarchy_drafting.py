@@ -12,8 +12,9 @@ import pytest
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.segments.segment import Segment
+from retrieval_draft.index.source import NodeLogits
 from retrieval_draft.methods import hierarchy_drafting
-from retrieval_draft.methods.hierarchy_drafting import METHOD, ModelStore
+from retrieval_draft.methods.hierarchy_drafting import COPIED, METHOD, WINDOW, ModelStore
 from retrieval_draft.methods.method import MethodContext
 
 
@@ -122,6 +123,76 @@ def test_the_corpus_is_last():
     proposal = made.open(ids(7, 20, 21, 22, 23, 50, 7)).propose(28)
     assert proposal.tokens[::4].tolist() == [20, 5, 8, 1]
     assert made.nbytes > 1
+
+
+def test_replies_of_other_processes_come_between_the_model_and_the_corpus():
+    def stored(*text):
+        return SimpleNamespace(segments=(Segment.build([ids(*text)], 200),), nbytes=0, flush=lambda: None)
+
+    stores = DraftStores(200, corpora=(stored(50, 7, 1, 2, 3, 4),), shared=stored(50, 7, 8, 2, 3, 4))
+    (made,) = METHOD.sources(MethodContext(DraftConfig(), stores))
+    proposal = made.open(ids(50, 7)).propose(28)
+    assert proposal.tokens[::4].tolist() == [8, 1]
+    assert proposal.level == "shared"
+    finish(made, [], [7, 5, 6, 7, 8])
+    assert made.open(ids(50, 7)).propose(28).tokens[::4].tolist() == [5, 8, 1]
+
+
+def test_earlier_prompts_are_looked_up_like_a_corpus():
+    made = source()
+    finish(made, [50, 7, 1, 2, 3, 4], [9])
+    made.flush()
+    proposal = made.open(ids(50, 7)).propose(28)
+    assert proposal.tokens.tolist() == [1, 2, 3, 4]
+    assert proposal.level == "history"
+    made.close()
+
+
+def predictions(contexts, tokens):
+    return NodeLogits(
+        np.array(contexts, np.int32),
+        np.array(tokens, np.int32)[:, None],
+        np.ones((len(tokens), 1), np.float32),
+    )
+
+
+def paths(proposal):
+    found = []
+    for token, parent in zip(proposal.tokens.tolist(), proposal.parents.tolist(), strict=True):
+        found.append((*(found[parent] if parent >= 0 else ()), token))
+    return found
+
+
+def test_the_window_takes_what_the_target_predicts_and_gives_guesses():
+    opened = source().open(ids(*range(100)))
+    drafted = paths(opened.propose(METHOD.nodes))
+    assert len(drafted) == WINDOW * COPIED
+    longest = max(drafted, key=len)
+    assert len(longest) == WINDOW - 1 + COPIED
+    columns = [path[-COPIED:] for path in drafted if not any(path == other[:-1] for other in drafted)]
+    assert [column[0] for column in columns] == list(longest[:WINDOW])
+    opened.observe(ids(150))
+    opened.learn(predictions(columns, range(110, 110 + WINDOW)))
+    moved = paths(opened.propose(METHOD.nodes))
+    for length, (column, token) in enumerate(zip(columns, range(110, 110 + WINDOW), strict=True)):
+        spine = tuple(other[1] for other in columns[:length])
+        assert (*spine, *column[1:], token) in moved
+    opened.observe(ids(columns[-1][0]))
+    assert paths(opened.propose(4))[-1] == (*columns[-1][1:], 109 + WINDOW)
+
+
+def test_the_window_moves_as_far_as_the_text_and_waits_where_it_was_not_verified():
+    opened = source().open(ids(*range(100)))
+    first = opened.propose(METHOD.nodes)
+    opened.observe(ids(150))
+    opened.learn(predictions([[1, 2, 3, 4]], [5]))
+    assert opened.propose(METHOD.nodes).tokens.tolist() == first.tokens.tolist()
+    drafted = paths(first)
+    columns = [path[-COPIED:] for path in drafted if not any(path == other[:-1] for other in drafted)]
+    opened.observe(ids(150, 151, 152))
+    opened.learn(predictions(columns, range(110, 110 + WINDOW)))
+    assert paths(opened.propose(METHOD.nodes))[COPIED - 1] == (*columns[2][1:], 112)
+    assert len(opened.propose(28)) == 0
 
 
 def test_a_guess_known_to_two_stores_is_one():

@@ -7,6 +7,7 @@ import torch
 
 from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits
 from retrieval_draft.engine.target import Target
+from retrieval_draft.index.source import NodeLogits
 from retrieval_draft.methods import ouroboros
 from retrieval_draft.methods.ouroboros import DRAFTED, KEPT, OuroborosSession, PhrasePool
 from tests.support.models import make
@@ -50,3 +51,27 @@ def test_the_greedy_chain_is_extended_by_phrases_of_earlier_requests() -> None:
     last = proposal.tokens[DRAFTED:].tolist()
     assert last[:6] == [1, 2, 3, 4, 5, 6]
     assert proposal.parents[DRAFTED] == DRAFTED - 1
+
+
+def test_phrases_are_put_right_by_what_was_predicted_at_rejected_nodes() -> None:
+    pool = PhrasePool()
+    limits = ExpansionLimits(top_k=1, depth=DRAFTED, entropy_stop=None)
+    opened = OuroborosSession(Expansion(Target(make("llama")), limits), pool, np.array([7, 8, 9], np.int32))
+    # Below 9 the phrase 1 2 3 4 5 6, at which other tokens are predicted, and another branch, 20.
+    path = [7, 8, 9, 1, 2, 3, 4, 5, 6]
+    contexts = [[-1, 7, 8, 9], *(path[end - 4 : end] for end in range(4, 10)), [7, 8, 9, 20]]
+    logits = NodeLogits(
+        np.array(contexts, np.int32),
+        np.array([[11], [12], [13], [14], [15], [16], [17], [30]], np.int32),
+        np.ones((8, 1), np.float32),
+    )
+    opened.learn(logits)
+    assert pool.newest(9) == [], "predictions at the prompt are left out"
+    opened.propose(60)
+    before = pool.newest(9)
+    opened.learn(logits)
+    assert pool.newest(9)[0] == (11, 12, 13, 14, 15, 16)
+    assert pool.newest(1) == [(12, 13, 14, 15, 16, 17)]
+    assert pool.newest(9)[1:] == before[:2]
+    assert pool.newest(20) == []
+    opened.close()

@@ -1,15 +1,21 @@
-"""Reference texts reach every method that reads text; the others say that they have no use for them."""
+"""Texts reach every method with a place for them; without one for references, methods say so."""
 
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
+from retrieval_draft.bench.compare import lookup_methods
 from retrieval_draft.config import METHODS
+from retrieval_draft.index.draft_stores import DraftStores
+from retrieval_draft.index.segments.segment import Segment
+from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.registry import get_method
 from tests.support.drafters import prompt_ids
 from tests.support.models import make
@@ -74,3 +80,37 @@ def test_other_requests_do_not_draft_from_them(method: str) -> None:
     assert other.last_stats is not None
     assert fresh.last_stats is not None
     assert other.last_stats.accepted <= fresh.last_stats.accepted + 8
+
+
+TEXT = np.random.default_rng(5).permutation(90).astype(np.int32)
+PLACES = ("references", "history", "shared", "corpora")
+READ = {
+    **dict.fromkeys(("prompt_lookup", "anpd", "logit_spec"), PLACES[:1]),  # by their papers the prompt's own
+    "racer": PLACES[:2],  # a trie of 10,000 nodes
+}
+"""Methods with fewer places for text than all."""
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("method", [name for name in lookup_methods() if name in READS])
+def test_a_text_is_drafted_from_where_there_is_a_place_for_it(method: str, place: str) -> None:
+    given: dict[str, Any] = {}
+    if place in ("shared", "corpora"):
+        stored = SimpleNamespace(segments=(Segment.build([TEXT], 100),), nbytes=0, flush=lambda: None)
+        given[place] = stored if place == "shared" else (stored,)
+    config = DraftConfig(method=method, sources=("automaton", "history", "shared", "corpus"))
+    sources = get_method(method).sources(MethodContext(config, DraftStores(100, **given)))
+    try:
+        if place == "history":
+            for source in sources:
+                session = source.open(TEXT[:10])
+                session.observe(TEXT[10:])
+                session.close()
+                source.flush()
+        references = [TEXT] if place == "references" else []
+        sessions = [source.open(TEXT[20:32], references) for source in sources]
+        firsts = {token for each in sessions for token in each.propose(60).tokens[:1].tolist()}
+    finally:
+        for source in sources:
+            source.close()
+    assert (int(TEXT[32]) in firsts) == (place in READ.get(method, PLACES))

@@ -135,10 +135,15 @@ def test_a_node_has_eight_children_at_most():
     assert sam.open(ids(*text)).propose(60).tokens.tolist() == list(range(20, 28))
 
 
-def test_requests_do_not_see_each_other():
+def test_earlier_requests_are_static_texts():
     sam = source()
-    first = sam.open(ids(1, 2, 3))
-    first.observe(ids(1))
+    first = sam.open(ids(1, 2, 3, 4, 5, 6))
+    first.observe(ids(7))
     first.close()
-    assert len(sam.open(ids(1)).propose(60)) == 0
-    assert sam.nbytes == 0
+    sam.flush()
+    assert len(sam.open(ids(2, 3, 4, 5, 6)).propose(60)) == 0  # five tokens of bias
+    proposal = sam.open(ids(1, 2, 3, 4, 5, 6)).propose(60)
+    assert proposal.tokens.tolist() == [7]
+    assert proposal.level == "history"
+    assert sam.nbytes > 0
+    sam.close()

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.index.draft_stores import DraftStores
+from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.index.source import NodeLogits
 from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.sam_token_recycling import METHOD
 
 
-def source(vocabulary=64):
-    (made,) = METHOD.sources(MethodContext(DraftConfig(), DraftStores(vocabulary)))
+def source(vocabulary=64, texts=()):
+    """One corpus of the texts given."""
+    segments = (Segment.build([ids(*text) for text in texts], vocabulary),) if texts else ()
+    corpora = (SimpleNamespace(segments=segments, nbytes=0),) if texts else ()
+    (made,) = METHOD.sources(MethodContext(DraftConfig(), DraftStores(vocabulary, corpora=corpora)))
     return made
 
 
@@ -70,6 +76,28 @@ def test_matches_are_of_tokens_not_of_bytes():
     shifted = [value << 8 for value in (1, 2, 3, 4, 5)]
     opened = source().open(ids(7, *shifted, 0, 1, 2, 3, 4, 5, 8, 1, 2, 3, 4, 5))
     assert opened.propose(1).tokens.tolist() == [8]
+
+
+def test_a_static_match_of_ten_is_copied_from_its_oldest_place():
+    run = list(range(1, 11))
+    made = source(200, [[90, *run, 31, 32], [*run, 21, 22], [*range(40, 45), *range(100, 180)]])
+    opened = made.open(ids(0, *run[1:]))
+    opened.learn(predictions(10, 7))
+    assert opened.propose(80).tokens.tolist() == [7]  # nine tokens, five of bias
+    proposal = made.open(ids(*run)).propose(80)
+    assert proposal.tokens.tolist() == [31, 32]
+    assert proposal.level == "corpus"
+    assert len(made.open(ids(*range(40, 45), *range(100, 110))).propose(80)) == 40
+
+
+def test_the_text_wins_ties_and_a_static_match_that_ends_counts_for_nothing():
+    run = list(range(1, 11))
+    opened = source(200, [[*run, 21]]).open(ids(*run[5:], 31, *run))  # five against ten less five
+    assert opened.propose(1).tokens.tolist() == [31]
+    assert opened.propose(1).level == "request"
+    opened = source(200, [run]).open(ids(*run))
+    opened.learn(predictions(10, 7))
+    assert opened.propose(80).tokens.tolist() == [7]
 
 
 def test_empty_prompt_and_rows_across_requests():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
 from retrieval_draft.config import DraftConfig
+from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.source import NodeLogits
 from retrieval_draft.methods.method import MethodContext
@@ -111,3 +115,57 @@ def test_rows_outlive_requests_and_the_table_does_not_grow():
         second.learn(predictions([token, token + 1], [7]))
     assert made.nbytes == before
     assert second.propose(1).tokens.tolist() == []  # the least recently written rows made room
+
+
+def noise(key):
+    return GumbelNoise(key, 16, torch.device("cpu"))
+
+
+def sampled(opened, key, position=3, nodes=80):
+    calibration = SimpleNamespace(noise=noise(key), position=position)
+    tree = METHOD.tree(1, [opened.propose(80)], calibration, nodes)
+    return tree.tokens[1:].tolist()
+
+
+def test_sampled_children_are_drawn_by_their_probability():
+    opened = source().open(ids(5, 7))
+    opened.learn(predictions([5, 7], [9, 4, 3], [0.6, 0.3, 0.1]))
+    draws = [sampled(opened, key) for key in range(600)]
+    assert all(sorted(draw) == [3, 4, 9] for draw in draws)  # without replacement
+    for token, prob in ((9, 0.6), (4, 0.3), (3, 0.1)):
+        first = sum(draw[0] == token for draw in draws) / len(draws)
+        assert first == pytest.approx(prob, abs=0.07)
+    second = [draw[1] for draw in draws if draw[0] == 9]
+    assert second.count(4) / len(second) == pytest.approx(0.75, abs=0.07)
+
+
+def test_draws_depend_on_the_request_and_the_position_alone():
+    opened = source().open(ids(5, 7))
+    opened.learn(predictions([5, 7], list(range(8)), [0.125] * 8))
+    assert sampled(opened, 1) == sampled(opened, 1)
+    assert sampled(opened, 1) != sampled(opened, 2)
+    assert sampled(opened, 1) != sampled(opened, 1, position=4)
+    assert sampled(opened, 1, nodes=2) == sampled(opened, 1)[:2]
+
+
+def test_the_first_draws_are_the_targets_where_the_rows_are_its_distribution():
+    opened = source().open(ids(5, 7))
+    opened.learn(predictions([5, 7], [9, 4, 3], [0.5, 0.3, 0.2]))
+    opened.learn(predictions([7, 9], [1, 2], [0.6, 0.4]))
+    scores, after = torch.full((16,), -torch.inf), torch.full((16,), -torch.inf)
+    scores[[9, 4, 3]], after[[1, 2]] = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.6, 0.4]).log()
+    for key in range(20):
+        first = noise(key).draw(scores, 3)
+        drafts = sampled(opened, key)
+        assert drafts[0] == first
+        if first == 9:
+            assert drafts[1] == noise(key).draw(after, 4)
+
+
+def test_greedy_requests_get_the_most_probable_children():
+    opened = source().open(ids(5, 7))
+    opened.learn(predictions([5, 7], [9, 4, 3], [0.4, 0.3, 0.3]))
+    for calibration in (None, SimpleNamespace(noise=None, position=3)):
+        tree = METHOD.tree(1, [opened.propose(80)], calibration, 80)
+        assert tree.tokens.tolist() == [1, 9, 4, 3]
+    assert len(METHOD.tree(1, [], SimpleNamespace(noise=noise(1), position=3), 80)) == 1

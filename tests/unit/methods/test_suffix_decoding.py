@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from heapq import heappop, heappush
 from threading import Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.index.draft_stores import DraftStores
+from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.index.suffix_automaton import SuffixAutomaton
 from retrieval_draft.methods import suffix_decoding
 from retrieval_draft.methods.method import MethodContext
@@ -197,3 +199,20 @@ def test_sessions_in_threads_share_the_outputs():
         thread.join()
     for first in (10, 30, 50):
         assert made.open(ids(first, first + 1)).propose(64).tokens.tolist() == [first + 2, first + 3]
+
+
+def test_stored_texts_have_a_tree_after_their_longest_match():
+    def stored(*texts):
+        return SimpleNamespace(segments=(Segment.build([ids(*text) for text in texts], 100),), nbytes=0)
+
+    many = [[1, 2, 3, 4], [1, 2, 3, 4], *[[1, 2, 3, token] for token in range(20, 40)]]
+    stores = DraftStores(100, corpora=(stored([7, 8, 9, 4, 5]),), shared=stored(*many))
+    (made,) = METHOD.sources(MethodContext(DraftConfig(), stores))
+    proposal = made.open(ids(7, 8)).propose(64)
+    assert proposal.tokens.tolist() == [9, 4]  # as many as match
+    assert proposal.level == "corpus"
+    assert len(made.open(ids(1, 2, 3)).propose(64)) == 0  # 2 of 22 is less than a tenth
+    assert made.open(ids(1, 2)).propose(64).tokens.tolist() == [3]
+    opened = made.open(ids(7, 8, 60, 61, 7, 8))
+    assert opened.propose(64).tokens.tolist() == [9, 4]  # the text's own end counts there, not here
+    assert len(opened.propose(0)) == 0
