@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_draft.cli.bench_common import Out, finish
+from retrieval_draft.bench.busy import busy_processes
+from retrieval_draft.cli.bench_common import Beside, Out, finish
 from retrieval_draft.cli.common import DIFFERENT, Json
 from retrieval_draft.cli.output import print_json, print_table
 from retrieval_draft.errors import InvalidInputError
@@ -38,6 +39,7 @@ def serve(
         int | None,
         typer.Option(min=1, help="Of the server's torch; 1 for the tiny model.", show_default=False),
     ] = None,
+    beside: Beside = 0,
     out: Out = None,
     json: Json = False,
 ) -> None:
@@ -55,13 +57,20 @@ def serve(
 
             torch.set_num_threads(threads)  # the answers are made offline with as many
             options += ["--threads", str(threads)]
-        if compare_none:
-            result = _compare(options, method, clients, prompts, limit, max_new_tokens, rounds)
-        else:
-            result = _load(options, method, model or scratch, clients, seconds, distinct)
+        with busy_processes(beside):
+            if compare_none:
+                result = _compare(options, method, clients, prompts, limit, max_new_tokens, rounds)
+            else:
+                result = _load(options, method, model or scratch, clients, seconds, distinct)
     from retrieval_draft.bench.provenance import provenance
 
-    result |= {"model": model or "tiny", "method": method, "clients": clients, "max_batch": max_batch}
+    result |= {
+        "model": model or "tiny",
+        "method": method,
+        "clients": clients,
+        "max_batch": max_batch,
+        "beside": beside,
+    }
     finish(result | provenance(), out)
     if json:
         print_json(result)

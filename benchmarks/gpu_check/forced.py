@@ -104,6 +104,6 @@ def forced(replies: Mapping[tuple[int, ...], Sequence[int]]) -> Iterator[None]:
         mock.patch.object(row_module, "walk", walk_recorded),
         mock.patch.object(DraftSession, "start", start_recorded),
         mock.patch.object(DraftSession, "learn", learn_recorded),
-        mock.patch.object(DraftSession, "learn_early", lambda drafting, logits: None),
+        mock.patch.object(DraftSession, "learn_early", return_value=None),
     ):
         yield

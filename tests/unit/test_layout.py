@@ -64,6 +64,7 @@ TESTS = ROOT / "tests"
 FOLDERS_OF_TESTS = ("benchmarks", "property", "system", "unit")
 
 OF_NO_ONE_MODULE = {
+    "engine/graph/test_tree_attention_compiled.py": "tree_attention.py, where it is not interpreted",
     "engine/sampling/test_distribution.py": "samples follow the model's distribution",
     "engine/test_fake_cuda.py": "the loop as on a device without one",
     "engine/test_launches.py": "launches and copies of a step",

@@ -59,7 +59,7 @@ class PassTree:
         length: int64, shape (1,). Committed tokens.
         depths: int64, shape (n,). Of the nodes.
         hidden: bool, shape (n, n). [i, j] true where node i must not see node j; None for a root alone.
-        windows: Windows by the masks that say the same: by the address of their first element.
+        windows: Windows by the address of the first element of their masks.
         reads: Layers that have read it so far.
     """
 

@@ -23,7 +23,7 @@ from tests.support.trees import tree_of
 
 
 def random_tree(nodes: int, rng: np.random.Generator) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Which nodes each one must not see, and the depths of all."""
+    """Nodes that each one must not see, and the depths of all."""
     hidden = ~np.eye(nodes, dtype=bool)
     depths = np.zeros(nodes, np.int64)
     for node in range(1, nodes):
