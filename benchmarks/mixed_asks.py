@@ -67,7 +67,7 @@ def _words(draw: random.Random, least: int, most: int) -> str:
     return " ".join(draw.choices(_WORDS, k=draw.randint(least, most)))
 
 
-def _said(text: Any, system: str = "") -> dict[str, Any]:
+def _user(text: Any, system: str = "") -> dict[str, Any]:
     before = [{"role": "system", "content": system}] if system else []
     return {"messages": [*before, {"role": "user", "content": text}]}
 
@@ -77,7 +77,7 @@ def _limits(draw: random.Random, most: int = 96) -> dict[str, Any]:
 
 
 def _chat(draw: random.Random, number: int, sampling: dict[str, Any]) -> MixedAsk:
-    body = _said(_words(draw, 1, 30), " ".join(_WORDS)) | _limits(draw) | sampling
+    body = _user(_words(draw, 1, 30), " ".join(_WORDS)) | _limits(draw) | sampling
     return MixedAsk("chat", _CHAT, body)
 
 
@@ -86,7 +86,7 @@ def _text(draw: random.Random, number: int, sampling: dict[str, Any]) -> MixedAs
 
 
 def _long_chat(draw: random.Random, number: int, sampling: dict[str, Any]) -> MixedAsk:
-    return MixedAsk("long chat", _CHAT, _said(_words(draw, 400, 800)) | _limits(draw) | sampling)
+    return MixedAsk("long chat", _CHAT, _user(_words(draw, 400, 800)) | _limits(draw) | sampling)
 
 
 def _tool(name: str, draw: random.Random) -> dict[str, Any]:
@@ -100,12 +100,12 @@ def _tool(name: str, draw: random.Random) -> dict[str, Any]:
 
 
 def _tools(draw: random.Random, number: int, sampling: dict[str, Any]) -> MixedAsk:
-    body = _said(_words(draw, 1, 20)) | {"tools": [_tool("look", draw), _tool("run", draw)]}
+    body = _user(_words(draw, 1, 20)) | {"tools": [_tool("look", draw), _tool("run", draw)]}
     return MixedAsk("tools", _CHAT, body | _limits(draw) | sampling)
 
 
 def _call(draw: random.Random, number: int, sampling: dict[str, Any]) -> MixedAsk:
-    body = _said(_words(draw, 1, 20)) | {"tools": [_tool("look", draw), _tool("run", draw)]}
+    body = _user(_words(draw, 1, 20)) | {"tools": [_tool("look", draw), _tool("run", draw)]}
     body |= {"tool_choice": "required", "parallel_tool_calls": False}
     return MixedAsk("call", _CHAT, body | _limits(draw, 160) | sampling, _call_fault)
 
@@ -128,7 +128,7 @@ def _schema(draw: random.Random, number: int, sampling: dict[str, Any]) -> Mixed
     properties = {name: draw.choice(values) for name in names}
     schema = {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema, "strict": True}}
-    body = _said(_words(draw, 1, 20)) | {"response_format": form} | _limits(draw, 256) | sampling
+    body = _user(_words(draw, 1, 20)) | {"response_format": form} | _limits(draw, 256) | sampling
 
     def fault(choice: dict[str, Any]) -> str:
         return "" if list(json.loads(choice["content"])) == names else "the object has other keys"
@@ -138,7 +138,7 @@ def _schema(draw: random.Random, number: int, sampling: dict[str, Any]) -> Mixed
 
 def _choice(draw: random.Random, number: int, sampling: dict[str, Any]) -> MixedAsk:
     choices = ["yes", "yesterday", "no", f"{number} 日本"]
-    body = _said(_words(draw, 1, 20)) | {"structured_outputs": {"choice": choices}}
+    body = _user(_words(draw, 1, 20)) | {"structured_outputs": {"choice": choices}}
 
     def fault(choice: dict[str, Any]) -> str:
         return "" if choice["content"] in choices else f"{choice['content']!r} is no choice"
@@ -149,7 +149,7 @@ def _choice(draw: random.Random, number: int, sampling: dict[str, Any]) -> Mixed
 def _image(draw: random.Random, number: int, sampling: dict[str, Any]) -> MixedAsk:
     images = [_picture(draw, draw.choice((16, 64, 900))) for _ in range(draw.randint(1, 2))]
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in images]
-    body = _said([{"type": "text", "text": _words(draw, 1, 20)}, *parts])
+    body = _user([{"type": "text", "text": _words(draw, 1, 20)}, *parts])
     return MixedAsk("image", _CHAT, body | _limits(draw) | sampling)
 
 
@@ -163,7 +163,7 @@ def _picture(draw: random.Random, side: int) -> str:
 
 
 def _samples(draw: random.Random, number: int, sampling: dict[str, Any]) -> MixedAsk:
-    body = _said(_words(draw, 1, 20)) | {"n": 2, "stop": ["zz"]} | _limits(draw) | sampling
+    body = _user(_words(draw, 1, 20)) | {"n": 2, "stop": ["zz"]} | _limits(draw) | sampling
     return MixedAsk("samples", _CHAT, body)
 
 
@@ -172,7 +172,7 @@ def _response(draw: random.Random, number: int, sampling: dict[str, Any]) -> Mix
     return MixedAsk("response", _RESPONSES, body)
 
 
-_SAY = _said("the sea")
+_SAY = _user("the sea")
 BAD_ASKS: list[tuple[str, bytes | dict[str, Any]]] = [
     (_CHAT, b"{"),
     (_CHAT, b'{"messages": 3}'),
@@ -185,8 +185,8 @@ BAD_ASKS: list[tuple[str, bytes | dict[str, Any]]] = [
     (_CHAT, _SAY | {"structured_outputs": {"regex": "("}}),
     (_CHAT, _SAY | {"tools": [], "tool_choice": "required"}),
     (_CHAT, _SAY | {"n": 1000}),
-    (_CHAT, _said([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}])),
-    (_CHAT, _said([{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}])),
+    (_CHAT, _user([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}])),
+    (_CHAT, _user([{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}])),
     (_TEXTS, {"prompt": "a " * 5000}),
     (_TEXTS, {"prompt": [1 << 40]}),
     (_RESPONSES, {"input": "the sea", "previous_response_id": "resp_1"}),

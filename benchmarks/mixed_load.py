@@ -50,7 +50,7 @@ class MixedResult:
     """Results of the clients.
 
     Attributes:
-        counts: Whole answers by kind, those of 429, and requests that were given up or refused.
+        counts: Whole answers by kind, those of 429, and requests that were abandoned or refused.
         different: Answers that are not those of the same request alone.
         faults: Answers of a wrong form, and errors of the server's.
         gaps: Second of the run, and seconds between two pieces of a stream.
@@ -127,10 +127,10 @@ def ask_mixed(
             out.fault = f"{ask.kind}: status {response.status}: {response.read(300)!r}"
             return out
         pieces = _read_stream(response, out, began, leave_after) if stream else [json.loads(response.read())]
-        if out.status:
+        if out.status and not out.fault:
             out.choices = _response_choices(pieces) if "responses" in ask.path else _choices(pieces)
             out.answer = json.dumps(out.choices, sort_keys=True)
-            out.fault = out.fault or _fault(ask, out.choices)
+            out.fault = _fault(ask, out.choices)
         return out
     except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
         return Outcome(599, fault=f"{ask.kind}: {type(error).__name__}: {error}")
@@ -160,13 +160,13 @@ def _read_stream(
         if not last and _says(pieces[-1]):  # what comes before the first token, at once, names the role only
             out.first, last = now - began, now
         done = done or pieces[-1].get("type", "").startswith(("response.completed", "response.incomplete"))
-        if "error" in pieces[-1] and pieces[-1]["error"]:
-            out.fault = f"error {pieces[-1]['error']}"
+        if error := pieces[-1].get("error") or (pieces[-1].get("response") or {}).get("error"):
+            out.fault = f"error {error}"
         if leave_after is not None and len(pieces) > leave_after:
             out.status = 0
             return pieces
     if not done and not out.fault:
-        out.fault = "the stream was cut"
+        out.fault = f"the stream was cut after {pieces[-1:]}"
     return pieces
 
 
@@ -187,12 +187,12 @@ def _choices(pieces: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     )
     for piece in pieces:
         for choice in piece.get("choices") or ():
-            mine, said = found[choice["index"]], choice.get("delta") or choice.get("message") or choice
-            mine["content"] += said.get("content") or said.get("text") or ""
+            mine, message = found[choice["index"]], choice.get("delta") or choice.get("message") or choice
+            mine["content"] += message.get("content") or message.get("text") or ""
             mine["tokens"] += choice.get("token_ids") or ()
             mine["end"] = choice.get("finish_reason") or mine["end"]
-            for place, call in enumerate(said.get("tool_calls") or ()):
-                index = call.get("index", place)
+            for number, call in enumerate(message.get("tool_calls") or ()):
+                index = call.get("index", number)
                 while len(mine["calls"]) <= index:
                     mine["calls"].append(["", ""])
                 mine["calls"][index][0] += call["function"].get("name") or ""
@@ -255,9 +255,9 @@ def run_mixed(
                     result.counts["refused, as they must be"] += not fault
                     result.faults += [fault] if fault else []
                 continue
-            place = draw.randrange(len(asks))
+            index = draw.randrange(len(asks))
             leave = draw.randint(0, 20) if kind < _BAD + _CANCELLED else None
-            told = ask_mixed(server.port, asks[place], stream=draw.random() < 0.5, leave_after=leave)
+            told = ask_mixed(server.port, asks[index], stream=draw.random() < 0.5, leave_after=leave)
             with lock:
                 result.gaps += [(at - begin, gap) for at, gap in told.gaps]
                 result.firsts += [told.first] if told.first else []
@@ -268,10 +268,10 @@ def run_mixed(
                 elif not told.status:
                     result.counts["given up"] += 1
                 else:
-                    result.counts[asks[place].kind] += 1
-                    if told.answer != expected[place]:
+                    result.counts[asks[index].kind] += 1
+                    if told.answer != expected[index]:
                         result.different.append(
-                            {"ask": repr(asks[place])[:600], "told": told.answer, "alone": expected[place]}
+                            {"ask": repr(asks[index])[:600], "told": told.answer, "alone": expected[index]}
                         )
 
     threads = [threading.Thread(target=work, args=(client,)) for client in range(clients)]

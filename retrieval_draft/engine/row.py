@@ -448,7 +448,8 @@ class Row:
             self.apply_feedback()
         except Exception as error:  # the request is over: what is learned of it may not harm others
             _log.warning("The last step of a request was not learned from: %r", error, exc_info=error)
-        self.drafting.close()
+        if self.drafting is not None:  # a placeholder in the last step has ended it
+            self.drafting.close()
         self.drafting = None
 
 

@@ -344,6 +344,17 @@ def test_drafting_ends_with_a_placeholder(said: tuple[int, int], observed: list[
     assert (("close",) in told.calls) == (30 in said)
 
 
+def test_a_row_may_leave_with_a_placeholder_that_nobody_observed_yet() -> None:
+    told, root = Told(), first_token()
+    made = started(told, placeholders=frozenset({31}))
+    plan = DraftPlan(tree := DraftTree.root(root), tree, ())
+    TARGET.verify(made.cache, made.prepare(plan))
+    made.accept(plan, NOTHING, says(31))
+    made.forget()
+    assert made.drafting is None
+    assert [call for call, *_ in told.calls].count("close") == 1
+
+
 def test_nothing_is_drafted_after_a_placeholder_that_begins_the_reply() -> None:
     told = Told()
     made = started(told, placeholders=frozenset({first_token()}))
