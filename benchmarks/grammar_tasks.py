@@ -43,9 +43,7 @@ def _object(**properties: Any) -> dict[str, Any]:
 
 
 def _json(request: str, schema: dict[str, Any]) -> GrammarTask:
-    return GrammarTask(
-        request, Grammar.json_schema(schema), lambda text: _is_valid(schema, text)
-    )
+    return GrammarTask(request, Grammar.json_schema(schema), lambda text: _is_valid(schema, text))
 
 
 def _call(request: str, schema: dict[str, Any]) -> GrammarTask:

@@ -116,9 +116,9 @@ class ChatReplies:
                 400, "This server does not know how its model calls tools; see --tool-parser.", "tools"
             )
         asked, text_before = asked_grammar(body), text
-        if use is not None and (use.choice != "auto" or asked is None):
+        if use is not None:
             means.check()
-            asked = tool_grammar(use, parsing, text, loaded.tokenizer)
+            asked = tool_grammar(use, parsing, text, loaded.tokenizer, asked)
         if use is not None or parsing.parses:
             if asked is not None and asked.field != "tool_choice" and parsing.template is None:
                 text_before = ""  # the rule begins with the reply, which has no reasoning then
