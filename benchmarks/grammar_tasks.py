@@ -98,7 +98,8 @@ TASKS: dict[str, GrammarTask] = {
         "text",
     ),
     "unicode": _json(
-        "Size and name of {}.", _object(größe=_COUNT, 名前=_TEXT, land={"enum": ["Österreich", "日本", "España"]})
+        "Size and name of {}.",
+        _object(größe=_COUNT, 名前=_TEXT, land={"enum": ["Österreich", "日本", "España"]}),
     ),
     "deep": _json("{} on a map.", _DEEP),
     "call": _call(
@@ -110,8 +111,8 @@ TASKS: dict[str, GrammarTask] = {
 """Shapes by name."""
 
 SUBJECTS = (
-    "Paris", "Rome", "Oslo", "Cairo", "Lima", "Delhi", "Tokyo", "Quito", "Accra", "Berlin", "Vienna", "Prague",
-    "Athens", "Dublin", "Lisbon", "Warsaw", "Zagreb", "Nairobi", "Havana", "Bogotá", "Hanoi", "Seoul", "Perth",
-    "Boston", "Denver",
+    "Paris", "Rome", "Oslo", "Cairo", "Lima", "Delhi", "Tokyo", "Quito", "Accra", "Berlin", "Vienna",
+    "Prague", "Athens", "Dublin", "Lisbon", "Warsaw", "Zagreb", "Nairobi", "Havana", "Bogotá", "Hanoi",
+    "Seoul", "Perth", "Boston", "Denver",
 )  # fmt: skip
 """Of the requests of one shape."""

@@ -66,4 +66,5 @@ def measure_grammars(model_name: str, requests: int, *, history: bool = True) ->
 
 
 def _ratio(counts: list[dict[str, Any]]) -> float:
-    return round(sum(each["plain_steps"] for each in counts) / sum(each["steps"] for each in counts), 2)
+    plain, drafted = (sum(int(each[key]) for each in counts) for key in ("plain_steps", "steps"))
+    return round(plain / drafted, 2)

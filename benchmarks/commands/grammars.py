@@ -20,7 +20,7 @@ def grammars(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Count passes for replies of eight shapes, greedy and seeded; compare them, and check that they are valid."""
+    """Count passes for replies of eight shapes, greedy and seeded; compare them and validate them."""
     from benchmarks.grammars import measure_grammars
     from retrieval_draft.bench.provenance import provenance
 

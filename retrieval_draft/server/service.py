@@ -150,12 +150,15 @@ class Service:
             )
             texts = TokenTexts(tokenizer)
             longest = max(map(len, tokenizer.get_vocab()), default=1)
+            media, template = self._media(drafter), self.chat_template
+            if template is None and media is not None:
+                template = "\n".join(media.templates.values())
             loaded = Loaded(
                 drafter, tokenizer, decoder(tokenizer), texts, longest, overrides, tenants, engine,
                 reply_parsing(
-                    tokenizer, self.chat_template, self.settings.tool_parser, self.settings.reasoning_parser
+                    tokenizer, template, self.settings.tool_parser, self.settings.reasoning_parser
                 ),
-                self._media(drafter), adapters,
+                media, adapters,
             )  # fmt: skip
             for call in self.when_loaded:
                 call(loaded)

@@ -52,15 +52,20 @@ class MediaPrompts:
         settings: Allowed sources of images, and limits.
 
     Attributes:
-        template: The processor's chat template, or None.
+        templates: The processor's chat templates by name; one without a name is "default".
         reader: Reads images.
     """
 
     def __init__(self, processor: Any, settings: MediaSettings) -> None:
         self._processor, self._settings = processor, settings
-        self.template: str | None = getattr(processor, "chat_template", None)
+        given = getattr(processor, "chat_template", None) or {}
+        self.templates: Mapping[str, str] = given if isinstance(given, dict) else {"default": given}
         self.reader = ImageReader(settings)
         self._reads_texts: bool | None = None
+
+    def template(self, has_tools: bool) -> str | None:
+        """The chat template of a conversation with or without tools; None for the tokenizer's own."""
+        return self.templates.get("tool_use" if has_tools else "default", self.templates.get("default"))
 
     def parts(self, conversation: Conversation, render: Callable[[Conversation], str]) -> Conversation:
         """The conversation in the form that a chat template reads: many for images read no plain texts.

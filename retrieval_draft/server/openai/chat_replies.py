@@ -59,7 +59,9 @@ class ChatReplies:
             ApiError: The chat template refuses it, or it has images and the model reads none.
         """
         body, use, media = self.body, self.use, loaded.media
-        template = self._service.chat_template or (None if media is None else media.template)
+        template = self._service.chat_template
+        if template is None and media is not None:
+            template = media.template(use is not None)
 
         def render(messages: list[dict[str, Any]]) -> str:
             return render_chat(

@@ -149,7 +149,7 @@ def test_families_without_a_rule_are_refused() -> None:
             tool_grammar(use, ReplyParsing("gemma"), "", byte_tokenizer())
         assert raised.value.param == field
     other = AskedGrammar(Grammar.json_object(), "response_format")
-    with pytest.raises(ApiError, match="response_format: .* not supported"):
+    with pytest.raises(ApiError, match=r"response_format: .* not supported"):
         tool_grammar(ToolUse(FUNCTIONS[1:]), ReplyParsing("gemma"), "", byte_tokenizer(), other)
     long = ToolFunction("f", parameters={"description": "x" * (1 << 18)}, strict=True)
     with pytest.raises(ApiError, match="characters") as raised:
