@@ -176,19 +176,8 @@ class Decoder:
         return Decoded(tokens, seconds, stats.passes, stats)
 
     @property
-    def captures(self) -> int:
-        """Passes captured so far."""
-        graphs = self._graphs
-        return 0 if graphs is None else graphs.captures
-
-    @property
-    def replays(self) -> str | None:
-        """Replays so far, or the reason for none; None where there are no graphs."""
-        graphs = self._graphs
-        return None if graphs is None else graphs.reason or f"{graphs.replays} replayed"
-
-    @property
-    def _graphs(self) -> GraphPasses | None:
+    def graphs(self) -> GraphPasses | None:
+        """The captured passes; None where there are none."""
         found: GraphPasses | None = None if self.is_stock else self._contestant.drafter.target.graphs
         return found
 

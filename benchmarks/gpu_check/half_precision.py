@@ -30,6 +30,7 @@ def run(setting: Setting, box: Box, report: Report) -> None:
             report.row(kind="product", model=model_name, name=name, **_product(inner, outer, setting))
     for keys in (64, 200) if setting.tiny else (512, 4096):
         for name in VARIANTS:
+            # The former has one token, the latter takes nodes in the order of their slots.
             if box.has(2.0) and "one token" not in name and "Triton" not in name:
                 report.row(kind="attention", name=name, keys=keys, **_slots(name, keys, setting))
     names, new = ("small", *setting.geometries), 24 if setting.tiny else 40

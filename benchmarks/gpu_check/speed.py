@@ -91,11 +91,12 @@ def measure(setting: Setting, case: Case, wait: Callable[[], object] | None = No
     if case.decoder == STOCK_COMPILED:  # it compiles for every length of its cache
         for tokens in (1, new, 1, new):
             decoder.decode(groups[0], tokens)
-    if decoder.captures:
-        # The sizes that these replies come to; what sources learn of them is taken back.
+    graphs = decoder.graphs
+    if graphs is not None and case.rows == 1:
+        # The sizes that these replies come to are captured; what sources learn of them is taken back.
         for group in groups:
             decoder.decode(group, new)
-    captures = decoder.captures
+    captures = 0 if graphs is None else graphs.captures
     if wait is not None:
         wait()
     tokens = steps = 0
@@ -126,9 +127,9 @@ def measure(setting: Setting, case: Case, wait: Callable[[], object] | None = No
         "nodes_per_step": round(drafted / steps, 1),
         "prompt_ms": round(1e3 * (whole - seconds) / len(groups), 2),
         "equal": equal,
-        "graphs": decoder.replays,
+        "graphs": graphs and (graphs.reason or f"{graphs.replays} replayed"),
         "captures_before": captures,
-        "captures_meanwhile": decoder.captures - captures,
+        "captures_meanwhile": graphs and graphs.captures - captures,
         **told,
     }
 

@@ -91,7 +91,8 @@ def _kernel() -> Callable[..., Tensor] | None:
         from retrieval_draft.engine.graph.tree_attention import tree_attention
     except ImportError:
         return None
-    return tree_attention  # type: ignore[no-any-return, unused-ignore]
+    found: Callable[..., Tensor] = tree_attention
+    return found
 
 
 def can_attend_to_trees(dtype: torch.dtype, device: torch.device) -> bool:

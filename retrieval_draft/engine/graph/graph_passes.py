@@ -201,6 +201,7 @@ class GraphPasses:
             self._changes += 1
             self.reason = None
             self.by_tree = can_attend_to_trees(self._model.dtype, self._device)
+            self._reads_masks = False
             if self._changes > _MOST_CHANGES:
                 self.reason = "the model is another one at each request"
         self._print, self._is_checked = now, True
@@ -215,9 +216,11 @@ class GraphPasses:
         fits = nodes < self.largest and length + self.largest + 1 <= keys
         if self._kind == "cuda" and fits and (self.largest, keys) not in self._passes:
             self._tried(self.largest, keys, cache)
+            if self.reason is not None:
+                return None
         try:
             made = self._compared(nodes, keys, cache)
-        except Exception as error:
+        except Exception as error:  # of compiling the kernel, or of the model's own code
             if not self.by_tree:
                 raise
             self._read_masks(f"{type(error).__name__}: {error}")

@@ -27,7 +27,7 @@ OPTIONS = {"num_warps": 4, "num_stages": 2}
 """Of the first kernel's compilation. With these and `block_sizes` sums stay in registers."""
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit
 def _scores(
     q: tl.tensor, k: tl.tensor, scale: tl.tensor, softcap: tl.tensor, CAPPED: tl.constexpr
 ) -> tl.tensor:
@@ -37,7 +37,7 @@ def _scores(
     return x
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit
 def _add(x: tl.tensor, v: tl.tensor, maximum: tl.tensor, total: tl.tensor, sums: tl.tensor) -> tl.tensor:
     """A block of keys: scores (rows, keys), -inf where unseen, and values, added to the running softmax."""
     larger = tl.maximum(maximum, tl.max(x, 1))
@@ -48,7 +48,7 @@ def _add(x: tl.tensor, v: tl.tensor, maximum: tl.tensor, total: tl.tensor, sums:
     return larger, total * shrink + tl.sum(p, 1), sums
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit
 def _attend_run(
     Q: tl.tensor, K: tl.tensor, V: tl.tensor, LENGTH: tl.tensor, DEPTHS: tl.tensor, HIDDEN: tl.tensor,
     SUMS: tl.tensor, MAXIMA: tl.tensor, TOTALS: tl.tensor, scale: tl.tensor, softcap: tl.tensor,
@@ -101,9 +101,6 @@ def _attend_run(
         for first in range(plain, end, KEYS):
             slot = first + tl.arange(0, KEYS)
             is_slot = slot < end
-            at_key = K + slot[:, None] * k_slot + d[None, :]
-            k = tl.load(at_key, mask=is_slot[:, None] & is_d[None, :], other=0.0)
-            x = _scores(q, k, scale, softcap, CAPPED)
             is_node = is_slot & (slot >= length)
             other = tl.where(is_node, slot - length, 0)
             sees = is_slot[None, :]
@@ -115,6 +112,9 @@ def _attend_run(
                 depth = tl.load(DEPTHS + other, mask=is_node, other=0).to(tl.int32)
                 at = tl.where(is_node, length + depth, slot)
                 sees = sees & (position[:, None] - at[None, :] < window)
+            at_key = K + slot[:, None] * k_slot + d[None, :]
+            k = tl.load(at_key, mask=is_slot[:, None] & is_d[None, :], other=0.0)
+            x = _scores(q, k, scale, softcap, CAPPED)
             x = tl.where(sees, x, float("-inf"))
             at_value = V + slot[:, None] * v_slot + e[None, :]
             v = tl.load(at_value, mask=is_slot[:, None] & is_e[None, :], other=0.0)
@@ -125,7 +125,7 @@ def _attend_run(
         tl.store(TOTALS + at, total, mask=is_row)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit
 def _add_runs(
     SUMS: tl.tensor, MAXIMA: tl.tensor, TOTALS: tl.tensor, LENGTH: tl.tensor, SINKS: tl.tensor,
     OUT: tl.tensor, window: tl.tensor, nodes: tl.tensor, run_length: tl.tensor, VALUE: tl.constexpr,

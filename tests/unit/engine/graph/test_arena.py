@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
-from retrieval_draft.engine.graph.arena import PAGE, Arena, lies_on_one_device
+from retrieval_draft.engine.graph.arena import PAGE, Arena, lies_on_one_device, slot_bytes
 from tests.support.dispatched import Dispatched
 from tests.support.models import CONFIGS, WINDOW
 
@@ -37,13 +37,14 @@ def test_all_layers_of_a_shape_share_a_tensor_of_zeros() -> None:
     (tensor,) = arena.tensors
     assert tensor.shape == (3, 2, 1, 2, 2 * PAGE, 8)
     assert not tensor.any()
-    assert arena.nbytes == tensor.nbytes
+    assert arena.nbytes == tensor.nbytes == 2 * PAGE * slot_bytes(filled(9))
 
 
 def test_keys_and_values_of_other_sizes_have_tensors_of_their_own() -> None:
     cache = SpeculativeCache(CONFIGS["llama"](), 4)
     for layer in range(3):
         cache.update(torch.ones(1, 2, 4, 6), torch.ones(1, 2, 4, 8), layer)
+    assert slot_bytes(cache) == 3 * 2 * (6 + 8) * 4
     assert [tuple(tensor.shape) for tensor in Arena(cache, PAGE).tensors] == [
         (3, 1, 1, 2, PAGE, 6),
         (3, 1, 1, 2, PAGE, 8),

@@ -10,7 +10,7 @@ import torch
 
 from retrieval_draft.engine.graph import graph_passes
 from retrieval_draft.engine.graph.arena import PAGE
-from retrieval_draft.engine.graph.captured import UncapturableError
+from retrieval_draft.engine.graph.captured import TapeGraph, UncapturableError
 from retrieval_draft.engine.graph.graph_passes import graph_kind
 from retrieval_draft.engine.logits import LogitReader, summary
 from retrieval_draft.engine.target import Target
@@ -206,3 +206,32 @@ def test_a_row_with_nan_is_not_finite_in_the_summary() -> None:
     logits = torch.randn(3, 50)
     logits[1, 7] = float("nan")
     assert summary(logits, 4)[:, 1].tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(("vocabulary", "is_kept"), [(97, False), (4000, True)])
+def test_memory_is_a_share_of_the_weights_so_that_longer_texts_fit(
+    vocabulary: int, is_kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_passes, "_WEIGHTS_PER_ARENA", 1)
+    target = Target(make("llama", vocab_size=vocabulary, max_position_embeddings=4096), "tape")
+    graphs, memories = target.graphs, []
+    assert graphs is not None
+    for length in (40, 800):
+        target.verify_tree(begun(target, length), TREE, length)
+        memories.append(graphs._arena)
+    assert graphs.replays == 2
+    assert (memories[0] is memories[1]) == is_kept
+
+
+def test_no_smaller_pass_is_tried_where_the_largest_was_given_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = Target(make("llama"), "tape")
+    graphs = target.graphs
+    assert graphs is not None
+    graphs._kind = "cuda"
+    monkeypatch.setattr(graphs, "_recorder", TapeGraph)
+    monkeypatch.setattr(graphs, "_agrees", lambda *logits: False)
+    target.verify_tree(begun(target), TREE, 40)
+    assert graphs.captures == 1
+    assert len(caplog.records) == 1
