@@ -16,22 +16,8 @@ __all__ = ["BAD_ASKS", "MixedAsk", "make_mixed_asks"]
 
 _CHAT, _TEXTS, _RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 _WORDS = (
-    "the",
-    "sea",
-    "is",
-    "a",
-    "sky",
-    "of",
-    "cats",
-    "that",
-    "look",
-    "for",
-    "file",
-    "in",
-    "old",
-    "town",
-    "run",
-)
+    "the", "sea", "is", "a", "sky", "of", "cats", "that", "look", "for", "file", "in", "old", "town", "run",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.idle_loop import IdleLoop
 from benchmarks.mixed_asks import BAD_ASKS, MixedAsk
 from benchmarks.serve_process import ServeProcess
 
@@ -57,6 +58,7 @@ class MixedResult:
         firsts: Seconds to the first piece of each stream.
         seconds: From the first request to the last answer.
         resident: Memory of the server from second to second, in bytes.
+        idle: Second of the run, and seconds by which an idle event loop beside the server woke too late.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -66,11 +68,13 @@ class MixedResult:
     firsts: list[float] = field(default_factory=list)
     seconds: float = 0.0
     resident: list[int] = field(default_factory=list)
+    idle: list[tuple[float, float]] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """Figures of the run; memory is flat from its first quarter on, or it is not."""
         seen = np.array(self.resident[len(self.resident) // 4 :]) / (1 << 20)
         slope = np.polyfit(np.arange(len(seen)), seen, 1)[0] if len(seen) > 1 else 0.0
+        long = [(at, gap, self._idle_ms(at - gap, at)) for at, gap in self.gaps if gap > 0.2]
         return {
             "seconds": self.seconds,
             "counts": dict(self.counts),
@@ -80,8 +84,11 @@ class MixedResult:
             "fault_examples": self.faults[:5],
             "gap_ms": spread_ms([gap for _, gap in self.gaps]),
             "gaps_over_200_ms": [
-                {"second": round(at, 1), "ms": round(gap * 1000)} for at, gap in self.gaps if gap > 0.2
+                {"second": round(at, 1), "ms": round(gap * 1000), "idle_loop_ms": idle}
+                for at, gap, idle in long
             ],
+            "gaps_over_200_ms_beyond_the_idle_loop": sum(gap * 1000 - idle > 200 for _, gap, idle in long),
+            "idle_loop_late_ms": spread_ms([late for _, late in self.idle]),
             "first_piece_ms": spread_ms(self.firsts),
             "resident_mib": {
                 "start": self.resident[0] >> 20,
@@ -91,6 +98,12 @@ class MixedResult:
                 "per_minute": round(float(slope) * 60, 2),
             },
         }
+
+    def _idle_ms(self, begin: float, end: float) -> int:
+        """Milliseconds by which the idle loop was late at most, of wakings due or made in a time."""
+        return round(
+            1000 * max((late for at, late in self.idle if at >= begin and at - late <= end), default=0)
+        )
 
 
 def spread_ms(seconds: Sequence[float]) -> dict[str, float]:
@@ -275,12 +288,14 @@ def run_mixed(
                         )
 
     threads = [threading.Thread(target=work, args=(client,)) for client in range(clients)]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        result.resident.append(server.resident_bytes)
-        time.sleep(1.0)
-    result.seconds = time.monotonic() - begin
+    with IdleLoop() as idle:
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            result.resident.append(server.resident_bytes)
+            time.sleep(1.0)
+        result.seconds = time.monotonic() - begin
+    result.idle = [(at - begin, late) for at, late in idle.late]
     return result
 
 

@@ -113,11 +113,11 @@ def serve(
     ] = None,
     image_folder: Annotated[
         Path | None,
-        typer.Option(help="Requests may name images below this folder: file:///FOLDER/a.png."),
+        typer.Option(help="Requests may name images and sounds below this folder: file:///FOLDER/a.png."),
     ] = None,
     fetch_images: Annotated[
         bool,
-        typer.Option("--fetch-images", help="Requests may name images of public addresses: https://..."),
+        typer.Option("--fetch-images", help="Requests may name files of public addresses: https://..."),
     ] = False,
     log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
     otlp_endpoint: Annotated[

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from benchmarks.idle_loop import IdleLoop
 from benchmarks.mixed_asks import BAD_ASKS, make_mixed_asks
 from benchmarks.mixed_load import MixedResult, ask_bad, ask_mixed, spread_ms
 from benchmarks.mixed_model import save_mixed_model
@@ -40,9 +42,22 @@ def test_bad_requests_are_refused(running: Running) -> None:
     assert ask_bad(running.port, "/v1/completions", {"prompt": "a", "max_tokens": 1}).startswith("/v1/comp")
 
 
+def test_an_idle_loop_tells_how_late_it_woke() -> None:
+    began = time.monotonic()
+    with IdleLoop() as idle:
+        time.sleep(0.5)
+    assert idle.late
+    assert all(at >= began and late > -0.01 for at, late in idle.late)
+
+
 def test_a_result_names_what_is_long() -> None:
-    result = MixedResult(gaps=[(1.0, 0.1), (2.0, 0.3)], resident=[1 << 20] * 8)
+    gaps, idle = [(1.0, 0.1), (2.0, 0.3), (3.0, 0.3)], [(1.5, 0.4), (1.8, 0.04), (2.4, 0.2), (3.1, 0.15)]
+    result = MixedResult(gaps=gaps, resident=[1 << 20] * 8, idle=idle)
     summary = result.summary()
-    assert summary["gaps_over_200_ms"] == [{"second": 2.0, "ms": 300}]
+    assert summary["gaps_over_200_ms"] == [
+        {"second": 2.0, "ms": 300, "idle_loop_ms": 40},
+        {"second": 3.0, "ms": 300, "idle_loop_ms": 150},
+    ]
+    assert summary["gaps_over_200_ms_beyond_the_idle_loop"] == 1
     assert summary["resident_mib"]["per_minute"] == pytest.approx(0, abs=1e-6)
     assert spread_ms([]) == {"count": 0}
