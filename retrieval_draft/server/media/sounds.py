@@ -55,11 +55,12 @@ class SoundReader:
 
 def _samples(data: bytes, width: int) -> Samples:
     parts = np.frombuffer(data, np.uint8).reshape(-1, width)
-    if width == 1:
-        return (parts[:, 0].astype(np.float32) - 128) / 128
     wide = np.zeros((len(parts), 4), np.uint8)
     wide[:, 4 - width :] = parts
-    return wide.view("<i4")[:, 0].astype(np.float32) / np.float32(1 << 31)
+    if width == 1:
+        wide[:, 3] ^= 128  # samples of a byte have no sign
+    found: Samples = np.ldexp(wide.view("<i4")[:, 0].astype(np.float32), -31)
+    return found
 
 
 def resample(samples: Samples, given: int, wanted: int) -> Samples:
@@ -76,6 +77,6 @@ def resample(samples: Samples, given: int, wanted: int) -> Samples:
     if given == wanted:
         return samples
     size = max(round(len(samples) * wanted / given), 1)
-    return np.fft.irfft(np.fft.rfft(samples)[: size // 2 + 1], size).astype(np.float32) * np.float32(
-        size / len(samples)
-    )
+    scale = np.float32(size / len(samples))
+    found: Samples = np.fft.irfft(np.fft.rfft(samples)[: size // 2 + 1], size).astype(np.float32) * scale
+    return found
