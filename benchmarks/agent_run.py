@@ -57,6 +57,7 @@ class AgentRun:
             "first_token_seconds": {
                 "cold": self.first_seconds[0],
                 "median_later": median(self.first_seconds[1:] or self.first_seconds),
+                "largest_later": max(self.first_seconds[1:] or self.first_seconds),
                 "last": self.first_seconds[-1],
             },
             "tokens_per_step": self.decoded / self.steps if self.steps else None,

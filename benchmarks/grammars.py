@@ -1,92 +1,70 @@
-"""Passes for JSON under schemas, with drafts and without."""
+"""Passes for replies that follow a grammar, with drafts and without."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
 
-from retrieval_draft import DraftConfig, Grammar, RetrievalDrafter
+from benchmarks.grammar_tasks import SUBJECTS, TASKS
+from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.models.loading import load_model
 
 __all__ = ["measure_grammars"]
 
-_NEW = 256
+_NEW = 320
+_COUNTS = ("requests", "equal", "ended", "valid", "tokens", "steps", "plain_steps")
 
 
-def _object(**properties: Any) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
-_TEXT, _COUNT = {"type": "string", "maxLength": 60}, {"type": "integer", "minimum": 0, "maximum": 9999}
-_PERSON = _object(name=_TEXT, age=_COUNT, email=_TEXT)
-TASKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "person": ("Describe Jane Doe, a doctor in Berlin.", _PERSON),
-    "order": (
-        "An order of three books and a pen by John Smith.",
-        _object(customer=_PERSON, items={"type": "array", "minItems": 3, "maxItems": 4,
-                                         "items": _object(product=_TEXT, quantity=_COUNT)}),
-    ),
-    "weather": (
-        "The weather in Paris, Rome and Oslo.",
-        {"type": "array", "minItems": 3, "maxItems": 3,
-         "items": _object(city=_TEXT, temperature=_COUNT, sky={"enum": ["clear", "cloudy", "rainy"]})},
-    ),
-    "call": (
-        "Call a function that searches for flights from Madrid to London.",
-        _object(name={"const": "search_flights"},
-                arguments=_object(origin=_TEXT, destination=_TEXT, passengers=_COUNT)),
-    ),
-}  # fmt: skip
-"""Requests and the schemas of their replies, by name."""
-
-
-def measure_grammars(model_name: str, seeds: int) -> dict[str, Any]:
-    """Decodes each task greedily and with `seeds` seeds, with drafts and without, and compares the texts.
+def measure_grammars(model_name: str, requests: int, *, history: bool = True) -> dict[str, Any]:
+    """Decodes requests of each shape, half of them greedy, with drafts and without, and compares the replies.
 
     Args:
         model_name: As for ``--model``.
-        seeds: Sampled replies of each task, at a temperature of 0.8.
+        requests: Of each shape, each with another subject.
+        history: Whether the requests of one shape draft from the earlier ones.
     """
     model, tokenizer = load_model(model_name)
     plain = RetrievalDrafter.for_model(model, tokenizer, method="none")
-    tasks: dict[str, Any] = {}
-    for name, (request, schema) in TASKS.items():
-        # A new drafter for each task: what it drafts from is this request and those of the same task.
-        drafter = RetrievalDrafter.for_model(model, tokenizer, config=DraftConfig(max_nodes=32))
-        grammar = Grammar.json_schema(schema)
-        chat = [{"role": "user", "content": f"{request} Answer in JSON."}]
-        inputs = tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        ways: list[dict[str, Any]] = [{"do_sample": False}]
-        ways += [{"do_sample": True, "temperature": 0.8, "seed": seed} for seed in range(seeds)]
-        counts = {"steps": 0, "plain_steps": 0, "tokens": 0, "equal": 0, "finished": 0}
-        for way in ways:
-            given = {**inputs, "grammar": grammar, "max_new_tokens": _NEW, **way}
+    # The budget is fixed, so that passes do not depend on the machine's cost of one.
+    config = DraftConfig(nodes=32, history_prompts=history, history_replies=history, adjacency_rows=1 << 16)
+    shapes: dict[str, Any] = {}
+    for name, task in TASKS.items():
+        counts = dict.fromkeys(_COUNTS, 0)
+        drafter = RetrievalDrafter.for_model(model, tokenizer, config=config)
+        for number, subject in enumerate(SUBJECTS[:requests]):
+            if not history:
+                drafter = RetrievalDrafter.for_model(model, tokenizer, config=config)
+            chat = [{"role": "user", "content": task.request.format(subject)}]
+            inputs = tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            sampled = {"do_sample": True, "temperature": 0.8, "seed": number}
+            way: dict[str, Any] = {"do_sample": False} if number % 2 == 0 else sampled
+            given = {**inputs, "grammar": task.grammar, "max_new_tokens": _NEW, **way}
             expected, drafted = plain.generate(**given), drafter.generate(**given)
             assert plain.last_stats is not None
             assert drafter.last_stats is not None
-            counts["plain_steps"] += plain.last_stats.steps
-            counts["steps"] += drafter.last_stats.steps
-            counts["tokens"] += drafter.last_stats.tokens
-            counts["equal"] += int(torch.equal(expected, drafted))
-            reply = tokenizer.decode(expected[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            counts["finished"] += int(_is_json(reply))
-        ratio = counts["plain_steps"] / counts["steps"]
-        tasks[name] = {"replies": len(ways), **counts, "fewer_passes": round(ratio, 2)}
-    return {"model": model_name, "tasks": tasks}
+            reply = drafted[0, inputs["input_ids"].shape[1] :].tolist()
+            ended = reply[-1] == tokenizer.eos_token_id
+            text = tokenizer.decode(reply[:-1] if ended else reply)
+            found = {
+                "requests": 1,
+                "equal": int(torch.equal(expected, drafted)),
+                "ended": int(ended),
+                "valid": int(ended and task.follows(text)),
+                "tokens": drafter.last_stats.tokens,
+                "steps": drafter.last_stats.steps,
+                "plain_steps": plain.last_stats.steps,
+            }
+            counts = {key: counts[key] + found[key] for key in _COUNTS}
+        shapes[name] = {"kind": task.kind, **counts, "fewer_passes": _ratio([counts])}
+    kinds = {kind: _ratio([each for each in shapes.values() if each["kind"] == kind])
+             for kind in ("json", "call", "text")}  # fmt: skip
+    totals = {key: sum(each[key] for each in shapes.values()) for key in _COUNTS}
+    return {"model": model_name, "history": history, "shapes": shapes, "fewer_passes": kinds, **totals}
 
 
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
+def _ratio(counts: list[dict[str, Any]]) -> float:
+    plain, drafted = (sum(int(each[key]) for each in counts) for key in ("plain_steps", "steps"))
+    return round(plain / drafted, 2)

@@ -1,4 +1,4 @@
-"""``python -m benchmarks agents``: a scripted coding agent on servers with and without drafts."""
+"""``python -m benchmarks agents``, ``restart``: a scripted coding agent on servers, also after a restart."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from retrieval_draft.cli.common import DIFFERENT, Json
 from retrieval_draft.cli.output import print_json, print_table
 from retrieval_draft.errors import InvalidInputError
 
-__all__ = ["agents"]
+__all__ = ["agents", "restart"]
 
 _CACHE_OPTION = "prefix_cache_bytes"
 """Parameter of ``serve`` that keeps keys and values of earlier turns."""
@@ -41,18 +41,12 @@ def agents(
     from benchmarks.agent_run import run_agent, serving, transformers_serving
     from benchmarks.agent_script import agent_turns
     from retrieval_draft.bench.provenance import provenance
-    from retrieval_draft.models.packaged import PACKAGED, packaged_folder
 
     asked = agent_turns(length, turns)
     names = split(servers)
     runs: dict[str, Any] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as scratch:
-        if model is not None:
-            folder = str(packaged_folder(model)) if model in PACKAGED else model
-        else:
-            from benchmarks.serve_model import save_tiny_model
-
-            folder = _with_template(save_tiny_model, Path(scratch))
+        folder = _folder(model, Path(scratch))
         for _ in range(rounds):
             for name in names:
                 if name == "transformers":
@@ -85,6 +79,50 @@ def agents(
         _show(result)
     if result["different"]:
         raise typer.Exit(DIFFERENT)
+
+
+def restart(
+    model: Annotated[
+        str | None, typer.Option(help="A tiny one with random weights by default.", show_default=False)
+    ] = None,
+    length: Annotated[str, typer.Option(help="short, medium or long: lines that a turn reads.")] = "short",
+    turns: Annotated[int, typer.Option(min=1, max=100, help="Requests of the conversation.")] = 12,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a reply.")] = 48,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Start a server again, with its history and from a snapshot: seconds, tokens per step, equal replies."""
+    from benchmarks.agent_script import agent_turns
+    from benchmarks.restart import measure_restart
+    from retrieval_draft.bench.provenance import provenance
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, asked = _folder(model, Path(scratch) / "model"), agent_turns(length, turns)
+        runs = measure_restart(folder, asked, Path(scratch), new=max_new_tokens)
+    finish({"model": model or "tiny", "length": length, "runs": runs} | provenance(), out)
+    if json:
+        print_json(runs)
+    else:
+        rows = [
+            (name, f"{run['ready_seconds']:.1f}", f"{run['all_seconds']:.1f}",
+             f"{run['tokens_per_step']:.2f}", f"{run['cached_share']:.0%}",
+             f"{run['equal']} of {run['turns']}")
+            for name, run in runs.items()
+        ]  # fmt: skip
+        columns = ("server", "s to serve", "s to the end", "tokens/step", "cached", "equal")
+        print_table(f"{model or 'tiny'}, {length}", columns, rows)
+    if any(run["equal"] < run["turns"] for run in runs.values()):
+        raise typer.Exit(DIFFERENT)
+
+
+def _folder(model: str | None, scratch: Path) -> str:
+    """Folder of a model; None makes a tiny one."""
+    from benchmarks.serve_model import save_tiny_model
+    from retrieval_draft.models.packaged import PACKAGED, packaged_folder
+
+    if model is None:
+        return _with_template(save_tiny_model, scratch)
+    return str(packaged_folder(model)) if model in PACKAGED else model
 
 
 def _options(name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks grammars``: passes for JSON under schemas."""
+"""``python -m benchmarks grammars``: passes for replies that follow a grammar."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from retrieval_draft.cli.bench_common import Out, finish
-from retrieval_draft.cli.common import Json
+from retrieval_draft.cli.common import DIFFERENT, Json
 from retrieval_draft.cli.output import print_json, print_table
 
 __all__ = ["grammars"]
@@ -15,22 +15,26 @@ __all__ = ["grammars"]
 
 def grammars(
     model: Annotated[str, typer.Option(help="Name or folder of a chat model.")] = "smollm2-135m",
-    seeds: Annotated[int, typer.Option(min=0, help="Sampled replies of each task.")] = 2,
+    requests: Annotated[int, typer.Option(min=1, max=25, help="Of each of eight shapes.")] = 25,
+    history: Annotated[bool, typer.Option(help="Draft from earlier requests of the same shape.")] = True,
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Count passes for JSON that follows a schema, with drafts and without, and compare the texts."""
+    """Count passes for replies of eight shapes, greedy and seeded; compare them and validate them."""
     from benchmarks.grammars import measure_grammars
+    from retrieval_draft.bench.provenance import provenance
 
-    result = measure_grammars(model, seeds)
-    finish(result, out)
+    result = measure_grammars(model, requests, history=history)
+    finish(result | provenance(), out)
     if json:
         print_json(result)
-        return
-    rows = [
-        [name, str(each["fewer_passes"]), str(each["tokens"]), f"{each['equal']}/{each['replies']}",
-         f"{each['finished']}/{each['replies']}"]
-        for name, each in result["tasks"].items()
-    ]  # fmt: skip
-    columns = ("task", "times fewer passes", "tokens", "equal", "JSON")
-    print_table(f"JSON under schemas, {result['model']}", columns, rows)
+    else:
+        rows = [
+            [name, str(each["fewer_passes"]), str(each["tokens"]),
+             *(f"{each[key]}/{each['requests']}" for key in ("equal", "ended", "valid"))]
+            for name, each in result["shapes"].items()
+        ]  # fmt: skip
+        columns = ("shape", "times fewer passes", "tokens", "equal", "ended", "valid")
+        print_table(f"Replies by grammars, {result['model']}: {result['fewer_passes']}", columns, rows)
+    if result["equal"] < result["requests"] or result["valid"] < result["ended"]:
+        raise typer.Exit(DIFFERENT)

@@ -1,4 +1,4 @@
-"""``python -m benchmarks serve``, ``turns``: many clients on a server, and the gain of drafting there."""
+"""``python -m benchmarks serve``, ``mixed``, ``turns``: load on a server, and drafting's gain there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from retrieval_draft.cli.common import DIFFERENT, Json
 from retrieval_draft.cli.output import print_json, print_table
 from retrieval_draft.errors import InvalidInputError
 
-__all__ = ["serve", "turns"]
+__all__ = ["mixed", "serve", "turns"]
 
 
 def serve(
@@ -78,6 +78,50 @@ def serve(
         rows = [(key, str(value)) for key, value in result.items() if not isinstance(value, list)]
         print_table("", ("server", ""), rows)
     if result.get("different") or result.get("wrong"):
+        raise typer.Exit(DIFFERENT)
+
+
+def mixed(
+    clients: Annotated[int, typer.Option(min=1, help="At the same time.")] = 64,
+    seconds: Annotated[float, typer.Option(min=1, help="After which no client asks more.")] = 300.0,
+    max_batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 8,
+    distinct: Annotated[int, typer.Option(min=10, help="Different requests to draw from.")] = 200,
+    prefix_cache_mib: Annotated[int, typer.Option(min=0, help="Small enough to fill at once.")] = 16,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Load a tiny server with chats, tools, JSON, images, clients that leave and bad requests."""
+    from benchmarks.mixed_asks import make_mixed_asks
+    from benchmarks.mixed_load import answers_alone, run_mixed, spread_ms
+    from benchmarks.mixed_model import save_mixed_model
+    from benchmarks.serve_process import ServeProcess
+    from retrieval_draft.bench.provenance import provenance
+
+    asks = make_mixed_asks(distinct)
+    with tempfile.TemporaryDirectory() as scratch:
+        save_mixed_model(Path(scratch))
+        options = ["--model", scratch, "--served-model-name", "mixed", "--threads", "1"]
+        alone = ServeProcess([*options, "--method", "none", "--max-batch", "2", "--prefix-cache-bytes", "0"])
+        try:
+            expected, faults, gaps = answers_alone(alone.port, asks)
+        finally:
+            alone.stop()
+        cache = str(prefix_cache_mib << 20)
+        server = ServeProcess([*options, "--max-batch", str(max_batch), "--prefix-cache-bytes", cache])
+        try:
+            loaded = run_mixed(server, asks, expected, clients, seconds)
+            status = server.health()
+        finally:
+            code = server.stop()
+    loaded.faults += faults
+    result = {"clients": clients, "max_batch": max_batch, **loaded.summary()}
+    result |= {"gap_ms_alone": spread_ms(gaps), "health_after": status, "exit_code": code}
+    finish(result | provenance(), out)
+    if json:
+        print_json(result)
+    else:
+        print_table("", ("mixed", ""), [(key, str(value)) for key, value in result.items()])
+    if loaded.different or loaded.faults or code:
         raise typer.Exit(DIFFERENT)
 
 

@@ -25,7 +25,15 @@ def _repeatable(metavar: str, text: str) -> Any:
     return typer.Option(help=f"{text} Repeatable.", metavar=metavar, show_default=False)
 
 
+_OF_VLLM = {
+    "model", "host", "port", "dtype", "served_model_name", "api_key", "api_key_file", "no_auth", "index",
+    "phrases", "history", "store", "tenant", "share", "snapshots", "engine",
+}  # fmt: skip
+"""Parameters that ``--engine vllm`` passes on."""
+
+
 def serve(
+    context: typer.Context,
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any that is free.")] = 8000,
@@ -105,11 +113,11 @@ def serve(
     ] = None,
     image_folder: Annotated[
         Path | None,
-        typer.Option(help="Requests may name images below this folder: file:///FOLDER/a.png."),
+        typer.Option(help="Requests may name images and sounds below this folder: file:///FOLDER/a.png."),
     ] = None,
     fetch_images: Annotated[
         bool,
-        typer.Option("--fetch-images", help="Requests may name images of public addresses: https://..."),
+        typer.Option("--fetch-images", help="Requests may name files of public addresses: https://..."),
     ] = False,
     log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
     otlp_endpoint: Annotated[
@@ -167,6 +175,7 @@ def serve(
             )
         if unix_socket is not None:
             raise InvalidInputError("vLLM is started on a host and port here.", "Leave --unix-socket out.")
+        _check_vllm(context)
         launcher: Any = importlib.import_module("retrieval_draft.integrations.vllm.launcher")
         launcher.launch(
             model,
@@ -227,6 +236,30 @@ def serve(
         settings, load, lambda: load_processor(model), adapters, keys, chat_template, log_format,
         otlp_endpoint, host, port, unix_socket,
     )  # fmt: skip
+
+
+def _check_vllm(context: typer.Context) -> None:
+    """Refuses options that vLLM would not see.
+
+    Raises:
+        InvalidInputError: Names them, and those that it sees.
+    """
+    names = {
+        each.name or "": "/".join([each.opts[0], *each.secondary_opts])
+        for each in context.command.params
+        if each.param_type_name == "option"
+    }
+    given = [
+        option
+        for name, option in names.items()
+        if name not in _OF_VLLM and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        allowed = ", ".join(option for name, option in names.items() if name in _OF_VLLM)
+        raise InvalidInputError(
+            f"--engine vllm has no {', '.join(given)}.",
+            f"It takes {allowed}; options of vLLM's own go after --.",
+        )
 
 
 def _serve(

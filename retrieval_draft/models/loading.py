@@ -88,14 +88,13 @@ def load_model(
 
 
 def _class_for(folder: str) -> Any:
-    """The auto class of a checkpoint: that of image-text models for those that no other loads."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    """The auto class of a checkpoint: that of models of images or sounds for those that no other loads."""
+    import transformers
 
-    config = AutoConfig.from_pretrained(folder)
-    reads_images = type(config) in AutoModelForImageTextToText._model_mapping
-    if reads_images and type(config) not in AutoModelForCausalLM._model_mapping:
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
+    config = transformers.AutoConfig.from_pretrained(folder)
+    names = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+    classes = [found for name in names if (found := getattr(transformers, name, None)) is not None]
+    return next((each for each in classes if type(config) in each._model_mapping), classes[0])
 
 
 def check_weights(weights: str | None) -> None:

@@ -23,7 +23,7 @@ from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.openai.chat_request import ChatRequest, Message
 from retrieval_draft.server.openai.completions_request import CompletionRequest
 from retrieval_draft.server.openai.responses_request import ResponsesRequest
-from retrieval_draft.server.openai.routes import make_router
+from retrieval_draft.server.openai.routes import LoadRequest, make_router
 from retrieval_draft.server.openai.token_routes import DetokenizeRequest, TokenizeRequest, token_router
 from retrieval_draft.server.openai.tools import Tool
 from retrieval_draft.server.scheduler.events import EngineListener
@@ -94,6 +94,7 @@ def _describe_bodies(app: FastAPI) -> None:
             Message,
             Tool,
             ResponsesRequest,
+            LoadRequest,
             TokenizeRequest,
             DetokenizeRequest,
         ],

@@ -55,7 +55,7 @@ class Loaded:
         tenants: Drafters by tenant.
         engine: Decodes.
         parsing: Of replies to chats.
-        media: Makes prompts with images; None for a model of text.
+        media: Makes prompts with images and sounds; None for a model of text.
         adapters: Drafters by tenant of each adapter, by its name.
     """
 
@@ -84,7 +84,7 @@ class Service:
         load: Makes drafter and tokenizer; called once, on a thread.
         keys: API keys of the tenants.
         chat_template: Replaces the tokenizer's own.
-        load_processor: Makes the processor of a model that reads images; None for text alone.
+        load_processor: Makes the processor of a model that reads images or sounds; None for text alone.
         adapters: Folders of LoRA adapters by the names under which they are served.
 
     Attributes:
@@ -150,12 +150,15 @@ class Service:
             )
             texts = TokenTexts(tokenizer)
             longest = max(map(len, tokenizer.get_vocab()), default=1)
+            media, template = self._media(drafter), self.chat_template
+            if template is None and media is not None:
+                template = "\n".join(media.templates.values())
             loaded = Loaded(
                 drafter, tokenizer, decoder(tokenizer), texts, longest, overrides, tenants, engine,
                 reply_parsing(
-                    tokenizer, self.chat_template, self.settings.tool_parser, self.settings.reasoning_parser
+                    tokenizer, template, self.settings.tool_parser, self.settings.reasoning_parser
                 ),
-                self._media(drafter), adapters,
+                media, adapters,
             )  # fmt: skip
             for call in self.when_loaded:
                 call(loaded)
@@ -178,13 +181,11 @@ class Service:
         return [self.settings.model_name, *self._adapters]
 
     def _media(self, drafter: RetrievalDrafter) -> MediaPrompts | None:
-        """Makes prompts with images, for a model that reads them and has a processor; else None."""
+        """Makes prompts with images or sounds, for a model that reads them and has a processor; else None."""
         if self._load_processor is None or not drafter.target.takes_media:
             return None
-        processor = self._load_processor()
-        if getattr(processor, "image_processor", None) is None:
-            return None
-        return MediaPrompts(processor, self.settings.media)
+        media = MediaPrompts(self._load_processor(), self.settings.media)
+        return media if media.readers else None
 
     @property
     def loaded(self) -> Loaded:

@@ -107,6 +107,21 @@ def test_a_full_queue_answers_429(running: Running) -> None:
     assert running.wait_idle()
 
 
+def test_of_those_that_wait_the_lowest_priority_comes_first(running: Running) -> None:
+    first = raw_request(running, {"max_tokens": 60_000, "n": 4})
+    assert until(lambda: running.engine.running == 4)
+    late, urgent = (
+        raw_request(running, {"max_tokens": 60_000, "n": 4, "priority": priority}) for priority in (1, -1)
+    )
+    assert until(lambda: running.engine.waiting == 8)
+    first.close()
+    assert until(lambda: running.engine.waiting == 4)
+    assert until(lambda: {choice.job.priority for choice in running.engine._choices.values()} == {-1})
+    urgent.close()
+    late.close()
+    assert running.wait_idle()
+
+
 def test_long_bodies_are_refused_announced_or_not(running: Running) -> None:
     def chunks() -> Iterator[bytes]:
         for _ in range(160):

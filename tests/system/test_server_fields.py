@@ -74,6 +74,34 @@ def test_variables_of_the_template_are_no_arguments(running: Running) -> None:
         assert "chat_template_kwargs" in refused(running, chat_template_kwargs={name: True})
 
 
+def test_options_of_transformers_stand_for_absent_fields(running: Running) -> None:
+    body = {"messages": [{"role": "user", "content": "ab cd"}], "max_tokens": None, "temperature": None}
+    config = '{"do_sample": false, "max_new_tokens": 3, "transformers_version": "5.0.0"}'
+
+    def reply(**more: Any) -> Any:
+        return ask(running, "chat/completions", **{**body, "return_token_ids": True, **more})["token_ids"]
+
+    greedy = reply(max_tokens=3, temperature=0)
+    assert reply(generation_config=config) == greedy
+    assert reply(generation_config={"do_sample": False}, max_tokens=3) == greedy
+    sampled = {"temperature": 1.5, "top_k": 5, "seed": 3, "max_tokens": 8}
+    options = {name: sampled[name] for name in ("temperature", "top_k")}
+    assert reply(generation_config=options, seed=3, max_tokens=8) == reply(**sampled)
+    assert reply(generation_config={"do_sample": False}, **sampled) == reply(**sampled)
+    for wrong in ('{"num_beams": 4}', {"num_beams": 4}, "no JSON", 3, {"top_p": 2}):
+        assert "generation_config" in refused(running, generation_config=wrong)
+    assert "`num_beams`" in refused(running, generation_config={"num_beams": 4})
+
+
+def test_a_model_that_is_to_be_loaded_is(running: Running) -> None:
+    key = {"Authorization": "Bearer a-long-key"}
+    told = httpx.post(f"{running.url}/load_model", json={"model": MODEL}, headers=key)
+    assert (told.status_code, told.headers["content-type"].split(";")[0]) == (200, "text/event-stream")
+    assert told.text == f'data: {{"status":"ready","model":"{MODEL}","cached":true}}\n\n'
+    assert httpx.post(f"{running.url}/load_model", json={"model": "b"}, headers=key).status_code == 404
+    assert httpx.post(f"{running.url}/load_model", json={"model": MODEL}).status_code == 401
+
+
 def test_a_reply_may_go_on_with_the_last_message(running: Running) -> None:
     assert "continue_final_message" in refused(
         running, continue_final_message=True, add_generation_prompt=True

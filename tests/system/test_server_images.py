@@ -208,6 +208,23 @@ def test_a_request_that_the_template_refuses_decides_nothing_for_others() -> Non
     assert answer.json()["usage"]["prompt_tokens"] == len(processor.tokenizer("ab cd")["input_ids"])
 
 
+def test_a_processor_may_have_templates_by_name() -> None:
+    processor = image_processor("llava")
+    plain = processor.chat_template
+    tools = "{% for tool in tools %}<tool_call>{{ tool['function']['name'] }} {% endfor %}"
+    processor.chat_template = {"default": plain, "tool_use": tools + plain}
+    processor.tokenizer.chat_template = None
+    drafter = RetrievalDrafter.for_model(make_image_model("llava"), processor.tokenizer)
+    with serving(drafter, processor.tokenizer, processor=processor) as running:
+        assert running.service.loaded.parsing.tool_parser == "qwen"
+        sent = message("ab", data_url(image_bytes(1)))
+        alone = ask(running, sent).json()["usage"]["prompt_tokens"]
+        tool = {"type": "function", "function": {"name": "abc"}}
+        more = ask(running, sent, tools=[tool]).json()["usage"]["prompt_tokens"]
+    marked = processor.tokenizer("<tool_call>abc ", add_special_tokens=False)["input_ids"]
+    assert more == alone + len(marked)
+
+
 def test_tokens_of_a_conversation_with_images_are_those_of_its_prompt(setting: Setting) -> None:
     sent = message("ab", data_url(image_bytes(1)))
     usage = ask(setting.running, sent).json()["usage"]

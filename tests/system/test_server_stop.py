@@ -114,6 +114,8 @@ def test_what_takes_longer_than_the_grace_is_told(folder: Path) -> None:
         (["--", "--max-model-len", "512"], "Name the model with --model"),
         (["--log-format", "xml"], "text or json"),
         (["--engine", "vllm", "--api-key", "key-number-1", "--api-key", "key-number-2"], "one API key"),
+        (["--engine", "vllm", "--nodes", "8", "--stock-kernels"], "has no --nodes, --cpu-kernels/--stock"),
+        (["--engine", "vllm", "--tool-parser", "qwen", "--store", "redis://a"], "It takes --model, --host, "),
     ],
 )
 def test_bad_options_end_it_at_once(options: list[str], message: str, capfd: Any) -> None:

@@ -24,6 +24,7 @@ SCRIPTS = [
     "Hm.</think>Yes",
     "<tool_call>no call</tool_call>",
     '<tool_call>\n{"name": "look", "arguments": {"path": "a"}}\n</tool_call>',
+    '{"size": 7}',
 ]
 TOOLS: list[Any] = [
     {
@@ -243,14 +244,30 @@ def test_strict_tools_and_their_models(client: openai.OpenAI) -> None:
     assert call.function.parsed_arguments == Look(path="a")
     free = client.chat.completions.create(**{**asked(1), "tools": [tool]}).choices[0].message
     assert free.content == "No call is needed. 🎈"
-    both = client.chat.completions.create(
-        **constrained(
-            tool_choice="auto",
-            temperature=0,
-            response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": [7]}}},
-        )
+
+
+def test_a_reply_calls_tools_or_has_the_format_that_was_asked_for(client: openai.OpenAI) -> None:
+    pytest.importorskip("llguidance")
+
+    class Found(pydantic.BaseModel):
+        size: int
+
+    schema = {"type": "json_schema", "json_schema": {"name": "found", "schema": Found.model_json_schema()}}
+    called = client.chat.completions.create(**asked(6), response_format=schema).choices[0]
+    (call,) = called.message.tool_calls or []
+    assert (call.function.name, called.finish_reason, called.message.content) == ("look", "tool_calls", None)
+    told = client.chat.completions.create(**asked(7), response_format=schema).choices[0]
+    assert (told.message.content, told.message.tool_calls) == ('{"size": 7}', None)
+    bias = {str(byte_tokenizer().convert_tokens_to_ids("h")): -100}  # as above
+    required = constrained(tool_choice="required", response_format=schema, temperature=0, logit_bias=bias)
+    assert client.chat.completions.create(**required).choices[0].message.tool_calls
+    answer = client.responses.create(
+        model=MODEL,
+        input="say 6",
+        tools=[{"type": "function", "name": "look", "parameters": {"type": "object"}, "strict": False}],
+        text={"format": {"type": "json_schema", "name": "found", "schema": Found.model_json_schema()}},
     )
-    assert both.choices[0].message.content == "7"
+    assert [item.type for item in answer.output] == ["function_call"]
 
 
 @pytest.mark.parametrize("name", ["min_tokens", "ignore_eos", "allowed_token_ids", "bad_words"])

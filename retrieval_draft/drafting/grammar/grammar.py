@@ -33,6 +33,7 @@ class Grammar:
         source: Of that kind, as text.
         before: Text in front of it.
         after: Text after it.
+        other: The grammar that rules of the kind "tools" name ``@other``, if they do.
 
     Example:
         grammar = Grammar.json_schema({"type": "object", "properties": {"age": {"type": "integer"}}})
@@ -42,6 +43,7 @@ class Grammar:
     source: str
     before: str = ""
     after: str = ""
+    other: Grammar | None = None
 
     def __post_init__(self) -> None:
         size = len(self.source) + len(self.before) + len(self.after)
@@ -136,6 +138,10 @@ class Grammar:
         Args:
             special: Splits a text into texts and ids of special tokens.
         """
+        if self.other is not None:
+            first, *more = json.loads(self.other.compiled_from(special))["grammars"]
+            rules = {"name": "rules", "lark_grammar": self.source}
+            return json.dumps({"grammars": [rules, first | {"name": "other"}, *more]})
         body: dict[str, Any] = {"name": "body"}
         if self.kind == "json_schema":
             body["json_schema"] = json.loads(self.source)

@@ -1,1 +1,1 @@
-"""Images in chat messages: where they may come from, and the model inputs that they become."""
+"""Images and sounds in chat messages: where they may come from, and the model inputs that they become."""

@@ -130,7 +130,11 @@ class Fetcher:
         self, connection: http.client.HTTPConnection, url: str, parts: SplitResult, end: float
     ) -> bytes | str:
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        headers = {"User-Agent": "retrieval-draft", "Accept": "image/*", "Accept-Encoding": "identity"}
+        headers = {
+            "User-Agent": "retrieval-draft",
+            "Accept": "image/*, audio/*",
+            "Accept-Encoding": "identity",
+        }
         watch = threading.Timer(_left(end), _shut, [connection.sock])  # headers may come byte by byte
         watch.daemon = True
         watch.start()
@@ -170,4 +174,4 @@ def _shut(sock: socket.socket) -> None:
 
 
 def _refusal(reason: str) -> ApiError:
-    return ApiError(400, f"An image cannot be fetched. {reason}", "messages")
+    return ApiError(400, f"A file cannot be fetched. {reason}", "messages")

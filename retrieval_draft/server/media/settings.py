@@ -1,4 +1,4 @@
-"""Limits on images in requests."""
+"""Limits on images and sounds in requests."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ __all__ = ["MediaSettings"]
 
 @dataclass(frozen=True, slots=True)
 class MediaSettings:
-    """Sources that images may have besides the request itself, and their limits.
+    """Sources that images and sounds may have besides the request itself, and their limits.
 
     Attributes:
         folder: Files below it may be named by ``file:`` URLs; None for none.
         fetches: Whether http and https URLs are fetched; never from private addresses.
-        max_images: In one request.
-        max_bytes: Of one image, as it is stored or sent.
+        max_images: In one request, sounds included.
+        max_bytes: Of one of them, as it is stored or sent.
         max_pixels: Of one image; more would take much memory, however few bytes they are packed into.
-        seconds: For one image from the network, redirects included.
+        seconds: For one file from the network, redirects included.
+        max_sound_seconds: Length of one sound.
     """
 
     folder: Path | None = None
@@ -29,6 +30,7 @@ class MediaSettings:
     max_bytes: int = 16 << 20
     max_pixels: int = 1 << 24
     seconds: float = 10.0
+    max_sound_seconds: float = 300.0
 
     def __post_init__(self) -> None:
         if self.folder is not None and not self.folder.is_dir():
@@ -38,6 +40,7 @@ class MediaSettings:
             ("max_bytes", self.max_bytes, 1, 1 << 32),
             ("max_pixels", self.max_pixels, 1, 1 << 30),
             ("seconds", self.seconds, 0.01, 600.0),
+            ("max_sound_seconds", self.max_sound_seconds, 0.01, 3600.0),
         )
         for name, value, low, high in limits:
             if not low <= value <= high:

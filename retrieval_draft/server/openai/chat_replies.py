@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.media.prompt import take_urls
+from retrieval_draft.server.media.prompt import refuse_media, take_urls
 from retrieval_draft.server.openai.chat_request import ChatRequest
 from retrieval_draft.server.openai.chat_template import render_chat
 from retrieval_draft.server.openai.format import ChatFormat
@@ -56,10 +56,12 @@ class ChatReplies:
         """The conversation as text.
 
         Raises:
-            ApiError: The chat template refuses it, or it has images and the model reads none.
+            ApiError: The chat template refuses it, or it has images or sounds and the model reads none.
         """
         body, use, media = self.body, self.use, loaded.media
-        template = self._service.chat_template or (None if media is None else media.template)
+        template = self._service.chat_template
+        if template is None and media is not None:
+            template = media.template(use is not None)
 
         def render(messages: list[dict[str, Any]]) -> str:
             return render_chat(
@@ -78,22 +80,22 @@ class ChatReplies:
             plain = partial(render_chat, loaded.tokenizer, template=template)
             return render(media.parts(self._conversation, plain))
         if self._urls:
-            raise ApiError(400, "image_url: this model reads no images, text alone.", "messages")
+            raise refuse_media(self._urls[0][0])
         return render(self._conversation)
 
     def tokens(
         self, loaded: Loaded, means: Means, text: str, *, special: bool = False
     ) -> tuple[Sequence[int], Mapping[str, Any]]:
-        """Token ids of the conversation, and the model's further inputs: those of images.
+        """Token ids of the conversation, and the model's further inputs: those of images and sounds.
 
         Args:
             loaded: The loaded objects.
             means: Tools and limits.
             text: As of `prompt`.
-            special: Whether the tokenizer adds its special tokens to a text without images.
+            special: Whether the tokenizer adds its special tokens to a text alone.
 
         Raises:
-            ApiError: It is too long, or an image is not allowed or cannot be read.
+            ApiError: It is too long, or an image or sound is not allowed or cannot be read.
         """
         if not self._urls or loaded.media is None:
             return tokenize(means, text, "messages", special=special), {}
@@ -116,9 +118,9 @@ class ChatReplies:
                 400, "This server does not know how its model calls tools; see --tool-parser.", "tools"
             )
         asked, text_before = asked_grammar(body), text
-        if use is not None and (use.choice != "auto" or asked is None):
+        if use is not None:
             means.check()
-            asked = tool_grammar(use, parsing, text, loaded.tokenizer)
+            asked = tool_grammar(use, parsing, text, loaded.tokenizer, asked)
         if use is not None or parsing.parses:
             if asked is not None and asked.field != "tool_choice" and parsing.template is None:
                 text_before = ""  # the rule begins with the reply, which has no reasoning then
@@ -157,5 +159,5 @@ class ChatReplies:
 
 
 def _text(content: str | Sequence[Mapping[str, Any]]) -> str:
-    """The text of a message, without its images."""
+    """The text of a message, without its images and sounds."""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)

@@ -54,6 +54,22 @@ class Message(Struct, forbid_unknown_fields=True):
     cache_control: Raw = field(default_factory=Raw)
 
 
+class _GenerationConfig(Struct, forbid_unknown_fields=True):
+    """Options of transformers, as ``transformers chat`` sends those that differ from its defaults."""
+
+    do_sample: bool | None = None
+    max_new_tokens: Annotated[int, Meta(ge=1)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=0, le=1 << 31)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.001, le=100)] | None = None
+    transformers_version: str | None = None
+
+
+_CONFIG = Decoder(_GenerationConfig)
+_CONFIG_TEXT = Decoder(str)
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _MESSAGES = Decoder(Annotated[list[Message], Meta(min_length=1, max_length=_MAX_MESSAGES)])
 _VARIABLES = Decoder(dict[str, Any])
 _PASSED_ON = ("role", "name", "tool_call_id", "reasoning_content", "reasoning", "thinking", "refusal")
@@ -78,6 +94,8 @@ class ChatRequest(GenerationFields):
         tool_choice: Whether it calls any; read by `tool_use`.
         parallel_tool_calls: Whether it may call several.
         reasoning_effort: A variable of the chat template, where it has one.
+        generation_config: Extension of ``transformers serve``: options in place of absent fields, as an
+            object or its JSON text.
         functions: Not supported, as are those after it.
     """
 
@@ -104,6 +122,9 @@ class ChatRequest(GenerationFields):
     tools: Annotated[Raw, Meta(extra_json_schema=TOOLS_SCHEMA)] = field(default_factory=Raw)
     tool_choice: Annotated[Raw, Meta(extra_json_schema=TOOL_CHOICE_SCHEMA)] = field(default_factory=Raw)
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    generation_config: Annotated[Raw, Meta(extra_json_schema={"type": ["object", "string"]})] = field(
+        default_factory=Raw
+    )
     functions: Raw = field(default_factory=Raw)
     function_call: Raw = field(default_factory=Raw)
     audio: Raw = field(default_factory=Raw)
@@ -120,6 +141,7 @@ class ChatRequest(GenerationFields):
         Raises:
             ApiError: Names the field.
         """
+        self._read_config()
         self.check_common(self.wanted_tokens)
         self.refuse("functions", "audio", "web_search_options", "chat_template")
         self.refuse("suffix", "add_special_tokens")
@@ -135,6 +157,23 @@ class ChatRequest(GenerationFields):
                 "continue_final_message goes on with the last message, add_generation_prompt behind it.",
                 "continue_final_message",
             )
+
+    def _read_config(self) -> None:
+        name, raw = "generation_config", self.generation_config
+        if is_absent(raw, b"{}"):
+            return
+        if len(memoryview(raw)) > _MAX_VARIABLES:
+            raise ApiError(400, f"{name} has more than {_MAX_VARIABLES} bytes.", name)
+        if bytes(raw).lstrip().startswith(b'"'):
+            raw = Raw(decode_field(raw, _CONFIG_TEXT, name).encode("utf-8", "replace"))
+        given = decode_field(raw, _CONFIG, name)
+        if given.do_sample is False:
+            given.temperature = 0.0
+        for option in _SAMPLING:
+            if getattr(self, option) is None:
+                setattr(self, option, getattr(given, option))
+        if self.wanted_tokens is None:
+            self.max_tokens = given.max_new_tokens
 
     @property
     def wanted_tokens(self) -> int | None:

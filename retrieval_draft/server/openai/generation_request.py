@@ -42,18 +42,46 @@ _UNSUPPORTED = "is not supported by this server"
 
 
 class ImageUrl(Struct):
-    """The URL of an image. `detail` is accepted: the model's processor alone decides on sizes."""
+    """The URL of a file. `detail` of images is accepted: the model's processor alone decides on sizes."""
 
     url: str
     detail: str | None = None
 
 
+class InputAudio(Struct):
+    """A sound in base64."""
+
+    data: str
+    format: str
+
+
 class ContentPart(Struct):
-    """A part of a message: text, or in chats an image."""
+    """A part of a message: text, or in chats an image or a sound. `audio_url` is vLLM's."""
 
     type: str
     text: str | None = None
     image_url: ImageUrl | str | None = None
+    input_audio: InputAudio | None = None
+    audio_url: ImageUrl | str | None = None
+
+    @property
+    def media(self) -> dict[str, Any] | None:
+        """The part of an image or a sound, with its URL; None for other types.
+
+        Raises:
+            ApiError: It has none, or is of another format than is read.
+        """
+        if self.type not in ("image_url", "input_audio", "audio_url"):
+            return None
+        given = getattr(self, self.type)
+        if given is None:
+            raise ApiError(400, f"A content part of type {self.type!r} has no {self.type}.", "messages")
+        if isinstance(given, InputAudio):
+            if given.format != "wav":
+                raise ApiError(400, f"input_audio: format is {given.format[:16]!r}; send wav.", "messages")
+            given = f"data:audio/wav;base64,{given.data}"
+        kind = "image" if self.type == "image_url" else "audio"
+        return {"type": kind, "url": given if isinstance(given, str) else given.url}
 
 
 class Prediction(Struct, forbid_unknown_fields=True):
@@ -328,20 +356,17 @@ def text_of(content: str | list[ContentPart] | None, param: str) -> str:
 
 
 def content_of(content: str | list[ContentPart] | None, param: str) -> str | list[dict[str, Any]]:
-    """The content of a message for a chat template: text, or parts where there are images.
+    """The content of a message for a chat template: text, or parts where there are images or sounds.
 
     Raises:
-        ApiError: A part is neither text nor an image.
+        ApiError: A part is neither text nor an image or a sound.
     """
-    if not isinstance(content, list) or all(part.type != "image_url" for part in content):
+    if not isinstance(content, list):
         return text_of(content, param)
-    parts: list[dict[str, Any]] = []
-    for part in content:
-        if part.type != "image_url":
-            parts.append({"type": "text", "text": text_of([part], param)})
-        elif part.image_url is None:
-            raise ApiError(400, "A content part of type 'image_url' has no image_url.", param)
-        else:
-            given = part.image_url
-            parts.append({"type": "image", "url": given if isinstance(given, str) else given.url})
-    return parts
+    media = [part.media for part in content]
+    if not any(media):
+        return text_of(content, param)
+    return [
+        found or {"type": "text", "text": text_of([part], param)}
+        for part, found in zip(content, media, strict=True)
+    ]

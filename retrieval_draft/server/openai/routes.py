@@ -8,6 +8,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from msgspec import Struct
+from msgspec.json import Decoder, encode
 
 from retrieval_draft.http.event_stream import EventStream, unless_gone
 from retrieval_draft.http.json_response import Json
@@ -31,10 +33,23 @@ from retrieval_draft.server.openai.responses_request import RESPONSES, named_as_
 from retrieval_draft.server.openai.responses_writer import ResponsesWriter
 from retrieval_draft.server.service import Loaded, Service
 
-__all__ = ["make_router"]
+__all__ = ["LoadRequest", "make_router"]
 
 _DEFAULT_COMPLETION = 16
 """OpenAI's default of max_tokens for completions."""
+
+
+class LoadRequest(Struct, forbid_unknown_fields=True):
+    """A model that a client is about to use.
+
+    Attributes:
+        model: The served model's name.
+    """
+
+    model: str | None = None
+
+
+_LOAD = Decoder(LoadRequest)
 
 
 def make_router(service: Service) -> APIRouter:
@@ -57,6 +72,15 @@ def make_router(service: Service) -> APIRouter:
         """A served model by its name."""
         service.check_model(name)
         return Json(_model(service, name))
+
+    @router.post("/load_model", responses=GENERATED, openapi_extra=body_schema("LoadRequest"))
+    async def load_model(request: Request) -> Response:
+        """Events of loading a model, as of ``transformers serve``: it is loaded."""
+        body = await read_body(request, _LOAD)
+        service.check_model(body.model)
+        _ = service.loaded  # or else it is answered with 503
+        told = {"status": "ready", "model": body.model or service.settings.model_name, "cached": True}
+        return Response(b"data: " + encode(told) + b"\n\n", media_type="text/event-stream")
 
     @router.post("/v1/completions", responses=GENERATED, openapi_extra=body_schema("CompletionRequest"))
     async def completions(request: Request) -> Response:

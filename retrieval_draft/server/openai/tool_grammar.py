@@ -71,7 +71,9 @@ _FORMS = {
 _TEXT = "/(?s:.*)/"
 
 
-def tool_grammar(use: ToolUse, parsing: ReplyParsing, prompt: str, tokenizer: Any) -> AskedGrammar | None:
+def tool_grammar(
+    use: ToolUse, parsing: ReplyParsing, prompt: str, tokenizer: Any, other: AskedGrammar | None = None
+) -> AskedGrammar | None:
     """The grammar of a reply that calls tools; None where any text is one.
 
     Args:
@@ -79,25 +81,34 @@ def tool_grammar(use: ToolUse, parsing: ReplyParsing, prompt: str, tokenizer: An
         parsing: Of the model's replies.
         prompt: Text before the reply, which may end within reasoning.
         tokenizer: The model's.
+        other: Grammar of replies without calls, where they are allowed; None for any text.
 
     Raises:
         ApiError: Calls of this form have no grammar, or a schema is none.
     """
     is_auto = use.choice == "auto"
-    if is_auto and not any(function.strict for function in use.functions):
+    if is_auto and other is None and not any(function.strict for function in use.functions):
         return None
+    other = other if is_auto else None
     field = "tools" if is_auto else "tool_choice"
     form = _FORMS.get(parsing.tool_parser or "")
     if form is None:
         what = "strict" if is_auto else "a call that is required"
+        if other is not None:
+            field, what = other.field, "a choice between calls and text by a grammar"
         raise ApiError(
             400, f"{field}: {what} is not supported in the form in which this model writes calls.", field
         )
     writer = _Writer(form, {text: token for token, text in special_tokens(tokenizer).items()})
     try:
         rules = writer.calls(use)
-        rules |= writer.auto() if is_auto else writer.required(parsing.tags, parsing.begun(prompt))
+        if other is not None:
+            rules["start"] = writer.or_other()
+        else:
+            rules |= writer.auto() if is_auto else writer.required(parsing.tags, parsing.begun(prompt))
         source = "\n".join(f"{name}: {body}" for name, body in rules.items())
+        if other is not None:
+            return AskedGrammar(Grammar("tools", source, other=other.grammar), other.field)
         return AskedGrammar(Grammar("tools", source), field)
     except RetrievalDraftError as error:
         raise ApiError(400, f"{field}: {error.message}", field) from error
@@ -144,6 +155,10 @@ class _Writer:
             "SPACE": r"/\s{0,4}/",
             **self._rule_up_to(tags.end),
         }
+
+    def or_other(self) -> str:
+        """The rule ``start`` of a reply that either calls tools or follows the grammar ``@other``."""
+        return f"{self._quoted(self._form.parts)} {self._literal(self._form.mark)} calls | @other"
 
     def auto(self) -> dict[str, str]:
         """The rule ``start`` of any reply whose calls, if it has some, follow the rules."""

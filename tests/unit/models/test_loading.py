@@ -11,8 +11,9 @@ import torch
 from retrieval_draft._files import cache_home
 from retrieval_draft.errors import InvalidInputError, ModelFileError
 from retrieval_draft.models.folder_manifest import MANIFEST, verify_folder, write_manifest
-from retrieval_draft.models.loading import load_model
+from retrieval_draft.models.loading import load_model, load_processor
 from retrieval_draft.models.packaged import NAMES
+from tests.support.sounds import RATE, sound_model, sound_processor
 from tests.support.tiny import save_tiny
 
 
@@ -37,6 +38,14 @@ def test_local_folder_loads_model_and_tokenizer(tiny: Path) -> None:
     assert model.dtype == torch.float32
     assert not model.training
     assert tokenizer.decode(tokenizer("the cat")["input_ids"]) == "the cat"
+
+
+def test_a_model_that_hears_is_loaded_with_its_processor(tmp_path: Path) -> None:
+    sound_model().save_pretrained(tmp_path)
+    sound_processor().save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path), device="cpu")
+    assert type(model).__name__ == "Qwen2AudioForConditionalGeneration"
+    assert load_processor(str(tmp_path)).feature_extractor.sampling_rate == RATE
 
 
 def test_dtype_by_name(tiny: Path) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from retrieval_draft.drafting.grammar.grammar import Grammar
 from retrieval_draft.server.errors import ApiError
+from retrieval_draft.server.openai.structured_outputs import AskedGrammar
 from retrieval_draft.server.openai.tool_grammar import tool_grammar
 from retrieval_draft.server.openai.tools import ToolFunction, ToolUse
 from retrieval_draft.server.parsing.choice import REASONING_PARSERS, ReplyParsing
@@ -55,12 +57,19 @@ PLAIN = {
 FUNCTIONS = [ToolFunction("f", parameters=NODE, strict=True), ToolFunction("g")]
 
 
-def accepts(family: str, use: ToolUse, *texts: str, prompt: str = "", reasoning: bool = False) -> list[bool]:
+def accepts(
+    family: str,
+    use: ToolUse,
+    *texts: str,
+    prompt: str = "",
+    reasoning: bool = False,
+    other: AskedGrammar | None = None,
+) -> list[bool]:
     """True for each text that the rule of a reply allows as the whole of it."""
     tokenizer = byte_tokenizer(specials=("<|turn|>", *MARKS.get(family, ())))
     name = family if family in REASONING_PARSERS else "qwen"
     parsing = ReplyParsing(family, name if reasoning else None)
-    asked = tool_grammar(use, parsing, prompt, tokenizer)
+    asked = tool_grammar(use, parsing, prompt, tokenizer, other)
     assert asked is not None
     compiled = compiler_of(tokenizer, [0], len(tokenizer)).compile(asked.grammar)
     found = []
@@ -104,6 +113,27 @@ def test_calls_of_strict_tools_follow_their_schema_among_other_text(family: str)
     assert tool_grammar(ToolUse(FUNCTIONS[1:]), ReplyParsing(family), "", byte_tokenizer()) is None
 
 
+@pytest.mark.parametrize("family", [*CALLS])
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        (Grammar.json_schema({"enum": [7, "é"]}), '"é"'),
+        (Grammar.regex("a+ b"), "aa b"),
+        (Grammar.choice(["yes", "no"]), "no"),
+        (Grammar.json_object().within("<", ">"), '<{"b": 1}>'),
+    ],
+)
+def test_a_reply_calls_tools_or_follows_another_grammar(family: str, grammar: Grammar, text: str) -> None:
+    call, wrong = (CALLS[family].replace("ARGS", each) for each in (ARGUMENTS, "{}"))
+    other = AskedGrammar(grammar, "response_format")
+    texts = [call, text, wrong, "Plain text.", f"{text}{call}"]
+    assert accepts(family, ToolUse(FUNCTIONS), *texts, other=other) == [True, True, False, False, False]
+    free = ToolUse([ToolFunction("f")])
+    assert accepts(family, free, call, wrong, text, other=other) == [True, True, True]
+    required = ToolUse(FUNCTIONS, "required")
+    assert accepts(family, required, call, text, other=other) == [True, False]
+
+
 def test_reasoning_comes_before() -> None:
     use = ToolUse(FUNCTIONS, "required")
     call = CALLS["qwen"].replace("ARGS", ARGUMENTS)
@@ -118,6 +148,9 @@ def test_families_without_a_rule_are_refused() -> None:
         with pytest.raises(ApiError, match="not supported") as raised:
             tool_grammar(use, ReplyParsing("gemma"), "", byte_tokenizer())
         assert raised.value.param == field
+    other = AskedGrammar(Grammar.json_object(), "response_format")
+    with pytest.raises(ApiError, match=r"response_format: .* not supported"):
+        tool_grammar(ToolUse(FUNCTIONS[1:]), ReplyParsing("gemma"), "", byte_tokenizer(), other)
     long = ToolFunction("f", parameters={"description": "x" * (1 << 18)}, strict=True)
     with pytest.raises(ApiError, match="characters") as raised:
         tool_grammar(ToolUse([long]), ReplyParsing("qwen"), "", byte_tokenizer())

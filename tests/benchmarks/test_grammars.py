@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.grammar_tasks import SUBJECTS, TASKS
+from benchmarks.grammars import measure_grammars
+from tests.support.grammars import json_model, json_tokenizer
+
+
+def test_replies_are_compared_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llguidance")
+    tokenizer = json_tokenizer()
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['content'] }}")
+    monkeypatch.setattr("benchmarks.grammars.load_model", lambda name: (json_model(), tokenizer))
+    for name in ("nested", "arrays", "enum", "unicode", "union"):
+        monkeypatch.delitem(TASKS, name)
+    result: Any = measure_grammars("tiny", 2)
+    assert set(result["shapes"]) == {"regex", "deep", "call"}
+    assert result["equal"] == result["requests"] == 6
+    assert result["valid"] == result["ended"] > 0
+    assert result["shapes"]["call"]["fewer_passes"] > 1
+
+
+def test_replies_are_validated_without_the_grammar() -> None:
+    assert len(TASKS) == 8
+    assert len(set(SUBJECTS)) == 25
+    call = '<tool_call>\n{"name": "search_flights", "arguments": {"origin": "a"}}\n</tool_call>'
+    assert not TASKS["call"].follows(call)
+    assert TASKS["union"].follows('{"found": true, "population": 3}')
+    assert not TASKS["union"].follows('{"found": true, "error": "a"}')
+    assert not TASKS["union"].follows("{")
+    assert TASKS["regex"].follows("AB-1234 abc")
