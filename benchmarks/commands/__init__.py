@@ -16,6 +16,7 @@ from benchmarks.commands import (
     sampling,
     serve,
     store,
+    tokenizers,
     vllm,
     weights,
 )
@@ -35,6 +36,7 @@ for _command in (
     agents.agents, parts.automaton, sampling.batch, chains.chains, parts.cold, drafts.drafts,
     sampling.draw, fleet.fleet, parts.fusion, grammars.grammars, llama_cpp.llama_cpp, parts.loop,
     serve.mixed, models.models, parts.passes, agents.restart, sampling.samples, serve.serve, store.store,
+    tokenizers.tokenizers,
     serve.turns, vllm.vllm, weights.weights,
 ):  # fmt: skip
     app.command(_command.__name__)(_command)

@@ -24,7 +24,7 @@ def chains(
     context: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 4096,
     history_tokens: Annotated[int, typer.Option(min=0, help="Tokens of earlier requests.")] = 1_000_000,
     steps: Annotated[int, typer.Option(min=2, help="Steps of each batch.")] = 200,
-    max_chain: Annotated[int, typer.Option(min=1, max=64, help="The longest chain.")] = 16,
+    max_chain: Annotated[int, typer.Option(min=1, max=256, help="The longest chain.")] = 16,
     min_prob: Annotated[float, typer.Option(min=0, max=1, help="Path probability that ends a chain.")] = 0.05,
     threads: Annotated[int, typer.Option(min=1, max=64, help="Threads that propose.")] = 1,
     limit: Annotated[

@@ -16,7 +16,7 @@ from retrieval_draft.errors import InvalidInputError
 
 __all__ = ["store"]
 
-PARTS = ("propagation", "outages", "soak", "start", "ingest", "split", "fuzz")
+PARTS = ("propagation", "outages", "soak", "start", "ingest", "split", "fuzz", "versions")
 
 
 def store(
@@ -43,6 +43,12 @@ def store(
     fuzzed: Annotated[
         int, typer.Option(min=1, help="Bad entries, and a tenth as many foreign ones.")
     ] = 10_000,
+    older: Annotated[
+        Path | None,
+        typer.Option(
+            help="Wheel of an older version for versions, or a checkout's folder.", show_default=False
+        ),
+    ] = None,
     folder: Annotated[
         Path | None,
         typer.Option(help="Folder for temporary files; the system's by default.", show_default=False),
@@ -57,6 +63,8 @@ def store(
         raise InvalidInputError(f"--parts names {unknown or 'nothing'}.", f"Choose from: {', '.join(PARTS)}.")
     if "split" in chosen and not traces:
         raise InvalidInputError("The part split replays traces; there are none.", "Name files with --traces.")
+    if "versions" in chosen and older is None:
+        raise InvalidInputError("The part versions needs an older version.", "Name its wheel with --older.")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         work = Path(scratch)
         measures: dict[str, Callable[[], dict[str, Any]]] = {
@@ -67,6 +75,7 @@ def store(
             "ingest": lambda: _ingest(work, 2 * tokens),
             "split": lambda: _split(work, traces or [], servers),
             "fuzz": lambda: _fuzz(work, fuzzed),
+            "versions": lambda: _versions(work, older),
         }
         found = {part: measures[part]() for part in PARTS if part in chosen}
     result = _summary(found)
@@ -130,6 +139,13 @@ def _fuzz(folder: Path, fuzzed: int) -> dict[str, Any]:
     return measure_fuzz(folder, fuzzed=fuzzed, foreign=fuzzed // 10)
 
 
+def _versions(folder: Path, older: Path | None) -> dict[str, Any]:
+    from benchmarks.store_versions import measure_versions
+
+    assert older is not None
+    return measure_versions(folder, older)
+
+
 def _summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Numbers quoted in the README, and all parts."""
     from retrieval_draft.bench.provenance import provenance
@@ -171,10 +187,20 @@ def _rows(found: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
         elif part == "split":
             names = ("one_server", "not_shared", "replies_shared", "all_shared", "ratio")
             rows += [(f"tokens per step, {name.replace('_', ' ')}", f"{value[name]:.3f}") for name in names]
+        elif part == "versions":
+            older, newer = value["older"], value["newer"]
+            drafted = f"{older['drafted']}, {newer['drafted']} of {value['texts']}"
+            rows.append((f"the other's texts drafted from, by {older['version']} and this", drafted))
+            rows.append(("entries of the other's that each dropped", f"{_counts(older)}; {_counts(newer)}"))
         else:
             names = ("written", "ingested", "uncounted", "bad_texts", "foreign_drafts")
             rows.append((f"fuzz: {', '.join(names)}", _numbers(value, *names)))
     return rows
+
+
+def _counts(server: dict[str, Any]) -> str:
+    dropped = {reason: count for reason, count in server["dropped"].items() if count}
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
 
 
 def _numbers(value: dict[str, Any], *names: str) -> str:

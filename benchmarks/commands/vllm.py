@@ -33,7 +33,7 @@ def vllm(
         str,
         typer.Option(help="plain, idle, ngram-MIN-MAX-K, suffix, suffix-history, cold, history; by commas."),
     ] = _METHODS,
-    drafts: Annotated[int, typer.Option(min=1, max=64, help="Tokens of a draft at most.")] = 24,
+    drafts: Annotated[int, typer.Option(min=1, max=256, help="Tokens of a draft at most.")] = 24,
     passes: Annotated[int, typer.Option(min=1, help="Runs of all prompts.")] = 1,
     max_model_len: Annotated[int, typer.Option(min=64, help="As vLLM takes it.")] = 1024,
     dtype: Annotated[str, typer.Option(help="As vLLM takes it.")] = "float32",

@@ -39,12 +39,14 @@ def compare_methods(
         **options: As for `replay`.
 
     Returns:
-        ``{"methods": {name: {nodes: tokens_per_step}}, "nodes_per_step": {name: {nodes: …}},
-        "calibrated_to_best": {nodes: ratio}}``: `calibrated` over the best other method.
+        ``{"methods": {name: {nodes: tokens_per_step}}, "by_task": {task: {name: {nodes: …}}},
+        "nodes_per_step": {name: {nodes: …}}, "calibrated_to_best": {nodes: ratio}}``: `calibrated` over the
+        best other method.
     """
     names = list(methods) or lookup_methods()
     found: dict[str, dict[int, float]] = {}
     used: dict[str, dict[int, float]] = {}
+    tasks: dict[str, dict[str, dict[int, float]]] = {}
     for name in [*names, ORACLE]:
         oracle = name == ORACLE
         for size in nodes:
@@ -52,6 +54,8 @@ def compare_methods(
             result = replay(paths, nodes=size, method=method, oracle=oracle, **options)
             found.setdefault(name, {})[size] = result["tokens_per_step"]
             used.setdefault(name, {})[size] = result["nodes_per_step"]
+            for task, value in result["by_task"].items():
+                tasks.setdefault(task, {}).setdefault(name, {})[size] = value
             progress()
     others = [name for name in names if name != "calibrated"]
     ratios = {}
@@ -59,4 +63,4 @@ def compare_methods(
         ratios = {
             size: found["calibrated"][size] / max(found[name][size] for name in others) for size in nodes
         }
-    return {"methods": found, "nodes_per_step": used, "calibrated_to_best": ratios}
+    return {"methods": found, "by_task": tasks, "nodes_per_step": used, "calibrated_to_best": ratios}

@@ -134,6 +134,7 @@ def _summary(
     steps = sum(run.steps for run in mine)
     passes = sum(run.pass_seconds for run in mine)
     return {
+        "prompts": len(mine),
         "tokens_per_second": tokens / sum(run.seconds for run in mine),
         "tokens_per_step": (tokens - len(mine)) / steps if steps else 0.0,
         "nodes_per_step": sum(run.nodes for run in mine) / steps if steps else 0.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.index.build._content import needed
 from retrieval_draft.models.chat import chat_inputs
 
 __all__ = ["Prompt", "random_prompts", "read_prompts", "spread"]
+
+_log = logging.getLogger("retrieval_draft")
+
+STAND_IN = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING SPECDEC_BENCH"
+"""Text that SPEED-Bench publishes for prompts that it may not pass on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,35 +59,83 @@ class Prompt:
 
 
 def read_prompts(paths: Sequence[Path]) -> list[Prompt]:
-    """Reads JSON lines with ``prompt``, or ``turns`` of which the first is taken, and optionally ``task``.
+    """Reads prompts from JSON lines or Parquet files, in any of the public layouts.
 
-    Without a task the file's name is used.
+    The text is ``prompt``, or the first of ``turns`` (Spec-Bench, SPEED-Bench), or the first message of a
+    user in ``messages`` (SPEED-Bench, prepared). The task is ``task`` or ``category``, else the file's name;
+    the id ``id`` or ``question_id``. SPEED-Bench publishes a stand-in for texts that others own: such prompts
+    are left out, with a warning that counts them.
 
     Raises:
-        InvalidInputError: Names file and line.
+        InvalidInputError: A line is no prompt, or no prompt is left; names file and line.
     """
     return [prompt for path in paths for prompt in _read(path)]
 
 
-def _read(path: Path) -> Iterator[Prompt]:
+def _read(path: Path) -> list[Prompt]:
+    found, missing = [], 0
+    for number, record in _records(path):
+        try:
+            text = _text(record)
+        except (KeyError, TypeError, IndexError) as error:
+            raise _refused(path, number, error) from error
+        if not isinstance(text, str):
+            raise _refused(path, number, text)
+        if STAND_IN in text:
+            missing += 1
+            continue
+        name, task = (_first(record, names) for names in (("id", "question_id"), ("task", "category")))
+        found.append(Prompt(str(number if name is None else name), str(task or path.stem), text))
+    hint = "Complete the file with SPEED-Bench's own script, prepare.py."
+    if missing and not found:
+        raise InvalidInputError(f"{path} has stand-ins for all of its {missing} prompts.", hint)
+    if missing:
+        _log.warning(
+            "%s: %d of %d prompts are stand-ins, left out. %s", path, missing, missing + len(found), hint
+        )
+    return found
+
+
+def _records(path: Path) -> Iterator[tuple[int, Any]]:
+    """Objects of a file, each with its line or row, from 1 on."""
+    if path.suffix == ".parquet":
+        arrow, tables = needed("pyarrow", "parquet files"), needed("pyarrow.parquet", "parquet files")
+        try:
+            rows = tables.read_table(path).to_pylist()
+        except (OSError, arrow.ArrowException) as error:
+            raise InvalidInputError(f"Cannot read the prompts {path}: {error}.") from error
+        yield from enumerate(rows, 1)
+        return
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError(f"Cannot read the prompts {path}: {error}.") from error
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            text = record["prompt"] if "prompt" in record else record["turns"][0]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            text = error
-        if not isinstance(text, str):
-            raise InvalidInputError(
-                f"{path}, line {number} is no prompt: {text!r}.",
-                'Each line is {"prompt": text} or {"turns": [text, ...]}, optionally with a "task".',
-            )
-        yield Prompt(str(record.get("id", number)), str(record.get("task") or path.stem), text)
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise _refused(path, number, error) from error
+
+
+def _text(record: Any) -> Any:
+    if "prompt" in record:
+        return record["prompt"]
+    if "turns" in record:
+        return record["turns"][0]
+    return next((each["content"] for each in record["messages"] if each["role"] == "user"), None)
+
+
+def _first(record: Any, names: Sequence[str]) -> Any:
+    return next((record[name] for name in names if record.get(name) is not None), None)
+
+
+def _refused(path: Path, number: int, found: object) -> InvalidInputError:
+    return InvalidInputError(
+        f"{path}, line {number} is no prompt: {found!r}.",
+        'Each line is {"prompt": text}, {"turns": [text, ...]} or {"messages": [{"role": "user", "content": '
+        'text}, ...]}, optionally with a "task" or "category".',
+    )
 
 
 def spread(

@@ -52,7 +52,9 @@ def live(
     prompts: Annotated[
         list[Path] | None,
         typer.Option(
-            "--prompts", help="JSON lines with prompt or turns; may be repeated.", show_default=False
+            "--prompts",
+            help="JSON lines or Parquet: prompts, Spec-Bench, SPEED-Bench; may be repeated.",
+            show_default=False,
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of each reply at most.")] = 96,
@@ -247,6 +249,12 @@ def methods(
         for name, found in result["methods"].items()
     ]
     print_table("tokens per step (verified nodes)", ("method", *(f"{size} nodes" for size in sizes)), rows)
+    if len(result["by_task"]) > 1:
+        tasks = result["by_task"]
+        by_task = [
+            (name, *(f"{tasks[task][name][sizes[-1]]:.3f}" for task in tasks)) for name in result["methods"]
+        ]
+        print_table(f"tokens per step by task, {sizes[-1]} nodes", ("method", *tasks), by_task)
     for size, ratio in result["calibrated_to_best"].items():
         print(f"{size} nodes: calibrated is {ratio:.3f} times the best other method")
 
@@ -337,3 +345,15 @@ def print_live(result: dict[str, Any]) -> None:
         columns, rows = columns[:at] + columns[at + 1 :], [row[:at] + row[at + 1 :] for row in rows]
     title = f"{result['model']}, {result['device']}, {result['dtype']}, greedy, {result['prompts']} prompts"
     print_table(title, columns, rows)
+    if len(result["by_task"]) > 1:
+        by_task = [
+            (task, str(entries[name]["prompts"]), *map(_steps_and_ratio, entries.values()))
+            for task, entries in result["by_task"].items()
+        ]
+        title = "tokens per step by task (median speed against stock)"
+        print_table(title, ("task", "prompts", *result["methods"]), by_task)
+
+
+def _steps_and_ratio(entry: dict[str, Any]) -> str:
+    ratio = entry["ratio_to_stock"]
+    return f"{entry['tokens_per_step']:.2f}" + ("" if ratio is None else f" ({ratio['median']:.2f}x)")

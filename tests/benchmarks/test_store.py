@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.store_versions import measure_versions
+from retrieval_draft.errors import InvalidInputError
 from tests.support.commands import Command
 from tests.support.tiny import save_tiny
 
@@ -20,7 +22,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize(
     ("part", "message"),
-    [("none", "Choose from: propagation"), ("split", "Name files with --traces")],
+    [
+        ("none", "Choose from: propagation"),
+        ("split", "Name files with --traces"),
+        ("versions", "Name its wheel with --older"),
+    ],
 )
 def test_bad_input_is_refused(command: Command, part: str, message: str) -> None:
     code, _, err = command("benchmarks", "store", "--parts", part)
@@ -57,3 +63,19 @@ def test_the_bench_measures_every_part(command: Command, tiny: str, tmp_path: Pa
     assert parts["split"]["all_shared"] > parts["split"]["not_shared"] > 1
     fuzz = parts["fuzz"]
     assert (fuzz["uncounted"], fuzz["bad_texts"], fuzz["foreign_drafts"]) == (0, 0, 0)
+
+
+def test_servers_of_two_versions_draft_from_each_other(tmp_path: Path) -> None:
+    """The older version is this one: what they drop is empty then."""
+    found = measure_versions(tmp_path, Path(__file__).parents[2], texts=10)
+    assert (found["older"]["drafted"], found["newer"]["drafted"], found["newer"]["learned"]) == (10, 10, 10)
+    assert not any((*found["older"]["dropped"].values(), *found["newer"]["dropped"].values()))
+
+
+def test_what_is_no_package_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="holds no package"):
+        measure_versions(tmp_path, tmp_path)
+    wheel = tmp_path / "torn.whl"
+    wheel.write_bytes(b"PK")
+    with pytest.raises(InvalidInputError, match="Cannot read the wheel"):
+        measure_versions(tmp_path, wheel)

@@ -4,16 +4,19 @@ import logging
 import random
 import time
 
+import numpy as np
 import pytest
 
 from benchmarks.slow_proxy import SlowProxy
 from benchmarks.valkey_process import ValkeyProcess
+from retrieval_draft.index.source import CONTEXT, NodeLogits
 from retrieval_draft.index.store import replay_buffer as recent
 from retrieval_draft.index.store.connector import Connector
 from retrieval_draft.index.store.keys import SHARDS, stream_key
 from retrieval_draft.index.store.url import parse_store_url
 from tests.support.stores import (
     FINGERPRINT,
+    NONE,
     alive,
     drafts,
     opened,
@@ -295,6 +298,14 @@ def test_the_queue_is_bounded_and_what_is_left_is_sent(tmp_path) -> None:
             assert last in texts(store)  # the oldest went
 
 
+def share_rows(store, *numbers: int) -> None:
+    """Hands runs over with predictions at two positions, seen twice each, so that their rows are sent."""
+    for number in numbers:
+        contexts = np.array([run(number)[:CONTEXT], run(number)[1 : CONTEXT + 1]] * 2, np.int32)
+        rows = NodeLogits(contexts, contexts[:, :2].copy(), np.full((4, 2), 0.4, np.float32))
+        store._outbox.put(NONE, run(number), [rows])
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_random_outages_lose_and_double_nothing(tmp_path, seed) -> None:
     chance = random.Random(seed)
@@ -304,7 +315,7 @@ def test_random_outages_lose_and_double_nothing(tmp_path, seed) -> None:
             action = chance.choice(["share"] * 6 + ["kill", "pause", "drop"])
             if action == "share":
                 count = chance.randrange(1, 30)
-                share(chance.choice(stores), *range(number, number + count))
+                share_rows(chance.choice(stores), *range(number, number + count))
                 number += count
             elif action == "kill":
                 server.kill()
@@ -318,4 +329,12 @@ def test_random_outages_lose_and_double_nothing(tmp_path, seed) -> None:
                 server.client().client_kill_filter(_type="normal", skipme=True)
             time.sleep(chance.uniform(0, 0.05))
         wait_same(stores, runs(*range(number)), 40)
+        # A server adds up each row once, from whichever entry, others' and its own.
+        contexts = [run(each)[:CONTEXT] for each in range(number)]
+
+        def counted() -> bool:
+            counts = [[store.learned.table.row(each)[2] for each in contexts] for store in stores]
+            return counts[0] == counts[1] == counts[2] and sum(count > 1 for count in counts[0]) > number / 2
+
+        wait_until(counted, 40)
         assert alive(stores)

@@ -30,7 +30,7 @@ from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.segments import segment_session
 from retrieval_draft.index.source import CONTEXT, DraftSource, NodeLogits, TokenArray
 
-__all__ = ["ChainBatch"]
+__all__ = ["MAX_CHAIN", "ChainBatch"]
 
 NEEDED = 0.05
 """Probability below which a source's guess is not considered."""
@@ -38,7 +38,8 @@ NEEDED = 0.05
 SAMPLE = 8
 """Occurrences read for one context in segments: a chain needs the likeliest continuation, not all."""
 
-MAX_CHAIN = 64
+MAX_CHAIN = 256
+"""Limit of a chain, for which each session has 140 KB."""
 
 THREADED = 16
 """Rows from which on a second thread pays."""
@@ -60,7 +61,7 @@ class ChainBatch:
     Args:
         stores: Data to draft from besides the requests.
         config: The drafting configuration; its `sources` without siblings. None for the defaults.
-        max_chain: The longest chain, 1 to 64.
+        max_chain: The longest chain, 1 to 256.
         sources: Made sources to use, such as those of a `Proposer`; None to make them from `config`.
         calibration: A copy of the batch's own by default; a given one is updated in place.
         threads: Number that propose at once, in batches of 16 rows or more.
@@ -134,7 +135,7 @@ class ChainBatch:
 
         Args:
             proposer: The caller closes it, after the batch.
-            max_chain: The longest chain, 1 to 64.
+            max_chain: The longest chain, 1 to 256.
             threads: Number that propose at once.
 
         Raises:

@@ -91,20 +91,24 @@ class Expansion:
         self._cached: TokenArray = np.empty(0, np.int32)
 
     @torch.no_grad()
-    def grow(self, text: TokenArray, budget: int, allowed: Tensor | None = None) -> ModelTree:
+    def grow(
+        self, text: TokenArray, budget: int, allowed: Tensor | None = None, depth: int | None = None
+    ) -> ModelTree:
         """The `budget` most probable nodes after `text` (EAGLE-2's expand and rerank, arXiv:2406.16858).
 
         Args:
             text: int32, shape (length,), at least one token; the last one is the root.
             budget: The most nodes to return.
             allowed: bool, shape (vocabulary,). Tokens that may be drafted; None for all.
+            depth: Levels instead of the limit's.
         """
         limits = self._limits
+        depth = limits.depth if depth is None else depth
         tokens, parents, probs, paths, depths = [int(text[-1])], [-1], [1.0], [1.0], [0]
         with self._applied():
             frontier, rows = [0], self._root(text)
             expected, expanded = 0.0, [0]
-            for level in range(limits.depth):
+            for level in range(depth):
                 likely, entropy = _best(rows, limits.top_k, allowed)
                 added, stopped = len(tokens), []
                 for node, (row_tokens, row_probs), h in zip(frontier, likely, entropy, strict=True):
@@ -127,7 +131,7 @@ class Expansion:
                     n for n in range(added, len(tokens)) if not stopped[n - added] and paths[n] > min_prob
                 ]
                 frontier = sorted(fresh, key=lambda n: -paths[n])[: limits.top_k]
-                if not frontier or level + 1 == limits.depth:
+                if not frontier or level + 1 == depth:
                     break
                 expanded += sorted(frontier)
                 frontier = sorted(frontier)

@@ -1,7 +1,9 @@
 """Drafts from a model with another tokenizer.
 
 Drafts never decide the output: the target's own tokens are emitted, and drafts count where they match (rule B
-of sample-and-match verification). So a wrong translation does no harm to the output.
+of sample-and-match verification). So a wrong translation does no harm to the output, and the acceptance test
+of string-level rejection sampling, which compares with the probability of a drafted text, is not needed: that
+probability orders the nodes and is calibrated like other evidence.
 """
 
 from __future__ import annotations
@@ -11,10 +13,12 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
-from retrieval_draft.engine.draft_models.expansion import ExpansionLimits
+from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, ModelTree
 from retrieval_draft.engine.draft_models.model_draft import ModelDraft
-from retrieval_draft.engine.draft_models.vocabulary import VocabularyMap
+from retrieval_draft.engine.draft_models.spelling import LOOK_BEHIND, Speller, cut_off, joined_tree
+from retrieval_draft.engine.draft_models.vocabulary import VocabularyMap, token_bytes
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray, empty_proposal
 
@@ -23,10 +27,14 @@ __all__ = ["ForeignModelDraft", "ForeignSession"]
 SLACK = 8
 """Last draft tokens that are not cached: with more text they may be tokenized differently."""
 
-LOOK_BEHIND = 8
-"""Tokens of the target before a draft, tokenized together with its text."""
+TEXT_NODES = 2
+"""Nodes of the draft model for each of the budget: several may be one token of the target."""
 
-TEXT_DEPTH = 10
+RECENT = 64
+"""Last tokens of the target whose text tells how many draft tokens one of them takes."""
+
+MOST_STRETCH = 4
+"""Limit of the draft model's levels over the limit for a tokenizer that cuts alike."""
 
 
 class ForeignSession:
@@ -34,31 +42,35 @@ class ForeignSession:
 
     def __init__(self, source: ForeignModelDraft, prompt: TokenArray) -> None:
         self._source = source
-        self._text = np.array(prompt, np.int32)
+        self._tokens = np.array(prompt, np.int32)
+        self._text = source.speller.text(self._tokens)
+        self._start = int(source.is_padded(self._tokens))
         self._expansion = source.expansion()
 
     def propose(self, budget: int) -> Proposal:
         """The draft model's guesses after the same text, in the target's tokens."""
         if budget <= 0 or not len(self._text):
             return empty_proposal("model", "model")
-        own = self._source.to_draft(self._text)
+        # The target may have emitted the first bytes of a character, of which the draft model knows nothing.
+        end = len(self._text) - cut_off(self._text)
+        own = self._source.to_draft(self._text[self._start : end].decode("utf-8", "replace"))
         if not len(own):
             return empty_proposal("model", "model")
         if self._source.mode == "intersection":
+            if end < len(self._text):
+                return empty_proposal("model", "model")
             tree = self._expansion.grow(own, budget, self._source.allowed)
-            tokens = self._source.map.to_target[tree.tokens]
-            return _proposal(tokens, tree.parents, tree.probs)
-        tree = self._expansion.grow(own, TEXT_DEPTH)
-        tokens = self._source.to_target(self._text[-LOOK_BEHIND:], own, tree.tokens)[:budget]
-        # The draft tokens' probabilities, spread over as many tokens of the target.
-        whole = float(np.prod(np.clip(tree.probs, 1e-6, 1.0)))
-        each = whole ** (1.0 / max(len(tokens), 1))
-        parents = np.arange(len(tokens), dtype=np.int32) - 1
-        return _proposal(tokens, parents, np.full(len(tokens), each, np.float32))
+            return _proposal(replace(tree, tokens=self._source.map.to_target[tree.tokens]))
+        depth = self._source.depth(self._tokens[-RECENT:], own)
+        tree = self._expansion.grow(own, TEXT_NODES * budget, self._source.allowed, depth)
+        behind, begun = self._tokens[-LOOK_BEHIND:], self._text[end:]
+        return _proposal(self._source.to_target(behind, begun, tree, budget))
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,)."""
-        self._text = np.concatenate((self._text, np.asarray(tokens, np.int32)))
+        tokens = np.asarray(tokens, np.int32)
+        self._tokens = np.concatenate((self._tokens, tokens))
+        self._text += self._source.speller.text(tokens)
 
     def learn(self, logits: NodeLogits) -> None:
         """Does nothing: the model does not learn."""
@@ -68,31 +80,25 @@ class ForeignSession:
         self._expansion.close()
 
 
-def _proposal(tokens: TokenArray, parents: np.ndarray[Any, Any], probs: np.ndarray[Any, Any]) -> Proposal:
-    size = len(tokens)
-    return Proposal(
-        tokens.astype(np.int32),
-        parents.astype(np.int32),
-        np.clip(probs, 1e-6, 1.0).astype(np.float32),
-        np.zeros(size, np.int32),
-        "model",
-        "model",
-    )
+def _proposal(tree: ModelTree) -> Proposal:
+    zeros = np.zeros(len(tree.tokens), np.int32)
+    return Proposal(tree.tokens, tree.parents, np.clip(tree.probs, 1e-6, 1.0), zeros, "model", "model")
 
 
 class ForeignModelDraft:
     """Drafts with a causal model whose tokenizer is not the target's.
 
-    "intersection" drafts trees of tokens that both vocabularies have, to which the other tokens' probability
-    is distributed (TLI, arXiv:2502.05202); "text" drafts a chain in the draft model's own tokens, decodes it
-    and tokenizes the text again with the target's tokenizer, together with the last tokens before it (SLEM,
-    same paper).
+    "text" drafts trees in the draft model's own tokens and tokenizes each path's text anew with the target's
+    tokenizer, together with the last tokens before it (SLEM, arXiv:2502.05202, with trees): the draft model
+    may split where the target joins, and join where it splits. Where it takes more tokens for a text than the
+    target, its trees have as many more levels. "intersection" drafts trees of tokens that both vocabularies
+    have, to which the other tokens' probability is distributed (TLI, same paper).
 
     Args:
         model: The draft model.
         draft_tokenizer: Its tokenizer.
         target_tokenizer: The target's.
-        mode: "intersection" or "text".
+        mode: "text" or "intersection".
         limits: Limits on the growth of its trees.
 
     Raises:
@@ -108,22 +114,27 @@ class ForeignModelDraft:
         model: Any,
         draft_tokenizer: Any,
         target_tokenizer: Any,
-        mode: Literal["intersection", "text"] = "intersection",
+        mode: Literal["text", "intersection"] = "text",
         limits: ExpansionLimits | None = None,
     ) -> None:
-        if mode not in ("intersection", "text"):
-            raise InvalidInputError(f"mode is {mode!r}.", 'Choose "intersection" or "text".')
+        if mode not in ("text", "intersection"):
+            raise InvalidInputError(f"mode is {mode!r}.", 'Choose "text" or "intersection".')
         self.mode = mode
+        self.speller = Speller(target_tokenizer)
         self._draft_tokenizer = draft_tokenizer
         self._target_tokenizer = target_tokenizer
-        limits = limits or ExpansionLimits()
-        if mode == "text":
-            limits = replace(limits, top_k=1, depth=TEXT_DEPTH)
         self._model = ModelDraft(model, int(model.get_input_embeddings().weight.shape[0]), limits)
+        target = self._model.target
         if mode == "intersection":
             self.map = VocabularyMap(target_tokenizer, draft_tokenizer)
-            target = self._model.target
-            self.allowed = self.map.allowed(target.embedding_rows).to(target.device)
+            allowed = self.map.to_target >= 0
+        else:
+            self._texts = token_bytes(draft_tokenizer)
+            self._sizes = np.array([len(text or b"") for text in self._texts], np.int64)
+            allowed = np.array([text is not None for text in self._texts])
+        self.allowed = torch.zeros(target.embedding_rows, dtype=torch.bool, device="cpu")
+        self.allowed[: len(allowed)] = torch.from_numpy(allowed[: target.embedding_rows])
+        self.allowed = self.allowed.to(target.device)
 
     def expansion(self) -> Any:
         """The draft model with an empty cache."""
@@ -133,44 +144,49 @@ class ForeignModelDraft:
         """Measures the fastest kernels for the draft model's layers, once."""
         self._model.prepare()
 
-    def to_draft(self, text: TokenArray) -> TokenArray:
-        """The text in the draft model's tokens.
+    def is_padded(self, tokens: TokenArray) -> bool:
+        """True if a text's first token has a space that is not in the text, as SentencePiece puts there."""
+        text = self.speller.text(tokens[:LOOK_BEHIND])
+        return text[:1] == b" " and not self._target_tokenizer.decode(
+            tokens[:LOOK_BEHIND].tolist(), skip_special_tokens=True
+        ).startswith(" ")
+
+    def depth(self, recent: TokenArray, own: TokenArray) -> int:
+        """Levels of a tree of draft tokens as deep as the limit's in the target's tokens.
 
         Args:
-            text: int32, shape (length,), the target's tokens.
+            recent: int32. The target's last tokens.
+            own: int32. The text in draft tokens.
         """
-        words = self._target_tokenizer.decode(text.tolist(), skip_special_tokens=True)
-        ids = self._draft_tokenizer(words)["input_ids"]
+        sizes = np.cumsum(self._sizes[own[::-1][: MOST_STRETCH * len(recent)]])
+        count = int(np.searchsorted(sizes, len(self.speller.text(recent)))) + 1
+        stretch = min(max(count / len(recent), 1.0), MOST_STRETCH)
+        return round(stretch * self._model.limits.depth)
+
+    def to_draft(self, text: str) -> TokenArray:
+        """A text in the draft model's tokens."""
+        ids = self._draft_tokenizer(text)["input_ids"]
         # A tokenizer that ends every text with a special token would make the model continue after it.
         ends = {getattr(self._draft_tokenizer, name, None) for name in ("eos_token_id", "sep_token_id")}
         while len(ids) > 1 and ids[-1] in ends:
             ids = ids[:-1]
         return np.array(ids, np.int32)
 
-    def to_target(self, behind: TokenArray, own: TokenArray, drafted: TokenArray) -> TokenArray:
-        """Drafted tokens as the target would write them after its last ones.
+    def to_target(self, behind: TokenArray, begun: bytes, tree: ModelTree, most: int) -> ModelTree:
+        """A tree of draft tokens as the target would write it after its last tokens.
 
         Args:
             behind: int32. The target's last tokens.
-            own: int32. The text in draft tokens, to which the drafted tokens are appended for decoding.
-            drafted: int32. Draft tokens.
+            begun: First bytes of a character at their end: only paths that begin with them are kept.
+            tree: In draft tokens.
+            most: The most nodes to return.
         """
-        decode = self._draft_tokenizer.decode
-        start = max(0, len(own) - LOOK_BEHIND)
-        before = decode(own[start:].tolist(), skip_special_tokens=True)
-        after = decode([*own[start:].tolist(), *drafted.tolist()], skip_special_tokens=True)
-        if not after.startswith(before):
-            return np.empty(0, np.int32)
-        context = self._target_tokenizer.decode(behind.tolist(), skip_special_tokens=True)
-        ids = self._target_tokenizer(context + after[len(before) :], add_special_tokens=False)["input_ids"]
-        cut = np.array(ids, np.int32)
-        if np.array_equal(cut[: len(behind)], behind):
-            return cut[len(behind) :]
-        # The first of the look-behind tokens may differ, as the text before them is missing.
-        for end in range(len(cut) - 1, 0, -1):
-            if end >= 2 and np.array_equal(cut[end - 2 : end], behind[-2:]):
-                return cut[end:]
-        return np.empty(0, np.int32)
+        paths: list[bytes] = []
+        for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
+            paths.append((paths[parent] if parent >= 0 else b"") + (self._texts[token] or b""))
+        size = len(begun)
+        texts = [path[size:] if path.startswith(begun) else b"" for path in paths]
+        return joined_tree(tree, self.speller.spell(behind, texts), most)
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> ForeignSession:
         """Starts a request with `prompt`, int32, shape (length,); reference texts are not read."""

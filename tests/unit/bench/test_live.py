@@ -1,4 +1,5 @@
 import gzip
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from retrieval_draft.bench.agreement import compare_outputs
 from retrieval_draft.bench.decoders import LOOKUP_TOKENS, Run
 from retrieval_draft.bench.forward_passes import ForwardPasses
 from retrieval_draft.bench.live import live
-from retrieval_draft.bench.prompts import Prompt, random_prompts, read_prompts, spread
+from retrieval_draft.bench.prompts import STAND_IN, Prompt, random_prompts, read_prompts, spread
 from retrieval_draft.bench.replay import read_traces
 from retrieval_draft.errors import InvalidInputError, UnknownMethodError
 from tests.support.models import make
@@ -192,7 +193,65 @@ def test_prompts_are_read_with_turns_and_tasks(tmp_path: Path) -> None:
     assert read_prompts([path]) == [Prompt("1", "mixed", "one"), Prompt("7", "chat", "two")]
 
 
-@pytest.mark.parametrize("line", ["{", "{}", '{"turns": []}', '{"prompt": 3}', "[]"])
+def speed_bench(question: str, category: str, *turns: str) -> dict[str, Any]:
+    """A row as SPEED-Bench publishes it."""
+    return {
+        "question_id": question, "category": category, "sub_category": None, "turns": list(turns),
+        "source": "made by hand", "src_id": "1", "difficulty": None, "multiturn": len(turns) > 1,
+    }  # fmt: skip
+
+
+def test_prompts_of_spec_bench_are_read_by_category(tmp_path: Path) -> None:
+    path = tmp_path / "question.jsonl"
+    lines = [
+        {"question_id": 81, "category": "writing", "turns": ["one", "more"], "reference": ["a", "b"]},
+        {"question_id": 161, "category": "translation", "turns": ["two"]},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert read_prompts([path]) == [Prompt("81", "writing", "one"), Prompt("161", "translation", "two")]
+
+
+def test_prompts_of_speed_bench_are_read_from_parquet_and_as_prepared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    rows = [
+        speed_bench("a1", "coding", "one", "more"),
+        speed_bench("a2", "roleplay", f"{STAND_IN}\n\nA role."),
+        speed_bench("a3", "math", "two\u2028three"),
+    ]
+    table, lines = tmp_path / "test-00000-of-00001.parquet", tmp_path / "qualitative.jsonl"
+    importlib.import_module("pyarrow.parquet").write_table(arrow.Table.from_pylist(rows), table)
+    prepared = [
+        {**row, "messages": [{"role": "user", "content": turn} for turn in row.pop("turns")]} for row in rows
+    ]
+    lines.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in prepared), encoding="utf-8")
+    found = [Prompt("a1", "coding", "one"), Prompt("a3", "math", "two\u2028three")]
+    for path in (table, lines):
+        caplog.clear()
+        assert read_prompts([path]) == found
+        assert f"{path}: 1 of 3 prompts are stand-ins" in caplog.text
+    lines.write_text(json.dumps(speed_bench("a2", "roleplay", STAND_IN)))
+    with pytest.raises(InvalidInputError, match="all of its 1 prompts"):
+        read_prompts([lines])
+    table.write_bytes(b"PAR1torn")
+    with pytest.raises(InvalidInputError, match="Cannot read the prompts"):
+        read_prompts([table])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "{}",
+        '{"turns": []}',
+        '{"prompt": 3}',
+        "[]",
+        "3",
+        '"prompt"',
+        '{"messages": [{"role": "system", "content": "x"}]}',
+    ],
+)
 def test_broken_prompt_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "fine"}\n' + line + "\n")

@@ -298,6 +298,29 @@ def test_bench_live_table_and_random_ids(command: Command, tiny: str) -> None:
     assert "2 + 0 ties of 2" in out
 
 
+def test_live_and_methods_print_tables_by_category(command: Command, tiny: str, tmp_path: Path) -> None:
+    prompts, trace = tmp_path / "question.jsonl", str(tmp_path / "trace.jsonl.gz")
+    kinds = ("writing", "qa")
+    prompts.write_text(
+        "\n".join(
+            json.dumps({"question_id": number, "category": kind, "turns": ["1 2 1 2"]})
+            for number, kind in enumerate(kinds)
+        )
+    )
+    words = ("--prompts", str(prompts), "--max-new-tokens", "6", "--methods", "stock,none", "--record", trace)
+    code, out, err = command("bench", "live", "--model", tiny, *words)
+    assert code == 0, err
+    assert "tokens per step by task" in out
+    assert all(re.search(rf"{kind} +│ +1 │ 1.00 \(1.00x\)", out) for kind in kinds), out
+    words = (trace, "--methods", "prompt_lookup", "--nodes", "2,4")
+    code, out, err = command("bench", "methods", *words)
+    assert code == 0, err
+    assert all(word in out for word in ("by task, 4 nodes", *kinds))
+    found = json.loads(command("bench", "methods", *words, "--json")[1])
+    assert set(found["by_task"]) == set(kinds)
+    assert found["by_task"]["qa"]["prompt_lookup"].keys() == {"2", "4"}
+
+
 def test_a_difference_exits_with_3(command: Command, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from retrieval_draft.bench import live as live_module
 

@@ -45,6 +45,19 @@ def test_a_step_says_what_was_accepted_and_what_comes_next() -> None:
         assert stepped(service, key, 9, 4, 30).accepted == 2
 
 
+@pytest.mark.parametrize("chain", [False, True])
+def test_drafts_may_have_256_tokens_or_none(chain: bool) -> None:
+    text = np.random.default_rng(1).integers(0, VOCABULARY, 300).tolist()
+    with draft_service() as service:
+        for _ in range(8):  # the first ones teach that long copies are right
+            key = opened(service, *text, *text[:20])
+            draft = stepped(service, key, *text[20:40], nodes=256, chain=chain)
+            assert stepped(service, key, *text[40:], nodes=0, chain=chain).num_draft_tokens == 0
+        assert draft.num_draft_tokens == 256
+        if chain:
+            assert draft.tokens[1:] == text[40:296]
+
+
 def test_trees_are_those_of_a_proposer() -> None:
     prompt, emitted = [7, 8, 9, 4, 7, 8, 9, 5, 7], [[8], [9, 4], [7, 8, 9]]
     with (

@@ -47,6 +47,22 @@ def test_what_followed_before_is_proposed(batch: ChainBatch) -> None:
     assert batch.text(session).tolist() == [7, 8, 9, 4, 5, 6, 7, 8, 9]
 
 
+def test_a_chain_may_have_256_tokens() -> None:
+    made = _batch("automaton", "adjacency", "history", max_chain=256)
+    text = np.random.default_rng(1).integers(0, VOCABULARY, 300).astype(np.int32)
+    for _ in range(8):  # the first ones teach that long copies are right
+        session = made.open(np.concatenate((text, text[:40])))
+        tokens, lengths, probs = made.step([session], [], [0], min_prob=1e-9)
+        assert tokens.shape == (1, 256)
+        length = int(lengths[0])
+        assert tokens[0, :length].tolist() == text[40 : 40 + length].tolist()
+        assert made.step([session], text[40:], [260])[1][0] >= 0
+        made.close(session)
+    assert length == 256
+    assert (np.diff(probs[0]) <= 0).all()
+    made.shut_down()
+
+
 def test_token_0_is_a_token(batch: ChainBatch) -> None:
     session = batch.open(_ids(0, 3, 0, 3, 0))
     tokens, lengths, _ = batch.step([session], [], [0], min_prob=0.0)
@@ -249,7 +265,7 @@ def test_what_is_wrong_is_refused_and_changes_nothing(batch: ChainBatch) -> None
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_chain": 0}, {"max_chain": 65}, {"threads": 0}, {"config": DraftConfig(method="rest")}]
+    "options", [{"max_chain": 0}, {"max_chain": 257}, {"threads": 0}, {"config": DraftConfig(method="rest")}]
 )
 def test_options_are_checked(options: dict[str, object]) -> None:
     with pytest.raises(InvalidInputError):

@@ -87,8 +87,8 @@ def test_under_another_package_name_the_server_is_started_without_its_command(
 
 @pytest.mark.usefixtures("installed")
 def test_what_cannot_be_used_is_said_before_anything_starts() -> None:
-    with pytest.raises(InvalidInputError, match="num_speculative_tokens is 65"):
-        server_command("m", num_speculative_tokens=65)
+    with pytest.raises(InvalidInputError, match="num_speculative_tokens is 257"):
+        server_command("m", num_speculative_tokens=257)
     with pytest.raises(InvalidInputError, match="cannot be read"):
         server_command("m", config_file="/nowhere.json")
 

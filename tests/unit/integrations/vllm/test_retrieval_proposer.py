@@ -52,6 +52,19 @@ def test_a_text_that_repeats_itself_is_drafted(proposer: RetrievalProposer) -> N
     assert drafts["b"] == []
 
 
+def test_drafts_may_have_256_tokens() -> None:
+    text = np.random.default_rng(1).integers(10, 900, 300).tolist()
+    made = make(sources=("automaton", "history"), drafts=300, width=1024, min_prob=0.0)
+    for _ in range(8):  # the first ones teach that long copies are right
+        batch = FakeBatch(4, 1024)
+        batch.add("a", text + text[:39])
+        draft = ask(made, batch, {"a": text[39:40]})["a"]
+        ask(made, batch, {"a": text[40:]})
+        made.flush()
+    assert draft == text[40:296]
+    made.close()
+
+
 def test_rows_without_tokens_get_no_drafts_and_keep_their_places(proposer: RetrievalProposer) -> None:
     batch = FakeBatch(4, 256)
     batch.add("prefill", LOOP * 4)
