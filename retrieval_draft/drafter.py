@@ -570,11 +570,11 @@ class RetrievalDrafter:
             )
         return references
 
-    def use_prefixes(self, requests: Sequence[DecodeRequest]) -> None:
-        """Has requests continue earlier texts with the same beginning, and their texts kept."""
+    def use_prefixes(self, requests: Sequence[DecodeRequest], salt: str = "") -> None:
+        """Has requests continue earlier texts with the same beginning and salt, and their texts kept."""
         if self.prefix_cache is not None:
             for request in requests:
-                request.prefixes = partial(self.prefix_cache.prefixes, self._tenant)
+                request.prefixes = partial(self.prefix_cache.prefixes, self._tenant, salt)
 
     def check_share(self, share: str | None) -> None:
         """Refuses a word that is no way to share, and sharing without a store.

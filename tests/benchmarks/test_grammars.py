@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.grammar_tasks import SUBJECTS, TASKS
 from benchmarks.grammars import measure_grammars
+from retrieval_draft.errors import InvalidInputError
 from tests.support.grammars import json_model, json_tokenizer
 
 
@@ -14,13 +15,17 @@ def test_replies_are_compared_and_checked(monkeypatch: pytest.MonkeyPatch) -> No
     tokenizer = json_tokenizer()
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['content'] }}")
     monkeypatch.setattr("benchmarks.grammars.load_model", lambda name: (json_model(), tokenizer))
-    for name in ("nested", "arrays", "enum", "unicode", "union"):
-        monkeypatch.delitem(TASKS, name)
-    result: Any = measure_grammars("tiny", 2)
+    result: Any = measure_grammars("tiny", 2, shapes=("regex", "deep", "call"), new=320)
     assert set(result["shapes"]) == {"regex", "deep", "call"}
+    assert set(result["fewer_passes"]) == {"json", "call", "text"}
     assert result["equal"] == result["requests"] == 6
     assert result["valid"] == result["ended"] > 0
     assert result["shapes"]["call"]["fewer_passes"] > 1
+
+
+def test_an_unknown_shape_is_refused_by_name() -> None:
+    with pytest.raises(InvalidInputError, match="no shape 'deeper'"):
+        measure_grammars("tiny", 1, shapes=("deep", "deeper"))
 
 
 def test_replies_are_validated_without_the_grammar() -> None:

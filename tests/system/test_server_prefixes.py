@@ -84,3 +84,13 @@ def test_many_at_once_say_what_each_says_alone(running: Running) -> None:
         ids = torch.tensor([prompt])
         stock = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
         assert stock[0, len(prompt) :].tolist() == reply
+
+
+def test_a_salt_sets_texts_apart(running: Running) -> None:
+    prompt = words(50, 3)
+    plain, known = ask(running, prompt)
+    assert (ask(running, prompt, cache_salt="a"), known) == ((plain, 0), 0)
+    assert running.wait_idle()
+    assert ask(running, prompt, cache_salt="a") == (plain, 49)
+    assert ask(running, prompt, cache_salt="b") == (plain, 0)
+    assert ask(running, prompt) == (plain, 49)

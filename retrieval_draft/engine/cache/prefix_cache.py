@@ -72,10 +72,14 @@ class PrefixCache:
         self._layouts: _Layouts
         self._waiting: deque[Keeper] = deque()
 
-    def prefixes(self, tenant: str) -> Prefixes | None:
+    def prefixes(self, tenant: str, salt: str = "") -> Prefixes | None:
         """Earlier texts of a tenant with the present weights and adapters; None where nothing is kept.
 
         Texts with other weights are forgotten.
+
+        Args:
+            tenant: Name of the tenant.
+            salt: Sets some of its texts apart from the others.
         """
         if self.refusal:
             return None
@@ -87,7 +91,7 @@ class PrefixCache:
         if weights != self._weights:
             self.clear()
             self._weights = weights
-        return Prefixes(self, (tenant, adapters))
+        return Prefixes(self, (tenant, salt, adapters))
 
     def clear(self) -> None:
         """Forgets all texts."""

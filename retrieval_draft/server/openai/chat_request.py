@@ -121,7 +121,7 @@ class ChatRequest(GenerationFields):
     parallel_tool_calls: bool | None = None
     tools: Annotated[Raw, Meta(extra_json_schema=TOOLS_SCHEMA)] = field(default_factory=Raw)
     tool_choice: Annotated[Raw, Meta(extra_json_schema=TOOL_CHOICE_SCHEMA)] = field(default_factory=Raw)
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     generation_config: Annotated[Raw, Meta(extra_json_schema={"type": ["object", "string"]})] = field(
         default_factory=Raw
     )
@@ -134,6 +134,9 @@ class ChatRequest(GenerationFields):
     chat_template: Raw = field(default_factory=Raw)
     suffix: Raw = field(default_factory=Raw)
     add_special_tokens: Raw = field(default_factory=Raw)
+    moderation: Raw = field(default_factory=Raw)
+    media_io_kwargs: Raw = field(default_factory=Raw)
+    mm_processor_kwargs: Raw = field(default_factory=Raw)
 
     def check(self) -> None:
         """Refuses unsupported fields and values.
@@ -144,7 +147,7 @@ class ChatRequest(GenerationFields):
         self._read_config()
         self.check_common(self.wanted_tokens)
         self.refuse("functions", "audio", "web_search_options", "chat_template")
-        self.refuse("suffix", "add_special_tokens")
+        self.refuse("suffix", "add_special_tokens", "moderation", "media_io_kwargs", "mm_processor_kwargs")
         self.refuse("function_call", neutral=(b'"none"', b'"auto"'))
         self.refuse("modalities", neutral=(b'["text"]',))
         self.refuse("verbosity", neutral=(b'"medium"',))

@@ -38,7 +38,7 @@ class CompletionRequest(GenerationFields):
         logprobs: Number of alternatives of each token to return, with log probabilities; false for none.
         best_of: Samples to draw, of which the `n` most probable are returned.
         add_special_tokens: Extension of vLLM: whether the tokenizer adds its special tokens to a text.
-        suffix: Not supported.
+        suffix: Not supported, as is the one after it.
     """
 
     prompt: Annotated[Raw, Meta(extra_json_schema={"anyOf": _PROMPTS})]
@@ -48,6 +48,7 @@ class CompletionRequest(GenerationFields):
     best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
     add_special_tokens: bool | None = None
     suffix: Raw = field(default_factory=Raw)
+    prompt_embeds: Raw = field(default_factory=Raw)
 
     @property
     def alternatives(self) -> int | None:
@@ -61,7 +62,7 @@ class CompletionRequest(GenerationFields):
             ApiError: Names the field.
         """
         self.check_common(self.max_tokens)
-        self.refuse("suffix")
+        self.refuse("suffix", "prompt_embeds")
         if self.max_tokens == 0 and not self.echo:
             raise ApiError(400, "max_tokens is 0, which makes sense with echo only.", "max_tokens")
         if self.logprobs is True:

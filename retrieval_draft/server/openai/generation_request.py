@@ -16,6 +16,7 @@ __all__ = [
     "Ids",
     "ImageUrl",
     "Prediction",
+    "Salt",
     "Speculative",
     "StreamOptions",
     "TokenId",
@@ -26,6 +27,7 @@ __all__ = [
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Ids = Annotated[list[TokenId], Meta(min_length=1)]
 Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
+Salt = Annotated[str, Meta(min_length=1, max_length=1024)]
 Word = Annotated[str, Meta(min_length=1, max_length=256)]
 Bias = dict[
     Annotated[str, Meta(pattern=r"^[0-9]{1,9}$")],
@@ -141,6 +143,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         return_token_ids: Extension: whether the response has the token ids.
         ignore_eos: Extension: whether the reply continues to its limit.
         priority: Extension of vLLM: requests with lower numbers come first, among those of a tenant.
+        cache_salt: Extension of vLLM: only texts of requests with the same salt are continued.
     """
 
     model: str | None = None
@@ -172,6 +175,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     return_token_ids: bool | None = None
     ignore_eos: bool | None = None
     priority: Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
+    cache_salt: Salt | None = None
 
     # These ask for a grammar that the reply follows (`structured_outputs.asked_grammar`).
     structured_outputs: Raw = field(default_factory=Raw)
@@ -191,9 +195,10 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     safety_identifier: Raw = field(default_factory=Raw)
     prompt_cache_key: Raw = field(default_factory=Raw)
     prompt_cache_retention: Raw = field(default_factory=Raw)
+    prompt_cache_options: Raw = field(default_factory=Raw)
     cache_prompt: Raw = field(default_factory=Raw)
-    cache_salt: Raw = field(default_factory=Raw)
     request_id: Raw = field(default_factory=Raw)
+    session_id: Raw = field(default_factory=Raw)
 
     # These would change it, and are not supported.
     spaces_between_special_tokens: Raw = field(default_factory=Raw)
@@ -205,6 +210,20 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     truncate_prompt_tokens: Raw = field(default_factory=Raw)
     return_tokens_as_token_ids: Raw = field(default_factory=Raw)
     logits_processors: Raw = field(default_factory=Raw)
+    truncation_side: Raw = field(default_factory=Raw)
+    logprob_token_ids: Raw = field(default_factory=Raw)
+    thinking_token_budget: Raw = field(default_factory=Raw)
+    include_reasoning: Raw = field(default_factory=Raw)
+    watermarking: Raw = field(default_factory=Raw)
+    repetition_detection: Raw = field(default_factory=Raw)
+    stream_interval: Raw = field(default_factory=Raw)
+    return_prompt_text: Raw = field(default_factory=Raw)
+    return_token_offsets: Raw = field(default_factory=Raw)
+    return_mm_kwargs: Raw = field(default_factory=Raw)
+    routed_experts_prompt_start: Raw = field(default_factory=Raw)
+    kv_transfer_params: Raw = field(default_factory=Raw)
+    ec_transfer_params: Raw = field(default_factory=Raw)
+    vllm_xargs: Raw = field(default_factory=Raw)
 
     @property
     def bias(self) -> dict[int, float]:
@@ -287,9 +306,20 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         """
         self.refuse(
             "use_beam_search", "early_stopping", "prompt_logprobs", "truncate_prompt_tokens",
-            "return_tokens_as_token_ids", "logits_processors",
+            "return_tokens_as_token_ids", "logits_processors", "truncation_side", "logprob_token_ids",
+            "watermarking", "repetition_detection", "return_prompt_text", "return_token_offsets",
+            "kv_transfer_params", "ec_transfer_params", "vllm_xargs",
         )  # fmt: skip
-        self.refuse("spaces_between_special_tokens", neutral=(b"true",), off=False)
+        self.refuse(
+            "spaces_between_special_tokens",
+            "include_reasoning",
+            "return_mm_kwargs",
+            neutral=(b"true",),
+            off=False,
+        )
+        self.refuse("thinking_token_budget", neutral=(b"-1",), off=False)
+        self.refuse("stream_interval", neutral=(b"1",), off=False)
+        self.refuse("routed_experts_prompt_start", neutral=(b"0",))
         self.refuse("length_penalty", "typical_p", neutral=(b"1", b"1.0"))
         least = self.min_tokens or 0
         if max_tokens is not None and least > max_tokens:

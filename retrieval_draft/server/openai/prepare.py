@@ -189,6 +189,8 @@ def prepare_request(asks: GenerationParams, fields: GenerationFields, means: Mea
                 if isinstance(error, RetrievalDraftError)
                 else ApiError(400, f"The model's generation options refuse this: {error}")
             ) from error
+        if fields.cache_salt:
+            drafter.use_prefixes(prepared.requests, fields.cache_salt)
         copies = samples if greedy else 1
         _add(asked, prepared, asks, fields, means, index, copies, room < 1)
         asked.prompt_tokens += len(prompt)

@@ -13,7 +13,13 @@ from msgspec.json import Decoder, encode
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.json_body import decode_field, is_absent
 from retrieval_draft.server.openai.chat_request import ChatRequest
-from retrieval_draft.server.openai.generation_request import ContentPart, Prediction, Speculative, text_of
+from retrieval_draft.server.openai.generation_request import (
+    ContentPart,
+    Prediction,
+    Salt,
+    Speculative,
+    text_of,
+)
 
 __all__ = ["RESPONSES", "ResponsesRequest", "named_as_here"]
 
@@ -86,9 +92,11 @@ class _Choice(Struct, forbid_unknown_fields=True):
 
 
 class _ReasoningOptions(Struct, forbid_unknown_fields=True):
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: None = None
     generate_summary: None = None
+    mode: Literal["standard"] | None = None
+    context: Literal["auto"] | None = None
 
 
 class _Format(Struct, forbid_unknown_fields=True):
@@ -149,6 +157,14 @@ class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     speculative: Speculative | None = None
     prediction: Prediction | None = None
     share: Literal["none", "reply", "all"] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.001, le=100)] | None = None
+    logit_bias: Raw = field(default_factory=Raw)
+    structured_outputs: Raw = field(default_factory=Raw)
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    priority: Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
+    cache_salt: Salt | None = None
 
     # These do not change the reply.
     user: Raw = field(default_factory=Raw)
@@ -156,6 +172,8 @@ class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     safety_identifier: Raw = field(default_factory=Raw)
     prompt_cache_key: Raw = field(default_factory=Raw)
     prompt_cache_retention: Raw = field(default_factory=Raw)
+    prompt_cache_options: Raw = field(default_factory=Raw)
+    request_id: Raw = field(default_factory=Raw)
 
     # These would, and are not supported.
     previous_response_id: Raw = field(default_factory=Raw)
@@ -169,6 +187,14 @@ class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     stream_options: Raw = field(default_factory=Raw)
     context_management: Raw = field(default_factory=Raw)
     moderation: Raw = field(default_factory=Raw)
+    background_options: Raw = field(default_factory=Raw)
+    access_programs: Raw = field(default_factory=Raw)
+    image: Raw = field(default_factory=Raw)
+    enable_response_messages: Raw = field(default_factory=Raw)
+    previous_input_messages: Raw = field(default_factory=Raw)
+    previous_response: Raw = field(default_factory=Raw)
+    mm_processor_kwargs: Raw = field(default_factory=Raw)
+    vllm_xargs: Raw = field(default_factory=Raw)
 
     def check(self) -> None:
         """Refuses unsupported fields.
@@ -177,8 +203,10 @@ class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
             ApiError: Names the field.
         """
         for name in ("previous_response_id", "conversation", "background", "include", "prompt", "truncation",
-                     "top_logprobs", "max_tool_calls", "stream_options", "context_management",
-                     "moderation"):  # fmt: skip
+                     "top_logprobs", "max_tool_calls", "stream_options", "context_management", "moderation",
+                     "background_options", "access_programs", "image", "enable_response_messages",
+                     "previous_input_messages", "previous_response", "mm_processor_kwargs",
+                     "vllm_xargs"):  # fmt: skip
             neutral = {"truncation": b'"disabled"', "top_logprobs": b"0"}.get(name, b"false")
             if not is_absent(getattr(self, name), neutral, b"[]", b"{}"):
                 raise ApiError(400, f"{name} {_UNSUPPORTED}; leave it out.", name)
@@ -223,6 +251,14 @@ class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
             speculative=self.speculative,
             prediction=self.prediction,
             share=self.share,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=self.logit_bias,
+            structured_outputs=self.structured_outputs,
+            ignore_eos=self.ignore_eos,
+            skip_special_tokens=self.skip_special_tokens,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            priority=self.priority,
+            cache_salt=self.cache_salt,
             **given,
         )
 
