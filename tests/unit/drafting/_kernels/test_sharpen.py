@@ -71,7 +71,7 @@ def test_equals_the_formula_written_out(seed: int) -> None:
 def test_without_noise_or_its_evidence_nothing_changes() -> None:
     proposal = guesses([1, 2, 3, 4], [-1, -1, 0, 0], [0.5, 0.3, 0.6, 0.2])
     plain = fuse(7, [proposal], Calibration(), 4)
-    opened = Calibration(without=["noise"]).open(noise(1))
+    opened = Calibration(without=["noise"]).open(noise=noise(1))
     opened.position = 5
     same = fuse(7, [proposal], opened, 4)
     for name in ("tokens", "parents", "probs", "path_probs", "evidence"):
