@@ -132,7 +132,7 @@ class Calibration:
             self.load(PRIORS)
             self._start_siblings()
 
-    def open(self, prompt: TokenArray = _NONE, noise: NoiseKey | None = None) -> Calibration:
+    def open(self, prompt: TokenArray = _NONE, *, noise: NoiseKey | None = None) -> Calibration:
         """The same calibration for one request: learned terms are shared, but for the request's own part.
 
         Args:

@@ -153,8 +153,15 @@ class AdjacencyMatrix:
                 found = self._keys[part] != 0
                 found &= (self._visits[part] >= least) & (self._tokens[part, 0] >= 0)
                 found = np.flatnonzero(found) + first
-                columns = (self._keys, self._visits, self._used, self._tokens, self._probs)
-                parts.append(MatrixRows(*(column[found] for column in columns)))
+                parts.append(
+                    MatrixRows(
+                        self._keys[found],
+                        self._visits[found],
+                        self._used[found],
+                        self._tokens[found],
+                        self._probs[found],
+                    )
+                )
         rows = MatrixRows.join(parts)
         np.minimum(rows.probs, np.float32(1.0), out=rows.probs)  # a mean of ones may be more by its last bit
         return rows

@@ -94,7 +94,7 @@ def accepted(
     right = 0
     for seed in range(steps):
         drawn_with = noise(seed)
-        opened = calibration.open(drawn_with if told else None)
+        opened = calibration.open(noise=drawn_with if told else None)
         opened.position = 9
         proposal = guesses(best.tolist(), [-1] * 3, distribution[best].tolist())
         tree = fuse(0, [proposal], opened, 3)
@@ -132,7 +132,7 @@ def test_probabilities_given_the_noise_come_true() -> None:
     guessed, came = [], []
     for seed in range(4000):
         drawn_with = noise(seed)
-        opened = calibration.open(drawn_with)
+        opened = calibration.open(noise=drawn_with)
         opened.position = 3
         tree = fuse(0, [proposal := guesses(best.tolist(), [-1] * 6, distribution[best].tolist())], opened, 6)
         drawn = drawn_with.draw(torch.from_numpy(np.log(distribution)).float(), 3)
