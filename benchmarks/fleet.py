@@ -17,7 +17,6 @@ import numpy as np
 from retrieval_draft.bench.replay import Counts, Replayer, Trace, read_traces
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafting.calibration import Calibration
-from retrieval_draft.drafting.kept_calibration import calibration_bytes, load_bytes
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.observations import Observations
@@ -179,10 +178,10 @@ def _replay(
         for number, trace in enumerate(traces):
             replayer = replayers[number % servers]
             if newest and number < servers:
-                load_bytes(replayer.calibration, newest)
+                replayer.calibration.decode(newest, "fleet")
             counts = replayer.run(trace)
             if level == "all" and number % CALIBRATED_EVERY == CALIBRATED_EVERY - 1:
-                newest = calibration_bytes(replayer.calibration)
+                newest = replayer.calibration.encode()
             for sums in (total, part):
                 sums.tokens += counts.tokens
                 sums.steps += counts.steps

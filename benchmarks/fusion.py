@@ -55,7 +55,7 @@ def measure_fusion(paths: Sequence[Path], *, nodes: int = 60, limit: int | None 
     observe_us: list[float] = []
     proposed: list[int] = []
     for trace in traces:
-        calibration, drafts = shared.open(), hierarchy.open(trace.prompt)
+        calibration, drafts = shared.open(trace.prompt), hierarchy.open(trace.prompt)
         text = np.concatenate((trace.prompt, trace.output))
         earlier: list[Proposal] = []
         done = 0

@@ -17,7 +17,6 @@ import numpy as np
 from benchmarks.store_worker import FINGERPRINT, probe_text
 from benchmarks.valkey_process import ValkeyProcess
 from retrieval_draft.drafting.calibration import Calibration
-from retrieval_draft.drafting.kept_calibration import calibration_bytes
 from retrieval_draft.errors import DatastoreError, InvalidInputError
 from retrieval_draft.index.adjacency import AdjacencyMatrix
 from retrieval_draft.index.shared import SharedSource
@@ -60,7 +59,7 @@ def measure_versions(folder: Path, older: Path, *, texts: int = 100) -> dict[str
         with store, _started(older.resolve(), folder, server.url, texts) as process:
             matrix = AdjacencyMatrix(1 << 18)
             store.learned.attach(matrix)
-            store.share_calibration(calibration_bytes(Calibration()))
+            store.share_calibration(Calibration().encode())
             for number in range(texts):
                 text = probe_text(number, _VOCABULARY)
                 contexts = np.array([text[:CONTEXT], text[1 : CONTEXT + 1]] * 2, np.int32)

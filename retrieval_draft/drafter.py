@@ -30,6 +30,7 @@ from retrieval_draft.engine.decode import decode
 from retrieval_draft.engine.draft_engine import DraftEngine
 from retrieval_draft.engine.draft_models.choose import make_draft_sources
 from retrieval_draft.engine.model_state import ModelState, check_modules, outside_inference
+from retrieval_draft.engine.placeholders import ID_LIMIT
 from retrieval_draft.engine.probe import find_target
 from retrieval_draft.engine.prompt_inputs import NotVerifiable, pass_prompts
 from retrieval_draft.engine.request import DecodeRequest
@@ -599,7 +600,7 @@ class RetrievalDrafter:
         target = self.target
         mask = model_inputs.get("attention_mask")
         # Ids that stand for images may lie outside of the embedding, and take fewer positions than tokens.
-        limits = (_ANY_ID, None) if media else (target.embedding_rows, target.max_positions)
+        limits = (ID_LIMIT, None) if media else (target.embedding_rows, target.max_positions)
         prompts = strip_prompts(input_ids, mask, *limits)
         if media and isinstance(cache, (SpeculativeCache, ChainCache, CacheRows)):
             raise UnsupportedGenerationError(
@@ -699,9 +700,6 @@ class RetrievalDrafter:
                 total.add(stats)
             self.stats.add(total)
 
-
-_ANY_ID = 1 << 31
-"""More than any token id."""
 
 _NO_COPY = (
     "Make one with for_model for each model, or keep it with save_pretrained. A model whose generate is a "

@@ -145,7 +145,7 @@ class Proposer:
             drafting = DraftSession(
                 opened,
                 self._method.tree,
-                self.calibration.open(),
+                self.calibration.open(ids),
                 self.config.max_nodes,
                 self.stores.vocabulary,
                 stats,

@@ -15,6 +15,7 @@ from retrieval_draft.drafting.session import DraftSession
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.decode import Batch, OnError
 from retrieval_draft.engine.model_state import outside_inference
+from retrieval_draft.engine.placeholders import ID_LIMIT
 from retrieval_draft.engine.prompt_pass import prompt_pass
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.target import Target
@@ -128,7 +129,7 @@ class ContinuousDrafter:
                 prompts = strip_prompts(input_ids, mask, target.embedding_rows, target.max_positions)
                 return make_requests(target, prompts, input_ids, processors, criteria, config, None, extras)
             # Ids that stand for images may lie outside of the embedding.
-            prompts = strip_prompts(input_ids, mask, 1 << 31, None)
+            prompts = strip_prompts(input_ids, mask, ID_LIMIT, None)
             made = make_requests(
                 target, prompts, input_ids, processors, criteria, config, None, extras, media=True
             )

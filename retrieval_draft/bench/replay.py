@@ -192,7 +192,7 @@ class Replayer:
         if not self._keep:  # request-level sources only, without state between requests
             self._hierarchy.close()
             self._hierarchy = SourceHierarchy(self._method.sources(self._parts))
-        calibration = self.calibration.open(trace.noise)
+        calibration = self.calibration.open(trace.prompt, noise=trace.noise)
         drafts = self._hierarchy.open(trace.prompt, trace.references)
         text = np.concatenate((trace.prompt, trace.output))
         start = len(trace.prompt)

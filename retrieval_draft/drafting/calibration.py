@@ -11,21 +11,27 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft._files import read_bounded, replace_file
 from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.config import DRAFT_MODEL, SOURCES
-from retrieval_draft.drafting.calibration_format import StoredCalibration, read_calibration, write_calibration
+from retrieval_draft.drafting.calibration_format import (
+    DELETE,
+    StoredCalibration,
+    decode_calibration,
+    encode_calibration,
+)
 from retrieval_draft.drafting.tree import DraftTree
-from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.errors import DatastoreError, InvalidInputError
 from retrieval_draft.index.source import Proposal, TokenArray
 
 __all__ = ["FEATURES", "Calibration", "NoiseKey", "columns_of"]
 
 _kernels = LazyKernels("retrieval_draft.drafting._kernels.fusion")
 
-FEATURES = ("length", "depth", "rank", "absent", "request", "cells", "noise")
+FEATURES = ("length", "depth", "rank", "absent", "request", "cells", "occurrences", "noise")
 """Evidence that can be left out, to measure its value: match length, depth in the tree, rank among a
-source's guesses, sources that guess otherwise, this request's own acceptance, counts by cell, and the noise
-that sampled text is drawn with."""
+source's guesses, sources that guess otherwise, this request's own acceptance, counts by cell, how often its
+text has the token, and the noise that sampled text is drawn with."""
 
 SHARPNESS = 0.5
 SHARPNESS_RATE = 0.02
@@ -57,7 +63,13 @@ REQUEST_RATE = 0.03
 MEMORY = 128.0
 """Expected acceptances at which the sums of a cell are halved."""
 
+MOST_BYTES = 1 << 24
+"""Size beyond which a file is not read; with terms of all sets it has less than a megabyte."""
+
 PRIORS = Path(__file__).with_name("priors.safetensors")
+
+
+_NONE: TokenArray = np.empty(0, np.int32)
 
 
 class NoiseKey(Protocol):
@@ -71,7 +83,8 @@ class Calibration:
     """Terms by which sources are mixed in log odds, and accepted over expected by bins of the result.
 
     Weights are kept for each set of sources, so that the value of their agreement is learned; match length,
-    depth, rank, and the probability that sources with other guesses left over, shift the sum. The result is
+    depth, rank, how often the request has the token, and the probability that sources with other guesses left
+    over, shift the sum. The result is
     corrected by a table of acceptance in similar cases. This is logistic mixing with a final adaptive map, as
     in context-mixing compressors (Mahoney 2005, "Adaptive weighing of context models").
 
@@ -109,6 +122,7 @@ class Calibration:
         self.expected: NDArray[np.float64] = np.zeros(fusion.CELLS)
         self.accepted: NDArray[np.float64] = np.zeros(fusion.CELLS)
         self.request: NDArray[np.float64] = np.zeros(fusion.SOURCES)
+        self.occurrences: NDArray[np.uint8] = np.zeros(fusion.COUNTERS, np.uint8)
         self.sharpness: NDArray[np.float64] = np.empty((fusion.MASKS, 2))
         self.noise: NoiseKey | None = None
         self.position = 0
@@ -118,16 +132,19 @@ class Calibration:
             self.load(PRIORS)
             self._start_siblings()
 
-    def open(self, noise: NoiseKey | None = None) -> Calibration:
+    def open(self, prompt: TokenArray = _NONE, *, noise: NoiseKey | None = None) -> Calibration:
         """The same calibration for one request: learned terms are shared, but for the request's own part.
 
         Args:
+            prompt: int32, shape (length,). Its tokens count as evidence, as those of the reply do later.
             noise: Noise that the target draws the request's tokens with; None for greedy. Candidates are then
                 ranked by log odds and noise together (`sharpen`), for which `position` must be kept up.
         """
         opened = copy(self)
         opened.noise = noise if self.switches[FEATURES.index("noise")] else None
         opened.request = np.zeros_like(self.request)
+        opened.occurrences = np.zeros_like(self.occurrences)
+        _kernels.count_tokens(np.array(prompt, np.int32), opened.occurrences)
         return opened
 
     def observe(
@@ -154,6 +171,7 @@ class Calibration:
             self.weights,
             self.parameters,
             self.request,
+            self.occurrences,
             self.expected,
             self.accepted,
             self.rate,
@@ -167,12 +185,17 @@ class Calibration:
         return outcomes
 
     def save(self, path: Path) -> None:
-        """Writes the learned terms of the sources of the table. The file is replaced atomically.
-
-        Sets of sources without learned terms are left out, so that the file stays small.
+        """Writes the contents from `encode`. The file is replaced atomically.
 
         Raises:
             OSError: It cannot be written.
+        """
+        replace_file(path, self.encode())
+
+    def encode(self) -> bytes:
+        """Contents of a file with the learned terms of the sources of the table.
+
+        Sets of sources without learned terms are left out, so that it stays small.
         """
         fresh = Calibration(priors=False)
         changed = np.zeros(len(self.weights), np.bool_)
@@ -183,18 +206,34 @@ class Calibration:
         sets = np.flatnonzero(changed)
         rows = {name: self._rows(name)[sets] for name in _BY_SET}
         stored = StoredCalibration(sources, sets, parameters=self.parameters, **rows)
-        write_calibration(path, stored.only(_table_slots(), len(sources)))
+        return encode_calibration(stored.only(_table_slots(), len(sources)))
 
     def load(self, path: Path) -> None:
         """Reads a file of `save`, in this release or an earlier one.
 
+        Raises:
+            DatastoreError: As `decode` does, or the file cannot be read.
+        """
+        try:
+            content = read_bounded(path, MOST_BYTES)
+        except (OSError, ValueError) as error:
+            raise DatastoreError(f"{path} is no calibration: {error}.", DELETE) from error
+        self.decode(content, str(path))
+
+    def decode(self, content: bytes, name: str) -> None:
+        """Loads what `encode` returned, in this release or an earlier one.
+
         Sources are identified by name: terms of sources that are not in the table are ignored, and missing
         ones start as without priors.
 
+        Args:
+            content: Of any origin; every number is checked.
+            name: Of the file or its sender, for messages.
+
         Raises:
-            DatastoreError: The file is torn, of another format, or has other shapes; nothing is changed.
+            DatastoreError: It is torn, of another format, or has other shapes; nothing is changed.
         """
-        stored = read_calibration(path).only(_table_slots(), len(self.request))
+        stored = decode_calibration(content, name).only(_table_slots(), len(self.request))
         self._start()
         for name in _BY_SET:
             rows = getattr(stored, name)

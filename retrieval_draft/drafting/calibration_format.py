@@ -5,27 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval_draft._files import replace_file
 from retrieval_draft.errors import DatastoreError
 
-__all__ = ["StoredCalibration", "read_calibration", "write_calibration"]
+__all__ = ["DELETE", "StoredCalibration", "decode_calibration", "encode_calibration"]
 
-VERSION = "2"
+VERSION = "3"
+SECOND_VERSION = "2"
 FIRST_VERSION = "1"
 FIRST_SOURCES = ("automaton", "adjacency", "history", "phrases", "corpus", "shared", "model", "siblings")
 """A file of version 1 names no sources: it holds every set of these eight, bit by bit, and all parameters in
-one row, kind by kind. Those of the first release have no sharpness."""
+one row, kind by kind. Those of the first release have no sharpness. Version 2 has
+no terms of a token's occurrences, the last columns of the parameters."""
 
 MAX_LEARNED = 1e6
 """Limit of every saved number."""
 
-_DELETE = "Delete it: what it knows is learned again."
+DELETE = "Delete it: what it knows is learned again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +79,11 @@ class StoredCalibration:
         )
 
 
-def write_calibration(path: Path, stored: StoredCalibration) -> None:
-    """Writes a file, replaced atomically.
+def encode_calibration(stored: StoredCalibration) -> bytes:
+    """The contents of a file.
 
     Args:
-        path: The file.
         stored: With sharpness.
-
-    Raises:
-        OSError: It cannot be written.
     """
     from safetensors.numpy import save
 
@@ -97,47 +93,60 @@ def write_calibration(path: Path, stored: StoredCalibration) -> None:
         "version": VERSION,
         "sources": json.dumps(stored.sources),
     }
-    replace_file(path, save(arrays | {"sets": stored.sets.astype(np.int32)}, about))
+    return save(arrays | {"sets": stored.sets.astype(np.int32)}, about)
 
 
-def read_calibration(path: Path) -> StoredCalibration:
-    """Reads a file of this format or of version 1.
+def decode_calibration(content: bytes, name: str) -> StoredCalibration:
+    """Decodes a file of this format or an earlier one.
+
+    Args:
+        content: Of any origin; every number is checked.
+        name: Of the file, for messages.
 
     Raises:
-        DatastoreError: The file is torn, of another format, or holds impossible numbers.
+        DatastoreError: It is torn, of another format, or holds impossible numbers.
     """
-    from safetensors import safe_open
+    from safetensors.numpy import load
 
-    from retrieval_draft.drafting._kernels.fusion import SOURCES
+    from retrieval_draft.drafting._kernels.fusion import SOURCES, TIMES
 
     try:
-        with safe_open(path, "numpy") as file:
-            about = file.metadata() or {}
-            version = about.get("version")
-            if version not in (VERSION, FIRST_VERSION):
-                raise DatastoreError(
-                    f"{path} has calibration format {version!r}; this release reads {FIRST_VERSION!r} and "
-                    f"{VERSION!r}.",
-                    _DELETE,
-                )
-            present = set(file.keys())
-            known = [name for name in ("sets", *_SHAPED) if name in present]
-            arrays: dict[str, NDArray[Any]] = {name: file.get_tensor(name) for name in known}
+        about = _metadata(content)
+        version = about.get("version")
+        if version not in (VERSION, SECOND_VERSION, FIRST_VERSION):
+            raise DatastoreError(
+                f"{name} has calibration format {version!r}; this release reads {FIRST_VERSION!r} to "
+                f"{VERSION!r}.",
+                DELETE,
+            )
+        present = load(content)
+        arrays: dict[str, NDArray[Any]] = {
+            each: present[each] for each in ("sets", *_SHAPED) if each in present
+        }
         if version == FIRST_VERSION:
             sources = [*FIRST_SOURCES]
             arrays = _as_this_version(arrays)
         else:
             sources = json.loads(about["sources"])
+        if version != VERSION:
+            arrays["parameters"] = np.pad(arrays["parameters"], ((0, 0), (0, TIMES)))
         wrong = _wrong(arrays, sources, SOURCES)
     except DatastoreError:
         raise
     except Exception as error:  # safetensors and numpy raise many types for a broken header
-        raise DatastoreError(f"{path} is no calibration: {error}.", _DELETE) from error
+        raise DatastoreError(f"{name} is no calibration: {error}.", DELETE) from error
     if wrong:
-        raise DatastoreError(f"{path}: {wrong}.", _DELETE)
+        raise DatastoreError(f"{name}: {wrong}.", DELETE)
     numbers = {name: arrays[name].astype(np.float64) for name in _SHAPED if name in arrays}
     sharpness = numbers.pop("sharpness", None)
     return StoredCalibration(tuple(sources), arrays["sets"].astype(np.int64), sharpness=sharpness, **numbers)
+
+
+def _metadata(content: bytes) -> dict[str, Any]:
+    """Names and values in the header of safetensors: eight bytes of its length, then JSON."""
+    length = int.from_bytes(content[:8], "little")
+    about = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+    return dict(about)
 
 
 _SHAPED = ("weights", "expected", "accepted", "sharpness", "parameters")

@@ -58,6 +58,7 @@ def fuse(
         calibration.weights,
         calibration.parameters,
         calibration.request,
+        calibration.occurrences,
         calibration.expected,
         calibration.accepted,
         PRIOR,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import threading
 from pathlib import Path
 
@@ -15,10 +14,8 @@ from retrieval_draft.index.store.store import SharedStore
 __all__ = [
     "CALIBRATION",
     "FleetCalibration",
-    "calibration_bytes",
     "calibration_file",
     "keep_calibration",
-    "load_bytes",
     "load_calibration",
 ]
 
@@ -69,24 +66,6 @@ def keep_calibration(calibration: Calibration | None, path: Path | None) -> None
             _log.warning("Calibration could not be saved to %s: %s", path, error)
 
 
-def calibration_bytes(calibration: Calibration) -> bytes:
-    """The file of a calibration, without its path."""
-    with tempfile.TemporaryDirectory(prefix="retrieval_draft-") as folder:
-        calibration.save(Path(folder, CALIBRATION))
-        return Path(folder, CALIBRATION).read_bytes()
-
-
-def load_bytes(calibration: Calibration, content: bytes) -> None:
-    """Loads the bytes of a file, of any origin, into a calibration.
-
-    Raises:
-        DatastoreError: They are torn, of another format, or hold impossible numbers; nothing is changed.
-    """
-    with tempfile.TemporaryDirectory(prefix="retrieval_draft-") as folder:
-        Path(folder, CALIBRATION).write_bytes(content)
-        calibration.load(Path(folder, CALIBRATION))
-
-
 class FleetCalibration:
     """Passes calibrations between servers: a new one starts with the newest that another has sent.
 
@@ -112,8 +91,8 @@ class FleetCalibration:
             if content:
                 self._is_new = False
                 try:
-                    load_bytes(calibration, content)
-                except (OSError, DatastoreError) as error:
+                    calibration.decode(content, "What was received")
+                except DatastoreError as error:
                     _log.warning("The calibration of another server cannot be used. %s", error)
         elif self._requests >= TAUGHT_REQUESTS and self._store.wants_calibration():
             threading.Thread(
@@ -125,7 +104,4 @@ class FleetCalibration:
 
     @staticmethod
     def _send(store: SharedStore, calibration: Calibration) -> None:
-        try:
-            store.share_calibration(calibration_bytes(calibration))
-        except OSError as error:
-            _log.warning("The calibration could not be shared: %s", error)
+        store.share_calibration(calibration.encode())

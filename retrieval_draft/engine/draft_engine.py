@@ -168,7 +168,7 @@ class DraftEngine:
         return DraftSession(
             sources,
             self._tree,
-            self._calibration.open(noise),
+            self._calibration.open(request.runs[-1], noise=noise),
             self._max_nodes,
             self._target.vocabulary,
             stats,

@@ -8,10 +8,10 @@ import numpy as np
 
 from retrieval_draft.index.source import TokenArray
 
-__all__ = ["placeholder_ids", "takes_media", "text_runs"]
+__all__ = ["ID_LIMIT", "placeholder_ids", "takes_media", "text_runs"]
 
 _ENDINGS = ("_token_id", "_token_ids", "_token_index")
-_IDS = 1 << 31
+ID_LIMIT = 1 << 31
 """Ids are int32: a text holds none above."""
 
 _OF_TEXT = {"bos", "eos", "pad", "sep", "unk", "cls", "mask", "decoder_start", "forced_bos", "forced_eos"}
@@ -38,7 +38,7 @@ def placeholder_ids(config: Any) -> frozenset[int]:
             if stem not in _OF_TEXT and not stem.startswith("_"):
                 value = getattr(part, name, None)
                 values = value if isinstance(value, (list, tuple)) else [value]
-                found.update(each for each in values if type(each) is int and 0 <= each < _IDS)
+                found.update(each for each in values if type(each) is int and 0 <= each < ID_LIMIT)
     return frozenset(found)
 
 

@@ -135,23 +135,41 @@ class AdjacencyMatrix:
                 self._clock,
             )
 
-    def rows(self, least: int = 1) -> MatrixRows:
+    def rows(self, least: int = 1, begin: int = 0, end: int | None = None) -> MatrixRows:
         """A copy of the rows with `least` observations or more, in the order of their slots.
 
         Copied part by part, so that no proposal waits long; each row is whole.
+
+        Args:
+            least: Observations.
+            begin: First slot.
+            end: Slot after the last one; None for all.
         """
-        parts: list[tuple[NDArray[Any], ...]] = []
-        for begin in range(0, len(self._keys), _PART):
-            part = slice(begin, begin + _PART)
+        stop = len(self._keys) if end is None else min(end, len(self._keys))
+        parts: list[MatrixRows] = []
+        for first in range(begin, stop, _PART):
+            part = slice(first, min(first + _PART, stop))
             with self._lock:
                 found = self._keys[part] != 0
                 found &= (self._visits[part] >= least) & (self._tokens[part, 0] >= 0)
-                found = np.flatnonzero(found) + begin
-                columns = (self._keys, self._visits, self._used, self._tokens, self._probs)
-                parts.append(tuple(column[found] for column in columns))
-        keys, visits, times, tokens, probs = (np.concatenate(column) for column in zip(*parts, strict=True))
-        # A mean of ones may be more by its last bit.
-        return MatrixRows(keys, visits, times, tokens, np.minimum(probs, np.float32(1.0)))
+                found = np.flatnonzero(found) + first
+                parts.append(
+                    MatrixRows(
+                        self._keys[found],
+                        self._visits[found],
+                        self._used[found],
+                        self._tokens[found],
+                        self._probs[found],
+                    )
+                )
+        rows = MatrixRows.join(parts)
+        np.minimum(rows.probs, np.float32(1.0), out=rows.probs)  # a mean of ones may be more by its last bit
+        return rows
+
+    def slot(self, key: np.uint64) -> int:
+        """The slot of a row, by its key; `NO_ROW` where there is none."""
+        with self._lock:
+            return int(self._kernels.find_row(self._keys, key))
 
     def merge(self, rows: MatrixRows) -> None:
         """Merges rows that were learned elsewhere: counts add up, means are weighted by them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -57,6 +58,13 @@ class MatrixRows:
     def only(self, chosen: NDArray[np.int64]) -> MatrixRows:
         """Some of the rows, by index."""
         return MatrixRows(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
+    @staticmethod
+    def join(parts: Sequence[MatrixRows]) -> MatrixRows:
+        """All rows of `parts`, one or more, in a copy."""
+        return MatrixRows(
+            *(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(MatrixRows))
+        )
 
     def check(self, vocabulary: int) -> None:
         """Checks that every number is one that a matrix can have learned.

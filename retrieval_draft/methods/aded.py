@@ -5,9 +5,10 @@ made from a corpus; at each step the trigrams of the text's last 16 tokens gain 
 a tree search over sentences of 4 tokens; the 24 most visited ones, each with its most probable fifth token,
 are merged into at most 64 nodes.
 
-Pairs are counted in the corpora and in the shared store when they are first needed; without a corpus, the
-texts of earlier requests of this process come first. Not in the public material, and chosen here: a round
-extends a sentence to its end at once and has the mean value of its tokens; the most visited nodes are kept.
+Pairs are counted in the corpora and in the shared store when they are first needed, and again when these have
+grown; without a corpus, the texts of earlier requests of this process come first. Not in the public material,
+and chosen here: a round extends a sentence to its end at once and has the mean value of its tokens; the most
+visited nodes are kept.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,6 +34,10 @@ ITERATIONS, LENGTH, SENTENCES, NODES = 150, 4, 24, 64
 ROWS, ROW_BYTES = 1 << 16, 1000
 """Limit of kept pairs, and approximate bytes of one in CPython."""
 
+GROWTH = 1.1
+"""Growth of the texts from which on a pair that they hold is counted again; one that they did not hold is
+counted after any change."""
+
 
 class TrigramMatrix:
     """Values of third tokens by the two before. Safe for sessions in several threads.
@@ -40,25 +46,31 @@ class TrigramMatrix:
         segments: Texts to count trigrams in.
         rows: Limit of kept pairs; the least recently used ones are evicted.
 
-    Attributes:
-        segments: As given, for pairs that are not kept yet.
-
     Example:
         remember 7 8 5, 7 8 9, 7 8 9: row(7, 8)  ->  9 .67, 5 .33; gain 7 8 5  ->  9 .67, 5 .37
     """
 
     def __init__(self, segments: Sequence[Segment] = (), rows: int = ROWS) -> None:
-        self.segments, self._most = segments, rows
+        self._segments, self._most = tuple(segments), rows
+        self._size, self._change = _tokens_of(self._segments), 0
         self._rows: OrderedDict[tuple[int, int], dict[int, float]] = OrderedDict()
         self._seen, self._lock = dict[tuple[int, int], int](), lock_for_moments()
+        self._counts: dict[tuple[int, int], _Count] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
 
+    def renew(self, segments: Sequence[Segment]) -> None:
+        """Takes other segments to count in, for all sessions."""
+        with self._lock:
+            if self._segments != (kept := tuple(segments)):
+                self._segments, self._size = kept, _tokens_of(kept)
+                self._change += 1
+
     def row(self, first: int, second: int) -> list[tuple[int, float]]:
         """The third tokens and their values, best first."""
         with self._lock:
-            if not self.segments and (first, second) not in self._rows:
+            if not self._segments and (first, second) not in self._rows:
                 return []
             return sorted(self._take((first, second)).items(), key=lambda entry: (-entry[1], entry[0]))
 
@@ -73,6 +85,7 @@ class TrigramMatrix:
         with self._lock:
             for first, second, third in zip(text, text[1:], text[2:], strict=False):
                 row = self._take(pair := (first, second), counted=False)
+                self._counts.pop(pair, None)
                 self._seen[pair] = seen = self._seen.get(pair, 0) + 1
                 for token in row:
                     row[token] *= 1 - 1 / seen
@@ -80,19 +93,53 @@ class TrigramMatrix:
 
     def _take(self, pair: tuple[int, int], counted: bool = True) -> dict[int, float]:
         if pair not in self._rows:
-            self._rows[pair] = self._count(pair) if counted else {}
+            self._rows[pair] = {}
+            if counted:
+                self._counts[pair] = _Count(-1, 0, {})
             if len(self._rows) > self._most:
                 oldest, _ = self._rows.popitem(last=False)
                 self._seen.pop(oldest, None)
+                self._counts.pop(oldest, None)
         self._rows.move_to_end(pair)
+        count = self._counts.get(pair) if counted else None
+        if count is not None and self._is_stale(count):
+            self._recount(pair, count)
         return self._rows[pair]
 
-    def _count(self, pair: tuple[int, int]) -> dict[int, float]:
-        counts: Counter[int] = Counter()
-        for segment in self.segments:
-            counts.update(segment.followers(np.array(pair, np.int32), 1 << 16))
-        total = counts.total()
-        return {token: count / total for token, count in counts.most_common(KEPT)}
+    def _is_stale(self, count: _Count) -> bool:
+        if count.change == self._change:
+            return False
+        return not count.shares or not count.size / GROWTH < self._size < count.size * GROWTH
+
+    def _recount(self, pair: tuple[int, int], old: _Count) -> None:
+        """Replaces the old shares by the present ones; what the row gained stays."""
+        found: Counter[int] = Counter()
+        for segment in self._segments:
+            found.update(segment.followers(np.array(pair, np.int32), 1 << 16))
+        total = found.total()
+        shares = {token: count / total for token, count in found.most_common(KEPT)}
+        row = Counter(self._rows[pair])
+        row.subtract({token: share for token, share in old.shares.items() if token in row})
+        row.update(shares)
+        best = [(token, value) for token, value in row.most_common(KEPT) if value > _ROUNDING]
+        self._rows[pair] = {token: min(MAX_VALUE, value) for token, value in best}
+        self._counts[pair] = _Count(self._change, self._size, shares)
+
+
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class _Count:
+    """The shares that segments gave to a row: number of their change, their tokens, share of each token."""
+
+    change: int
+    size: int
+    shares: dict[int, float]
+
+
+def _tokens_of(segments: Sequence[Segment]) -> int:
+    return sum(segment.num_tokens for segment in segments)
 
 
 def _raise(row: dict[int, float], token: int, by: float) -> None:
@@ -201,7 +248,7 @@ def _sources(parts: MethodContext) -> Sequence[StoredSource]:
     store, matrix = Datastore(parts, earlier=False), TrigramMatrix()
 
     def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> AdedSession:
-        matrix.segments = store.open()
+        matrix.renew(store.open())
         return AdedSession(matrix, prompt, references, keeps=not store.corpora)
 
     return [StoredSource("aded", store, opened, lambda: len(matrix) * ROW_BYTES)]

@@ -51,7 +51,12 @@ def _children(proposal: Proposal, parent: int | None) -> list[int]:
 
 
 def _candidates(
-    proposals: list[Proposal], at: list[int | None], depth: int, calibration: Calibration, request: Any
+    proposals: list[Proposal],
+    at: list[int | None],
+    depth: int,
+    calibration: Calibration,
+    request: Any,
+    text: list[int],
 ) -> dict[int, float]:
     """Tokens that may come next by the rules of `fusion.fuse`, written anew: token to probability."""
     columns, used = columns_of(tuple(proposal.source for proposal in proposals))
@@ -75,6 +80,7 @@ def _candidates(
     for token, row in evidence.items():
         mask = int(row[fusion.MASK])
         row[fusion.DEPTH] = depth
+        row[fusion.TIME] = min(text.count(token), 3)
         for column, value in left.items():
             if not mask >> slots[column] & 1:
                 row[fusion.OWN + fusion.PER_SOURCE * column + fusion.LEFT] = value
@@ -92,12 +98,13 @@ def _check(
     proposals: list[Proposal],
     calibration: Calibration,
     request: Any,
+    text: list[int],
 ) -> None:
     """Follows a chain through the trees of the sources, and weighs what they say at each node."""
     at: list[int | None] = [-1] * len(proposals)
     path = 1.0
     for depth, (token, prob) in enumerate(zip(drafted, path_probs, strict=True), 1):
-        expected = _candidates(proposals, at, depth, calibration, request)
+        expected = _candidates(proposals, at, depth, calibration, request, text)
         assert token in expected
         assert prob / path == pytest.approx(expected[int(token)], rel=2e-3)
         assert expected[int(token)] >= max(expected.values()) - 2e-3
@@ -133,9 +140,9 @@ def test_chains_are_what_the_trees_of_sessions_say(
             proposals = [each.propose(400) for each in opened]
             size = int(lengths[0])
             request = chains._slots.request[chains._slots.slot(session)]
-            _check(tokens[0, :size], probs[0, :size], proposals, chains.calibration, request)
+            _check(tokens[0, :size], probs[0, :size], proposals, chains.calibration, request, text)
             if size == 0:
-                best = _candidates(proposals, [-1] * len(proposals), 1, chains.calibration, request)
+                best = _candidates(proposals, [-1] * len(proposals), 1, chains.calibration, request, text)
                 assert max(best.values(), default=0.0) < 0.052
     chains.shut_down()
     for source in sources:

@@ -27,25 +27,32 @@ LENGTH_BIAS = LENGTH_SCALE + LENGTHS
 DEPTH_BIAS = LENGTH_BIAS + LENGTHS
 RANK_BIAS = DEPTH_BIAS + DEPTHS
 ABSENT = RANK_BIAS + RANKS
-PARAMETERS = ABSENT + 2
+TIMES_BIAS = ABSENT + 2
+TIMES = 4
+PARAMETERS = TIMES_BIAS + TIMES
 """Columns of a source's own parameters, by kind. The weight of a source that guesses otherwise is kept
-separately for nodes that a model named."""
+separately for nodes that a model named. Tokens that occur 0, 1, 2 and more times in the request's text have a
+bias each."""
+
+COUNTERS = 1 << 16
+"""Counters of tokens in a request's text; ids that differ by a multiple share one."""
 
 MODEL = 6
 """The slot of draft models."""
 
-MASK, RAW, CELL, RANK, DEPTH, NOISE = range(6)
+MASK, RAW, CELL, RANK, DEPTH, TIME, NOISE = range(7)
 OWN = NOISE + COLUMNS
 ODDS, LENGTH, LEFT = range(3)
 PER_SOURCE = 3
 """Columns of a node's evidence: the set of sources that named it, their mixed log odds, the cell of these,
-rank, depth and the columns of the noise. Then, from OWN on, PER_SOURCE for each source in use, in the order
-of their slots: its log odds, the bucket of its match length, and, where it named siblings but not this node,
-the log of the probability it left over. So a node costs what the sources in use cost, not all slots. MASK of
-the root is the set of sources in use; the rest of its row is 0."""
+rank, depth, how often its token occurs in the request's text, and the columns of the noise. Then, from OWN
+on, PER_SOURCE for each source in use, in the order of their slots: its log odds, the bucket of its match
+length, and, where it named siblings but not this node, the log of the probability it left over. So a node
+costs what the sources in use cost, not all slots. MASK of the root is the set of sources in use; the rest
+of its row is 0."""
 
-LEARNS_LENGTH, LEARNS_DEPTH, LEARNS_RANK, LEARNS_ABSENT, LEARNS_REQUEST, LEARNS_CELLS = range(6)
-SWITCHES = 6
+LEARNS_LENGTH, LEARNS_DEPTH, LEARNS_RANK, LEARNS_ABSENT, LEARNS_REQUEST, LEARNS_CELLS, LEARNS_TIMES = range(7)
+SWITCHES = 7
 """Number of kinds of terms, each with a switch, 1 or 0: all are learned, except to measure the value of
 one."""
 
@@ -57,6 +64,8 @@ UNLIKELY = 1e-6
 LEAST_LEFT = 0.001
 MAX_WEIGHT = 2.0
 LEAST_WEIGHT = 1e-6
+TIMES_RATE = 3.0
+"""Ratio of the learning rate of a token's occurrences to that of other terms."""
 
 
 @kernel
@@ -94,6 +103,24 @@ def list_slots(used: int, slots: NDArray[np.int64]) -> None:
         if used >> slot & 1 and count < len(slots):
             slots[count] = slot
             count += 1
+
+
+@kernel
+def count_tokens(tokens: NDArray[np.int32], occurrences: NDArray[np.uint8]) -> None:
+    """Adds a request's tokens, int32, shape (n,), to counters, uint8, shape (COUNTERS,), up to TIMES - 1.
+
+    Example:
+        tokens 7 8 7 7 7 7  ->  3 at 7, 1 at 8
+    """
+    for token in tokens:
+        counter = np.int64(token) & (COUNTERS - 1)
+        occurrences[counter] = min(np.int64(occurrences[counter]) + 1, TIMES - 1)
+
+
+@kernel
+def times_of(occurrences: NDArray[np.uint8], token: int) -> int:
+    """Occurrences of a token in the request's text, TIMES - 1 for more, from `count_tokens`."""
+    return np.int64(occurrences[np.int64(token) & (COUNTERS - 1)])
 
 
 @kernel
@@ -149,8 +176,8 @@ def mixed_odds(
     """Log odds that a node is accepted if its parent is.
 
     A sum of the sources' log odds, weighted by their set and scaled by match length; of a bias of the set; of
-    the naming sources' biases by match length, depth, rank and request, each by its weight; and of the
-    probability that the sources that named siblings only left over for it.
+    the naming sources' biases by match length, depth, rank, occurrences and request, each by its weight; and
+    of the probability that the sources that named siblings only left over for it.
 
     Args:
         evidence: float32, shape (columns,). A node's.
@@ -162,6 +189,7 @@ def mixed_odds(
     mask = index_in(evidence[MASK], MASKS)
     depth = depth_bucket(index_in(evidence[DEPTH], MAX_DEPTH))
     rank = index_in(evidence[RANK], RANKS)
+    times = TIMES_BIAS + index_in(evidence[TIME], TIMES)
     absent = ABSENT + (mask >> MODEL & 1)
     odds = weights[mask, SOURCES]
     biases = 0.0
@@ -177,6 +205,7 @@ def mixed_odds(
             bias = parameters[slot, LENGTH_BIAS + bucket]
             bias += parameters[slot, DEPTH_BIAS + depth]
             bias += parameters[slot, RANK_BIAS + rank]
+            bias += parameters[slot, times]
             bias += request[slot]
             biases += weight * bias
         else:
@@ -215,6 +244,7 @@ def teach(
     mask = index_in(evidence[MASK], MASKS)
     depth = depth_bucket(index_in(evidence[DEPTH], MAX_DEPTH))
     rank = index_in(evidence[RANK], RANKS)
+    times = TIMES_BIAS + index_in(evidence[TIME], TIMES)
     total = total_weight(mask, weights)
     absent = ABSENT + (mask >> MODEL & 1)
     step = rate * error
@@ -234,6 +264,7 @@ def teach(
             parameters[slot, LENGTH_BIAS + bucket] += switches[LEARNS_LENGTH] * share * step
             parameters[slot, DEPTH_BIAS + depth] += switches[LEARNS_DEPTH] * share * step
             parameters[slot, RANK_BIAS + rank] += switches[LEARNS_RANK] * share * step
+            parameters[slot, times] += switches[LEARNS_TIMES] * TIMES_RATE * share * step
             request[slot] += switches[LEARNS_REQUEST] * request_rate * share * error
         else:
             moved = parameters[slot, absent] + switches[LEARNS_ABSENT] * step * evidence[own + LEFT]
@@ -253,6 +284,7 @@ def fuse(
     weights: NDArray[np.float64],
     parameters: NDArray[np.float64],
     request: NDArray[np.float64],
+    occurrences: NDArray[np.uint8],
     expected: NDArray[np.float64],
     accepted: NDArray[np.float64],
     prior: float,
@@ -284,6 +316,7 @@ def fuse(
         weights: float64, shape (MASKS, SOURCES + 1). Of each source's log odds, and 1's, by set of sources.
         parameters: float64, shape (SOURCES, PARAMETERS). Of single sources.
         request: float64, shape (SOURCES,). Bias of each source in this request.
+        occurrences: uint8, shape (COUNTERS,). From `count_tokens`.
         expected: float64, shape (CELLS,). Sum of estimates seen so far.
         accepted: float64, shape (CELLS,). Number of accepted ones among them.
         prior: Expected acceptances that each cell starts with, all of them met.
@@ -371,6 +404,7 @@ def fuse(
         parent = trie_parent[node]
         evidence[node, MASK] = mask
         evidence[node, DEPTH] = trie_depth[node]
+        evidence[node, TIME] = times_of(occurrences, trie_token[node])
         for column in range(sources):
             if not mask >> slots[column] & 1 and covered[parent, column] > 0.0:
                 if left[parent, column] > 0.0:
@@ -428,6 +462,7 @@ def score(
     weights: NDArray[np.float64],
     parameters: NDArray[np.float64],
     request: NDArray[np.float64],
+    occurrences: NDArray[np.uint8],
     expected: NDArray[np.float64],
     accepted: NDArray[np.float64],
     rate: float,
@@ -448,9 +483,10 @@ def score(
         parents: int32, shape (n + 1,). -1 for the root.
         evidence: float32, shape (n + 1, columns).
         emitted: int32, shape (m,). Tokens that the target emitted after the root.
-        weights: float64, shape (MASKS, SOURCES + 1). Changed, as are the next four.
+        weights: float64, shape (MASKS, SOURCES + 1). Changed, as are the next five.
         parameters: float64, shape (SOURCES, PARAMETERS).
         request: float64, shape (SOURCES,).
+        occurrences: uint8, shape (COUNTERS,). The emitted tokens are counted.
         expected: float64, shape (CELLS,).
         accepted: float64, shape (CELLS,).
         rate: Learning rate.
@@ -486,3 +522,4 @@ def score(
         if expected[cell] > memory:
             expected[cell] *= 0.5
             accepted[cell] *= 0.5
+    count_tokens(emitted, occurrences)

@@ -312,9 +312,9 @@ class ChainBatch:
         contexts = np.empty((len(tokens), CONTEXT), np.int32)
         drafted, accepted = learn.learn_rows(
             rows, starts, tokens, slots.fields, slots.nodes, slots.evidence, slots.chosen,
-            calibration.weights, calibration.parameters, slots.request, calibration.expected,
-            calibration.accepted, calibration.rate, REQUEST_RATE, MEMORY, calibration.switches,
-            calibration.sharpness, contexts,
+            calibration.weights, calibration.parameters, slots.request, slots.occurrences,
+            calibration.expected, calibration.accepted, calibration.rate, REQUEST_RATE, MEMORY,
+            calibration.switches, calibration.sharpness, contexts,
         )  # fmt: skip
         counts.tokens += len(tokens)
         counts.drafted += drafted
@@ -367,8 +367,8 @@ class ChainBatch:
             rows, first, last, limits, min_prob, slots.fields, slots.nodes, slots.evidence, slots.chosen,
             lookups.columns, self._automaton_params, *lookups.arrays, table.rows, table.starts,
             lookups.group_columns, self._segment_params, table.chain, table.longest, slots.tail,
-            lookups.used, calibration.weights, calibration.parameters, slots.request, calibration.expected,
-            calibration.accepted, PRIOR, NEEDED, full, *out,
+            lookups.used, calibration.weights, calibration.parameters, slots.request, slots.occurrences,
+            calibration.expected, calibration.accepted, PRIOR, NEEDED, full, *out,
         )  # fmt: skip
         return misfits
 

@@ -34,15 +34,17 @@ class Slots:
         evidence: float32, shape (slots, nodes, columns). See `fusion`.
         chosen: int32, shape (slots, max_chain). Nodes of the chain.
         request: float64, shape (slots, SOURCES). Calibration of the request alone.
+        occurrences: uint8, shape (slots, COUNTERS). Tokens of its text, see `fusion.count_tokens`.
         tail: int32, shape (slots, LONGEST). The text's end.
     """
 
     def __init__(self, max_chain: int, most: int, sources: int) -> None:
-        from retrieval_draft.drafting._kernels.fusion import OWN, PER_SOURCE, SOURCES
+        from retrieval_draft.drafting._kernels import fusion
         from retrieval_draft.drafting.batch._kernels import slots
         from retrieval_draft.index._kernels.segment_match import LONGEST
 
         self._kernels: Any = slots
+        self._fusion: Any = fusion
         self._opened = 0
         self._free: list[int] = []
         self._automata: list[SuffixAutomaton | None] = []
@@ -51,9 +53,12 @@ class Slots:
         nodes = max_chain * most + 1
         self.fields: NDArray[np.int64] = np.empty((0, slots.SLOT_FIELDS), np.int64)
         self.nodes: NDArray[np.int32] = np.empty((0, 2, nodes), np.int32)
-        self.evidence: NDArray[np.float32] = np.empty((0, nodes, OWN + PER_SOURCE * sources), np.float32)
+        self.evidence: NDArray[np.float32] = np.empty(
+            (0, nodes, fusion.OWN + fusion.PER_SOURCE * sources), np.float32
+        )
         self.chosen: NDArray[np.int32] = np.empty((0, max_chain), np.int32)
-        self.request: NDArray[np.float64] = np.empty((0, SOURCES), np.float64)
+        self.request: NDArray[np.float64] = np.empty((0, fusion.SOURCES), np.float64)
+        self.occurrences: NDArray[np.uint8] = np.empty((0, fusion.COUNTERS), np.uint8)
         self.tail: NDArray[np.int32] = np.empty((0, LONGEST), np.int32)
 
     def __len__(self) -> int:
@@ -78,7 +83,9 @@ class Slots:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays, those of the sessions included."""
-        own = (self.fields, self.nodes, self.evidence, self.chosen, self.request, self.tail)
+        own = (
+            self.fields, self.nodes, self.evidence, self.chosen, self.request, self.occurrences, self.tail,
+        )  # fmt: skip
         texts = sum(text.nbytes for text in self._texts if text is not None)
         automata = sum(automaton.nbytes for automaton in self._automata if automaton is not None)
         return sum(array.nbytes for array in own) + texts + automata
@@ -112,6 +119,8 @@ class Slots:
         self._opened += 1
         self._automata[slot], self._texts[slot], self._prompts[slot] = automaton, buffer, len(prompt)
         self.request[slot] = 0.0
+        self.occurrences[slot] = 0
+        self._fusion.count_tokens(np.array(prompt, np.int32), self.occurrences[slot])
         fields = self.fields[slot]
         fields[:] = 0
         fields[kernels.STAMP] = -1
@@ -183,7 +192,7 @@ class Slots:
     def _grow(self) -> None:
         before = self.capacity
         after = max(FIRST, 2 * before)
-        for name in ("fields", "nodes", "evidence", "chosen", "request", "tail"):
+        for name in ("fields", "nodes", "evidence", "chosen", "request", "occurrences", "tail"):
             old = getattr(self, name)
             grown = np.zeros((after, *old.shape[1:]), old.dtype)
             grown[:before] = old

@@ -85,15 +85,19 @@ class Speller:
         return b"".join(text or b"" for text in texts)
 
     def _tokens(self, texts: Sequence[bytes]) -> list[list[int]]:
-        unknown = [text for text in dict.fromkeys(texts) if text not in self._known]
-        if len(self._known) + len(unknown) > _MOST_KNOWN:
-            self._known.clear()
-            unknown = list(dict.fromkeys(texts))
+        known = self._known
+        found = {text: known.get(text) for text in texts}
+        unknown = [text for text, tokens in found.items() if tokens is None]
         if unknown:
             words = [text.decode("utf-8", "replace") for text in unknown]
-            ids = self._tokenizer(words, add_special_tokens=False)["input_ids"]
-            self._known.update(zip(unknown, map(list, ids), strict=True))
-        return [self._known[text] for text in texts]
+            spelled = self._tokenizer(words, add_special_tokens=False)["input_ids"]
+            fresh = dict(zip(unknown, map(list, spelled), strict=True))
+            found.update(fresh)
+            if len(known) + len(fresh) > _MOST_KNOWN:
+                self._known = fresh  # another dict: other threads read the old one
+            else:
+                known.update(fresh)
+        return [found[text] or [] for text in texts]
 
     def _lengths(self, tokens: Sequence[int]) -> list[int]:
         return [len(self._of(token) or b"") for token in tokens]

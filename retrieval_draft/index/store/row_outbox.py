@@ -23,6 +23,9 @@ ENTRY_BYTES = 128
 """Bytes of an entry besides its rows, with a signature."""
 
 _MOST_CREDIT = 1 << 16
+_PART = 1 << 11
+"""Slots that are read before it is known whether more rows may go."""
+
 _MOST_SEEN = 255
 
 
@@ -78,16 +81,28 @@ class RowOutbox:
         self._credit = min(self._credit + self._share * text_bytes, _MOST_CREDIT)
         if self._pending is None or self._credit <= ENTRY_BYTES:
             return None
-        rows = self._pending.rows(LEAST_VISITS)
-        rows = rows.only(np.flatnonzero(rows.probs[:, 0] >= LEAST_PROB))
-        turns = ((rows.keys >> np.uint64(17)).astype(np.int64) - self._turn) % ROWS
-        order = np.argsort(turns, kind="stable")[:MOST_ROWS]
-        rows, turns = rows.only(order), turns[order]
-        sizes = np.cumsum(packed_sizes(rows, self._vocabulary)) + ENTRY_BYTES
-        rows = rows.only(np.arange(np.searchsorted(sizes, self._credit, side="right")))
-        if not len(rows):
+        parts: list[MatrixRows] = []
+        room, count = self._credit - ENTRY_BYTES, MOST_ROWS
+        begin = self._turn
+        unread = ROWS
+        while unread:
+            end = min(begin + min(_PART, unread), ROWS)
+            unread -= end - begin
+            rows = self._pending.rows(LEAST_VISITS, begin, end)
+            rows = rows.only(np.flatnonzero(rows.probs[:, 0] >= LEAST_PROB))
+            sizes = np.cumsum(packed_sizes(rows, self._vocabulary))
+            fitting = min(int(np.searchsorted(sizes, room, side="right")), count)
+            if fitting:
+                parts.append(rows.only(np.arange(fitting)))
+                room, count = room - float(sizes[fitting - 1]), count - fitting
+            if fitting < len(rows):
+                begin = begin if not fitting else self._pending.slot(rows.keys[fitting - 1]) + 1
+                break
+            begin = end % ROWS
+        self._turn = begin % ROWS
+        if not parts:
             return None
-        self._credit -= float(sizes[len(rows) - 1])
-        self._turn = (self._turn + int(turns[len(rows) - 1]) + 1) % ROWS
-        self._pending.empty(rows)
-        return rows
+        self._credit = room
+        taken = MatrixRows.join(parts)
+        self._pending.empty(taken)
+        return taken

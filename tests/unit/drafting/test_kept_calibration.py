@@ -10,7 +10,7 @@ import pytest
 
 from retrieval_draft.drafting import kept_calibration
 from retrieval_draft.drafting.calibration import Calibration
-from retrieval_draft.drafting.kept_calibration import FleetCalibration, calibration_bytes, load_bytes
+from retrieval_draft.drafting.kept_calibration import FleetCalibration
 from retrieval_draft.errors import DatastoreError
 from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.index.store.learned_entry import LearnedEntry
@@ -33,7 +33,7 @@ def taught(weight: float) -> Calibration:
 
 
 def test_a_new_server_starts_with_the_fleets(store: SharedStore) -> None:
-    store.learned.take(b"a" * 16, LearnedEntry(calibration=calibration_bytes(taught(0.5))))
+    store.learned.take(b"a" * 16, LearnedEntry(calibration=taught(0.5).encode()))
     mine, opened = Calibration(), Calibration()
     opened = mine.open()
     fleet = FleetCalibration(store, is_new=True)
@@ -46,7 +46,7 @@ def test_a_new_server_starts_with_the_fleets(store: SharedStore) -> None:
 
 
 def test_one_that_has_learned_keeps_its_own(store: SharedStore) -> None:
-    store.learned.take(b"a" * 16, LearnedEntry(calibration=calibration_bytes(taught(0.5))))
+    store.learned.take(b"a" * 16, LearnedEntry(calibration=taught(0.5).encode()))
     mine = taught(0.25)
     FleetCalibration(store, is_new=False).exchange(mine)
     np.testing.assert_array_equal(mine.weights[3, :4], 0.25)
@@ -62,10 +62,10 @@ def test_what_is_no_calibration_changes_nothing(store: SharedStore, caplog: pyte
     FleetCalibration(store, is_new=True).exchange(mine)
     np.testing.assert_array_equal(mine.weights, fresh.weights)
     assert "cannot be used" in caplog.text
-    whole = calibration_bytes(taught(0.5))
+    whole = taught(0.5).encode()
     for torn in (whole[:-5], whole[:20], b""):
         with pytest.raises(DatastoreError):
-            load_bytes(mine, torn)
+            mine.decode(torn, "fleet")
 
 
 def test_a_taught_server_sends_its_own_once_in_a_while(store: SharedStore) -> None:
@@ -76,7 +76,7 @@ def test_a_taught_server_sends_its_own_once_in_a_while(store: SharedStore) -> No
     fleet.exchange(mine)
     wait_until(lambda: store._outbox.calibration)
     other = Calibration()
-    load_bytes(other, store._outbox.calibration)
+    other.decode(store._outbox.calibration, "fleet")
     np.testing.assert_allclose(other.weights[3, :4], 0.5)
     assert not store.wants_calibration(), "it has just sent one"
     store._calibrated = -np.inf

@@ -157,6 +157,37 @@ def test_the_shared_store_is_counted_where_this_process_knows_nothing():
     assert made.open(ids(5, 6)).propose(64).tokens.tolist() == [7]
 
 
+def test_pairs_are_counted_again_when_the_store_has_grown_and_keep_their_gains():
+    """A request opened earlier sees what came meanwhile, too: all share the newest texts."""
+    shared = SimpleNamespace(segments=[Segment.build([ids(1, 2, 9)], 64)], nbytes=0)
+    (made,) = METHOD.sources(MethodContext(DraftConfig(), DraftStores(64, shared=shared)))
+    early = made.open(ids(1, 2))
+    assert early.propose(64).tokens.tolist() == [9]
+    assert len(made.open(ids(5, 6)).propose(64)) == 0
+    shared.segments = [Segment.build([ids(1, 2, 9), *[ids(1, 2, 8)] * 3, ids(5, 6, 7)], 64)]
+    assert made.open(ids(5, 6)).propose(64).tokens.tolist() == [7]
+    for opened in (made.open(ids(1, 2)), early):
+        assert opened.propose(2).tokens.tolist() == [8, 9]
+
+    matrix = TrigramMatrix(shared.segments)
+    matrix.gain([1, 2, 9])
+    assert values(matrix.row(1, 2)) == {8: 0.75, 9: 0.29}
+    matrix.renew([Segment.build([*[ids(1, 2, 9)] * 3, ids(1, 2, 4)], 64)])
+    assert values(matrix.row(1, 2)) == {9: 0.79, 4: 0.25}
+    matrix.renew(())
+    assert values(matrix.row(1, 2)) == {9: 0.04}
+
+
+def test_a_little_more_text_counts_only_the_pairs_that_were_not_there():
+    text = [ids(1, 2, 9)] * 40
+    matrix = TrigramMatrix([Segment.build(text, 64)])
+    assert matrix.row(1, 2) == [(9, 1.0)]
+    assert matrix.row(5, 6) == []
+    matrix.renew([Segment.build([*text, ids(1, 2, 4)], 64), Segment.build([ids(5, 6, 7)], 64)])
+    assert matrix.row(1, 2) == [(9, 1.0)]
+    assert matrix.row(5, 6) == [(7, 1.0)]
+
+
 def test_the_least_recently_used_pairs_make_room():
     matrix = TrigramMatrix(rows=3)
     matrix.remember([1, 2, 3, 4, 5])

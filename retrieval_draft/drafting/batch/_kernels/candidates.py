@@ -20,12 +20,14 @@ from retrieval_draft.drafting._kernels.fusion import (
     RANK,
     RANKS,
     RAW,
+    TIME,
     cell_of,
     guess,
     index_in,
     length_bucket,
     log_odds,
     mixed_odds,
+    times_of,
 )
 
 TOP = 4
@@ -110,12 +112,14 @@ def choose(
     first: int,
     size: int,
     depth: int,
+    tokens: NDArray[np.int32],
     evidence: NDArray[np.float32],
     left: NDArray[np.float64],
     source_slots: NDArray[np.int64],
     weights: NDArray[np.float64],
     parameters: NDArray[np.float64],
     request: NDArray[np.float64],
+    occurrences: NDArray[np.uint8],
     expected: NDArray[np.float64],
     accepted: NDArray[np.float64],
     prior: float,
@@ -125,12 +129,14 @@ def choose(
     Args:
         first: The node's first candidate; its last is ``size - 1``.
         depth: Of the candidates below the root.
+        tokens: int32, shape (candidates,).
         evidence: float32, shape (candidates, columns). Completed here.
         left: float64, shape (sources,). From `add_children`; 0 for a source without children.
         source_slots: int64, shape (sources,). Slots of the sources in the calibration, ascending.
-        weights: float64, shape (MASKS, SOURCES + 1). As for `fusion.fuse`, like the next five.
+        weights: float64, shape (MASKS, SOURCES + 1). As for `fusion.fuse`, like the next six.
         parameters: float64, shape (SOURCES, PARAMETERS).
         request: float64, shape (SOURCES,).
+        occurrences: uint8, shape (COUNTERS,).
         expected: float64, shape (CELLS,).
         accepted: float64, shape (CELLS,).
         prior: Expected acceptances that a cell starts with.
@@ -140,6 +146,7 @@ def choose(
     for node in range(first, size):
         mask = index_in(evidence[node, MASK], MASKS)
         evidence[node, DEPTH] = depth
+        evidence[node, TIME] = times_of(occurrences, tokens[node])
         for column in range(len(source_slots)):
             if left[column] < 0.0 and not mask >> source_slots[column] & 1:
                 evidence[node, OWN + PER_SOURCE * column + LEFT] = left[column]

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import kernel
 from retrieval_draft._kernels.views import int32_row
-from retrieval_draft.drafting._kernels.fusion import score
+from retrieval_draft.drafting._kernels.fusion import count_tokens, score
 from retrieval_draft.drafting.batch._kernels.slots import (
     CHAIN,
     ID,
@@ -64,6 +64,7 @@ def learn_rows(
     weights: NDArray[np.float64],
     parameters: NDArray[np.float64],
     request: NDArray[np.float64],
+    occurrences: NDArray[np.uint8],
     expected: NDArray[np.float64],
     accepted: NDArray[np.float64],
     rate: float,
@@ -85,6 +86,7 @@ def learn_rows(
         chosen: int32, shape (slots, max_chain). Nodes of each chain.
         weights, parameters, expected, accepted, switches, sharpness: As `fusion.score` takes them.
         request: float64, shape (slots, SOURCES).
+        occurrences: uint8, shape (slots, COUNTERS). Changed.
         contexts: int32, shape (tokens, width). Gets the tokens before each token, -1 where there are fewer.
 
     Returns:
@@ -103,9 +105,11 @@ def learn_rows(
         if size > 1:
             score(
                 nodes[slot, 0, :size], nodes[slot, 1, :size], evidence[slot, :size], emitted, weights,
-                parameters, request[slot], expected, accepted, rate, request_rate, memory, switches,
-                sharpness, 0.0, outcomes,
+                parameters, request[slot], occurrences[slot], expected, accepted, rate, request_rate, memory,
+                switches, sharpness, 0.0, outcomes,
             )  # fmt: skip
+        else:
+            count_tokens(emitted, occurrences[slot])
         drafted = slots[slot, CHAIN]
         most = min(drafted, len(emitted) - 1)  # the last one is the model's own
         taken = 0

@@ -101,6 +101,7 @@ def propose_rows(
     weights: NDArray[np.float64],
     parameters: NDArray[np.float64],
     request: NDArray[np.float64],
+    occurrences: NDArray[np.uint8],
     expected: NDArray[np.float64],
     accepted: NDArray[np.float64],
     prior: float,
@@ -131,7 +132,7 @@ def propose_rows(
             one context.
         chain, longest, tail: Of all slots, see `segment_match`.
         used: The set of sources that are asked, a bit mask of their slots in the calibration.
-        weights, parameters, request, expected, accepted, prior: Of the calibration.
+        weights, parameters, request, occurrences, expected, accepted, prior: Of the calibration.
         needed: Probability below which a child is not considered.
         full: uint8, shape (rows,). Gets 1 where a text did not fit its automaton: nothing else is done then,
             and the call is repeated for the row with more room.
@@ -258,8 +259,8 @@ def propose_rows(
             for candidate in range(first, size):
                 nodes[slot, 1, candidate] = node
             node, prob = choose(
-                first, size, depth + 1, evidence[slot], left, source_slots, weights, parameters,
-                request[slot], expected, accepted, prior,
+                first, size, depth + 1, nodes[slot, 0], evidence[slot], left, source_slots, weights,
+                parameters, request[slot], occurrences[slot], expected, accepted, prior,
             )  # fmt: skip
             path *= prob
             if path < min_prob:

@@ -71,7 +71,7 @@ def test_equals_the_formula_written_out(seed: int) -> None:
 def test_without_noise_or_its_evidence_nothing_changes() -> None:
     proposal = guesses([1, 2, 3, 4], [-1, -1, 0, 0], [0.5, 0.3, 0.6, 0.2])
     plain = fuse(7, [proposal], Calibration(), 4)
-    opened = Calibration(without=["noise"]).open(noise(1))
+    opened = Calibration(without=["noise"]).open(noise=noise(1))
     opened.position = 5
     same = fuse(7, [proposal], opened, 4)
     for name in ("tokens", "parents", "probs", "path_probs", "evidence"):
@@ -94,7 +94,7 @@ def accepted(
     right = 0
     for seed in range(steps):
         drawn_with = noise(seed)
-        opened = calibration.open(drawn_with if told else None)
+        opened = calibration.open(noise=drawn_with if told else None)
         opened.position = 9
         proposal = guesses(best.tolist(), [-1] * 3, distribution[best].tolist())
         tree = fuse(0, [proposal], opened, 3)
@@ -132,7 +132,7 @@ def test_probabilities_given_the_noise_come_true() -> None:
     guessed, came = [], []
     for seed in range(4000):
         drawn_with = noise(seed)
-        opened = calibration.open(drawn_with)
+        opened = calibration.open(noise=drawn_with)
         opened.position = 3
         tree = fuse(0, [proposal := guesses(best.tolist(), [-1] * 6, distribution[best].tolist())], opened, 6)
         drawn = drawn_with.draw(torch.from_numpy(np.log(distribution)).float(), 3)

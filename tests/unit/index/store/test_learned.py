@@ -20,7 +20,7 @@ from retrieval_draft.index.store.learned import other_id
 from retrieval_draft.index.store.learned_entry import pack_calibration, pack_learned, unpack_learned
 from retrieval_draft.index.store.log_replica import FIELD, LogReplica
 from retrieval_draft.index.store.outbox import Run
-from retrieval_draft.index.store.row_outbox import RowOutbox
+from retrieval_draft.index.store.row_outbox import ROWS, RowOutbox
 from retrieval_draft.index.store.run_encoder import RunEncoder
 
 VOCABULARY = 100
@@ -270,6 +270,31 @@ def test_rows_take_turns() -> None:
         if rows is not None:
             sent |= set(rows.keys.tolist())
     assert len(sent) == 20
+
+
+def test_a_turn_reads_no_more_slots_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    outbox = RowOutbox(VOCABULARY, 0.5)
+    for token in range(VOCABULARY):
+        outbox.learn([predictions(token, 3, times=2)])
+    pending: Any = outbox._pending
+    waiting = len(pending.rows(2))
+    read: list[int] = []
+    rows_of = pending.rows
+    monkeypatch.setattr(
+        pending, "rows", lambda least, begin, end: read.append(end - begin) or rows_of(least, begin, end)
+    )
+    first = outbox.take(320)
+    assert first is not None
+    assert sum(read) <= ROWS // 2
+    sent = [first.keys]
+    for _ in range(4 * waiting):
+        rows = outbox.take(320)
+        sent += [] if rows is None else [rows.keys]
+    keys = np.concatenate(sent)
+    assert len(keys) == len(set(keys.tolist())) == waiting, "each once"
+    read.clear()
+    assert outbox.take(320) is None
+    assert sum(read) <= 2 * ROWS
 
 
 def test_a_calibration_of_a_snapshot_that_is_too_long_is_left_out() -> None:
