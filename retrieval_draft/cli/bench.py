@@ -123,7 +123,7 @@ def live(
             cpu_kernels=cpu_kernels,
             history=history,
             corpora=index or (),
-            draft_model=draft_model if draft_model in (None, "self") else load_model(str(draft_model))[0],
+            draft_model=draft_model,
             chat=chat,
         )
     result |= {"model": model, "weights": weights, "beside": beside}

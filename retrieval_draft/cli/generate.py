@@ -61,7 +61,9 @@ def generate(
     snapshots: Snapshots = None,
     draft_model: Annotated[
         str | None,
-        typer.Option(help='A smaller model to draft with too; "self": this one with layers skipped.'),
+        typer.Option(
+            help='A smaller model or a trained head to draft with; "self": this one with layers skipped.'
+        ),
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
@@ -118,12 +120,9 @@ def generate(
     from retrieval_draft.drafter import RetrievalDrafter
 
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, weights=weights)
-    drafts: Any = draft_model
-    if draft_model not in (None, "self"):
-        drafts = load_model(str(draft_model), dtype=dtype, device=device)
     drafter = RetrievalDrafter.for_model(
         loaded, tokenizer, method=method, config=config, corpora=index or (), phrases=phrases,
-        store=shared, draft_model=drafts,
+        store=shared, draft_model=draft_model,
     )  # fmt: skip
     drafter.warm_up()
     inputs = _encode(tokenizer, text, chat).to(loaded.get_input_embeddings().weight.device)

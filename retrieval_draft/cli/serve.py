@@ -55,7 +55,9 @@ def serve(
     snapshots: Snapshots = None,
     draft_model: Annotated[
         str | None,
-        typer.Option(help='A smaller model to draft with too; "self": this one with layers skipped.'),
+        typer.Option(
+            help='A smaller model or a trained head to draft with; "self": this one with layers skipped.'
+        ),
     ] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name of the model for clients.")] = None,
     chat_template: Annotated[
@@ -223,12 +225,9 @@ def serve(
         if threads is not None:
             torch.set_num_threads(threads)
         loaded, tokenizer = load_model(model, dtype=dtype, device=device, weights=weights)
-        drafts: Any = draft_model
-        if draft_model not in (None, "self"):
-            drafts = load_model(str(draft_model), dtype=dtype, device=device)
         drafter = RetrievalDrafter.for_model(
             loaded, tokenizer, method=method, config=config, corpora=index or (), phrases=phrases,
-            store=shared, draft_model=drafts,
+            store=shared, draft_model=draft_model,
         )  # fmt: skip
         return drafter, tokenizer
 

@@ -121,15 +121,30 @@ class SourceSessions:
         """True if a session drafts from the target's hidden states."""
         return any(wants_hidden(opened.session) for opened in self._opened)
 
-    def learn_hidden(self, hidden: Any) -> None:
-        """Passes the hidden state that chose the new root to the sessions that draft from it."""
+    def learn_hidden(self, hidden: Any, begin: int) -> None:
+        """Passes the target's states to the sessions that draft from them.
+
+        Args:
+            hidden: (n, d), at tokens of the request's text.
+            begin: Index of the first of them in the text.
+        """
         for opened in self._opened:
             if wants_hidden(opened.session):
                 head: Any = opened.session
                 try:
-                    head.learn_hidden(hidden)
+                    head.learn_hidden(hidden, begin)
                 except Exception as error:  # as above
                     opened.failed("learn_hidden", error)
+
+    def fork_hidden(self, other: SourceSessions) -> None:
+        """Gives sessions the target's states that another request with the same prompt has."""
+        for opened, owner in zip(self._opened, other._opened, strict=False):
+            if wants_hidden(opened.session) and owner.session is not None:
+                head: Any = opened.session
+                try:
+                    head.fork(owner.session)
+                except Exception as error:  # as above
+                    opened.failed("fork", error)
 
     def close(self) -> None:
         """Ends the request in every source."""

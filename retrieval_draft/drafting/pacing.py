@@ -107,9 +107,13 @@ class _PacedSession:
     def wants_hidden(self) -> bool:
         return wants_hidden(self._session)
 
-    def learn_hidden(self, hidden: Any) -> None:
+    def learn_hidden(self, hidden: Any, begin: int) -> None:
         session: Any = self._session
-        session.learn_hidden(hidden)
+        session.learn_hidden(hidden, begin)
+
+    def fork(self, owner: _PacedSession) -> None:
+        session: Any = self._session
+        session.fork(owner._session)
 
     def close(self) -> None:
         self._session.close()

@@ -231,9 +231,16 @@ class DraftSession:
         """True if a source drafts from the target's hidden states."""
         return self._sessions.wants_hidden
 
-    def learn_hidden(self, hidden: Any) -> None:
-        """Passes on the hidden state that chose the new root; after `learn` or `start`."""
-        self._sessions.learn_hidden(hidden)
+    def learn_hidden(self, hidden: Any, begin: int) -> None:
+        """Passes on the target's states at the text's tokens from index `begin` on: (n, d).
+
+        Those of a prompt come as its parts pass, those of a step with its tokens.
+        """
+        self._sessions.learn_hidden(hidden, begin)
+
+    def fork_hidden(self, other: DraftSession) -> None:
+        """Takes over the states of a prompt that another request has passed; before `start`."""
+        self._sessions.fork_hidden(other._sessions)
 
     def start(self, first: TokenArray, prompt: TokenArray, predictions: Predictions | None) -> None:
         """Passes on the first token and the target's predictions at the prompt's end.

@@ -109,11 +109,13 @@ class ChainTarget(Target):
         chain = inputs.input_ids
         if chain.shape[1] > 1:
             cache.save(chain.shape[1])
-        return self._pass(cache, cache.stage(chain), cache.get_seq_length(), chain.shape[1], 0)
+        logits = self._pass(cache, cache.stage(chain), cache.get_seq_length(), chain.shape[1], 0)
+        self._keep_hidden(chain.shape[1])
+        return logits
 
     def verify_rows(self, caches: Sequence[Any], inputs: Sequence[TreeInputs]) -> Tensor:
         """One pass for each request; (tokens of all chains, vocabulary)."""
-        return torch.cat([self.verify(*row) for row in zip(caches, inputs, strict=True)])
+        return self._each(self.verify, caches, inputs)
 
     def verify_tree(
         self, cache: Any, tree: DraftTree, length: int, moved: NDArray[np.int64] | None = None
@@ -123,7 +125,9 @@ class ChainTarget(Target):
         return self.verify(cache, self.attention.prepare(tree, length, moved))
 
     def _forward(self, cache: Any, ids: Tensor, offset: int, keep: int, whole: int) -> Tensor:
-        return self._pass(cache, ids, offset, keep, ids.shape[1])
+        logits = self._pass(cache, ids, offset, keep, ids.shape[1])
+        self._keep_hidden()
+        return logits
 
     def _pass(self, cache: ChainCache, ids: Tensor, offset: int, keep: int, new: int) -> Tensor:
         """The model's own call after `offset` tokens, of which `new` ones are committed at once."""
@@ -149,7 +153,5 @@ class ChainTarget(Target):
                 f"{type(self.model).__name__} returns no cache.", "Use model.generate for this model."
             )
         cache.passed(inner, new)
-        if self.hidden is not None:
-            self.hidden = self.hidden[-keep:]
         logits: Tensor = out.logits[0]
         return logits[-keep:]

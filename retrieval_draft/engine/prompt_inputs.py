@@ -41,13 +41,13 @@ class _Passed:
         ids: int64, shape (batch, length), padding included.
         inputs: Model inputs, updated for the next pass.
         logits: (batch, m, vocabulary), float.
-        hidden: (batch, d), the output head's inputs at the last position; empty without a head.
+        hidden: (batch, 1, d). States that draft sources read, at the last position; None without.
     """
 
     ids: Tensor
     inputs: dict[str, Any]
     logits: Tensor
-    hidden: Tensor
+    hidden: Tensor | None
 
     @property
     def cache(self) -> DynamicCache:
@@ -95,7 +95,8 @@ def pass_prompts(
         found = np.flatnonzero(np.isin(request.prompt, np.fromiter(request.placeholders, np.int32)))
         cache.fixed = int(found[-1]) + 1 if len(found) else len(request.prompt)
         wanted = len(request.prompt) if request.keep_prompt_logits else 1
-        request.cache, request.passed = cache, PassedPrompt(passed.logits[row, -wanted:], passed.hidden[row])
+        hidden = None if passed.hidden is None else passed.hidden[row]
+        request.cache, request.passed = cache, PassedPrompt(passed.logits[row, -wanted:], hidden)
     return perf_counter() - begin
 
 
@@ -118,20 +119,10 @@ def _pass_own(
     if wants_all and "logits_to_keep" in inputs:
         inputs["logits_to_keep"] = 0
     model: Any = target.model
-    head, hidden = model.get_output_embeddings(), []
-
-    def keep(module: Any, args: tuple[Tensor, ...]) -> None:
-        if args and args[0].ndim == 3:
-            hidden.append(args[0][:, -1])
-
-    handle = None if head is None else head.register_forward_pre_hook(keep)
-    try:
-        with uncompiled(is_compiled(model)):
-            outputs = model._prefill(ids, config, inputs)
-    finally:
-        if handle is not None:
-            handle.remove()
-    return _updated(model, ids, inputs, outputs, hidden[-1] if hidden else None)
+    with uncompiled(is_compiled(model)), target.hidden_states.taken():
+        outputs = model._prefill(ids, config, inputs)
+        states = target.hidden_states.last
+    return _updated(model, ids, inputs, outputs, None if states is None else states[:, -1:])
 
 
 def _step_own(target: Target, passed: _Passed, tokens: Tensor) -> _Passed:
@@ -146,7 +137,7 @@ def _step_own(target: Target, passed: _Passed, tokens: Tensor) -> _Passed:
 def _updated(model: Any, ids: Tensor, inputs: dict[str, Any], outputs: Any, hidden: Tensor | None) -> _Passed:
     inputs = model._update_model_kwargs_for_generation(outputs, inputs, is_encoder_decoder=False)
     logits: Tensor = outputs.logits
-    return _Passed(ids, inputs, logits, logits.new_empty((len(ids), 0)) if hidden is None else hidden)
+    return _Passed(ids, inputs, logits, hidden)
 
 
 def _checked(

@@ -26,11 +26,11 @@ class PassedPrompt:
 
     Attributes:
         logits: (m, vocabulary), float, at the last positions.
-        hidden: (d,), the output head's input at the last one.
+        hidden: (1, d). States that draft sources read, at the last one; None where none are read.
     """
 
     logits: Tensor
-    hidden: Tensor
+    hidden: Tensor | None = None
 
 
 @dataclass(slots=True, eq=False)

@@ -44,7 +44,7 @@ _log = logging.getLogger("retrieval_draft")
 class _Feedback(NamedTuple):
     """Result of a step, for drafting: its drafts, the accepted path and tokens, and the predictions.
 
-    `hidden` is (d,), the input of the output head at the path's end; None where no source drafts from it.
+    `hidden` is (nodes of the path, d), the states there; None where no source drafts from them.
     """
 
     plan: DraftPlan
@@ -99,7 +99,6 @@ class Row:
         self._kept = 0
         self._prompt_end: Tensor | None = None
         self._predictions: Predictions | None = None
-        self._hidden_end: Tensor | None = None
         self._feedback: _Feedback | None = None
         self._unlearned: _Feedback | None = None
         self._learned_early: NodeLogits | None = None
@@ -122,13 +121,15 @@ class Row:
         prompt = torch.from_numpy(fed.astype(np.int64)).to(self.target.device)
         wanted = len(fed) if reads_all else min(request.prompt_rows, len(fed))
         parts, kept = [], []
-        passed = self.cache.get_seq_length()
+        begun = passed = self.cache.get_seq_length()
         passes: Iterable[Tensor | None] = (
             self.target.prefill_passes(self.cache, prompt, wanted, lambda: request.prefill_chunk)
             if request.passed is None
             else [request.passed.logits]
         )
         for logits in passes:
+            if self.target.hidden is not None and self.drafting is not None:
+                self._learn_hidden(self.target.hidden, passed)
             if logits is not None:
                 parts.append(reader.read(logits))
                 if request.keep_prompt_logits:
@@ -138,7 +139,8 @@ class Row:
                 end = logits[-1:]
             if self._keeper is not None:
                 self._keeper.extend(request.prompt, self.cache.get_seq_length())
-            if self.cache.get_seq_length() - passed < len(fed):
+            passed = self.cache.get_seq_length()
+            if passed - begun < len(fed):
                 self.stats.prefill_seconds += perf_counter() - begin
                 yield
                 begin = perf_counter()
@@ -149,12 +151,21 @@ class Row:
         self._predictions = _last(predictions, 1)
         self._begin(self._prompt_end)
         self.stats.prefill_seconds += perf_counter() - begin
-        drafting = self._begin_drafting(predictions)
-        if drafting is not None:
-            hidden = self.target.hidden if request.passed is None else request.passed.hidden[None]
-            if hidden is not None:
-                self._hidden_end = hidden[-1]
-                drafting.learn_hidden(self._hidden_end)
+        if request.passed is not None and request.passed.hidden is not None and self.drafting is not None:
+            self._learn_hidden(request.passed.hidden, len(request.prompt) - 1)
+        self._begin_drafting(predictions)
+
+    def _learn_hidden(self, hidden: Tensor, position: int) -> None:
+        """Passes on states, (n, d), at the text's tokens from `position` on.
+
+        Sources know the text after the last placeholder only, and none of the states before it.
+        """
+        assert self.drafting is not None
+        begin = position - (self.text.prompt_length - len(self._context))
+        if begin < 0:
+            hidden, begin = hidden[-begin:], 0
+        if len(hidden):
+            self.drafting.learn_hidden(hidden, begin)
 
     def _take_prefix(self, finds: bool) -> Iterator[None]:
         """Continues an earlier text with the same beginning, if there is one, and has this text kept.
@@ -193,19 +204,18 @@ class Row:
         self._predictions = prefix_owner._predictions
         self._begin(prefix_owner._prompt_end)
         self.stats.prefill_seconds += perf_counter() - begin
-        drafting = self._begin_drafting(None)
-        if drafting is not None and prefix_owner._hidden_end is not None:
-            drafting.learn_hidden(prefix_owner._hidden_end)
+        if self.drafting is not None and prefix_owner.drafting is not None:
+            self.drafting.fork_hidden(prefix_owner.drafting)
+        self._begin_drafting(None)
 
-    def _begin_drafting(self, predictions: Predictions | None) -> DraftSession | None:
-        """Passes the first token on to the sources; None where there are no drafts."""
+    def _begin_drafting(self, predictions: Predictions | None) -> None:
+        """Passes the first token on to the sources, if there are drafts."""
         if self.drafting is None or self._ends_drafting(self.text.reply):
-            return None
+            return
         context = self._context
         if predictions is not None and len(context) < len(predictions.next_tokens):
             predictions = _last(predictions, len(context)) if len(context) else None
         self.drafting.start(self.text.reply, context, predictions)
-        return self.drafting
 
     def _ends_drafting(self, emitted: TokenArray) -> bool:
         """Ends drafting where a placeholder was emitted: nothing is learned of it or of the text after it."""
@@ -276,7 +286,7 @@ class Row:
             plan: The verified drafts.
             logits: (n + 1, vocabulary) or more, float, after each node.
             predictions: Their summary.
-            hidden: (n + 1, d) or more. Inputs of the output head at the nodes, if a source wants them.
+            hidden: (n + 1, d) or more. States at the nodes that draft sources read, if any does.
             best: Their best logits, where the host has no others.
         """
         emitted = self._accept(plan.tree, logits, predictions, best)
@@ -290,8 +300,8 @@ class Row:
         self.stats.steps += 1
         if self.drafting is not None:
             wanted = hidden is not None and self.drafting.wants_hidden
-            end = hidden[path[-1]] if wanted and hidden is not None else None
-            self._feedback = _Feedback(plan, path, emitted, predictions, end)
+            states = hidden[list(path)] if wanted and hidden is not None else None
+            self._feedback = _Feedback(plan, path, emitted, predictions, states)
         return emitted
 
     def apply_feedback(self) -> None:
@@ -315,9 +325,9 @@ class Row:
             self._learned_early = self._logits_of(feedback)
             drafting.learn_early(self._learned_early)
         if feedback.hidden is not None:
-            # A head's next drafts begin with it, after what it learns.
+            # A head's next drafts begin with them, after what it learns.
             self.learn()
-            drafting.learn_hidden(feedback.hidden)
+            self._learn_hidden(feedback.hidden, len(self.text) - 1 - len(feedback.emitted))
 
     def learn(self) -> None:
         """Updates sources and calibration with the predictions of the step last observed, once."""
@@ -346,7 +356,7 @@ class Row:
         self.cache.text = self.text.tokens[: self.cache.get_seq_length()].copy()
         if self._keeper is not None:
             self._keeper.extend(self.cache.text, len(self.cache.text))
-        self._prompt_end = self._predictions = self._hidden_end = None
+        self._prompt_end = self._predictions = None
         if self.request.finished is not None:
             self.request.finished(self.text.reply)
 

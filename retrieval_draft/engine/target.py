@@ -26,6 +26,7 @@ from retrieval_draft.engine.compat import cache_parameter
 from retrieval_draft.engine.cpu.attention import WIDE_ATTENTION
 from retrieval_draft.engine.graph.attention import graph_attention
 from retrieval_draft.engine.graph.graph_passes import NODES, GraphPasses, graph_kind
+from retrieval_draft.engine.hidden_states import HiddenStates
 from retrieval_draft.engine.logits import summary
 from retrieval_draft.engine.placeholders import placeholder_ids, takes_media
 from retrieval_draft.engine.rope_switch import RopeSwitch, rope_switch
@@ -80,6 +81,9 @@ class Target:
             equally good for them, and which of these the model keeps depends on the number of tokens passed,
             later ones included.
         graphs: Captured passes; None where all are eager.
+        hidden_states: The layers that draft sources read.
+        hidden: (n, d * number of those layers), their states at the tokens of the last pass, inside of
+            `watching_hidden`; None outside.
     """
 
     verification = Verification("tree", "the model takes masks and positions of a tree")
@@ -104,6 +108,7 @@ class Target:
         self.rope: RopeSwitch | None = None
         self.device: torch.device = device_of(embedding)
         self.threads: ThreadChoice | None = ThreadChoice() if self.device.type == "cpu" else None
+        self.hidden_states = HiddenStates(model)
         self.hidden: Tensor | None = None
         parameters = inspect.signature(model.forward).parameters
         self._cache_parameter = cache_parameter(model)
@@ -169,22 +174,22 @@ class Target:
 
     @contextmanager
     def watching_hidden(self, wanted: bool = True) -> Iterator[None]:
-        """Sets `hidden` to the output head's inputs of the last pass: (n, d), one for each row of logits."""
-        head: Any = self.model.get_output_embeddings() if wanted else None
-        if head is None:
+        """Keeps the states that draft sources read, of each pass until the next, in `hidden`."""
+        if not wanted or not self.hidden_states.layers:
             yield
             return
+        with self.hidden_states.taken():
+            self._watches_hidden = True
+            try:
+                yield
+            finally:
+                self._watches_hidden, self.hidden = False, None
 
-        def keep(module: Any, args: tuple[Tensor, ...]) -> None:
-            self.hidden = args[0][0]
-
-        handle = head.register_forward_pre_hook(keep)
-        self._watches_hidden = True
-        try:
-            yield
-        finally:
-            handle.remove()
-            self._watches_hidden, self.hidden = False, None
+    def _keep_hidden(self, last: int | None = None) -> None:
+        """Keeps the states of the pass that has just run, at its last tokens, or all."""
+        if self._watches_hidden:
+            states = self.hidden_states.last
+            self.hidden = None if states is None else states[0] if last is None else states[0, -last:]
 
     def cache(self, capacity: int, keeps_all: bool = False) -> Any:
         """An empty cache with room for `capacity` tokens: a `SpeculativeCache`, or a `ChainCache`."""
@@ -299,10 +304,14 @@ class Target:
         positions = torch.arange(offset + cache.shift, end + cache.shift, device=ids.device)[None]
         extra = None if self.rope is None else self.rope.extra_position(end, whole)
         if extra is None:
-            return self._call(cache, ids, positions, None, keep)
+            logits = self._call(cache, ids, positions, None, keep)
+            self._keep_hidden()
+            return logits
         ids = torch.cat([ids, ids[:, -1:]], 1)
         positions = torch.cat([positions, positions.new_tensor([[extra]])], 1)
         logits = self._call(cache, ids, positions, None, keep + 1)[:-1]
+        self._keep_hidden()
+        self.hidden = None if self.hidden is None else self.hidden[:-1]
         kept = cache.keep(end)
         assert kept, "a window layer holds one token more than it sees"
         cache.made_for(whole)
@@ -348,30 +357,22 @@ class Target:
     def _call_fixed(
         self, cache: Any, ids: Tensor, positions: Tensor, mask: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """A pass to be captured: its logits, and the inputs of the output head."""
-        head: Any = self.model.get_output_embeddings()
-        seen: list[Tensor] = []
-
-        def keep(module: Any, args: tuple[Tensor, ...]) -> None:
-            seen.append(args[0][0])
-
-        handle = None if head is None else head.register_forward_pre_hook(keep)
-        try:
-            with graph_attention(self.model):
-                logits = self._call(cache, ids, positions, mask, ids.shape[1], timed=False)
-        finally:
-            if handle is not None:
-                handle.remove()
-        return logits, seen[-1] if seen else None
+        """A pass to be captured: its logits, and the states that draft sources read."""
+        with self.hidden_states.taken(), graph_attention(self.model):
+            logits = self._call(cache, ids, positions, mask, ids.shape[1], timed=False)
+            states = self.hidden_states.last
+        return logits, None if states is None else states[0]
 
     def _verify_eagerly(self, cache: Any, inputs: TreeInputs) -> Tensor:
         cache.stage(True)
         try:
-            return self._call(
+            logits = self._call(
                 cache, inputs.input_ids, inputs.position_ids, inputs.attention_mask, inputs.input_ids.shape[1]
             )
         finally:
             cache.stage(False)
+        self._keep_hidden()
+        return logits
 
     def verify_rows(self, caches: Sequence[Any], inputs: Sequence[TreeInputs]) -> Tensor:
         """One pass over the trees of several requests, whose nodes stay staged in their caches.
@@ -426,6 +427,7 @@ class Target:
         unused = ids.new_zeros((1, 1, 1, 1), dtype=self.model.dtype)
         with cuda_attention(self.model, self.device), packed_attention(self.model, packed):
             logits = self._call(packed, ids, positions, unused, ids.shape[1])
+        self._keep_hidden()
         if packed.is_read:
             return logits
         packed.drop()
@@ -443,10 +445,25 @@ class Target:
         if self.max_positions is not None and keys > self.max_positions:
             return None
         joined = PackedCache(caches, inputs, self._kinds, joined=True)
-        return self._call(joined, ids, positions, joined.joined_mask(), ids.shape[1])
+        logits = self._call(joined, ids, positions, joined.joined_mask(), ids.shape[1])
+        self._keep_hidden()
+        return logits
 
-    def _one_by_one(self, caches: Sequence[SpeculativeCache], inputs: Sequence[TreeInputs]) -> Tensor:
-        return torch.cat([self._verify_eagerly(*row) for row in zip(caches, inputs, strict=True)])
+    def _one_by_one(self, caches: Sequence[Any], inputs: Sequence[TreeInputs]) -> Tensor:
+        return self._each(self._verify_eagerly, caches, inputs)
+
+    def _each(
+        self, verify: Callable[..., Tensor], caches: Sequence[Any], inputs: Sequence[TreeInputs]
+    ) -> Tensor:
+        """A pass for each request: logits of all, and their states."""
+        logits, hidden = [], []
+        for cache, given in zip(caches, inputs, strict=True):
+            logits.append(verify(cache, given))
+            if self.hidden is not None:
+                hidden.append(self.hidden)
+        if hidden:
+            self.hidden = torch.cat(hidden)
+        return torch.cat(logits)
 
     def attention_of_row(self) -> Attention:
         """Masks for one more request beside others; `attention` serves one that is alone."""

@@ -16,6 +16,7 @@ __all__ = [
     "check_decoder",
     "check_generates",
     "check_layers",
+    "decoder_layers",
     "device_of",
     "is_compiled",
     "refuse_activated_adapter",
@@ -176,3 +177,19 @@ def refuse_activated_adapter(name: str, module: nn.Module) -> None:
                 f"adapter_names gives {len(names)} rows adapters of their own, which is not supported.",
                 "Generate with the rows of each adapter apart, after model.set_adapter(name).",
             )
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """The model's decoder layers, in order.
+
+    Raises:
+        InvalidInputError: They are not found.
+    """
+    count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return list(module)
+    raise InvalidInputError(
+        f"No list of {count} layers is found in {type(model).__name__}.",
+        "Self-drafting needs one; pass a draft model instead.",
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,7 @@ from retrieval_draft.models.quiet import quiet_transformers
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_name", "check_weights", "load_model", "load_processor", "load_tokenizer"]
+__all__ = ["check_name", "check_weights", "load_model", "load_processor", "load_tokenizer", "model_folder"]
 
 _CACHED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 _SECONDS = 10.0
@@ -187,6 +187,25 @@ def _resolve(name: str) -> str:
         )
     _check_hub(name)
     return name
+
+
+def model_folder(name: str, patterns: Sequence[str]) -> Path:
+    """The folder of a model's files; those of a hub name are fetched into the hub's cache.
+
+    Args:
+        name: As for `load_model`.
+        patterns: Names of the files, as shells write them.
+
+    Raises:
+        ModelFileError: There is no such model.
+    """
+    folder = Path(_resolve(name))
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    with _explained(name):
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
 
 
 def _is_offline() -> bool:

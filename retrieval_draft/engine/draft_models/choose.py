@@ -7,12 +7,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from retrieval_draft.engine.draft_models.foreign_draft import ForeignModelDraft
+from retrieval_draft.engine.draft_models.head_files import load_head
 from retrieval_draft.engine.draft_models.heads import HeadDraft
 from retrieval_draft.engine.draft_models.model_draft import ModelDraft, SelfDraft
 from retrieval_draft.engine.target import Target
-from retrieval_draft.errors import InvalidInputError, UnsupportedModelError
+from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.source import DraftSource
 from retrieval_draft.models.fingerprint import tokenizer_fingerprint
+from retrieval_draft.models.loading import load_model
 
 __all__ = ["SELF", "make_draft_sources"]
 
@@ -24,34 +26,41 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
 
     Args:
         given: None; a model with the target's tokenizer; a pair of a model and its own tokenizer; "self" for
-            the target with layers skipped; a ready source such as `HeadDraft`; a list of those.
+            the target with layers skipped; the folder or hub name of a trained head or of a model; a ready
+            source such as `HeadDraft`; a list of those.
         target: The target.
         tokenizer: The target's, or None.
 
     Raises:
         InvalidInputError: It is none of these, or a pair and the target's tokenizer is missing.
-        UnsupportedModelError: A draft model cannot pass trees, or the target has no output head to watch.
+        UnsupportedModelError: A draft model cannot pass trees, or the target has no output head
+            over a decoder.
+        ModelFileError: A checkpoint is missing, torn, or not for this target.
     """
     if given is None:
         return ()
     if isinstance(given, list):
         return tuple(source for one in given for source in make_draft_sources(one, target, tokenizer))
-    if isinstance(given, HeadDraft) and target.model.get_output_embeddings() is None:
-        raise UnsupportedModelError(
-            f"{type(target.model).__name__} has no output head, whose input a trained head drafts from.",
-            "Pass a draft model instead.",
-        )
+    if isinstance(given, HeadDraft):
+        given.bind(target)
+        return (given,)
     if isinstance(given, PreTrainedModel):
         return (ModelDraft(given, target.vocabulary),)
     if isinstance(given, str) and given == SELF:
         return (SelfDraft(target.model),)
+    if isinstance(given, str):
+        head = load_head(given, target)
+        if head is not None:
+            return make_draft_sources(HeadDraft(head), target, tokenizer)
+        loaded = load_model(given, dtype=target.model.dtype, device=target.device)
+        return make_draft_sources(loaded if tokenizer is not None else loaded[0], target, tokenizer)
     if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], PreTrainedModel):
         return (_translated(given[0], given[1], target, tokenizer),)
     if all(hasattr(given, name) for name in ("open", "name", "level", "nbytes")):
         return (given,)
     raise InvalidInputError(
         f"draft_model is {given!r}.",
-        'Pass a model, (model, tokenizer), "self", a draft source, or a list of those.',
+        'Pass a model, (model, tokenizer), "self", a folder or hub name, a draft source, or a list of those.',
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
 from retrieval_draft.engine.target import Target
 from retrieval_draft.index.source import TokenArray
 
-__all__ = ["Expansion", "ExpansionLimits", "ModelTree"]
+__all__ = ["Expansion", "ExpansionLimits", "Growth", "ModelTree"]
 
 _LONG = 64
 """Missing tokens from which on a pass takes them as text and not as a tree."""
@@ -59,6 +59,92 @@ class ModelTree:
 _SVIP = 0.15
 
 
+class Growth:
+    """A tree that grows level by level: the likeliest nodes are expanded, the best of all are kept.
+
+    EAGLE-2's expand and rerank (arXiv:2406.16858). Whoever grows it supplies the next tokens' logits at the
+    nodes of the frontier, until there is none.
+
+    Args:
+        limits: Limits on the growth.
+        budget: The most nodes to keep.
+        allowed: bool, shape (vocabulary,). Tokens that may be drafted; None for all.
+        ids: int64, shape (columns of the logits,). Token of each column; None where they are the same.
+
+    Attributes:
+        tokens: Of all nodes so far, the root first.
+        parents: Index of each node's parent, -1 for the root.
+        depths: Of all nodes, 0 for the root.
+        expanded: Nodes of which the next tokens are known or asked for, parents first.
+        frontier: The last of them, whose next tokens are asked for.
+
+    Example:
+        q(9 | root) = .6, q(3 | root) = .3, q(4 | 9) = .7, two children each, budget 3:
+        tokens [9, 4, 3], parents [-1, 0, -1], probs [.6, .7, .3]
+    """
+
+    def __init__(
+        self,
+        limits: ExpansionLimits,
+        budget: int,
+        allowed: Tensor | None = None,
+        ids: NDArray[np.int64] | None = None,
+    ) -> None:
+        self._limits, self._budget, self._allowed, self._ids = limits, budget, allowed, ids
+        self._probs, self._paths = [1.0], [1.0]
+        self._level, self._expected = 0, 0.0
+        self.tokens: list[int] = []
+        self.parents, self.depths = [-1], [0]
+        self.expanded, self.frontier = [0], [0]
+
+    def begin(self, root: int, rows: Tensor) -> None:
+        """Starts with a root token and the logits after it, (1, columns)."""
+        self.tokens = [root]
+        self.add(rows)
+
+    def add(self, rows: Tensor) -> None:
+        """Adds the children of the frontier's nodes, and chooses the next frontier.
+
+        Args:
+            rows: (nodes of the frontier, columns). Logits of the next tokens.
+        """
+        limits, budget, paths, tokens = self._limits, self._budget, self._paths, self.tokens
+        likely, entropy = _best(rows, limits.top_k, self._allowed)
+        added, stopped = len(tokens), []
+        for node, (row_tokens, row_probs), h in zip(self.frontier, likely, entropy, strict=True):
+            uncertain = limits.entropy_stop is not None and (_SVIP * h) ** 0.5 > limits.entropy_stop
+            for token, prob in zip(row_tokens, row_probs, strict=True):
+                if prob > 0.0:
+                    tokens.append(token if self._ids is None else int(self._ids[token]))
+                    self.parents.append(node)
+                    self._probs.append(prob)
+                    paths.append(paths[node] * prob)
+                    self.depths.append(self.depths[node] + 1)
+                    stopped.append(uncertain)
+        self._level += 1
+        self.frontier = []
+        ordered = sorted(paths[1:], reverse=True)
+        gained, self._expected = sum(ordered[:budget]) - self._expected, sum(ordered[:budget])
+        if self._level == limits.depth or (limits.gain_stop is not None and gained <= limits.gain_stop):
+            return
+        # A child of a node is at most as likely as that: below the budget's last it cannot enter.
+        min_prob = ordered[budget - 1] if len(tokens) > budget else 0.0
+        fresh = [n for n in range(added, len(tokens)) if not stopped[n - added] and paths[n] > min_prob]
+        self.frontier = sorted(sorted(fresh, key=lambda n: -paths[n])[: limits.top_k])
+        self.expanded = self.expanded + self.frontier
+
+    def tree(self) -> ModelTree:
+        """The most probable nodes, the best first."""
+        paths, depths = self._paths, self.depths
+        order = sorted(range(1, len(self.tokens)), key=lambda n: (-paths[n], depths[n], n))[: self._budget]
+        index_of = {0: -1, **{node: index for index, node in enumerate(order)}}
+        return ModelTree(
+            np.array([self.tokens[node] for node in order], np.int32),
+            np.array([index_of[self.parents[node]] for node in order], np.int32),
+            np.array([self._probs[node] for node in order], np.float32),
+        )
+
+
 class Expansion:
     """A draft model with its cache of one text.
 
@@ -72,8 +158,7 @@ class Expansion:
         slack: Last tokens of the text that are not kept in the cache, since they may still change.
 
     Example:
-        q(9 | root) = .6, q(3 | root) = .3, q(4 | 9) = .7, two children each, budget 3:
-        tokens [9, 4, 3], parents [-1, 0, -1], probs [.6, .7, .3]
+        text 7 8 after a cache of 7: one pass over 8, then one over 8 and the first frontier, and so on
     """
 
     def __init__(
@@ -102,47 +187,14 @@ class Expansion:
             allowed: bool, shape (vocabulary,). Tokens that may be drafted; None for all.
             depth: Levels instead of the limit's.
         """
-        limits = self._limits
-        depth = limits.depth if depth is None else depth
-        tokens, parents, probs, paths, depths = [int(text[-1])], [-1], [1.0], [1.0], [0]
+        limits = self._limits if depth is None else replace(self._limits, depth=depth)
+        growing = Growth(limits, budget, allowed)
         with self._applied():
-            frontier, rows = [0], self._root(text)
-            expected, expanded = 0.0, [0]
-            for level in range(depth):
-                likely, entropy = _best(rows, limits.top_k, allowed)
-                added, stopped = len(tokens), []
-                for node, (row_tokens, row_probs), h in zip(frontier, likely, entropy, strict=True):
-                    uncertain = limits.entropy_stop is not None and (_SVIP * h) ** 0.5 > limits.entropy_stop
-                    for token, prob in zip(row_tokens, row_probs, strict=True):
-                        if prob > 0.0:
-                            tokens.append(token)
-                            parents.append(node)
-                            probs.append(prob)
-                            paths.append(paths[node] * prob)
-                            depths.append(depths[node] + 1)
-                            stopped.append(uncertain)
-                reached = sum(sorted(paths[1:], reverse=True)[:budget])
-                gained, expected = reached - expected, reached
-                if limits.gain_stop is not None and gained <= limits.gain_stop:
-                    break
-                # A child of a node is at most as likely as that: below the budget's last it cannot enter.
-                min_prob = sorted(paths[1:], reverse=True)[budget - 1] if len(tokens) > budget else 0.0
-                fresh = [
-                    n for n in range(added, len(tokens)) if not stopped[n - added] and paths[n] > min_prob
-                ]
-                frontier = sorted(fresh, key=lambda n: -paths[n])[: limits.top_k]
-                if not frontier or level + 1 == depth:
-                    break
-                expanded += sorted(frontier)
-                frontier = sorted(frontier)
-                rows = self._pass(tokens, parents, depths, expanded, len(text))[-len(frontier) :]
-        order = sorted(range(1, len(tokens)), key=lambda n: (-paths[n], depths[n], n))[:budget]
-        index_of = {0: -1, **{node: index for index, node in enumerate(order)}}
-        return ModelTree(
-            np.array([tokens[node] for node in order], np.int32),
-            np.array([index_of[parents[node]] for node in order], np.int32),
-            np.array([probs[node] for node in order], np.float32),
-        )
+            growing.begin(int(text[-1]), self._root(text))
+            while growing.frontier:
+                nodes = (growing.tokens, growing.parents, growing.depths, growing.expanded)
+                growing.add(self._pass(*nodes, len(text))[-len(growing.frontier) :])
+        return growing.tree()
 
     @torch.no_grad()
     def review(self, text: TokenArray, chain: TokenArray) -> Tensor:

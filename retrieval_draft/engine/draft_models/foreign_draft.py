@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, ModelTree
+from retrieval_draft.engine.draft_models.heads import proposal_of
 from retrieval_draft.engine.draft_models.model_draft import ModelDraft
 from retrieval_draft.engine.draft_models.spelling import LOOK_BEHIND, Speller, cut_off, joined_tree
 from retrieval_draft.engine.draft_models.vocabulary import VocabularyMap, token_bytes
@@ -60,11 +61,11 @@ class ForeignSession:
             if end < len(self._text):
                 return empty_proposal("model", "model")
             tree = self._expansion.grow(own, budget, self._source.allowed)
-            return _proposal(replace(tree, tokens=self._source.map.to_target[tree.tokens]))
+            return proposal_of(replace(tree, tokens=self._source.map.to_target[tree.tokens]))
         depth = self._source.depth(self._tokens[-RECENT:], own)
         tree = self._expansion.grow(own, TEXT_NODES * budget, self._source.allowed, depth)
         behind, begun = self._tokens[-LOOK_BEHIND:], self._text[end:]
-        return _proposal(self._source.to_target(behind, begun, tree, budget))
+        return proposal_of(self._source.to_target(behind, begun, tree, budget))
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,)."""
@@ -78,11 +79,6 @@ class ForeignSession:
     def close(self) -> None:
         """Frees the cache."""
         self._expansion.close()
-
-
-def _proposal(tree: ModelTree) -> Proposal:
-    zeros = np.zeros(len(tree.tokens), np.int32)
-    return Proposal(tree.tokens, tree.parents, np.clip(tree.probs, 1e-6, 1.0), zeros, "model", "model")
 
 
 class ForeignModelDraft:

@@ -13,20 +13,14 @@ from torch import Tensor
 
 from retrieval_draft.engine.cpu.kernels import CpuKernels
 from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits
+from retrieval_draft.engine.draft_models.heads import RERANKED, proposal_of
 from retrieval_draft.engine.substitution import lend_forwards
 from retrieval_draft.engine.target import Target
-from retrieval_draft.engine.wrapped_models import device_of
+from retrieval_draft.engine.wrapped_models import decoder_layers, device_of
 from retrieval_draft.errors import InvalidInputError, TokenizerMismatchError
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray, empty_proposal
 
 __all__ = ["ModelDraft", "ModelSession", "SelfDraft"]
-
-
-RERANKED = 4
-"""Nodes that a model offers for each node of the budget. Fusion chooses when the other sources' proposals are
-known, and a node for which the model has a probability and does not offer it looks better than it is: on tiny
-models the fused tree accepts 2% less than the model alone with 1, and as much with 4, where both accept
-more."""
 
 
 class ModelSession:
@@ -56,8 +50,7 @@ class ModelSession:
         if budget <= 0 or not len(self._text):
             return empty_proposal("model", "model")
         tree = self._expansion.grow(self._text, self._reranked * budget, self._allowed)
-        zeros = np.zeros(len(tree.tokens), np.int32)
-        return Proposal(tree.tokens, tree.parents, np.clip(tree.probs, 1e-6, 1.0), zeros, "model", "model")
+        return proposal_of(tree)
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,); the model sees them at its next proposal."""
@@ -233,19 +226,3 @@ def _returns_tuple(model: Any, layer: torch.nn.Module) -> bool:
     finally:
         handle.remove()
     return bool(found and found[0])
-
-
-def decoder_layers(model: Any) -> list[Any]:
-    """The model's decoder layers, in order.
-
-    Raises:
-        InvalidInputError: They are not found.
-    """
-    count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return list(module)
-    raise InvalidInputError(
-        f"No list of {count} layers is found in {type(model).__name__}.",
-        "Self-drafting needs one; pass a draft model instead.",
-    )

@@ -102,7 +102,7 @@ class FixedPass:
 
     Attributes:
         logits: (n, vocabulary). Written by `run`.
-        hidden: (n, d). Inputs of the output head, written by `run`; None for a model without.
+        hidden: (n, d). States that draft sources read, written by `run`; None where none are read.
         summary: As `summarise` made it, written by `run`.
         reads_masks: Whether a layer read a mask over all slots.
     """

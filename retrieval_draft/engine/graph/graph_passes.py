@@ -119,7 +119,7 @@ class GraphPasses:
 
     @property
     def hidden(self) -> Tensor | None:
-        """(n, d). Inputs of the output head in the last pass; they hold until the next."""
+        """(n, d). States that draft sources read in the last pass; they hold until the next."""
         return None if self._last is None else self._last.hidden
 
     def recheck(self) -> None:

@@ -154,7 +154,7 @@ class RaisingSession:
     def learn(self, logits: NodeLogits) -> None:
         self._note("learn")
 
-    def learn_hidden(self, hidden: Any) -> None:
+    def learn_hidden(self, hidden: Any, begin: int) -> None:
         self._note("learn_hidden")
 
     def close(self) -> None:
@@ -173,7 +173,7 @@ def steps(sessions: SourceSessions, count: int = 2) -> list[list[tuple[str, int]
         proposed.append([(each.source, len(each)) for each in sessions.propose(4)])
         sessions.observe(PROMPT)
         sessions.learn(LOGITS)
-        sessions.learn_hidden(None)
+        sessions.learn_hidden(None, 0)
     sessions.close()
     return proposed
 
@@ -251,6 +251,6 @@ def test_only_sessions_that_want_hidden_states_get_them() -> None:
     other.wants_hidden = False
     sessions = sessions_of(one, other)
     assert sessions.wants_hidden
-    sessions.learn_hidden(None)
+    sessions.learn_hidden(None, 0)
     assert (one.calls, other.calls) == (["learn_hidden"], [])
     assert not sessions_of(other).wants_hidden

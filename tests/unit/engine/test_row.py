@@ -67,8 +67,8 @@ class Told:
         assert early is (False if self.learns_early else None)
         self.calls.append(("learn", logits.contexts.tolist()))
 
-    def learn_hidden(self, hidden: Any) -> None:
-        self.calls.append(("learn_hidden", float(hidden[0])))
+    def learn_hidden(self, hidden: Any, begin: int) -> None:
+        self.calls.append(("learn_hidden", hidden[:, 0].tolist(), begin))
 
     def close(self) -> None:
         self.calls.append(("close",))
@@ -246,7 +246,7 @@ def test_sources_are_told_what_was_accepted_and_after_which_contexts() -> None:
     ]
 
 
-def test_the_hidden_state_that_chose_the_new_root_is_passed_on() -> None:
+def test_the_hidden_states_of_the_accepted_path_are_passed_on() -> None:
     told, root = Told(), first_token()
     told.wants_hidden = True
     made = started(told)
@@ -255,7 +255,7 @@ def test_the_hidden_state_that_chose_the_new_root_is_passed_on() -> None:
     TARGET.verify(made.cache, made.prepare(plan))
     made.accept(plan, NOTHING, says(31, 0, 40), torch.tensor([[10.0], [11.0], [12.0]]))
     made.apply_feedback()
-    assert told.calls[-1] == ("learn_hidden", 12.0)
+    assert told.calls[-1] == ("learn_hidden", [10.0, 12.0], 5)
 
 
 def test_drafts_are_asked_for_no_deeper_than_the_reply_has_room() -> None:

@@ -2,69 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
-from retrieval_draft.engine.draft_models.expansion import ModelTree
 from retrieval_draft.engine.draft_models.heads import HeadDraft
+from retrieval_draft.engine.draft_models.vector_heads import MedusaHead
+from retrieval_draft.engine.hidden_states import LAST
 from tests.support.drafters import near_ties, prompt_ids
 from tests.support.models import make
 
 NEW = 80
 
 
-class SmallMedusa:
-    """For each of the two tokens after the root, one linear layer on the hidden state, and a chain of both.
-
-    The first sees the root's embedding too, as EAGLE does: what follows depends on what was chosen.
-    """
-
-    def __init__(self, width: int, vocabulary: int) -> None:
-        torch.manual_seed(0)
-        self.embed = torch.nn.Embedding(vocabulary, width)
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(2 * width, vocabulary) for _ in range(2))
-
-    def logits(self, hidden: Tensor, tokens: Tensor) -> list[Tensor]:
-        states = torch.cat((hidden, self.embed(tokens)), -1)
-        return [layer(states) for layer in self.layers]
-
-    def propose(self, hidden: Tensor, token: int, budget: int) -> ModelTree:
-        guesses = [row[0].softmax(-1).max(-1) for row in self.logits(hidden[None], torch.tensor([token]))]
-        tokens = np.array([int(best.indices) for best in guesses], np.int32)[:budget]
-        probs = np.array([float(best.values) for best in guesses], np.float32)[:budget]
-        return ModelTree(tokens, np.arange(len(tokens), dtype=np.int32) - 1, probs)
-
-
 def hidden_states(model: Any, ids: Tensor) -> Tensor:
-    kept: list[Tensor] = []
-    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: kept.append(args[0]))
-    model(ids)
-    handle.remove()
-    return kept[0][0]
-
-
-def train(model: Any, texts: list[Tensor]) -> SmallMedusa:
-    head = SmallMedusa(32, 97)
-    parameters = [*head.embed.parameters(), *head.layers.parameters()]
-    optimizer = torch.optim.Adam(parameters, 0.02)
+    """Input of layer 1 and of the output head at each token: (n, 64)."""
     with torch.no_grad():
-        states = [(hidden_states(model, text), text[0]) for text in texts]
+        states = model(ids, output_hidden_states=True).hidden_states
+    return torch.cat((states[1], states[-1]), -1)[0]
+
+
+def train(model: Any, text: Tensor) -> MedusaHead:
+    torch.manual_seed(0)
+    head = MedusaHead(2, 1, 32, 97)
+    optimizer = torch.optim.Adam(head.parameters(), 0.02)
+    states = hidden_states(model, text)[:-3, 32:]
     for _ in range(150):
         loss = torch.zeros(())
-        for hidden, text in states:
-            for ahead, logits in enumerate(head.logits(hidden[:-3], text[1:-2])):
-                loss = loss + torch.nn.functional.cross_entropy(
-                    logits, text[2 + ahead : len(text) - 1 + ahead]
-                )
+        for level in range(2):
+            logits = head.step(level, text[0, 1:-2], states)[1]
+            loss = loss + torch.nn.functional.cross_entropy(
+                logits, text[0, 2 + level : text.shape[1] - 1 + level]
+            )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return head
+
+
+class Watcher(MedusaHead):
+    """Notes every row that it reads."""
+
+    layers = (1, LAST)
+    reads_all = True
+
+    def __init__(self) -> None:
+        super().__init__(2, 1, 64, 97)
+        self.rows: list[tuple[int, list[int], Tensor]] = []
+        self.together = 0
+
+    def read(
+        self, states: Sequence[Any], tokens: Sequence[Tensor], hidden: Sequence[Tensor], begins: Sequence[int]
+    ) -> list[Tensor]:
+        self.together = max(self.together, len(states))
+        for state, ids, rows, begin in zip(states, tokens, hidden, begins, strict=True):
+            state.length = begin + len(rows)
+            self.rows.append((begin, ids.tolist(), rows.clone()))
+        return super().read(states, tokens, hidden, begins)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -72,44 +70,57 @@ def test_a_trained_head_drafts_and_leaves_the_text_as_it_is(name: str) -> None:
     model = make(name)
     prompt = prompt_ids()
     stock = model.generate(prompt, max_new_tokens=NEW, do_sample=False)
-    head = train(model, [stock])
     config = DraftConfig(nodes=4, sources=())
-    drafter = RetrievalDrafter.for_model(model, draft_model=HeadDraft(head), config=config)
+    drafter = RetrievalDrafter.for_model(model, draft_model=HeadDraft(train(model, stock)), config=config)
     assert near_ties(model, drafter.generate(prompt, max_new_tokens=NEW, do_sample=False), stock) == 0
     assert drafter.stats.source_failures == 0
     assert drafter.stats.tokens_per_step > 1.8
 
 
-def test_the_hidden_state_is_the_one_that_chose_the_root() -> None:
-    model = make("llama")
-    prompt = prompt_ids()
-    seen: list[tuple[Tensor, int]] = []
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_a_head_reads_the_states_of_every_token_but_the_last(chunk: int | None) -> None:
+    model, prompt, head = make("llama"), prompt_ids(), Watcher()
+    config = DraftConfig(nodes=8, cpu_kernels=False)
+    drafter = RetrievalDrafter.for_model(model, draft_model=HeadDraft(head), config=config)
+    out = drafter.generate(prompt, max_new_tokens=30, do_sample=False, prefill_chunk_size=chunk)
+    text, states, at = out[0].tolist(), hidden_states(model, out), 0
+    for begin, tokens, rows in head.rows:
+        assert begin == at
+        assert tokens == text[begin + 1 : begin + 1 + len(rows)]
+        torch.testing.assert_close(rows, states[begin : begin + len(rows)], atol=1e-3, rtol=1e-3)
+        at += len(rows)
+    assert at >= out.shape[1] - 1 - 8
+    assert drafter.stats.steps == len(head.rows)
 
-    class Watcher(SmallMedusa):
-        def propose(self, hidden: Tensor, token: int, budget: int) -> ModelTree:
-            seen.append((hidden.clone(), token))
-            return super().propose(hidden, token, budget)
 
-    drafter = RetrievalDrafter.for_model(
-        model, draft_model=HeadDraft(Watcher(32, 97)), config=DraftConfig(nodes=8, cpu_kernels=False)
-    )
-    out = drafter.generate(prompt, max_new_tokens=30, do_sample=False)
-    with torch.no_grad():
-        states = hidden_states(model, out)
-        head = model.get_output_embeddings()
-    assert len(seen) == drafter.stats.steps
-    at = prompt.shape[1] - 1
-    for hidden, token in seen:
-        assert int(head(hidden).argmax()) == token
-        while not torch.allclose(states[at], hidden, atol=1e-3):
-            at += 1
-        assert int(out[0, at + 1]) == token
+def test_rows_of_a_batch_are_drafted_for_together() -> None:
+    model, head = make("llama"), Watcher()
+    prompts = torch.cat([prompt_ids(seed=seed) for seed in range(4)])
+    config = DraftConfig(nodes=8, sources=(), cpu_kernels=False)
+    drafter = RetrievalDrafter.for_model(model, draft_model=HeadDraft(head), config=config)
+    out = drafter.generate(prompts, max_new_tokens=20, do_sample=False)
+    assert torch.equal(out, model.generate(prompts, max_new_tokens=20, do_sample=False))
+    assert head.together == 4
+    states = [hidden_states(model, row[None]) for row in out]
+    for begin, tokens, rows in head.rows:
+        (row,) = {
+            at for at, text in enumerate(out.tolist()) if text[begin + 1 : begin + 1 + len(tokens)] == tokens
+            and torch.allclose(rows, states[at][begin : begin + len(rows)], atol=1e-3)
+        }  # fmt: skip
+        assert row in range(4)
+
+
+def test_a_prompt_is_read_once_for_its_samples() -> None:
+    model, prompt, head = make("llama"), prompt_ids(), Watcher()
+    config = DraftConfig(nodes=8, sources=(), cpu_kernels=False)
+    drafter = RetrievalDrafter.for_model(model, draft_model=HeadDraft(head), config=config)
+    drafter.generate(prompt, max_new_tokens=6, do_sample=True, seed=1, num_return_sequences=3)
+    assert drafter.stats.source_failures == 0
+    assert sum(len(rows) for begin, _, rows in head.rows if begin == 0) <= 2 * prompt.shape[1]
 
 
 def test_no_hook_stays_behind() -> None:
     model = make("llama")
-    drafter = RetrievalDrafter.for_model(
-        model, draft_model=HeadDraft(SmallMedusa(32, 97)), config=DraftConfig(nodes=4)
-    )
+    drafter = RetrievalDrafter.for_model(model, draft_model=HeadDraft(Watcher()), config=DraftConfig(nodes=4))
     drafter.generate(prompt_ids(), max_new_tokens=5, do_sample=False)
-    assert not model.get_output_embeddings()._forward_pre_hooks
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

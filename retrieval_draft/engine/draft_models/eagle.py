@@ -1,0 +1,263 @@
+"""EAGLE's heads: a decoder layer over the target's hidden states and the tokens that followed them.
+
+EAGLE and EAGLE-2 (arXiv:2401.15077, arXiv:2406.16858) predict the target's last state and read it with the
+target's own output head; EAGLE-3 (arXiv:2503.01840) reads three layers of the target and has an output head
+over a vocabulary of its own. At nodes of the tree the head's own states stand for the target's. All trees are
+EAGLE-2's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from retrieval_draft.engine.draft_models.draft_layers import (
+    DraftLayer,
+    KeyValues,
+    RmsNorm,
+    ancestors,
+    causal,
+)
+from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth
+from retrieval_draft.engine.hidden_states import LAST
+
+__all__ = ["Eagle3Head", "EagleHead"]
+
+
+class _State:
+    """Keys and values of one text, and the head's states at the nodes that were expanded last.
+
+    Attributes:
+        nodes: Those nodes.
+        vectors: (nodes, d), the states.
+    """
+
+    def __init__(self, keys: KeyValues) -> None:
+        self.keys = keys
+        self.nodes: list[int] = []
+        self.vectors: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.keys.length
+
+    def copy(self, rows: int) -> _State:
+        return _State(self.keys.copy(rows))
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes
+
+
+class EagleHead(nn.Module):
+    """EAGLE, EAGLE-2 and HASS: `fc` joins the embedding of a token with the state before it.
+
+    Args:
+        config: That of the head's layers.
+        bias: Whether `fc` has one.
+        has_embeddings: Whether the checkpoint has embeddings; else the target's are used.
+        limits: Limits on the growth of its trees.
+    """
+
+    layers: tuple[int, ...] = (LAST,)
+    reads_all = True
+    ids: NDArray[np.int64] | None = None
+
+    def __init__(
+        self, config: Any, bias: bool, has_embeddings: bool, limits: ExpansionLimits | None = None
+    ) -> None:
+        super().__init__()
+        self.limits = limits or ExpansionLimits()
+        self.config = config
+        self._make(bias)
+        self.embed_tokens: Any = None
+        if has_embeddings:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        self.rotary = LlamaRotaryEmbedding(config)
+        self._target_head: Any = None
+        self._target_embeddings: Any = None
+
+    def _make(self, bias: bool) -> None:
+        size, count = self.config.hidden_size, self.config.num_hidden_layers
+        self.fc = nn.Linear(2 * size, size, bias=bias)
+        self.decoder = nn.ModuleList(DraftLayer(self.config, size, has_norm=bool(at)) for at in range(count))
+
+    def bind(self, model: Any) -> None:
+        """Takes the target's output head, embeddings, device and dtype."""
+        embeddings = model.get_input_embeddings()
+        self.to(embeddings.weight.device, model.dtype)
+        self.rotary.to(torch.float32)
+        # In a list they are no modules of this one, which would be moved and saved with it.
+        self._target_head, self._target_embeddings = [model.get_output_embeddings()], [embeddings]
+
+    def state(self) -> _State:
+        """A state of no text."""
+        return _State(KeyValues(len(self.decoder)))
+
+    def drop(self, state: _State) -> None:
+        """Forgets the nodes that were expanded."""
+        state.keys.drop()
+        state.nodes = []
+
+    def read(
+        self,
+        states: Sequence[_State],
+        tokens: Sequence[Tensor],
+        hidden: Sequence[Tensor],
+        begins: Sequence[int],
+    ) -> list[Tensor]:
+        """Reads rows of several texts; see `DraftHead.read`."""
+        counts = [len(each) for each in tokens]
+        device = tokens[0].device
+        positions = [torch.arange(begin, begin + n) for begin, n in zip(begins, counts, strict=True)]
+        masks = [causal(state.keys, n, device) for state, n in zip(states, counts, strict=True)]
+        vectors = self._pass(
+            states, torch.cat(list(tokens)), self._taken(torch.cat(list(hidden))), positions, masks, counts
+        )
+        ends = []
+        for state, part, begin in zip(states, vectors.split(counts), begins, strict=True):
+            state.keys.length += len(part)
+            state.keys.position = begin + len(part)
+            state.nodes, state.vectors = [0], part[-1:]
+            ends.append(state.vectors)
+        return list(self._logits(torch.cat(ends)).split(1))
+
+    def expand(self, states: Sequence[_State], growths: Sequence[Growth]) -> list[Tensor]:
+        """Logits after the nodes of each frontier; see `DraftHead.expand`."""
+        counts = [len(growth.frontier) for growth in growths]
+        device = states[0].vectors.device
+        tokens, vectors, positions, masks = [], [], [], []
+        for state, growth in zip(states, growths, strict=True):
+            tokens += [growth.tokens[node] for node in growth.frontier]
+            vectors.append(
+                state.vectors[[state.nodes.index(growth.parents[node]) for node in growth.frontier]]
+            )
+            depths = torch.tensor([growth.depths[node] for node in growth.frontier])
+            positions.append(depths + state.keys.position - 1)
+            masks.append(ancestors(state.keys, growth, device))
+        ids = torch.tensor(tokens, device=device)
+        passed = self._pass(states, ids, torch.cat(vectors), positions, masks, counts)
+        for state, growth, part in zip(states, growths, passed.split(counts), strict=True):
+            state.keys.staged += len(part)
+            state.nodes, state.vectors = list(growth.frontier), part
+        return list(self._logits(passed).split(counts))
+
+    def _taken(self, hidden: Tensor) -> Tensor:
+        """The target's states as the head takes them in: (n, d)."""
+        return hidden.to(self.fc.weight.dtype)
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        embeddings = self._target_embeddings[0] if self.embed_tokens is None else self.embed_tokens
+        out: Tensor = embeddings(tokens)
+        return out
+
+    def _pass(
+        self,
+        states: Sequence[_State],
+        tokens: Tensor,
+        vectors: Tensor,
+        positions: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        counts: Sequence[int],
+    ) -> Tensor:
+        """The head's states, (n, d), at rows of several texts: tokens and the states before them."""
+        places = torch.cat(list(positions)).to(tokens.device)
+        cos, sin = self.rotary(vectors, places[None])
+        rest = ((cos[0], sin[0]), [state.keys for state in states], masks, counts)
+        return self._layers(self._embedded(tokens), vectors, *rest)
+
+    def _layers(
+        self,
+        embedded: Tensor,
+        vectors: Tensor,
+        factors: tuple[Tensor, Tensor],
+        caches: Sequence[KeyValues],
+        masks: Sequence[Tensor | None],
+        counts: Sequence[int],
+    ) -> Tensor:
+        states: Tensor = self.fc(torch.cat((embedded, vectors), -1))
+        for at, layer in enumerate(self.decoder):
+            states = layer(states, layer.input_layernorm(states), factors, at, caches, masks, counts)
+        return states
+
+    def _logits(self, vectors: Tensor) -> Tensor:
+        head = self._target_head[0]
+        out: Tensor = head(vectors.to(head.weight.dtype))
+        return out
+
+
+class Eagle3Head(EagleHead):
+    """EAGLE-3: `fc` joins three layers' states, the first layer reads them beside the token's embedding.
+
+    Args:
+        config: That of the head's layers.
+        layers: Layers of the target whose states it reads.
+        target_size: Width of the target's states.
+        columns: Tokens of its own vocabulary.
+        has_embeddings: Whether the checkpoint has embeddings; else the target's are used.
+        norm_first: Whether the residual begins with the normalised states.
+        has_input_norm: Whether the joined states are normalised before `fc`.
+        limits: Limits on the growth of its trees.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layers: Sequence[int],
+        target_size: int,
+        columns: int,
+        has_embeddings: bool,
+        norm_first: bool = False,
+        has_input_norm: bool = False,
+        limits: ExpansionLimits | None = None,
+    ) -> None:
+        self._shape = (target_size * len(layers), columns, has_input_norm)
+        super().__init__(config, False, has_embeddings, limits)
+        self.layers = tuple(layers)
+        self._norm_first = norm_first
+
+    def _make(self, bias: bool) -> None:
+        taken, columns, has_input_norm = self._shape
+        config = self.config
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_norm = RmsNorm(taken, eps) if has_input_norm else nn.Identity()
+        self.fc = nn.Linear(taken, size, bias=bias)
+        self.decoder = nn.ModuleList(
+            DraftLayer(config, size if at else 2 * size) for at in range(config.num_hidden_layers)
+        )
+        self.decoder[0].hidden_norm = RmsNorm(size, eps)
+        self.norm = RmsNorm(size, eps)
+        self.lm_head = nn.Linear(size, columns, bias=False)
+
+    def _taken(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.input_norm(super()._taken(hidden)))
+        return out
+
+    def _layers(
+        self,
+        embedded: Tensor,
+        vectors: Tensor,
+        factors: tuple[Tensor, Tensor],
+        caches: Sequence[KeyValues],
+        masks: Sequence[Tensor | None],
+        counts: Sequence[int],
+    ) -> Tensor:
+        first: Any = self.decoder[0]
+        normed = first.hidden_norm(vectors)
+        taken = torch.cat((first.input_layernorm(embedded), normed), -1)
+        states = normed if self._norm_first else vectors
+        for at, layer in enumerate(self.decoder):
+            taken = layer.input_layernorm(states) if at else taken
+            states = layer(states, taken, factors, at, caches, masks, counts)
+        return states
+
+    def _logits(self, vectors: Tensor) -> Tensor:
+        out: Tensor = self.lm_head(self.norm(vectors))
+        return out

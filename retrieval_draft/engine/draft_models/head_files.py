@@ -1,0 +1,241 @@
+"""Trained heads from checkpoints, in the layouts in which they are published."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from retrieval_draft.engine.draft_models.eagle import Eagle3Head, EagleHead
+from retrieval_draft.engine.draft_models.vector_heads import MedusaHead, MlpSpeculator
+from retrieval_draft.engine.target import Target
+from retrieval_draft.errors import ModelFileError
+from retrieval_draft.models.loading import model_folder
+
+__all__ = ["LAYOUTS", "load_head"]
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "medusa_lm_head.pt")
+"""Files of weights; those of a kind make the ones after it unnecessary."""
+
+_HINT = "Name the folder or hub name of a head that was trained for this model."
+
+
+def load_head(name: str, target: Target) -> Any:
+    """A head from a checkpoint, if it is one.
+
+    Args:
+        name: A folder, or a hub name.
+        target: The model that it drafts for.
+
+    Returns:
+        A `DraftHead`; None where the checkpoint is a model of its own.
+
+    Raises:
+        ModelFileError: There is no such checkpoint, it is torn, or its weights are not those of its layout.
+    """
+    folder = model_folder(name, ["config.json", *_WEIGHTS])
+    config = _config(folder, name)
+    layout = _layout(config, folder)
+    if layout is None:
+        return None
+    if layout not in LAYOUTS:
+        raise ModelFileError(
+            f"The checkpoint {name!r} is a head of the kind {layout!r}, which is not supported.",
+            f"Supported are: {', '.join(LAYOUTS)}.",
+        )
+    try:
+        weights = _weights(folder)
+    except Exception as error:  # of pickle, zip, safetensors or torch
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelFileError(
+            f"A weight file of the head {name!r} cannot be read: {first}",
+            "It is torn; copy or download it again.",
+        ) from error
+    model: Any = target.model
+    size = int(model.config.get_text_config(decoder=True).hidden_size)
+    try:
+        head, named = LAYOUTS[layout](config, weights, target, size)
+        _fill(head, named, name, layout)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelFileError(
+            f"The head {name!r} of the kind {layout!r} has an unusable config.json: {error!r}.", _HINT
+        ) from error
+    return head.eval()
+
+
+def _config(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (ValueError, OSError) as error:
+        raise ModelFileError(f"config.json of {name!r} cannot be read: {error}.", _HINT) from error
+    if not isinstance(config, dict):
+        raise ModelFileError(f"config.json of {name!r} holds a {type(config).__name__}.", _HINT)
+    return config
+
+
+def _layout(config: Mapping[str, Any], folder: Path) -> str | None:
+    """The layout of a checkpoint; None for a model of its own."""
+    if "speculators_model_type" in config:
+        return f"speculators {config['speculators_model_type']}"
+    if "medusa_num_heads" in config:
+        return "medusa"
+    if config.get("model_type") == "mlp_speculator":
+        return "mlp_speculator"
+    for key, kind in (("hydra_num_heads", "hydra"), ("dflash_config", "dflash")):
+        if key in config:
+            return kind
+    names = config.get("architectures") or []
+    if "draft_vocab_size" in config or any("Eagle3" in str(each) for each in names):
+        return "eagle3"
+    # EAGLE's config.json is that of a Llama with one layer: its weights tell them apart.
+    if config.get("num_hidden_layers") in (1, 2) and not (folder / "tokenizer_config.json").is_file():
+        try:
+            weights = _weights(folder)
+        except Exception:  # whoever loads it says what is wrong
+            return None
+        return "eagle" if "fc.weight" in weights and "layers.0.self_attn.q_proj.weight" in weights else None
+    return None
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint. Pickled ones are read without running code."""
+    from safetensors.torch import load_file
+
+    for pattern in _WEIGHTS:
+        found = sorted(folder.glob(pattern))
+        weights: dict[str, Tensor] = {}
+        for path in found:
+            weights |= (
+                load_file(path)
+                if path.suffix == ".safetensors"
+                else torch.load(path, map_location="cpu", weights_only=True)
+            )
+        if found:
+            return weights
+    raise ModelFileError(f"No weights in {folder.name}.", f"Expected one of: {', '.join(_WEIGHTS)}.")
+
+
+def _fill(head: nn.Module, weights: Mapping[str, Tensor], name: str, layout: str) -> None:
+    """Sets a head's weights, all of them and no others."""
+    expected = {key: tuple(each.shape) for key, each in head.state_dict().items()}
+    given = {key: tuple(each.shape) for key, each in weights.items()}
+    for key in sorted(expected.keys() | given.keys()):
+        wanted, found = expected.get(key), given.get(key)
+        if wanted != found:
+            raise ModelFileError(
+                f"The head {name!r} of the kind {layout!r} has {_shape(found)} for {key!r}; expected is "
+                f"{_shape(wanted)}.",
+                _HINT,
+            )
+    head.load_state_dict(dict(weights))
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "no weight" if shape is None else f"one of shape {list(shape)}"
+
+
+def _llama(config: Mapping[str, Any]) -> Any:
+    """The configuration of a head's layers."""
+    import transformers
+
+    kinds = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}
+    kind = config.get("model_type", "llama")
+    if kind not in kinds:
+        raise ValueError(f"layers of {kind!r}; known are {', '.join(kinds)}")
+    return kinds[kind](**{key: value for key, value in config.items() if key != "architectures"})
+
+
+_Made = tuple[Any, dict[str, Tensor]]
+
+
+def _eagle(config: Mapping[str, Any], weights: Mapping[str, Tensor], target: Target, size: int) -> _Made:
+    """SafeAILab's layout: `fc`, `layers`, and mostly `embed_tokens`."""
+    head = EagleHead(_llama(config), "fc.bias" in weights, "embed_tokens.weight" in weights)
+    return head, _renamed(weights, {"layers.": "decoder."})
+
+
+def _speculators_eagle(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], target: Target, size: int
+) -> _Made:
+    """The layout of speculators: `fusion_fc` and `transformer`; the rest is the target's."""
+    if config.get("layernorms"):
+        raise ValueError("layernorms is set, which is not supported")
+    head = EagleHead(_llama(config["transformer_layer_config"]), "fusion_fc.bias" in weights, False)
+    own = {key: each for key, each in weights.items() if not key.startswith(("embed_tokens.", "lm_head."))}
+    return head, _renamed(own, {"fusion_fc.": "fc.", "transformer.": "decoder.0."})
+
+
+def _eagle3(config: Mapping[str, Any], weights: Mapping[str, Tensor], target: Target, size: int) -> _Made:
+    """SafeAILab's layout (`midlayer`) and that of speculators (`layers.0`); `d2t` holds differences."""
+    layers = config.get("transformer_layer_config", config)
+    nested = config.get("eagle_config") or {}
+    read = config.get("eagle_aux_hidden_state_layer_ids") or nested.get("eagle_aux_hidden_state_layer_ids")
+    if read is None:
+        count = int(target.model.config.get_text_config(decoder=True).num_hidden_layers)
+        read = (2, count // 2, count - 3)
+    columns = int(config.get("draft_vocab_size") or layers["vocab_size"])
+    head = Eagle3Head(
+        _llama(layers),
+        [int(layer) for layer in read],
+        int(config.get("target_hidden_size") or size),
+        columns,
+        "embed_tokens.weight" in weights,
+        bool(config.get("norm_before_residual", False)),
+        bool(config.get("norm_before_fc", False)),
+    )
+    own = {key: each for key, each in weights.items() if key not in ("d2t", "t2d")}
+    if "d2t" in weights:
+        head.ids = np.arange(columns) + weights["d2t"].long().numpy()
+        if not 0 <= head.ids.min() <= head.ids.max() < int(layers["vocab_size"]):
+            raise ValueError("d2t names tokens beyond the vocabulary")
+    return head, _renamed(own, {"midlayer.": "decoder.0.", "layers.": "decoder."})
+
+
+def _medusa(config: Mapping[str, Any], weights: Mapping[str, Tensor], target: Target, size: int) -> _Made:
+    """FasterDecoding's layout: head, block, weight, with or without ``medusa_head.`` in front."""
+    heads, blocks = int(config["medusa_num_heads"]), int(config.get("medusa_num_layers", 1))
+    head = MedusaHead(heads, blocks, size, target.embedding_rows)
+    named = {f"heads.{key.removeprefix('medusa_head.')}": each for key, each in weights.items()}
+    return head, named
+
+
+def _mlp_speculator(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], target: Target, size: int
+) -> _Made:
+    """IBM's layout: ``speculator.emb``, `proj`, `ln` and `head` of each level; tied ones may be repeated."""
+    emb, inner = int(config["emb_dim"]), int(config.get("inner_dim") or config["emb_dim"])
+    depth, ties = int(config["n_predict"]), bool(config.get("tie_weights", False))
+    if emb != size:
+        raise ValueError(f"emb_dim is {emb}, the target's states have {size} columns")
+    scales = bool(config.get("scale_input", False))
+    head = MlpSpeculator(depth, size, inner, int(config["vocab_size"]), ties, scales)
+    named = {key.removeprefix("speculator."): each for key, each in weights.items()}
+    if ties:  # files may repeat the first levels' weights for the others
+        own = head.state_dict().keys()
+        levels = {f"{part}.{at}." for part in ("emb", "proj", "ln", "head") for at in range(1, depth)}
+        named = {k: each for k, each in named.items() if k in own or not k.startswith(tuple(levels))}
+    return head, named
+
+
+def _renamed(weights: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
+    out = {}
+    for key, each in weights.items():
+        old = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
+        out[key if old is None else prefixes[old] + key[len(old) :]] = each
+    return out
+
+
+LAYOUTS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor], Target, int], _Made]] = {
+    "eagle": _eagle,
+    "speculators eagle": _speculators_eagle,
+    "eagle3": _eagle3,
+    "speculators eagle3": _eagle3,
+    "medusa": _medusa,
+    "mlp_speculator": _mlp_speculator,
+}
+"""Makes a head and names its weights, by layout."""

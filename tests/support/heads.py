@@ -1,0 +1,151 @@
+"""Tiny random heads, written as their publishers write them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+SIZE, INNER, HEADS, GROUPS, DIM = 32, 48, 4, 2, 8
+COLUMNS = 40
+"""Tokens of EAGLE-3's own vocabulary."""
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": SIZE,
+    "intermediate_size": INNER,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": GROUPS,
+    "num_hidden_layers": 1,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "vocab_size": 97,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape) * 0.3
+
+
+def _layer(prefix: str, width: int, *norms: str) -> dict[str, Tensor]:
+    weights = {
+        "self_attn.q_proj.weight": _random(HEADS * DIM, width),
+        "self_attn.k_proj.weight": _random(GROUPS * DIM, width),
+        "self_attn.v_proj.weight": _random(GROUPS * DIM, width),
+        "self_attn.o_proj.weight": _random(SIZE, HEADS * DIM),
+        "mlp.gate_proj.weight": _random(INNER, SIZE),
+        "mlp.up_proj.weight": _random(INNER, SIZE),
+        "mlp.down_proj.weight": _random(SIZE, INNER),
+    }
+    weights |= {f"{norm}.weight": 1 + _random(SIZE) for norm in norms}
+    return {f"{prefix}.{name}": weight for name, weight in weights.items()}
+
+
+def _own_vocabulary(vocabulary: int = 97) -> dict[str, Tensor]:
+    kept = torch.randperm(vocabulary)[:COLUMNS].sort().values
+    marks = torch.zeros(vocabulary, dtype=torch.bool)
+    marks[kept] = True
+    return {"d2t": kept - torch.arange(COLUMNS), "t2d": marks}
+
+
+def _eagle3_weights(layer: str) -> dict[str, Tensor]:
+    return {
+        "fc.weight": _random(SIZE, 3 * SIZE),
+        **_layer(layer, 2 * SIZE, "hidden_norm", "input_layernorm", "post_attention_layernorm"),
+        "norm.weight": 1 + _random(SIZE),
+        "lm_head.weight": _random(COLUMNS, SIZE),
+        **_own_vocabulary(),
+    }
+
+
+def _eagle() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    weights = {"embed_tokens.weight": _random(97, SIZE), "fc.weight": _random(SIZE, 2 * SIZE)}
+    return LLAMA, {
+        **weights,
+        "fc.bias": _random(SIZE),
+        **_layer("layers.0", SIZE, "post_attention_layernorm"),
+    }
+
+
+def _speculators_eagle() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config = {
+        "architectures": ["EagleSpeculator"], "speculators_model_type": "eagle", "layernorms": False,
+        "fusion_bias": False, "transformer_layer_config": LLAMA,
+    }  # fmt: skip
+    layer = _layer("transformer", SIZE, "post_attention_layernorm")
+    return config, {"fusion_fc.weight": _random(SIZE, 2 * SIZE), **layer}
+
+
+def _eagle3() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config = {**LLAMA, "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": COLUMNS}
+    return config | {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}}, _eagle3_weights(
+        "midlayer"
+    )
+
+
+def _speculators_eagle3() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config = {
+        "architectures": ["Eagle3DraftModel"], "speculators_model_type": "eagle3",
+        "draft_vocab_size": COLUMNS, "norm_before_residual": True, "norm_before_fc": False, "eagle_aux_hidden_state_layer_ids": [1, 2, 0],
+        "target_hidden_size": None, "transformer_layer_config": LLAMA,
+    }  # fmt: skip
+    return config, {"embed_tokens.weight": _random(97, SIZE), **_eagle3_weights("layers.0")}
+
+
+def _medusa() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config = {"medusa_num_heads": 3, "medusa_num_layers": 1, "base_model_name_or_path": "tiny"}
+    weights = {}
+    for head in range(3):
+        weights |= {
+            f"{head}.0.linear.weight": _random(SIZE, SIZE), f"{head}.0.linear.bias": _random(SIZE),
+            f"{head}.1.weight": _random(97, SIZE),
+        }  # fmt: skip
+    return config, weights
+
+
+def _mlp_speculator() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config = {
+        "architectures": ["MLPSpeculatorPreTrainedModel"], "model_type": "mlp_speculator", "emb_dim": SIZE,
+        "inner_dim": 24, "n_predict": 3, "vocab_size": 97, "tie_weights": True, "scale_input": True,
+    }  # fmt: skip
+    weights = {
+        "emb.0.weight": _random(97, 24), "proj.0.weight": _random(24, SIZE), "proj.1.weight": _random(24, 24),
+        "head.0.weight": _random(97, 24), "ln.0.weight": 1 + _random(24), "ln.0.bias": _random(24),
+    }  # fmt: skip
+    return config, {f"speculator.{name}": weight for name, weight in weights.items()}
+
+
+LAYOUTS: dict[str, Callable[[], tuple[dict[str, Any], dict[str, Tensor]]]] = {
+    "eagle": _eagle,
+    "speculators eagle": _speculators_eagle,
+    "eagle3": _eagle3,
+    "speculators eagle3": _speculators_eagle3,
+    "medusa": _medusa,
+    "mlp_speculator": _mlp_speculator,
+}
+
+
+def write_head(folder: Path, layout: str, **config: Any) -> str:
+    """Writes a head of a layout for a target of 97 tokens and width 32, and returns its name."""
+    torch.manual_seed(3)
+    given, weights = LAYOUTS[layout]()
+    (folder / "config.json").write_text(json.dumps({**given, **config}))
+    if layout == "medusa":
+        torch.save(weights, folder / "medusa_lm_head.pt")
+    elif layout == "eagle":
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        save_file(weights, folder / "model.safetensors")
+    return str(folder)
