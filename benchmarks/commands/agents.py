@@ -113,6 +113,8 @@ def restart(
         print_table(f"{model or 'tiny'}, {length}", columns, rows)
     if any(run["equal"] < run["turns"] for run in runs.values()):
         raise typer.Exit(DIFFERENT)
+    if any(run["equal"] < run["turns"] for run in runs.values()):
+        raise typer.Exit(DIFFERENT)
 
 
 def _folder(model: str | None, scratch: Path) -> str:
