@@ -30,7 +30,7 @@ Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
 Salt = Annotated[str, Meta(min_length=1, max_length=1024)]
 Word = Annotated[str, Meta(min_length=1, max_length=256)]
 Bias = dict[
-    Annotated[str, Meta(pattern=r"^[0-9]{1,9}$")],
+    Annotated[str, Meta(pattern=r"^[0-9]{1,9}$(?!\n)")],
     Annotated[float, Meta(ge=-100, le=100)],
 ]
 _BIAS = Decoder(Bias)

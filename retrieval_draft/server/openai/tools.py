@@ -24,7 +24,7 @@ TOOL_CHOICE_SCHEMA = {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type":
 class ToolFunction(Struct):
     """A function that the model may call."""
 
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$(?!\n)")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None

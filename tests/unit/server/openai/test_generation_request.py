@@ -59,3 +59,15 @@ def test_each_refused_field_may_be_absent_null_or_neutral(body: Any) -> None:
         with pytest.raises(ApiError) as raised:
             check({name: value})
         assert raised.value.param == name
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"logit_bias": {"5\n": 1}}, {"tools": [{"type": "function", "function": {"name": "look\n"}}]}],
+    ids=str,
+)
+def test_names_and_ids_end_before_a_line_break(field: dict[str, Any]) -> None:
+    body = decode_body(msgspec.json.encode({"messages": [], **field}), msgspec.json.Decoder(ChatRequest))
+    with pytest.raises(ApiError) as raised:
+        assert body.bias or body.tool_use
+    assert raised.value.param in field
