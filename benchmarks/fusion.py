@@ -79,6 +79,7 @@ def measure_fusion(paths: Sequence[Path], *, nodes: int = 60, limit: int | None 
             earlier = full
             drafts.learn(_emitted_logits(text, at, emitted))
             drafts.observe(emitted)
+            calibration.count(emitted)
             done += len(emitted)
         drafts.close()
         hierarchy.flush()

@@ -216,6 +216,7 @@ class Replayer:
             path = tree.walk(rest)
             emitted = trace.output[done : done + len(path)]
             drafts.observe(emitted)
+            calibration.count(emitted)
             if self._late:
                 self._learn(drafts, trace, text, done, done + len(emitted), early=True)
             learn = partial(

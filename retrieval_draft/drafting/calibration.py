@@ -144,8 +144,12 @@ class Calibration:
         opened.noise = noise if self.switches[FEATURES.index("noise")] else None
         opened.request = np.zeros_like(self.request)
         opened.occurrences = np.zeros_like(self.occurrences)
-        _kernels.count_tokens(np.array(prompt, np.int32), opened.occurrences)
+        opened.count(prompt)
         return opened
+
+    def count(self, tokens: TokenArray) -> None:
+        """Counts tokens that the request's text goes on with, int32, shape (m,); before the next drafts."""
+        _kernels.count_tokens(np.array(tokens, np.int32), self.occurrences)
 
     def observe(
         self, tree: DraftTree, proposals: Sequence[Proposal], emitted: TokenArray
@@ -171,7 +175,6 @@ class Calibration:
             self.weights,
             self.parameters,
             self.request,
-            self.occurrences,
             self.expected,
             self.accepted,
             self.rate,

@@ -188,6 +188,9 @@ class DraftSession:
 
     def observe(self, emitted: TokenArray) -> None:
         """Appends a step's tokens, int32, shape (m,), to the text of every source."""
+        count = getattr(self._calibration, "count", None)  # methods of other systems have none
+        if count is not None:
+            count(emitted)
         if self._seen:
             emitted = self._unseen(emitted)
         if len(emitted):

@@ -462,7 +462,6 @@ def score(
     weights: NDArray[np.float64],
     parameters: NDArray[np.float64],
     request: NDArray[np.float64],
-    occurrences: NDArray[np.uint8],
     expected: NDArray[np.float64],
     accepted: NDArray[np.float64],
     rate: float,
@@ -483,10 +482,9 @@ def score(
         parents: int32, shape (n + 1,). -1 for the root.
         evidence: float32, shape (n + 1, columns).
         emitted: int32, shape (m,). Tokens that the target emitted after the root.
-        weights: float64, shape (MASKS, SOURCES + 1). Changed, as are the next five.
+        weights: float64, shape (MASKS, SOURCES + 1). Changed, as are the next four.
         parameters: float64, shape (SOURCES, PARAMETERS).
         request: float64, shape (SOURCES,).
-        occurrences: uint8, shape (COUNTERS,). The emitted tokens are counted.
         expected: float64, shape (CELLS,).
         accepted: float64, shape (CELLS,).
         rate: Learning rate.
@@ -522,4 +520,3 @@ def score(
         if expected[cell] > memory:
             expected[cell] *= 0.5
             accepted[cell] *= 0.5
-    count_tokens(emitted, occurrences)

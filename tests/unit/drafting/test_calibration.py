@@ -417,8 +417,10 @@ def test_tokens_that_the_request_repeats_are_told_from_new_ones() -> None:
     for _ in range(300):
         opened = calibration.open(np.array([7, 7, 8], np.int32))
         opened.observe(fuse(0, guess, opened, 4), guess, np.array([7], np.int32))
+        opened.count(np.array([7], np.int32))
         assert opened.occurrences[[7, 8, 9]].tolist() == [3, 1, 0]
         opened.observe(fuse(0, guess, opened, 4), guess, np.array([7], np.int32))
+        opened.count(np.array([7], np.int32))
         assert opened.occurrences[7] == 3, "more are not told apart"
     for prompt, first in (([7, 7, 7], 7), ([9, 9, 9], 9)):
         tree = fuse(0, guess, calibration.open(np.array(prompt, np.int32)), 4)

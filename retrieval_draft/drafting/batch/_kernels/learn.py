@@ -105,11 +105,10 @@ def learn_rows(
         if size > 1:
             score(
                 nodes[slot, 0, :size], nodes[slot, 1, :size], evidence[slot, :size], emitted, weights,
-                parameters, request[slot], occurrences[slot], expected, accepted, rate, request_rate, memory,
-                switches, sharpness, 0.0, outcomes,
+                parameters, request[slot], expected, accepted, rate, request_rate, memory, switches,
+                sharpness, 0.0, outcomes,
             )  # fmt: skip
-        else:
-            count_tokens(emitted, occurrences[slot])
+        count_tokens(emitted, occurrences[slot])
         drafted = slots[slot, CHAIN]
         most = min(drafted, len(emitted) - 1)  # the last one is the model's own
         taken = 0
