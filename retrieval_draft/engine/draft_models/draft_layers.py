@@ -161,8 +161,8 @@ class DraftLayer(nn.Module):
 
     Args:
         config: That of the head's layers.
-        width: Columns that attention takes in: more than the residual's where it reads embeddings too.
-        has_norm: Whether it normalises what it takes in itself; EAGLE's first layer does not.
+        width: Columns of what attention reads: more than the residual's where it reads embeddings too.
+        has_norm: Whether it normalises its input itself; EAGLE's first layer does not.
     """
 
     def __init__(self, config: Any, width: int, has_norm: bool = True) -> None:
@@ -178,7 +178,7 @@ class DraftLayer(nn.Module):
 
         Args:
             states: (rows of all texts, d). The residual.
-            taken: (rows of all texts, width). What attention takes in, normalised.
+            taken: (rows of all texts, width). Input of attention, normalised.
             *attention: Rotary factors, index of the layer, and for each text its cache, mask and number of
                 rows.
         """

@@ -168,8 +168,8 @@ class EagleHead(nn.Module):
         counts: Sequence[int],
     ) -> Tensor:
         """The head's states, (n, d), at rows of several texts: tokens and the states before them."""
-        places = torch.cat(list(positions)).to(tokens.device)
-        cos, sin = self.rotary(vectors, places[None])
+        indices = torch.cat(list(positions)).to(tokens.device)
+        cos, sin = self.rotary(vectors, indices[None])
         rest = ((cos[0], sin[0]), [state.keys for state in states], masks, counts)
         return self._layers(self._embedded(tokens), vectors, *rest)
 
@@ -183,7 +183,8 @@ class EagleHead(nn.Module):
         counts: Sequence[int],
     ) -> Tensor:
         states: Tensor = self.fc(torch.cat((embedded, vectors), -1))
-        for at, layer in enumerate(self.decoder):
+        layers: Any = self.decoder
+        for at, layer in enumerate(layers):
             states = layer(states, layer.input_layernorm(states), factors, at, caches, masks, counts)
         return states
 
@@ -253,7 +254,8 @@ class Eagle3Head(EagleHead):
         normed = first.hidden_norm(vectors)
         taken = torch.cat((first.input_layernorm(embedded), normed), -1)
         states = normed if self._norm_first else vectors
-        for at, layer in enumerate(self.decoder):
+        layers: Any = self.decoder
+        for at, layer in enumerate(layers):
             taken = layer.input_layernorm(states) if at else taken
             states = layer(states, taken, factors, at, caches, masks, counts)
         return states

@@ -1,7 +1,8 @@
 """Heads that carry one vector along a path, and read nothing of a text but its last row.
 
 Medusa (arXiv:2401.10774) guesses each further token from the target's last state alone; IBM's speculator
-(arXiv:2404.19124) from a state that takes in one token after another.
+(arXiv:2404.19124) from a state to which each token
+is added.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class _Residual(nn.Module):
 
 
 class MedusaHead(VectorHead):
-    """Medusa: head i guesses the token i + 2 places after a state, whatever lies between.
+    """Medusa: head i guesses the token i + 2 positions after a state, for any tokens between.
 
     Args:
         heads: Number of heads.
@@ -140,7 +141,7 @@ class MedusaHead(VectorHead):
         )
 
     def step(self, level: int, tokens: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """The target's state, handed on, and the level's guesses."""
+        """The target's state, unchanged, and the level's guesses."""
         return vectors, self.heads[level](vectors)
 
 
@@ -158,7 +159,7 @@ class _Scaled(nn.Module):
 
 
 class MlpSpeculator(VectorHead):
-    """IBM's speculator: a state that takes in one token after another.
+    """IBM's speculator: a state to which each token is added.
 
     Args:
         depth: Number of levels.
