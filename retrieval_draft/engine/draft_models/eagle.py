@@ -116,7 +116,10 @@ class EagleHead(nn.Module):
         """Reads rows of several texts; see `DraftHead.read`."""
         counts = [len(each) for each in tokens]
         device = tokens[0].device
-        positions = [torch.arange(begin, begin + n) for begin, n in zip(begins, counts, strict=True)]
+        positions = [
+            torch.arange(begin, begin + n, dtype=torch.int64, device=device)
+            for begin, n in zip(begins, counts, strict=True)
+        ]
         masks = [causal(state.keys, n, device) for state, n in zip(states, counts, strict=True)]
         vectors = self._pass(
             states, torch.cat(list(tokens)), self._taken(torch.cat(list(hidden))), positions, masks, counts
@@ -139,10 +142,12 @@ class EagleHead(nn.Module):
             vectors.append(
                 state.vectors[[state.nodes.index(growth.parents[node]) for node in growth.frontier]]
             )
-            depths = torch.tensor([growth.depths[node] for node in growth.frontier])
+            depths = torch.tensor(
+                [growth.depths[node] for node in growth.frontier], dtype=torch.int64, device=device
+            )
             positions.append(depths + state.keys.position - 1)
             masks.append(ancestors(state.keys, growth, device))
-        ids = torch.tensor(tokens, device=device)
+        ids = torch.tensor(tokens, dtype=torch.int64, device=device)
         passed = self._pass(states, ids, torch.cat(vectors), positions, masks, counts)
         for state, growth, part in zip(states, growths, passed.split(counts), strict=True):
             state.keys.staged += len(part)

@@ -101,7 +101,7 @@ class VectorHead(nn.Module):
             parents.append(
                 state.vectors[[state.nodes.index(growth.parents[node]) for node in growth.frontier]]
             )
-        tokens = torch.tensor(ids, device=parents[0].device)
+        tokens = torch.tensor(ids, dtype=torch.int64, device=parents[0].device)
         level = growths[0].depths[growths[0].frontier[0]]
         vectors, logits = self.step(level, tokens, torch.cat(parents))
         for state, growth, part in zip(states, growths, vectors.split(counts), strict=True):
@@ -150,8 +150,8 @@ class _Scaled(nn.Module):
 
     def __init__(self, size: int, learned: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size)) if learned else None
-        self.bias = nn.Parameter(torch.zeros(size)) if learned else None
+        self.weight = nn.Parameter(torch.ones(size, dtype=torch.float32, device="cpu")) if learned else None
+        self.bias = nn.Parameter(torch.zeros(size, dtype=torch.float32, device="cpu")) if learned else None
 
     def forward(self, states: Tensor) -> Tensor:
         states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6)
