@@ -27,7 +27,7 @@ class HiddenStates:
         model: The target.
 
     Attributes:
-        layers: Layers that are read: i for what decoder layer i takes in, `LAST` for what the output head
+        layers: Layers that are read: i for the input of decoder layer i, `LAST` for what the output head
             reads.
 
     Example:

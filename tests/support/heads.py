@@ -98,7 +98,8 @@ def _eagle3() -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _speculators_eagle3() -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = {
         "architectures": ["Eagle3DraftModel"], "speculators_model_type": "eagle3",
-        "draft_vocab_size": COLUMNS, "norm_before_residual": True, "norm_before_fc": False, "eagle_aux_hidden_state_layer_ids": [1, 2, 0],
+        "draft_vocab_size": COLUMNS, "norm_before_residual": True, "norm_before_fc": False,
+        "eagle_aux_hidden_state_layer_ids": [1, 2, 0],
         "target_hidden_size": None, "transformer_layer_config": LLAMA,
     }  # fmt: skip
     return config, {"embed_tokens.weight": _random(97, SIZE), **_eagle3_weights("layers.0")}

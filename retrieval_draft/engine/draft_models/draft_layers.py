@@ -74,7 +74,7 @@ class RmsNorm(nn.Module):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.ones(size, dtype=torch.float32, device="cpu"))
         self._eps = eps
 
     def forward(self, states: Tensor) -> Tensor:
@@ -161,8 +161,8 @@ class DraftLayer(nn.Module):
 
     Args:
         config: That of the head's layers.
-        width: Columns that attention takes in: more than the residual's where it reads embeddings too.
-        has_norm: Whether it normalises what it takes in itself; EAGLE's first layer does not.
+        width: Columns of what attention reads: more than the residual's where it reads embeddings too.
+        has_norm: Whether it normalises its input itself; EAGLE's first layer does not.
     """
 
     def __init__(self, config: Any, width: int, has_norm: bool = True) -> None:
@@ -178,7 +178,7 @@ class DraftLayer(nn.Module):
 
         Args:
             states: (rows of all texts, d). The residual.
-            taken: (rows of all texts, width). What attention takes in, normalised.
+            taken: (rows of all texts, width). Input of attention, normalised.
             *attention: Rotary factors, index of the layer, and for each text its cache, mask and number of
                 rows.
         """
@@ -201,7 +201,7 @@ def ancestors(cache: KeyValues, growth: Growth, device: Any) -> Tensor:
         text of 2 rows, node 1 staged, frontier 3 (below 1) and 5 (below the root): 1 1 1 1 0 and 1 1 0 0 1
     """
     slots = {node: cache.length + at for at, node in enumerate(growth.expanded[1:])}
-    mask = torch.zeros(len(growth.frontier), cache.length + len(slots), dtype=torch.bool)
+    mask = torch.zeros(len(growth.frontier), cache.length + len(slots), dtype=torch.bool, device="cpu")
     mask[:, : cache.length] = True
     for row, frontier_node in enumerate(growth.frontier):
         node = frontier_node

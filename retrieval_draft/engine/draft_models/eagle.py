@@ -116,7 +116,10 @@ class EagleHead(nn.Module):
         """Reads rows of several texts; see `DraftHead.read`."""
         counts = [len(each) for each in tokens]
         device = tokens[0].device
-        positions = [torch.arange(begin, begin + n) for begin, n in zip(begins, counts, strict=True)]
+        positions = [
+            torch.arange(begin, begin + n, dtype=torch.int64, device=device)
+            for begin, n in zip(begins, counts, strict=True)
+        ]
         masks = [causal(state.keys, n, device) for state, n in zip(states, counts, strict=True)]
         vectors = self._pass(
             states, torch.cat(list(tokens)), self._taken(torch.cat(list(hidden))), positions, masks, counts
@@ -139,10 +142,12 @@ class EagleHead(nn.Module):
             vectors.append(
                 state.vectors[[state.nodes.index(growth.parents[node]) for node in growth.frontier]]
             )
-            depths = torch.tensor([growth.depths[node] for node in growth.frontier])
+            depths = torch.tensor(
+                [growth.depths[node] for node in growth.frontier], dtype=torch.int64, device=device
+            )
             positions.append(depths + state.keys.position - 1)
             masks.append(ancestors(state.keys, growth, device))
-        ids = torch.tensor(tokens, device=device)
+        ids = torch.tensor(tokens, dtype=torch.int64, device=device)
         passed = self._pass(states, ids, torch.cat(vectors), positions, masks, counts)
         for state, growth, part in zip(states, growths, passed.split(counts), strict=True):
             state.keys.staged += len(part)
@@ -168,8 +173,8 @@ class EagleHead(nn.Module):
         counts: Sequence[int],
     ) -> Tensor:
         """The head's states, (n, d), at rows of several texts: tokens and the states before them."""
-        places = torch.cat(list(positions)).to(tokens.device)
-        cos, sin = self.rotary(vectors, places[None])
+        indices = torch.cat(list(positions)).to(tokens.device)
+        cos, sin = self.rotary(vectors, indices[None])
         rest = ((cos[0], sin[0]), [state.keys for state in states], masks, counts)
         return self._layers(self._embedded(tokens), vectors, *rest)
 
@@ -183,7 +188,8 @@ class EagleHead(nn.Module):
         counts: Sequence[int],
     ) -> Tensor:
         states: Tensor = self.fc(torch.cat((embedded, vectors), -1))
-        for at, layer in enumerate(self.decoder):
+        layers: Any = self.decoder
+        for at, layer in enumerate(layers):
             states = layer(states, layer.input_layernorm(states), factors, at, caches, masks, counts)
         return states
 
@@ -253,7 +259,8 @@ class Eagle3Head(EagleHead):
         normed = first.hidden_norm(vectors)
         taken = torch.cat((first.input_layernorm(embedded), normed), -1)
         states = normed if self._norm_first else vectors
-        for at, layer in enumerate(self.decoder):
+        layers: Any = self.decoder
+        for at, layer in enumerate(layers):
             taken = layer.input_layernorm(states) if at else taken
             states = layer(states, taken, factors, at, caches, masks, counts)
         return states

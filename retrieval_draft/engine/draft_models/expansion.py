@@ -62,7 +62,7 @@ _SVIP = 0.15
 class Growth:
     """A tree that grows level by level: the likeliest nodes are expanded, the best of all are kept.
 
-    EAGLE-2's expand and rerank (arXiv:2406.16858). Whoever grows it supplies the next tokens' logits at the
+    EAGLE-2's expand and rerank (arXiv:2406.16858). The caller supplies the next tokens' logits at the
     nodes of the frontier, until there is none.
 
     Args:

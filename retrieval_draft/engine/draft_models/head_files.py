@@ -96,7 +96,7 @@ def _layout(config: Mapping[str, Any], folder: Path) -> str | None:
     if config.get("num_hidden_layers") in (1, 2) and not (folder / "tokenizer_config.json").is_file():
         try:
             weights = _weights(folder)
-        except Exception:  # whoever loads it says what is wrong
+        except Exception:  # loading it as a model explains what is wrong
             return None
         return "eagle" if "fc.weight" in weights and "layers.0.self_attn.q_proj.weight" in weights else None
     return None
@@ -139,14 +139,16 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "no weight" if shape is None else f"one of shape {list(shape)}"
 
 
-def _llama(config: Mapping[str, Any]) -> Any:
-    """The configuration of a head's layers."""
+def _llama(config: Mapping[str, Any], size: int | None = None) -> Any:
+    """The configuration of a head's layers, whose states have `size` columns, if that is given."""
     import transformers
 
     kinds = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}
     kind = config.get("model_type", "llama")
     if kind not in kinds:
         raise ValueError(f"layers of {kind!r}; known are {', '.join(kinds)}")
+    if size not in (None, int(config["hidden_size"])):
+        raise ValueError(f"hidden_size is {config['hidden_size']}, the target's states have {size} columns")
     return kinds[kind](**{key: value for key, value in config.items() if key != "architectures"})
 
 
@@ -155,7 +157,7 @@ _Made = tuple[Any, dict[str, Tensor]]
 
 def _eagle(config: Mapping[str, Any], weights: Mapping[str, Tensor], target: Target, size: int) -> _Made:
     """SafeAILab's layout: `fc`, `layers`, and mostly `embed_tokens`."""
-    head = EagleHead(_llama(config), "fc.bias" in weights, "embed_tokens.weight" in weights)
+    head = EagleHead(_llama(config, size), "fc.bias" in weights, "embed_tokens.weight" in weights)
     return head, _renamed(weights, {"layers.": "decoder."})
 
 
@@ -165,7 +167,7 @@ def _speculators_eagle(
     """The layout of speculators: `fusion_fc` and `transformer`; the rest is the target's."""
     if config.get("layernorms"):
         raise ValueError("layernorms is set, which is not supported")
-    head = EagleHead(_llama(config["transformer_layer_config"]), "fusion_fc.bias" in weights, False)
+    head = EagleHead(_llama(config["transformer_layer_config"], size), "fusion_fc.bias" in weights, False)
     own = {key: each for key, each in weights.items() if not key.startswith(("embed_tokens.", "lm_head."))}
     return head, _renamed(own, {"fusion_fc.": "fc.", "transformer.": "decoder.0."})
 

@@ -58,7 +58,7 @@ class DraftHead(Protocol):
     """Layers whose states it reads; see `HiddenStates`."""
 
     reads_all: bool
-    """Whether it reads every row of a text; else the last one alone."""
+    """True if it reads every row of a text; else the last one alone."""
 
     limits: ExpansionLimits
     """Limits on the growth of its trees."""
@@ -227,8 +227,8 @@ class HeadDraft:
     """A trained head as a draft source.
 
     The requests of a batch that are asked in most steps are drafted for together, in the first one's turn.
-    Where a prompt continues an earlier text of the prefix cache, whose hidden states are not there again, the
-    head continues its own state of that text.
+    A prompt that continues an earlier text of the prefix cache has no hidden states there: the head continues
+    its own state of that text.
 
     Args:
         head: Anything with the methods of `DraftHead`.

@@ -1,7 +1,8 @@
 """Heads that carry one vector along a path, and read nothing of a text but its last row.
 
 Medusa (arXiv:2401.10774) guesses each further token from the target's last state alone; IBM's speculator
-(arXiv:2404.19124) from a state that takes in one token after another.
+(arXiv:2404.19124) from a state to which each token
+is added.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class VectorHead(nn.Module):
             parents.append(
                 state.vectors[[state.nodes.index(growth.parents[node]) for node in growth.frontier]]
             )
-        tokens = torch.tensor(ids, device=parents[0].device)
+        tokens = torch.tensor(ids, dtype=torch.int64, device=parents[0].device)
         level = growths[0].depths[growths[0].frontier[0]]
         vectors, logits = self.step(level, tokens, torch.cat(parents))
         for state, growth, part in zip(states, growths, vectors.split(counts), strict=True):
@@ -120,7 +121,7 @@ class _Residual(nn.Module):
 
 
 class MedusaHead(VectorHead):
-    """Medusa: head i guesses the token i + 2 places after a state, whatever lies between.
+    """Medusa: head i guesses the token i + 2 positions after a state, for any tokens between.
 
     Args:
         heads: Number of heads.
@@ -140,7 +141,7 @@ class MedusaHead(VectorHead):
         )
 
     def step(self, level: int, tokens: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """The target's state, handed on, and the level's guesses."""
+        """The target's state, unchanged, and the level's guesses."""
         return vectors, self.heads[level](vectors)
 
 
@@ -149,8 +150,8 @@ class _Scaled(nn.Module):
 
     def __init__(self, size: int, learned: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size)) if learned else None
-        self.bias = nn.Parameter(torch.zeros(size)) if learned else None
+        self.weight = nn.Parameter(torch.ones(size, dtype=torch.float32, device="cpu")) if learned else None
+        self.bias = nn.Parameter(torch.zeros(size, dtype=torch.float32, device="cpu")) if learned else None
 
     def forward(self, states: Tensor) -> Tensor:
         states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6)
@@ -158,7 +159,7 @@ class _Scaled(nn.Module):
 
 
 class MlpSpeculator(VectorHead):
-    """IBM's speculator: a state that takes in one token after another.
+    """IBM's speculator: a state to which each token is added.
 
     Args:
         depth: Number of levels.

@@ -13,6 +13,7 @@ import transformers
 from retrieval_draft.engine import target as target_module
 from retrieval_draft.engine.attention.tree_mask import TreeInputs
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
+from retrieval_draft.engine.hidden_states import LAST
 from retrieval_draft.engine.target import Target, disagreement, tolerance
 from retrieval_draft.errors import UnsupportedModelError
 from tests.support.models import make
@@ -154,17 +155,34 @@ def test_more_keys_than_a_text_may_have_are_not_joined() -> None:
     torch.testing.assert_close(target._joined(caches, inputs), expected_rows(), atol=1e-4, rtol=1e-4)
 
 
-def test_what_the_head_reads_is_watched_where_that_is_wanted() -> None:
+def test_the_states_that_sources_read_are_kept_where_that_is_wanted() -> None:
     target, text = Target(MODEL), TEXTS[0]
+    with target.watching_hidden():
+        list(target.prefill(target.cache(16), text, 2))
+        assert target.hidden is None, "nobody reads any"
+    target.hidden_states.read((1, LAST))
+    expected = MODEL(text[None], output_hidden_states=True).hidden_states
     with target.watching_hidden():
         (logits,) = target.prefill(target.cache(16), text, 2)
         assert target.hidden is not None
-        assert target.hidden.shape == (2, 32)
-        torch.testing.assert_close(MODEL.lm_head(target.hidden), logits)
+        torch.testing.assert_close(target.hidden, torch.cat((expected[1], expected[-1]), -1)[0])
+        last = target.hidden_states.columns((LAST,), target.hidden)
+        torch.testing.assert_close(MODEL.lm_head(last[-2:]), logits)
     assert target.hidden is None
     with target.watching_hidden(False):
         list(target.prefill(target.cache(16), text, 2))
         assert target.hidden is None
+
+
+@pytest.mark.parametrize("way", ["_packed", "_joined", "_one_by_one"])
+def test_states_of_rows_that_share_a_pass_are_those_of_each(way: str) -> None:
+    target = Target(MODEL)
+    target.hidden_states.read((LAST,))
+    caches, inputs = two_rows(target)
+    with target.watching_hidden():
+        logits = getattr(target, way)(caches, inputs)
+        assert target.hidden is not None
+        torch.testing.assert_close(MODEL.lm_head(target.hidden), logits)
 
 
 def test_the_vocabulary_is_that_of_the_configuration_within_the_embedding() -> None:

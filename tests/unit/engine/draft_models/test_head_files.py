@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.engine.draft_models.head_files import LAYOUTS, load_head
-from retrieval_draft.engine.draft_models.model_draft import ModelDraft
 from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import InvalidInputError, ModelFileError
 from tests.support import heads
@@ -82,16 +81,14 @@ def test_a_model_of_its_own_is_a_draft_model(tmp_path: Path) -> None:
     small = make("llama", num_hidden_layers=2, seed=2)
     small.save_pretrained(tmp_path)
     assert load_head(str(tmp_path), Target(model)) is None
-    assert isinstance(drafter_of(model, str(tmp_path)).context.models[0], ModelDraft)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_head_of_another_model_is_refused(layout: str, tmp_path: Path) -> None:
     name = write_head(tmp_path, layout)
-    with pytest.raises((ModelFileError, InvalidInputError)) as raised:
+    with pytest.raises(ModelFileError) as raised:
         drafter_of(make("llama", hidden_size=40, head_dim=10), name)
-    if "eagle" not in layout or layout == "eagle3" or layout == "speculators eagle3":
-        assert name in str(raised.value)
+    assert name in str(raised.value)
 
 
 def torn(folder: Path) -> None:
