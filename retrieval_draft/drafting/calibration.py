@@ -148,7 +148,7 @@ class Calibration:
         return opened
 
     def count(self, tokens: TokenArray) -> None:
-        """Counts tokens that the request's text goes on with, int32, shape (m,); before the next drafts."""
+        """Counts tokens appended to the request's text, int32, shape (m,); before the next drafts."""
         _kernels.count_tokens(np.array(tokens, np.int32), self.occurrences)
 
     def observe(

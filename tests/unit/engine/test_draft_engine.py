@@ -163,7 +163,7 @@ def test_noise_is_handed_on_only_where_it_may_be_known(known: bool) -> None:
     made.prepare()
 
     class Opens:
-        def open(self, noise: Any) -> Any:
+        def open(self, prompt: Any, *, noise: Any) -> Any:
             seen.append(noise)
             return Calibration().open()
 
