@@ -176,7 +176,7 @@ class NoCalibration:
         self.noise: object = None
         self.position = 0
 
-    def open(self, noise: object = None) -> NoCalibration:
+    def open(self, prompt: TokenArray | None = None, *, noise: object = None) -> NoCalibration:
         return self
 
     def observe(self, tree: DraftTree, proposals: Sequence[Proposal], emitted: TokenArray) -> None:

