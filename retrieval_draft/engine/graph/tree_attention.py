@@ -136,7 +136,8 @@ def _attend_run(
 def _add_runs(
     SUMS: tl.tensor, MAXIMA: tl.tensor, TOTALS: tl.tensor, LENGTH: tl.tensor, SINKS: tl.tensor,
     OUT: tl.tensor, window: tl.tensor, nodes: tl.tensor, heads: tl.tensor, length_tree: tl.tensor,
-    run_length: tl.tensor, VALUE: tl.constexpr, WIDE_VALUE: tl.constexpr, KEYS: tl.constexpr, WINDOWED: tl.constexpr, HAS_SINKS: tl.constexpr,
+    run_length: tl.tensor, VALUE: tl.constexpr, WIDE_VALUE: tl.constexpr, KEYS: tl.constexpr,
+    WINDOWED: tl.constexpr, HAS_SINKS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row of one tree: the runs that were written, in the order of their slots."""
     row, rows = tl.program_id(0), tl.num_programs(0)

@@ -90,8 +90,8 @@ def test_kernels_attend_as_written_out(case: str, length: int, nodes: int) -> No
     sinks = rng.standard_normal(heads).astype(np.float32) if has_sinks else None
     found = tree_attention(
         torch.from_numpy(query), torch.from_numpy(key), torch.from_numpy(value), torch.tensor([length]),
-        torch.from_numpy(depths)[None], torch.from_numpy(hidden)[None] if nodes > 1 else None, 0.3, window, softcap,
-        None if sinks is None else torch.from_numpy(sinks),
+        torch.from_numpy(depths)[None], torch.from_numpy(hidden)[None] if nodes > 1 else None, 0.3, window,
+        softcap, None if sinks is None else torch.from_numpy(sinks),
     )  # fmt: skip
     expected = attention_numpy(query, key, value, length, depths, hidden, 0.3, window, softcap, sinks)
     np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-5, rtol=1e-5)
