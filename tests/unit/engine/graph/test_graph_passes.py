@@ -12,6 +12,7 @@ from retrieval_draft.engine.graph import graph_passes
 from retrieval_draft.engine.graph.arena import PAGE
 from retrieval_draft.engine.graph.captured import TapeGraph, UncapturableError
 from retrieval_draft.engine.graph.graph_passes import graph_kind
+from retrieval_draft.engine.hidden_states import LAST
 from retrieval_draft.engine.logits import LogitReader, summary
 from retrieval_draft.engine.target import Target
 from tests.support.models import CONFIGS, make
@@ -176,6 +177,7 @@ def test_hidden_states_are_those_of_an_eager_pass() -> None:
     target, eager = Target(model, "tape"), Target(model, "off")
     found = []
     for each in (target, eager):
+        each.hidden_states.read((LAST,))
         cache = begun(each)
         with each.watching_hidden():
             each.verify_tree(cache, TREE, 40)
