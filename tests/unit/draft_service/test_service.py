@@ -53,7 +53,7 @@ def test_drafts_may_have_256_tokens_or_none(chain: bool) -> None:
             key = opened(service, *text, *text[:20])
             draft = stepped(service, key, *text[20:40], nodes=256, chain=chain)
             assert stepped(service, key, *text[40:], nodes=0, chain=chain).num_draft_tokens == 0
-        # A chain ends where it is no longer probable; of a vocabulary as small as this one, before 256 tokens.
+        # A chain ends where it is no longer probable: in a vocabulary as small as this before 256 tokens.
         assert 64 < draft.num_draft_tokens <= 256 if chain else draft.num_draft_tokens == 256
         if chain:
             assert draft.tokens[1:] == text[40 : 40 + draft.num_draft_tokens]
