@@ -177,6 +177,7 @@ def test_drafting_page(parts: dict[str, Any]) -> None:
     other_tokenizer = byte_level(PAIRS)
     run(
         "docs/drafting.md",
+        {'"folder or hub name"': "small"},
         small=make("llama", vocab_size=len(parts["tokenizer"])),
         other=make("llama", vocab_size=len(other_tokenizer)),
         other_tokenizer=other_tokenizer,

@@ -19,6 +19,7 @@ from retrieval_draft.engine.probe import probe
 from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import (
     InvalidInputError,
+    ModelFileError,
     TokenizerMismatchError,
     UnknownMethodError,
     UnsupportedGenerationError,
@@ -127,7 +128,13 @@ def test_a_mask_of_the_models_own_for_so_many_places_is_refused() -> None:
         probe(Target(make("gpt-neo", attention="eager", window_size=512)))
 
 
-@pytest.mark.parametrize("given", ["small", 3, (MODEL,), [MODEL, "small"]])
+@pytest.mark.parametrize("given", ["small", [MODEL, "small"]])
+def test_a_draft_model_of_no_known_name_is_refused(given: Any) -> None:
+    with pytest.raises(ModelFileError, match="'small' was not found"):
+        RetrievalDrafter.for_model(MODEL, draft_model=given)
+
+
+@pytest.mark.parametrize("given", [3, (MODEL,), [MODEL, 3]])
 def test_what_is_no_draft_model_is_refused(given: Any) -> None:
     with pytest.raises(InvalidInputError, match="Pass a model"):
         RetrievalDrafter.for_model(MODEL, draft_model=given)
