@@ -84,9 +84,9 @@ class Calibration:
 
     Weights are kept for each set of sources, so that the value of their agreement is learned; match length,
     depth, rank, how often the request has the token, and the probability that sources with other guesses left
-    over, shift the sum. The result is
-    corrected by a table of acceptance in similar cases. This is logistic mixing with a final adaptive map, as
-    in context-mixing compressors (Mahoney 2005, "Adaptive weighing of context models").
+    over, shift the sum. The result is corrected by a table of acceptance in similar cases. This is logistic
+    mixing with a final adaptive map, as in context-mixing compressors (Mahoney 2005, "Adaptive weighing of
+    context models").
 
     Every child of an accepted node is an observation: it was, or was not, emitted by the target. So a step
     without verified drafts is learned from too, and a source that was wrong for a while regains its weight

@@ -19,8 +19,8 @@ SECOND_VERSION = "2"
 FIRST_VERSION = "1"
 FIRST_SOURCES = ("automaton", "adjacency", "history", "phrases", "corpus", "shared", "model", "siblings")
 """A file of version 1 names no sources: it holds every set of these eight, bit by bit, and all parameters in
-one row, kind by kind. Those of the first release have no sharpness. Version 2 has
-no terms of a token's occurrences, the last columns of the parameters."""
+one row, kind by kind. Those of the first release have no sharpness. Version 2 has no terms of a token's
+occurrences, the last columns of the parameters."""
 
 MAX_LEARNED = 1e6
 """Limit of every saved number."""

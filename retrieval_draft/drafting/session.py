@@ -36,6 +36,10 @@ class Calibrates(Protocol):
         """Records which of the proposed nodes the target accepted; `emitted` is int32, shape (m,)."""
         ...
 
+    def count(self, tokens: TokenArray) -> None:
+        """Counts tokens appended to the text, int32, shape (m,)."""
+        ...
+
 
 NOISY_CHOICE = 4
 MAX_CHOICE = 64
@@ -188,9 +192,7 @@ class DraftSession:
 
     def observe(self, emitted: TokenArray) -> None:
         """Appends a step's tokens, int32, shape (m,), to the text of every source."""
-        count = getattr(self._calibration, "count", None)  # methods of other systems have none
-        if count is not None:
-            count(emitted)
+        self._calibration.count(emitted)
         if self._seen:
             emitted = self._unseen(emitted)
         if len(emitted):
@@ -254,7 +256,7 @@ class DraftSession:
             predictions: At the last positions of the prompt; None if the sources have them already.
         """
         begin = time.perf_counter()
-        self._sessions.observe(first)
+        self.observe(first)
         if predictions is not None:
             contexts = prompt_contexts(prompt, len(predictions.next_tokens))
             logits = NodeLogits(contexts, predictions.top_tokens, predictions.top_probs)

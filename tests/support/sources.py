@@ -179,6 +179,8 @@ class NoCalibration:
     def open(self, prompt: TokenArray | None = None, *, noise: object = None) -> NoCalibration:
         return self
 
+    def count(self, tokens: TokenArray) -> None: ...
+
     def observe(self, tree: DraftTree, proposals: Sequence[Proposal], emitted: TokenArray) -> None:
         self.told += 1
 

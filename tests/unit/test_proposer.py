@@ -119,8 +119,8 @@ def test_what_a_step_taught_may_wait() -> None:
     ):
         one, other = soon.open(ids(7, 8, 9, 4, 7, 8)), late.open(ids(7, 8, 9, 4, 7, 8))
         for step in (ids(9, 4), ids(7, 8), ids(9, 1), ids(2)):
-            one.propose(3)  # of more, the last depend on what is learned late
-            other.propose(3)
+            one.propose(4)
+            other.propose(4)
             assert one.observe(step) == other.observe(step, later=True)
             assert one.length == other.length
         assert one.stats.drafted > other.stats.drafted

@@ -11,12 +11,13 @@ from retrieval_draft.engine.draft_models.head_files import load_head
 from retrieval_draft.engine.draft_models.heads import HeadDraft
 from retrieval_draft.engine.draft_models.model_draft import ModelDraft, SelfDraft
 from retrieval_draft.engine.target import Target
+from retrieval_draft.engine.wrapped_models import device_of
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.source import DraftSource
 from retrieval_draft.models.fingerprint import tokenizer_fingerprint
 from retrieval_draft.models.loading import load_model
 
-__all__ = ["SELF", "make_draft_sources"]
+__all__ = ["SELF", "load_draft_model", "make_draft_sources"]
 
 SELF = "self"
 
@@ -26,8 +27,8 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
 
     Args:
         given: None; a model with the target's tokenizer; a pair of a model and its own tokenizer; "self" for
-            the target with layers skipped; the folder or hub name of a trained head or of a model; a ready
-            source such as `HeadDraft`; a list of those.
+            the target with layers skipped; the folder or hub name of a trained head or of a model; a
+            `DraftHead`; a ready source such as `HeadDraft`; a list of those.
         target: The target.
         tokenizer: The target's, or None.
 
@@ -41,6 +42,8 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
         return ()
     if isinstance(given, list):
         return tuple(source for one in given for source in make_draft_sources(one, target, tokenizer))
+    if hasattr(given, "read") and hasattr(given, "expand"):
+        given = HeadDraft(given)
     if isinstance(given, HeadDraft):
         given.bind(target)
         return (given,)
@@ -49,11 +52,9 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
     if isinstance(given, str) and given == SELF:
         return (SelfDraft(target.model),)
     if isinstance(given, str):
-        head = load_head(given, target)
-        if head is not None:
-            return make_draft_sources(HeadDraft(head), target, tokenizer)
-        loaded = load_model(given, dtype=target.model.dtype, device=target.device)
-        return make_draft_sources(loaded if tokenizer is not None else loaded[0], target, tokenizer)
+        found = load_draft_model(given, target.model)
+        own = isinstance(found, tuple) and tokenizer is None  # nothing to compare its tokenizer with
+        return make_draft_sources(found[0] if own else found, target, tokenizer)
     if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], PreTrainedModel):
         return (_translated(given[0], given[1], target, tokenizer),)
     if all(hasattr(given, name) for name in ("open", "name", "level", "nbytes")):
@@ -62,6 +63,25 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
         f"draft_model is {given!r}.",
         'Pass a model, (model, tokenizer), "self", a folder or hub name, a draft source, or a list of those.',
     )
+
+
+def load_draft_model(name: str, model: Any) -> Any:
+    """A trained head, or a model and its tokenizer.
+
+    Args:
+        name: A folder, or a hub name.
+        model: The target.
+
+    Returns:
+        A `DraftHead`, or a pair, as `make_draft_sources` takes them.
+
+    Raises:
+        ModelFileError: A checkpoint is missing, torn, or not for this target.
+    """
+    head = load_head(name, model)
+    if head is not None:
+        return head
+    return load_model(name, dtype=model.dtype, device=device_of(model.get_input_embeddings()))
 
 
 def _translated(model: Any, own: Any, target: Target, tokenizer: Any) -> DraftSource:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from retrieval_draft.engine.draft_models.expansion import Growth
 
-__all__ = ["DraftLayer", "KeyValues", "RmsNorm", "ancestors", "causal"]
+__all__ = ["DraftLayer", "KeyValues", "Packed", "RmsNorm", "ancestors", "causal"]
 
 _ROOM = 256
 """Rows that buffers make room for at once."""
@@ -69,6 +69,22 @@ class KeyValues:
         return sum(each.nbytes for each in self._buffers if each is not None)
 
 
+class Packed(NamedTuple):
+    """Rows of several texts that pass together, one text after the other.
+
+    Attributes:
+        caches: Keys and values of each text.
+        masks: bool, (rows of the text, its keys), for each; None where every key is seen.
+        counts: Rows of each.
+        factors: Cosines and sines of the rows' positions, (n, d) each.
+    """
+
+    caches: Sequence[KeyValues]
+    masks: Sequence[Tensor | None]
+    counts: Sequence[int]
+    factors: tuple[Tensor, Tensor]
+
+
 class RmsNorm(nn.Module):
     """Root mean square norm in float32, as in Llama."""
 
@@ -101,26 +117,16 @@ class _Attention(nn.Module):
         self.q_norm = RmsNorm(self._dim, config.rms_norm_eps) if normed else nn.Identity()
         self.k_norm = RmsNorm(self._dim, config.rms_norm_eps) if normed else nn.Identity()
 
-    def forward(
-        self,
-        states: Tensor,
-        factors: tuple[Tensor, Tensor],
-        layer: int,
-        caches: Sequence[KeyValues],
-        masks: Sequence[Tensor | None],
-        counts: Sequence[int],
-    ) -> Tensor:
+    def forward(self, states: Tensor, layer: int, packed: Packed) -> Tensor:
         query = self.q_norm(self.q_proj(states).view(len(states), self._heads, self._dim))
         key = self.k_norm(self.k_proj(states).view(len(states), self._groups, self._dim))
         value = self.v_proj(states).view(len(states), self._groups, self._dim)
-        query, key = _rotated(query, factors).transpose(0, 1), _rotated(key, factors).transpose(0, 1)
+        query, key = (_rotated(each, packed.factors).transpose(0, 1) for each in (query, key))
         parts = []
         for cache, mask, q, k, v in zip(
-            caches,
-            masks,
-            query.split(list(counts), 1),
-            key.split(list(counts), 1),
-            value.transpose(0, 1).split(list(counts), 1),
+            packed.caches,
+            packed.masks,
+            *(each.split(list(packed.counts), 1) for each in (query, key, value.transpose(0, 1))),
             strict=True,
         ):
             keys, values = cache.append(layer, k, v)
@@ -141,11 +147,8 @@ class _Mlp(nn.Module):
         super().__init__()
         from transformers.activations import ACT2FN
 
-        size, inner, bias = (
-            config.hidden_size,
-            config.intermediate_size,
-            bool(getattr(config, "mlp_bias", False)),
-        )
+        size, inner = config.hidden_size, config.intermediate_size
+        bias = bool(getattr(config, "mlp_bias", False))
         self.gate_proj = nn.Linear(size, inner, bias=bias)
         self.up_proj = nn.Linear(size, inner, bias=bias)
         self.down_proj = nn.Linear(inner, size, bias=bias)
@@ -173,16 +176,16 @@ class DraftLayer(nn.Module):
         self.input_layernorm = RmsNorm(size, eps) if has_norm else nn.Identity()
         self.post_attention_layernorm = RmsNorm(size, eps)
 
-    def forward(self, states: Tensor, taken: Tensor, *attention: Any) -> Tensor:
+    def forward(self, states: Tensor, taken: Tensor, layer: int, packed: Packed) -> Tensor:
         """States after the layer.
 
         Args:
             states: (rows of all texts, d). The residual.
             taken: (rows of all texts, width). Input of attention, normalised.
-            *attention: Rotary factors, index of the layer, and for each text its cache, mask and number of
-                rows.
+            layer: Its index in the caches.
+            packed: The texts.
         """
-        states = states + self.self_attn(taken, *attention)
+        states = states + self.self_attn(taken, layer, packed)
         out: Tensor = states + self.mlp(self.post_attention_layernorm(states))
         return out
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from retrieval_draft.engine.draft_models.draft_layers import (
     DraftLayer,
     KeyValues,
+    Packed,
     RmsNorm,
     ancestors,
     causal,
@@ -175,22 +176,14 @@ class EagleHead(nn.Module):
         """The head's states, (n, d), at rows of several texts: tokens and the states before them."""
         indices = torch.cat(list(positions)).to(tokens.device)
         cos, sin = self.rotary(vectors, indices[None])
-        rest = ((cos[0], sin[0]), [state.keys for state in states], masks, counts)
-        return self._layers(self._embedded(tokens), vectors, *rest)
+        packed = Packed([state.keys for state in states], masks, counts, (cos[0], sin[0]))
+        return self._layers(self._embedded(tokens), vectors, packed)
 
-    def _layers(
-        self,
-        embedded: Tensor,
-        vectors: Tensor,
-        factors: tuple[Tensor, Tensor],
-        caches: Sequence[KeyValues],
-        masks: Sequence[Tensor | None],
-        counts: Sequence[int],
-    ) -> Tensor:
+    def _layers(self, embedded: Tensor, vectors: Tensor, packed: Packed) -> Tensor:
         states: Tensor = self.fc(torch.cat((embedded, vectors), -1))
         layers: Any = self.decoder
         for at, layer in enumerate(layers):
-            states = layer(states, layer.input_layernorm(states), factors, at, caches, masks, counts)
+            states = layer(states, layer.input_layernorm(states), at, packed)
         return states
 
     def _logits(self, vectors: Tensor) -> Tensor:
@@ -246,15 +239,7 @@ class Eagle3Head(EagleHead):
         out: Tensor = self.fc(self.input_norm(super()._taken(hidden)))
         return out
 
-    def _layers(
-        self,
-        embedded: Tensor,
-        vectors: Tensor,
-        factors: tuple[Tensor, Tensor],
-        caches: Sequence[KeyValues],
-        masks: Sequence[Tensor | None],
-        counts: Sequence[int],
-    ) -> Tensor:
+    def _layers(self, embedded: Tensor, vectors: Tensor, packed: Packed) -> Tensor:
         first: Any = self.decoder[0]
         normed = first.hidden_norm(vectors)
         taken = torch.cat((first.input_layernorm(embedded), normed), -1)
@@ -262,7 +247,7 @@ class Eagle3Head(EagleHead):
         layers: Any = self.decoder
         for at, layer in enumerate(layers):
             taken = layer.input_layernorm(states) if at else taken
-            states = layer(states, taken, factors, at, caches, masks, counts)
+            states = layer(states, taken, at, packed)
         return states
 
     def _logits(self, vectors: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from retrieval_draft.engine.draft_models.eagle import Eagle3Head, EagleHead
 from retrieval_draft.engine.draft_models.vector_heads import MedusaHead, MlpSpeculator
-from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import ModelFileError
 from retrieval_draft.models.loading import model_folder
 
@@ -25,12 +24,12 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "medusa_lm_head.pt")
 _HINT = "Name the folder or hub name of a head that was trained for this model."
 
 
-def load_head(name: str, target: Target) -> Any:
+def load_head(name: str, model: Any) -> Any:
     """A head from a checkpoint, if it is one.
 
     Args:
         name: A folder, or a hub name.
-        target: The model that it drafts for.
+        model: The model that it drafts for.
 
     Returns:
         A `DraftHead`; None where the checkpoint is a model of its own.
@@ -49,17 +48,20 @@ def load_head(name: str, target: Target) -> Any:
             f"Supported are: {', '.join(LAYOUTS)}.",
         )
     try:
-        weights = _weights(folder)
+        weights = _weights(folder, name)
+    except ModelFileError:
+        raise
     except Exception as error:  # of pickle, zip, safetensors or torch
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelFileError(
             f"A weight file of the head {name!r} cannot be read: {first}",
             "It is torn; copy or download it again.",
         ) from error
-    model: Any = target.model
+    if layout == "eagle" and not _is_eagle(weights):
+        return None
     size = int(model.config.get_text_config(decoder=True).hidden_size)
     try:
-        head, named = LAYOUTS[layout](config, weights, target, size)
+        head, named = LAYOUTS[layout](config, weights, model, size)
         _fill(head, named, name, layout)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelFileError(
@@ -92,17 +94,17 @@ def _layout(config: Mapping[str, Any], folder: Path) -> str | None:
     names = config.get("architectures") or []
     if "draft_vocab_size" in config or any("Eagle3" in str(each) for each in names):
         return "eagle3"
-    # EAGLE's config.json is that of a Llama with one layer: its weights tell them apart.
+    # EAGLE's config.json is that of a Llama with one layer: `_is_eagle` tells them apart by their weights.
     if config.get("num_hidden_layers") in (1, 2) and not (folder / "tokenizer_config.json").is_file():
-        try:
-            weights = _weights(folder)
-        except Exception:  # loading it as a model explains what is wrong
-            return None
-        return "eagle" if "fc.weight" in weights and "layers.0.self_attn.q_proj.weight" in weights else None
+        return "eagle"
     return None
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
+def _is_eagle(weights: Mapping[str, Tensor]) -> bool:
+    return "fc.weight" in weights and "layers.0.self_attn.q_proj.weight" in weights
+
+
+def _weights(folder: Path, name: str) -> dict[str, Tensor]:
     """All tensors of a checkpoint. Pickled ones are read without running code."""
     from safetensors.torch import load_file
 
@@ -117,7 +119,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
             )
         if found:
             return weights
-    raise ModelFileError(f"No weights in {folder.name}.", f"Expected one of: {', '.join(_WEIGHTS)}.")
+    raise ModelFileError(f"The head {name!r} has no weights.", f"Expected is one of: {', '.join(_WEIGHTS)}.")
 
 
 def _fill(head: nn.Module, weights: Mapping[str, Tensor], name: str, layout: str) -> None:
@@ -155,14 +157,14 @@ def _llama(config: Mapping[str, Any], size: int | None = None) -> Any:
 _Made = tuple[Any, dict[str, Tensor]]
 
 
-def _eagle(config: Mapping[str, Any], weights: Mapping[str, Tensor], target: Target, size: int) -> _Made:
+def _eagle(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int) -> _Made:
     """SafeAILab's layout: `fc`, `layers`, and mostly `embed_tokens`."""
     head = EagleHead(_llama(config, size), "fc.bias" in weights, "embed_tokens.weight" in weights)
     return head, _renamed(weights, {"layers.": "decoder."})
 
 
 def _speculators_eagle(
-    config: Mapping[str, Any], weights: Mapping[str, Tensor], target: Target, size: int
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int
 ) -> _Made:
     """The layout of speculators: `fusion_fc` and `transformer`; the rest is the target's."""
     if config.get("layernorms"):
@@ -172,13 +174,13 @@ def _speculators_eagle(
     return head, _renamed(own, {"fusion_fc.": "fc.", "transformer.": "decoder.0."})
 
 
-def _eagle3(config: Mapping[str, Any], weights: Mapping[str, Tensor], target: Target, size: int) -> _Made:
+def _eagle3(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int) -> _Made:
     """SafeAILab's layout (`midlayer`) and that of speculators (`layers.0`); `d2t` holds differences."""
     layers = config.get("transformer_layer_config", config)
     nested = config.get("eagle_config") or {}
     read = config.get("eagle_aux_hidden_state_layer_ids") or nested.get("eagle_aux_hidden_state_layer_ids")
     if read is None:
-        count = int(target.model.config.get_text_config(decoder=True).num_hidden_layers)
+        count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
         read = (2, count // 2, count - 3)
     columns = int(config.get("draft_vocab_size") or layers["vocab_size"])
     head = Eagle3Head(
@@ -198,17 +200,15 @@ def _eagle3(config: Mapping[str, Any], weights: Mapping[str, Tensor], target: Ta
     return head, _renamed(own, {"midlayer.": "decoder.0.", "layers.": "decoder."})
 
 
-def _medusa(config: Mapping[str, Any], weights: Mapping[str, Tensor], target: Target, size: int) -> _Made:
+def _medusa(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int) -> _Made:
     """FasterDecoding's layout: head, block, weight, with or without ``medusa_head.`` in front."""
     heads, blocks = int(config["medusa_num_heads"]), int(config.get("medusa_num_layers", 1))
-    head = MedusaHead(heads, blocks, size, target.embedding_rows)
+    head = MedusaHead(heads, blocks, size, int(model.get_input_embeddings().weight.shape[0]))
     named = {f"heads.{key.removeprefix('medusa_head.')}": each for key, each in weights.items()}
     return head, named
 
 
-def _mlp_speculator(
-    config: Mapping[str, Any], weights: Mapping[str, Tensor], target: Target, size: int
-) -> _Made:
+def _mlp_speculator(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int) -> _Made:
     """IBM's layout: ``speculator.emb``, `proj`, `ln` and `head` of each level; tied ones may be repeated."""
     emb, inner = int(config["emb_dim"]), int(config.get("inner_dim") or config["emb_dim"])
     depth, ties = int(config["n_predict"]), bool(config.get("tie_weights", False))
@@ -232,7 +232,7 @@ def _renamed(weights: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict
     return out
 
 
-LAYOUTS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor], Target, int], _Made]] = {
+LAYOUTS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor], Any, int], _Made]] = {
     "eagle": _eagle,
     "speculators eagle": _speculators_eagle,
     "eagle3": _eagle3,

@@ -133,7 +133,7 @@ class HeadSession:
             return
         self._rows.append((begin, hidden))
         if sum(len(rows) for _, rows in self._rows) > WAITING:
-            self._source.catch_up(self, len(self.text) - 1)
+            self._source.read([self])
 
     def fork(self, owner: HeadSession) -> None:
         """Takes over the states of a prompt that another request has passed, and read once for both."""
@@ -152,25 +152,27 @@ class HeadSession:
         begin, rows = self._rows[-1]
         return self.root is not None or begin + len(rows) == len(self.text) - 1
 
-    def take_rows(self, end: int) -> tuple[int, Tensor, Tensor] | None:
+    def unread(self, end: int) -> tuple[int, Tensor, Tensor] | None:
         """The rows before index `end` of the text that the head has not read: first index, tokens, states."""
         parts: list[Tensor] = []
-        first = at = -1
-        later: list[tuple[int, Tensor]] = []
+        first = -1
         for begin, rows in self._rows:
             part = rows[max(self.read - begin, 0) : max(end - begin, 0)]
             if len(part):
                 if first < 0:
-                    first = at = max(begin, self.read)
+                    first = max(begin, self.read)
                 parts.append(part)
-                at += len(part)
-            if begin + len(rows) > end:
-                later.append((max(begin, end), rows[max(end - begin, 0) :]))
         if not parts:
             return None
-        self._rows, self.is_whole, self.read = later, self.is_whole and first == self.read, at
-        tokens = torch.from_numpy(self.text[first + 1 : at + 1].astype(np.int64)).to(parts[0].device)
-        return first, tokens, parts[0] if len(parts) == 1 else torch.cat(parts)
+        hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
+        tokens = self.text[first + 1 : first + 1 + len(hidden)].astype(np.int64)
+        return first, torch.from_numpy(tokens).to(hidden.device), hidden
+
+    def has_read(self, first: int, count: int, logits: Tensor) -> None:
+        """Notes that the head has read `count` rows from index `first` on, forgets them, keeps its guess."""
+        self.is_whole, self.read = self.is_whole and first == self.read, first + count
+        self._rows = [(begin, rows) for begin, rows in self._rows if begin + len(rows) > self.read]
+        self.root = logits if self.read == len(self.text) - 1 else None
 
     def begin_state(self) -> None:
         """Makes the head's state: that of a request with the same beginning, as far as it goes, or none."""
@@ -179,7 +181,7 @@ class HeadSession:
         owner, self._owner = self._owner, None
         if owner is not None and self._source.head.reads_all and self._prompt > 1:
             # All rows of the prompt but the last, whose token is each sample's own.
-            self._source.catch_up(owner, self._prompt - 1)
+            self._source.read([owner], self._prompt - 1)
             if owner.state is not None and owner.is_whole:
                 self.read = min(owner.read, self._prompt - 1)
                 self.state = owner.state.copy(self.read)
@@ -281,7 +283,7 @@ class HeadDraft:
 
     def _grow(self, sessions: Sequence[HeadSession]) -> None:
         head = self.head
-        self._read([session for session in sessions if session.root is None])
+        self.read([session for session in sessions if session.root is None])
         states = [session.state for session in sessions]
         growths = []
         for session in sessions:
@@ -301,28 +303,25 @@ class HeadDraft:
         for session, growth in zip(sessions, growths, strict=True):
             session.found(growth.tree())
 
-    def _read(self, sessions: Sequence[HeadSession]) -> None:
-        """Has the head read the rows that wait, up to each text's last token."""
-        begins, tokens, hidden = [], [], []
+    @torch.no_grad()
+    def read(self, sessions: Sequence[HeadSession], end: int | None = None) -> None:
+        """Has the head read the rows that wait, before an index of each text or up to its last token.
+
+        A session forgets its rows when they have been read: those of a read that fails are there again.
+        """
+        reading, begins, tokens, hidden = [], [], [], []
         for session in sessions:
             session.begin_state()
-            taken = session.take_rows(len(session.text) - 1)
-            assert taken is not None, "a session without rows is not asked"
-            begins.append(taken[0])
-            tokens.append(taken[1])
-            hidden.append(taken[2])
-        if sessions:
-            logits = self.head.read([session.state for session in sessions], tokens, hidden, begins)
-            for session, rows in zip(sessions, logits, strict=True):
-                session.root = rows
-
-    @torch.no_grad()
-    def catch_up(self, session: HeadSession, end: int) -> None:
-        """Has the head read the rows before an index of a text that it knows, and drafts nothing."""
-        session.begin_state()
-        taken = session.take_rows(end)
-        if taken is not None:
-            self.head.read([session.state], [taken[1]], [taken[2]], [taken[0]])
+            unread = session.unread(len(session.text) - 1 if end is None else end)
+            if unread is not None:
+                reading.append(session)
+                begins.append(unread[0])
+                tokens.append(unread[1])
+                hidden.append(unread[2])
+        if reading:
+            logits = self.head.read([session.state for session in reading], tokens, hidden, begins)
+            for session, begin, rows, guess in zip(reading, begins, hidden, logits, strict=True):
+                session.has_read(begin, len(rows), guess)
 
     def find_state(self, session: HeadSession, rows: int) -> Any:
         """A copy of the state of another text with the same beginning, after `rows` rows at most; or None."""

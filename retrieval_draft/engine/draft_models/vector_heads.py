@@ -1,13 +1,13 @@
 """Heads that carry one vector along a path, and read nothing of a text but its last row.
 
 Medusa (arXiv:2401.10774) guesses each further token from the target's last state alone; IBM's speculator
-(arXiv:2404.19124) from a state to which each token
-is added.
+(arXiv:2404.19124) from a state to which each token is added.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,7 +37,7 @@ class _State:
         return _State()
 
 
-class VectorHead(nn.Module):
+class VectorHead(nn.Module, ABC):
     """A head of which every level has weights of its own.
 
     Args:
@@ -54,6 +54,7 @@ class VectorHead(nn.Module):
         limits = limits or ExpansionLimits()
         self.limits = replace(limits, depth=min(limits.depth, depth))
 
+    @abstractmethod
     def step(self, level: int, tokens: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors at nodes, and logits of the tokens after them.
 
@@ -65,7 +66,6 @@ class VectorHead(nn.Module):
         Returns:
             (n, d') and (n, vocabulary).
         """
-        raise NotImplementedError
 
     def bind(self, model: Any) -> None:
         """Takes the target's device and dtype."""

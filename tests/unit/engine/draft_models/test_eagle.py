@@ -12,7 +12,6 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth
 from retrieval_draft.engine.draft_models.head_files import load_head
-from retrieval_draft.engine.target import Target
 from tests.support.heads import write_head
 from tests.support.models import make
 
@@ -50,7 +49,7 @@ def expected(head: Any, tokens: Tensor, vectors: Tensor) -> Tensor:
 def test_states_are_those_of_transformers_and_a_path_of_the_tree_is_a_text(
     layout: str, tmp_path: Path
 ) -> None:
-    head = load_head(write_head(tmp_path, layout), Target(MODEL))
+    head = load_head(write_head(tmp_path, layout), MODEL)
     head.bind(MODEL)
     tokens = torch.randint(0, 97, (ROWS,))
     hidden = torch.randn(ROWS, 32 * len(head.layers))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.engine.draft_models.heads import HeadDraft
 from retrieval_draft.engine.draft_models.vector_heads import MedusaHead
-from retrieval_draft.engine.hidden_states import LAST
+from retrieval_draft.engine.hidden_states import LAST, HiddenStates
 from tests.support.drafters import near_ties, prompt_ids
 from tests.support.models import make
 
@@ -108,6 +109,43 @@ def test_rows_of_a_batch_are_drafted_for_together() -> None:
             and torch.allclose(rows, states[at][begin : begin + len(rows)], atol=1e-3)
         }  # fmt: skip
         assert row in range(4)
+
+
+class Alone(Watcher):
+    """Fails where it is given two texts at once."""
+
+    def read(
+        self, states: Sequence[Any], tokens: Sequence[Tensor], hidden: Sequence[Tensor], begins: Sequence[int]
+    ) -> list[Tensor]:
+        if len(states) > 1:
+            raise RuntimeError("two")
+        return super().read(states, tokens, hidden, begins)
+
+
+def test_a_read_that_fails_for_rows_together_costs_none_its_drafts() -> None:
+    model, head = make("llama"), Alone()
+    prompts = torch.cat([prompt_ids(seed=seed) for seed in range(3)])
+    config = DraftConfig(nodes=8, sources=(), cpu_kernels=False)
+    drafter = RetrievalDrafter.for_model(model, draft_model=HeadDraft(head), config=config)
+    out = drafter.generate(prompts, max_new_tokens=12, do_sample=False)
+    assert torch.equal(out, model.generate(prompts, max_new_tokens=12, do_sample=False))
+    assert drafter.stats.source_failures == 0
+    for text in out.tolist():
+        rows = [(begin, ids) for begin, ids, _ in head.rows if text[begin + 1 : begin + 1 + len(ids)] == ids]
+        assert sum(len(ids) for _, ids in rows) >= len(text) - 1 - 8
+
+
+def test_a_head_that_slept_reads_what_waits_and_proposes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retrieval_draft.engine.draft_models.heads.WAITING", 4)
+    source = HeadDraft(head := Watcher())
+    source.states = HiddenStates(make("llama"))
+    source.states.read(head.layers)
+    session = source.open(np.array([1, 2, 3, 4], np.int32))
+    session.learn_hidden(torch.randn(4, 64), 0)
+    session.observe(np.array([5, 6, 7], np.int32))
+    session.learn_hidden(torch.randn(2, 64), 4)
+    assert [(begin, ids) for begin, ids, _ in head.rows] == [(0, [2, 3, 4, 5, 6, 7])]
+    assert len(session.propose(4).tokens)
 
 
 def test_a_prompt_is_read_once_for_its_samples() -> None:
