@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from asyncio import TimerHandle
 from collections.abc import MutableMapping
+from functools import partial
 from typing import Any
 
 import httptools
@@ -45,9 +46,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._served: Any = self.app
-        serve: Any = self._serve
-        self.app = serve
+        # No method of this object: in a circle, it would hold its last request until a collection.
+        self.app = partial(_serve, self.app)
 
     def connection_made(self, transport: Any) -> None:
         """Handles a new connection."""
@@ -204,24 +204,25 @@ class BoundedProtocol(HttpToolsProtocol):
             )
         self._end()
 
-    async def _serve(self, scope: Any, receive: Any, send: Any) -> None:
-        """Runs the application; a client of HTTP/1.0 gets no chunks."""
-        if scope.get("http_version") != "1.0":
-            await self._served(scope, receive, send)
-            return
-        cycle: Any = send.__self__  # uvicorn sends by a method of the object that reads the body
 
-        async def bare(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                names = {name.lower() for name, _ in message.get("headers", ())}
-                if b"content-length" not in names:
-                    # The end of the connection is the end of the body.
-                    cycle.chunked_encoding, cycle.expected_content_length = False, sys.maxsize
-            elif cycle.expected_content_length > sys.maxsize >> 1 and not message.get("more_body"):
-                cycle.expected_content_length = len(message.get("body", b""))
-            await send(message)
+async def _serve(app: Any, scope: Any, receive: Any, send: Any) -> None:
+    """Runs an application; a client of HTTP/1.0 gets no chunks."""
+    if scope.get("http_version") != "1.0":
+        await app(scope, receive, send)
+        return
+    cycle: Any = send.__self__  # uvicorn sends by a method of the object that reads the body
 
-        await self._served(scope, receive, bare)
+    async def bare(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            names = {name.lower() for name, _ in message.get("headers", ())}
+            if b"content-length" not in names:
+                # The end of the connection is the end of the body.
+                cycle.chunked_encoding, cycle.expected_content_length = False, sys.maxsize
+        elif cycle.expected_content_length > sys.maxsize >> 1 and not message.get("more_body"):
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    await app(scope, receive, bare)
 
 
 def http_config(app: Any, **options: Any) -> Config:

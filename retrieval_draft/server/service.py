@@ -246,7 +246,12 @@ class Service:
         choices = [choice for prepared in asked.prepared for choice in job.add(prepared)]
         for choice, text in zip(choices, asked.texts, strict=True):
             choice.text = text
-        loaded.engine.submit(job)
+        try:
+            loaded.engine.submit(job)
+        except ApiError:
+            job.let_go()
+            channel.close()
+            raise
         return job, asked
 
     async def work(

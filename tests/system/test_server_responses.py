@@ -130,6 +130,30 @@ def test_fields_are_refused_by_name(running: Running, fields: dict[str, Any], pa
     assert response.json()["error"]["param"] == param
 
 
+def test_a_call_that_a_stop_string_cuts_is_incomplete(client: openai.OpenAI) -> None:
+    response = client.responses.create(model=MODEL, input="say 0", tools=TOOLS, extra_body={"stop": "é"})
+    call: Any = response.output[-1]
+    assert (call.type, call.status, call.arguments) == ("function_call", "incomplete", '{"path": "')
+    assert response.status == "completed"
+
+
+def test_allowed_tools(running: Running, client: openai.OpenAI) -> None:
+    allowed: Any = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "look"}]}
+    other = {**TOOLS[0], "name": "run"}
+    response = client.responses.create(
+        model=MODEL, input="say 0", tools=[*TOOLS, other], tool_choice=allowed, temperature=0
+    )
+    assert response.tool_choice.model_dump() == allowed  # type: ignore[union-attr]
+    alone = client.responses.create(model=MODEL, input="say 0", tools=TOOLS, temperature=0)
+    assert comparable(response)[1] == comparable(alone)[1]
+    assert response.usage is not None
+    assert alone.usage is not None
+    assert response.usage.input_tokens == alone.usage.input_tokens
+    allowed["tools"][0]["name"] = "another"
+    refused = post(running, "v1/responses", input="ab", tools=TOOLS, tool_choice=allowed)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tool_choice")
+
+
 def post(running: Running, path: str, **fields: Any) -> Any:
     return httpx.post(f"{running.url}/{path}", json=fields)
 

@@ -128,6 +128,52 @@ def test_a_call_that_is_cut_ends_by_its_length(client: openai.OpenAI) -> None:
     assert (early.message.content, early.message.tool_calls) == (CALL[:20], None)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("stop", "arguments", "reason"),
+    [
+        ('"é"', '{"path": "a/{b}.py", ', "stop"),  # within the arguments
+        ('": {"path', "", "stop"),  # after the name
+        ("}\n</tool", json.dumps(ARGUMENTS, ensure_ascii=False), "tool_calls"),  # after the arguments
+    ],
+)
+def test_a_call_that_a_stop_string_cuts_is_not_called_whole(
+    client: openai.OpenAI, stop: str, arguments: str, reason: str, stream: bool
+) -> None:
+    told, ends = "", list[str]()
+    if stream:
+        for chunk in client.chat.completions.create(**asked(2, stop=stop), stream=True):
+            choice: Any = chunk.choices[0]
+            told += "".join(call.function.arguments for call in choice.delta.tool_calls or [])
+            ends += [choice.finish_reason] if choice.finish_reason else []
+    else:
+        choice = client.chat.completions.create(**asked(2, stop=stop)).choices[0]
+        told, ends = choice.message.tool_calls[0].function.arguments, [choice.finish_reason]
+    assert (told, ends) == (arguments, [reason])
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_a_part_of_the_tools_is_allowed(running: Running, client: openai.OpenAI, mode: str) -> None:
+    pytest.importorskip("llguidance")
+    names = [{"type": "function", "function": {"name": "run"}}]
+    allowed: Any = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": names}}
+    bias = {str(byte_tokenizer().convert_tokens_to_ids("h")): -100}  # as below
+    fields = constrained(tool_choice=allowed, logit_bias=bias, temperature=1.2, seed=3, max_tokens=60)
+    message = client.chat.completions.create(**fields).choices[0].message
+    called = {call.function.name for call in message.tool_calls or []}
+    assert called == {"run"} if mode == "required" else called <= {"run"}
+    alone = {**fields, "tools": fields["tools"][1:], "tool_choice": mode}
+    other = client.chat.completions.create(**alone).choices[0].message
+    assert (message.content, called) == (other.content, {call.function.name for call in other.tool_calls or []})
+    for wrong in ({"mode": mode, "tools": []}, {"mode": mode, "tools": [{**names[0], "function": {"name": "x"}}]},
+                  {"mode": "none", "tools": names}, {"mode": mode, "tools": names, "more": 1}, {"mode": mode}):  # fmt: skip
+        refused = httpx.post(
+            f"{running.url}/v1/chat/completions",
+            json={**fields, "tool_choice": {"type": "allowed_tools", "allowed_tools": wrong}},
+        )
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tool_choice")
+
+
 def test_one_call_where_more_are_not_wanted(client: openai.OpenAI) -> None:
     choice = client.chat.completions.create(**asked(0, parallel_tool_calls=False)).choices[0]
     assert [call.function.name for call in choice.message.tool_calls or []] == ["look"]

@@ -240,8 +240,9 @@ class ChatFormat(_Common):
 
     def _reason(self, reply: Reply) -> str | None:
         """The reason of the end. A call of the one tool that was to be called is no reason, as of OpenAI."""
-        calls = reply.message is not None and reply.message.calls and self._names_calls
-        return "tool_calls" if calls and reply.reason == "stop" else reply.reason
+        if reply.reason != "stop" or reply.message is None or not reply.message.calls:
+            return reply.reason
+        return "tool_calls" if self._names_calls and not reply.has_cut_call else "stop"
 
     def _delta(self, index: int, delta: dict[str, Any], logprobs: Any, reason: str | None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import string
 from collections import Counter
@@ -134,6 +135,17 @@ class Reply:
         while len(self._call_ids) <= call:
             self._call_ids.append("".join(secrets.choice(_LETTERS) for _ in range(9)))
         return self._call_ids[call]
+
+    @property
+    def has_cut_call(self) -> bool:
+        """True if the arguments of the last call are no JSON, as where a stop string cuts them."""
+        calls = [] if self.message is None else self.message.calls
+        try:
+            for call in calls[-1:]:
+                json.loads(call.arguments, strict=False)
+        except (ValueError, RecursionError):
+            return True
+        return False
 
     @property
     def mean_logprob(self) -> float:

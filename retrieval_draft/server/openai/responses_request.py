@@ -86,9 +86,27 @@ class _Tool(Struct, forbid_unknown_fields=True):
     strict: bool | None = None
 
 
-class _Choice(Struct, forbid_unknown_fields=True):
+class _Choice(Struct, forbid_unknown_fields=True, tag="function"):
+    name: str
+
+    @property
+    def of_chat(self) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": self.name}}
+
+
+class _AllowedTool(Struct, forbid_unknown_fields=True):
     name: str
     type: Literal["function"] = "function"
+
+
+class _Allowed(Struct, forbid_unknown_fields=True, tag="allowed_tools"):
+    mode: Literal["auto", "required"]
+    tools: list[_AllowedTool]
+
+    @property
+    def of_chat(self) -> dict[str, Any]:
+        named = [{"type": "function", "function": {"name": tool.name}} for tool in self.tools]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": self.mode, "tools": named}}
 
 
 class _ReasoningOptions(Struct, forbid_unknown_fields=True):
@@ -115,7 +133,7 @@ class _TextOptions(Struct, forbid_unknown_fields=True):
 _ITEM_LIST = Decoder(list[dict[str, Any]])
 _TEXT = Decoder(str)
 _TOOLS = Decoder(list[_Tool])
-_CHOICE = Decoder(Literal["none", "auto", "required"] | _Choice)
+_CHOICE = Decoder(Literal["none", "auto", "required"] | _Choice | _Allowed)
 
 
 class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -234,8 +252,7 @@ class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
             None if is_absent(self.tool_choice) else decode_field(self.tool_choice, _CHOICE, "tool_choice")
         )
         if choice is not None:
-            named = {"type": "function", "function": {"name": getattr(choice, "name", None)}}
-            given["tool_choice"] = Raw(encode(choice if isinstance(choice, str) else named))
+            given["tool_choice"] = Raw(encode(choice if isinstance(choice, str) else choice.of_chat))
         return ChatRequest(
             messages=Raw(encode(self._messages())),
             model=self.model,

@@ -185,7 +185,7 @@ class ResponsesWriter(ResponseWriter):
         (reply,) = self.asked.replies
         is_cut = reply.reason == "length"
         status = "incomplete" if is_cut else "completed"
-        events = items.close(status)
+        events = items.close("incomplete" if reply.has_cut_call else status)
         used = self._usage()
         usage = {
             "input_tokens": used["prompt_tokens"],

@@ -41,15 +41,30 @@ class _Named(Struct):
     name: str
 
 
-class _Choice(Struct, forbid_unknown_fields=True):
+class _Choice(Struct, forbid_unknown_fields=True, tag="function"):
     """One function that is to be called."""
 
+    function: _Named
+
+
+class _AllowedTool(Struct, forbid_unknown_fields=True):
     function: _Named
     type: Literal["function"] = "function"
 
 
+class _AllowedTools(Struct, forbid_unknown_fields=True):
+    mode: Literal["auto", "required"]
+    tools: list[_AllowedTool]
+
+
+class _Allowed(Struct, forbid_unknown_fields=True, tag="allowed_tools"):
+    """A part of the tools, of which some or none are called, or at least one."""
+
+    allowed_tools: _AllowedTools
+
+
 _TOOLS = Decoder(list[Tool])
-_CHOICE = Decoder(Literal["none", "auto", "required"] | _Choice)
+_CHOICE = Decoder(Literal["none", "auto", "required"] | _Choice | _Allowed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +115,7 @@ def used_tools(functions: Sequence[ToolFunction], chosen: Any, parallel: bool | 
 
     Args:
         functions: The request's.
-        chosen: "none", "auto", "required", or an object with a function's name.
+        chosen: "none", "auto", "required", or an object with one function's name or those of several.
         parallel: Whether several calls are wanted; None for yes.
 
     Raises:
@@ -118,12 +133,23 @@ def used_tools(functions: Sequence[ToolFunction], chosen: Any, parallel: bool | 
         raise ApiError(400, "tool_choice asks for a call, and there are no tools.", "tool_choice")
     if isinstance(chosen, str):
         return ToolUse(functions, "auto" if chosen == "auto" else "required", parallel is False)
-    named = [function for function in functions if function.name == chosen.function.name]
-    if not named:
-        raise ApiError(
-            400, f"tool_choice names {chosen.function.name[:64]!r}; no tool has that name.", "tool_choice"
-        )
-    return ToolUse(named, "function", True)
+    if isinstance(chosen, _Allowed):
+        allowed = chosen.allowed_tools
+        left = _named(functions, [tool.function.name for tool in allowed.tools])
+        return ToolUse(left, allowed.mode, parallel is False)
+    return ToolUse(_named(functions, [chosen.function.name]), "function", True)
+
+
+def _named(functions: Sequence[ToolFunction], names: Sequence[str]) -> list[ToolFunction]:
+    """The functions with some names, in the order of the request's tools."""
+    if not names:
+        raise ApiError(400, "tool_choice allows no tools; name one, or send none.", "tool_choice")
+    known = {function.name for function in functions}
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        raise ApiError(400, f"tool_choice names {unknown[:64]!r}; no tool has that name.", "tool_choice")
+    wanted = set(names)
+    return [function for function in functions if function.name in wanted]
 
 
 def _shown(function: ToolFunction) -> dict[str, Any]:

@@ -76,7 +76,8 @@ class Channel:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limit: int, overflowed: Callable[[], object]) -> None:
         self.loop = loop
-        self._limit, self._overflowed = limit, overflowed
+        self._limit = limit
+        self._overflowed: Callable[[], object] | None = overflowed
         self._events: list[Event] = []
         self._waiting = 0
         self._ready = asyncio.Event()
@@ -89,9 +90,11 @@ class Channel:
         self._events += events
         self._waiting += sum(len(event.tokens) for event in events if isinstance(event, Tokens))
         if self._waiting > self._limit:
+            overflowed = self._overflowed
             self.close()
             self._events = [Failed(ApiError(503, "The stream was not read for too long, and is given up."))]
-            self._overflowed()
+            if overflowed is not None:
+                overflowed()
         self._ready.set()
 
     async def get(self) -> list[Event]:
@@ -104,4 +107,5 @@ class Channel:
     def close(self) -> None:
         """Closes the queue: events are no longer read."""
         self._closed = True
+        self._overflowed = None  # it may know the request, and that this channel
         self._events, self._waiting = [], 0

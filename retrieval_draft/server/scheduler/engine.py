@@ -426,9 +426,12 @@ class ServingEngine:
 
     def _end(self, choice: Choice, reason: str) -> None:
         choice.over, choice.row = True, None
-        choice.job.ended += 1
-        choice.job.drafter.stats.add(choice.stats)
+        job = choice.job
+        job.ended += 1
+        job.drafter.stats.add(choice.stats)
         self._reports.ended(choice, reason)
+        if job.ended == job.size:
+            job.let_go()
 
     def _row_failed(self, row: Row, error: Exception) -> None:
         choice = self._choices.pop(row, None)

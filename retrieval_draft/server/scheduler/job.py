@@ -104,6 +104,13 @@ class Job:
         self.groups.append(SequenceGroup(self, prepared, choices))
         return choices
 
+    def let_go(self) -> None:
+        """Forgets the choices at the end: they know the job, and what is in a circle waits for a collection.
+
+        Until then it would hold the inputs and the keys of each request that has ended.
+        """
+        self.groups = []
+
     @property
     def size(self) -> int:
         """Choices in all."""
