@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from retrieval_draft._progress import progress
 from retrieval_draft.drafting.session import Fuse
 from retrieval_draft.drafting.warm_up import compile_drafting
+from retrieval_draft.engine._kernels.moves import move_slots
 from retrieval_draft.engine.logits import LogitReader
 from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.index.source import DraftSource
@@ -28,4 +30,5 @@ def compile_kernels(sources: Sequence[DraftSource], tree: Fuse, top_k: int) -> N
         LogitReader(top_k).read(torch.zeros((2, 2 * top_k + 8), dtype=torch.float32, device="cpu"))
         flat = torch.zeros(8, dtype=torch.float32, device="cpu")
         GumbelNoise(0, 8, flat.device).draw(flat, 0)
+        move_slots(np.empty((0, 5), np.int64), np.empty(0, np.int64), 0)
     compile_drafting(sources, tree, top_k)
