@@ -78,12 +78,15 @@ class FairPool:
                     self._lanes[lane] = waiting  # after the others
                 self._busy.add(lane)
                 try:
-                    self._pool.submit(self._run, lane, future, call)
+                    self._pool.submit(self._run, lane, [(future, call)])
                 except RuntimeError:  # closed
                     self._busy.discard(lane)
                     return
 
-    def _run(self, lane: Hashable, future: Future[Any], call: Callable[[], Any]) -> None:
+    def _run(self, lane: Hashable, work: list[tuple[Future[Any], Callable[[], Any]]]) -> None:
+        # Taken out of the list, and deleted at the end: an error knows this frame and its callers, and with
+        # the error's own future in one of them, both and the request would wait for a garbage collection.
+        future, call = work.pop()
         try:
             if future.set_running_or_notify_cancel():
                 try:
@@ -93,6 +96,7 @@ class FairPool:
                 else:
                     future.set_result(result)
         finally:
+            del future, call
             with self._lock:
                 self._busy.discard(lane)
             self._next()

@@ -242,7 +242,10 @@ class Service:
         channel = Channel(loop, self.settings.unread_tokens, slow)
         drafter = loaded.tenants_of(model)[tenant]
         seconds = self.settings.request_seconds
-        job = Job(request_id, tenant, drafter, channel, seconds, arrived, traceparent, client_id, priority)
+        job = Job(
+            request_id, tenant, drafter, channel, seconds, arrived, traceparent, client_id, priority,
+            asked.grammar_field,
+        )  # fmt: skip
         choices = [choice for prepared in asked.prepared for choice in job.add(prepared)]
         for choice, text in zip(choices, asked.texts, strict=True):
             choice.text = text

@@ -56,6 +56,11 @@ class CompiledGrammar:
         error = self._first.get_error()
         if error:
             raise InvalidInputError(f"The grammar cannot be followed: {_shortened(error)}.")
+        # The first mask may take the longest of all. Found here, it holds up no batch, and all replies share it.
+        self._first.compute_bitmask()
+        error = self._first.get_error()
+        if error:
+            raise InvalidInputError(f"The grammar is too complex to follow: {_shortened(error)}.")
 
     def _made(self) -> Any:
         llguidance = import_llguidance()

@@ -105,7 +105,11 @@ class Grammar:
         if not 1 <= len(texts) <= _MAX_CHOICES:
             raise InvalidInputError(f"A choice has {len(texts)} texts; 1 to {_MAX_CHOICES} are allowed.")
         options = [_literal(_text(text, "A choice")) for text in texts]
-        return cls("choice", "start: " + " | ".join(options))
+        words = [option for option in options if option != '""']
+        # One word of the grammar, however many texts: as rules, some hundred of them would be too many.
+        start = ["CHOICE"] * bool(words) + ['""'] * (len(words) < len(options))
+        source = f"start: {' | '.join(start)}" + (f"\nCHOICE: {' | '.join(words)}" if words else "")
+        return cls("choice", source)
 
     @classmethod
     def rules(cls, text: str) -> Grammar:

@@ -99,6 +99,7 @@ class PreparedRequest:
         texts: The text of each choice, in which the engine looks for stop strings; None without any.
         prompt_tokens: Of all prompts.
         predicted: Token ids of the prediction.
+        grammar_field: The field that asks for the grammar of the replies; None without one.
     """
 
     prepared: list[DecodeRequests] = field(default_factory=list)
@@ -106,6 +107,7 @@ class PreparedRequest:
     texts: list[ReplyText | None] = field(default_factory=list)
     prompt_tokens: int = 0
     predicted: Sequence[int] = ()
+    grammar_field: str | None = None
 
 
 def prepare_request(asks: GenerationParams, fields: GenerationFields, means: Means) -> PreparedRequest:
@@ -146,7 +148,7 @@ def prepare_request(asks: GenerationParams, fields: GenerationFields, means: Mea
         check_grammar(drafter, grammar)
     if fields.allowed_token_ids and {word[-1] for word in words} >= set(fields.allowed_token_ids):
         raise ApiError(400, "bad_words leaves none of allowed_token_ids.", "bad_words")
-    asked = PreparedRequest()
+    asked = PreparedRequest(grammar_field=None if grammar is None else grammar.field.partition(".")[0])
     documents, asked.predicted = _references(fields, means)
     for index, prompt in enumerate(asks.prompts):
         means.check()

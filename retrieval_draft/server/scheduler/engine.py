@@ -469,7 +469,10 @@ class ServingEngine:
 def _failure(job: Job, error: Exception) -> ApiError:
     """The answer to an error of a job, which is logged."""
     _log.error("Request %s failed: %r", job.id, error, exc_info=error)
-    return from_library(error)
+    failure, field = from_library(error), job.grammar_field
+    if failure.status == 400 and failure.param is None and field is not None:  # of the grammar, midway
+        return ApiError(400, f"{field}: {failure.message}", field)
+    return failure
 
 
 def _put_all(events: Sequence[tuple[Channel, Sequence[Event]]]) -> None:

@@ -77,6 +77,7 @@ class Job:
         traceparent: W3C's header of the HTTP request, for traces; None without.
         client_id: The client's id of the request, for logs; None without.
         priority: Requests of its tenant with lower numbers join before it.
+        grammar_field: The field that asks for the grammar of its replies; None without one.
         groups: One for each prompt.
         given_up: Error that ends it early; None if there is none.
         failed: Whether that is the error of a row of it, which its client has been told.
@@ -92,6 +93,7 @@ class Job:
     traceparent: str | None = None
     client_id: str | None = None
     priority: int = 0
+    grammar_field: str | None = None
     groups: list[SequenceGroup] = field(default_factory=list)
     given_up: ApiError | None = None
     failed: bool = False
