@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.models.loading import load_model
 
-__all__ = ["measure_grammars"]
+__all__ = ["WAYS", "measure_grammars"]
 
+WAYS = ("alternating", "reversed", "both")
 _NEW = 4096
 """Tokens that no reply of a shape needs: each has at most five texts of 40 characters, a character
 at most twelve tokens (two escapes of six letters), and the rest is shorter than 200. So no reply is cut."""
@@ -27,8 +28,9 @@ def measure_grammars(
     shapes: Sequence[str] = (*TASKS,),
     history: bool = True,
     new: int = _NEW,
+    ways: str = "alternating",
 ) -> dict[str, Any]:
-    """Decodes requests of each shape, half of them greedy, with drafts and without, and compares the replies.
+    """Decodes requests of each shape, greedy and seeded, with drafts and without, and compares the replies.
 
     Args:
         model_name: As for ``--model``.
@@ -36,10 +38,14 @@ def measure_grammars(
         shapes: Names of those measured.
         history: Whether the requests of one shape draft from the earlier ones.
         new: Tokens of a reply at most.
+        ways: One of `WAYS`: "alternating" for a half of the requests greedy and a half seeded, "reversed" for
+            the other half of each, "both" for every request both ways.
 
     Raises:
-        InvalidInputError: There is no shape of such a name.
+        InvalidInputError: There is no shape or way of such a name.
     """
+    if ways not in WAYS:
+        raise InvalidInputError(f"There are no ways {ways!r}.", f"Use one of: {', '.join(WAYS)}.")
     for name in shapes:
         if name not in TASKS:
             raise InvalidInputError(f"There is no shape {name!r}.", f"Use one of: {', '.join(TASKS)}.")
@@ -52,7 +58,7 @@ def measure_grammars(
         task = TASKS[name]
         counts = dict.fromkeys(_COUNTS, 0)
         drafter = RetrievalDrafter.for_model(model, tokenizer, config=config)
-        for number, subject in enumerate(SUBJECTS[:requests]):
+        for number, subject, greedy in _requests(requests, ways):
             if not history:
                 drafter = RetrievalDrafter.for_model(model, tokenizer, config=config)
             chat = [{"role": "user", "content": task.request.format(subject)}]
@@ -60,7 +66,7 @@ def measure_grammars(
                 chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
             sampled = {"do_sample": True, "temperature": 0.8, "seed": number}
-            way: dict[str, Any] = {"do_sample": False} if number % 2 == 0 else sampled
+            way: dict[str, Any] = {"do_sample": False} if greedy else sampled
             given = {**inputs, "grammar": task.grammar, "max_new_tokens": new, **way}
             expected, drafted = plain.generate(**given), drafter.generate(**given)
             assert plain.last_stats is not None
@@ -85,7 +91,16 @@ def measure_grammars(
         if (these := [each for each in found.values() if each["kind"] == kind])
     }
     totals = {key: sum(each[key] for each in found.values()) for key in _COUNTS}
-    return {"model": model_name, "history": history, "shapes": found, "fewer_passes": kinds, **totals}
+    head = {"model": model_name, "history": history, "ways": ways}
+    return {**head, "shapes": found, "fewer_passes": kinds, **totals}
+
+
+def _requests(count: int, ways: str) -> Iterator[tuple[int, str, bool]]:
+    """Number and subject of each request, and whether it is greedy."""
+    for number, subject in enumerate(SUBJECTS[:count]):
+        for greedy in (True, False):
+            if ways == "both" or (number % 2 == 0) == (greedy == (ways == "alternating")):
+                yield number, subject, greedy
 
 
 def _ratio(counts: list[dict[str, Any]]) -> float:

@@ -20,6 +20,9 @@ def grammars(
         str, typer.Option(help="By commas, to measure in parts; all by default.", show_default=False)
     ] = "",
     history: Annotated[bool, typer.Option(help="Draft from earlier requests of the same shape.")] = True,
+    ways: Annotated[
+        str, typer.Option(help="alternating: half greedy, half seeded; reversed: the other halves; or both.")
+    ] = "alternating",
     out: Out = None,
     json: Json = False,
 ) -> None:
@@ -28,7 +31,7 @@ def grammars(
     from benchmarks.grammars import measure_grammars
     from retrieval_draft.bench.provenance import provenance
 
-    result = measure_grammars(model, requests, shapes=split(shapes) or (*TASKS,), history=history)
+    result = measure_grammars(model, requests, shapes=split(shapes) or (*TASKS,), history=history, ways=ways)
     finish(result | provenance(), out)
     if json:
         print_json(result)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from benchmarks.grammar_tasks import SUBJECTS, TASKS
-from benchmarks.grammars import measure_grammars
+from benchmarks.grammars import _requests, measure_grammars
 from retrieval_draft.errors import InvalidInputError
 from tests.support.grammars import json_model, json_tokenizer
 
@@ -21,6 +21,15 @@ def test_replies_are_compared_and_checked(monkeypatch: pytest.MonkeyPatch) -> No
     assert result["equal"] == result["requests"] == 6
     assert result["valid"] == result["ended"] > 0
     assert result["shapes"]["call"]["fewer_passes"] > 1
+
+
+def test_two_halves_are_each_request_both_ways() -> None:
+    halves = [set(_requests(4, ways)) for ways in ("alternating", "reversed")]
+    assert len(halves[0]) == len(halves[1]) == 4
+    assert halves[0] | halves[1] == set(_requests(4, "both"))
+    assert {greedy for _, _, greedy in halves[1]} == {True, False}
+    with pytest.raises(InvalidInputError, match="no ways 'all'"):
+        measure_grammars("tiny", 1, ways="all")
 
 
 def test_an_unknown_shape_is_refused_by_name() -> None:

@@ -10,7 +10,8 @@ import httpx
 import openai
 import pytest
 
-from tests.support.scripted import openai_client, scripted_server
+from retrieval_draft.drafter import RetrievalDrafter
+from tests.support.scripted import byte_tokenizer, openai_client, scripted_server
 from tests.support.servers import MODEL, Running
 
 CALL = '<tool_call>\n{"name": "look", "arguments": {"path": "é"}}\n</tool_call>'
@@ -152,6 +153,59 @@ def test_allowed_tools(running: Running, client: openai.OpenAI) -> None:
     allowed["tools"][0]["name"] = "another"
     refused = post(running, "v1/responses", input="ab", tools=TOOLS, tool_choice=allowed)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tool_choice")
+
+
+TURN = byte_tokenizer().convert_tokens_to_ids("<|turn|>")
+FIELDS: dict[str, dict[str, Any]] = {
+    "repetition_penalty": {"repetition_penalty": 1.7},
+    "logit_bias": {"logit_bias": {"5": 100}},
+    "structured_outputs": {"structured_outputs": {"choice": ["yes", "no"]}},
+    "ignore_eos": {"ignore_eos": True, "logit_bias": {"0": 100}},
+    "skip_special_tokens": {"skip_special_tokens": False, "logit_bias": {str(TURN): 100}},
+    "include_stop_str_in_output": {"include_stop_str_in_output": True, "stop": "%%", "logit_bias": {"5": 100}},
+    "priority": {"priority": -3},
+    "cache_salt": {"cache_salt": "a"},
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_field_means_what_it_does_in_a_chat(
+    running: Running, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "structured_outputs":
+        pytest.importorskip("llguidance")
+    seen: list[Any] = []
+    submit, salted = running.engine.submit, RetrievalDrafter.use_prefixes
+
+    def submitted(job: Any) -> None:
+        seen.append(("priority", job.priority))
+        submit(job)
+
+    def used(self: Any, requests: Any, salt: str = "") -> None:
+        seen.append(("cache_salt", salt))
+        salted(self, requests, salt)
+
+    monkeypatch.setattr(running.engine, "submit", submitted)
+    monkeypatch.setattr(RetrievalDrafter, "use_prefixes", used)
+
+    def both(fields: dict[str, Any]) -> list[tuple[str, int]]:
+        response = post(running, "v1/responses", input="ab", max_output_tokens=12, temperature=0, **fields)
+        messages = [{"role": "user", "content": "ab"}]
+        chat = post(
+            running, "v1/chat/completions", messages=messages, max_tokens=12, temperature=0, **fields
+        )
+        text = "".join(part["text"] for item in response.json()["output"] for part in item["content"])
+        told = chat.json()
+        tokens = response.json()["usage"]["output_tokens"], told["usage"]["completion_tokens"]
+        return list(zip((text, told["choices"][0]["message"]["content"]), tokens, strict=True))
+
+    asked, own = FIELDS[name], FIELDS[name][name]
+    told, other = both(asked)
+    assert told == other
+    if name in ("priority", "cache_salt"):
+        assert [value for key, value in seen if key == name and value] == [own, own]
+    else:
+        assert told != both({key: value for key, value in asked.items() if key != name})[0]
 
 
 def post(running: Running, path: str, **fields: Any) -> Any:
