@@ -318,7 +318,8 @@ def prompt_contexts(prompt: TokenArray, count: int) -> NDArray[np.int32]:
     """
     head = np.full(CONTEXT - 1, -1, np.int32)
     windows = np.lib.stride_tricks.sliding_window_view(np.concatenate([head, prompt]), CONTEXT)
-    return windows[len(windows) - count :].copy()  # writable, as kernels are compiled for; a view is not
+    last: NDArray[np.int32] = windows[len(windows) - count :].copy()  # writable, as kernels want it
+    return last
 
 
 def _usable(

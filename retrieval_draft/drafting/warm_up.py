@@ -47,7 +47,7 @@ def compile_drafting(sources: Sequence[DraftSource], tree: Fuse, top_k: int) -> 
 
 
 def _decode(session: DraftSession, prompt: TokenArray, top_k: int, costs: CostModel) -> None:
-    """Drafts for a request that goes on with its copy, leaves it, and becomes long."""
+    """Drafts for a request that continues its copy, leaves it, and becomes long."""
     top_tokens = np.arange(top_k, dtype=np.int32)[None].repeat(len(prompt), 0)
     top_probs = np.full(top_tokens.shape, 1 / (top_k + 1), np.float32)
     contexts = prompt_contexts(prompt, len(prompt))
@@ -60,6 +60,8 @@ def _decode(session: DraftSession, prompt: TokenArray, top_k: int, costs: CostMo
         emitted, root = np.array([token], np.int32), token
         nodes = len(plan.tree.tokens)
         session.observe(emitted)
-        session.learn(plan, emitted, NodeLogits(plan.tree.contexts(prompt), top_tokens[:nodes], top_probs[:nodes]))
+        session.learn(
+            plan, emitted, NodeLogits(plan.tree.contexts(prompt), top_tokens[:nodes], top_probs[:nodes])
+        )
     session.observe(np.arange(_LONG, dtype=np.int32) % 31)
     session.close()

@@ -26,7 +26,9 @@ def test_a_server_that_is_started_again_answers_alike_and_drafts_at_once(tmp_pat
 
 
 @pytest.mark.parametrize(("equal", "code"), [(8, 0), (7, 3)])
-def test_another_reply_is_told_by_the_exit_code(monkeypatch: pytest.MonkeyPatch, equal: int, code: int) -> None:
+def test_another_reply_is_told_by_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, equal: int, code: int
+) -> None:
     run = {"ready_seconds": 1.0, "all_seconds": 2.0, "tokens_per_step": 3.0, "cached_share": 0.5, "turns": 8}
     asked: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""Ended requests leave nothing behind: no object in a circle, and no structure that grows with their number."""
+"""Ended requests leave nothing behind: no object in a circle, no structure that grows with their number."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/response
 
 
 def said(number: int, **more: Any) -> dict[str, Any]:
-    return {"model": MODEL, "messages": [{"role": "user", "content": f"say {number}"}], "max_tokens": 40, **more}
+    return {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": f"say {number}"}],
+        "max_tokens": 40,
+        **more,
+    }
 
 
 ASKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -68,7 +73,7 @@ def is_quiet(running: Running) -> bool:
 
 @pytest.mark.parametrize("name", ASKS)
 def test_no_object_waits_for_a_collection(running: Running, name: str) -> None:
-    """A circle would keep inputs, keys and grammars of requests, and make collections that stop all threads."""
+    """A circle keeps inputs, keys and grammars of requests until a collection, which stops all threads."""
     if "grammar" in name or name == "choice":
         pytest.importorskip("llguidance")
     path, body = ASKS[name]

@@ -162,7 +162,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     "structured_outputs": {"structured_outputs": {"choice": ["yes", "no"]}},
     "ignore_eos": {"ignore_eos": True, "logit_bias": {"0": 100}},
     "skip_special_tokens": {"skip_special_tokens": False, "logit_bias": {str(TURN): 100}},
-    "include_stop_str_in_output": {"include_stop_str_in_output": True, "stop": "%%", "logit_bias": {"5": 100}},
+    "include_stop_str_in_output": {
+        "include_stop_str_in_output": True,
+        "stop": "%%",
+        "logit_bias": {"5": 100},
+    },
     "priority": {"priority": -3},
     "cache_salt": {"cache_salt": "a"},
 }
@@ -191,9 +195,7 @@ def test_a_field_means_what_it_does_in_a_chat(
     def both(fields: dict[str, Any]) -> list[tuple[str, int]]:
         response = post(running, "v1/responses", input="ab", max_output_tokens=12, temperature=0, **fields)
         messages = [{"role": "user", "content": "ab"}]
-        chat = post(
-            running, "v1/chat/completions", messages=messages, max_tokens=12, temperature=0, **fields
-        )
+        chat = post(running, "v1/chat/completions", messages=messages, max_tokens=12, temperature=0, **fields)
         text = "".join(part["text"] for item in response.json()["output"] for part in item["content"])
         told = chat.json()
         tokens = response.json()["usage"]["output_tokens"], told["usage"]["completion_tokens"]

@@ -164,9 +164,13 @@ def test_a_part_of_the_tools_is_allowed(running: Running, client: openai.OpenAI,
     assert called == {"run"} if mode == "required" else called <= {"run"}
     alone = {**fields, "tools": fields["tools"][1:], "tool_choice": mode}
     other = client.chat.completions.create(**alone).choices[0].message
-    assert (message.content, called) == (other.content, {call.function.name for call in other.tool_calls or []})
-    for wrong in ({"mode": mode, "tools": []}, {"mode": mode, "tools": [{**names[0], "function": {"name": "x"}}]},
-                  {"mode": "none", "tools": names}, {"mode": mode, "tools": names, "more": 1}, {"mode": mode}):  # fmt: skip
+    assert (message.content, called) == (
+        other.content,
+        {call.function.name for call in other.tool_calls or []},
+    )
+    unknown = [{"type": "function", "function": {"name": "x"}}]
+    bad: list[Any] = [{"mode": mode, "tools": []}, {"mode": mode, "tools": unknown}, {"mode": mode}]
+    for wrong in (*bad, {"mode": "none", "tools": names}, {"mode": mode, "tools": names, "more": 1}):
         refused = httpx.post(
             f"{running.url}/v1/chat/completions",
             json={**fields, "tool_choice": {"type": "allowed_tools", "allowed_tools": wrong}},

@@ -56,7 +56,7 @@ class CompiledGrammar:
         error = self._first.get_error()
         if error:
             raise InvalidInputError(f"The grammar cannot be followed: {_shortened(error)}.")
-        # The first mask may take the longest of all. Found here, it holds up no batch, and all replies share it.
+        # The first mask may take the longest of all: here no batch waits for it, and all replies share it.
         self._first.compute_bitmask()
         error = self._first.get_error()
         if error:

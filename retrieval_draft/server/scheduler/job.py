@@ -78,7 +78,8 @@ class Job:
         client_id: The client's id of the request, for logs; None without.
         priority: Requests of its tenant with lower numbers join before it.
         grammar_field: The field that asks for the grammar of its replies; None without one.
-        groups: One for each prompt.
+        groups: One for each prompt; none once it is over.
+        size: Choices in all.
         given_up: Error that ends it early; None if there is none.
         failed: Whether that is the error of a row of it, which its client has been told.
         ended: Choices that are over.
@@ -95,6 +96,7 @@ class Job:
     priority: int = 0
     grammar_field: str | None = None
     groups: list[SequenceGroup] = field(default_factory=list)
+    size: int = 0
     given_up: ApiError | None = None
     failed: bool = False
     ended: int = 0
@@ -103,6 +105,7 @@ class Job:
         """Adds the choices of one prompt."""
         begin = self.size
         choices = [Choice(self, begin + index, request) for index, request in enumerate(prepared.requests)]
+        self.size += len(choices)
         self.groups.append(SequenceGroup(self, prepared, choices))
         return choices
 
@@ -112,11 +115,6 @@ class Job:
         Until then it would hold the inputs and the keys of each request that has ended.
         """
         self.groups = []
-
-    @property
-    def size(self) -> int:
-        """Choices in all."""
-        return sum(len(group.choices) for group in self.groups)
 
     @property
     def choices(self) -> list[Choice]:

@@ -21,7 +21,7 @@ drafter = RetrievalDrafter.for_model(model, tokenizer, config=DraftConfig(prefix
 
 def compiled():
     made = [each for each in gc.get_objects() if isinstance(each, Dispatcher)]
-    return {(each.py_func.__module__, each.py_func.__name__, str(call)) for each in made for call in each.signatures}
+    return {(each.py_func.__module__, each.__name__, str(call)) for each in made for call in each.signatures}
 
 drafter.warm_up()
 before = compiled()
@@ -36,6 +36,8 @@ print(sorted(compiled() - before))
 
 
 def test_requests_compile_no_kernel() -> None:
-    told = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=600, check=False)
+    told = subprocess.run(
+        [sys.executable, "-c", CODE], capture_output=True, text=True, timeout=600, check=False
+    )
     assert told.returncode == 0, told.stderr
     assert told.stdout.strip() == "[]"

@@ -119,7 +119,7 @@ def test_a_job_is_told_its_tokens_and_its_end() -> None:
         assert tokens_of(events) == alone(prompt_ids(9))
         assert ends_of(events) == {0: "length"}
         assert (ends.starts, ends.ends) == (["job"], [("job", "length")])
-        assert (job.ended, job.choices[0].over) == (1, True)
+        assert (job.ended, job.size, job.choices) == (1, 1, []), "they would know the job, and it them"
 
     run(check)
 
