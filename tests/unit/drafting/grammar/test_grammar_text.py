@@ -139,3 +139,28 @@ def test_a_grammar_that_holds_up_others_fails(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(grammar_text, "_PATIENCE_FOR_TOKEN", 0.0)
     with pytest.raises(InvalidInputError, match="less ambiguous"):
         text_of(Grammar.choice(["yes"])).mask()
+
+
+CHOICES: dict[str, list[str]] = {
+    "beginnings": ["cat", "catalog", "cats"],
+    "nothing": ["", "a"],
+    "nothing else": [""],
+    "twice": ["a", "a"],
+    "letters": ['"|\n\\"', "é", "日本", "日"],
+    "many": [str(number) for number in range(700)],
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_replies_of_a_choice_are_its_texts_and_no_others(name: str) -> None:
+    """All paths of tokens that the masks allow; of many texts those that begin with 69."""
+    texts, begin = CHOICES[name], "69" if name == "many" else ""
+    ended, paths = set[str](), [TOKENIZER(begin, add_special_tokens=False)["input_ids"]]
+    while paths:
+        reply = paths.pop()
+        for token in allowed(follow(text_of(Grammar.choice(texts)), reply)):
+            if token == EOS:
+                ended.add(TOKENIZER.decode(reply))
+            else:
+                paths.append([*reply, token])
+    assert ended == {text for text in texts if text.startswith(begin)}
