@@ -22,6 +22,9 @@ comes 200 ms late."""
 
 _DELAY = 0.1
 
+_SECONDS = 20.0
+"""Limit of the wait for what an outage has held back."""
+
 
 def measure_outages(
     model: str,
@@ -50,7 +53,8 @@ def measure_outages(
     Returns:
         For each state the median over prompts of tokens a second with the store over those without, tenths,
         that of all tokens together, whether all replies were equal, their number, the share of one core that
-        the store's threads took, and the store's state at the end.
+        the store's threads took, the store's state at the end; and, with the outage over, entries of texts
+        and of what was learned that the store has taken, and texts that wait.
     """
     found: dict[str, Any] = {}
     with (
@@ -77,6 +81,7 @@ def measure_outages(
             share = (decoder.store_seconds() - taken) / (time.perf_counter() - begin)
             seen = decoder.call(do="status").get("state", "none")
             _leave(state, server, proxy)
+            status = _when_sent(decoder) if state != "none" else {}
             decoder.call(do="close")
             low, middle, high = np.percentile(np.divide(seconds[False], seconds[True]), [10, 50, 90]).tolist()
             found[state] = {
@@ -88,6 +93,7 @@ def measure_outages(
                 "replies": len(seconds[True]),
                 "same_text": same,
                 "state": seen,
+                **{name: status.get(name, 0) for name in ("sent", "sent_learned", "waiting")},
             }
     return found
 
@@ -109,3 +115,16 @@ def _leave(state: str, server: ValkeyProcess, proxy: SlowProxy) -> None:
         server.resume()
     if state in ("dead", "paused", "slow"):
         time.sleep(0.5)
+
+
+def _when_sent(decoder: DecoderProcess) -> dict[str, Any]:
+    """The store's status once it has taken what waited, or after `_SECONDS`."""
+    end = time.monotonic() + _SECONDS
+    last: dict[str, Any] = {}
+    while True:
+        status = decoder.call(do="status")
+        is_still = status["sent_learned"] == last.get("sent_learned") and not status["waiting"]
+        if is_still or time.monotonic() > end:
+            return status
+        last = status
+        time.sleep(1.0)  # rows go after the texts

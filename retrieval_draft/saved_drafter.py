@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-import torch
 
 from retrieval_draft import __version__
 from retrieval_draft._files import file_checksum, read_bounded, replace_file
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafting.calibration import Calibration
-from retrieval_draft.drafting.cost import SIZES
-from retrieval_draft.engine.cpu.linear_choice import machine
 from retrieval_draft.engine.draft_engine import LearnedState
+from retrieval_draft.engine.pass_costs import PassCosts, situation
 from retrieval_draft.errors import DatastoreError, InvalidInputError, TokenizerMismatchError
 from retrieval_draft.index.phrases import PhraseTable
 from retrieval_draft.index.store.config import StoreConfig
@@ -31,7 +29,7 @@ from retrieval_draft.models.fingerprint import tokenizer_fingerprint, vocabulary
 if TYPE_CHECKING:
     from retrieval_draft.drafter import RetrievalDrafter
 
-__all__ = ["FORMAT", "SavedCosts", "SavedDrafter", "SavedStore", "load_drafter", "save_drafter"]
+__all__ = ["FORMAT", "SavedDrafter", "SavedStore", "load_drafter", "save_drafter"]
 
 DRAFTER = "drafter.json"
 FORMAT = "retrieval_draft drafter"
@@ -57,13 +55,6 @@ class SavedStore(msgspec.Struct):
     snapshots: str | None
     signed: bool
     options: dict[str, Any]
-
-
-class SavedCosts(msgspec.Struct):
-    """Measured seconds of a forward pass by number of tokens, and the machine and model they are of."""
-
-    situation: dict[str, str]
-    seconds: dict[int, float]
 
 
 class SavedDrafter(msgspec.Struct, kw_only=True):
@@ -99,7 +90,7 @@ class SavedDrafter(msgspec.Struct, kw_only=True):
     store: SavedStore | None
     draft_models: int
     calibration: tuple[str, str] | None
-    costs: SavedCosts | None
+    costs: PassCosts | None
 
 
 def save_drafter(drafter: RetrievalDrafter, folder: str | Path) -> None:
@@ -135,7 +126,7 @@ def save_drafter(drafter: RetrievalDrafter, folder: str | Path) -> None:
         store=None if store is None else _saved_store(store.config),
         draft_models=len(parts.models),
         calibration=calibration,
-        costs=SavedCosts(_situation(drafter), known.seconds) if known.seconds else None,
+        costs=PassCosts(situation(drafter.target, config), known.seconds) if known.seconds else None,
     )
     text = msgspec.json.format(msgspec.json.encode(saved), indent=1)
     replace_file(home / DRAFTER, text + b"\n")
@@ -186,9 +177,8 @@ def load_drafter(
         **given,
     }
     drafter = kind.for_model(model, tokenizer, **options)
-    costs, seconds = saved.costs, {}
-    if costs is not None and costs.situation == _situation(drafter) and set(costs.seconds) == set(SIZES):
-        seconds = costs.seconds
+    costs = saved.costs
+    seconds = {} if costs is None else costs.seconds_in(situation(drafter.target, drafter.config))
     drafter.draft_engine.start_from(LearnedState(calibration, seconds))
     return drafter
 
@@ -319,20 +309,3 @@ def _store_config(saved: SavedStore) -> StoreConfig:
     known = {field.name for field in fields(StoreConfig)}
     options = {name: value for name, value in saved.options.items() if name in known}
     return StoreConfig(saved.url, snapshots=saved.snapshots, **options)
-
-
-def _situation(drafter: RetrievalDrafter) -> dict[str, str]:
-    """Properties that the costs of passes depend on."""
-    target = drafter.target
-    model: Any = target.model
-    weights = list(model.parameters())
-    device = target.device
-    return {
-        "machine": str(machine(torch.get_num_threads())),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "model": type(model).__name__,
-        "bytes": str(sum(weight.nbytes for weight in weights)),
-        "dtypes": ", ".join(sorted({str(weight.dtype) for weight in weights})),
-        "attention": str(model.config._attn_implementation),
-        "cpu_kernels": str(drafter.config.cpu_kernels),
-    }

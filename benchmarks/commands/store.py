@@ -174,6 +174,14 @@ def _rows(found: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
                 )
                 for state, each in value.items()
             ]
+            rows += [
+                (
+                    f"store {state}, afterwards: entries of texts and of rows sent, texts waiting",
+                    _numbers(each, "sent", "sent_learned", "waiting"),
+                )
+                for state, each in value.items()
+                if state != "none"
+            ]
         elif part == "soak":
             kills = f"{value['server_kills']} + {value['redis_kills']}"
             rows.append((f"{value['entries']:,} entries, {value['servers']} servers, kills", kills))

@@ -47,11 +47,12 @@ def fuse(
     sources = np.empty(size, np.int64)
     columns, used = columns_of(tuple([proposal.source for proposal in proposals]))
     evidence = np.empty((size, _kernels.OWN + _kernels.PER_SOURCE * used.bit_count()), np.float32)
+    filled = [proposal for proposal in proposals if len(proposal.tokens)]
     kept = _kernels.fuse(
-        np.concatenate([proposal.tokens for proposal in proposals]),
-        np.concatenate([proposal.parents for proposal in proposals]),
-        np.concatenate([proposal.probs for proposal in proposals]),
-        np.concatenate([proposal.match_lengths for proposal in proposals]),
+        np.concatenate([proposal.tokens for proposal in filled]),
+        np.concatenate([proposal.parents for proposal in filled]),
+        np.concatenate([proposal.probs for proposal in filled]),
+        np.concatenate([proposal.match_lengths for proposal in filled]),
         np.array([0, *accumulate(sizes)]),
         columns,
         used,

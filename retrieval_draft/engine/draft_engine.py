@@ -22,6 +22,7 @@ from retrieval_draft.drafting.session import DraftSession, Fuse
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.head_cost import HeadCost
 from retrieval_draft.engine.logits import LogitReader
+from retrieval_draft.engine.pass_costs import COSTS, PassCosts, keep_costs, load_costs, situation
 from retrieval_draft.engine.passes import tree_passes
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.target import Target
@@ -177,14 +178,14 @@ class DraftEngine:
         )
 
     def flush(self) -> None:
-        """Waits until the replies of finished requests can be looked up, and saves the calibration."""
+        """Waits until the replies of finished requests can be looked up; saves calibration and costs."""
         self._hierarchy.flush()
-        self._save_calibration()
+        self._save()
 
     def close(self) -> None:
-        """Closes the sources, and saves the calibration."""
+        """Closes the sources; saves calibration and costs."""
         self._hierarchy.close()
-        self._save_calibration()
+        self._save()
 
     @property
     def sources(self) -> Sequence[DraftSource]:
@@ -196,17 +197,25 @@ class DraftEngine:
         """Calls in which a source raised so far."""
         return self._hierarchy.failures
 
-    def _save_calibration(self) -> None:
-        keep_calibration(self._calibration, calibration_file(self._config))
+    def _save(self) -> None:
+        kept = calibration_file(self._config)
+        keep_calibration(self._calibration, kept)
+        seconds = self.known().seconds if self._calibration is not None else {}
+        if kept is not None and seconds:
+            keep_costs(kept.with_name(COSTS), PassCosts(situation(self._target, self._config), seconds))
 
     def _measure(self) -> CostModel:
         from retrieval_draft._progress import progress
         from retrieval_draft.drafting.cost import ROUNDS, SIZES
 
-        if self._known.seconds:
+        kept = calibration_file(self._config)
+        seconds = self._known.seconds
+        if kept is not None and not seconds:
+            seconds = load_costs(kept.with_name(COSTS), situation(self._target, self._config))
+        if seconds:
             cost = self._costs()
             cost.device = self._target.device
-            cost.load(self._known.seconds)
+            cost.load(seconds)
             return cost
         with progress("Measuring forward passes", ROUNDS * len(SIZES)) as advance:
             return self._costs.measure(self._forward(), self._target.device, advance)

@@ -60,6 +60,9 @@ def test_the_bench_measures_every_part(command: Command, tiny: str, tmp_path: Pa
     assert {name: each["same_text"] for name, each in parts["outages"].items()} == dict.fromkeys(
         ("none", "connected", "dead", "paused", "slow"), True
     )
+    for name in ("connected", "dead", "paused", "slow"):
+        each = parts["outages"][name]
+        assert (each["sent"], each["waiting"]) == (each["replies"], 0)
     assert parts["split"]["all_shared"] > parts["split"]["not_shared"] > 1
     fuzz = parts["fuzz"]
     assert (fuzz["uncounted"], fuzz["bad_texts"], fuzz["foreign_drafts"]) == (0, 0, 0)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from retrieval_draft import DraftConfig, RetrievalDrafter, StoreConfig
+from retrieval_draft.engine.pass_costs import PassCosts
 from retrieval_draft.errors import (
     DatastoreError,
     InvalidInputError,
@@ -27,7 +28,7 @@ from retrieval_draft.index.segments.index_folder import IndexFolder
 from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.index.store.redact import without_credentials
 from retrieval_draft.models.fingerprint import tokenizer_fingerprint
-from retrieval_draft.saved_drafter import FORMAT, SavedCosts, SavedDrafter, _saved_store
+from retrieval_draft.saved_drafter import FORMAT, SavedDrafter, _saved_store
 from tests.support.models import make
 from tests.support.tiny import TEXT, byte_tokenizer
 from tests.support.tokenizers_for_tests import byte_level
@@ -288,14 +289,15 @@ def test_a_description_may_say_anything(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(RetrievalDrafter, "for_model", lambda *given, **named: made.append(named) or drafter)
     made: list[dict[str, Any]] = []
     store = StoreConfig("redis://127.0.0.1:1", tenant="acme")
-    drafter = SimpleNamespace(draft_engine=SimpleNamespace(start_from=lambda known: None), target=None)
+    engine = SimpleNamespace(start_from=lambda known: None)
+    drafter = SimpleNamespace(draft_engine=engine, target=None, config=DraftConfig())
     saved = SavedDrafter(
         format=FORMAT, format_version=1, library_version="1", created="now", vocabulary=300, fingerprint="",
         tokens=300, config=DraftConfig(), corpora=["index"], phrases=[[1, 2, 3]],
         store=_saved_store(store), draft_models=0, calibration=("calibration-0.safetensors", "0" * 32),
-        costs=SavedCosts({"machine": "mine"}, {1: 0.5}),
+        costs=PassCosts({"machine": "mine"}, {1: 0.5}),
     )  # fmt: skip
-    monkeypatch.setattr("retrieval_draft.saved_drafter._situation", lambda _: {})
+    monkeypatch.setattr("retrieval_draft.saved_drafter.situation", lambda *_: {})
     document = msgspec.json.decode(msgspec.json.encode(saved))
     document["calibration"] = None
     path = tmp_path / "drafter.json"

@@ -344,7 +344,7 @@ def fuse(
     sources = (out_evidence.shape[1] - OWN) // PER_SOURCE
     evidence = np.zeros((total + 1, out_evidence.shape[1]), np.float32)
     covered = np.zeros((total + 1, sources), np.float32)
-    left = np.ones((total + 1, sources), np.float32)  # log of the uncovered probability; 1 where not computed
+    left = np.empty(sources, np.float32)  # log of the probability that a source's children leave over
     children = np.zeros((total + 1, sources), np.int32)
     slots = np.empty(sources, np.int64)
     list_slots(used, slots)
@@ -386,7 +386,7 @@ def fuse(
                 trie_sibling[node] = trie_child[parent]
                 trie_child[parent] = node
                 evidence[node, RANK] = RANKS - 1
-            evidence[node, own + ODDS] = log_odds(prob)
+            evidence[node, own + ODDS] = probs[item]  # log odds once it is weighed
             evidence[node, own + LENGTH] = length_bucket(lengths[item])
             evidence[node, RANK] = min(evidence[node, RANK], children[parent, column])
             children[parent, column] += 1
@@ -399,34 +399,6 @@ def fuse(
     calibrated = np.empty(size, np.float64)
     heap = np.empty(size, np.int32)
     path[0] = 1.0
-    for node in range(1, size):
-        mask = trie_mask[node]
-        parent = trie_parent[node]
-        evidence[node, MASK] = mask
-        evidence[node, DEPTH] = trie_depth[node]
-        evidence[node, TIME] = times_of(occurrences, trie_token[node])
-        for column in range(sources):
-            if not mask >> slots[column] & 1 and covered[parent, column] > 0.0:
-                if left[parent, column] > 0.0:
-                    left[parent, column] = np.log(max(1.0 - covered[parent, column], LEAST_LEFT))
-                evidence[node, OWN + PER_SOURCE * column + LEFT] = left[parent, column]
-        odds = mixed_odds(evidence[node], slots, weights, parameters, request)
-        raw = guess(1.0 / (1.0 + np.exp(-odds)))
-        cell = cell_of(mask, odds)
-        evidence[node, RAW] = raw
-        evidence[node, CELL] = cell
-        ratio = (accepted[cell] + prior) / (expected[cell] + prior)
-        calibrated[node] = guess(raw * ratio)
-    if position >= 0:
-        for node in range(size):
-            if trie_child[node] >= 0:
-                sharpen(
-                    trie_child[node], trie_sibling, trie_token, trie_mask, sample_key,
-                    position + trie_depth[node], vocabulary, sharpness, calibrated, evidence, NOISE,
-                )  # fmt: skip
-    for node in range(1, size):
-        path[node] = path[trie_parent[node]] * calibrated[node]
-        push(heap, node - 1, path, node)
     chosen = min(budget, size - 1)
     out_index = np.empty(size, np.int32)
     out_index[0] = 0
@@ -437,8 +409,45 @@ def fuse(
     out_sources[0] = 0
     out_evidence[0] = 0.0
     out_evidence[0, MASK] = used
-    waiting = size - 1
+    waiting = 0
+    parent = 0
     for number in range(1, chosen + 1):
+        # Children are weighed when their parent is chosen: most nodes of a large trie never are.
+        for column in range(sources):
+            if covered[parent, column] > 0.0:
+                left[column] = np.log(max(1.0 - covered[parent, column], LEAST_LEFT))
+        node = trie_child[parent]
+        while node >= 0:
+            mask = trie_mask[node]
+            evidence[node, MASK] = mask
+            evidence[node, DEPTH] = trie_depth[node]
+            evidence[node, TIME] = times_of(occurrences, trie_token[node])
+            own = OWN
+            for column in range(sources):
+                if mask >> slots[column] & 1:
+                    evidence[node, own + ODDS] = log_odds(evidence[node, own + ODDS])
+                elif covered[parent, column] > 0.0:
+                    evidence[node, own + LEFT] = left[column]
+                own += PER_SOURCE
+            odds = mixed_odds(evidence[node], slots, weights, parameters, request)
+            raw = guess(1.0 / (1.0 + np.exp(-odds)))
+            cell = cell_of(mask, odds)
+            evidence[node, RAW] = raw
+            evidence[node, CELL] = cell
+            ratio = (accepted[cell] + prior) / (expected[cell] + prior)
+            calibrated[node] = guess(raw * ratio)
+            node = trie_sibling[node]
+        if position >= 0 and trie_child[parent] >= 0:
+            sharpen(
+                trie_child[parent], trie_sibling, trie_token, trie_mask, sample_key,
+                position + trie_depth[parent], vocabulary, sharpness, calibrated, evidence, NOISE,
+            )  # fmt: skip
+        node = trie_child[parent]
+        while node >= 0:
+            path[node] = path[parent] * calibrated[node]
+            push(heap, waiting, path, node)
+            waiting += 1
+            node = trie_sibling[node]
         node = pop(heap, waiting, path)
         waiting -= 1
         out_index[node] = number
@@ -450,6 +459,7 @@ def fuse(
         out_sources[number] = trie_named[node]
         for column in range(evidence.shape[1]):  # numba compiles a message about shapes for a whole row
             out_evidence[number, column] = evidence[node, column]
+        parent = node
     return chosen + 1
 
 

@@ -213,6 +213,29 @@ def test_a_history_keeps_the_calibration(tmp_path: Path) -> None:
     assert again.known().calibration is not stale, "a history's is newer"
 
 
+def test_a_history_keeps_the_costs_of_passes(tmp_path: Path, measured: list[str]) -> None:
+    made = engine(OracleSource(), history_folder=str(tmp_path))
+    made.prepare()
+    assert "passes" in measured
+    made.close()
+    measured.clear()
+    again = engine(OracleSource(), history_folder=str(tmp_path))
+    again.prepare()
+    assert "passes" not in measured
+    assert again.known().seconds == pytest.approx(SECONDS)
+    other = engine(OracleSource(), history_folder=str(tmp_path), cpu_kernels=False)
+    other.prepare()
+    assert "passes" in measured, "other kernels take other times"
+
+
+def test_costs_are_kept_with_a_history_alone(tmp_path: Path) -> None:
+    for options in ({"nodes": 4, "history_folder": str(tmp_path)}, {}):
+        made = engine(OracleSource(), **options)
+        made.prepare()
+        made.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["calibration.safetensors"]
+
+
 def test_failures_of_sources_are_counted() -> None:
     class Broken(OracleSource):
         def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> OracleSession:
