@@ -74,9 +74,9 @@ def test_the_next_cache_waits_until_the_one_before_has_left() -> None:
     before, arena = states(first), Arena(first, PAGE)
     arena.take(first)
     arena.release(second)
-    assert arena.owner is first
+    assert arena.owner() is first
     arena.release(first)
-    assert arena.owner is None
+    assert arena.owner() is None
     assert first.mover is None
     arena.take(second)
     assert arena.holds(second)
@@ -141,7 +141,7 @@ def test_a_cache_that_nobody_holds_leaves_by_itself() -> None:
     arena = Arena(cache, PAGE)
     arena.take(cache)
     del cache
-    assert arena.owner is None
+    assert arena.owner() is None
 
 
 def test_other_shapes_do_not_fit() -> None:

@@ -90,8 +90,8 @@ def test_kernels_attend_as_written_out(case: str, length: int, nodes: int) -> No
     sinks = rng.standard_normal(heads).astype(np.float32) if has_sinks else None
     found = tree_attention(
         torch.from_numpy(query), torch.from_numpy(key), torch.from_numpy(value), torch.tensor([length]),
-        torch.from_numpy(depths), torch.from_numpy(hidden) if nodes > 1 else None, 0.3, window, softcap,
-        None if sinks is None else torch.from_numpy(sinks),
+        torch.from_numpy(depths)[None], torch.from_numpy(hidden)[None] if nodes > 1 else None, 0.3, window,
+        softcap, None if sinks is None else torch.from_numpy(sinks),
     )  # fmt: skip
     expected = attention_numpy(query, key, value, length, depths, hidden, 0.3, window, softcap, sinks)
     np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-5, rtol=1e-5)
@@ -105,7 +105,7 @@ def test_keys_and_queries_of_other_strides_are_read_where_they_lie() -> None:
     states = torch.from_numpy(rng.standard_normal((2, 1, 2, 256, 16)).astype(np.float32))
     query = torch.from_numpy(rng.standard_normal((1, nodes, 4, 16)).astype(np.float32)).transpose(1, 2)
     key, value = (states[part].narrow(-2, 0, 64) for part in range(2))
-    rest = torch.tensor([length]), torch.from_numpy(depths), torch.from_numpy(hidden), 0.25
+    rest = torch.tensor([length]), torch.from_numpy(depths)[None], torch.from_numpy(hidden)[None], 0.25
     found = tree_attention(query, key, value, *rest)
     again = tree_attention(query.contiguous(), key.contiguous(), value.contiguous(), *rest)
     torch.testing.assert_close(found, again, atol=0, rtol=0)
@@ -131,12 +131,38 @@ def test_the_capacity_of_the_cache_and_other_nodes_change_no_bit(monkeypatch: py
     found = [
         tree_attention(
             query[:, :, :nodes].contiguous(), states[0, :, :, :slots], states[1, :, :, :slots],
-            torch.tensor([length]), torch.from_numpy(depths[:nodes]),
-            torch.from_numpy(hidden[:nodes, :nodes].copy()), 0.25,
+            torch.tensor([length]), torch.from_numpy(depths[:nodes])[None],
+            torch.from_numpy(hidden[:nodes, :nodes].copy())[None], 0.25,
         )[:, :, :few]
         for nodes, slots in ((few, 256), (32, 512))
     ]  # fmt: skip
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_rows_of_a_batch_are_attended_to_as_each_alone(window: int | None) -> None:
+    """Lengths of their own, inputs that are slices of what is packed for all, a lane that holds NaN."""
+    rng = np.random.default_rng(2)
+    nodes, lengths = 8, torch.tensor([[0, 9], [300, 9], [40, 9]])[:, 0]
+    made = [random_tree(nodes, rng) for _ in lengths]
+    depths = torch.from_numpy(np.stack([each for _, each in made]))
+    hidden = torch.zeros((3, 2 * nodes * nodes), dtype=torch.bool)
+    hidden[:, : nodes * nodes] = torch.from_numpy(np.stack([each.reshape(-1) for each, _ in made]))
+    hidden = hidden[:, : nodes * nodes].view(3, nodes, nodes)
+    states = torch.from_numpy(rng.standard_normal((2, 4, 2, 384, 16)).astype(np.float32))
+    states[:, 3] = np.nan
+    query = torch.from_numpy(rng.standard_normal((3, 4, nodes, 16)).astype(np.float32))
+    sinks = torch.randn(4)
+    key, value = states[0, :3], states[1, :3]
+    found = tree_attention(query, key, value, lengths, depths, hidden, 0.25, window, None, sinks)
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = tree_attention(
+            query[one], key[one], value[one], lengths[one].clone(), depths[one].clone(),
+            hidden[one].contiguous(), 0.25, window, None, sinks,
+        )  # fmt: skip
+        assert torch.equal(found[one], alone)
+        assert alone.isfinite().all()
 
 
 def test_runs_are_longer_in_larger_caches() -> None:
@@ -146,7 +172,7 @@ def test_runs_are_longer_in_larger_caches() -> None:
 def test_the_example() -> None:
     ones = torch.ones(1, 1, 1, 1)
     key, value = (torch.tensor(each, dtype=torch.float32).view(1, 1, 2, 1) for each in ([1, 2], [3, 5]))
-    assert tree_attention(0 * ones, key, value, torch.tensor([1]), torch.tensor([0]), None, 1.0).item() == 4
+    assert tree_attention(0 * ones, key, value, torch.tensor([1]), torch.tensor([[0]]), None, 1.0).item() == 4
 
 
 def begun(target: Target, length: int) -> Any:
