@@ -159,11 +159,21 @@ class GraphPasses:
         """Bytes of the memory for keys and values."""
         return 0 if self._arena is None else self._arena.nbytes
 
+    def holds(self, cache: Any) -> bool:
+        """True for a cache that has no memory but that of passes."""
+        arena = self._arena
+        return arena is not None and any(arena.holds(cache, lane) for lane in range(arena.rows))
+
     def limit(self, nbytes: int | None) -> None:
-        """Limits the memory for keys and values; None for no limit. Caches leave it where it is larger."""
+        """Limits the memory for keys and values; None for no limit.
+
+        Caches leave it where it is larger, and where it may not grow with a text, which continues in memory
+        of its own. Then nothing is taken until the next call.
+        """
         self._limit = nbytes
         if nbytes is not None and self.nbytes > nbytes:
             self._give_back()
+            self._limit = 0
 
     def recheck(self) -> None:
         """Has the next pass look whether the model has changed, as before each request."""
@@ -293,6 +303,9 @@ class GraphPasses:
         if not fits:
             made = self._arena_for(caches, rows, needed)
             if made is None:
+                if self._limit is not None and arena is not None and needed > arena.slots:
+                    self._give_back()
+                    self._limit = 0
                 return False
             arena = self._arena = made
         assert arena is not None
