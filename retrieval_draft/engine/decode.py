@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -384,7 +384,13 @@ class Batch:
         for row, plan in zip(rows, plans, strict=True):
             plain = plan.cut(0)
             try:
-                out.append(self._verify([row], [plain], [row.prepare_again(plain)]))
+                verified = self._verify([row], [plain], [row.prepare_again(plain)])
+                # Logits of a captured pass hold until the next row's.
+                outputs = {
+                    each: replace(output, logits=output.logits.clone())
+                    for each, output in verified.outputs.items()
+                }
+                out.append(replace(verified, outputs=outputs))
             except Exception as again:
                 self._fail(row, again)
         return out
