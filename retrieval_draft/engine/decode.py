@@ -263,7 +263,9 @@ class Batch:
         planned: dict[Row, DraftPlan] = self._of_each(Row.propose, self.rows)
         trees, lengths = [plan.tree for plan in planned.values()], [row.length for row in planned]
         if self._target.shares_passes:
-            sizes = self._budget.share(trees, lengths)
+            graphs = self._target.graphs
+            padded = () if graphs is None else graphs.sizes(len(trees))
+            sizes = self._budget.share(trees, lengths, padded)
         else:
             sizes = self._budget.alone(trees, lengths, [row.carried for row in planned])
         return {row: plan.cut(size) for (row, plan), size in zip(planned.items(), sizes, strict=True)}

@@ -175,6 +175,12 @@ class GraphPasses:
             self._give_back()
             self._limit = 0
 
+    def sizes(self, rows: int) -> tuple[int, ...]:
+        """Sizes of trees in captured passes over `rows` rows, ascending; none where those are eager."""
+        if self.reason is not None or (rows > 1 and self.rows_reason is not None):
+            return ()
+        return row_sizes(rows)
+
     def recheck(self) -> None:
         """Has the next pass look whether the model has changed, as before each request."""
         self._is_checked = False
