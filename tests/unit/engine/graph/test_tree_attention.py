@@ -14,11 +14,13 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("compiled for a card; TRITON_INTERPRET=1 runs it here", allow_module_level=True)
 
+from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.engine.graph import attention
 from retrieval_draft.engine.graph import tree_attention as module
 from retrieval_draft.engine.graph.tree_attention import run_length, tree_attention
 from retrieval_draft.engine.target import Target
 from tests.random_generate.architectures import EAGER_ONLY, model_of
+from tests.support.batches import padded, ragged
 from tests.support.trees import tree_of
 
 
@@ -243,3 +245,21 @@ def test_one_pass_does_for_texts_of_any_length_where_no_layer_reads_masks(
         wanted = eager.verify_tree(begun(eager, length), tree, length)
         assert torch.allclose(found, wanted, atol=1e-4)
     assert target.graphs.captures == sizes
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_captured_passes_over_rows_attend_to_trees(name: str) -> None:
+    model = model_of(name, "sdpa", 97, 0, torch.float32)
+    ids, mask = padded(ragged((9, 23, 14)))
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    found, wanted = (
+        RetrievalDrafter.for_model(model, config=DraftConfig(nodes=3, graphs=graphs))
+        for graphs in ("tape", "off")
+    )
+    assert torch.equal(found.generate(ids, mask, **options), wanted.generate(ids, mask, **options))
+    graphs = found.target.graphs
+    assert graphs is not None
+    assert (graphs.reason, graphs.rows_reason) == (None, None)
+    assert graphs.by_tree
+    assert not graphs._reads_masks
+    assert any(rows == 4 for rows, _, _ in graphs._passes)
