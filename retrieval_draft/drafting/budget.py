@@ -65,8 +65,8 @@ class Budget:
     pass over all rows. So the nodes of all rows compete, and the measured cost of passes with that many rows
     sets their number. Costs are kept by number of rows, rounded up to a power of two.
 
-    Where all trees of a pass are padded to one of few sizes, a node costs nothing once some row has paid for
-    its size: a size is chosen, and every row fills it.
+    Trees of captured passes are padded, all of a pass to one of few sizes. Then a node costs nothing once
+    some row has paid for its size: a size is chosen, and every row fills it.
 
     Args:
         cost: Of a pass over one row's tree; None to verify all of every tree.

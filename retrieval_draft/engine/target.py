@@ -401,9 +401,9 @@ class Target:
         Example:
             trees of 8 nodes: 0, 8, 16; from a captured pass, the requests in lanes 2, 0, 1: 16, 0, 8
         """
-        places = [given.place for given in inputs]
+        lanes = [given.lane for given in inputs]
         if len(inputs) > 1 and self.graphs is not None and self.graphs.made(logits):
-            return [place[0].nodes * place[1] for place in places if place is not None]
+            return [lane[0].nodes * lane[1] for lane in lanes if lane is not None]
         begins, at = [], 0
         for given in inputs:
             begins.append(at)

@@ -47,10 +47,10 @@ class TreeInputs:
         packed: int64, shape (`packed_words(n)`,). What the rest is made of, on the device; None on the host.
 
     Attributes:
-        place: The trees of all rows that were packed with it, and its place among them; None for one alone.
+        lane: The trees of all rows that were packed with it, and its lane among them; None for one alone.
     """
 
-    __slots__ = ("_mask", "input_ids", "moved", "packed", "place", "position_ids")
+    __slots__ = ("_mask", "input_ids", "lane", "moved", "packed", "position_ids")
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class TreeInputs:
         self.input_ids, self.position_ids, self.moved = input_ids, position_ids, moved
         self._mask = attention_mask
         self.packed = packed
-        self.place: tuple[Any, int] | None = None
+        self.lane: tuple[Any, int] | None = None
 
     @property
     def attention_mask(self) -> Mask:

@@ -109,7 +109,7 @@ class Arena:
             )
         )
 
-    def place(self, caches: Sequence[SpeculativeCache], rows: int) -> list[int]:
+    def assign(self, caches: Sequence[SpeculativeCache], rows: int) -> list[int]:
         """Moves caches that fit into the first `rows` lanes, and all others out of these.
 
         Args:
@@ -153,8 +153,8 @@ class Arena:
             for tensor in self.tensors:
                 # Slots are read before they are written, under a mask: nothing of a failed pass may stay.
                 tensor[:, :, lane].zero_()
-        # The lane is the cache's before its first layer is there: where a later one fails to move, nobody
-        # else is let in.
+        # The lane is the cache's before its first layer is there: where a later one fails to move, no
+        # other is let in.
         held = self._lanes[lane] = _Lane(weakref.ref(cache))
         for layer, views in zip(cache.attention_layers, self._views, strict=True):
             if views:

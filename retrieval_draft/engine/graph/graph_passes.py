@@ -234,7 +234,7 @@ class GraphPasses:
             if not self._holds(caches, rows, max(lengths) + size + 1):
                 return None
             assert self._arena is not None
-            lanes = self._arena.place(caches, rows)
+            lanes = self._arena.assign(caches, rows)
             self._rows.begin(rows, size, dict(zip(map(id, caches), lanes, strict=True)))
         except Exception as error:
             self._failed(error, rows)
@@ -273,7 +273,7 @@ class GraphPasses:
         if self.rows_reason is not None or not self._is_ready() or arena is None:
             return None
         try:
-            lanes = [given.place[1] if given.place and given.place[0] is trees else None for given in inputs]
+            lanes = [given.lane[1] if given.lane and given.lane[0] is trees else None for given in inputs]
             for cache, lane in zip(caches, lanes, strict=True):
                 if lane is None or not arena.holds(cache, lane):
                     return None
@@ -316,7 +316,7 @@ class GraphPasses:
             arena = self._arena = made
         assert arena is not None
         if rows == 1:
-            arena.place(caches, 1)
+            arena.assign(caches, 1)
         return True
 
     def _arena_for(self, caches: Sequence[SpeculativeCache], rows: int, needed: int) -> Arena | None:
@@ -445,7 +445,7 @@ class GraphPasses:
         arena = self._arena
         lengths = [_length(cache) for cache in caches]
         lanes = [next(lane for lane in range(rows) if arena.holds(cache, lane)) for cache in caches]
-        places = dict(zip(map(id, caches), lanes, strict=True))
+        by_cache = dict(zip(map(id, caches), lanes, strict=True))
         made = FixedPass(
             rows, nodes, keys, arena, self._windows, self._model.dtype, self._summarise, self.by_tree
         )
@@ -454,7 +454,7 @@ class GraphPasses:
         try:
             for seed in range(2):
                 finite = 0
-                inputs = trial.inputs(rows, nodes, caches, places, self._vocabulary, seed)
+                inputs = trial.inputs(rows, nodes, caches, by_cache, self._vocabulary, seed)
                 expected = self._eager(caches, inputs)
                 for cache in caches:
                     cache.drop()
@@ -500,7 +500,7 @@ class GraphPasses:
         _log.warning("Attention of %s reads masks, not trees: %s", type(self._model).__name__, reason)
 
     def _failed(self, error: Exception, rows: int) -> None:
-        """Gives up after an error; memory that the passes hold goes back where there is too little."""
+        """Makes passes eager after an error; their memory goes back where there is too little."""
         self._give_up(f"{type(error).__name__}: {error}", rows)
         if isinstance(error, torch.OutOfMemoryError):
             self._give_back()

@@ -25,8 +25,8 @@ __all__ = ["TreeRows"]
 class TreeRows(Upload):
     """A tree of the same padded size for each lane of an arena.
 
-    Lanes without a row hold a root at position 0 and nodes that see themselves alone, whose results nobody
-    reads.
+    Lanes without a row hold a root at position 0 and nodes that see themselves alone, whose results are
+    not read.
 
     Args:
         device: Of the model's inputs.
@@ -135,5 +135,5 @@ class TreeRows(Upload):
         lane = self.lane_of(cache)
         length, max_depth = self._lengths[lane]
         made = attention.unpack(self.packed[lane], self.nodes, 0, max_depth, length)
-        made.place = self, lane
+        made.lane = self, lane
         return made

@@ -102,7 +102,7 @@ def test_a_copy_of_a_budget_learns_alone() -> None:
 
 
 def test_a_size_that_is_paid_for_is_filled_by_every_row() -> None:
-    """What trees are padded to costs the same with fewer nodes, and what does not fit costs a size more."""
+    """Fewer nodes than trees are padded to cost the same, and one more costs a size."""
     flat, steep = model(0.001), model(0.3)
     rows = [tree(0.9, 0.8, 0.7, 0.6, 0.5), tree(0.01, 0.01)]
     assert Budget(flat).share(rows, [9, 9], (1, 4, 8)) == [5, 2]

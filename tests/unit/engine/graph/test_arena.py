@@ -160,10 +160,10 @@ def test_rows_have_lanes_of_their_own_and_move_to_the_first() -> None:
     caches = [filled(30 + row, seed=row) for row in range(4)]
     held = [states(cache) for cache in caches]
     arena = Arena(caches[0], PAGE, 4)
-    assert arena.place(caches, 4) == [0, 1, 2, 3]
-    assert arena.place([caches[2]], 1) == [0]
+    assert arena.assign(caches, 4) == [0, 1, 2, 3]
+    assert arena.assign([caches[2]], 1) == [0]
     assert [arena.owner(lane) for lane in range(4)] == [caches[2], caches[1], None, caches[3]]
-    assert arena.place([caches[3], caches[2]], 2) == [1, 0]
+    assert arena.assign([caches[3], caches[2]], 2) == [1, 0]
     assert [arena.owner(lane) for lane in range(4)] == [caches[2], caches[3], None, None]
     assert [cache.mover is None for cache in caches] == [True, True, False, False]
     assert all(map(equal, held, map(states, caches)))
@@ -190,7 +190,7 @@ def test_staged_nodes_move_with_their_cache() -> None:
 def test_paths_of_all_rows_move_in_two_calls_for_each_shape() -> None:
     alone, rows = [[filled(40 + row, seed=row) for row in range(3)] for _ in range(2)]
     arena = Arena(rows[0], PAGE, 4)
-    lanes = arena.place(rows, 4)
+    lanes = arena.assign(rows, 4)
     paths = [([3, 5], 2), ([4], 1), ([], 1)]
     moves = torch.zeros(2, 4, 2, dtype=torch.int64)
     for row, (moved, kept) in enumerate(paths):
@@ -212,7 +212,7 @@ def test_nothing_has_moved_where_paths_cannot_be_read() -> None:
     for layer in range(3):
         cache.update(torch.rand(1, 2, 4, 6), torch.rand(1, 2, 4, 8), layer)
     arena = Arena(cache, PAGE, 2)
-    arena.place([cache], 2)
+    arena.assign([cache], 2)
     before = [tensor.clone() for tensor in arena.tensors]
     arena.tensors = (arena.tensors[0], arena.tensors[1].narrow(-2, 0, 2))
     with pytest.raises(IndexError):

@@ -101,7 +101,7 @@ def test_long_paths_make_room_and_lose_no_tree() -> None:
 
 
 def test_a_row_alone_gets_the_inputs_that_it_makes_for_itself() -> None:
-    """Where the rows' pass cannot be captured, each row's part serves an eager one."""
+    """An eager pass takes its part where that of all rows cannot be captured."""
     tree, cache = tree_of([5, 6, 7, 8], [-1, 0, 1, 0]), cache_of(12)
     trees, windows = TreeRows(DEVICE), {"full_attention": None, "sliding_attention": 4}
     trees.begin(2, 8, {id(cache): 1})
@@ -112,7 +112,7 @@ def test_a_row_alone_gets_the_inputs_that_it_makes_for_itself() -> None:
         return TreeAttention(dict(windows), torch.float32, DEVICE, (1, 8))
 
     found, alone = trees.inputs(cache, attention()), attention().prepare(tree, 12)
-    assert found.place == (trees, 1)
+    assert found.lane == (trees, 1)
     assert torch.equal(found.input_ids, alone.input_ids)
     assert torch.equal(found.position_ids, alone.position_ids)
     masks: list[Any] = [found.attention_mask, alone.attention_mask]
