@@ -297,14 +297,14 @@ class GraphPasses:
 
     def _holds(self, caches: Sequence[SpeculativeCache], rows: int, needed: int) -> bool:
         """Has memory for `rows` caches of `needed` slots, those of one row moved in; False without it."""
-        arena = self._arena
+        arena, fits = self._arena, False
+        new = caches
         if arena is not None and needed <= arena.slots and rows <= arena.rows:
             if rows == 1 and arena.holds(caches[0], 0):
                 return True
-            fits = all(map(arena.fits, caches))
-        else:
-            fits = False
-        if not all(map(lies_on_one_device, caches)):
+            new = [cache for cache in caches if not self.holds(cache)]
+            fits = all(map(arena.fits, new))
+        if not all(map(lies_on_one_device, new)):
             return False
         if not fits:
             made = self._arena_for(caches, rows, needed)
