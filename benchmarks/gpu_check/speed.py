@@ -92,7 +92,7 @@ def measure(setting: Setting, case: Case, wait: Callable[[], object] | None = No
         for tokens in (1, new, 1, new):
             decoder.decode(groups[0], tokens)
     graphs = decoder.graphs
-    if graphs is not None and case.rows == 1:
+    if graphs is not None:
         # The sizes that these replies come to are captured; what sources learn of them is taken back.
         for group in groups:
             decoder.decode(group, new)
@@ -116,6 +116,7 @@ def measure(setting: Setting, case: Case, wait: Callable[[], object] | None = No
             drafted += stats.drafted
             same = all(one == other.reply[:new] for one, other in zip(done.tokens, group, strict=True))
             equal = "different" if not same or equal == "different" else "recorded"
+    reason = graphs and (graphs.reason or (graphs.rows_reason if case.rows > 1 else None))
     told = {"prompt": groups[0][0].prompt, "reply": done.tokens[0]} if decoder.is_stock else {}
     return {
         "tokens_per_second": round(tokens / seconds, 1) if seconds > 0 else None,
@@ -127,7 +128,7 @@ def measure(setting: Setting, case: Case, wait: Callable[[], object] | None = No
         "nodes_per_step": round(drafted / steps, 1),
         "prompt_ms": round(1e3 * (whole - seconds) / len(groups), 2),
         "equal": equal,
-        "graphs": graphs and (graphs.reason or f"{graphs.replays} replayed"),
+        "graphs": graphs and (reason or f"{graphs.replays} replayed"),
         "captures_before": captures,
         "captures_meanwhile": graphs and graphs.captures - captures,
         **told,

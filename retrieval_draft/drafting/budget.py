@@ -26,6 +26,7 @@ class Costs(Protocol):
         context_length: int,
         rows: int = 1,
         carried: int | None = None,
+        passed: NDArray[np.int64] | None = None,
     ) -> int:
         """The number of draft nodes with the most expected tokens a second.
 
@@ -35,6 +36,8 @@ class Costs(Protocol):
             rows: Rows that share the pass.
             carried: Accepted tokens that the pass repeats in front of a chain, and the next one with what is
                 accepted of it in part; None where no pass repeats any.
+            passed: int64, shape (n + 1,). Tokens of the pass over the first 0, 1, ... nodes, padding
+                included; None where each node is a token more.
         """
         ...
 
@@ -62,6 +65,9 @@ class Budget:
     pass over all rows. So the nodes of all rows compete, and the measured cost of passes with that many rows
     sets their number. Costs are kept by number of rows, rounded up to a power of two.
 
+    Trees of captured passes are padded, all of a pass to one of few sizes. Then a node costs nothing once
+    some row has paid for its size: a size is chosen, and every row fills it.
+
     Args:
         cost: Of a pass over one row's tree; None to verify all of every tree.
 
@@ -72,26 +78,47 @@ class Budget:
     def __init__(self, cost: Costs | None = None) -> None:
         self._costs: dict[int, Costs] = {} if cost is None else {1: cost}
 
-    def share(self, trees: Sequence[DraftTree], lengths: Sequence[int]) -> list[int]:
+    def share(
+        self, trees: Sequence[DraftTree], lengths: Sequence[int], sizes: Sequence[int] = ()
+    ) -> list[int]:
         """Draft nodes of each tree to verify, best first.
 
         Args:
             trees: One for each row, its nodes best first.
             lengths: Committed tokens of each row.
+            sizes: Those that trees are padded to, ascending, all of a pass to one; none where they are not.
+
+        Example:
+            sizes 1, 4 and 8, two rows with 5 and 2 nodes: [0, 0], [3, 2] or [5, 2]
         """
-        sizes = [tree.num_draft_tokens for tree in trees]
-        if not self._costs or not any(sizes):
-            return sizes
+        most = [tree.num_draft_tokens for tree in trees]
+        if not self._costs or not any(most):
+            return most
         cost = self._cost(len(trees))
+        if sizes:
+            return self._fill(cost, [tree.path_probs[1 : sizes[-1]] for tree in trees], lengths, sizes)
         if len(trees) == 1:
             return [cost.choose(trees[0].path_probs[1:], lengths[0])]
         probs = np.concatenate([tree.path_probs[1:] for tree in trees])
         # Equal ones in the order of their numbers, so that every row's share is a prefix of its tree.
         order = np.argsort(-probs, kind="stable")
-        chosen = order[: cost.choose(probs[order], max(lengths), len(trees))]
-        owner = np.repeat(np.arange(len(trees)), sizes)
-        shares: list[int] = np.bincount(owner[chosen], minlength=len(trees)).tolist()
-        return shares
+        return _shares(order[: cost.choose(probs[order], max(lengths), len(trees))], most)
+
+    def _fill(
+        self,
+        cost: Costs,
+        rows: Sequence[NDArray[np.float32]],
+        lengths: Sequence[int],
+        sizes: Sequence[int],
+    ) -> list[int]:
+        """`share` for few sizes: nodes of the smallest one first, of all rows."""
+        probs = np.concatenate(rows)
+        size = np.concatenate([np.searchsorted(sizes, np.arange(2, len(row) + 2)) for row in rows])
+        order = np.lexsort((-probs, size))
+        lanes = 1 << (len(rows) - 1).bit_length()
+        passed = lanes * np.array(sizes, np.int64)[np.concatenate([[0], size[order]])]
+        count = cost.choose(probs[order], max(lengths), len(rows), passed=passed)
+        return _shares(order[:count], [len(row) for row in rows])
 
     def alone(
         self, chains: Sequence[DraftTree], lengths: Sequence[int], carried: Sequence[int | None]
@@ -138,3 +165,10 @@ class Budget:
         if bucket not in self._costs:
             self._costs[bucket] = self._costs[1].for_rows(bucket)
         return self._costs[bucket]
+
+
+def _shares(chosen: NDArray[np.intp], sizes: Sequence[int]) -> list[int]:
+    """Number of chosen nodes in each row, of nodes that are numbered row by row."""
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    shares: list[int] = np.bincount(owner[chosen], minlength=len(sizes)).tolist()
+    return shares

@@ -143,6 +143,7 @@ class CostModel:
         context_length: int = 0,
         rows: int = 1,
         carried: int | None = None,
+        passed: NDArray[np.int64] | None = None,
     ) -> int:
         """Number of draft nodes to verify for the most tokens a second; 0 is possible.
 
@@ -156,6 +157,8 @@ class CostModel:
             rows: Rows that share the pass; each has a root, which is a certain token.
             carried: Accepted tokens that the pass repeats in front of a chain. They are repeated again, with
                 root and drafts that were accepted, unless all drafts are. None where no pass repeats any.
+            passed: int64, shape (n + 1,). Tokens of the pass over the first 0, 1, ... nodes where passes have
+                few sizes, padding included; None where each node is a token more.
 
         Returns:
             n in 0..len(path_probs).
@@ -163,8 +166,12 @@ class CostModel:
         if self._times is None or not len(path_probs):
             return 0
         most, repeated = len(path_probs), -1 if carried is None else carried
-        tokens = rows + max(repeated, 0) + (most if carried is None else 2 * most + 1)
-        curve = self._times.up_to(tokens)
+        if passed is None:
+            tokens = rows + max(repeated, 0) + (most if carried is None else 2 * most + 1)
+            curve = self._times.up_to(tokens)
+        else:
+            assert carried is None, "chains have passes of every length"
+            curve = np.concatenate([np.zeros(rows - 1), self._times.up_to(int(passed.max()))[passed - 1]])
         rate = self._emitted / (self._spent * self._times.seconds(1)) if self._steps >= SETTLED else 0.0
         best: int = _kernels.best_nodes(path_probs, curve, rows, repeated, self._overhead, rate)
         return self._or_trial(best, most)

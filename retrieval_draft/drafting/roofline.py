@@ -41,6 +41,7 @@ class RooflineCost(CostModel):
         context_length: int = 0,
         rows: int = 1,
         carried: int | None = None,
+        passed: NDArray[np.int64] | None = None,
     ) -> int:
         """Number of draft nodes, of all rows, to verify; see `CostModel.choose`."""
         if not self.is_measured:

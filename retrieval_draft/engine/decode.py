@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -214,7 +214,7 @@ class Batch:
         learnt = perf_counter()
         planned = self._plan()
         drafted = perf_counter()
-        prepared = self._of_each(Row.prepare, list(planned), list(planned.values()))
+        prepared = self._prepare(planned)
         packed = perf_counter()
         verified = self._verify_groups(prepared, planned)
         outputs = {row: output for each in verified for row, output in each.outputs.items()}
@@ -263,10 +263,27 @@ class Batch:
         planned: dict[Row, DraftPlan] = self._of_each(Row.propose, self.rows)
         trees, lengths = [plan.tree for plan in planned.values()], [row.length for row in planned]
         if self._target.shares_passes:
-            sizes = self._budget.share(trees, lengths)
+            graphs = self._target.graphs
+            padded = () if graphs is None else graphs.sizes(len(trees))
+            sizes = self._budget.share(trees, lengths, padded)
         else:
             sizes = self._budget.alone(trees, lengths, [row.carried for row in planned])
         return {row: plan.cut(size) for (row, plan), size in zip(planned.items(), sizes, strict=True)}
+
+    def _prepare(self, planned: Mapping[Row, DraftPlan]) -> dict[Row, TreeInputs]:
+        """Trees on the device, and accepted paths in place: of all rows at once for a captured pass."""
+        rows, plans = list(planned), list(planned.values())
+        graphs = self._target.graphs
+        trees = None
+        if graphs is not None and len(rows) > 1:
+            most = max(len(plan.tree) for plan in plans)
+            trees = graphs.begin_rows([row.cache for row in rows], [row.length for row in rows], most)
+        if graphs is None or trees is None:
+            return self._of_each(Row.prepare, rows, plans)
+        packed = list(self._of_each(Row.pack, rows, plans, [trees] * len(rows)))
+        if not graphs.send_rows(trees):
+            return self._of_each(Row.prepare, packed, [planned[row] for row in packed])
+        return self._of_each(Row.packed, packed, [trees] * len(packed))
 
     def _of_each(
         self, call: Callable[..., Any], rows: Sequence[Row], *given: Sequence[Any]
@@ -326,9 +343,8 @@ class Batch:
         launched = perf_counter()
         if self._learns_late:
             self._apply_feedback()
-        begins = [0]
-        for given in inputs:
-            begins.append(begins[-1] + given.input_ids.shape[1])
+        begins = self._target.begins(logits, inputs)
+        ends = [begin + given.input_ids.shape[1] for begin, given in zip(begins, inputs, strict=True)]
         read = self._read(logits, begins, [len(plan.tree) for plan in plans], best)
         # On CUDA the pass is over when its logits have been read; nothing else waits for it.
         ended = perf_counter() if self._learns_late else launched
@@ -339,22 +355,20 @@ class Batch:
                 row: _RowOutput(
                     plan, logits[begin:end], each, None if hidden is None else hidden[begin:end], some
                 )
-                for row, plan, (each, some), begin, end in zip(
-                    rows, plans, read, begins, begins[1:], strict=False
-                )
+                for row, plan, (each, some), begin, end in zip(rows, plans, read, begins, ends, strict=True)
             }
         is_usual = captures == self._target.captures
-        return _Verified(outputs, repeated + begins[-1], ended - began, is_usual)
+        return _Verified(outputs, repeated + len(logits), ended - began, is_usual)
 
     def _read(
         self, logits: Tensor, begins: Sequence[int], nodes: Sequence[int], best: int
     ) -> list[tuple[Predictions, BestLogits | None]]:
         """Summaries of each row's part of the logits, in one copy; padded nodes left out."""
+        made = self._target.summary_of(logits)
         if len(nodes) == 1:
-            made = self._target.summary_of(logits)
             return [self._reader.read_with_best(logits, nodes[0], best, made)]
-        whole, some = self._reader.read_with_best(logits, None, best, None)
-        parts = [slice(begin, begin + size) for begin, size in zip(begins, nodes, strict=False)]
+        whole, some = self._reader.read_with_best(logits, None, best, made)
+        parts = [slice(begin, begin + size) for begin, size in zip(begins, nodes, strict=True)]
         return [
             (
                 Predictions(*(getattr(whole, name)[part] for name in Predictions.__slots__)),
@@ -372,7 +386,13 @@ class Batch:
         for row, plan in zip(rows, plans, strict=True):
             plain = plan.cut(0)
             try:
-                out.append(self._verify([row], [plain], [row.prepare_again(plain)]))
+                verified = self._verify([row], [plain], [row.prepare_again(plain)])
+                # Logits of a captured pass hold until the next row's.
+                outputs = {
+                    each: replace(output, logits=output.logits.clone())
+                    for each, output in verified.outputs.items()
+                }
+                out.append(replace(verified, outputs=outputs))
             except Exception as again:
                 self._fail(row, again)
         return out

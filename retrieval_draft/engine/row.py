@@ -16,8 +16,10 @@ from retrieval_draft.drafting.predictions import Predictions
 from retrieval_draft.drafting.session import DraftPlan, DraftSession
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.drafting.tree import DraftTree
-from retrieval_draft.engine.attention.tree_mask import TreeInputs
+from retrieval_draft.engine.attention.tree_mask import TreeAttention, TreeInputs
+from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
 from retrieval_draft.engine.cache.prefix_cache import Keeper
+from retrieval_draft.engine.graph.tree_rows import TreeRows
 from retrieval_draft.engine.logits import BestLogits, LogitReader
 from retrieval_draft.engine.placeholders import text_runs
 from retrieval_draft.engine.request import DecodeRequest
@@ -257,6 +259,19 @@ class Row:
         if self._renews_cache():
             text = torch.from_numpy(self.text.tokens[:-1].astype(np.int64)).to(self.target.device)
             self.target.refill(self.cache, text, self.request.prefill_chunk)
+        return inputs
+
+    def pack(self, plan: DraftPlan, trees: TreeRows) -> None:
+        """Writes the tree to its place among those of all rows, in place of `prepare`; see `packed`."""
+        assert isinstance(self.cache, SpeculativeCache)
+        trees.pack(self.cache, plan.tree, len(self.text) - 1, self._moved, self._kept)
+
+    def packed(self, trees: TreeRows) -> TreeInputs:
+        """The tree on the device, where the last accepted path is in place."""
+        assert isinstance(self.cache, SpeculativeCache)
+        assert isinstance(self.attention, TreeAttention)
+        inputs = trees.inputs(self.cache, self.attention)
+        self._commit(None)
         return inputs
 
     def _renews_cache(self) -> bool:

@@ -144,7 +144,7 @@ class Target:
             self.device,
             self.windows,
             kind,
-            self._verify_eagerly,
+            self._rows_eagerly,
             self._call_fixed,
             agrees,
             self.vocabulary,
@@ -336,7 +336,7 @@ class Target:
             )
             threads = self.threads if timed else None
             out = forward() if threads is None else threads.run(ids.shape[1], forward)
-        logits: Tensor = out.logits[0]
+        logits: Tensor = out.logits[0] if len(ids) == 1 else out.logits.flatten(0, 1)
         return logits if self._keeps_logits else logits[-keep:]
 
     def verify(self, cache: Any, inputs: TreeInputs) -> Tensor:
@@ -357,11 +357,11 @@ class Target:
     def _call_fixed(
         self, cache: Any, ids: Tensor, positions: Tensor, mask: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """A pass to be captured: its logits, and the states that draft sources read."""
+        """A pass to be captured: its logits, and the states that draft sources read, row by row."""
         with self.hidden_states.taken(), graph_attention(self.model):
             logits = self._call(cache, ids, positions, mask, ids.shape[1], timed=False)
             states = self.hidden_states.last
-        return logits, None if states is None else states[0]
+        return logits, None if states is None else states.flatten(0, 1)
 
     def _verify_eagerly(self, cache: Any, inputs: TreeInputs) -> Tensor:
         cache.stage(True)
@@ -382,11 +382,38 @@ class Target:
             inputs: Their trees, from a `TreeAttention` each.
 
         Returns:
-            (nodes of all, vocabulary), float, logits after each node, one request after the other, padded
-            nodes included.
+            (nodes of all, vocabulary), float, logits after each node, padded nodes included; `begins` tells
+            where those of each request begin.
         """
         if len(caches) == 1:
             return self.verify(caches[0], inputs[0])
+        logits = None if self.graphs is None else self.graphs.verify_rows(caches, inputs)
+        if logits is None:
+            return self._rows_eagerly(caches, inputs)
+        if self._watches_hidden and self.graphs is not None:
+            hidden = self.graphs.hidden
+            self.hidden = None if hidden is None else hidden.clone()
+        return logits
+
+    def begins(self, logits: Tensor, inputs: Sequence[TreeInputs]) -> list[int]:
+        """First row of `verify_rows`'s logits, (nodes of all, vocabulary), of each request.
+
+        Example:
+            trees of 8 nodes: 0, 8, 16; from a captured pass, the requests in lanes 2, 0, 1: 16, 0, 8
+        """
+        lanes = [given.lane for given in inputs]
+        if len(inputs) > 1 and self.graphs is not None and self.graphs.made(logits):
+            return [lane[0].nodes * lane[1] for lane in lanes if lane is not None]
+        begins, at = [], 0
+        for given in inputs:
+            begins.append(at)
+            at += given.input_ids.shape[1]
+        return begins
+
+    def _rows_eagerly(self, caches: Sequence[Any], inputs: Sequence[TreeInputs]) -> Tensor:
+        """`verify_rows`, one request after the other, without captured passes."""
+        if len(caches) == 1:
+            return self._verify_eagerly(caches[0], inputs[0])
         if self._rows_by is None:
             return self._settle_rows(caches, inputs)
         logits = self._rows_by(caches, inputs)
@@ -399,7 +426,7 @@ class Target:
         )
 
     def _settle_rows(self, caches: Sequence[SpeculativeCache], inputs: Sequence[TreeInputs]) -> Tensor:
-        """Tries each variant of `verify_rows` until one agrees with the rows alone, and keeps that one.
+        """Tries each variant of `_rows_eagerly` until one agrees with the rows alone, and keeps that one.
 
         A model that changes its values between cache and attention (DiffLlama), or makes its own mask, gives
         other logits where the rows' keys are found by the tensors that the cache was given.

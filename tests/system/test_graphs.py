@@ -50,8 +50,7 @@ def test_greedy_and_sampled_text(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_batches_end_in_captured_passes(name: str) -> None:
-    """Rows together are passed eagerly; the last one, alone, is not."""
+def test_batches_are_captured_until_their_last_row_ends(name: str) -> None:
     model, prompts = make(name), ragged((9, 23, 40))
     ids, mask = padded(prompts)
     drafter = tape(model)
@@ -59,8 +58,12 @@ def test_batches_end_in_captured_passes(name: str) -> None:
     for row, prompt in enumerate(prompts):
         alone = model.generate(prompt, max_new_tokens=NEW, do_sample=False)
         assert torch.equal(out[row, ids.shape[1] :], alone[0, prompt.shape[1] :])
+    graphs = drafter.target.graphs
+    assert graphs is not None
+    assert graphs.rows_reason is None
+    assert {rows for rows, _, _ in graphs._passes} & {2, 4}
+    assert replays(drafter) >= drafter.stats.passes - 2, "all but those that prove the eager passes"
     assert torch.equal(drafter.generate(prompt, max_new_tokens=NEW, do_sample=False), alone)
-    assert replays(drafter) > 0
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])

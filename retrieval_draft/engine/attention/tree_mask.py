@@ -13,7 +13,7 @@ from torch import Tensor
 from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.drafting.tree import DraftTree
 
-__all__ = ["Mask", "TreeAttention", "TreeInputs", "packed_words", "padded_size"]
+__all__ = ["Mask", "TreeAttention", "TreeInputs", "Upload", "packed_words", "padded_size"]
 
 Mask = Tensor | dict[str, Tensor | None] | None
 """A mask: None where every given key is visible; else additive, or one such mask for each layer type."""
@@ -45,9 +45,12 @@ class TreeInputs:
         attention_mask: As the attribute, or a function that makes it once it is asked for.
         moved: int64. The path indices given to `prepare`, on the device; None if there were none.
         packed: int64, shape (`packed_words(n)`,). What the rest is made of, on the device; None on the host.
+
+    Attributes:
+        lane: The trees of all rows that were packed with it, and its lane among them; None for one alone.
     """
 
-    __slots__ = ("_mask", "input_ids", "moved", "packed", "position_ids")
+    __slots__ = ("_mask", "input_ids", "lane", "moved", "packed", "position_ids")
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class TreeInputs:
         self.input_ids, self.position_ids, self.moved = input_ids, position_ids, moved
         self._mask = attention_mask
         self.packed = packed
+        self.lane: tuple[Any, int] | None = None
 
     @property
     def attention_mask(self) -> Mask:
@@ -163,7 +167,49 @@ class _HostMask(_Mask):
             self._state = np.zeros(4, np.int64)
 
 
-class TreeAttention:
+class Upload:
+    """Memory of the host that is copied to a device at once, from pinned memory on CUDA.
+
+    Args:
+        device: The device; the host itself for what a CPU does as a device does.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._is_here = False
+        self._host = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._up = torch.empty(0, dtype=torch.int64, device=device)
+        self._views: dict[int, tuple[Tensor, ...]] = {}
+        self._sent: torch.cuda.Event | None = None
+
+    def _wait(self) -> None:
+        """Waits until the host may write again."""
+        if self._sent is not None and not self._sent.query():
+            # A pass whose result was never read, as a probe's, may still wait for its copy.
+            self._sent.synchronize()
+
+    def _reserve(self, words: int) -> None:
+        if words > len(self._host):
+            size = max(1024, 2 * words)
+            pinned = self.device.type == "cuda"
+            self._host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned)
+            self._words = self._host.numpy()
+            self._bytes = self._words.view(np.bool_)
+            self._views = {}
+            self._up = self._host if self._is_here else self._up.new_empty(size)
+
+    def _send(self, words: int) -> Tensor:
+        """One copy to the device."""
+        up = self._up[:words]
+        up.copy_(self._host[:words], non_blocking=True)
+        if self.device.type == "cuda":
+            if self._sent is None:
+                self._sent = torch.cuda.Event()
+            self._sent.record(torch.cuda.current_stream(self.device))
+        return up
+
+
+class TreeAttention(Upload):
     """Turns draft trees into arguments of the model's forward pass.
 
     On CUDA everything is copied to the device at once, from pinned memory, masks are made where a pass asks
@@ -187,16 +233,12 @@ class TreeAttention:
         device: torch.device,
         sizes: Sequence[int] = (),
     ) -> None:
-        self.device = device
+        super().__init__(device)
         self.pads = device.type == "cuda" or bool(sizes)
         self._sizes = sizes
         self._is_here = device.type == "cpu" and not sizes
         mask: Any = _HostMask if self._is_here else _Mask
         self._masks = {kind: mask(window, dtype, device) for kind, window in windows.items()}
-        self._host = torch.empty(0, dtype=torch.int64, device="cpu")
-        self._up = torch.empty(0, dtype=torch.int64, device=device)
-        self._views: dict[int, tuple[Tensor, ...]] = {}
-        self._sent: torch.cuda.Event | None = None
 
     def size(self, nodes: int) -> int:
         """Nodes that a tree of `nodes` has when it is forwarded, the root included."""
@@ -217,9 +259,7 @@ class TreeAttention:
             shift: The root's position, less `length`.
         """
         nodes = self.size(len(tree))
-        if self._sent is not None and not self._sent.query():
-            # A pass whose result was never read, as a probe's, may still wait for its copy.
-            self._sent.synchronize()
+        self._wait()
         extra = 0 if moved is None else len(moved)
         after = packed_words(nodes)
         self._reserve(after + extra)
@@ -270,26 +310,6 @@ class TreeAttention:
 
         moved = up[len(packed) :][:extra] if extra else None
         return TreeInputs(ids, positions, masks, moved, packed)
-
-    def _reserve(self, words: int) -> None:
-        if words > len(self._host):
-            size = max(1024, 2 * words)
-            pinned = self.device.type == "cuda"
-            self._host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned)
-            self._words = self._host.numpy()
-            self._bytes = self._words.view(np.bool_)
-            self._views = {}
-            self._up = self._host if self._is_here else self._up.new_empty(size)
-
-    def _send(self, words: int) -> Tensor:
-        """One copy to the device."""
-        up = self._up[:words]
-        up.copy_(self._host[:words], non_blocking=True)
-        if self.device.type == "cuda":
-            if self._sent is None:
-                self._sent = torch.cuda.Event()
-            self._sent.record(torch.cuda.current_stream(self.device))
-        return up
 
 
 def _alone(masks: dict[str, Tensor | None]) -> Mask:

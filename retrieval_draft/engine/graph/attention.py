@@ -53,12 +53,13 @@ _LARGEST_HEAD = 256
 
 @dataclass
 class PassTree:
-    """The tree of a pass, as the kernel for trees reads it in place of masks.
+    """The trees of a pass, one a row, as the kernel for trees reads them in place of masks.
 
     Attributes:
-        length: int64, shape (1,). Committed tokens.
-        depths: int64, shape (n,). Of the nodes.
-        hidden: bool, shape (n, n). [i, j] true where node i must not see node j; None for a root alone.
+        length: int64, shape (rows,). Committed tokens of each row.
+        depths: int64, shape (rows, n). Of the nodes.
+        hidden: bool, shape (rows, n, n). [r, i, j] true where node i of row r must not see its node j; None
+            for roots alone.
         windows: Windows by the address of the first element of their masks.
         reads: Layers that have read it so far.
     """
@@ -119,8 +120,7 @@ def _attend_to_tree(
         return None
     states = (query, key, value)
     applies = (
-        query.shape[0] == 1
-        and query.shape[2] == len(tree.depths)
+        (query.shape[0], query.shape[2]) == tree.depths.shape
         and mask.shape[-1] == key.shape[2]
         and all(each.stride(-1) == 1 and each.shape[-1] <= _LARGEST_HEAD for each in states)
         and len({each.dtype for each in states}) == 1
@@ -147,34 +147,45 @@ def attend_in_full(
     """Attention with all scores in memory.
 
     Args:
-        query: (1, heads, n, dim).
-        key: (1, key heads, keys, dim).
-        value: (1, key heads, keys, dim of values).
-        mask: Additive, or bool, true for visible keys: (1, 1, n, keys). None where all are visible.
+        query: (rows, heads, n, dim).
+        key: (rows, key heads, keys, dim).
+        value: (rows, key heads, keys, dim of values).
+        mask: Additive, or bool, true for visible keys: (rows or 1, 1, n, keys). None where all are visible.
         scale: Of the products.
         softcap: Limit of the scores, which near it smoothly.
         sinks: (heads,). Scores of a key without a value, which takes its share of each query.
 
     Returns:
-        (1, heads, n, dim of values).
+        (rows, heads, n, dim of values).
     """
-    heads, nodes = query.shape[1:3]
+    rows, heads, nodes = query.shape[:3]
     shared = key.shape[1]
-    grouped = query.reshape(shared, heads // shared * nodes, query.shape[-1])
-    scores = (grouped @ key[0].transpose(-1, -2)).view(shared, heads // shared, nodes, -1) * scale
+    grouped = query.reshape(rows, shared, heads // shared * nodes, query.shape[-1])
+    scores = (grouped @ key.transpose(-1, -2)).view(rows, shared, heads // shared, nodes, -1) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
+        mask = mask[:, :, None]
         lowest = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
     if sinks is not None:
-        column = sinks.view(shared, -1, 1, 1).expand(-1, -1, nodes, -1).to(scores.dtype)
+        column = sinks.view(shared, -1, 1, 1).expand(rows, -1, -1, nodes, -1).to(scores.dtype)
         scores = torch.cat([scores, column], -1)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     if sinks is not None:
         weights = weights[..., :-1]
-    out = weights.reshape(shared, heads // shared * nodes, -1) @ value[0]
-    return out.view(1, heads, nodes, value.shape[-1])
+    out = weights.reshape(rows, shared, heads // shared * nodes, -1) @ value
+    return out.view(rows, heads, nodes, value.shape[-1])
+
+
+def _attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """As `attend_in_full`, of several rows: the query heads that share keys are one after the other."""
+    rows, heads, nodes, dim = query.shape
+    shared = key.shape[1]
+    masks = mask[:, :, None].expand(-1, -1, heads // shared, -1, -1).reshape(rows, 1, -1, mask.shape[-1])
+    grouped = query.reshape(rows, shared, heads // shared * nodes, dim)
+    out = scaled_dot_product_attention(grouped, key, value, attn_mask=masks, scale=scale)
+    return out.reshape(rows, heads, nodes, value.shape[-1])
 
 
 def _attend(
@@ -188,7 +199,7 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """In place of "sdpa"; what is not a pass of ours, as in another thread, goes there."""
-    ours = attention_mask is not None and query.shape[0] == 1 and attention_mask.shape[1] == 1
+    ours = attention_mask is not None and attention_mask.shape[:2] == (query.shape[0], 1)
     if not ours or dropout or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -197,6 +208,8 @@ def _attend(
     by_tree = _attend_to_tree(query, key, value, attention_mask, scaling)
     if by_tree is not None:
         out = by_tree
+    elif len(query) > 1:
+        out = _attend_rows(query, key, value, attention_mask, scaling)
     elif can_attend_grouped(query, key, value, attention_mask):
         out = attend_grouped(query, key, value, attention_mask, scaling)
     else:
@@ -217,26 +230,13 @@ def _attend_eager(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """In place of "eager". Rows of a batch, as in another thread, are attended to one by one."""
+    """In place of "eager"."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not dropout:
         by_tree = _attend_to_tree(query, key, value, attention_mask, scale, softcap, s_aux)
         if by_tree is not None:
             return by_tree.transpose(1, 2).contiguous(), None
-    out = torch.cat(
-        [
-            attend_in_full(
-                query[row : row + 1],
-                key[row : row + 1],
-                value[row : row + 1],
-                None if attention_mask is None else attention_mask[row % len(attention_mask)][None],
-                scale,
-                softcap,
-                s_aux,
-            )
-            for row in range(query.shape[0])
-        ]
-    )
+    out = attend_in_full(query, key, value, attention_mask, scale, softcap, s_aux)
     return drop(out, dropout, module.training and dropout > 0).transpose(1, 2).contiguous(), None
 
 

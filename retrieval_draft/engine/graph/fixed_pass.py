@@ -1,8 +1,8 @@
-"""One pass over trees of one padded size, with inputs, masks and keys at fixed addresses."""
+"""One pass over trees of one padded size, a row each, with inputs, masks and keys at fixed addresses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,8 +19,8 @@ from retrieval_draft.engine.graph.captured import CapturedCalls
 __all__ = ["FixedPass", "tree_masks"]
 
 Call = Callable[[Any, Tensor, Tensor, Mask], tuple[Tensor, Tensor | None]]
-"""The model: takes a cache, token ids, positions, (1, n) each, and a mask; gives logits, (n, vocabulary), and
-the inputs of its output head, (n, d)."""
+"""The model: takes a cache, token ids, positions, (rows, n) each, and a mask; gives logits, (rows * n,
+vocabulary), and the states that draft sources read, (rows * n, d), or None."""
 
 
 def tree_masks(
@@ -35,56 +35,72 @@ def tree_masks(
 
     Args:
         windows: Layer types with their windows.
-        length: int64, shape (1,). Committed tokens.
-        depths: int64, shape (n,). Of the nodes.
-        hidden: bool, shape (n, n). [i, j] true where node i must not see node j; None for a root alone.
+        length: int64, shape (rows,). Committed tokens of each row.
+        depths: int64, shape (rows, n). Of the nodes.
+        hidden: bool, shape (rows, n, n). [r, i, j] true where node i of row r must not see its node j; None
+            for roots alone.
         columns: int64, shape (keys,). 0, 1, 2, ...
         dtype: Of the masks.
 
     Returns:
-        Additive, shape (1, 1, n, keys), for each layer type.
+        Additive, shape (rows, 1, n, keys), for each layer type.
     """
-    nodes = len(depths)
-    node = columns - length
+    nodes = depths.shape[1]
+    node = columns - length[:, None]
     inside = node.clamp(0, nodes - 1)
-    unseen = (node >= nodes)[None]
+    unseen = (node >= nodes)[:, None]
     if hidden is not None:
-        unseen = unseen | (hidden.index_select(1, inside) & (node >= 0))
+        columns_of = inside[:, None].expand(-1, nodes, -1)
+        unseen = unseen | (hidden.gather(2, columns_of) & (node >= 0)[:, None])
     lowest = torch.finfo(dtype).min
     out = {}
     for kind, window in windows.items():
-        missing = unseen.expand(nodes, -1)
+        missing = unseen.expand(-1, nodes, -1)
         if window is not None:
-            depth = torch.where(node < 0, node, depths.index_select(0, inside))
-            missing = missing | (depths[:, None] - depth[None] >= window)
+            depth = torch.where(node < 0, node, depths.gather(1, inside))
+            missing = missing | (depths[:, :, None] - depth[:, None] >= window)
         mask = torch.zeros(missing.shape, dtype=dtype, device=missing.device)
-        out[kind] = mask.masked_fill_(missing, lowest)[None, None]
+        out[kind] = mask.masked_fill_(missing, lowest)[:, None]
     return out
 
 
 class _SlotCache(Cache):
-    """Writes keys and values to slots that a tensor names, and returns all slots."""
+    """Writes keys and values to slots that a tensor names, and returns all slots.
+
+    Args:
+        cache: Shows the layers.
+        states: Of each layer with keys, (rows, heads, keys, dim) each.
+        lanes: int64, shape (rows, 1). 0, 1, 2, ...
+        slots: int64, shape (rows, n).
+    """
 
     takes_states_alone = True
     """As of `SpeculativeCache`."""
 
     def __init__(
-        self, cache: SpeculativeCache, states: list[tuple[Tensor, Tensor] | None], slots: Tensor
+        self,
+        cache: SpeculativeCache,
+        states: list[tuple[Tensor, Tensor] | None],
+        lanes: Tensor,
+        slots: Tensor,
     ) -> None:
         super().__init__(layers=cache.layers)
         of_layers = iter(states)
         own = set(cache.attention_layers)
         self._states = [next(of_layers) if layer in own else None for layer in cache.layers]
-        self._slots = slots
+        self._lanes, self._slots = lanes, slots
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """One layer's keys and values, (1, heads, keys, dim) each, after new ones were written."""
+        """One layer's keys and values, (rows, heads, keys, dim) each, after new ones were written."""
         states = self._states[layer_idx]
         assert states is not None, "a layer that had no keys before has some now"
         for held, new in zip(states, (key_states, value_states), strict=True):
-            held.index_copy_(-2, self._slots, new)
+            if len(held) == 1:
+                held.index_copy_(-2, self._slots[0], new)
+            else:
+                held.transpose(1, 2).index_put_((self._lanes, self._slots), new.transpose(1, 2))
         return states
 
 
@@ -92,23 +108,25 @@ class FixedPass:
     """A captured pass.
 
     Args:
-        nodes: Of the padded tree.
-        keys: Slots that it reads; texts and trees must fit.
-        arena: Memory of the cache.
+        rows: Lanes of the arena, from the first on.
+        nodes: Of the padded tree in each.
+        keys: Slots that it reads in each; texts and trees must fit.
+        arena: Memory of the caches.
         windows: Layer types with their windows.
         dtype: Of the masks.
-        summarise: Makes of logits what the host reads of them, (n, columns), in the same capture.
-        by_tree: Whether attention may read the tree instead of masks.
+        summarise: Makes of logits what the host reads of them, (rows * n, columns), in the same capture.
+        by_tree: Whether attention may read the trees instead of masks.
 
     Attributes:
-        logits: (n, vocabulary). Written by `run`.
-        hidden: (n, d). States that draft sources read, written by `run`; None where none are read.
+        logits: (rows * n, vocabulary), row by row. Written by `run`.
+        hidden: (rows * n, d). States that draft sources read, written by `run`; None where none are read.
         summary: As `summarise` made it, written by `run`.
         reads_masks: Whether a layer read a mask over all slots.
     """
 
     def __init__(
         self,
+        rows: int,
         nodes: int,
         keys: int,
         arena: Arena,
@@ -117,11 +135,11 @@ class FixedPass:
         summarise: Callable[[Tensor], Tensor] | None,
         by_tree: bool,
     ) -> None:
-        self.nodes, self.keys = nodes, keys
+        self.rows, self.nodes, self.keys = rows, nodes, keys
         self._arena, self._windows, self._dtype, self._summarise = arena, windows, dtype, summarise
         self._by_tree = by_tree
         device = arena.tensors[0].device
-        self._given = torch.zeros(packed_words(nodes), dtype=torch.int64, device=device)
+        self._given = torch.zeros((rows, packed_words(nodes)), dtype=torch.int64, device=device)
         self._columns = torch.arange(keys, device=device)
         self._captured: CapturedCalls | None = None
         self.logits: Tensor
@@ -134,49 +152,53 @@ class FixedPass:
 
         Args:
             call: The model.
-            cache: Works in the arena.
+            cache: Works in the arena, and shows the layers.
             packed: As for `run`.
             by: Makes the record.
         """
         self._given.copy_(packed)
-        nodes = self.nodes
-        ids, positions, depths = self._given[: 3 * nodes].view(3, 1, nodes).unbind()
-        length = self._given[3 * nodes : 3 * nodes + 1]
+        rows, nodes = self.rows, self.nodes
+        ids, positions, depths = self._given[:, : 3 * nodes].view(rows, 3, nodes).unbind(1)
+        length = self._given[:, 3 * nodes]
         hidden = None
         if nodes > 1:
-            bits = self._given[3 * nodes + 1 :].view(torch.bool)
-            hidden = bits[: nodes * nodes].view(nodes, nodes)
-        states = self._arena.keys_and_values(self.keys)
+            bits = self._given[:, 3 * nodes + 1 :].view(torch.bool)
+            hidden = bits[:, : nodes * nodes].view(rows, nodes, nodes)
+        states = self._arena.keys_and_values(self.keys, rows)
+        lanes = self._arena.lanes[:rows]
 
         def calls() -> tuple[Tensor, Tensor | None, Tensor | None]:
-            slots = self._columns[:nodes] + length
-            masks = tree_masks(self._windows, length, depths[0], hidden, self._columns, self._dtype)
+            slots = self._columns[:nodes] + length[:, None]
+            masks = tree_masks(self._windows, length, depths, hidden, self._columns, self._dtype)
             mask: Mask = {**masks} if len(masks) > 1 else next(iter(masks.values()))
             windows = {masks[kind].data_ptr(): window for kind, window in self._windows.items()}
-            tree = PassTree(length, depths[0], hidden, windows)
+            tree = PassTree(length, depths, hidden, windows)
             with attending_to(tree) if self._by_tree else nullcontext():
-                logits, inputs = call(_SlotCache(cache, states, slots), ids, positions, mask)
+                logits, inputs = call(
+                    _SlotCache(cache, states, lanes, slots), ids.contiguous(), positions.contiguous(), mask
+                )
             self.reads_masks = tree.reads < len(cache.attention_layers)
             return logits, inputs, None if self._summarise is None else self._summarise(logits)
 
         self.logits, self.hidden, self.summary = by.capture(calls)
         self._captured = by
 
-    def run(self, cache: SpeculativeCache, packed: Tensor) -> Tensor:
-        """One pass over a tree, whose nodes are staged in the cache.
+    def run(self, caches: Sequence[SpeculativeCache], packed: Tensor) -> Tensor:
+        """One pass over trees, whose nodes are staged in their caches.
 
         Args:
-            cache: Works in the arena.
-            packed: The tree: `TreeInputs.packed`.
+            caches: Work in lanes of the arena.
+            packed: The trees, lane by lane: `TreeRows.packed`, or `TreeInputs.packed` of one.
 
         Returns:
-            (n, vocabulary), float, logits after each node, padded nodes included; they hold until the next
-            run.
+            (rows * n, vocabulary), float, logits after each node, padded nodes and empty lanes included; they
+            hold until the next run.
         """
         assert self._captured is not None
         self._given.copy_(packed)
         self._captured.replay()
-        stage(cache, self.nodes)
+        for cache in caches:
+            stage(cache, self.nodes)
         return self.logits
 
 

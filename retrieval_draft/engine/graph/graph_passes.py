@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,16 +14,23 @@ from torch import Tensor
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.attention.tree_mask import TreeAttention, TreeInputs
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
-from retrieval_draft.engine.graph.arena import PAGE, Arena, lies_on_one_device, slot_bytes
+from retrieval_draft.engine.graph.arena import PAGE, Arena, layer_shapes, lies_on_one_device, slot_bytes
 from retrieval_draft.engine.graph.attention import can_attend_to_trees
 from retrieval_draft.engine.graph.captured import CapturedCalls, CudaGraph, TapeGraph
 from retrieval_draft.engine.graph.fixed_pass import Call, FixedPass, stage
 from retrieval_draft.engine.graph.model_prints import model_print
+from retrieval_draft.engine.graph.tree_rows import TreeRows
 
-__all__ = ["AUTO", "NODES", "GraphPasses", "graph_kind"]
+__all__ = ["AUTO", "NODES", "ROW_NODES", "GraphPasses", "graph_kind", "row_sizes"]
 
 NODES = (1, 8, 16, 32, 64, 128, 256)
 """Sizes of trees that passes are captured for."""
+
+ROW_NODES = (1, 4, 8, 16, 32, 64)
+"""Sizes of trees, all of one size, in passes over several rows."""
+
+_MOST_TOKENS = 512
+"""Tokens of a pass over several rows, padding included, beyond which padding costs more than launches."""
 
 AUTO = {"cuda": "cuda"}
 """"auto" by type of device: "cuda" or "tape"; eager passes on others."""
@@ -49,19 +57,36 @@ def graph_kind(setting: str, device: torch.device) -> str | None:
     return None if kind == "off" else kind
 
 
-class GraphPasses:
-    """Captured passes over trees of a request that is alone in its pass.
+def row_sizes(rows: int) -> tuple[int, ...]:
+    """Sizes of trees in captured passes over `rows` rows, ascending; none for more rows than these take.
 
-    One cache at a time works in their memory, from its first tree on. Each pass is tried on two trees, after
-    texts of different lengths, before it is used. Where anything fails, passes are eager, for a reason
-    that is kept, and logged once.
+    Example:
+        8 rows: 1, 4, 8, 16, 32 and 64 tokens each
+    """
+    if rows == 1:
+        return NODES
+    return tuple(size for size in ROW_NODES if _lanes(rows) * size <= _MOST_TOKENS)
+
+
+def _lanes(rows: int) -> int:
+    """Rows of a captured pass for so many: the next power of two."""
+    return 1 << (rows - 1).bit_length()
+
+
+class GraphPasses:
+    """Captured passes over trees, of one request or of all rows of a batch.
+
+    Caches work in their memory, a lane each, from their first tree on. Each pass is tried on two trees a row,
+    after texts of different lengths, before it is used. Where anything fails, passes are eager, for a reason
+    that is kept, and logged once; what fails with several rows leaves single ones captured.
 
     Args:
         model: The model.
         device: Of its inputs.
         windows: Layer types with their windows.
         kind: "cuda" or "tape".
-        eager: The pass that the captured ones replace: takes a cache and a tree; the nodes are staged.
+        eager: The passes that the captured ones replace: takes caches and a tree for each; the nodes are
+            staged.
         call: The model, with attention that reads all of a cache under a mask.
         agrees: Whether logits, (n, vocabulary), are those of an eager pass but for rounding.
         vocabulary: Token ids.
@@ -69,6 +94,7 @@ class GraphPasses:
 
     Attributes:
         reason: The reason for eager passes; None where they are captured.
+        rows_reason: The reason for eager passes over several rows; None where they are captured.
         captures: Passes captured so far.
         replays: Passes replayed so far.
         largest: The size that is captured first where memory is shared, since smaller ones fit into its.
@@ -81,7 +107,7 @@ class GraphPasses:
         device: torch.device,
         windows: Mapping[str, int | None],
         kind: str,
-        eager: Callable[[SpeculativeCache, TreeInputs], Tensor],
+        eager: Callable[[Sequence[SpeculativeCache], Sequence[TreeInputs]], Tensor],
         call: Call,
         agrees: Callable[[Tensor, Tensor], bool],
         vocabulary: int,
@@ -90,9 +116,9 @@ class GraphPasses:
         self._model, self._device, self._windows, self._kind = model, device, dict(windows), kind
         self._eager, self._call, self._agrees = eager, call, agrees
         self._vocabulary, self._max_positions = vocabulary, max_positions
-        self._trial = TreeAttention(self._windows, model.dtype, device, NODES)
         self._arena: Arena | None = None
-        self._passes: dict[tuple[int, int], FixedPass] = {}
+        self._rows = TreeRows(device)
+        self._passes: dict[tuple[int, int, int], FixedPass] = {}
         self._print: int | None = None
         self._is_checked = False
         self._changes = 0
@@ -100,7 +126,10 @@ class GraphPasses:
         self._summary_key: Hashable = None
         self._last: FixedPass | None = None
         self._pool: Any = None
+        self._limit: int | None = None
+        self._is_short = False
         self.reason: str | None = None
+        self.rows_reason: str | None = None
         self.captures = self.replays = 0
         self.largest = 64
         self.by_tree = can_attend_to_trees(model.dtype, device)
@@ -114,13 +143,43 @@ class GraphPasses:
 
     def summary_of(self, logits: Tensor) -> Tensor | None:
         """The result of `summarised` for the logits of the last pass, (n, columns); None for any others."""
-        last = self._last
-        return last.summary if last is not None and last.logits is logits else None
+        return self._last.summary if self._last is not None and self.made(logits) else None
+
+    def made(self, logits: Tensor) -> bool:
+        """True for the logits of the last captured pass."""
+        return self._last is not None and self._last.logits is logits
 
     @property
     def hidden(self) -> Tensor | None:
         """(n, d). States that draft sources read in the last pass; they hold until the next."""
         return None if self._last is None else self._last.hidden
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory for keys and values."""
+        return 0 if self._arena is None else self._arena.nbytes
+
+    def holds(self, cache: Any) -> bool:
+        """True for a cache that has no memory but that of passes."""
+        arena = self._arena
+        return arena is not None and any(arena.holds(cache, lane) for lane in range(arena.rows))
+
+    def limit(self, nbytes: int | None) -> None:
+        """Limits the memory for keys and values; None for no limit.
+
+        Caches leave it where it is larger, and where it may not grow with a text, which continues in memory
+        of its own. Then nothing is taken until the next call.
+        """
+        self._limit = nbytes
+        if nbytes is not None and self.nbytes > nbytes:
+            self._give_back()
+            self._limit = 0
+
+    def sizes(self, rows: int) -> tuple[int, ...]:
+        """Sizes of trees in captured passes over `rows` rows, ascending; none where those are eager."""
+        if self.reason is not None or (rows > 1 and self.rows_reason is not None):
+            return ()
+        return row_sizes(rows)
 
     def recheck(self) -> None:
         """Has the next pass look whether the model has changed, as before each request."""
@@ -142,44 +201,179 @@ class GraphPasses:
         if packed is None or not isinstance(cache, SpeculativeCache) or nodes not in NODES:
             return None
         try:
-            if not self._holds(cache, nodes):
+            if not self._is_ready() or not self._holds([cache], 1, cache.get_seq_length() + nodes + 1):
                 return None
-            if not self._is_checked:
-                self._check()
-            if self.reason is not None or torch.is_autocast_enabled(self._device.type):
-                return None
-            length = cache.get_seq_length()
-            assert self._arena is not None
-            keys = self._slots(length + nodes + 1, self._arena.slots)
-            found = self._passes.get((nodes, keys)) or self._tried(nodes, keys, cache)
+            found = self._found(1, nodes, [cache])
             if found is None:
                 return None
         except Exception as error:  # a model's own code raises anything
-            self._give_up(f"{type(error).__name__}: {error}")
+            self._failed(error, 1)
             return None
         self._last = found
         self.replays += 1
-        return found.run(cache, packed)
+        return found.run([cache], packed)
 
-    def _holds(self, cache: SpeculativeCache, nodes: int) -> bool:
-        """Moves a cache into the arena, with room for a tree; False where it cannot have it."""
-        arena, needed = self._arena, cache.get_seq_length() + nodes + 1
-        if arena is not None and needed <= arena.slots and arena.holds(cache):
-            return True
-        owner = None if arena is None else arena.owner
-        if (owner is not None and owner is not cache) or not lies_on_one_device(cache):
+    def begin_rows(self, caches: Sequence[Any], lengths: Sequence[int], nodes: int) -> TreeRows | None:
+        """Moves the caches of several rows into lanes of their own, and makes room for their trees.
+
+        Args:
+            caches: Of all rows; their paths need not be committed yet.
+            lengths: Tokens of each that will be committed when the pass is made.
+            nodes: Of the largest tree.
+
+        Returns:
+            Empty, to be packed and sent; None where the rows have to be prepared one by one.
+        """
+        rows = _lanes(len(caches))
+        size = next((each for each in row_sizes(rows) if each >= nodes), None)
+        if size is None or not all(isinstance(cache, SpeculativeCache) for cache in caches):
+            return None
+        try:
+            if self.rows_reason is not None or not self._is_ready():
+                return None
+            if not self._holds(caches, rows, max(lengths) + size + 1):
+                return None
+            assert self._arena is not None
+            lanes = self._arena.assign(caches, rows)
+            self._rows.begin(rows, size, dict(zip(map(id, caches), lanes, strict=True)))
+        except Exception as error:
+            self._failed(error, rows)
+            return None
+        return self._rows
+
+    def send_rows(self, trees: TreeRows) -> bool:
+        """Copies packed trees to the device, and moves accepted paths of all rows into place.
+
+        Returns:
+            False, and no key has moved, where that fails.
+        """
+        try:
+            trees.send()
+            if trees.moves is not None:
+                assert self._arena is not None
+                self._arena.move_rows(trees.moves)
+        except Exception as error:
+            self._failed(error, trees.rows)
             return False
-        if arena is None or needed > arena.slots or not arena.fits(cache):
-            expected = max(layer.capacity for layer in cache.attention_layers) + NODES[-1]
-            slots = max(
-                needed, expected, self._fewest_slots(cache) if arena is None else arena.slots * 3 // 2
-            )
-            self._forget()
-            self._arena = None if owner is None else arena
-            arena = Arena(cache, -(-slots // PAGE) * PAGE)
-        arena.take(cache)
-        self._arena = arena
         return True
+
+    def verify_rows(self, caches: Sequence[Any], inputs: Sequence[TreeInputs]) -> Tensor | None:
+        """One captured pass over the trees of several rows, whose nodes stay staged in their caches.
+
+        Args:
+            caches: Of the rows.
+            inputs: Their trees, of one `begin_rows`.
+
+        Returns:
+            (rows * n, vocabulary), float, logits after each node, lane by lane, padded nodes and empty lanes
+            included, which hold until the next pass; None, and nothing has changed, where eager passes have
+            to do.
+        """
+        trees, arena = self._rows, self._arena
+        if self.rows_reason is not None or not self._is_ready() or arena is None:
+            return None
+        try:
+            lanes = [given.lane[1] if given.lane and given.lane[0] is trees else None for given in inputs]
+            for cache, lane in zip(caches, lanes, strict=True):
+                if lane is None or not arena.holds(cache, lane):
+                    return None
+            # A row may have failed meanwhile; its lane is about to be written.
+            arena.vacate(lane for lane in range(trees.rows) if lane not in lanes)
+            found = self._found(trees.rows, trees.nodes, caches)
+            if found is None:
+                return None
+        except Exception as error:  # a model's own code raises anything
+            self._failed(error, trees.rows)
+            return None
+        self._last = found
+        self.replays += 1
+        return found.run(caches, trees.packed)
+
+    def _is_ready(self) -> bool:
+        """False where no pass may be captured or replayed now."""
+        if not self._is_checked:
+            self._check()
+        return self.reason is None and not torch.is_autocast_enabled(self._device.type)
+
+    def _holds(self, caches: Sequence[SpeculativeCache], rows: int, needed: int) -> bool:
+        """Has memory for `rows` caches of `needed` slots, those of one row moved in; False without it."""
+        arena, fits = self._arena, False
+        new = caches
+        if arena is not None and needed <= arena.slots and rows <= arena.rows:
+            if rows == 1 and arena.holds(caches[0], 0):
+                return True
+            new = [cache for cache in caches if not self.holds(cache)]
+            fits = all(map(arena.fits, new))
+        if not all(map(lies_on_one_device, new)):
+            return False
+        if not fits:
+            made = self._arena_for(caches, rows, needed)
+            if made is None:
+                if self._limit is not None and arena is not None and needed > arena.slots:
+                    self._give_back()
+                    self._limit = 0
+                return False
+            arena = self._arena = made
+        assert arena is not None
+        if rows == 1:
+            arena.assign(caches, 1)
+        return True
+
+    def _arena_for(self, caches: Sequence[SpeculativeCache], rows: int, needed: int) -> Arena | None:
+        """New memory for captured passes, which have to be captured anew; None where there is too little."""
+        arena, some = self._arena, caches[0]
+        if not all(layer_shapes(cache) == layer_shapes(some) for cache in caches):
+            return None
+        # The room in a cache's own memory tells how long its text may become.
+        own = [cache for cache in caches if cache.mover is None]
+        expected = max((layer.capacity for cache in own for layer in cache.attention_layers), default=0)
+        slots = max(needed, expected + NODES[-1])
+        if arena is None:
+            slots, most = max(slots, self._fewest_slots(some) // rows), rows
+        else:
+            slots = max(slots, arena.slots * 3 // 2 if needed > arena.slots else arena.slots)
+            most = max(rows, arena.rows)
+        is_used = arena is not None and any(map(arena.owner, range(arena.rows)))
+        for count, each in dict.fromkeys([(most, slots), (most, needed), (rows, slots), (rows, needed)]):
+            each = -(-each // PAGE) * PAGE
+            if self._has_room(each * count * slot_bytes(some), count, is_used):
+                self._forget()
+                if not is_used:
+                    self._arena = None
+                return Arena(some, each, count)
+        if not self._is_short:
+            self._is_short = True
+            _log.warning(
+                "Passes over %d rows of up to %d tokens of %s are made anew each time: too little memory",
+                rows,
+                needed,
+                type(self._model).__name__,
+            )
+        return None
+
+    def _has_room(self, nbytes: int, rows: int, is_beside: bool) -> bool:
+        """True if new memory of this size stays within the limit, and for several rows the device's.
+
+        Args:
+            nbytes: Its size.
+            rows: Its lanes.
+            is_beside: Whether the present memory stays until caches have moved.
+        """
+        held = self.nbytes
+        if self._limit is not None and nbytes + (held if is_beside else 0) > self._limit:
+            return False
+        if rows == 1 or self._device.type != "cuda":
+            return True
+        free, _ = torch.cuda.mem_get_info(self._device)
+        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return 2 * nbytes <= free + unused + (0 if is_beside else held)
+
+    def _found(self, rows: int, nodes: int, caches: Sequence[SpeculativeCache]) -> FixedPass | None:
+        """The pass for trees of this size; None where it cannot be had."""
+        assert self._arena is not None
+        needed = max(cache.get_seq_length() for cache in caches) + nodes + 1
+        keys = self._slots(needed, self._arena.slots)
+        return self._passes.get((rows, nodes, keys)) or self._tried(rows, nodes, keys, caches)
 
     def _slots(self, needed: int, slots: int) -> int:
         """The next of few numbers of keys, or all there are."""
@@ -199,79 +393,99 @@ class GraphPasses:
         if self._print is not None and now != self._print:
             self._forget()
             self._changes += 1
-            self.reason = None
+            self.reason = self.rows_reason = None
             self.by_tree = can_attend_to_trees(self._model.dtype, self._device)
             self._reads_masks = False
             if self._changes > _MOST_CHANGES:
                 self.reason = "the model is another one at each request"
         self._print, self._is_checked = now, True
 
-    def _tried(self, nodes: int, keys: int, cache: SpeculativeCache) -> FixedPass | None:
+    def _tried(
+        self, rows: int, nodes: int, keys: int, caches: Sequence[SpeculativeCache]
+    ) -> FixedPass | None:
         """A new pass that agrees with eager ones; None where it does not, or cannot be tried here."""
-        assert self._arena is not None
-        length = cache.get_seq_length()
-        last = length + cache.shift + 2 + nodes.bit_length()
+        last = max(cache.get_seq_length() + cache.shift for cache in caches) + 2 + nodes.bit_length()
         if self._max_positions is not None and last > self._max_positions:
             return None
-        fits = nodes < self.largest and length + self.largest + 1 <= keys
-        if self._kind == "cuda" and fits and (self.largest, keys) not in self._passes:
-            self._tried(self.largest, keys, cache)
+        fits = nodes < self.largest and max(map(_length, caches)) + self.largest + 1 <= keys
+        if self._kind == "cuda" and rows == 1 and fits and (1, self.largest, keys) not in self._passes:
+            self._tried(1, self.largest, keys, caches)
             if self.reason is not None:
                 return None
         try:
-            made = self._compared(nodes, keys, cache)
+            made = self._compared(rows, nodes, keys, caches)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # of compiling the kernel, or of the model's own code
             if not self.by_tree:
                 raise
             self._read_masks(f"{type(error).__name__}: {error}")
-            made = self._compared(nodes, keys, cache)
-        if made is None and self.by_tree:
+            made = self._compared(rows, nodes, keys, caches)
+        if made is False and self.by_tree:
             self._read_masks(f"a pass over {nodes} tokens gave other logits")
-            made = self._compared(nodes, keys, cache)
-        if made is None:
-            self._give_up(f"the replay of a pass over {nodes} tokens gave other logits than an eager one")
+            made = self._compared(rows, nodes, keys, caches)
+        if made is False:
+            self._give_up(
+                f"the replay of a pass over {nodes} tokens gave other logits than an eager one", rows
+            )
+        if not made:
             return None
-        self._passes[nodes, keys] = made
+        self._passes[rows, nodes, keys] = made
         self._reads_masks = made.reads_masks
         return made
 
-    def _compared(self, nodes: int, keys: int, cache: SpeculativeCache) -> FixedPass | None:
-        """A new pass; None where its logits are not those of eager passes."""
-        assert self._arena is not None
-        length = cache.get_seq_length()
-        made = FixedPass(
-            nodes, keys, self._arena, self._windows, self._model.dtype, self._summarise, self.by_tree
-        )
-        try:
-            tree = self._tree(nodes, cache, 0)
-            expected = self._eager(cache, tree)
-            cache.drop()
-            assert tree.packed is not None
-            made.capture(self._call, cache, tree.packed, self._recorder())
-            self.captures += 1
-            agrees = self._agrees(made.logits, expected)
-            stage(cache, nodes)
-            cache.commit(None, 1, 1)
-            tree = self._tree(nodes, cache, 1)
-            expected = self._eager(cache, tree)
-            cache.drop()
-            assert tree.packed is not None
-            agrees = agrees and self._agrees(made.run(cache, tree.packed), expected)
-        finally:
-            cache.drop()
-            cache.keep(length)
-        return made if agrees else None
+    def _compared(
+        self, rows: int, nodes: int, keys: int, caches: Sequence[SpeculativeCache]
+    ) -> FixedPass | Literal[False] | None:
+        """A new pass; False where its logits are not those of eager passes, None where these are NaN.
 
-    def _tree(self, nodes: int, cache: SpeculativeCache, seed: int) -> TreeInputs:
-        """A tree of random tokens after the text of a cache."""
-        parents = np.array([(node - 1) // _BRANCHES if node else -1 for node in range(nodes)], np.int32)
-        depths = np.zeros(nodes, np.int32)
-        for node in range(1, nodes):
-            depths[node] = depths[parents[node]] + 1
-        tokens = np.random.default_rng(seed).integers(0, self._vocabulary, nodes).astype(np.int32)
-        ones = np.ones(nodes, np.float32)
-        tree = DraftTree(tokens, parents, depths, ones, ones, np.zeros(nodes, np.int64))
-        return self._trial.prepare(tree, cache.get_seq_length(), None, cache.shift)
+        The caches are afterwards what they were before.
+        """
+        assert self._arena is not None
+        arena = self._arena
+        lengths = [_length(cache) for cache in caches]
+        lanes = [next(lane for lane in range(rows) if arena.holds(cache, lane)) for cache in caches]
+        by_cache = dict(zip(map(id, caches), lanes, strict=True))
+        made = FixedPass(
+            rows, nodes, keys, arena, self._windows, self._model.dtype, self._summarise, self.by_tree
+        )
+        trial = _Trial(TreeRows(self._device), [self._masks() for _ in caches])
+        agrees, is_told = True, True
+        try:
+            for seed in range(2):
+                finite = 0
+                inputs = trial.inputs(rows, nodes, caches, by_cache, self._vocabulary, seed)
+                expected = self._eager(caches, inputs)
+                for cache in caches:
+                    cache.drop()
+                if not seed:
+                    made.capture(self._call, caches[0], trial.trees.packed, self._recorder())
+                    self.captures += 1
+                    for cache in caches:
+                        stage(cache, nodes)
+                else:
+                    made.run(caches, trial.trees.packed)
+                for row, (cache, lane) in enumerate(zip(caches, lanes, strict=True)):
+                    wanted = expected[row * nodes : (row + 1) * nodes]
+                    if not bool(wanted.isfinite().all()):
+                        continue  # a row of NaN tells nothing of the others
+                    finite += 1
+                    agrees = agrees and self._agrees(made.logits[lane * nodes : (lane + 1) * nodes], wanted)
+                    if not seed:
+                        cache.commit(None, 1, 1)
+                is_told = is_told and finite > 0
+                for cache in caches:
+                    cache.drop()
+        finally:
+            for cache, length in zip(caches, lengths, strict=True):
+                cache.drop()
+                cache.keep(length)
+        if not agrees:
+            return False
+        return made if is_told else None
+
+    def _masks(self) -> TreeAttention:
+        return TreeAttention(self._windows, self._model.dtype, self._device, NODES)
 
     def _recorder(self) -> CapturedCalls:
         if self._kind == "tape":
@@ -285,10 +499,77 @@ class GraphPasses:
         self.by_tree = False
         _log.warning("Attention of %s reads masks, not trees: %s", type(self._model).__name__, reason)
 
-    def _give_up(self, reason: str) -> None:
+    def _failed(self, error: Exception, rows: int) -> None:
+        """Makes passes eager after an error; their memory goes back where there is too little."""
+        self._give_up(f"{type(error).__name__}: {error}", rows)
+        if isinstance(error, torch.OutOfMemoryError):
+            self._give_back()
+
+    def _give_up(self, reason: str, rows: int) -> None:
+        name = type(self._model).__name__
+        if rows == 1:
+            self._forget()
+            self.reason = reason
+            _log.warning("Passes of %s are made anew each time: %s", name, reason)
+        else:
+            self._passes = {key: made for key, made in self._passes.items() if key[0] == 1}
+            self._last, self.rows_reason = None, reason
+            _log.warning("Passes over several rows of %s are made anew each time: %s", name, reason)
+
+    def _give_back(self) -> None:
+        """Moves all caches out, and drops all passes with their memory.
+
+        Caches for which there is no other memory stay there until they end.
+        """
         self._forget()
-        self.reason = reason
-        _log.warning("Passes of %s are made anew each time: %s", type(self._model).__name__, reason)
+        arena, self._arena = self._arena, None
+        if arena is not None:
+            with suppress(torch.OutOfMemoryError):
+                arena.clear()
 
     def _forget(self) -> None:
         self._passes, self._last = {}, None
+
+
+class _Trial(NamedTuple):
+    """Memory for the trees that a pass is tried on.
+
+    Attributes:
+        trees: Packs them.
+        masks: Make masks for eager passes, one for each row.
+    """
+
+    trees: TreeRows
+    masks: Sequence[TreeAttention]
+
+    def inputs(
+        self,
+        rows: int,
+        nodes: int,
+        caches: Sequence[SpeculativeCache],
+        lanes: Mapping[int, int],
+        vocabulary: int,
+        seed: int,
+    ) -> list[TreeInputs]:
+        """A tree of random tokens after the text of each cache."""
+        rng = np.random.default_rng(seed)
+        self.trees.begin(rows, nodes, lanes)
+        for cache in caches:
+            self.trees.pack(cache, _random_tree(nodes, vocabulary, rng), _length(cache))
+        self.trees.send()
+        pairs = zip(caches, self.masks, strict=True)
+        return [self.trees.inputs(cache, masks) for cache, masks in pairs]
+
+
+def _random_tree(nodes: int, vocabulary: int, rng: np.random.Generator) -> DraftTree:
+    parents = np.array([(node - 1) // _BRANCHES if node else -1 for node in range(nodes)], np.int32)
+    depths = np.zeros(nodes, np.int32)
+    for node in range(1, nodes):
+        depths[node] = depths[parents[node]] + 1
+    tokens = rng.integers(0, vocabulary, nodes).astype(np.int32)
+    ones = np.ones(nodes, np.float32)
+    return DraftTree(tokens, parents, depths, ones, ones, np.zeros(nodes, np.int64))
+
+
+def _length(cache: SpeculativeCache) -> int:
+    return int(cache.get_seq_length())

@@ -52,21 +52,27 @@ def _add(x: tl.tensor, v: tl.tensor, maximum: tl.tensor, total: tl.tensor, sums:
 def _attend_run(
     Q: tl.tensor, K: tl.tensor, V: tl.tensor, LENGTH: tl.tensor, DEPTHS: tl.tensor, HIDDEN: tl.tensor,
     SUMS: tl.tensor, MAXIMA: tl.tensor, TOTALS: tl.tensor, scale: tl.tensor, softcap: tl.tensor,
-    window: tl.tensor, q_head: tl.tensor, q_node: tl.tensor, k_head: tl.tensor, k_slot: tl.tensor,
-    v_head: tl.tensor, v_slot: tl.tensor, nodes: tl.tensor, run_length: tl.tensor, GROUP: tl.constexpr,
+    window: tl.tensor, q_tree: tl.tensor, q_head: tl.tensor, q_node: tl.tensor, k_tree: tl.tensor,
+    k_head: tl.tensor, k_slot: tl.tensor, v_tree: tl.tensor, v_head: tl.tensor, v_slot: tl.tensor,
+    length_tree: tl.tensor, depth_tree: tl.tensor, hidden_tree: tl.tensor, nodes: tl.tensor,
+    blocks: tl.tensor, run_length: tl.tensor, GROUP: tl.constexpr,
     DIM: tl.constexpr, VALUE: tl.constexpr, WIDE: tl.constexpr, WIDE_VALUE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One key head, one run of slots, and `ROWS` of the rows: a row is a node in a query head.
+    """One key head, one run of slots, and `ROWS` of a tree's rows: a row is a node in a query head.
 
     Keys of committed text, which every node sees but for its window, need no mask; the last block of the text
     and the nodes ask `HIDDEN`.
     """
-    key_head, run, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length = tl.load(LENGTH).to(tl.int32)  # 64 bits take the registers of the sums
-    K += key_head.to(tl.int64) * k_head
-    V += key_head.to(tl.int64) * v_head
+    key_head, run = tl.program_id(0), tl.program_id(1)
+    tree, block = tl.program_id(2) // blocks, tl.program_id(2) % blocks
+    length = tl.load(LENGTH + tree * length_tree).to(tl.int32)  # 64 bits take the registers of the sums
+    Q += tree.to(tl.int64) * q_tree
+    K += tree.to(tl.int64) * k_tree + key_head.to(tl.int64) * k_head
+    V += tree.to(tl.int64) * v_tree + key_head.to(tl.int64) * v_head
+    DEPTHS += tree * depth_tree
+    HIDDEN += tree * hidden_tree
     begin = run * run_length
     end = tl.minimum(begin + run_length, length + nodes)
     if WINDOWED:
@@ -119,7 +125,8 @@ def _attend_run(
             at_value = V + slot[:, None] * v_slot + e[None, :]
             v = tl.load(at_value, mask=is_slot[:, None] & is_e[None, :], other=0.0)
             maximum, total, sums = _add(x, v, maximum, total, sums)
-        at = (run * tl.num_programs(0) * GROUP + head) * nodes + node
+        trees = tl.num_programs(2) // blocks
+        at = ((run * trees + tree) * tl.num_programs(0) * GROUP + head) * nodes + node
         tl.store(SUMS + at[:, None] * VALUE + e[None, :], sums, mask=is_row[:, None] & is_e[None, :])
         tl.store(MAXIMA + at, maximum, mask=is_row)
         tl.store(TOTALS + at, total, mask=is_row)
@@ -128,12 +135,13 @@ def _attend_run(
 @triton.jit
 def _add_runs(
     SUMS: tl.tensor, MAXIMA: tl.tensor, TOTALS: tl.tensor, LENGTH: tl.tensor, SINKS: tl.tensor,
-    OUT: tl.tensor, window: tl.tensor, nodes: tl.tensor, run_length: tl.tensor, VALUE: tl.constexpr,
-    WIDE_VALUE: tl.constexpr, KEYS: tl.constexpr, WINDOWED: tl.constexpr, HAS_SINKS: tl.constexpr,
+    OUT: tl.tensor, window: tl.tensor, nodes: tl.tensor, heads: tl.tensor, length_tree: tl.tensor,
+    run_length: tl.tensor, VALUE: tl.constexpr, WIDE_VALUE: tl.constexpr, KEYS: tl.constexpr,
+    WINDOWED: tl.constexpr, HAS_SINKS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One row: the runs that were written, in the order of their slots."""
+    """One row of one tree: the runs that were written, in the order of their slots."""
     row, rows = tl.program_id(0), tl.num_programs(0)
-    length = tl.load(LENGTH).to(tl.int32)
+    length = tl.load(LENGTH + row // (heads * nodes) * length_tree).to(tl.int32)
     e = tl.arange(0, WIDE_VALUE)
     is_e = e < VALUE
     first = 0
@@ -143,7 +151,7 @@ def _add_runs(
     maximum = float("-inf")
     total = 0.0
     if HAS_SINKS:
-        maximum = tl.load(SINKS + row // nodes).to(tl.float32)
+        maximum = tl.load(SINKS + row // nodes % heads).to(tl.float32)
         total = 1.0
     sums = tl.zeros([WIDE_VALUE], tl.float32)
     for run in range(first, last + 1):
@@ -185,48 +193,49 @@ def tree_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of nodes over the committed text and the nodes that they see.
+    """Attention of the nodes of trees over their committed texts and the nodes that they see.
 
     Args:
-        query: (1, heads, n, dim), each row contiguous.
-        key: (1, key heads, slots, dim). Slot s holds position s; the nodes lie in slots length, length + 1,
-            ... in their order; slots after them may hold anything.
-        value: (1, key heads, slots, dim of values).
-        length: int64, shape (1,). Committed tokens, read on the device; length + n is at most `slots`.
-        depths: int64, shape (n,). Of the nodes: their positions less `length`.
-        hidden: bool, shape (n, n), contiguous. [i, j] true where node i must not see node j; None where all
-            are seen.
+        query: (trees, heads, n, dim), each row contiguous.
+        key: (trees, key heads, slots, dim). Slot s holds position s; the nodes lie in slots length,
+            length + 1, ... in their order; slots after them may hold anything.
+        value: (trees, key heads, slots, dim of values).
+        length: int64, shape (trees,). Committed tokens, read on the device; length + n is at most `slots`.
+        depths: int64, shape (trees, n), each row contiguous. Of the nodes: their positions less `length`.
+        hidden: bool, shape (trees, n, n), each tree contiguous. [t, i, j] true where node i of tree t must
+            not see its node j; None where all are seen.
         scale: Of the products.
         window: Positions that a node sees, itself included; None for all.
         softcap: Limit of the scores, which near it smoothly.
         sinks: (heads,). Scores of a key without a value, which takes its share of each query.
 
     Returns:
-        (1, heads, n, dim of values), of the query's dtype.
+        (trees, heads, n, dim of values), of the query's dtype.
 
     Example:
-        1 head, keys [[1], [2]], values [[3], [5]], length 1, one node, query [[0]]: [[4]]
+        one tree, 1 head, keys [[1], [2]], values [[3], [5]], length 1, one node, query [[0]]: [[4]]
     """
-    _, heads, nodes, dim = query.shape
+    trees, heads, nodes, dim = query.shape
     key_heads, slots, width = key.shape[1], key.shape[2], value.shape[3]
     group = heads // key_heads
     run = run_length(slots)
     runs = triton.cdiv(slots, run)
     rows, keys, wide, wide_value = block_sizes(group * nodes, dim, width)
-    sums = query.new_empty((runs, heads, nodes, width), dtype=torch.float32)
-    maxima, totals = query.new_empty((2, runs, heads, nodes), dtype=torch.float32)
-    out = query.new_empty((1, heads, nodes, width))
+    blocks = triton.cdiv(group * nodes, rows)
+    sums = query.new_empty((runs, trees, heads, nodes, width), dtype=torch.float32)
+    maxima, totals = query.new_empty((2, runs, trees, heads, nodes), dtype=torch.float32)
+    out = query.new_empty((trees, heads, nodes, width))
     reach = _NO_WINDOW if window is None else window
-    _attend_run[(key_heads, runs, triton.cdiv(group * nodes, rows))](
+    _attend_run[(key_heads, runs, blocks * trees)](
         query, key, value, length, depths, depths if hidden is None else hidden, sums, maxima, totals,
-        scale, 1.0 if softcap is None else softcap, reach,
-        query.stride(1), query.stride(2), key.stride(1), key.stride(2), value.stride(1), value.stride(2),
-        nodes, run, group, dim, width, wide, wide_value, rows, keys,
+        scale, 1.0 if softcap is None else softcap, reach, *query.stride()[:3], *key.stride()[:3],
+        *value.stride()[:3], length.stride(0), depths.stride(0), 0 if hidden is None else hidden.stride(0),
+        nodes, blocks, run, group, dim, width, wide, wide_value, rows, keys,
         window is not None, softcap is not None, hidden is not None, **OPTIONS,
     )  # fmt: skip
-    _add_runs[(heads * nodes,)](
-        sums, maxima, totals, length, maxima if sinks is None else sinks, out, reach, nodes, run,
-        width, wide_value, keys, window is not None, sinks is not None,
+    _add_runs[(trees * heads * nodes,)](
+        sums, maxima, totals, length, maxima if sinks is None else sinks, out, reach, nodes, heads,
+        length.stride(0), run, width, wide_value, keys, window is not None, sinks is not None,
     )  # fmt: skip
     return out
 

@@ -229,6 +229,7 @@ class ServingEngine:
         for target, batch in self._batches.items():
             self._leave(batch)  # the first token may have been the last
             if batch.rows:
+                self._limit_graphs()  # another model's batch may have grown
                 self._step(batch, self._drafters[target])
             self._leave(batch)
         self._reports.queue(self._queue.waiting, self.running)
@@ -282,6 +283,7 @@ class ServingEngine:
             if group is None:
                 break
             self._joining.append(_Joining(group, self._open(group), monotonic()))
+            self._limit_graphs()
         if not self._joining:
             return
         ready = [joining for joining in self._joining if joining.opening.done()]
@@ -331,6 +333,26 @@ class ServingEngine:
             return True
         joining = [choice for each in self._joining for choice in each.group.choices]
         return self._bytes([*self._choices.values(), *joining, *group.choices]) <= most
+
+    def _limit_graphs(self) -> None:
+        """Leaves captured passes the memory that caches outside of theirs cannot come to take.
+
+        A row that leaves them counts again before the next pass; all rows together never come to take more
+        than `_has_memory` allows.
+        """
+        most = self._settings.max_cache_bytes
+        passes = [each.graphs for each in self._drafters if each.graphs is not None]
+        if most is None or not passes:
+            return
+        joining = [choice for each in self._joining for choice in each.group.choices]
+        for graphs in passes:
+            outside = [
+                choice
+                for row, choice in self._choices.items()
+                if not any(each.holds(row.cache) for each in passes)
+            ]
+            others = sum(each.nbytes for each in passes if each is not graphs)
+            graphs.limit(max(most - others - self._bytes([*outside, *joining]), 0))
 
     def _next(self, ready: Sequence[_Joining]) -> _Joining:
         """The group whose prompt is passed next: tenants take turns, and so do the prompts of one."""

@@ -99,3 +99,32 @@ def test_a_copy_of_a_budget_learns_alone() -> None:
     other = copied.cost_of_one
     assert isinstance(other, CostModel)
     assert other.seconds(8) > 2 * before
+
+
+def test_a_size_that_is_paid_for_is_filled_by_every_row() -> None:
+    """Fewer nodes than trees are padded to cost the same, and one more costs a size."""
+    flat, steep = model(0.001), model(0.3)
+    rows = [tree(0.9, 0.8, 0.7, 0.6, 0.5), tree(0.01, 0.01)]
+    assert Budget(flat).share(rows, [9, 9], (1, 4, 8)) == [5, 2]
+    assert Budget(model(0.15)).share(rows, [9, 9], (1, 4, 8)) == [3, 2]
+    assert Budget(steep).share(rows, [9, 9], (1, 4, 8)) == [0, 0]
+    assert Budget(flat).share(rows, [9, 9], (1, 4)) == [3, 2]
+    assert Budget(flat).share([tree(), tree()], [9, 9], (1, 4)) == [0, 0]
+    assert Budget(flat).share(rows[:1], [9], (1, 4)) == [3]
+    assert Budget().share(rows, [9, 9], (1, 4)) == [5, 2], "nothing is weighed without costs"
+
+
+def test_rows_are_priced_with_the_padding_of_all_lanes() -> None:
+    """Three rows are passed as four; of all shares that fill a size the one with the best rate is taken."""
+    rng = np.random.default_rng(0)
+    sizes = (1, 4, 8, 16)
+    for case in range(60):
+        rows = [tree(*np.sort(rng.random(rng.integers(0, 20)) ** 2)[::-1].tolist()) for _ in range(3)]
+        cost = model(float(rng.choice([0.002, 0.02, 0.1, 0.5])))
+        filled = [[min(size - 1, row.num_draft_tokens) for row in rows] for size in sizes]
+        rates = []
+        for size, shares in zip(sizes, filled, strict=True):
+            probs = [row.path_probs[1 : 1 + share] for row, share in zip(rows, shares, strict=True)]
+            rates.append((3 + float(np.concatenate(probs).sum())) / cost.for_rows(4).seconds(4 * size))
+        best = filled[int(np.argmax(rates))]
+        assert Budget(cost).share(rows, [9] * 3, sizes) == best, case

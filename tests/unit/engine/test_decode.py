@@ -19,6 +19,7 @@ from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.row import Row
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.transcript import Transcript
+from tests.support.batches import padded, ragged
 from tests.support.models import make
 from tests.support.trees import tree_of
 
@@ -160,3 +161,31 @@ def test_a_row_that_fails_while_a_pass_runs_fails_alone(monkeypatch: pytest.Monk
     assert failed == [bad]
     stock = batch._target.model.generate(torch.tensor([[1, 2, 3, 1, 2, 3]]), max_length=20, do_sample=False)
     assert good.text.tokens.tolist() == stock[0].tolist()
+
+
+def test_rows_passed_alone_after_a_failed_pass_draw_from_their_own_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Captured passes of one row after the other write their logits to the same memory."""
+    model, prompts = make("llama"), ragged((9, 23, 40))
+    ids, mask = padded(prompts)
+    options = {"do_sample": True, "seed": 3, "max_new_tokens": 30, "pad_token_id": 0, "top_k": 0}
+    plain = RetrievalDrafter.for_model(model, config=DraftConfig(method="none", graphs="off"))
+    wanted = plain.generate(ids, mask, **options)
+    drafter = RetrievalDrafter.for_model(model, config=DraftConfig(nodes=8, graphs="tape"))
+    verify_rows, begin, failed = Target.verify_rows, Batch.__init__, []
+
+    def fails(target: Target, caches: Any, inputs: Any) -> torch.Tensor:
+        if len(caches) > 1:
+            raise RuntimeError("out of memory, say")
+        return verify_rows(target, caches, inputs)
+
+    def noting(batch: Batch, *given: Any) -> None:
+        begin(batch, *given, failed=lambda row, error: failed.append(error))
+
+    monkeypatch.setattr(Target, "verify_rows", fails)
+    monkeypatch.setattr(Batch, "__init__", noting)
+    assert torch.equal(drafter.generate(ids, mask, **options), wanted)
+    assert not failed
+    assert drafter.target.graphs is not None
+    assert drafter.target.graphs.replays > 60

@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from retrieval_draft.engine.attention.tree_mask import TreeAttention
+from retrieval_draft.engine.attention.tree_mask import Upload
 from retrieval_draft.engine.decode import Batch
 from retrieval_draft.engine.graph.captured import TapeGraph
 from retrieval_draft.engine.logits import LogitReader
 from retrieval_draft.engine.target import Target
+from tests.support.batches import padded, ragged
 from tests.support.dispatched import Dispatched
 from tests.support.drafters import drafter_with, prompt_ids, reply_of
 from tests.support.models import CONFIGS, make
@@ -109,7 +110,7 @@ def counted() -> Iterator[Steps]:
     with (
         mock.patch.object(Batch, "step", counting),
         mock.patch.object(TapeGraph, "replay", apart("replays", TapeGraph.replay)),
-        mock.patch.object(TreeAttention, "_send", apart("up", TreeAttention._send)),
+        mock.patch.object(Upload, "_send", apart("up", Upload._send)),
         mock.patch.object(LogitReader, "_down", apart("down", LogitReader._down)),
         mock.patch.object(LogitReader, "_is_here", False),
         mock.patch.object(Target, "_call", apart(None, Target._call)),
@@ -162,3 +163,28 @@ def test_an_eager_step(name: str, options: dict[str, Any]) -> None:
             continue  # memory and masks are made
         assert len(launches) + 2 <= EAGER, launches
         assert "_local_scalar_dense" not in launches
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_captured_step_of_a_batch(name: str, options: dict[str, Any]) -> None:
+    """One replay, one copy each way and as many launches as of a row alone, for 2 rows as for 7."""
+    for rows in (2, 7):
+        model, prompts = make(name), ragged()[:rows]
+        options = {**options, "max_new_tokens": 4 * STEPS, "pad_token_id": 0}
+        ids, mask = padded(prompts)
+        plain = drafter_with(model, target=Target(model, "off"), nodes=0).generate(ids, mask, **options)
+        replies = [row[ids.shape[1] :].tolist() for row in plain]
+        drafter = drafter_with(model, OracleSource(*replies), target=Target(model, "tape"))
+        with counted() as steps:
+            out = drafter.generate(ids, mask, **options)
+        assert torch.equal(out, plain)
+        graphs = drafter.target.graphs
+        assert graphs is not None
+        assert graphs.rows_reason is None
+        usual = [i for i, count in enumerate(steps.replays) if count == 1]
+        assert len(usual) >= 6
+        for i in usual:
+            assert (steps.up[i], steps.down[i], steps.reads[i]) == (1, 1, 0)
+            assert len(steps.launches[i]) + 2 <= OUTSIDE, (rows, steps.launches[i])
+            assert "_local_scalar_dense" not in steps.launches[i]

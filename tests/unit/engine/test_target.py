@@ -86,7 +86,7 @@ def test_text_goes_on_after_what_is_cached(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_nodes_of_a_tree_see_their_own_path_and_stay_out_of_the_text() -> None:
-    target = Target(MODEL)
+    target = Target(MODEL, "off")
     cache = target.cache(16)
     list(target.prefill(cache, TEXTS[0], 1))
     logits = target.verify_tree(cache, TREES[0], 9)
@@ -98,7 +98,7 @@ def test_nodes_of_a_tree_see_their_own_path_and_stay_out_of_the_text() -> None:
 
 
 def test_a_tree_that_raises_leaves_the_cache_taking_text() -> None:
-    target = Target(MODEL)
+    target = Target(MODEL, "off")
     cache = target.cache(16)
     list(target.prefill(cache, TEXTS[0], 1))
     inputs = target.attention.prepare(TREES[0], 9, None)
@@ -113,7 +113,7 @@ def test_a_tree_that_raises_leaves_the_cache_taking_text() -> None:
 
 
 def test_rows_side_by_side_say_what_they_say_alone() -> None:
-    target = Target(MODEL)
+    target = Target(MODEL, "off")
     caches, inputs = two_rows(target)
     for _ in range(2):  # the first time settles the way
         for cache in caches:
@@ -126,7 +126,7 @@ def test_rows_side_by_side_say_what_they_say_alone() -> None:
 def test_a_way_that_says_something_else_is_not_taken(
     wrong: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target, asked = Target(MODEL), []
+    target, asked = Target(MODEL, "off"), []
     for name in ("_packed", "_joined", "_one_by_one"):
         whole = getattr(target, name)
 
@@ -147,7 +147,7 @@ def test_a_way_that_says_something_else_is_not_taken(
 
 
 def test_more_keys_than_a_text_may_have_are_not_joined() -> None:
-    target = Target(MODEL)
+    target = Target(MODEL, "off")
     caches, inputs = two_rows(target)
     target.max_positions = 18  # 9 and 5 cached, 3 and 2 nodes: one too few
     assert target._joined(caches, inputs) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
@@ -74,9 +75,9 @@ def test_the_next_cache_waits_until_the_one_before_has_left() -> None:
     before, arena = states(first), Arena(first, PAGE)
     arena.take(first)
     arena.release(second)
-    assert arena.owner is first
+    assert arena.owner() is first
     arena.release(first)
-    assert arena.owner is None
+    assert arena.owner() is None
     assert first.mover is None
     arena.take(second)
     assert arena.holds(second)
@@ -141,7 +142,7 @@ def test_a_cache_that_nobody_holds_leaves_by_itself() -> None:
     arena = Arena(cache, PAGE)
     arena.take(cache)
     del cache
-    assert arena.owner is None
+    assert arena.owner() is None
 
 
 def test_other_shapes_do_not_fit() -> None:
@@ -153,3 +154,67 @@ def test_other_shapes_do_not_fit() -> None:
     assert lies_on_one_device(other)
     assert not arena.fits(other)
     assert arena.fits(filled(3))
+
+
+def test_rows_have_lanes_of_their_own_and_move_to_the_first() -> None:
+    caches = [filled(30 + row, seed=row) for row in range(4)]
+    held = [states(cache) for cache in caches]
+    arena = Arena(caches[0], PAGE, 4)
+    assert arena.assign(caches, 4) == [0, 1, 2, 3]
+    assert arena.assign([caches[2]], 1) == [0]
+    assert [arena.owner(lane) for lane in range(4)] == [caches[2], caches[1], None, caches[3]]
+    assert arena.assign([caches[3], caches[2]], 2) == [1, 0]
+    assert [arena.owner(lane) for lane in range(4)] == [caches[2], caches[3], None, None]
+    assert [cache.mover is None for cache in caches] == [True, True, False, False]
+    assert all(map(equal, held, map(states, caches)))
+    arena.vacate([0])
+    assert arena.owner() is None
+    arena.clear()
+    assert all(map(equal, held, map(states, caches)))
+    assert all(cache.mover is None for cache in caches)
+
+
+def test_staged_nodes_move_with_their_cache() -> None:
+    own, here = filled(40), filled(40)
+    arena = Arena(here, PAGE, 2)
+    arena.take(here, 1)
+    for cache in (own, here):
+        write(cache, 6, 9, staged=True)
+    arena.take(here, 0)
+    moved = torch.tensor([3, 5])
+    for cache in (own, here):
+        cache.commit(moved, 2, 4)
+    assert equal(states(own), states(here))
+
+
+def test_paths_of_all_rows_move_in_two_calls_for_each_shape() -> None:
+    alone, rows = [[filled(40 + row, seed=row) for row in range(3)] for _ in range(2)]
+    arena = Arena(rows[0], PAGE, 4)
+    lanes = arena.assign(rows, 4)
+    paths = [([3, 5], 2), ([4], 1), ([], 1)]
+    moves = torch.zeros(2, 4, 2, dtype=torch.int64)
+    for row, (moved, kept) in enumerate(paths):
+        for cache in (alone[row], rows[row]):
+            write(cache, 6, row, staged=True)
+        alone[row].commit(torch.tensor(moved) if moved else None, kept, kept + len(moved))
+        for at, node in enumerate(moved):
+            moves[:, lanes[row], at] = torch.tensor([40 + row + node, 40 + row + kept + at])
+    with Dispatched() as calls:
+        arena.move_rows(moves)
+    assert calls.launches == ["index", "index_put_"]
+    for row, (moved, kept) in enumerate(paths):
+        rows[row].commit(None, kept, kept + len(moved))
+        assert equal(states(alone[row]), states(rows[row]))
+
+
+def test_nothing_has_moved_where_paths_cannot_be_read() -> None:
+    cache = SpeculativeCache(CONFIGS["llama"](), 4)
+    for layer in range(3):
+        cache.update(torch.rand(1, 2, 4, 6), torch.rand(1, 2, 4, 8), layer)
+    arena = Arena(cache, PAGE, 2)
+    arena.assign([cache], 2)
+    before = [tensor.clone() for tensor in arena.tensors]
+    arena.tensors = (arena.tensors[0], arena.tensors[1].narrow(-2, 0, 2))
+    with pytest.raises(IndexError):
+        arena.move_rows(torch.tensor([[[3], [0]], [[1], [0]]]))
+    assert torch.equal(arena.tensors[0], before[0])

@@ -23,8 +23,8 @@ def test_masks_over_slots(window: int | None) -> None:
         masks = tree_masks(
             {"some": window, "full": None},
             torch.tensor([length]),
-            torch.from_numpy(tree.depths.astype(np.int64)),
-            torch.from_numpy(~seen) if nodes > 1 else None,
+            torch.from_numpy(tree.depths.astype(np.int64))[None],
+            torch.from_numpy(~seen)[None] if nodes > 1 else None,
             torch.arange(KEYS),
             torch.float32,
         )
@@ -41,3 +41,20 @@ def test_masks_over_slots(window: int | None) -> None:
                     known = is_text or (other < nodes and bool(seen[node, other]))
                     near = limit is None or position - at < limit
                     assert bool(visible[node, slot]) == (known and near), (node, slot)
+
+
+def test_masks_of_rows_are_those_of_each_alone() -> None:
+    rng = np.random.default_rng(1)
+    rows = []
+    for length in (0, 7, 20):
+        parents = [-1] + [int(rng.integers(max(0, node - 3), node)) for node in range(1, 6)]
+        tree = tree_of([0] * 6, parents)
+        hidden = torch.from_numpy(~ancestors(tree))
+        depths = torch.from_numpy(tree.depths.astype(np.int64))
+        rows.append((torch.tensor([length]), depths[None], hidden[None]))
+    windows = {"some": 5, "full": None}
+    rest = torch.arange(KEYS), torch.float32
+    together = tree_masks(windows, *(torch.cat(parts) for parts in zip(*rows, strict=True)), *rest)
+    for row, given in enumerate(rows):
+        alone = tree_masks(windows, *given, *rest)
+        assert all(torch.equal(together[kind][row : row + 1], alone[kind]) for kind in windows)

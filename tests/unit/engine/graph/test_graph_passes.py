@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.graph import graph_passes
-from retrieval_draft.engine.graph.arena import PAGE
+from retrieval_draft.engine.graph.arena import PAGE, Arena
 from retrieval_draft.engine.graph.captured import TapeGraph, UncapturableError
-from retrieval_draft.engine.graph.graph_passes import graph_kind
+from retrieval_draft.engine.graph.graph_passes import NODES, graph_kind, row_sizes
 from retrieval_draft.engine.hidden_states import LAST
 from retrieval_draft.engine.logits import LogitReader, summary
 from retrieval_draft.engine.target import Target
@@ -85,18 +86,16 @@ def test_models_whose_factors_the_host_chooses_are_passed_eagerly() -> None:
     assert Target(make("llama-dynamic"), "tape").graphs is None
 
 
-def test_a_second_cache_is_passed_eagerly_until_the_first_is_gone() -> None:
-    target = Target(make("llama"), "tape")
+def test_a_second_cache_moves_in_and_the_first_moves_out() -> None:
+    target, eager = Target(make("llama"), "tape"), Target(make("llama"), "off")
     first, second = begun(target), begun(target, 20)
     target.verify_tree(first, TREE, 40)
+    held = [layer.keys.clone() for layer in first.layers]
+    found = target.verify_tree(second, TREE, 20)[:5]
+    assert torch.allclose(found, eager.verify_tree(begun(eager, 20), TREE, 20), atol=1e-4)
     assert target.graphs is not None
-    assert target.graphs.replays == 1
-    assert torch.isfinite(target.verify_tree(second, TREE, 20)).all()
-    assert target.graphs.replays == 1
-    target.release(first)
-    second.drop()
-    target.verify_tree(second, TREE, 20)
     assert target.graphs.replays == 2
+    assert all(map(torch.equal, held, [layer.keys for layer in first.layers]))
     first.commit(torch.tensor([3]), 1, 2)
     assert first.get_seq_length() == 42
 
@@ -237,3 +236,195 @@ def test_no_smaller_pass_is_tried_where_the_largest_was_given_up(
     target.verify_tree(begun(target), TREE, 40)
     assert graphs.captures == 1
     assert len(caplog.records) == 1
+
+
+def together(
+    target: Target, caches: list[Any], trees: list[DraftTree], moved: list[list[int]] | None = None
+) -> list[torch.Tensor] | None:
+    """Logits of the trees of several rows from one captured pass, padding left out; None where it is eager.
+
+    `moved` are the paths of the step before, root included, of which the first node lies in place.
+    """
+    graphs = target.graphs
+    assert graphs is not None
+    paths = [[] for _ in caches] if moved is None else moved
+    lengths = [cache.get_seq_length() + len(path) for cache, path in zip(caches, paths, strict=True)]
+    rows = graphs.begin_rows(caches, lengths, max(map(len, trees)))
+    if rows is None:
+        return None
+    for cache, tree, length, path in zip(caches, trees, lengths, paths, strict=True):
+        rows.pack(cache, tree, length, np.array(path[1:], np.int64) if path[1:] else None, 1)
+    assert graphs.send_rows(rows)
+    for cache, path in zip(caches, paths, strict=True):
+        if path:
+            cache.commit(None, 1, len(path))
+    inputs = [rows.inputs(cache, target.attention_of_row()) for cache in caches]  # type: ignore[arg-type]
+    logits = graphs.verify_rows(caches, inputs)
+    if logits is None:
+        return None
+    begins = target.begins(logits, inputs)
+    return [logits[begin : begin + len(tree)] for begin, tree in zip(begins, trees, strict=True)]
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return bool((found - wanted).abs().max() < 1e-4)
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "diffllama", "doge"])
+def test_rows_are_passed_as_each_alone(name: str) -> None:
+    """Over steps that move paths, with rows that leave, come, and stand in another order."""
+    model = make(name)
+    eager, target = Target(model, "off"), Target(model, "tape")
+    lengths = (40, 7, 20, 33, 11)
+    mine, theirs = ([begun(each, length) for length in lengths] for each in (target, eager))
+    present, path = [0, 1, 2], [0, 3, 4]
+    for step in range(8):
+        if step == 3:
+            present, path = [2, 0], []
+            for cache in mine + theirs:
+                cache.drop()
+        elif step == 5:
+            present, path = [4, 0, 2, 1, 3], []
+            for cache in mine + theirs:
+                cache.drop()
+        moved = [path if step not in (0, 3, 5) else [] for _ in present]
+        trees = [CHAIN if (row + step) % 3 == 2 and step in (2, 4, 7) else TREE for row in present]
+        if moved[0]:
+            for row in present:
+                theirs[row].commit(torch.tensor(path[1:]), 1, len(path))
+        found = together(target, [mine[row] for row in present], trees, moved)
+        assert found is not None
+        for row, tree, logits in zip(present, trees, found, strict=True):
+            assert close(logits, eager.verify_tree(theirs[row], tree, theirs[row].get_seq_length()))
+        path = [0, 1, 2]
+    assert target.graphs is not None
+    assert (target.graphs.reason, target.graphs.rows_reason) == (None, None)
+    assert target.graphs.replays == 8
+
+
+def test_a_row_of_nan_costs_itself_only() -> None:
+    target, eager = Target(make("gemma3"), "tape"), Target(make("gemma3"), "off")
+    caches, others = ([begun(each, length) for length in (40, 7, 20)] for each in (target, eager))
+    assert together(target, caches, [TREE] * 3) is not None
+    for cache in caches:
+        cache.drop()
+    caches[1].layers[0].keys[..., 0, 0] = float("nan")
+    for captured in (True, False):
+        if not captured:  # also where it is there as passes are tried
+            assert target.graphs is not None
+            target.graphs._forget()
+        found = together(target, caches, [TREE] * 3)
+        assert found is not None
+        assert not found[1].isfinite().any()
+        for row in (0, 2):
+            assert close(found[row], eager.verify_tree(others[row], TREE, others[row].get_seq_length()))
+        for cache in caches + others:
+            cache.drop()
+    # The next request in its lane finds nothing of it.
+    del caches[1]
+    caches.append(begun(target, 33))
+    found = together(target, caches, [TREE] * 3)
+    assert found is not None
+    assert close(found[2], eager.verify_tree(begun(eager, 33), TREE, 33))
+
+
+def test_rows_that_disagree_are_passed_eagerly_and_single_ones_captured(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    target = Target(make("llama"), "tape")
+    graphs = target.graphs
+    assert graphs is not None
+    own = graphs._call
+
+    def wrong(cache: Any, ids: torch.Tensor, *rest: Any) -> Any:
+        logits, hidden = own(cache, ids, *rest)
+        return logits.flip(0) if len(ids) > 1 else logits, hidden
+
+    graphs._call = wrong
+    caches = [begun(target, length) for length in (40, 7)]
+    for _ in range(2):
+        assert together(target, caches, [TREE] * 2) is None
+        for cache in caches:
+            cache.drop()
+    assert graphs.rows_reason is not None
+    assert len(caplog.records) == 1
+    target.verify_tree(caches[1], TREE, 7)
+    assert (graphs.reason, graphs.replays) == (None, 1)
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_rows_for_which_there_is_no_memory_keep_their_own(
+    leaves: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Even where there is none to move out of the memory of passes."""
+    target, eager = Target(make("llama"), "tape"), Target(make("llama"), "off")
+    caches, others = ([begun(each, length) for length in (40, 7, 20)] for each in (target, eager))
+    assert together(target, caches[:2], [TREE] * 2) is not None
+    for cache in caches:
+        cache.drop()
+
+    def short(*given: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory, say")
+
+    monkeypatch.setattr(graph_passes, "Arena", short)
+    if not leaves:
+        monkeypatch.setattr(Arena, "clear", short)
+    assert together(target, caches, [TREE] * 3) is None
+    assert len(caplog.records) == 1
+    graphs = target.graphs
+    assert graphs is not None
+    assert graphs.nbytes == 0
+    for cache, other in zip(caches, others, strict=True):
+        assert torch.equal(cache.layers[0].keys, other.layers[0].keys)
+        found = target.verify_rows([cache], [target.attention.prepare(TREE, cache.get_seq_length())])[:5]
+        assert close(found, eager.verify_tree(other, TREE, other.get_seq_length()))
+
+
+def test_growth_keeps_the_rows() -> None:
+    target, eager = (Target(make("gemma3", max_position_embeddings=4096), kind) for kind in ("tape", "off"))
+    caches, others = ([begun(each, length) for length in (40, 7)] for each in (target, eager))
+    assert target.graphs is not None
+    for round_number in (1, 2):
+        found = together(target, caches, [TREE] * 2)
+        assert found is not None
+        assert target.graphs.captures == round_number
+        for row, logits in enumerate(found):
+            length = others[row].get_seq_length()
+            assert close(logits, eager.verify_tree(others[row], TREE, length))
+        for each, cache in [(target, caches[0]), (eager, others[0]), (target, caches[1]), (eager, others[1])]:
+            cache.drop()
+            if cache in (caches[0], others[0]):
+                for _ in each.prefill(cache, prompt(3 * PAGE), 1):
+                    pass
+
+
+def test_under_a_limit_memory_is_given_back_before_a_text_outgrows_it() -> None:
+    target = Target(make("llama", max_position_embeddings=4096), "tape")
+    graphs = target.graphs
+    assert graphs is not None
+    caches = [begun(target, length) for length in (40, 7)]
+    assert together(target, caches, [TREE] * 2) is not None
+    assert all(map(graphs.holds, caches))
+    graphs.limit(graphs.nbytes)
+    assert graphs.nbytes
+    for cache in caches:
+        cache.drop()
+    for _ in target.prefill(caches[0], prompt(3 * PAGE), 1):
+        pass
+    assert together(target, caches, [TREE] * 2) is None
+    assert graphs.nbytes == 0
+    assert together(target, caches, [TREE] * 2) is None, "until the next limit"
+    assert not any(map(graphs.holds, caches))
+    graphs.limit(None)
+    assert together(target, caches, [TREE] * 2) is not None
+    graphs.limit(graphs.nbytes - 1)
+    assert graphs.nbytes == 0
+    assert caches[0].get_seq_length() == 40 + 3 * PAGE
+
+
+def test_sizes_of_passes_over_rows() -> None:
+    assert row_sizes(1) == NODES
+    assert row_sizes(8) == (1, 4, 8, 16, 32, 64)
+    assert row_sizes(9) == row_sizes(16) == (1, 4, 8, 16, 32)
+    assert row_sizes(512) == (1,)
+    assert row_sizes(513) == ()

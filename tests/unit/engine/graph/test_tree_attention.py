@@ -14,11 +14,13 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("compiled for a card; TRITON_INTERPRET=1 runs it here", allow_module_level=True)
 
+from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.engine.graph import attention
 from retrieval_draft.engine.graph import tree_attention as module
 from retrieval_draft.engine.graph.tree_attention import run_length, tree_attention
 from retrieval_draft.engine.target import Target
 from tests.random_generate.architectures import EAGER_ONLY, model_of
+from tests.support.batches import padded, ragged
 from tests.support.trees import tree_of
 
 
@@ -90,8 +92,8 @@ def test_kernels_attend_as_written_out(case: str, length: int, nodes: int) -> No
     sinks = rng.standard_normal(heads).astype(np.float32) if has_sinks else None
     found = tree_attention(
         torch.from_numpy(query), torch.from_numpy(key), torch.from_numpy(value), torch.tensor([length]),
-        torch.from_numpy(depths), torch.from_numpy(hidden) if nodes > 1 else None, 0.3, window, softcap,
-        None if sinks is None else torch.from_numpy(sinks),
+        torch.from_numpy(depths)[None], torch.from_numpy(hidden)[None] if nodes > 1 else None, 0.3, window,
+        softcap, None if sinks is None else torch.from_numpy(sinks),
     )  # fmt: skip
     expected = attention_numpy(query, key, value, length, depths, hidden, 0.3, window, softcap, sinks)
     np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-5, rtol=1e-5)
@@ -105,7 +107,7 @@ def test_keys_and_queries_of_other_strides_are_read_where_they_lie() -> None:
     states = torch.from_numpy(rng.standard_normal((2, 1, 2, 256, 16)).astype(np.float32))
     query = torch.from_numpy(rng.standard_normal((1, nodes, 4, 16)).astype(np.float32)).transpose(1, 2)
     key, value = (states[part].narrow(-2, 0, 64) for part in range(2))
-    rest = torch.tensor([length]), torch.from_numpy(depths), torch.from_numpy(hidden), 0.25
+    rest = torch.tensor([length]), torch.from_numpy(depths)[None], torch.from_numpy(hidden)[None], 0.25
     found = tree_attention(query, key, value, *rest)
     again = tree_attention(query.contiguous(), key.contiguous(), value.contiguous(), *rest)
     torch.testing.assert_close(found, again, atol=0, rtol=0)
@@ -131,12 +133,38 @@ def test_the_capacity_of_the_cache_and_other_nodes_change_no_bit(monkeypatch: py
     found = [
         tree_attention(
             query[:, :, :nodes].contiguous(), states[0, :, :, :slots], states[1, :, :, :slots],
-            torch.tensor([length]), torch.from_numpy(depths[:nodes]),
-            torch.from_numpy(hidden[:nodes, :nodes].copy()), 0.25,
+            torch.tensor([length]), torch.from_numpy(depths[:nodes])[None],
+            torch.from_numpy(hidden[:nodes, :nodes].copy())[None], 0.25,
         )[:, :, :few]
         for nodes, slots in ((few, 256), (32, 512))
     ]  # fmt: skip
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_rows_of_a_batch_are_attended_to_as_each_alone(window: int | None) -> None:
+    """Lengths of their own, inputs that are slices of what is packed for all, a lane that holds NaN."""
+    rng = np.random.default_rng(2)
+    nodes, lengths = 8, torch.tensor([[0, 9], [300, 9], [40, 9]])[:, 0]
+    made = [random_tree(nodes, rng) for _ in lengths]
+    depths = torch.from_numpy(np.stack([each for _, each in made]))
+    hidden = torch.zeros((3, 2 * nodes * nodes), dtype=torch.bool)
+    hidden[:, : nodes * nodes] = torch.from_numpy(np.stack([each.reshape(-1) for each, _ in made]))
+    hidden = hidden[:, : nodes * nodes].view(3, nodes, nodes)
+    states = torch.from_numpy(rng.standard_normal((2, 4, 2, 384, 16)).astype(np.float32))
+    states[:, 3] = np.nan
+    query = torch.from_numpy(rng.standard_normal((3, 4, nodes, 16)).astype(np.float32))
+    sinks = torch.randn(4)
+    key, value = states[0, :3], states[1, :3]
+    found = tree_attention(query, key, value, lengths, depths, hidden, 0.25, window, None, sinks)
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = tree_attention(
+            query[one], key[one], value[one], lengths[one].clone(), depths[one].clone(),
+            hidden[one].contiguous(), 0.25, window, None, sinks,
+        )  # fmt: skip
+        assert torch.equal(found[one], alone)
+        assert alone.isfinite().all()
 
 
 def test_runs_are_longer_in_larger_caches() -> None:
@@ -146,7 +174,7 @@ def test_runs_are_longer_in_larger_caches() -> None:
 def test_the_example() -> None:
     ones = torch.ones(1, 1, 1, 1)
     key, value = (torch.tensor(each, dtype=torch.float32).view(1, 1, 2, 1) for each in ([1, 2], [3, 5]))
-    assert tree_attention(0 * ones, key, value, torch.tensor([1]), torch.tensor([0]), None, 1.0).item() == 4
+    assert tree_attention(0 * ones, key, value, torch.tensor([1]), torch.tensor([[0]]), None, 1.0).item() == 4
 
 
 def begun(target: Target, length: int) -> Any:
@@ -217,3 +245,21 @@ def test_one_pass_does_for_texts_of_any_length_where_no_layer_reads_masks(
         wanted = eager.verify_tree(begun(eager, length), tree, length)
         assert torch.allclose(found, wanted, atol=1e-4)
     assert target.graphs.captures == sizes
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_captured_passes_over_rows_attend_to_trees(name: str) -> None:
+    model = model_of(name, "sdpa", 97, 0, torch.float32)
+    ids, mask = padded(ragged((9, 23, 14)))
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    found, wanted = (
+        RetrievalDrafter.for_model(model, config=DraftConfig(nodes=3, graphs=graphs))
+        for graphs in ("tape", "off")
+    )
+    assert torch.equal(found.generate(ids, mask, **options), wanted.generate(ids, mask, **options))
+    graphs = found.target.graphs
+    assert graphs is not None
+    assert (graphs.reason, graphs.rows_reason) == (None, None)
+    assert graphs.by_tree
+    assert not graphs._reads_masks
+    assert any(rows == 4 for rows, _, _ in graphs._passes)

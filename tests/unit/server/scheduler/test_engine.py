@@ -14,6 +14,7 @@ import torch
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.engine.cache.footprint import CacheFootprint
+from retrieval_draft.engine.decode import Batch
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.openai.detokenize import ReplyText, StopTexts
 from retrieval_draft.server.scheduler.channel import Ended, Event, Failed, Tokens
@@ -448,3 +449,45 @@ def test_what_does_not_fit_into_the_memory_of_caches_waits_or_is_refused() -> No
         assert all(any(isinstance(event, Ended) for event in events) for events in told)
 
     run(test)
+
+
+@pytest.mark.parametrize("share", [1.1, 4.0])
+def test_memory_of_captured_passes_counts_among_that_of_caches(share: float) -> None:
+    """Requests of two rows; what all rows and the passes' memory take together never exceeds the limit."""
+    drafter = RetrievalDrafter.for_model(
+        make("llama", max_position_embeddings=4096),
+        method="prompt_lookup",
+        config=DraftConfig(method="prompt_lookup", nodes=4, graphs="tape"),
+    )
+    graphs, prompt = drafter.target.graphs, prompt_ids(20)
+    assert graphs is not None
+    footprint = CacheFootprint(drafter.target)
+    most = int(share * 2 * max(footprint.bytes(20 + 60 + 64), footprint.bytes(512)))
+    taken, step = [], Batch.step
+
+    def stepping(batch: Batch) -> Any:
+        out = step(batch)
+        caches = [row.cache for row in batch.rows]
+        taken.append(graphs.nbytes + sum(each.nbytes for each in caches if not graphs.holds(each)))
+        return out
+
+    async def test() -> None:
+        settings = ServerSettings("m", max_cache_bytes=most, max_batch=2)
+        engine = ServingEngine(drafter, settings)
+        engine.start()
+        jobs = [job_of(drafter, prompt, str(number), max_new_tokens=60) for number in range(4)]
+        for job in jobs:
+            engine.submit(job)
+        told = await asyncio.gather(*map(ended, jobs))
+        assert await asyncio.to_thread(engine.stop, 60)
+        model_reply = drafter.target.model.generate(prompt, max_new_tokens=60, do_sample=False)[0, 20:]
+        assert all(tokens_of(events) == model_reply.tolist() for events in told)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batch, "step", stepping)
+        run(test)
+    assert taken
+    assert max(taken) <= most
+    assert graphs.replays
+    if share > 2:
+        assert any(rows == 2 for rows, _, _ in graphs._passes)

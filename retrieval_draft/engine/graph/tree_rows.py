@@ -1,0 +1,139 @@
+"""The trees of a batch's rows, packed for one pass and copied to the device at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from retrieval_draft.drafting.tree import DraftTree
+from retrieval_draft.engine.attention.tree_mask import (
+    TreeAttention,
+    TreeInputs,
+    Upload,
+    kernels,
+    packed_words,
+)
+from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
+
+__all__ = ["TreeRows"]
+
+
+class TreeRows(Upload):
+    """A tree of the same padded size for each lane of an arena.
+
+    Lanes without a row hold a root at position 0 and nodes that see themselves alone, whose results are
+    not read.
+
+    Args:
+        device: Of the model's inputs.
+
+    Attributes:
+        rows: Lanes.
+        nodes: Nodes of each padded tree.
+        packed: int64, shape (rows, `packed_words(nodes)`), on the device, once sent.
+        moves: int64, shape (2, rows, m), on the device, once sent: slots whose keys move, and those that they
+            move to; lanes in which fewer move repeat slot 0. None where nothing moves.
+
+    Example:
+        two rows in lanes 0 and 2 with trees of 3 and 5 nodes: 4 lanes of 8 nodes
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.rows = self.nodes = 0
+        self.packed: Tensor
+        self.moves: Tensor | None = None
+        self._lanes: Mapping[int, int] = {}
+        self._moved: dict[int, tuple[NDArray[np.int64], int]] = {}
+        self._lengths: dict[int, tuple[int, int]] = {}
+        self._empty: dict[int, NDArray[np.int64]] = {}
+
+    def begin(self, rows: int, nodes: int, lanes: Mapping[int, int]) -> None:
+        """Empties all lanes.
+
+        Args:
+            rows: Lanes.
+            nodes: Nodes of each padded tree.
+            lanes: The lane of each cache, by its identity.
+        """
+        self._wait()
+        self.rows, self.nodes, self._lanes = rows, nodes, lanes
+        self._moved, self._lengths, self.moves = {}, {}, None
+        words = packed_words(nodes)
+        self._reserve(rows * words)
+        if nodes not in self._empty:
+            empty = np.zeros(words, np.int64)
+            if nodes > 1:
+                bits = empty[3 * nodes + 1 :].view(np.bool_)[: nodes * nodes]
+                bits.reshape(nodes, nodes)[:] = ~np.eye(nodes, dtype=bool)
+            self._empty[nodes] = empty
+        self._words[: rows * words].reshape(rows, words)[:] = self._empty[nodes]
+
+    def lane_of(self, cache: SpeculativeCache) -> int:
+        """The lane of a cache."""
+        return self._lanes[id(cache)]
+
+    def pack(
+        self,
+        cache: SpeculativeCache,
+        tree: DraftTree,
+        length: int,
+        moved: NDArray[np.int64] | None = None,
+        kept: int = 0,
+    ) -> None:
+        """Writes the tree of one row.
+
+        Args:
+            cache: Works in one of the lanes. Its path is not committed yet.
+            tree: The tree to verify, the root included; at most `nodes`.
+            length: Committed tokens, the path included.
+            moved: int64, shape (m,). As for `SpeculativeCache.commit`.
+            kept: As for `SpeculativeCache.commit`.
+        """
+        nodes, lane = self.nodes, self.lane_of(cache)
+        at, after = lane * packed_words(nodes), lane * packed_words(nodes) + 3 * nodes
+        max_depth = kernels.pack_tree(
+            tree.tokens,
+            tree.parents,
+            tree.depths,
+            length + cache.shift,
+            nodes,
+            self._words[at:],
+            self._bytes[8 * (after + 1) :],
+        )
+        self._words[after] = length
+        self._lengths[lane] = length, max_depth
+        if moved is not None:
+            first = cache.get_seq_length()
+            self._moved[lane] = first + moved, first + kept
+
+    def send(self) -> None:
+        """Copies all lanes to the device, with the slots whose keys move."""
+        rows, words = self.rows, packed_words(self.nodes)
+        most = max((len(slots) for slots, _ in self._moved.values()), default=0)
+        total = rows * (words + 2 * most)
+        if total > len(self._host):
+            written = self._words[: rows * words].copy()
+            self._reserve(total)
+            self._words[: rows * words] = written
+        if most:
+            moves = self._words[rows * words : total].reshape(2, rows, most)
+            moves[:] = 0
+            for lane, (slots, first) in self._moved.items():
+                moves[0, lane, : len(slots)] = slots
+                moves[1, lane, : len(slots)] = np.arange(first, first + len(slots))
+        up = self._send(total)
+        self.packed = up[: rows * words].view(rows, words)
+        self.moves = up[rows * words :].view(2, rows, most) if most else None
+
+    def inputs(self, cache: SpeculativeCache, attention: TreeAttention) -> TreeInputs:
+        """One row's tree for a pass of its own: `attention` makes its masks where they are asked for."""
+        lane = self.lane_of(cache)
+        length, max_depth = self._lengths[lane]
+        made = attention.unpack(self.packed[lane], self.nodes, 0, max_depth, length)
+        made.lane = self, lane
+        return made
