@@ -2,18 +2,18 @@
 
 A token's keys, values and logits are a function of the tokens up to it, for these reasons:
 
-1. **One shape.** Prompts, plain steps and trees are passes over `WIDTH` tokens, padded, so that every product of
-   the model has one shape and the library one way to compute it. A prompt is a row of chains; where one ends
-   does not matter, nor which logits are wanted, nor what was found in a cache.
-2. **One row at a time.** Linear layers, norms, activations and rotary factors compute a row from that row. That
-   the library keeps to this in bits, for any index of the row and any other rows, is tested (`row_invariance`),
-   with the threads that torch has then. Experts are passed token by token; other ways to group tokens have
-   shapes that depend on the neighbours, and are refused.
+1. **One shape.** Prompts, plain steps and trees are passes over `WIDTH` tokens, padded, so that every product
+   of the model has one shape and the library one way to compute it. A prompt is a row of chains; where one
+   ends does not matter, nor which logits are wanted, nor which part was found in a cache.
+2. **One row at a time.** Linear layers, norms, activations and rotary factors compute a row from that row.
+   That the library keeps to this in bits, for any index of the row and any other rows, is tested
+   (`row_invariance`), with the threads that torch has then. Experts are passed token by token; other ways to
+   group tokens have shapes that depend on the neighbours, and are refused.
 3. **Attention by position** (`position_attention`): the order of keys, and where sums are cut, follow from
    positions alone.
-4. **Moves are copies.** An accepted node's keys and values move to the slot of its position as they are; those
-   of rejected nodes are written over, or weigh an exact zero.
-5. **Choices read one row**: the best token, or a draw that depends on seed and position, from the row's logits.
+4. **Moves are copies.** An accepted node's keys and values move to the slot of its position as they are;
+   those of rejected nodes are written over, or weigh an exact zero.
+5. **Choices read one row**: the best token, or a draw that depends on seed and position, from its logits.
 
 Rows of a batch are passed one after another, each in memory of its own, and so have the bits that they have
 alone. Texts are equal on one machine, with the same libraries, threads and attention implementation.
@@ -53,7 +53,7 @@ _MOST_ROOMS = 8
 """Caches that keep memory of passes at a time; further ones take turns."""
 
 _WEIGHTS_PER_ARENA = 32
-"""An arena takes at least this part of the weights' memory, since passes are captured anew in a larger one."""
+"""An arena takes at least this part of the weights' memory: in a larger one passes are captured anew."""
 
 _log = logging.getLogger("retrieval_draft")
 
@@ -79,8 +79,8 @@ class BitwiseTarget(Target):
         graphs: As `DraftConfig.graphs`.
 
     Attributes:
-        check: Tests whether bits depend on slots or neighbours, and raises if so. Called before the first pass
-            of a request where the model has changed.
+        check: Tests whether bits depend on slots or neighbours, and raises if so. Called before a request
+            where the model has changed.
 
     Raises:
         UnsupportedModelError: The model cannot be passed so.
@@ -95,7 +95,7 @@ class BitwiseTarget(Target):
         self.threads = None  # as many as torch has: another number may add up in another order
         if self.rope is not None:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} has rotary factors that depend on the length of the whole text.",
+                f"{type(self.model).__name__} has rotary factors that depend on the length of the text.",
                 "Leave out exact='bitwise' for this model.",
             )
         self._rooms: list[_Room] = []
@@ -105,7 +105,6 @@ class BitwiseTarget(Target):
         self._summary_key = (-1, -1)
         self._last: BitwisePass | None = None
         self._print: int | None = None
-        self._is_checked = False
         self._captures = 0
         self._pool: Any = None
         self.check: Callable[[BitwiseTarget], None] | None = None
@@ -136,8 +135,9 @@ class BitwiseTarget(Target):
     def release(self, cache: Any) -> None:
         """As of `Target`."""
         for room in self._rooms:
-            if room.owner() is cache:
-                room.arena.release(cache)
+            owner = room.owner()
+            if owner is not None and owner is cache:
+                room.arena.release(owner)
                 room.owner = lambda: None
 
     def prefill_passes(
@@ -148,8 +148,8 @@ class BitwiseTarget(Target):
         chunk: int | Callable[[], int | None] | None = None,
         further: int = 0,
     ) -> Iterator[Tensor | None]:
-        """As of `Target`."""
-        self._is_checked = False
+        """As of `Target`, after `check_now`: each request begins with its prompt."""
+        self.check_now()
         yield from super().prefill_passes(cache, prompt, rows, chunk, further)
 
     def verify(self, cache: Any, inputs: TreeInputs) -> Tensor:
@@ -197,8 +197,6 @@ class BitwiseTarget(Target):
         assert inputs.packed is not None
         if inputs.input_ids.shape[1] != WIDTH:
             raise ValueError(f"A tree has more than {WIDTH} nodes, its root included.")
-        if not self._is_checked:
-            self.check_now()
         found = self._found(cache, inputs.packed)
         logits = found.run(cache, inputs.packed)
         self._last = found
@@ -210,7 +208,6 @@ class BitwiseTarget(Target):
     def check_now(self) -> None:
         """Tests the model, unless it is as it was when it was tested last, before an adapter or the like."""
         now = model_print(self.model)
-        self._is_checked = True
         if now == self._print:
             return
         self._print = now

@@ -61,9 +61,7 @@ _WORDS = 8
 """Different tokens of a probed text: few, so that a model that keeps the best keys finds equal ones in it."""
 
 
-def find_target(
-    model: Any, strict: bool = False, graphs: str = "auto", exact: str | None = None
-) -> Target:
+def find_target(model: Any, strict: bool = False, graphs: str = "auto", exact: str | None = None) -> Target:
     """The model as it can be decoded with: by trees, else by chains, else by its own ``generate`` alone.
 
     Args:

@@ -1,4 +1,4 @@
-"""The test that a token's bits depend neither on its slot nor on the tokens beside it, on the model itself."""
+"""The test on a model that a token's bits depend neither on its slot nor on the tokens beside it."""
 
 from __future__ import annotations
 
@@ -35,15 +35,16 @@ _Slots = Callable[[int], NDArray[np.int64]]
 def check_row_invariance(target: BitwiseTarget) -> None:
     """Passes a random text token by token, and then as paths of trees; all bits must be equal.
 
-    The trees hold the text's next tokens as a chain, in the last slots, and in random ones, among random drafts,
-    so that each slot holds a token of the text beside different neighbours. Compared are the logits after each
-    token, and all keys and values once they are committed. Passes without this mode must agree but for rounding.
+    The trees hold the text's next tokens as a chain, in the last slots, and in random ones, among random
+    drafts, so that each slot holds a token of the text beside different neighbours. Compared are the logits
+    after each token, and all keys and values once they are committed. Passes without this mode must agree but
+    for rounding.
 
     Args:
         target: The model. Nothing stays in its caches.
 
     Raises:
-        UnsupportedModelError: Some bit differs, or the logits are others than those of the model's own passes.
+        UnsupportedModelError: Some bit differs, or the logits are not those of the model's own passes.
     """
     random = np.random.default_rng(0)
     name = type(target.model).__name__
@@ -65,8 +66,8 @@ def check_row_invariance(target: BitwiseTarget) -> None:
             for index, (row, other) in enumerate(zip(logits, others, strict=True)):
                 if not _same(row, other):
                     raise UnsupportedModelError(
-                        f"{name} is not exact in bits here: the logits after token {length + index} of a text "
-                        f"are others in a pass over it alone than as a draft {order}, beside other drafts.",
+                        f"{name} is not exact in bits here: the logits after token {length + index} of a "
+                        f"text are others in a pass over it alone than as a draft {order} beside others.",
                         _HINT,
                     )
             for number, (layer, same) in enumerate(
@@ -115,7 +116,7 @@ def _passed(
 def _tree(
     tokens: TokenArray, path: NDArray[np.int64], vocabulary: int, random: np.random.Generator
 ) -> DraftTree:
-    """A tree in whose nodes `path` these tokens lie one below the other; up to the last, others are random."""
+    """A tree in whose nodes `path` these tokens lie one below the other; those between are random."""
     size = int(path[-1]) + 1
     held = random.integers(0, vocabulary, size).astype(np.int32)
     parents = np.array([-1, *(random.integers(0, node) for node in range(1, size))], np.int32)
@@ -131,11 +132,13 @@ def _compare_with_usual(target: BitwiseTarget, text: TokenArray, logits: list[Te
     usual = Target(target.model, "off")
     ids = torch.from_numpy(text.astype(np.int64)).to(target.device)
     expected = torch.cat(list(usual.prefill(usual.cache(len(text)), ids, len(logits))))
-    found, limit = disagreement(torch.stack(logits), expected), tolerance(target.model.dtype)
+    # Where two experts are equally good, rounding chooses: of a few tokens all logits may be others.
+    each = [disagreement(row[None], other[None]) for row, other in zip(logits, expected, strict=True)]
+    found, limit = float(np.median(each)), tolerance(target.model.dtype)
     if found > limit:
         raise UnsupportedModelError(
             f"{type(target.model).__name__} has other logits with attention by position: they differ by "
-            f"{found:.2g} of their standard deviation, at most {limit:g} is allowed.",
+            f"{found:.2g} of their standard deviation at half of the tokens, at most {limit:g} is allowed.",
             "Leave out exact='bitwise' for this model.",
         )
 

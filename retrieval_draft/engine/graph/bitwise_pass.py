@@ -1,4 +1,4 @@
-"""The one pass of `exact="bitwise"`: of fixed shape, over a cache at fixed addresses, its sums by position."""
+"""The pass of `exact="bitwise"`: of fixed shape, over a cache at fixed addresses, its sums by position."""
 
 from __future__ import annotations
 
@@ -155,7 +155,8 @@ class BitwisePass:
             logits, states = self._call(_ArenaCache(cache, self._states, slots), ids, positions, mask)
         if layout.reads < sum(each is not None for each in self._states):
             raise UnsupportedModelError(
-                "A layer of this model attends by code of its own.", "Leave out exact='bitwise' for this model."
+                "A layer of this model attends by code of its own.",
+                "Leave out exact='bitwise' for this model.",
             )
         return logits, states, None if self._summarise is None else self._summarise(logits)
 

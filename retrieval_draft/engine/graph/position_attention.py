@@ -4,13 +4,13 @@ A drafted token lies in whichever slot its tree gives it; once accepted it lies 
 that split or add up keys by slot round the two differently, so that half precision shows drafts in the text.
 Here the keys of a node are taken in the order of their positions, and these invariants hold:
 
-1. Which of two rules computes a key depends on both positions only. With passes of n nodes, keys of blocks of n
-   positions from the block of `query - (n - 1)` on are *near*, all before are *far*. A tree of n nodes is at
-   most n - 1 deep, so that far keys are always committed text, and those of a draft are always near.
+1. Which of two rules computes a key depends on both positions only. With passes of n nodes, keys of blocks of
+   n positions from the block of `query - (n - 1)` on are *near*, all before are *far*. A tree of n nodes is
+   at most n - 1 deep, so that far keys are always committed text, and those of a draft are always near.
 2. Far keys are multiplied in blocks of `FAR` positions that all nodes share, in products of one shape. A node
    that does not see a key gives it the weight exp(-inf) = 0, and 0 times its value, which is finite, adds an
-   exact 0: the sum is that of the seen keys in their order. A block without seen keys leaves maximum, total and
-   sums as they are, bit for bit, so the number of blocks does not matter.
+   exact 0: the sum is that of the seen keys in their order. A block without seen keys leaves maximum, total
+   and sums as they are, bit for bit, so the number of blocks does not matter.
 3. Near keys are gathered for each node by position: committed ones from their slots, ancestors from theirs.
    Position p is in column p - base of the products, in whichever slot it lies, and columns that are not seen
    weigh an exact 0.
@@ -59,8 +59,8 @@ class PositionLayout:
     """The keys of each node, by position.
 
     Attributes:
-        near_slots: int64, shape (n, 2n). Slots of the near positions, from `base` on; the node's own for those
-            that it does not see.
+        near_slots: int64, shape (n, 2n). Slots of the near positions, from `base` on; the node's own for
+            those that it does not see.
         near_seen: bool, shape (n, 2n), for each window.
         far_seen: bool, shape (n, keys), for each window.
         uncommitted: bool, shape (keys, 1). Slots whose values no node may read as far ones.
@@ -253,8 +253,8 @@ def _attend(
         or kwargs.get("position_bias") is not None
     ):
         raise UnsupportedModelError(
-            f"{type(module).__name__} changes the mask or the keys before it attends to them, so that its sums "
-            "cannot be made by position.",
+            f"{type(module).__name__} changes the mask or the keys before it attends to them, so that its "
+            "sums cannot be made by position.",
             "Leave out exact='bitwise' for this model.",
         )
     window = layout.masks[attention_mask.data_ptr()]
