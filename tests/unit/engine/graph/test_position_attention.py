@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def in_tree(
     random = np.random.default_rng(seed)
     slots = -(-(length + WIDTH) // FAR) * FAR
     parents = [-1] + [int(random.integers(0, node)) for node in range(1, WIDTH)]
-    for above, node in zip(path, path[1:], strict=False):
+    for above, node in itertools.pairwise(path):
         parents[node] = above
     query, key, value = (each * bad for each in states(seed + 100, slots))
     query = query[:, :, :WIDTH]
