@@ -72,6 +72,8 @@ DRAFT_MODEL = SourceSpec("model", "model", 6, None)
 
 MAX_NODES = 1024
 TOP_K_LIMIT = 32
+BITWISE_NODES = 31
+"""Draft nodes of every pass with `DraftConfig.exact`; the root makes them 32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,9 @@ class DraftConfig:
         graphs: Whether passes over draft trees are captured once and replayed, for a request that is alone in
             its pass: "auto" as CUDA graphs on CUDA, "off" never, "tape" as recorded operations on any device,
             which saves nothing and is for tests.
+        exact: "bitwise" for text, and a cache, that are the same bit for bit with and without drafts in half
+            precision too, alone and in a batch: every pass, of prompts too, has one shape. Refused, with the
+            reason, where the model does not keep to it on this machine. None for equality up to rounding.
         known_noise: Whether drafts for sampled text are ranked by the noise that it will be drawn with.
             Turned off in measurements only.
         history_bytes: Limit of the memory for texts of earlier requests; the oldest are evicted first.
@@ -113,6 +118,7 @@ class DraftConfig:
     prefill_logits: bool | Literal["auto"] = "auto"
     cpu_kernels: bool = True
     graphs: Literal["auto", "off", "tape"] = "auto"
+    exact: Literal["bitwise"] | None = None
     known_noise: bool = True
     history_bytes: int = 1 << 28
     history_folder: str | None = None
@@ -144,6 +150,13 @@ class DraftConfig:
                 raise InvalidInputError(f"{name} is {value}; it must lie in {low}..{high}.")
         if self.graphs not in ("auto", "off", "tape"):
             raise InvalidInputError(f"graphs is {self.graphs!r}; it must be 'auto', 'off' or 'tape'.")
+        if self.exact not in (None, "bitwise"):
+            raise InvalidInputError(f"exact is {self.exact!r}; it must be None or 'bitwise'.")
+        if self.exact and self.nodes is not None and self.nodes > BITWISE_NODES:
+            raise InvalidInputError(
+                f"nodes is {self.nodes}; with exact='bitwise' every pass has {BITWISE_NODES} draft nodes.",
+                f"Set at most {BITWISE_NODES}.",
+            )
         if self.prefill_logits not in (True, False, "auto"):
             raise InvalidInputError(
                 f"prefill_logits is {self.prefill_logits!r}; it must be True, False or 'auto'."

@@ -126,7 +126,7 @@ class RetrievalDrafter:
         self.prefix_cache: PrefixCache | None
         if beside is None:
             # Captured passes hold what torch is told, which these kernels go around.
-            enabled = context.config.cpu_kernels and target.graphs is None
+            enabled = context.config.cpu_kernels and target.graphs is None and target.width is None
             self.kernels, self.lock = CpuKernels(target.model, enabled), threading.RLock()
             limit = context.config.prefix_cache_bytes
             self.prefix_cache = PrefixCache(target, limit) if limit else None
@@ -190,7 +190,7 @@ class RetrievalDrafter:
             )
         with outside_inference():
             check_modules(unwrap(model))
-            target = in_live_pool(lambda: find_target(model, strict, config.graphs))
+            target = in_live_pool(lambda: find_target(model, strict, config.graphs, config.exact))
             if tokenizer is not None:
                 check_tokenizer(tokenizer, model, target.embedding_rows)
             stores = open_draft_stores(tokenizer, target.embedding_rows, config, corpora, phrases, store)

@@ -18,6 +18,7 @@ __all__ = [
     "CpuKernels",
     "Device",
     "Dtype",
+    "Exact",
     "Index",
     "Json",
     "Model",
@@ -97,6 +98,13 @@ CpuKernels = Annotated[
     bool,
     typer.Option(
         "--cpu-kernels/--stock-kernels", help="Faster layers for few tokens on the CPU while drafting."
+    ),
+]
+Exact = Annotated[
+    str | None,
+    typer.Option(
+        help='"bitwise": the same text in half precision with and without drafts, by passes of one shape.',
+        show_default=False,
     ),
 ]
 Index = Annotated[

@@ -18,6 +18,7 @@ from retrieval_draft.cli.common import (
     CpuKernels,
     Device,
     Dtype,
+    Exact,
     Index,
     Json,
     Model,
@@ -90,6 +91,7 @@ def generate(
     weights: Weights = None,
     device: Device = None,
     cpu_kernels: CpuKernels = True,
+    exact: Exact = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print drafting counts on stderr.")] = False,
     show_drafts: Annotated[
         bool,
@@ -108,6 +110,7 @@ def generate(
         method=method,
         nodes=nodes,
         cpu_kernels=cpu_kernels,
+        exact=exact,  # type: ignore[arg-type]  # the config checks it
         history_folder=None if history is None else str(history),
     )
     shared = store_config(store, tenant, share, snapshots)

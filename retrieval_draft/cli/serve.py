@@ -12,7 +12,7 @@ import typer
 
 from retrieval_draft.cli._store_options import Share, Snapshots, Store, Tenant
 from retrieval_draft.cli._store_options import config as store_config
-from retrieval_draft.cli.common import CpuKernels, Device, Dtype, Index, Model, Nodes, Weights
+from retrieval_draft.cli.common import CpuKernels, Device, Dtype, Exact, Index, Model, Nodes, Weights
 from retrieval_draft.errors import InvalidInputError, RetrievalDraftError
 
 if TYPE_CHECKING:
@@ -133,6 +133,7 @@ def serve(
     weights: Weights = None,
     device: Device = None,
     cpu_kernels: CpuKernels = True,
+    exact: Exact = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Of torch; by default as many as cores.", show_default=False)
     ] = None,
@@ -174,6 +175,10 @@ def serve(
         if lora:
             raise InvalidInputError(
                 "vLLM has options of its own for adapters.", "Give --enable-lora --lora-modules after --."
+            )
+        if exact is not None:
+            raise InvalidInputError(
+                "vLLM verifies drafts in passes of its own, which --exact does not change.", "Leave it out."
             )
         if unix_socket is not None:
             raise InvalidInputError("vLLM is started on a host and port here.", "Leave --unix-socket out.")
@@ -219,6 +224,7 @@ def serve(
             method=method,
             nodes=nodes,
             cpu_kernels=cpu_kernels,
+            exact=exact,  # type: ignore[arg-type]  # the config checks it
             history_folder=None if history is None else str(history),
             prefix_cache_bytes=prefix_cache_bytes,
         )

@@ -76,8 +76,11 @@ class DraftEngine:
         self._target = target
         self._config = config
         self._hierarchy = SourceHierarchy(sources)
-        fixed = config.nodes if config.nodes is not None or nodes is None else min(nodes, config.max_nodes)
-        self._max_nodes = config.max_nodes if fixed is None else fixed
+        most = config.max_nodes if target.width is None else min(config.max_nodes, target.width - 1)
+        fixed = config.nodes if config.nodes is not None or nodes is None else min(nodes, most)
+        if fixed is None and target.width is not None:
+            fixed = most  # a pass costs the same with fewer
+        self._max_nodes = most if fixed is None else fixed
         self._by_cost = fixed is None
         self._tree = tree
         self._spare = spare
@@ -98,7 +101,7 @@ class DraftEngine:
 
         compile_kernels(self._spare(), self._tree, self._config.top_k)
         self._hierarchy.prepare()
-        if self._config.prefill_logits == "auto":
+        if self._config.prefill_logits == "auto" and self._target.width is None:
             self._head = HeadCost.measure(self._target)
         if self._by_cost:
             self.budget = Budget(self._measure())
@@ -161,7 +164,8 @@ class DraftEngine:
 
     def _session(self, request: DecodeRequest, sources: SourceSessions, stats: DraftStats) -> DraftSession:
         length = len(request.prompt)
-        if self._config.prefill_logits is True:
+        has_all = self._target.width is not None and self._config.prefill_logits == "auto"
+        if self._config.prefill_logits is True or has_all:
             request.prompt_rows = length
         elif self._config.prefill_logits == "auto" and self._head is not None:
             request.prompt_rows = self._head.paying_rows(request.max_length - length, length)

@@ -14,9 +14,11 @@ from transformers import GenerationConfig
 
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.attention.tree_mask import TreeInputs
+from retrieval_draft.engine.bitwise_target import BitwiseTarget
 from retrieval_draft.engine.cache.chain_cache import ChainCache
 from retrieval_draft.engine.chain_target import ChainTarget
 from retrieval_draft.engine.plain_target import PlainTarget
+from retrieval_draft.engine.row_invariance import check_row_invariance
 from retrieval_draft.engine.target import Target, disagreement, tolerance
 from retrieval_draft.engine.verification import Verification
 from retrieval_draft.engine.wrapped_models import check_generates, is_compiled, uncompiled, unwrap
@@ -59,18 +61,21 @@ _WORDS = 8
 """Different tokens of a probed text: few, so that a model that keeps the best keys finds equal ones in it."""
 
 
-def find_target(model: Any, strict: bool = False, graphs: str = "auto") -> Target:
+def find_target(model: Any, strict: bool = False, graphs: str = "auto", exact: str | None = None) -> Target:
     """The model as it can be decoded with: by trees, else by chains, else by its own ``generate`` alone.
 
     Args:
         model: Any model of transformers that generates text.
         strict: Whether a model that can only be decoded plainly is refused.
         graphs: As `DraftConfig.graphs`.
+        exact: As `DraftConfig.exact`.
 
     Raises:
-        UnsupportedModelError: It generates no text, or `strict` forbids it.
+        UnsupportedModelError: It generates no text, or `strict` or `exact` forbids it.
     """
     check_generates(unwrap(model))
+    if exact is not None:
+        return _bitwise_target(model, graphs)
     try:
         target = Target(model, "off")
         probe(target)
@@ -95,6 +100,21 @@ def find_target(model: Any, strict: bool = False, graphs: str = "auto") -> Targe
         )
     chain.verification = Verification("chain", reason)
     return chain
+
+
+def _bitwise_target(model: Any, graphs: str) -> Target:
+    """The model with passes of one shape, after trees and the independence of rows were tried."""
+    usual = Target(model, "off")
+    probe(usual)
+    if usual.passes_whole:
+        raise UnsupportedModelError(
+            f"{type(usual.model).__name__} reads a prompt as a whole, which passes of one shape cannot.",
+            "Leave out exact='bitwise' for this model.",
+        )
+    target = BitwiseTarget(model, graphs)
+    target.check = check_row_invariance
+    target.check_now()
+    return target
 
 
 @torch.no_grad()

@@ -103,6 +103,8 @@ def pass_prompts(
 def _refuse_known(
     target: Target, requests: Sequence[DecodeRequest], model_inputs: Mapping[str, Any], kind: Hashable
 ) -> None:
+    if target.width is not None:
+        raise NotVerifiable("exact='bitwise' passes a prompt as text alone")
     if target.media_ways.get(kind):
         raise NotVerifiable(target.media_ways[kind])
     if target.rope is not None and max(request.max_length for request in requests) > target.rope.length:

@@ -74,6 +74,7 @@ class Target:
     Attributes:
         verification: The way in which drafts are verified, and the reason for it.
         shares_passes: Whether the rows of a batch share a pass; each gets its own else.
+        width: Nodes of every pass, the root included; None where passes have as many as are asked for.
         passes_whole: Whether a prompt is passed at once unless its caller asks for parts: its tokens may see
             later ones.
         passes_parts: Whether a prompt may be passed in parts, one after another.
@@ -88,6 +89,7 @@ class Target:
 
     verification = Verification("tree", "the model takes masks and positions of a tree")
     shares_passes = True
+    width: int | None = None
     passes_whole = False
     passes_parts = True
     blank: frozenset[int] = frozenset()
