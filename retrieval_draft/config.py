@@ -29,6 +29,9 @@ METHODS = (
     "rasd",
     "cascade",
     "ouroboros",
+    "eagle3",
+    "mtp",
+    "medusa",
 )
 """Drafting methods by name, a module of `retrieval_draft.methods` each. ``none`` decodes plainly."""
 

@@ -10,6 +10,7 @@ from retrieval_draft.engine.draft_models.foreign_draft import ForeignModelDraft
 from retrieval_draft.engine.draft_models.head_files import load_head
 from retrieval_draft.engine.draft_models.heads import HeadDraft
 from retrieval_draft.engine.draft_models.model_draft import ModelDraft, SelfDraft
+from retrieval_draft.engine.draft_models.mtp import load_mtp
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.wrapped_models import device_of
 from retrieval_draft.errors import InvalidInputError
@@ -17,9 +18,10 @@ from retrieval_draft.index.source import DraftSource
 from retrieval_draft.models.fingerprint import tokenizer_fingerprint
 from retrieval_draft.models.loading import load_model
 
-__all__ = ["SELF", "load_draft_model", "make_draft_sources"]
+__all__ = ["MTP", "SELF", "load_draft_model", "make_draft_sources"]
 
 SELF = "self"
+MTP = "mtp"
 
 
 def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[DraftSource, ...]:
@@ -27,7 +29,7 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
 
     Args:
         given: None; a model with the target's tokenizer; a pair of a model and its own tokenizer; "self" for
-            the target with layers skipped; the folder or hub name of a trained head or of a model; a
+            the target with layers skipped, "mtp" for its layers for multi-token prediction; the folder or hub name of a trained head or of a model; a
             `DraftHead`; a ready source such as `HeadDraft`; a list of those.
         target: The target.
         tokenizer: The target's, or None.
@@ -42,6 +44,8 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
         return ()
     if isinstance(given, list):
         return tuple(source for one in given for source in make_draft_sources(one, target, tokenizer))
+    if isinstance(given, str) and given == MTP:
+        given = load_mtp(target.model)
     if hasattr(given, "read") and hasattr(given, "expand"):
         given = HeadDraft(given)
     if isinstance(given, HeadDraft):
@@ -61,7 +65,7 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
         return (given,)
     raise InvalidInputError(
         f"draft_model is {given!r}.",
-        'Pass a model, (model, tokenizer), "self", a folder or hub name, a draft source, or a list of those.',
+        'Pass a model, (model, tokenizer), "self", "mtp", a folder or hub name, a draft source, or a list of those.',
     )
 
 

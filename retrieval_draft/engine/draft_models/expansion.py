@@ -133,6 +133,15 @@ class Growth:
         self.frontier = sorted(sorted(fresh, key=lambda n: -paths[n])[: limits.top_k])
         self.expanded = self.expanded + self.frontier
 
+    def follow(self, token: int) -> Growth:
+        """Has the next tokens of one more node asked for: `token`, below the node before. Returns itself."""
+        self.tokens.append(token)
+        self.parents.append(self.frontier[-1])
+        self.depths.append(self.depths[-1] + 1)
+        self.frontier = [len(self.tokens) - 1]
+        self.expanded = self.expanded + self.frontier
+        return self
+
     def tree(self) -> ModelTree:
         """The most probable nodes, the best first."""
         paths, depths = self._paths, self.depths

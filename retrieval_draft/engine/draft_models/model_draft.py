@@ -52,6 +52,10 @@ class ModelSession:
         tree = self._expansion.grow(self._text, self._reranked * budget, self._allowed)
         return proposal_of(tree)
 
+    def review(self, chain: TokenArray) -> Tensor:
+        """Log probabilities after the text and after each guess of a chain, (guesses + 1, vocabulary)."""
+        return self._expansion.review(self._text, chain)
+
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,); the model sees them at its next proposal."""
         self._text = np.concatenate((self._text, np.asarray(tokens, np.int32)))
@@ -125,13 +129,19 @@ class ModelDraft:
         Raises:
             TokenizerMismatchError: The prompt has a token that the draft model does not know.
         """
+        return self.session(prompt)
+
+    def session(
+        self, prompt: TokenArray, limits: ExpansionLimits | None = None, reranked: int = RERANKED
+    ) -> ModelSession:
+        """Starts a request with limits of its own; see `open` and `ModelSession`."""
         if len(prompt) and int(prompt.max()) >= self.target.embedding_rows:
             raise TokenizerMismatchError(
                 f"Token {int(prompt.max())} is unknown to the draft model, which has "
                 f"{self.target.embedding_rows} tokens.",
                 "Pass (model, tokenizer) as draft_model, so that its text is translated.",
             )
-        return ModelSession(self.expansion(), prompt, self._allowed)
+        return ModelSession(self.expansion(limits), prompt, self._allowed, reranked)
 
     def flush(self) -> None:
         """Does nothing: no text waits to be looked up."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ __all__ = ["MedusaHead", "MlpSpeculator", "VectorHead"]
 
 
 class _State:
-    """The vectors at the nodes that were expanded last: (nodes, d)."""
+    """The vectors at the nodes that were expanded last, (nodes, d), and that at the text's end."""
 
     length = 0
     nbytes = 0
@@ -32,6 +31,7 @@ class _State:
     def __init__(self) -> None:
         self.nodes: list[int] = []
         self.vectors: Tensor
+        self.last: Tensor
 
     def copy(self, rows: int) -> _State:
         return _State()
@@ -42,7 +42,7 @@ class VectorHead(nn.Module, ABC):
 
     Args:
         depth: Number of levels.
-        limits: Limits on the growth of its trees; their depth is that of the head at most.
+        limits: Limits on the growth of its trees.
     """
 
     layers: tuple[int, ...] = (LAST,)
@@ -51,8 +51,8 @@ class VectorHead(nn.Module, ABC):
 
     def __init__(self, depth: int, limits: ExpansionLimits | None = None) -> None:
         super().__init__()
-        limits = limits or ExpansionLimits()
-        self.limits = replace(limits, depth=min(limits.depth, depth))
+        self.levels: int | None = depth
+        self.limits = limits or ExpansionLimits()
 
     @abstractmethod
     def step(self, level: int, tokens: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,8 @@ class VectorHead(nn.Module, ABC):
         return _State()
 
     def drop(self, state: _State) -> None:
-        """Does nothing: the next row replaces all."""
+        """Forgets the nodes that were expanded."""
+        state.nodes, state.vectors = [0], state.last
 
     def read(
         self,
@@ -89,6 +90,7 @@ class VectorHead(nn.Module, ABC):
         rows = torch.cat([each[-1:] for each in hidden]).to(next(self.parameters()).dtype)
         vectors, logits = self.step(0, torch.cat([each[-1:] for each in tokens]), rows)
         for state, vector in zip(states, vectors.split(1), strict=True):
+            state.last = vector
             state.nodes, state.vectors = [0], vector
         return list(logits.split(1))
 
