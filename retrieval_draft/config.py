@@ -31,6 +31,7 @@ METHODS = (
     "ouroboros",
     "eagle3",
     "mtp",
+    "dflash",
     "medusa",
 )
 """Drafting methods by name, a module of `retrieval_draft.methods` each. ``none`` decodes plainly."""

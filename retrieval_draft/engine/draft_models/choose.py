@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from retrieval_draft.engine.draft_models.foreign_draft import ForeignModelDraft
 from retrieval_draft.engine.draft_models.head_files import load_head
 from retrieval_draft.engine.draft_models.heads import HeadDraft
-from retrieval_draft.engine.draft_models.model_draft import ModelDraft, SelfDraft
+from retrieval_draft.engine.draft_models.model_draft import SelfDraft, draft_of
 from retrieval_draft.engine.draft_models.mtp import load_mtp
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.wrapped_models import device_of
@@ -29,8 +29,9 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
 
     Args:
         given: None; a model with the target's tokenizer; a pair of a model and its own tokenizer; "self" for
-            the target with layers skipped, "mtp" for its layers for multi-token prediction; the folder or hub name of a trained head or of a model; a
-            `DraftHead`; a ready source such as `HeadDraft`; a list of those.
+            the target with layers skipped, "mtp" for its layers for multi-token prediction; the folder or hub
+            name of a trained head or of a model; a `DraftHead`; a ready source such as `HeadDraft`; a list of
+            those.
         target: The target.
         tokenizer: The target's, or None.
 
@@ -52,7 +53,7 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
         given.bind(target)
         return (given,)
     if isinstance(given, PreTrainedModel):
-        return (ModelDraft(given, target.vocabulary),)
+        return (draft_of(given, target.vocabulary),)
     if isinstance(given, str) and given == SELF:
         return (SelfDraft(target.model),)
     if isinstance(given, str):
@@ -65,7 +66,8 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
         return (given,)
     raise InvalidInputError(
         f"draft_model is {given!r}.",
-        'Pass a model, (model, tokenizer), "self", "mtp", a folder or hub name, a draft source, or a list of those.',
+        'Pass a model, (model, tokenizer), "self", "mtp", a folder or hub name, a draft source, or a list of '
+        "those.",
     )
 
 
@@ -95,5 +97,5 @@ def _translated(model: Any, own: Any, target: Target, tokenizer: Any) -> DraftSo
             "Pass it to RetrievalDrafter.for_model(model, tokenizer, ...).",
         )
     if tokenizer_fingerprint(own) == tokenizer_fingerprint(tokenizer):
-        return ModelDraft(model, target.vocabulary)
+        return draft_of(model, target.vocabulary)
     return ForeignModelDraft(model, own, tokenizer)

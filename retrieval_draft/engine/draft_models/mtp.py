@@ -1,9 +1,9 @@
 """Multi-token prediction: the layers that DeepSeek V3, GLM and others were trained with to see further.
 
-Layer k guesses the token k + 2 positions after a state, from what layer k - 1 made of it (the target's state for
-the first) and the token k + 1 positions after it (DeepSeek-V3, arXiv:2412.19437). The layers, their weights and
-their names are those of transformers' `MtpModel`. A model with a single such layer uses it again on its own
-output for the levels after the first, as EAGLE does and as servers do with these models.
+Layer k guesses the token k + 2 positions after a state, from what layer k - 1 made of it (the target's state
+for the first) and the token k + 1 positions after it (DeepSeek-V3, arXiv:2412.19437). The layers, their
+weights and their names are those of transformers' `MtpModel`. A single such layer is used again on its own
+output for the levels after the first, as EAGLE's is and as servers do with these models.
 """
 
 from __future__ import annotations
