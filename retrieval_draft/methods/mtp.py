@@ -1,7 +1,7 @@
 """MTP: the target's own layers for multi-token prediction, alone.
 
-DeepSeek-AI (2024, "DeepSeek-V3 Technical Report", arXiv:2412.19437): a chain of one token a layer. Servers use
-a single layer again for further tokens, as here: four at most.
+DeepSeek-AI (2024, "DeepSeek-V3 Technical Report", arXiv:2412.19437): a chain of one token a layer. Servers
+use a single layer again for further tokens, as here: four at most.
 """
 
 from __future__ import annotations

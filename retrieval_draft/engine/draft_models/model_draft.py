@@ -235,7 +235,7 @@ class ParallelDraft(ModelDraft):
 
 
 def draft_of(model: Any, vocabulary: int) -> ModelDraft:
-    """A draft source from a model with the target's tokenizer: a parallel one where its config names a mask."""
+    """A draft source from a model with the target's tokenizer; a parallel one where its config has a mask."""
     mask = getattr(model.config, "pard_token", None)
     return ModelDraft(model, vocabulary) if mask is None else ParallelDraft(model, vocabulary, int(mask))
 
