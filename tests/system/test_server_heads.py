@@ -22,11 +22,13 @@ PROMPTS = [[(seed * 7 + at * at) % 17 for at in range(40 + seed)] for seed in ra
 @pytest.fixture(scope="module", params=["speculators eagle", "dflash"])
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     tokenizer = tiny_tokenizer()
+    mask = {"dflash_config": {"mask_token_id": len(tokenizer) - 1, "target_layer_ids": [0, 2]}}
+    changes = mask if request.param == "dflash" else {}
     config = DraftConfig(nodes=8, sources=(), prefix_cache_bytes=1 << 22, cpu_kernels=False)
     drafter = RetrievalDrafter.for_model(
         tiny_model(tokenizer),
         tokenizer,
-        draft_model=write_head(tmp_path_factory.mktemp("head"), request.param),
+        draft_model=write_head(tmp_path_factory.mktemp("head"), request.param, **changes),
         config=config,
     )
     with serving(drafter, tokenizer, keys=KEYS, max_batch=4, prefill_chunk=16) as made:
@@ -79,7 +81,7 @@ def test_replies_are_those_without_a_head(running: Running) -> None:
         plain = ask(running, prompt, **seeded, speculative={"enabled": False})[0]
         assert ask(running, prompt, **seeded)[0] == plain
     assert streamed(running, PROMPTS[0]) == running.service.loaded.tokenizer.decode(stock[0])
-    stats = running.service.loaded.drafter.stats
+    stats = running.service.loaded.tenants["first"].stats
     assert stats.source_failures == 0
     assert stats.drafted > stats.steps / 2
 
