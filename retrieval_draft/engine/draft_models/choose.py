@@ -45,8 +45,6 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
         return ()
     if isinstance(given, list):
         return tuple(source for one in given for source in make_draft_sources(one, target, tokenizer))
-    if isinstance(given, str) and given == MTP:
-        given = load_mtp(target.model)
     if hasattr(given, "read") and hasattr(given, "expand"):
         given = HeadDraft(given)
     if isinstance(given, HeadDraft):
@@ -75,7 +73,7 @@ def load_draft_model(name: str, model: Any) -> Any:
     """A trained head, or a model and its tokenizer.
 
     Args:
-        name: A folder, or a hub name.
+        name: A folder, a hub name, or "mtp" for the target's layers for multi-token prediction.
         model: The target.
 
     Returns:
@@ -83,8 +81,10 @@ def load_draft_model(name: str, model: Any) -> Any:
 
     Raises:
         ModelFileError: A checkpoint is missing, torn, or not for this target.
+        UnsupportedModelError: The target has no layers for multi-token prediction that can be used.
+        UnsupportedEngineError: This transformers cannot read them.
     """
-    head = load_head(name, model)
+    head = load_mtp(model) if name == MTP else load_head(name, model)
     if head is not None:
         return head
     return load_model(name, dtype=model.dtype, device=device_of(model.get_input_embeddings()))
