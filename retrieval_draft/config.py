@@ -29,6 +29,10 @@ METHODS = (
     "rasd",
     "cascade",
     "ouroboros",
+    "eagle3",
+    "mtp",
+    "dflash",
+    "medusa",
 )
 """Drafting methods by name, a module of `retrieval_draft.methods` each. ``none`` decodes plainly."""
 

@@ -131,7 +131,8 @@ def make_contestant(
         )
     sources = tuple(source for source in SOURCES if history or source != "history")
     config = DraftConfig(method=name, nodes=nodes, cpu_kernels=cpu_kernels, sources=sources, graphs=graphs)
-    if draft_model is None and get_method(name).needs_model:
+    method = get_method(name)
+    if draft_model is None and method.needs_model and not method.needs_head:
         draft_model = SELF
     return _Drafted(
         name,

@@ -84,7 +84,8 @@ def live(
         bool, typer.Option("--history/--no-history", help="Draft from earlier prompts of the run too.")
     ] = True,
     draft_model: Annotated[
-        str | None, typer.Option(help='Drafts too; "self": the model with layers skipped.')
+        str | None,
+        typer.Option(help='Drafts too; "self": with layers skipped; "mtp": by its own layers for it.'),
     ] = None,
     chat: Chat = False,
     cpu_kernels: CpuKernels = True,

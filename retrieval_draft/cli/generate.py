@@ -63,7 +63,8 @@ def generate(
     draft_model: Annotated[
         str | None,
         typer.Option(
-            help='A smaller model or a trained head to draft with; "self": this one with layers skipped.'
+            help='A smaller model or a trained head to draft with; "self": this one with layers skipped; '
+            '"mtp": its layers for multi-token prediction.'
         ),
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,

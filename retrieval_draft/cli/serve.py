@@ -56,7 +56,8 @@ def serve(
     draft_model: Annotated[
         str | None,
         typer.Option(
-            help='A smaller model or a trained head to draft with; "self": this one with layers skipped.'
+            help='A smaller model or a trained head to draft with; "self": this one with layers skipped; '
+            '"mtp": its layers for multi-token prediction.'
         ),
     ] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name of the model for clients.")] = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from retrieval_draft.index.source import (
 )
 from retrieval_draft.index.store.store import SharedStore
 
-__all__ = ["SourceHierarchy", "SourceSessions", "open_parallel", "wants_hidden"]
+__all__ = ["PassesHidden", "SourceHierarchy", "SourceSessions", "open_parallel", "wants_hidden"]
 
 CERTAIN = 0.5
 """Later sources are skipped after one that gives all of its nodes together this probability."""
@@ -120,6 +120,16 @@ class SourceSessions:
     def wants_hidden(self) -> bool:
         """True if a session drafts from the target's hidden states."""
         return any(wants_hidden(opened.session) for opened in self._opened)
+
+    def share_hidden(self, key: Hashable) -> None:
+        """Sets the states that sessions keep and find apart from those of requests with other keys."""
+        for opened in self._opened:
+            share: Any = getattr(opened.session, "share_hidden", None)  # one that keeps states has it
+            if share is not None:
+                try:
+                    share(key)
+                except Exception as error:  # as above
+                    opened.failed("share_hidden", error)
 
     def learn_hidden(self, hidden: Any, begin: int) -> None:
         """Passes the target's states to the sessions that draft from them.
@@ -270,6 +280,39 @@ def open_parallel(
 def wants_hidden(session: object) -> bool:
     """True if a session has `learn_hidden` and a use for it."""
     return bool(getattr(session, "wants_hidden", False))
+
+
+class PassesHidden:
+    """Base of sessions around others, which get the target's hidden states through them.
+
+    Attributes:
+        inner: The sessions inside.
+    """
+
+    inner: Sequence[Any] = ()
+
+    @property
+    def wants_hidden(self) -> bool:
+        """True if one of them has a use for the states."""
+        return any(wants_hidden(each) for each in self.inner)
+
+    def share_hidden(self, key: Hashable) -> None:
+        """Passes the key on; see `SourceSessions.share_hidden`."""
+        for each in self.inner:
+            if hasattr(each, "share_hidden"):
+                each.share_hidden(key)
+
+    def learn_hidden(self, hidden: Any, begin: int) -> None:
+        """Passes states on; see `SourceSessions.learn_hidden`."""
+        for each in self.inner:
+            if wants_hidden(each):
+                each.learn_hidden(hidden, begin)
+
+    def fork(self, owner: PassesHidden) -> None:
+        """Gives them the states that those of another request with the same prompt have."""
+        for each, other in zip(self.inner, owner.inner, strict=True):
+            if wants_hidden(each):
+                each.fork(other)
 
 
 def _learns_early(session: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -235,6 +235,10 @@ class DraftSession:
     def wants_hidden(self) -> bool:
         """True if a source drafts from the target's hidden states."""
         return self._sessions.wants_hidden
+
+    def share_hidden(self, key: Hashable) -> None:
+        """Sets the states that sources keep and find apart from those of requests with other keys."""
+        self._sessions.share_hidden(key)
 
     def learn_hidden(self, hidden: Any, begin: int) -> None:
         """Passes on the target's states at the text's tokens from index `begin` on: (n, d).

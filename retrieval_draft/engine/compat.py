@@ -39,6 +39,7 @@ __all__ = [
     "layer_kinds",
     "limited_steps",
     "makes_cache_anew",
+    "mtp_classes",
     "next_inputs",
     "output_cache_name",
     "own_cache",
@@ -73,6 +74,22 @@ def require_parts(module: Any) -> None:
 
 
 require_parts(transformers)
+
+
+def mtp_classes() -> tuple[Any, Any] | None:
+    """Classes of a model's layers for multi-token prediction and of their cache; None where there are none.
+
+    The layers must be callable one by one, which is newer than the classes.
+    """
+    from transformers import modeling_layers
+
+    model, own_cache_class = (
+        getattr(modeling_layers, "MtpModel", None),
+        getattr(cache_utils, "MtpCache", None),
+    )
+    if own_cache_class is None or not hasattr(model, "forward_layer"):
+        return None
+    return model, own_cache_class
 
 
 def cache_parameter(model: Any) -> str:

@@ -193,6 +193,8 @@ class Row:
             self.cache = self.target.cache(self._capacity)
         if prefixes is not None:
             self._keeper = prefixes.keeper(self.cache)
+            if self.drafting is not None:
+                self.drafting.share_hidden(prefixes.key)
         self.stats.prefill_seconds += perf_counter() - begin
 
     def fork(self, prefix_owner: Row) -> None:

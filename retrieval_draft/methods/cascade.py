@@ -17,10 +17,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits
 from retrieval_draft.index.source import DraftSource, Proposal, TokenArray
-from retrieval_draft.methods.drafted import all_expansions
-from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
+from retrieval_draft.methods.drafted import DraftedSession, Drafter, drafters
+from retrieval_draft.methods.lookup import GuessTree, MethodSource, after_references
 from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 
 __all__ = ["METHOD", "CascadeSession"]
@@ -35,11 +34,11 @@ LONGEST = 10
 """Limit of the text's end that is looked up; the paper has none, and longer ends find the same."""
 
 
-class CascadeSession(LookupSession):
+class CascadeSession(DraftedSession):
     """The text's n-grams, and the draft models.
 
     Args:
-        expansions: One or two draft models, the better first.
+        models: One or two draft models, the better first.
         prompt: int32, shape (length,).
         references: Texts that the base copies from too.
 
@@ -49,13 +48,12 @@ class CascadeSession(LookupSession):
 
     def __init__(
         self,
-        expansions: Sequence[Expansion],
+        models: Sequence[Drafter],
         prompt: TokenArray,
         references: Sequence[TokenArray] = (),
     ) -> None:
-        super().__init__(prompt)
-        self._expansions = expansions
-        self._sizes, self._lenience = SIZES[len(expansions)], LENIENCES[len(expansions)]
+        super().__init__(models, prompt)
+        self._sizes, self._lenience = SIZES[len(models)], LENIENCES[len(models)]
         self._copied: list[int] = after_references(prompt, references).tolist()
         self._last: dict[tuple[int, ...], int] = {}
         self._indexed = 0
@@ -94,37 +92,37 @@ class CascadeSession(LookupSession):
         grown: list[int] = []
         for model, size in enumerate(self._sizes[row]):
             end = min(len(grown) + size, most)
-            if model == len(self._expansions):
+            if model == len(self.inner):
                 grown += self.base([*chain, *grown], end - len(grown))
-            while model < len(self._expansions) and len(grown) < end:
+            while model < len(self.inner) and len(grown) < end:
                 before = [*chain, *grown]
                 cheap = self._drafted(model + 1, before, end - len(grown))
-                grown += self._review(model, before, cheap)[: end - len(grown)]
+                kept = self._review(model, before, cheap)[: end - len(grown)]
+                if not kept:  # a head that sees no further
+                    break
+                grown += kept
         return grown
 
     def _review(self, model: int, chain: Sequence[int], cheap: Sequence[int]) -> list[int]:
-        """The part of `cheap` that a draft model keeps, and its own token after it."""
-        guesses = np.array([*chain, *cheap], np.int32)
-        logs = self._expansions[model].review(np.array(self.text, np.int32), guesses)[len(chain) :]
+        """The part of `cheap` that a draft model keeps, and its own token after it, as far as it sees."""
+        logs = self.inner[model].review(np.array([*chain, *cheap], np.int32))[len(chain) :]
+        if not len(logs):
+            return []
         best, tokens = logs.max(-1)
         kept: list[int] = []
-        for index, token in enumerate(cheap):
-            if float(logs[index, token]) <= float(best[index]) - np.log(self._lenience):
+        for index, token in enumerate(cheap[: len(logs)]):
+            known = token < logs.shape[1]
+            if not known or float(logs[index, token]) <= float(best[index]) - np.log(self._lenience):
                 break
             kept.append(int(token))
-        return [*kept, int(tokens[len(kept)])]
-
-    def close(self) -> None:
-        """Frees the draft models' caches."""
-        for expansion in self._expansions:
-            expansion.close()
+        return [*kept, *(int(token) for token in tokens[len(kept) : len(kept) + 1])]
 
 
 def _sources(parts: MethodContext) -> Sequence[DraftSource]:
-    starts = all_expansions(parts, "cascade", ExpansionLimits(top_k=1))[: max(SIZES)]
+    models = drafters(parts, "cascade")[: max(SIZES)]
 
     def open_session(prompt: TokenArray, references: Sequence[TokenArray]) -> CascadeSession:
-        return CascadeSession([start() for start in starts], prompt, references)
+        return CascadeSession([model.session(prompt) for model in models], prompt, references)
 
     return [MethodSource("cascade", open_session)]
 

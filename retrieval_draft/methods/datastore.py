@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from retrieval_draft.drafting.hierarchy import PassesHidden
 from retrieval_draft.index.history import make_source
 from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.index.segments.segment_session import Segments
@@ -74,22 +75,22 @@ class Datastore:
         return held + sum(store.nbytes for store in (self._shared, self._history) if store)
 
 
-class _KeptSession:
+class _KeptSession(PassesHidden):
     """A method's session, and the one that keeps its text."""
 
     def __init__(self, session: SourceSession, keeper: SourceSession) -> None:
         self.propose, self.learn = session.propose, session.learn
         self.learns_early = bool(getattr(session, "learns_early", False))
-        self._both = (session, keeper)
+        self.inner = (session, keeper)
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,)."""
-        for each in self._both:
+        for each in self.inner:
             each.observe(tokens)
 
     def close(self) -> None:
         """Ends the request, and adds its text."""
-        for each in self._both:
+        for each in self.inner:
             each.close()
 
 

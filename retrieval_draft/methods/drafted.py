@@ -1,38 +1,118 @@
-"""Shared parts of the published methods with a draft model."""
+"""Shared parts of the published methods with a draft model or a trained head."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
+from typing import Any, Protocol
 
-from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits
+from torch import Tensor
+
+from retrieval_draft.drafting.hierarchy import PassesHidden
+from retrieval_draft.engine.draft_models.expansion import ExpansionLimits
+from retrieval_draft.engine.draft_models.heads import HeadDraft
 from retrieval_draft.engine.draft_models.model_draft import ModelDraft
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.methods.method import MethodContext
+from retrieval_draft.index.source import Proposal, TokenArray
+from retrieval_draft.methods.lookup import LookupSession, MethodSource
+from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 
-__all__ = ["all_expansions", "expansions"]
-
-
-def expansions(parts: MethodContext, name: str, limits: ExpansionLimits) -> Callable[[], Expansion]:
-    """A function that gives each request its own expansion of the best draft model; see `all_expansions`."""
-    return all_expansions(parts, name, limits)[0]
+__all__ = ["DraftedSession", "Drafter", "drafter", "drafters", "head_method"]
 
 
-def all_expansions(parts: MethodContext, name: str, limits: ExpansionLimits) -> list[Callable[[], Expansion]]:
-    """For each draft model, best first, a function that gives each request its own expansion of it.
+class Drafter(Protocol):
+    """One request's session of a draft model or a head: `ModelSession`, `HeadSession`."""
+
+    def propose(self, budget: int) -> Proposal:
+        """Its most probable nodes, the best first."""
+        ...
+
+    def review(self, chain: TokenArray) -> Tensor:
+        """Log probabilities after the text and along a chain of guesses, as far as it sees."""
+        ...
+
+    def observe(self, tokens: TokenArray) -> None:
+        """Appends accepted tokens, int32, shape (m,)."""
+        ...
+
+    def close(self) -> None:
+        """Ends the request."""
+        ...
+
+
+class DraftedSession(PassesHidden, LookupSession):
+    """A request's text and its draft models, which see what it sees. Subclasses propose.
 
     Args:
-        parts: With a draft model that has the target's tokenizer.
+        models: The draft models' sessions of the request.
+        prompt: int32, shape (length,).
+    """
+
+    def __init__(self, models: Sequence[Drafter], prompt: TokenArray) -> None:
+        super().__init__(prompt)
+        self.inner = tuple(models)
+
+    def observe(self, tokens: TokenArray) -> None:
+        """Appends accepted tokens, int32, shape (m,)."""
+        super().observe(tokens)
+        for model in self.inner:
+            model.observe(tokens)
+
+    def close(self) -> None:
+        """Ends the request in the draft models."""
+        for model in self.inner:
+            model.close()
+
+
+def drafter(parts: MethodContext, name: str) -> ModelDraft | HeadDraft:
+    """The best draft model; see `drafters`."""
+    return drafters(parts, name)[0]
+
+
+def drafters(parts: MethodContext, name: str) -> list[ModelDraft | HeadDraft]:
+    """The draft models and heads, best first.
+
+    Args:
+        parts: With a draft model that has the target's tokenizer, or a head.
         name: The method's.
-        limits: Limits of the expansion.
 
     Raises:
-        InvalidInputError: There is no such model.
+        InvalidInputError: There is neither.
     """
-    models = [model for model in parts.models if isinstance(model, ModelDraft)]
+    models = [model for model in parts.models if isinstance(model, (ModelDraft, HeadDraft))]
     if models:
-        return [partial(model.expansion, limits) for model in models]
+        return models
     raise InvalidInputError(
-        f"The method {name!r} drafts with a model that has the target's tokenizer, and there is none.",
+        f"The method {name!r} drafts with a model that has the target's tokenizer, or with a trained head, "
+        "and there is none.",
         'Pass one as draft_model=, or "self".',
+    )
+
+
+def head_method(
+    name: str, paper: str, kind: tuple[type[Any], ...], limits: ExpansionLimits, nodes: int
+) -> Method:
+    """A method that drafts with a trained head alone.
+
+    Args:
+        name: The method's.
+        paper: Its publication.
+        kind: Classes of its heads.
+        limits: Limits on the growth of its trees.
+        nodes: Draft nodes of a step as published.
+    """
+
+    def sources(parts: MethodContext) -> Sequence[MethodSource]:
+        heads = [model for model in parts.models if isinstance(model, HeadDraft)]
+        head = next((each for each in heads if isinstance(each.head, kind)), None)
+        if head is None:
+            given = ", ".join(type(getattr(each, "head", each)).__name__ for each in parts.models) or "none"
+            raise InvalidInputError(
+                f"The method {name!r} drafts with a head of the class "
+                f"{' or '.join(each.__name__ for each in kind)}; draft_model has {given}.",
+                "Pass the folder or hub name of such a head as draft_model=.",
+            )
+        return [MethodSource(name, lambda prompt, references: head.session(prompt, limits, 1))]
+
+    return Method(
+        name, paper, sources, as_proposed, nodes, needs_model=True, needs_head=True, reads_text=False
     )

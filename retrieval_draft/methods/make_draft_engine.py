@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from retrieval_draft.engine.draft_engine import DraftEngine
 from retrieval_draft.engine.target import Target
-from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.registry import get_method
@@ -26,10 +25,6 @@ def make_draft_engine(target: Target, parts: MethodContext) -> DraftEngine:
         InvalidInputError: The method drafts with a model, and there is none.
     """
     chosen = get_method(parts.config.method)
-    if chosen.needs_model and not parts.models:
-        raise InvalidInputError(
-            f"The method {chosen.name!r} drafts with a model, and there is none.", "Pass draft_model=."
-        )
     # Kernels are compiled with a history in memory, so that the user's is not written.
     spare = MethodContext(replace(parts.config, history_folder=None), DraftStores(vocabulary=16))
     return DraftEngine(

@@ -46,6 +46,7 @@ class Method:
         costs: Chooses their number by the measured cost.
         calibrates: Whether acceptance is learned.
         needs_model: Whether it drafts with a draft model.
+        needs_head: Whether that is a trained head of one kind.
         reads_text: Whether it looks tokens up in text of the request, such as reference texts.
     """
 
@@ -56,6 +57,7 @@ class Method:
     nodes: int | None
     calibrates: bool = False
     needs_model: bool = False
+    needs_head: bool = False
     reads_text: bool = True
     costs: type[CostModel] = CostModel
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits
-from retrieval_draft.engine.draft_models.model_draft import ModelSession
-from retrieval_draft.index.source import DraftSource, TokenArray
-from retrieval_draft.methods.drafted import expansions
+from retrieval_draft.index.source import DraftSource
+from retrieval_draft.methods.drafted import drafter
 from retrieval_draft.methods.lookup import MethodSource
 from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 
@@ -24,12 +23,8 @@ LIMITS = ExpansionLimits(top_k=10, depth=10, entropy_stop=None, gain_stop=0.5)
 
 
 def _sources(parts: MethodContext) -> Sequence[DraftSource]:
-    start = expansions(parts, "opt_tree", LIMITS)
-
-    def open_session(prompt: TokenArray, references: Sequence[TokenArray]) -> ModelSession:
-        return ModelSession(start(), prompt, reranked=1)
-
-    return [MethodSource("opt_tree", open_session)]
+    model = drafter(parts, "opt_tree")
+    return [MethodSource("opt_tree", lambda prompt, references: model.session(prompt, LIMITS, 1))]
 
 
 METHOD = Method(

@@ -14,13 +14,11 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
-import numpy as np
-
 from retrieval_draft._forks import lock_for_moments
-from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits
+from retrieval_draft.engine.draft_models.expansion import ExpansionLimits
 from retrieval_draft.index.source import DraftSource, NodeLogits, Proposal, TokenArray
-from retrieval_draft.methods.drafted import expansions
-from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
+from retrieval_draft.methods.drafted import DraftedSession, Drafter, drafter
+from retrieval_draft.methods.lookup import GuessTree, MethodSource
 from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 
 __all__ = ["METHOD", "OuroborosSession", "PhrasePool"]
@@ -69,21 +67,20 @@ class PhrasePool:
             return sum(100 * len(known) for known in self._phrases.values())
 
 
-class OuroborosSession(LookupSession):
+class OuroborosSession(DraftedSession):
     """One request: the draft model, and the pool of all requests."""
 
     def __init__(
         self,
-        expansion: Expansion,
+        model: Drafter,
         pool: PhrasePool,
         prompt: TokenArray,
         references: Sequence[TokenArray] = (),
     ) -> None:
-        super().__init__(prompt)
+        super().__init__([model], prompt)
         self._quoted = PhrasePool()
         for text in references:
             self._quoted.add(text.tolist())
-        self._expansion = expansion
         self._pool = pool
         self._drafts = False
         pool.add(self.text)
@@ -94,7 +91,7 @@ class OuroborosSession(LookupSession):
         if not self.text or budget <= 0:
             return tree.proposal(0)
         self._drafts = True
-        grown = self._expansion.grow(np.array(self.text, np.int32), min(DRAFTED, budget))
+        grown = self.inner[0].propose(min(DRAFTED, budget))
         chain = grown.tokens.tolist()
         last = tree.add_path(chain)
         end = chain[-1] if chain else self.text[-1]
@@ -121,17 +118,14 @@ class OuroborosSession(LookupSession):
             if len(predicted) == PHRASE:
                 self._pool.add([tokens[0], *predicted])
 
-    def close(self) -> None:
-        """Frees the draft model's cache."""
-        self._expansion.close()
-
 
 def _sources(parts: MethodContext) -> Sequence[DraftSource]:
-    start = expansions(parts, "ouroboros", ExpansionLimits(top_k=1, depth=DRAFTED, entropy_stop=None))
+    model = drafter(parts, "ouroboros")
+    limits = ExpansionLimits(top_k=1, depth=DRAFTED, entropy_stop=None)
     pool = PhrasePool()
 
     def open_session(prompt: TokenArray, references: Sequence[TokenArray]) -> OuroborosSession:
-        return OuroborosSession(start(), pool, prompt, references)
+        return OuroborosSession(model.session(prompt, limits, 1), pool, prompt, references)
 
     return [MethodSource("ouroboros", open_session, lambda: pool.nbytes)]
 

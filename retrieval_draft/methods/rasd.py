@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from retrieval_draft.drafting.hierarchy import SourceHierarchy, SourceSessions
 from retrieval_draft.drafting.sources import make_sources
-from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits
+from retrieval_draft.engine.draft_models.expansion import ExpansionLimits
 from retrieval_draft.index.source import DraftSource, Proposal, TokenArray
-from retrieval_draft.methods.drafted import expansions
-from retrieval_draft.methods.lookup import GuessTree, LookupSession
+from retrieval_draft.methods.drafted import DraftedSession, Drafter, drafter
+from retrieval_draft.methods.lookup import GuessTree
 from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 
 __all__ = ["METHOD", "RasdSession", "RasdSource", "join"]
@@ -69,21 +67,18 @@ def _add(tree: GuessTree, proposal: Proposal, size: int, first: set[int] | None)
             nodes.append(None)
 
 
-class RasdSession(LookupSession):
+class RasdSession(DraftedSession):
     """The draft model's view of a request, and the retrieval sources'."""
 
-    def __init__(self, expansion: Expansion, drafts: SourceSessions, prompt: TokenArray) -> None:
-        super().__init__(prompt)
-        self._expansion = expansion
+    def __init__(self, model: Drafter, drafts: SourceSessions, prompt: TokenArray) -> None:
+        super().__init__([model], prompt)
         self._drafts = drafts
 
     def propose(self, budget: int) -> Proposal:
         """The joined tree."""
         if not self.text or budget <= 0:
             return GuessTree("rasd", "model").proposal(0)
-        grown = self._expansion.grow(np.array(self.text, np.int32), max(budget, KEPT_FIRST))
-        zeros = np.zeros(len(grown.tokens), np.int32)
-        model = Proposal(grown.tokens, grown.parents, grown.probs, zeros, "model", "model")
+        model = self.inner[0].propose(max(budget, KEPT_FIRST))
         return join(model, self._drafts.propose(budget), budget).proposal(budget)
 
     def observe(self, tokens: TokenArray) -> None:
@@ -93,7 +88,7 @@ class RasdSession(LookupSession):
 
     def close(self) -> None:
         """Ends the request in the retrieval sources."""
-        self._expansion.close()
+        super().close()
         self._drafts.close()
 
 
@@ -104,13 +99,14 @@ class RasdSource:
     level = "model"
 
     def __init__(self, parts: MethodContext) -> None:
-        self._start = expansions(parts, "rasd", LIMITS)
+        self._model = drafter(parts, "rasd")
         names = [source for source in make_sources(parts.config, parts.stores) if source.name in RETRIEVAL]
         self._hierarchy = SourceHierarchy(names)
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> RasdSession:
         """Starts a request with `prompt`, int32, shape (length,), and reference texts, int32 each."""
-        return RasdSession(self._start(), self._hierarchy.open(prompt, references), prompt)
+        model = self._model.session(prompt, LIMITS, 1)
+        return RasdSession(model, self._hierarchy.open(prompt, references), prompt)
 
     def flush(self) -> None:
         """Waits until the replies of finished requests can be looked up."""

@@ -1,4 +1,4 @@
-"""SAM-Decoding by retrieval alone: a chain from the request's text, or a tree from a corpus.
+"""SAM-Decoding: a chain from the request's text, or a tree from a corpus; with a draft model beside it.
 
 Hu et al. (2024), "SAM Decoding: Speculative Decoding via Suffix Automaton" (arXiv:2411.10666), the released
 `samd_sam_only`: the longest suffix of the text that occurred in it before, against the longest that occurs in
@@ -6,6 +6,10 @@ the corpora less 5 tokens; ties to the text. A match of m tokens drafts min(60, 
 chain, from the position after the oldest occurrence; from the corpora a tree grown best first on the product
 of count ratios, at most 8 children a node. There is no minimum length and no other drafter: one token is
 enough, and without a match there is no draft.
+
+With a draft model or a trained head (SAM-Decoding[EAGLE-2] and its kin): where the longest suffix of the
+text that occurred before has 5 tokens or more, one chain of the 40 tokens after its oldest occurrence; else
+the model's tree. Never both. A match in the corpora counts 5 tokens less.
 
 Differences: missing tokens are not padded with zeros; a match stops at the end of a document and is at most
 32 tokens in a corpus, where at most 5000 occurrences are read; equal counts are in the order of token ids.
@@ -19,15 +23,18 @@ from heapq import heappop, heappush
 
 import numpy as np
 
+from retrieval_draft.drafting.hierarchy import PassesHidden
+from retrieval_draft.engine.draft_models.expansion import ExpansionLimits
 from retrieval_draft.index.segments.segment_session import Segments
-from retrieval_draft.index.source import Proposal, TokenArray
+from retrieval_draft.index.source import NodeLogits, Proposal, SourceSession, TokenArray
 from retrieval_draft.index.suffix_automaton import SuffixAutomaton
 from retrieval_draft.methods.datastore import Datastore, StoredSource
+from retrieval_draft.methods.drafted import drafter
 from retrieval_draft.methods.lookup import GuessTree, LookupSession, after_references
 from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 from retrieval_draft.methods.rest import Positions, TextEnd
 
-__all__ = ["BIAS", "METHOD", "SamDecodingSession", "best_first"]
+__all__ = ["BIAS", "METHOD", "SamBesideSession", "SamDecodingSession", "best_first"]
 
 NAME = "sam_decoding"
 MOST = 60
@@ -35,6 +42,11 @@ PER_TOKEN = 4
 CHILDREN = 8
 BIAS = 5
 """Tokens by which a match in a corpus must be longer to have the same weight."""
+
+LONG = 5
+COPIED = 40
+LIMITS = ExpansionLimits(top_k=10, depth=6, entropy_stop=None)
+"""Of a draft model's tree: EAGLE-2's."""
 
 
 class SamDecodingSession(LookupSession):
@@ -96,6 +108,75 @@ class SamDecodingSession(LookupSession):
         return self._end
 
 
+class SamBesideSession(PassesHidden):
+    """A request's automaton and text beside another drafter, which drafts where no long match is.
+
+    Args:
+        name: The method's.
+        other: The other drafter's session of the request.
+        segments: Of the static texts; may be none.
+        prompt: int32, shape (length,).
+        level: Locality of the static texts.
+
+    Example:
+        text 1 2 3 4 5 8 9 1 2 3 4 5: the last five occurred at the start  ->  chain 8 9 1 2 3 4 5;
+        text 8 2 3 4 5 8 9 1 2 3 4 5: only four did  ->  the other's
+    """
+
+    def __init__(
+        self, name: str, other: SourceSession, segments: Segments, prompt: TokenArray, level: str = "corpus"
+    ) -> None:
+        self._name, self._other = name, other
+        self.inner = (other,)
+        self._static = TextEnd(segments, prompt)
+        self._level = level
+        self._automaton = SuffixAutomaton(len(prompt) + 256)
+        self._bytes = bytearray()
+        self._append(prompt)
+
+    def propose(self, budget: int) -> Proposal:
+        """The chain after a long match, or the other drafter's guesses."""
+        length, static = self._automaton.match_length, self._static.length
+        level, copied = self._level, []
+        if static - BIAS > max(length, LONG - 1):
+            copied = self._static.oldest(static, COPIED)
+        if not copied and length < LONG:
+            return self._other.propose(budget)
+        if not copied:
+            end, level, static = self._first_end(length), "request", length
+            copied = np.frombuffer(bytes(self._bytes[4 * end : 4 * (end + COPIED)]), np.int32).tolist()
+        tree = GuessTree(self._name, level)
+        tree.add_path(copied, match_length=static)
+        return tree.proposal(budget)
+
+    def observe(self, tokens: TokenArray) -> None:
+        """Appends accepted tokens, int32, shape (m,)."""
+        self._static.observe(tokens)
+        self._other.observe(tokens)
+        self._append(tokens)
+
+    def _append(self, tokens: TokenArray) -> None:
+        if len(tokens):
+            self._automaton.insert(tokens)
+            self._bytes += np.asarray(tokens, np.int32).tobytes()
+
+    def learn(self, logits: NodeLogits) -> None:
+        """Lets the other drafter learn."""
+        self._other.learn(logits)
+
+    def close(self) -> None:
+        """Ends the request in the other drafter."""
+        self._other.close()
+
+    def _first_end(self, length: int) -> int:
+        """End of the oldest occurrence of the last `length` tokens."""
+        suffix = self._bytes[-4 * length :]
+        found = self._bytes.find(suffix)
+        while found % 4:  # bytes of two neighbours that look like the token
+            found = self._bytes.find(suffix, found + 1)
+        return found // 4 + length
+
+
 def _size(match: int) -> int:
     return min(MOST, 1 + match * PER_TOKEN)
 
@@ -151,6 +232,14 @@ def _children(positions: Positions) -> list[tuple[int, int, Positions]]:
 
 def _sources(parts: MethodContext) -> Sequence[StoredSource]:
     store = Datastore(parts)
+    if parts.models:
+        model = drafter(parts, NAME)
+
+        def beside(prompt: TokenArray, references: Sequence[TokenArray]) -> SamBesideSession:
+            text = after_references(prompt, references)
+            return SamBesideSession(NAME, model.session(prompt, LIMITS, 1), store.open(), text, store.level)
+
+        return [StoredSource(NAME, store, beside)]
 
     def opened(prompt: TokenArray, references: Sequence[TokenArray]) -> SamDecodingSession:
         return SamDecodingSession(store.open(), after_references(prompt, references), store.level)

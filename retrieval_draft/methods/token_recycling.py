@@ -132,18 +132,19 @@ class TokenRecyclingSession(LookupSession):
     Args:
         matrix: Shared by all requests.
         prompt: int32, shape (length,).
+        name: The source's.
 
     Example:
         rows 7: 9 4 and 9: 2, text .. 7, budget 3  ->  tokens [9, 4, 2], parents [-1, -1, 0]
     """
 
-    def __init__(self, matrix: RecycledTokens, prompt: TokenArray) -> None:
+    def __init__(self, matrix: RecycledTokens, prompt: TokenArray, name: str = "token_recycling") -> None:
         super().__init__(prompt[-1:])
-        self._matrix = matrix
+        self._matrix, self._name = matrix, name
 
     def propose(self, budget: int) -> Proposal:
         """The template, filled."""
-        return self._matrix.propose(self.text[-1] if self.text else -1, budget, "token_recycling")
+        return self._matrix.propose(self.text[-1] if self.text else -1, budget, self._name)
 
     def observe(self, tokens: TokenArray) -> None:
         """Moves to the last of the accepted tokens, int32, shape (m,)."""

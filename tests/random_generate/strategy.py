@@ -7,6 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from retrieval_draft.config import METHODS, SOURCES
+from retrieval_draft.methods.registry import get_method
 from tests.random_generate.architectures import ARCHITECTURES, EAGER_ONLY
 from tests.random_generate.case import Call, Case
 from tests.random_generate.processors import PROCESSORS
@@ -16,7 +17,8 @@ __all__ = ["cases"]
 VOCABULARIES = (5, 13, 40, 97, 300)
 LONGEST = 60
 MAX_NEW = 40
-NEED_MODEL = ("opt_tree", "rasd", "cascade", "ouroboros")
+DRAWN = tuple(name for name in METHODS if not get_method(name).needs_head)
+NEED_MODEL = tuple(name for name in DRAWN if get_method(name).needs_model)
 
 _Draw = st.DrawFn
 
@@ -189,7 +191,7 @@ def cases(draw: _Draw) -> Case:
     attention = "eager" if architecture in EAGER_ONLY or _maybe(draw, 30) else "sdpa"
     method, draft_model = "oracle", "none"
     if _maybe(draw, 60):
-        method = "calibrated" if _maybe(draw, 50) else draw(st.sampled_from(METHODS))
+        method = "calibrated" if _maybe(draw, 50) else draw(st.sampled_from(DRAWN))
         if method in NEED_MODEL or _maybe(draw, 10):
             draft_model = draw(st.sampled_from(["tiny", "self"]))
     config: dict[str, Any] = {

@@ -128,6 +128,57 @@ def _mlp_speculator() -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, {f"speculator.{name}": weight for name, weight in weights.items()}
 
 
+def _hydra() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config = {
+        "hydra_num_heads": 3, "hydra_num_layers": 2, "hydra_head_arch": "mlp", "grounded_heads": True,
+        "hidden_state_offset": 0, "base_model_name_or_path": "tiny",
+    }  # fmt: skip
+    weights = {}
+    for head in range(3):
+        joined = SIZE * (head + 2)
+        for part in ("linear", "res_connection"):
+            weights[f"hydra_mlp.{head}.0.{part}.weight"] = _random(SIZE, joined)
+            weights[f"hydra_mlp.{head}.0.{part}.bias"] = _random(SIZE)
+        weights |= {
+            f"hydra_mlp.{head}.1.linear.weight": _random(SIZE, SIZE),
+            f"hydra_mlp.{head}.1.linear.bias": _random(SIZE),
+            f"hydra_lm_head.{head}.weight": _random(97, SIZE), f"hydra_lm_head.{head}.bias": _random(97),
+        }  # fmt: skip
+    return config, weights
+
+
+def _redrafter() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config = {
+        "model_type": "recurrent_drafting_drafter", "vocab_size": 97, "hidden_size": SIZE, "exit_dim": 48,
+        "num_draft_layers": 2, "num_lookback_tokens": 1, "rnn": True, "architectures": ["Drafter"],
+    }  # fmt: skip
+    weights = {
+        "input_proj.weight": _random(48, 2 * SIZE), "input_proj.bias": _random(48),
+        "lm_head.2.weight": _random(97, 48), "rnn_w.weight": _random(SIZE, SIZE),
+        "rnn_u.weight": _random(SIZE, SIZE), "rnn_u.bias": _random(SIZE),
+    }  # fmt: skip
+    for block in range(2):
+        weights |= {
+            f"lm_head.{block}.linear.weight": _random(48, 48),
+            f"lm_head.{block}.linear.bias": _random(48),
+        }
+    return config, weights
+
+
+def _dflash() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config = {
+        **LLAMA, "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "num_hidden_layers": 2,
+        "head_dim": DIM, "block_size": 4, "num_target_layers": 3,
+        "dflash_config": {"mask_token_id": 96, "target_layer_ids": [0, 2]},
+    }  # fmt: skip
+    weights = {"fc.weight": _random(SIZE, 2 * SIZE)}
+    weights |= {f"{norm}.weight": 1 + _random(SIZE) for norm in ("hidden_norm", "norm")}
+    for layer in range(2):
+        weights |= _layer(f"layers.{layer}", SIZE, "input_layernorm", "post_attention_layernorm")
+        weights |= {f"layers.{layer}.self_attn.{each}_norm.weight": 1 + _random(DIM) for each in "qk"}
+    return config, weights
+
+
 LAYOUTS: dict[str, Callable[[], tuple[dict[str, Any], dict[str, Tensor]]]] = {
     "eagle": _eagle,
     "speculators eagle": _speculators_eagle,
@@ -135,6 +186,9 @@ LAYOUTS: dict[str, Callable[[], tuple[dict[str, Any], dict[str, Tensor]]]] = {
     "speculators eagle3": _speculators_eagle3,
     "medusa": _medusa,
     "mlp_speculator": _mlp_speculator,
+    "hydra": _hydra,
+    "recurrent_drafting_drafter": _redrafter,
+    "dflash": _dflash,
 }
 
 
@@ -143,8 +197,8 @@ def write_head(folder: Path, layout: str, **config: Any) -> str:
     torch.manual_seed(3)
     given, weights = LAYOUTS[layout]()
     (folder / "config.json").write_text(json.dumps({**given, **config}))
-    if layout == "medusa":
-        torch.save(weights, folder / "medusa_lm_head.pt")
+    if layout in ("medusa", "hydra"):
+        torch.save(weights, folder / f"{layout}_lm_head.pt")
     elif layout == "eagle":
         torch.save(weights, folder / "pytorch_model.bin")
     else:

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
+from retrieval_draft.config import METHODS
 from retrieval_draft.engine.probe import probe
 from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import (
@@ -25,6 +26,7 @@ from retrieval_draft.errors import (
     UnsupportedGenerationError,
     UnsupportedModelError,
 )
+from retrieval_draft.methods.registry import get_method
 from tests.support.drafters import drafter_with, prompt_ids
 from tests.support.models import make
 from tests.support.sources import OracleSource
@@ -142,8 +144,16 @@ def test_what_is_no_draft_model_is_refused(given: Any) -> None:
 
 def test_methods_that_need_a_draft_model_say_so() -> None:
     for method in ("opt_tree", "rasd", "cascade", "ouroboros"):
-        with pytest.raises(InvalidInputError, match="Pass draft_model="):
+        with pytest.raises(InvalidInputError, match="Pass one as draft_model="):
             RetrievalDrafter.for_model(MODEL, method=method)
+
+
+@pytest.mark.parametrize("given", [None, "self"])
+@pytest.mark.parametrize("method", [name for name in METHODS if get_method(name).needs_head])
+def test_methods_that_need_a_head_say_so(method: str, given: str | None) -> None:
+    found = "SelfDraft" if given else "none"
+    with pytest.raises(InvalidInputError, match=f"{method!r} drafts with a head .*has {found}.* hub name"):
+        RetrievalDrafter.for_model(MODEL, method=method, draft_model=given)
 
 
 def test_a_foreign_draft_model_needs_both_tokenizers() -> None:

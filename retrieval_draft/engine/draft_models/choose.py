@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from retrieval_draft.engine.draft_models.foreign_draft import ForeignModelDraft
 from retrieval_draft.engine.draft_models.head_files import load_head
 from retrieval_draft.engine.draft_models.heads import HeadDraft
-from retrieval_draft.engine.draft_models.model_draft import ModelDraft, SelfDraft
+from retrieval_draft.engine.draft_models.model_draft import SelfDraft, draft_of
+from retrieval_draft.engine.draft_models.mtp import load_mtp
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.wrapped_models import device_of
 from retrieval_draft.errors import InvalidInputError
@@ -17,9 +18,10 @@ from retrieval_draft.index.source import DraftSource
 from retrieval_draft.models.fingerprint import tokenizer_fingerprint
 from retrieval_draft.models.loading import load_model
 
-__all__ = ["SELF", "load_draft_model", "make_draft_sources"]
+__all__ = ["MTP", "SELF", "load_draft_model", "make_draft_sources"]
 
 SELF = "self"
+MTP = "mtp"
 
 
 def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[DraftSource, ...]:
@@ -27,8 +29,9 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
 
     Args:
         given: None; a model with the target's tokenizer; a pair of a model and its own tokenizer; "self" for
-            the target with layers skipped; the folder or hub name of a trained head or of a model; a
-            `DraftHead`; a ready source such as `HeadDraft`; a list of those.
+            the target with layers skipped, "mtp" for its layers for multi-token prediction; the folder or hub
+            name of a trained head or of a model; a `DraftHead`; a ready source such as `HeadDraft`; a list of
+            those.
         target: The target.
         tokenizer: The target's, or None.
 
@@ -48,7 +51,7 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
         given.bind(target)
         return (given,)
     if isinstance(given, PreTrainedModel):
-        return (ModelDraft(given, target.vocabulary),)
+        return (draft_of(given, target.vocabulary),)
     if isinstance(given, str) and given == SELF:
         return (SelfDraft(target.model),)
     if isinstance(given, str):
@@ -61,7 +64,8 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
         return (given,)
     raise InvalidInputError(
         f"draft_model is {given!r}.",
-        'Pass a model, (model, tokenizer), "self", a folder or hub name, a draft source, or a list of those.',
+        'Pass a model, (model, tokenizer), "self", "mtp", a folder or hub name, a draft source, or a list of '
+        "those.",
     )
 
 
@@ -69,7 +73,7 @@ def load_draft_model(name: str, model: Any) -> Any:
     """A trained head, or a model and its tokenizer.
 
     Args:
-        name: A folder, or a hub name.
+        name: A folder, a hub name, or "mtp" for the target's layers for multi-token prediction.
         model: The target.
 
     Returns:
@@ -77,8 +81,10 @@ def load_draft_model(name: str, model: Any) -> Any:
 
     Raises:
         ModelFileError: A checkpoint is missing, torn, or not for this target.
+        UnsupportedModelError: The target has no layers for multi-token prediction that can be used.
+        UnsupportedEngineError: This transformers cannot read them.
     """
-    head = load_head(name, model)
+    head = load_mtp(model) if name == MTP else load_head(name, model)
     if head is not None:
         return head
     return load_model(name, dtype=model.dtype, device=device_of(model.get_input_embeddings()))
@@ -91,5 +97,5 @@ def _translated(model: Any, own: Any, target: Target, tokenizer: Any) -> DraftSo
             "Pass it to RetrievalDrafter.for_model(model, tokenizer, ...).",
         )
     if tokenizer_fingerprint(own) == tokenizer_fingerprint(tokenizer):
-        return ModelDraft(model, target.vocabulary)
+        return draft_of(model, target.vocabulary)
     return ForeignModelDraft(model, own, tokenizer)

@@ -117,19 +117,26 @@ class _Attention(nn.Module):
         self.q_norm = RmsNorm(self._dim, config.rms_norm_eps) if normed else nn.Identity()
         self.k_norm = RmsNorm(self._dim, config.rms_norm_eps) if normed else nn.Identity()
 
+    def append(self, states: Tensor, layer: int, packed: Packed) -> list[tuple[Tensor, Tensor]]:
+        """Writes the rows' keys and values; all of each text's, (heads, keys, d) each."""
+        key = self.k_norm(self.k_proj(states).view(len(states), self._groups, self._dim))
+        key = _rotated(key, packed.factors).transpose(0, 1)
+        value = self.v_proj(states).view(len(states), self._groups, self._dim).transpose(0, 1)
+        parts = zip(
+            packed.caches, *(each.split(list(packed.counts), 1) for each in (key, value)), strict=True
+        )
+        return [cache.append(layer, k, v) for cache, k, v in parts]
+
     def forward(self, states: Tensor, layer: int, packed: Packed) -> Tensor:
         query = self.q_norm(self.q_proj(states).view(len(states), self._heads, self._dim))
-        key = self.k_norm(self.k_proj(states).view(len(states), self._groups, self._dim))
-        value = self.v_proj(states).view(len(states), self._groups, self._dim)
-        query, key = (_rotated(each, packed.factors).transpose(0, 1) for each in (query, key))
+        query = _rotated(query, packed.factors).transpose(0, 1)
         parts = []
-        for cache, mask, q, k, v in zip(
-            packed.caches,
+        for mask, q, (keys, values) in zip(
             packed.masks,
-            *(each.split(list(packed.counts), 1) for each in (query, key, value.transpose(0, 1))),
+            query.split(list(packed.counts), 1),
+            self.append(states, layer, packed),
             strict=True,
         ):
-            keys, values = cache.append(layer, k, v)
             shared = self._heads // self._groups
             part = nn.functional.scaled_dot_product_attention(
                 q[None],

@@ -36,12 +36,14 @@ class _State:
     Attributes:
         nodes: Those nodes.
         vectors: (nodes, d), the states.
+        last: (1, d), the state at the text's end.
     """
 
     def __init__(self, keys: KeyValues) -> None:
         self.keys = keys
         self.nodes: list[int] = []
         self.vectors: Tensor
+        self.last: Tensor
 
     @property
     def length(self) -> int:
@@ -67,6 +69,7 @@ class EagleHead(nn.Module):
 
     layers: tuple[int, ...] = (LAST,)
     reads_all = True
+    levels: int | None = None
     ids: NDArray[np.int64] | None = None
 
     def __init__(
@@ -105,7 +108,7 @@ class EagleHead(nn.Module):
     def drop(self, state: _State) -> None:
         """Forgets the nodes that were expanded."""
         state.keys.drop()
-        state.nodes = []
+        state.nodes, state.vectors = [0], state.last
 
     def read(
         self,
@@ -129,8 +132,9 @@ class EagleHead(nn.Module):
         for state, part, begin in zip(states, vectors.split(counts), begins, strict=True):
             state.keys.length += len(part)
             state.keys.position = begin + len(part)
-            state.nodes, state.vectors = [0], part[-1:]
-            ends.append(state.vectors)
+            state.last = part[-1:]
+            state.nodes, state.vectors = [0], state.last
+            ends.append(state.last)
         return list(self._logits(torch.cat(ends)).split(1))
 
     def expand(self, states: Sequence[_State], growths: Sequence[Growth]) -> list[Tensor]:

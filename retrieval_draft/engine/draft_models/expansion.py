@@ -133,6 +133,15 @@ class Growth:
         self.frontier = sorted(sorted(fresh, key=lambda n: -paths[n])[: limits.top_k])
         self.expanded = self.expanded + self.frontier
 
+    def follow(self, token: int) -> Growth:
+        """Has the next tokens of one more node asked for: `token`, below the node before. Returns itself."""
+        self.tokens.append(token)
+        self.parents.append(self.frontier[-1])
+        self.depths.append(self.depths[-1] + 1)
+        self.frontier = [len(self.tokens) - 1]
+        self.expanded = self.expanded + self.frontier
+        return self
+
     def tree(self) -> ModelTree:
         """The most probable nodes, the best first."""
         paths, depths = self._paths, self.depths
@@ -216,12 +225,36 @@ class Expansion:
             rows = self._pass(tokens, [index - 1 for index in indices], indices, indices, len(text))
             return rows.float().log_softmax(-1)
 
+    @torch.no_grad()
+    def grow_parallel(
+        self, text: TokenArray, budget: int, masks: TokenArray, allowed: Tensor | None
+    ) -> ModelTree:
+        """The most probable nodes by one pass, for a model that guesses at masks; see `grow`.
+
+        Args:
+            text: int32, shape (length,), at least one token; the last one is the root.
+            budget: The most nodes to return.
+            masks: int32, shape (levels - 1,). Tokens in place of those to be guessed.
+            allowed: bool, shape (vocabulary,). Tokens that may be drafted; None for all.
+        """
+        growing = Growth(replace(self._limits, depth=len(masks) + 1), budget, allowed)
+        with self._applied():
+            rows = self._root(text, masks)
+        growing.begin(int(text[-1]), rows[:1])
+        while growing.frontier:
+            depth = growing.depths[growing.frontier[0]]
+            growing.add(rows[depth].expand(len(growing.frontier), -1))
+        return growing.tree()
+
     def close(self) -> None:
         """Frees the cache."""
         self._cache, self._cached = None, np.empty(0, np.int32)
 
-    def _root(self, text: TokenArray) -> Tensor:
-        """Logits after the last token, (1, vocabulary); text that is missing in the cache enters it."""
+    def _root(self, text: TokenArray, masks: TokenArray | None = None) -> Tensor:
+        """Logits after the last token and each mask, (1 + masks, vocabulary).
+
+        Text that is missing in the cache enters it.
+        """
         target = self._target
         same = len(self._cached)
         if same >= len(text) or not np.array_equal(self._cached, text[:same]):
@@ -236,13 +269,14 @@ class Expansion:
                 pass
             same = keep
         chain = text[same:]
-        logits = target.verify_tree(self._cache, _chain(chain), same)[: len(chain)]
+        passed = chain if masks is None else np.concatenate((chain, masks))
+        logits = target.verify_tree(self._cache, _chain(passed), same)[len(chain) - 1 : len(passed)]
         if keep > same:
             self._cache.commit(None, keep - same, keep - same)
         self._cached = text[:keep].copy()
         # Tokens that are not kept stand between cache and root in every later pass of this step.
         self._between = text[keep:-1]
-        return logits[-1:]
+        return logits
 
     def _pass(
         self, tokens: list[int], parents: list[int], depths: list[int], nodes: list[int], length: int

@@ -11,14 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from retrieval_draft.engine.draft_models.dflash import DFlashHead
 from retrieval_draft.engine.draft_models.eagle import Eagle3Head, EagleHead
-from retrieval_draft.engine.draft_models.vector_heads import MedusaHead, MlpSpeculator
+from retrieval_draft.engine.draft_models.vector_heads import HydraHead, MedusaHead, MlpSpeculator, ReDrafter
+from retrieval_draft.engine.hidden_states import LAST
 from retrieval_draft.errors import ModelFileError
 from retrieval_draft.models.loading import model_folder
 
 __all__ = ["LAYOUTS", "load_head"]
 
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "medusa_lm_head.pt")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "medusa_lm_head.pt", "hydra_lm_head.pt")
 """Files of weights; those of a kind make the ones after it unnecessary."""
 
 _HINT = "Name the folder or hub name of a head that was trained for this model."
@@ -86,8 +88,8 @@ def _layout(config: Mapping[str, Any], folder: Path) -> str | None:
         return f"speculators {config['speculators_model_type']}"
     if "medusa_num_heads" in config:
         return "medusa"
-    if config.get("model_type") == "mlp_speculator":
-        return "mlp_speculator"
+    if config.get("model_type") in ("mlp_speculator", "recurrent_drafting_drafter"):
+        return str(config["model_type"])
     for key, kind in (("hydra_num_heads", "hydra"), ("dflash_config", "dflash")):
         if key in config:
             return kind
@@ -208,6 +210,41 @@ def _medusa(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any
     return head, named
 
 
+def _hydra(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int) -> _Made:
+    """FasterDecoding's layout: ``hydra_mlp.HEAD.BLOCK`` and ``hydra_lm_head.HEAD``."""
+    kind, offset = config.get("hydra_head_arch", "mlp"), config.get("hidden_state_offset", 0)
+    if (kind, offset) != ("mlp", 0):
+        raise ValueError(f"hydra_head_arch is {kind!r}, hidden_state_offset {offset}; known are 'mlp' and 0")
+    heads, blocks = int(config["hydra_num_heads"]), int(config.get("hydra_num_layers", 1))
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    return HydraHead(heads, blocks, size, rows, bool(config.get("grounded_heads", True))), dict(weights)
+
+
+def _redrafter(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int) -> _Made:
+    """Apple's layout: `input_proj`, `lm_head`, `rnn_u` and `rnn_w`; the embeddings are the target's."""
+    if int(config["hidden_size"]) != size:
+        raise ValueError(f"hidden_size is {config['hidden_size']}, the target's states have {size} columns")
+    inner, blocks = int(config["exit_dim"]), int(config["num_draft_layers"])
+    return ReDrafter(size, inner, blocks, int(config["vocab_size"]), bool(config["rnn"])), dict(weights)
+
+
+def _dflash(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int) -> _Made:
+    """z-lab's layout: `fc`, `hidden_norm`, `layers` of Qwen 3, `norm`; the rest is the target's."""
+    nested = config["dflash_config"]
+    layers = _llama({**config, "model_type": "qwen3"}, size)
+    kinds = sorted(set(getattr(layers, "layer_types", None) or ()) - {"full_attention"})
+    if kinds:
+        raise ValueError(f"layers of {', '.join(kinds)}; known are those of full_attention")
+    # They count what layers give, this package what layers take.
+    count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    read = [int(layer) + 1 for layer in nested["target_layer_ids"]]
+    block = int(config.get("block_size") or nested["block_size"])
+    head = DFlashHead(
+        layers, [LAST if each == count else each for each in read], block, int(nested["mask_token_id"])
+    )
+    return head, _renamed(weights, {"layers.": "decoder."})
+
+
 def _mlp_speculator(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int) -> _Made:
     """IBM's layout: ``speculator.emb``, `proj`, `ln` and `head` of each level; tied ones may be repeated."""
     emb, inner = int(config["emb_dim"]), int(config.get("inner_dim") or config["emb_dim"])
@@ -239,5 +276,8 @@ LAYOUTS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor], Any, int],
     "speculators eagle3": _eagle3,
     "medusa": _medusa,
     "mlp_speculator": _mlp_speculator,
+    "hydra": _hydra,
+    "recurrent_drafting_drafter": _redrafter,
+    "dflash": _dflash,
 }
 """Makes a head and names its weights, by layout."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -63,6 +64,9 @@ class DraftHead(Protocol):
     limits: ExpansionLimits
     """Limits on the growth of its trees."""
 
+    levels: int | None
+    """Levels of a tree that it has weights for; None for any number."""
+
     ids: NDArray[np.int64] | None
     """int64, shape (columns of its logits,): token of each column; None where they are the target's."""
 
@@ -105,12 +109,19 @@ class HeadSession:
     Args:
         source: The head, and the other requests.
         prompt: int32, shape (length,).
+        limits: Limits on the growth of its trees, but for the levels that the head has.
+        reranked: Nodes offered for each node of the budget.
     """
 
     wants_hidden = True
 
-    def __init__(self, source: HeadDraft, prompt: TokenArray) -> None:
+    def __init__(
+        self, source: HeadDraft, prompt: TokenArray, limits: ExpansionLimits, reranked: int = RERANKED
+    ) -> None:
         self._source = source
+        levels = source.head.levels
+        self.limits = limits if levels is None else replace(limits, depth=min(limits.depth, levels))
+        self.reranked = reranked
         self.text: TokenArray = np.array(prompt, np.int32)
         self.state: Any = None
         self.read = 0
@@ -121,6 +132,7 @@ class HeadSession:
         self._owner: HeadSession | None = None
         self._prompt = len(prompt)
         self._was_asked = self._is_asked = True
+        self.key: Hashable = None
         self.budget = 0
 
     def learn_hidden(self, hidden: Tensor, begin: int) -> None:
@@ -135,9 +147,13 @@ class HeadSession:
         if sum(len(rows) for _, rows in self._rows) > WAITING:
             self._source.read([self])
 
+    def share_hidden(self, key: Hashable) -> None:
+        """Sets the state that it keeps and continues apart from those of requests with other keys."""
+        self.key = key
+
     def fork(self, owner: HeadSession) -> None:
         """Takes over the states of a prompt that another request has passed, and read once for both."""
-        self._rows, self._owner = list(owner._rows), owner
+        self._rows, self._owner, self.key = list(owner._rows), owner, owner.key
 
     @property
     def is_due(self) -> bool:
@@ -204,6 +220,21 @@ class HeadSession:
             self._source.propose(self)
         return empty_proposal("model", "model") if self._found is None else self._found
 
+    @torch.no_grad()
+    def review(self, chain: TokenArray) -> Tensor:
+        """Log probabilities after the text and after each guess of a chain.
+
+        Args:
+            chain: int32, shape (n,).
+
+        Returns:
+            (rows, vocabulary): n + 1, fewer where the head has no more levels, none where the target's last
+            hidden state is missing.
+        """
+        if len(self.text) < 2 or not self.ends_at_root:
+            return torch.empty((0, 0), dtype=torch.float32)
+        return self._source.review(self, chain.tolist())
+
     def found(self, tree: ModelTree) -> None:
         """Notes the guesses of this step."""
         self._found = proposal_of(tree)
@@ -250,7 +281,7 @@ class HeadDraft:
         self.head = head
         self.states: HiddenStates
         self._live: WeakSet[HeadSession] = WeakSet()
-        self._kept: list[tuple[TokenArray, Any]] = []
+        self._kept: list[tuple[Hashable, TokenArray, Any]] = []
 
     def bind(self, target: Target) -> None:
         """Has the target's states read, and the head take what it shares with the target.
@@ -265,7 +296,13 @@ class HeadDraft:
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> HeadSession:
         """Starts a request with `prompt`, int32, shape (length,); reference texts are not read."""
-        session = HeadSession(self, prompt)
+        return self.session(prompt)
+
+    def session(
+        self, prompt: TokenArray, limits: ExpansionLimits | None = None, reranked: int = RERANKED
+    ) -> HeadSession:
+        """Starts a request with limits of its own; see `HeadSession`."""
+        session = HeadSession(self, prompt, limits or self.head.limits, reranked)
         self._live.add(session)
         return session
 
@@ -288,7 +325,7 @@ class HeadDraft:
         growths = []
         for session in sessions:
             assert session.root is not None
-            growth = Growth(head.limits, RERANKED * session.budget, None, head.ids)
+            growth = Growth(session.limits, session.reranked * session.budget, None, head.ids)
             growth.begin(int(session.text[-1]), session.root)
             growths.append(growth)
         try:
@@ -302,6 +339,27 @@ class HeadDraft:
                 head.drop(state)
         for session, growth in zip(sessions, growths, strict=True):
             session.found(growth.tree())
+
+    def review(self, session: HeadSession, chain: Sequence[int]) -> Tensor:
+        """Log probabilities after a session's text and along a chain of guesses; see `HeadSession.review`."""
+        if session.root is None:
+            self.read([session])
+        assert session.root is not None
+        rows = [session.root]
+        levels = len(chain) + 1 if self.head.levels is None else self.head.levels
+        path = Growth(self.head.limits, 1)
+        path.tokens = [int(session.text[-1])]
+        try:
+            for token in chain[: levels - 1]:
+                rows += self.head.expand([session.state], [path.follow(token)])
+        finally:
+            self.head.drop(session.state)
+        logits = torch.cat(rows).float()
+        if self.head.ids is not None:
+            ids = torch.from_numpy(self.head.ids).to(logits.device)
+            wide = logits.new_full((len(logits), int(ids.max()) + 1), float("-inf"))
+            logits = wide.index_copy(1, ids, logits)
+        return logits.log_softmax(-1)
 
     @torch.no_grad()
     def read(self, sessions: Sequence[HeadSession], end: int | None = None) -> None:
@@ -324,11 +382,15 @@ class HeadDraft:
                 session.has_read(begin, len(rows), guess)
 
     def find_state(self, session: HeadSession, rows: int) -> Any:
-        """A copy of the state of another text with the same beginning, after `rows` rows at most; or None."""
+        """A copy of the state of another text with the same key and beginning, after `rows` rows at most.
+
+        None where there is no such text.
+        """
         best, source = 0, None
-        texts = [(each.text, each.state) for each in self._live if each is not session and each.is_whole]
-        for text, state in [*texts, *self._kept]:
-            if state is not None:
+        others = [each for each in self._live if each is not session and each.is_whole]
+        texts = [(each.key, each.text, each.state) for each in others]
+        for key, text, state in [*texts, *self._kept]:
+            if state is not None and key == session.key:
                 # Row i holds token i + 1 too.
                 common = min(_common(text, session.text) - 1, rows, state.length)
                 if common > best:
@@ -343,7 +405,8 @@ class HeadDraft:
         self._live.discard(session)
         if session.state is None or not session.is_whole or not self.head.reads_all or session.read < 2:
             return
-        self._kept.append((session.text[: session.read + 1], session.state.copy(session.read)))
+        text = session.text[: session.read + 1]
+        self._kept.append((session.key, text, session.state.copy(session.read)))
         while self.nbytes > KEPT_BYTES:
             del self._kept[0]
 
@@ -357,7 +420,7 @@ class HeadDraft:
     @property
     def nbytes(self) -> int:
         """Bytes of the states of ended requests; the head is its owner's."""
-        return sum(state.nbytes + text.nbytes for text, state in self._kept)
+        return sum(state.nbytes + text.nbytes for _, text, state in self._kept)
 
 
 def proposal_of(tree: ModelTree) -> Proposal:

@@ -20,7 +20,7 @@ from retrieval_draft.engine.wrapped_models import decoder_layers, device_of
 from retrieval_draft.errors import InvalidInputError, TokenizerMismatchError
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray, empty_proposal
 
-__all__ = ["ModelDraft", "ModelSession", "SelfDraft"]
+__all__ = ["ModelDraft", "ModelSession", "ParallelDraft", "SelfDraft", "draft_of"]
 
 
 class ModelSession:
@@ -51,6 +51,10 @@ class ModelSession:
             return empty_proposal("model", "model")
         tree = self._expansion.grow(self._text, self._reranked * budget, self._allowed)
         return proposal_of(tree)
+
+    def review(self, chain: TokenArray) -> Tensor:
+        """Log probabilities after the text and after each guess of a chain, (guesses + 1, vocabulary)."""
+        return self._expansion.review(self._text, chain)
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,); the model sees them at its next proposal."""
@@ -125,13 +129,22 @@ class ModelDraft:
         Raises:
             TokenizerMismatchError: The prompt has a token that the draft model does not know.
         """
+        return self.session(prompt)
+
+    def session(
+        self, prompt: TokenArray, limits: ExpansionLimits | None = None, reranked: int = RERANKED
+    ) -> ModelSession:
+        """Starts a request with limits of its own; see `open` and `ModelSession`."""
+        self._check(prompt)
+        return ModelSession(self.expansion(limits), prompt, self._allowed, reranked)
+
+    def _check(self, prompt: TokenArray) -> None:
         if len(prompt) and int(prompt.max()) >= self.target.embedding_rows:
             raise TokenizerMismatchError(
                 f"Token {int(prompt.max())} is unknown to the draft model, which has "
                 f"{self.target.embedding_rows} tokens.",
                 "Pass (model, tokenizer) as draft_model, so that its text is translated.",
             )
-        return ModelSession(self.expansion(), prompt, self._allowed)
 
     def flush(self) -> None:
         """Does nothing: no text waits to be looked up."""
@@ -143,6 +156,88 @@ class ModelDraft:
     def nbytes(self) -> int:
         """0: the model is its owner's, caches are the sessions'."""
         return 0
+
+
+class ParallelSession(ModelSession):
+    """A parallel draft model's view of one request.
+
+    Args:
+        expansion: The model and its cache.
+        prompt: int32, shape (length,).
+        masks: int32. Tokens in place of those to be guessed.
+        allowed: bool, shape (vocabulary,). Tokens it may draft; None for all.
+        reranked: Nodes offered for each node of the budget.
+    """
+
+    def __init__(
+        self,
+        expansion: Expansion,
+        prompt: TokenArray,
+        masks: TokenArray,
+        allowed: Tensor | None = None,
+        reranked: int = RERANKED,
+    ) -> None:
+        super().__init__(expansion, prompt, allowed, reranked)
+        self._masks = masks
+
+    def propose(self, budget: int) -> Proposal:
+        """The model's most probable paths, by one pass."""
+        if budget <= 0 or not len(self._text):
+            return empty_proposal("model", "model")
+        nodes = self._reranked * budget
+        return proposal_of(self._expansion.grow_parallel(self._text, nodes, self._masks, self._allowed))
+
+
+class ParallelDraft(ModelDraft):
+    """Drafts with a model that was trained to guess at masks after the text, in one pass for all of them.
+
+    PARD (arXiv:2504.18583). A guess does not depend on those before it, so the tree has the same children at
+    every node of a level.
+
+    Args:
+        model: The draft model.
+        vocabulary: Number of token ids of the target.
+        mask: Its token in place of those to be guessed.
+        limits: Limits on the growth of its trees; their depth is the number of guesses, 8 as published.
+        cpu_kernels: Whether its layers use faster kernels for few tokens on the CPU.
+
+    Raises:
+        InvalidInputError: The model has no such token.
+        UnsupportedModelError: The model cannot pass trees.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        vocabulary: int,
+        mask: int,
+        limits: ExpansionLimits | None = None,
+        cpu_kernels: bool = True,
+    ) -> None:
+        super().__init__(
+            model, vocabulary, limits or ExpansionLimits(depth=8, entropy_stop=None), cpu_kernels
+        )
+        if not 0 <= mask < self.target.embedding_rows:
+            raise InvalidInputError(
+                f"The draft model's pard_token is {mask}; it has {self.target.embedding_rows} tokens.",
+                "Check its config.json, or remove pard_token there to draft token by token.",
+            )
+        self._mask = mask
+
+    def session(
+        self, prompt: TokenArray, limits: ExpansionLimits | None = None, reranked: int = RERANKED
+    ) -> ModelSession:
+        """Starts a request with limits of its own; see `ModelDraft.open`."""
+        self._check(prompt)
+        limits = limits or self.limits
+        masks = np.full(limits.depth - 1, self._mask, np.int32)
+        return ParallelSession(self.expansion(limits), prompt, masks, self._allowed, reranked)
+
+
+def draft_of(model: Any, vocabulary: int) -> ModelDraft:
+    """A draft source from a model with the target's tokenizer; a parallel one where its config has a mask."""
+    mask = getattr(model.config, "pard_token", None)
+    return ModelDraft(model, vocabulary) if mask is None else ParallelDraft(model, vocabulary, int(mask))
 
 
 class SelfDraft(ModelDraft):

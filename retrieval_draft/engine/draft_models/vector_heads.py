@@ -1,7 +1,8 @@
 """Heads that carry one vector along a path, and read nothing of a text but its last row.
 
-Medusa (arXiv:2401.10774) guesses each further token from the target's last state alone; IBM's speculator
-(arXiv:2404.19124) from a state to which each token is added.
+Medusa (arXiv:2401.10774) guesses each further token from the target's last state alone, Hydra
+(arXiv:2402.05109) from that and the tokens between; IBM's speculator (arXiv:2404.19124) from a state to which
+each token is added, and Apple's ReDrafter (arXiv:2403.09919) from a recurrent state beside the target's.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth
 from retrieval_draft.engine.hidden_states import LAST
 
-__all__ = ["MedusaHead", "MlpSpeculator", "VectorHead"]
+__all__ = ["HydraHead", "MedusaHead", "MlpSpeculator", "ReDrafter", "VectorHead"]
 
 
 class _State:
-    """The vectors at the nodes that were expanded last: (nodes, d)."""
+    """The vectors at the nodes that were expanded last, (nodes, d), and that at the text's end."""
 
     length = 0
     nbytes = 0
@@ -32,27 +32,29 @@ class _State:
     def __init__(self) -> None:
         self.nodes: list[int] = []
         self.vectors: Tensor
+        self.last: Tensor
 
     def copy(self, rows: int) -> _State:
         return _State()
 
 
 class VectorHead(nn.Module, ABC):
-    """A head of which every level has weights of its own.
+    """A head that makes each node's vector of its token and its parent's vector.
 
     Args:
-        depth: Number of levels.
-        limits: Limits on the growth of its trees; their depth is that of the head at most.
+        depth: Number of levels that it has weights for; None for any number.
+        limits: Limits on the growth of its trees.
     """
 
     layers: tuple[int, ...] = (LAST,)
     reads_all = False
     ids: NDArray[np.int64] | None = None
 
-    def __init__(self, depth: int, limits: ExpansionLimits | None = None) -> None:
+    def __init__(self, depth: int | None, limits: ExpansionLimits | None = None) -> None:
         super().__init__()
-        limits = limits or ExpansionLimits()
-        self.limits = replace(limits, depth=min(limits.depth, depth))
+        self.levels = depth
+        self._target_embeddings: Any = None
+        self.limits = limits or ExpansionLimits()
 
     @abstractmethod
     def step(self, level: int, tokens: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,15 +70,18 @@ class VectorHead(nn.Module, ABC):
         """
 
     def bind(self, model: Any) -> None:
-        """Takes the target's device and dtype."""
-        self.to(model.get_input_embeddings().weight.device, model.dtype)
+        """Takes the target's embeddings, device and dtype."""
+        embeddings = model.get_input_embeddings()
+        self.to(embeddings.weight.device, model.dtype)
+        self._target_embeddings = [embeddings]  # in a list it is no module of this one
 
     def state(self) -> _State:
         """A state of no text."""
         return _State()
 
     def drop(self, state: _State) -> None:
-        """Does nothing: the next row replaces all."""
+        """Forgets the nodes that were expanded."""
+        state.nodes, state.vectors = [0], state.last
 
     def read(
         self,
@@ -89,6 +94,7 @@ class VectorHead(nn.Module, ABC):
         rows = torch.cat([each[-1:] for each in hidden]).to(next(self.parameters()).dtype)
         vectors, logits = self.step(0, torch.cat([each[-1:] for each in tokens]), rows)
         for state, vector in zip(states, vectors.split(1), strict=True):
+            state.last = vector
             state.nodes, state.vectors = [0], vector
         return list(logits.split(1))
 
@@ -143,6 +149,105 @@ class MedusaHead(VectorHead):
     def step(self, level: int, tokens: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """The target's state, unchanged, and the level's guesses."""
         return vectors, self.heads[level](vectors)
+
+
+class _Joined(nn.Module):
+    """Hydra's first block, which narrows what it joins: linear(x) + silu(linear(x))."""
+
+    def __init__(self, joined: int, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(joined, size)
+        self.res_connection = nn.Linear(joined, size)
+
+    def forward(self, states: Tensor) -> Tensor:
+        out: Tensor = self.res_connection(states) + nn.functional.silu(self.linear(states))
+        return out
+
+
+class HydraHead(VectorHead):
+    """Hydra: head i guesses the token i + 2 positions after a state, from it and the tokens between.
+
+    Args:
+        heads: Number of heads.
+        blocks: Residual blocks of each.
+        size: Width of the target's states and embeddings.
+        vocabulary: Rows of its output heads.
+        is_grounded: Whether heads see the tokens between; else they are Medusa's with a bias.
+        limits: Limits on the growth of its trees.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        blocks: int,
+        size: int,
+        vocabulary: int,
+        is_grounded: bool = True,
+        limits: ExpansionLimits | None = None,
+    ) -> None:
+        super().__init__(heads, limits)
+        self._is_grounded = is_grounded
+        self.hydra_mlp = nn.ModuleList(
+            nn.Sequential(
+                *(
+                    _Joined(size * (at + 2), size) if is_grounded and block == 0 else _Residual(size)
+                    for block in range(blocks)
+                )
+            )
+            for at in range(heads)
+        )
+        self.hydra_lm_head = nn.ModuleList(nn.Linear(size, vocabulary) for _ in range(heads))
+
+    def step(self, level: int, tokens: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """The target's state and the embeddings along the path, and the level's guesses."""
+        if self._is_grounded:
+            embedded = self._target_embeddings[0](tokens).to(vectors.dtype)
+            vectors = torch.cat((vectors, embedded), -1)
+        return vectors, self.hydra_lm_head[level](self.hydra_mlp[level](vectors))
+
+
+class ReDrafter(VectorHead):
+    """Apple's recurrent drafter: a state that each token is added to, beside the target's, which stays.
+
+    Args:
+        size: Width of the target's states and embeddings.
+        inner: Width of its blocks.
+        blocks: Residual blocks.
+        vocabulary: Tokens that it guesses.
+        is_recurrent: Whether the state passes through weights; else embeddings are summed.
+        limits: Limits on the growth of its trees; published beams have four tokens.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        inner: int,
+        blocks: int,
+        vocabulary: int,
+        is_recurrent: bool,
+        limits: ExpansionLimits | None = None,
+    ) -> None:
+        super().__init__(None, limits or ExpansionLimits(depth=4))
+        self._size = size
+        self.input_proj = nn.Linear(2 * size, inner) if inner != 2 * size else nn.Identity()
+        self.lm_head = nn.Sequential(
+            *(_Residual(inner) for _ in range(blocks)), nn.Linear(inner, vocabulary, bias=False)
+        )
+        self.rnn_u = nn.Linear(size, size) if is_recurrent else None
+        self.rnn_w = nn.Linear(size, size, bias=False) if is_recurrent else None
+
+    def step(self, level: int, tokens: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """The target's state with the recurrent one after the nodes' tokens, and the guesses that follow."""
+        context, state = vectors[:, : self._size], vectors[:, self._size :]
+        if level == 0:
+            state = torch.zeros_like(context)
+        embedded = self._target_embeddings[0](tokens).to(vectors.dtype)
+        if self.rnn_u is None or self.rnn_w is None:
+            state = embedded + state
+        else:
+            state = nn.functional.silu(self.rnn_w(embedded) + self.rnn_u(state))
+        joined = torch.cat((context, state), -1)
+        return joined, self.lm_head(self.input_proj(joined))
 
 
 class _Scaled(nn.Module):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits
-from retrieval_draft.engine.target import Target
+from retrieval_draft.engine.draft_models.model_draft import ModelDraft
 from retrieval_draft.methods.cascade import LENIENCES, SIZES, CascadeSession
 from tests.support.drafters import prompt_ids
 from tests.support.models import make
@@ -16,8 +15,8 @@ REVIEWED, BEHIND = SIZES[1][0]
 
 def session(model: object, *prompt: int, second: object = None) -> CascadeSession:
     models = [model] if second is None else [model, second]
-    expansions = [Expansion(Target(each), ExpansionLimits(top_k=1)) for each in models]  # type: ignore[arg-type]
-    return CascadeSession(expansions, np.array(prompt, np.int32))
+    text = np.array(prompt, np.int32)
+    return CascadeSession([ModelDraft(each, 97).session(text) for each in models], text)
 
 
 def test_the_base_copies_behind_the_newest_longest_occurrence() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits
-from retrieval_draft.engine.target import Target
+from retrieval_draft.engine.draft_models.expansion import ExpansionLimits
+from retrieval_draft.engine.draft_models.model_draft import ModelDraft
 from retrieval_draft.index.source import NodeLogits
 from retrieval_draft.methods import ouroboros
 from retrieval_draft.methods.ouroboros import DRAFTED, KEPT, OuroborosSession, PhrasePool
@@ -45,7 +45,7 @@ def test_the_greedy_chain_is_extended_by_phrases_of_earlier_requests() -> None:
     stock = model.generate(torch.tensor([text.tolist()]), max_new_tokens=DRAFTED, do_sample=False)
     chain = stock[0, len(text) :].tolist()
     pool.add([chain[-1], 1, 2, 3, 4, 5, 6])
-    proposal = OuroborosSession(Expansion(Target(model), limits), pool, text).propose(60)
+    proposal = OuroborosSession(ModelDraft(model, 97).session(text, limits, 1), pool, text).propose(60)
     assert proposal.tokens[:DRAFTED].tolist() == chain
     assert proposal.parents[:DRAFTED].tolist() == list(range(-1, DRAFTED - 1))
     last = proposal.tokens[DRAFTED:].tolist()
@@ -56,7 +56,8 @@ def test_the_greedy_chain_is_extended_by_phrases_of_earlier_requests() -> None:
 def test_phrases_are_put_right_by_what_was_predicted_at_rejected_nodes() -> None:
     pool = PhrasePool()
     limits = ExpansionLimits(top_k=1, depth=DRAFTED, entropy_stop=None)
-    opened = OuroborosSession(Expansion(Target(make("llama")), limits), pool, np.array([7, 8, 9], np.int32))
+    text = np.array([7, 8, 9], np.int32)
+    opened = OuroborosSession(ModelDraft(make("llama"), 97).session(text, limits, 1), pool, text)
     # Below 9 the phrase 1 2 3 4 5 6, at which other tokens are predicted, and another branch, 20.
     path = [7, 8, 9, 1, 2, 3, 4, 5, 6]
     contexts = [[-1, 7, 8, 9], *(path[end - 4 : end] for end in range(4, 10)), [7, 8, 9, 20]]

@@ -34,7 +34,8 @@ def drafter_of(method: str, model: Any) -> RetrievalDrafter:
 
 
 def test_most_methods_read_text() -> None:
-    assert set(METHODS) - set(READS) == {"none", "stand", "token_recycling", "opt_tree"}
+    heads = {name for name in METHODS if get_method(name).needs_head}
+    assert set(METHODS) - set(READS) - heads == {"none", "stand", "token_recycling", "opt_tree"}
 
 
 @pytest.mark.parametrize("method", READS)
@@ -52,7 +53,7 @@ def test_a_prediction_is_drafted_from(method: str, name: str) -> None:
     assert steps[1] < steps[0]
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - set(READS)))
+@pytest.mark.parametrize("method", ["none", "stand", "token_recycling", "opt_tree"])
 def test_a_method_without_use_for_them_says_so_once(method: str, caplog: pytest.LogCaptureFixture) -> None:
     model = make("llama")
     drafter = drafter_of(method, model)

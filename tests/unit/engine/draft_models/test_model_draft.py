@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ import torch
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits
-from retrieval_draft.engine.draft_models.model_draft import ModelDraft, SelfDraft
-from retrieval_draft.errors import InvalidInputError, TokenizerMismatchError
+from retrieval_draft.engine.draft_models.model_draft import ModelDraft, ParallelDraft, SelfDraft
+from retrieval_draft.errors import InvalidInputError, ModelFileError, TokenizerMismatchError
 from tests.support.drafters import near_ties, prompt_ids
 from tests.support.models import make
+from tests.support.tiny import letter_tokenizer
 
 NEW = 60
 FREE = ExpansionLimits(top_k=4, depth=6, entropy_stop=None)
@@ -122,3 +124,70 @@ def test_tokens_that_a_draft_model_does_not_know() -> None:
     larger = ModelDraft(make("llama", vocab_size=200), 97, FREE)
     session = larger.open(np.array([1, 2, 3], np.int32))
     assert session.propose(30).tokens.max() < 97
+
+
+MASK = 96
+
+
+def save_parallel(folder: Path, mask: int = MASK) -> str:
+    """A draft model with masks as PARD's are published: a Llama whose config.json has `pard_token`."""
+    model = make("llama", seed=7, num_hidden_layers=1)
+    model.config.pard_token = mask
+    model.save_pretrained(folder)
+    letter_tokenizer(97).save_pretrained(folder)
+    return str(folder)
+
+
+@torch.no_grad()
+def test_a_parallel_model_guesses_at_masks_in_one_pass() -> None:
+    model = make("llama")
+    text = prompt_ids(20)[0].numpy().astype(np.int32)
+    draft = ParallelDraft(model, 97, MASK)
+    opened, passes = draft.session(text, ExpansionLimits(top_k=2, depth=3, entropy_stop=None), 1), []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    for tokens in ([], [5, 6], [7]):
+        opened.observe(np.array(tokens, np.int32))
+        text = np.concatenate((text, np.array(tokens, np.int32)))
+        passes.clear()
+        proposal = opened.propose(14)
+        assert len(passes) == 1
+        masked = torch.from_numpy(np.concatenate((text, [MASK, MASK]))).long()[None]
+        best = model(masked).logits[0, -3:].softmax(-1).topk(2)
+        depths: list[int] = []
+        for parent in proposal.parents.tolist():
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
+        assert [depths.count(depth) for depth in range(3)] == [2, 4, 4], "a level expands two nodes"
+        for token, prob, depth in zip(proposal.tokens, proposal.probs, depths, strict=True):
+            rank = best.indices[depth].tolist().index(int(token))
+            assert float(prob) == pytest.approx(float(best.values[depth, rank]), rel=1e-3, abs=2e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_text_with_a_parallel_model_is_that_without(name: str, tmp_path: Path) -> None:
+    model = make(name)
+    ours = drafter(model, save_parallel(tmp_path), sources=(), prefix_cache_bytes=1 << 22, cpu_kernels=False)
+    assert isinstance(ours.context.models[0], ParallelDraft)
+    prompts = torch.cat([prompt_ids(seed=seed) for seed in range(4)])
+    stock = model.generate(prompts, max_new_tokens=20, do_sample=False)
+    for _ in range(2):  # the second time from the prefix cache
+        out = ours.generate(prompts, max_new_tokens=20, do_sample=False)
+        assert sum(near_ties(model, out[row : row + 1], stock[row : row + 1]) for row in range(4)) == 0
+    plain = RetrievalDrafter.for_model(model, config=DraftConfig("none", cpu_kernels=False))
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": True, "temperature": 0.8, "top_k": 0}
+    for seed in range(24):
+        texts = [each.generate(prompts[:1], seed=seed, **options) for each in (ours, plain)]
+        assert torch.equal(*texts)
+    assert ours.stats.source_failures == 0
+    assert ours.stats.drafted > ours.stats.steps
+    assert ours.stats.cached_tokens > 0
+
+
+def test_a_corrupt_parallel_model_is_refused(tmp_path: Path) -> None:
+    name = save_parallel(tmp_path, mask=500)
+    with pytest.raises(InvalidInputError, match="pard_token is 500; it has 97 tokens"):
+        drafter(make("llama"), name)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelFileError) as raised:
+        drafter(make("llama"), name)
+    assert name in str(raised.value)
