@@ -57,6 +57,7 @@ class EventStream(Response):
         # A stream has no length.
         self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
         self._events, self._gone, self._seconds = events, gone, seconds
+        self._ended = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves the response."""
@@ -69,6 +70,7 @@ class EventStream(Response):
         except asyncio.TimeoutError:
             _log.warning("A stream was not read for %g s, and is given up.", self._seconds)
         finally:
+            self._ended = True
             self._gone()
             for task in (writer, watcher):
                 task.cancel()
@@ -81,5 +83,7 @@ class EventStream(Response):
         async for event in self._events:
             body = {"type": "http.response.body", "body": event, "more_body": True}
             await asyncio.wait_for(send(body), self._seconds)
+            if self._ended:  # before Python 3.12 wait_for loses a cancellation in the turn in which it ends
+                return
         end = {"type": "http.response.body", "body": b"", "more_body": False}
         await asyncio.wait_for(send(end), self._seconds)
