@@ -122,7 +122,7 @@ def _when_sent(decoder: DecoderProcess) -> dict[str, Any]:
     end = time.monotonic() + _SECONDS
     last: dict[str, Any] = {}
     while True:
-        status = decoder.call(do="status")
+        status: dict[str, Any] = decoder.call(do="status")
         is_still = status["sent_learned"] == last.get("sent_learned") and not status["waiting"]
         if is_still or time.monotonic() > end:
             return status

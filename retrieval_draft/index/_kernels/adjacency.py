@@ -303,6 +303,14 @@ def propose(
     child_token = np.empty(ORDERS * width + len(frequent), np.int32)
     child_order = np.empty(ORDERS * width + len(frequent), np.int32)
     child_prob = np.empty(ORDERS * width + len(frequent), np.float64)
+    # Counts of the frequent tokens side by side: they are read for every node.
+    frequent_count = np.empty(len(frequent), np.float32)
+    known = 0
+    most = np.float32(0.0)
+    while known < len(frequent) and 0 <= frequent[known] < len(counts):
+        frequent_count[known] = counts[frequent[known]]
+        most = max(most, frequent_count[known])
+        known += 1
     nodes = 0
     candidates = 0
     waiting = 0
@@ -338,13 +346,11 @@ def propose(
                     found += 1
         weight = mass / (total[0] + backoff[0])
         in_context = found
-        for slot in range(len(frequent) if mass * path > needed else 0):
-            token = frequent[slot]
-            if token < 0 or token >= len(counts):
-                break
-            share = weight * counts[token]
+        for slot in range(known if weight * most * path > needed else 0):
+            share = weight * frequent_count[slot]
             if share * path <= needed:
                 continue
+            token = frequent[slot]
             match = 0
             while match < in_context and child_token[match] != token:
                 match += 1
