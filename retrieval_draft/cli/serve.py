@@ -177,10 +177,6 @@ def serve(
             raise InvalidInputError(
                 "vLLM has options of its own for adapters.", "Give --enable-lora --lora-modules after --."
             )
-        if exact is not None:
-            raise InvalidInputError(
-                "vLLM verifies drafts in passes of its own, which --exact does not change.", "Leave it out."
-            )
         if unix_socket is not None:
             raise InvalidInputError("vLLM is started on a host and port here.", "Leave --unix-socket out.")
         _check_vllm(context)

@@ -5,10 +5,10 @@ A token's keys, values and logits are a function of the tokens up to it, for the
 1. **One shape.** Prompts, plain steps and trees are passes over `WIDTH` tokens, padded, so that every product
    of the model has one shape and the library one way to compute it. A prompt is a row of chains; where one
    ends does not matter, nor which logits are wanted, nor which part was found in a cache.
-2. **One row at a time.** Linear layers, norms, activations and rotary factors compute a row from that row.
-   That the library keeps to this in bits, for any index of the row and any other rows, is tested
-   (`row_invariance`), with the threads that torch has then. Experts are passed token by token; other ways to
-   group tokens have shapes that depend on the neighbours, and are refused.
+2. **One row at a time.** Linear layers, norms, activations and rotary factors compute a row from that row. A
+   test (`row_invariance`) shows that the library keeps to this in bits, for any index of the row and any
+   other rows, with the threads that torch has then. Experts are passed token by token; other ways to group
+   tokens have shapes that depend on the neighbours, and are refused.
 3. **Attention by position** (`position_attention`): the order of keys, and where sums are cut, follow from
    positions alone.
 4. **Moves are copies.** An accepted node's keys and values move to the slot of its position as they are;
@@ -59,11 +59,11 @@ _log = logging.getLogger("retrieval_draft")
 
 
 class _Room:
-    """Memory of one cache at a time, and the passes that were captured in it, by their number of keys."""
+    """Memory of one cache at a time, and the passes in it, by their keys and the layers that sources read."""
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
-        self.passes: dict[int, BitwisePass] = {}
+        self.passes: dict[tuple[int, tuple[int, ...]], BitwisePass] = {}
         self.owner: Callable[[], SpeculativeCache | None] = lambda: None
 
     def take(self, cache: SpeculativeCache) -> None:
@@ -226,13 +226,14 @@ class BitwiseTarget(Target):
         while keys < cache.get_seq_length():
             keys *= 2
         keys = min(keys, room.arena.slots)
-        found = room.passes.get(keys)
+        kind = keys, self.hidden_states.layers
+        found = room.passes.get(kind)
         if found is None:
             found = BitwisePass(
                 self._call_by_position, room.arena, keys, self.windows, self.model.dtype, self._summarise
             )
             self._capture(found, cache, packed)
-            room.passes[keys] = found
+            room.passes[kind] = found
         return found
 
     def _capture(self, made: BitwisePass, cache: SpeculativeCache, packed: Tensor) -> None:

@@ -12,6 +12,7 @@ from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.errors import InvalidInputError, UnsupportedModelError
 from tests.support.batches import padded, ragged
 from tests.support.bits import ARCHITECTURES, bitwise, generate, half, same_bits
+from tests.support.commands import Command
 from tests.support.drafters import drafter_with, prompt_ids, reply_of
 from tests.support.models import make
 from tests.support.sources import OracleSource, PlantedSource
@@ -175,3 +176,16 @@ def test_models_that_have_no_such_passes_are_refused(name: str, reason: str) -> 
 def test_options_that_cannot_be(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(InvalidInputError, match=reason):
         DraftConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("generate", "hello", "--exact", "yes"), "exact is 'yes'"),
+        (("serve", "--model", "m", "--engine", "vllm", "--exact", "bitwise"), "has no --exact"),
+    ],
+)
+def test_the_command_line(command: Command, words: tuple[str, ...], reason: str) -> None:
+    code, _, err = command(*words)
+    assert code != 0
+    assert reason in err

@@ -33,7 +33,9 @@ class CacheFootprint:
                 if size:
                     self._least = max(self._least, layer.capacity)  # that of a text of a few tokens
                     window = layer.window
-                    most = None if window is None else window - 1 + layer.slack(0)
+                    # Passes of one shape keep all keys.
+                    is_whole = window is None or target.width is not None
+                    most = None if is_whole else window - 1 + layer.slack(0)
                     self._layers.append((size / layer.capacity, most))
         else:  # what does not grow with the text is a state
             each = (long.nbytes - short.nbytes) / (_TRIED[1] - _TRIED[0])

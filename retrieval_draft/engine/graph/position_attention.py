@@ -2,7 +2,7 @@
 
 A drafted token lies in whichever slot its tree gives it; once accepted it lies where its position is. Kernels
 that split or add up keys by slot round the two differently, so that half precision shows drafts in the text.
-Here the keys of a node are taken in the order of their positions, and these invariants hold:
+Here the keys of a node are read in the order of their positions, and these invariants hold:
 
 1. Which of two rules computes a key depends on both positions only. With passes of n nodes, keys of blocks of
    n positions from the block of `query - (n - 1)` on are *near*, all before are *far*. A tree of n nodes is
@@ -17,8 +17,8 @@ Here the keys of a node are taken in the order of their positions, and these inv
 4. Blocks are added up one after another, far ones first, each by a step of the same form (softmax with a
    running maximum), in float32 or more.
 
-What is left to the library is that one row of a product of fixed shape does not depend on its index or on the
-other rows. That is tested on the model: `retrieval_draft.engine.row_invariance`.
+One thing is left to the library: a row of a product of fixed shape must not depend on its index or on the
+other rows. `retrieval_draft.engine.row_invariance` tests that on the model.
 """
 
 from __future__ import annotations
@@ -173,7 +173,8 @@ def attend_by_position(
     products = (grouped.transpose(1, 2) @ keys.transpose(-1, -2)).transpose(1, 2)
     weights = running.add(scores(products, layout.near_seen[window]))
     running.sums += (weights.transpose(1, 2) @ values).transpose(1, 2)
-    out = running.sums / running.totals[..., None]
+    # A sum that underflows to -0.0 stays so, or not, by the number of blocks without seen keys.
+    out = running.sums / running.totals[..., None] + 0.0
     return out.view(1, heads, nodes, width).to(query.dtype)
 
 

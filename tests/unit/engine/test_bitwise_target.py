@@ -101,3 +101,17 @@ def test_kept_prefixes_have_the_bits_of_new_ones() -> None:
     text, fresh = generate(bitwise(model), turn, 30)
     assert torch.equal(drafted, text)
     assert same_bits(cache, fresh)
+
+
+def test_layers_that_are_read_later_get_passes_of_their_own() -> None:
+    """A trained head names its layers after the model was tested."""
+    target, ids = BitwiseTarget(half("llama"), "tape"), prompt_ids(40)[0]
+    cache, logits = passed(target, ids)
+    target.hidden_states.read([1])
+    with target.watching_hidden():
+        other, same = passed(target, ids)
+        hidden = target.hidden
+    assert hidden is not None
+    assert hidden.shape == (40, target.model.config.hidden_size)
+    assert torch.equal(logits, same)
+    assert same_bits(cache, other)
