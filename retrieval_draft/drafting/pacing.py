@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
-from retrieval_draft.drafting.hierarchy import PassesHidden
+from retrieval_draft.drafting.hierarchy import wants_hidden
 from retrieval_draft.index.source import (
     DraftSource,
     NodeLogits,
@@ -77,11 +78,10 @@ class Pacer:
             self._arm, self._left = 1 - arm, TRIAL
 
 
-class _PacedSession(PassesHidden):
+class _PacedSession:
     def __init__(self, source: PacedSource, session: SourceSession, clock: Callable[[], float]) -> None:
         self._source = source
         self._session = session
-        self.inner = (session,)
         self._pacer = source.pacer
         self._clock = clock
         self._begin: float | None = None
@@ -102,6 +102,23 @@ class _PacedSession(PassesHidden):
 
     def learn(self, logits: NodeLogits) -> None:
         self._session.learn(logits)
+
+    def share_hidden(self, key: Hashable) -> None:
+        share = getattr(self._session, "share_hidden", None)
+        if share is not None:
+            share(key)
+
+    @property
+    def wants_hidden(self) -> bool:
+        return wants_hidden(self._session)
+
+    def learn_hidden(self, hidden: Any, begin: int) -> None:
+        session: Any = self._session
+        session.learn_hidden(hidden, begin)
+
+    def fork(self, owner: _PacedSession) -> None:
+        session: Any = self._session
+        session.fork(owner._session)
 
     def close(self) -> None:
         self._session.close()

@@ -97,7 +97,7 @@ class DFlashHead(nn.Module):
         return _State(KeyValues(len(self.decoder)))
 
     def drop(self, state: _State) -> None:
-        """Does nothing: a block leaves no keys behind."""
+        """Does nothing: the keys of a block are overwritten by the next."""
 
     def read(
         self,

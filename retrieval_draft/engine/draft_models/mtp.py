@@ -197,7 +197,7 @@ class MtpHead:
         return self._logits(given[:, -1])
 
     def _before(self, state: _State, parent: int, depth: int) -> Tensor:
-        """What the layer of a node's depth takes in along the path to it: (steps, d)."""
+        """Input of the layer of a node's depth along the path to it: (steps, d)."""
         known = state.outputs[0 if self._count == 1 else depth - 1]
         last = known[-1:] if known is not None else state.outputs[0][:0]  # type: ignore[index]
         if not parent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,17 @@ import torch
 from torch import Tensor
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
+from retrieval_draft.drafting.hierarchy import SourceHierarchy
+from retrieval_draft.engine.draft_models.head_files import load_head
 from retrieval_draft.engine.draft_models.heads import HeadDraft
 from retrieval_draft.engine.draft_models.vector_heads import MedusaHead
 from retrieval_draft.engine.hidden_states import LAST, HiddenStates
+from retrieval_draft.engine.target import Target
+from retrieval_draft.index.draft_stores import DraftStores
+from retrieval_draft.methods.method import MethodContext
+from retrieval_draft.methods.registry import get_method
 from tests.support.drafters import near_ties, prompt_ids
+from tests.support.heads import write_head
 from tests.support.models import make
 
 NEW = 80
@@ -155,6 +163,36 @@ def test_a_prompt_is_read_once_for_its_samples() -> None:
     drafter.generate(prompt, max_new_tokens=6, do_sample=True, seed=1, num_return_sequences=3)
     assert drafter.stats.source_failures == 0
     assert sum(len(rows) for begin, _, rows in head.rows if begin == 0) <= 2 * prompt.shape[1]
+
+
+@pytest.mark.parametrize("method", ["calibrated", "rasd", "sam_decoding"])
+def test_the_key_of_states_reaches_a_head_in_any_method(method: str) -> None:
+    source = HeadDraft(Watcher())
+    config = DraftConfig(method=method)
+    sources = get_method(method).sources(MethodContext(config, DraftStores(97), (source,)))
+    opened = SourceHierarchy(sources).open(np.array([1, 2, 3], np.int32))
+    opened.share_hidden(("tenant", "salt"))
+    assert [each.key for each in source._live] == [("tenant", "salt")]
+    assert opened.wants_hidden
+
+
+@torch.no_grad()
+def test_states_of_other_keys_are_not_continued(tmp_path: Path) -> None:
+    model = make("llama")
+    source = HeadDraft(load_head(write_head(tmp_path, "eagle"), model))
+    source.bind(Target(model))
+    text = np.array([1, 2, 3, 4, 5], np.int32)
+    for key in (None, "a"):
+        session = source.open(text)
+        session.share_hidden(key)
+        session.learn_hidden(torch.randn(4, 32), 0)
+        source.read([session])
+        session.close()
+    for key, found in ((None, True), ("a", True), ("b", False)):
+        session = source.open(text)
+        session.share_hidden(key)
+        assert (source.find_state(session, 3) is not None) == found
+    assert source.nbytes > 0
 
 
 def test_no_hook_stays_behind() -> None:
