@@ -155,6 +155,24 @@ class EagleHead(nn.Module):
             state.nodes, state.vectors = list(growth.frontier), part
         return list(self._logits(passed).split(counts))
 
+    def forward(self, tokens: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
+        """The head's states at rows of whole texts, for training: nothing is kept, gradients pass.
+
+        Args:
+            tokens: int64, shape (n,) each. The rows' tokens.
+            vectors: (n, d) each. The states before them: the target's, or the head's own.
+
+        Returns:
+            (n, d) each.
+        """
+        counts = [len(each) for each in tokens]
+        device = tokens[0].device
+        states = [self.state() for _ in tokens]
+        masks = [causal(state.keys, n, device) for state, n in zip(states, counts, strict=True)]
+        positions = [torch.arange(n, device=device) for n in counts]
+        taken = self._taken(torch.cat(list(vectors)))
+        return list(self._pass(states, torch.cat(list(tokens)), taken, positions, masks, counts).split(counts))
+
     def _taken(self, hidden: Tensor) -> Tensor:
         """The target's states as the head takes them in: (n, d)."""
         return hidden.to(self.fc.weight.dtype)
