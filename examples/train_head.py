@@ -26,7 +26,7 @@ from retrieval_draft.engine.draft_models.vector_heads import MedusaHead
 from retrieval_draft.models.loading import load_model
 
 PROMPTS = ["Explain how a bicycle works.", "Write a short story about a lighthouse.", "List ten animals."]
-LONGEST_PROMPT, RANKED, ROWS, TEXTS_A_STEP, HEADS = 512, 8, 384, 3, 3
+LONGEST_PROMPT, RANKED, ROWS, TEXTS_A_STEP, HEADS = 512, 8, 384, 1, 3
 
 
 class Text(NamedTuple):
@@ -38,14 +38,14 @@ class Text(NamedTuple):
     probs: Tensor
 
 
-def written(model: Any, tokenizer: Any, prompts: list[Prompt], tokens: int, batch: int) -> list[dict[str, Any]]:
-    """Replies to the prompts, greedy at first and then sampled, until they have so many tokens."""
+def write(model: Any, tokenizer: Any, prompts: list[Prompt], tokens: int, batch: int, path: Path) -> None:
+    """Writes replies to the prompts, greedy at first and then sampled, until they have so many tokens."""
     chat = bool(tokenizer.chat_template)
     encoded = sorted((prompt.encode(tokenizer, chat) for prompt in prompts), key=len)
     encoded = [ids for ids in encoded if 1 < len(ids) <= LONGEST_PROMPT]
-    found: list[dict[str, Any]] = []
     count = turn = 0
-    with RetrievalDrafter.for_model(model, tokenizer) as drafter:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with RetrievalDrafter.for_model(model, tokenizer) as drafter, path.open("w") as file:
         while count < tokens:
             for first in range(0, len(encoded), batch):
                 rows = encoded[first : first + batch]
@@ -58,13 +58,12 @@ def written(model: Any, tokenizer: Any, prompts: list[Prompt], tokens: int, batc
                 for row, reply in zip(rows, out[:, width:].tolist(), strict=True):
                     ends = [at for at, token in enumerate(reply) if token == tokenizer.eos_token_id]
                     reply = reply[: ends[0] + 1] if ends else reply
-                    found.append({"prompt": row, "output": reply})
+                    file.write(json.dumps({"prompt": row, "output": reply}) + "\n")
                     count += len(reply)
                 print(f"{count} of {tokens} tokens written", flush=True)
                 if count >= tokens:
                     break
             turn += 1
-    return found
 
 
 @torch.no_grad()
@@ -175,19 +174,17 @@ parser.add_argument("--tokens", type=int, default=40_000, help="of replies to wr
 parser.add_argument("--batch", type=int, default=8, help="replies written at a time")
 parser.add_argument("--columns", type=int, default=8192, help="tokens that the head learns to rank")
 parser.add_argument("--epochs", type=int, default=8)
-parser.add_argument("--steps", type=int, default=2, help="of an EAGLE head on its own states, in training")
+parser.add_argument("--steps", type=int, default=1, help="of an EAGLE head on its own states, in training")
 args = parser.parse_args()
 
 torch.manual_seed(0)
 model, tokenizer = load_model(args.model)
-if args.texts:
-    paths = (gzip.open(path, "rt") if path.suffix == ".gz" else path.open() for path in args.texts)
-    replies = [json.loads(line) for file in paths for line in file]
-else:
+if not args.texts:
     given = read_prompts(args.prompts) if args.prompts else [Prompt(text, "prose", text) for text in PROMPTS]
-    replies = written(model, tokenizer, given, args.tokens, args.batch)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "texts.jsonl").write_text("".join(f"{json.dumps(reply)}\n" for reply in replies))
+    args.texts = [args.out / "texts.jsonl"]
+    write(model, tokenizer, given, args.tokens, args.batch, args.texts[0])
+files = [gzip.open(path, "rt") if path.suffix == ".gz" else path.open() for path in args.texts]
+replies = [json.loads(line) for file in files for line in file]
 sequences = [reply["prompt"][-ROWS // 2 :] + reply["output"] for reply in replies]
 texts = [looked_at(model, ids) for ids in sequences if len(ids) > HEADS + 2]
 print(f"{len(texts)} texts, {sum(len(text.ids) for text in texts)} tokens", flush=True)

@@ -29,6 +29,7 @@ METHODS = (
     "rasd",
     "cascade",
     "ouroboros",
+    "self",
 )
 """Drafting methods by name, a module of `retrieval_draft.methods` each. ``none`` decodes plainly."""
 

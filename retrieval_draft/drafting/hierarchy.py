@@ -136,6 +136,18 @@ class SourceSessions:
                 except Exception as error:  # as above
                     opened.failed("learn_hidden", error)
 
+    @property
+    def wants_cache(self) -> bool:
+        """True if a session drafts from the target's cache."""
+        return any(getattr(opened.session, "wants_cache", False) for opened in self._opened)
+
+    def lend_cache(self, cache: Any) -> None:
+        """Lends the sessions that draft from it the target's cache of the text but for its last token."""
+        for opened in self._opened:
+            if getattr(opened.session, "wants_cache", False):
+                drafter: Any = opened.session
+                drafter.lend_cache(cache)
+
     def fork_hidden(self, other: SourceSessions) -> None:
         """Gives sessions the target's states that another request with the same prompt has."""
         for opened, owner in zip(self._opened, other._opened, strict=False):

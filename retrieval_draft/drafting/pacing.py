@@ -111,6 +111,14 @@ class _PacedSession:
         session: Any = self._session
         session.learn_hidden(hidden, begin)
 
+    @property
+    def wants_cache(self) -> bool:
+        return bool(getattr(self._session, "wants_cache", False))
+
+    def lend_cache(self, cache: Any) -> None:
+        session: Any = self._session
+        session.lend_cache(cache)
+
     def fork(self, owner: _PacedSession) -> None:
         session: Any = self._session
         session.fork(owner._session)

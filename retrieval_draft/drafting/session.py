@@ -243,6 +243,15 @@ class DraftSession:
         """
         self._sessions.learn_hidden(hidden, begin)
 
+    @property
+    def wants_cache(self) -> bool:
+        """True if a source drafts from the target's cache."""
+        return self._sessions.wants_cache
+
+    def lend_cache(self, cache: Any) -> None:
+        """Lends sources the target's cache for the next proposal; it holds the text but for its last token."""
+        self._sessions.lend_cache(cache)
+
     def fork_hidden(self, other: DraftSession) -> None:
         """Takes over the states of a prompt that another request has passed; before `start`."""
         self._sessions.fork_hidden(other._sessions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
 from retrieval_draft.engine.target import Target
 from retrieval_draft.index.source import TokenArray
 
-__all__ = ["Expansion", "ExpansionLimits", "Growth", "ModelTree"]
+__all__ = ["Expansion", "ExpansionLimits", "Growth", "LentExpansion", "ModelTree"]
 
 _LONG = 64
 """Missing tokens from which on a pass takes them as text and not as a tree."""
@@ -264,6 +265,43 @@ class Expansion:
             np.zeros(size, np.int64),
         )
         return self._target.verify_tree(self._cache, tree, length - 1 - skip)[skip:size]
+
+
+class LentExpansion(Expansion):
+    """Drafts after the text in a cache that another engine keeps, or in one of its own where none is lent.
+
+    Attributes:
+        cache: Holds the text but for its last token, for this step; None where it is not lent. Staged nodes are
+            dropped again.
+    """
+
+    cache: Any = None
+
+    def _root(self, text: TokenArray) -> Tensor:
+        if self.cache is None:
+            return super()._root(text)
+        self._cached, self._between = text[:0], text[:0]
+        self._cache = self.cache
+        return self._target.verify_tree(self.cache, _chain(text[-1:]), self.cache.get_seq_length())[:1]
+
+    def _pass(
+        self, tokens: list[int], parents: list[int], depths: list[int], nodes: list[int], length: int
+    ) -> Tensor:
+        lent = self.cache
+        return super()._pass(
+            tokens, parents, depths, nodes, length if lent is None else lent.get_seq_length() + 1
+        )
+
+    def grow(
+        self, text: TokenArray, budget: int, allowed: Tensor | None = None, depth: int | None = None
+    ) -> ModelTree:
+        """As `Expansion.grow`; a lent cache is as before."""
+        try:
+            return super().grow(text, budget, allowed, depth)
+        finally:
+            if self.cache is not None:
+                self.cache.drop()
+                self.close()
 
 
 def _chain(tokens: TokenArray) -> DraftTree:
