@@ -73,6 +73,7 @@ class SourceSessions:
 
         Fusion and calibration identify a source by its index, so the order is the same at every step. Where
         the joint probability of a near source's full budget reaches `CERTAIN`, later sources are skipped.
+        Paced ones propose nothing here: see `ask`.
         """
         if budget <= 0:
             return []
@@ -80,7 +81,7 @@ class SourceSessions:
         is_full = False
         for opened in self._opened:
             proposal = None
-            if opened.session is not None:
+            if opened.session is not None and not _is_paced(opened.session):
                 try:
                     proposal = opened.session.propose(0 if is_full else budget)
                     is_full = is_full or _fills(proposal, budget)
@@ -91,6 +92,26 @@ class SourceSessions:
                 proposal = empty_proposal(source.name, source.level)
             proposals.append(proposal)
         return proposals
+
+    @property
+    def paced(self) -> tuple[tuple[int, Any], ...]:
+        """Index and session of each source that is asked only where that pays."""
+        return tuple(
+            (index, opened.session)
+            for index, opened in enumerate(self._opened)
+            if opened.session is not None and _is_paced(opened.session)
+        )
+
+    def ask(self, index: int, budget: int) -> Proposal:
+        """The proposal of one paced source, of at most `budget` nodes."""
+        opened = self._opened[index]
+        source = opened.guarded.source
+        try:
+            if opened.session is not None:
+                return opened.session.propose(budget)
+        except Exception as error:  # as above
+            opened.failed("propose", error)
+        return empty_proposal(source.name, source.level)
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,), to the text of every source."""
@@ -286,6 +307,10 @@ def wants_hidden(session: object) -> bool:
 
 def _learns_early(session: object) -> bool:
     return bool(getattr(session, "learns_early", False))
+
+
+def _is_paced(session: object) -> bool:
+    return bool(getattr(session, "is_paced", False))
 
 
 def _fills(proposal: Proposal, budget: int) -> bool:
