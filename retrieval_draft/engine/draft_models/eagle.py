@@ -25,6 +25,7 @@ from retrieval_draft.engine.draft_models.draft_layers import (
     causal,
 )
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth
+from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim
 from retrieval_draft.engine.hidden_states import LAST
 
 __all__ = ["Eagle3Head", "EagleHead"]
@@ -68,6 +69,7 @@ class EagleHead(nn.Module):
     layers: tuple[int, ...] = (LAST,)
     reads_all = True
     ids: NDArray[np.int64] | None = None
+    trim: VocabTrim | None = None
 
     def __init__(
         self, config: Any, bias: bool, has_embeddings: bool, limits: ExpansionLimits | None = None
@@ -97,6 +99,10 @@ class EagleHead(nn.Module):
         self.rotary.to(torch.float32)
         # In a list they are no modules of this one, which would be moved and saved with it.
         self._target_head, self._target_embeddings = [model.get_output_embeddings()], [embeddings]
+
+    def outputs(self) -> list[Any]:
+        """Output heads that may be trimmed; see `VocabTrim`."""
+        return [self._target_head[0]]
 
     def state(self) -> _State:
         """A state of no text."""
@@ -206,7 +212,8 @@ class EagleHead(nn.Module):
 
     def _logits(self, vectors: Tensor) -> Tensor:
         head = self._target_head[0]
-        out: Tensor = head(vectors.to(head.weight.dtype))
+        vectors = vectors.to(head.weight.dtype)
+        out: Tensor = head(vectors) if self.trim is None else self.trim.logits(vectors)
         return out
 
 
@@ -252,6 +259,10 @@ class Eagle3Head(EagleHead):
         self.decoder[0].hidden_norm = RmsNorm(size, eps)
         self.norm = RmsNorm(size, eps)
         self.lm_head = nn.Linear(size, columns, bias=False)
+
+    def outputs(self) -> list[Any]:
+        """None: its vocabulary is its own."""
+        return []
 
     def _taken(self, hidden: Tensor) -> Tensor:
         out: Tensor = self.fc(self.input_norm(super()._taken(hidden)))

@@ -178,7 +178,12 @@ class Expansion:
 
     @torch.no_grad()
     def grow(
-        self, text: TokenArray, budget: int, allowed: Tensor | None = None, depth: int | None = None
+        self,
+        text: TokenArray,
+        budget: int,
+        allowed: Tensor | None = None,
+        depth: int | None = None,
+        ids: NDArray[np.int64] | None = None,
     ) -> ModelTree:
         """The `budget` most probable nodes after `text` (EAGLE-2's expand and rerank, arXiv:2406.16858).
 
@@ -187,9 +192,10 @@ class Expansion:
             budget: The most nodes to return.
             allowed: bool, shape (vocabulary,). Tokens that may be drafted; None for all.
             depth: Levels instead of the limit's.
+            ids: int64, shape (columns of the logits,). Token of each column; None where they are the same.
         """
         limits = self._limits if depth is None else replace(self._limits, depth=depth)
-        growing = Growth(limits, budget, allowed)
+        growing = Growth(limits, budget, allowed, ids)
         with self._applied():
             growing.begin(int(text[-1]), self._root(text))
             while growing.frontier:
@@ -293,11 +299,16 @@ class LentExpansion(Expansion):
         )
 
     def grow(
-        self, text: TokenArray, budget: int, allowed: Tensor | None = None, depth: int | None = None
+        self,
+        text: TokenArray,
+        budget: int,
+        allowed: Tensor | None = None,
+        depth: int | None = None,
+        ids: NDArray[np.int64] | None = None,
     ) -> ModelTree:
         """As `Expansion.grow`; a lent cache is as before."""
         try:
-            return super().grow(text, budget, allowed, depth)
+            return super().grow(text, budget, allowed, depth, ids)
         finally:
             if self.cache is not None:
                 self.cache.drop()

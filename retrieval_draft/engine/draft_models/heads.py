@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth, ModelTree
+from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim, columns_for
 from retrieval_draft.engine.hidden_states import HiddenStates
 from retrieval_draft.engine.target import Target
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray, empty_proposal
@@ -120,6 +121,7 @@ class HeadSession:
         self.root: Tensor | None = None
         self._owner: HeadSession | None = None
         self._prompt = len(prompt)
+        source.saw(self.text)
         self._was_asked = self._is_asked = True
         self.budget = 0
 
@@ -213,10 +215,12 @@ class HeadSession:
         if len(tokens):
             self.text = np.concatenate((self.text, np.asarray(tokens, np.int32)))
             self._found = self.root = None
+            self._source.saw(tokens)
             self._was_asked, self._is_asked = self._is_asked, False
 
     def learn(self, logits: NodeLogits) -> None:
-        """Does nothing: a head is trained elsewhere."""
+        """Has tokens that the target ranks high drafted, where not all are; a head is trained elsewhere."""
+        self._source.saw(logits.top_tokens)
 
     def close(self) -> None:
         """Frees the rows, and leaves the state to requests with the same beginning."""
@@ -234,9 +238,12 @@ class HeadDraft:
 
     Args:
         head: Anything with the methods of `DraftHead`.
+        columns: Tokens that its output heads choose among, see `VocabTrim`; 0 for all, None for an eighth of a
+            large vocabulary. For heads that name their outputs in `outputs`.
 
     Attributes:
         head: As given.
+        trim: Those tokens; None for all.
         states: The target's, from which hidden states come.
 
     Example:
@@ -246,8 +253,10 @@ class HeadDraft:
     name = "model"
     level = "model"
 
-    def __init__(self, head: DraftHead) -> None:
+    def __init__(self, head: DraftHead, columns: int | None = None) -> None:
         self.head = head
+        self.trim: VocabTrim | None = None
+        self._columns = columns
         self.states: HiddenStates
         self._live: WeakSet[HeadSession] = WeakSet()
         self._kept: list[tuple[TokenArray, Any]] = []
@@ -262,6 +271,17 @@ class HeadDraft:
         self.states = target.hidden_states
         self.states.read(self.head.layers)
         self.head.bind(target.model)
+        head: Any = self.head
+        outputs = head.outputs() if hasattr(head, "outputs") else []
+        known = min((len(each.weight) for each in outputs), default=0)
+        columns = columns_for(known) if self._columns is None else self._columns
+        if columns and columns < known and all(type(each) is torch.nn.Linear for each in outputs):
+            self.trim = head.trim = VocabTrim(outputs, known, columns)
+
+    def saw(self, tokens: NDArray[Any]) -> None:
+        """Notes tokens of texts, any shape, which the head may draft from now on."""
+        if self.trim is not None:
+            self.trim.add(tokens)
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> HeadSession:
         """Starts a request with `prompt`, int32, shape (length,); reference texts are not read."""
@@ -286,9 +306,10 @@ class HeadDraft:
         self.read([session for session in sessions if session.root is None])
         states = [session.state for session in sessions]
         growths = []
+        ids = head.ids if self.trim is None else self.trim.ids
         for session in sessions:
             assert session.root is not None
-            growth = Growth(head.limits, RERANKED * session.budget, None, head.ids)
+            growth = Growth(head.limits, RERANKED * session.budget, None, ids)
             growth.begin(int(session.text[-1]), session.root)
             growths.append(growth)
         try:
@@ -344,8 +365,12 @@ class HeadDraft:
         if session.state is None or not session.is_whole or not self.head.reads_all or session.read < 2:
             return
         self._kept.append((session.text[: session.read + 1], session.state.copy(session.read)))
-        while self.nbytes > KEPT_BYTES:
+        while self._kept_bytes > KEPT_BYTES:
             del self._kept[0]
+
+    @property
+    def _kept_bytes(self) -> int:
+        return sum(state.nbytes + text.nbytes for text, state in self._kept)
 
     def flush(self) -> None:
         """Does nothing: no text waits to be looked up."""
@@ -356,8 +381,9 @@ class HeadDraft:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the states of ended requests; the head is its owner's."""
-        return sum(state.nbytes + text.nbytes for text, state in self._kept)
+        """Bytes of the states of ended requests, and of trimmed outputs; the head is its owner's."""
+        trimmed = 0 if self.trim is None else self.trim.nbytes
+        return trimmed + self._kept_bytes
 
 
 def proposal_of(tree: ModelTree) -> Proposal:

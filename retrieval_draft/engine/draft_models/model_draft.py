@@ -16,6 +16,7 @@ from retrieval_draft.engine.cpu.kernels import CpuKernels
 from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits, LentExpansion
 from retrieval_draft.engine.draft_models.heads import RERANKED, proposal_of
 from retrieval_draft.engine.draft_models.layer_search import LayerSearch
+from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim, trim_of
 from retrieval_draft.engine.substitution import wrap_forwards
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.wrapped_models import decoder_layers, device_of
@@ -36,6 +37,7 @@ class ModelSession:
         prompt: int32, shape (length,).
         allowed: bool, shape (vocabulary,). Tokens it may draft; None for all.
         reranked: Nodes offered for each node of the budget.
+        trim: Tokens that it chooses among; None for all.
     """
 
     def __init__(
@@ -44,7 +46,11 @@ class ModelSession:
         prompt: TokenArray,
         allowed: Tensor | None = None,
         reranked: int = RERANKED,
+        trim: VocabTrim | None = None,
     ) -> None:
+        self._trim = trim
+        if trim is not None:
+            trim.add(prompt)
         self._expansion = expansion
         self._reranked = reranked
         self._allowed = allowed
@@ -54,15 +60,23 @@ class ModelSession:
         """The model's most probable paths, more than `budget` of them: fusion chooses."""
         if budget <= 0 or not len(self._text):
             return empty_proposal("model", "model")
-        tree = self._expansion.grow(self._text, self._reranked * budget, self._allowed)
+        if self._trim is None:
+            tree = self._expansion.grow(self._text, self._reranked * budget, self._allowed)
+        else:
+            with self._trim.applied():
+                tree = self._expansion.grow(self._text, self._reranked * budget, ids=self._trim.ids)
         return proposal_of(tree)
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,); the model sees them at its next proposal."""
         self._text = np.concatenate((self._text, np.asarray(tokens, np.int32)))
+        if self._trim is not None:
+            self._trim.add(tokens)
 
     def learn(self, logits: NodeLogits) -> None:
-        """Does nothing: the model does not learn."""
+        """Has tokens that the target ranks high drafted, where not all are; the model does not learn."""
+        if self._trim is not None:
+            self._trim.add(logits.top_tokens)
 
     def close(self) -> None:
         """Frees the cache."""
@@ -77,6 +91,8 @@ class ModelDraft:
         vocabulary: Number of token ids of the target; the draft model's may be more or fewer.
         limits: Limits on the growth of its trees.
         cpu_kernels: Whether its layers use faster kernels for few tokens on the CPU.
+        columns: Tokens that its output head chooses among, see `VocabTrim`; 0 for all, None for an eighth of
+            a large vocabulary.
 
     Raises:
         UnsupportedModelError: The model cannot pass trees.
@@ -94,6 +110,7 @@ class ModelDraft:
         vocabulary: int,
         limits: ExpansionLimits | None = None,
         cpu_kernels: bool = True,
+        columns: int | None = None,
     ) -> None:
         self.limits = limits or ExpansionLimits()
         self.target = Target(model, "off")  # its sessions take turns within a step
@@ -104,6 +121,7 @@ class ModelDraft:
             self._allowed[:vocabulary] = True
             self._allowed = self._allowed.to(self.target.device)
         self._known = min(vocabulary, self.target.embedding_rows)
+        self.trim = trim_of(model, self._known, columns)
 
     def expansion(self, limits: ExpansionLimits | None = None, slack: int = 0) -> Expansion:
         """The model with an empty cache.
@@ -136,7 +154,7 @@ class ModelDraft:
                 f"{self.target.embedding_rows} tokens.",
                 "Pass (model, tokenizer) as draft_model, so that its text is translated.",
             )
-        return ModelSession(self.expansion(), prompt, self._allowed)
+        return ModelSession(self.expansion(), prompt, self._allowed, trim=self.trim)
 
     def flush(self) -> None:
         """Does nothing: no text waits to be looked up."""
@@ -146,8 +164,8 @@ class ModelDraft:
 
     @property
     def nbytes(self) -> int:
-        """0: the model is its owner's, caches are the sessions'."""
-        return 0
+        """Bytes of the trimmed head; the model is its owner's, caches are the sessions'."""
+        return 0 if self.trim is None else self.trim.nbytes
 
 
 class SelfSession(ModelSession):
@@ -162,7 +180,7 @@ class SelfSession(ModelSession):
     wants_cache = True
 
     def __init__(self, source: SelfDraft, expansion: LentExpansion, prompt: TokenArray) -> None:
-        super().__init__(expansion, prompt)
+        super().__init__(expansion, prompt, trim=source.trim)
         self._source, self._lent = source, expansion
         self._emitted = 0
 
@@ -226,7 +244,9 @@ class SelfDraft(ModelDraft):
         if skip is None:
             sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in self._layers]
             head = model.get_output_embeddings()
-            rest = head.weight.numel() if head is not None else 0
+            rest = 0 if head is None else head.weight.numel()
+            if self.trim is not None:
+                rest = int(rest * self.trim.share)
             self._search = LayerSearch(count, rest * count / max(sum(sizes), 1), self.limits.depth)
         self._scored: Tensor | None = None
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth
+from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim
 from retrieval_draft.engine.hidden_states import LAST
 
 __all__ = ["MedusaHead", "MlpSpeculator", "VectorHead"]
@@ -48,6 +49,7 @@ class VectorHead(nn.Module, ABC):
     layers: tuple[int, ...] = (LAST,)
     reads_all = False
     ids: NDArray[np.int64] | None = None
+    trim: VocabTrim | None = None
 
     def __init__(self, depth: int, limits: ExpansionLimits | None = None) -> None:
         super().__init__()
@@ -70,6 +72,10 @@ class VectorHead(nn.Module, ABC):
     def bind(self, model: Any) -> None:
         """Takes the target's device and dtype."""
         self.to(model.get_input_embeddings().weight.device, model.dtype)
+
+    def outputs(self) -> list[nn.Linear]:
+        """Output head of each level; see `VocabTrim`."""
+        return []
 
     def state(self) -> _State:
         """A state of no text."""
@@ -142,7 +148,17 @@ class MedusaHead(VectorHead):
 
     def step(self, level: int, tokens: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """The target's state, unchanged, and the level's guesses."""
-        return vectors, self.heads[level](vectors)
+        if self.trim is None:
+            return vectors, self.heads[level](vectors)
+        *blocks, _ = self.heads[level]
+        states = vectors
+        for block in blocks:
+            states = block(states)
+        return vectors, self.trim.logits(states, level)
+
+    def outputs(self) -> list[nn.Linear]:
+        """Output head of each level; see `VocabTrim`."""
+        return [layers[-1] for layers in self.heads]
 
 
 class _Scaled(nn.Module):
@@ -201,4 +217,8 @@ class MlpSpeculator(VectorHead):
         own, projected = min(level, len(self.emb) - 1), min(level, len(self.proj) - 1)
         states = self.proj[projected](vectors) + self._share * self.emb[own](tokens)
         states = nn.functional.gelu(self.ln[own](states))
-        return states, self.head[own](states)
+        return states, self.head[own](states) if self.trim is None else self.trim.logits(states, own)
+
+    def outputs(self) -> list[nn.Linear]:
+        """Output head of each level; see `VocabTrim`."""
+        return list(self.head)
