@@ -52,7 +52,9 @@ def write(model: Any, tokenizer: Any, prompts: list[Prompt], tokens: int, batch:
                 width = max(map(len, rows))
                 ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
                 mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-                options = {"do_sample": True, "temperature": 0.8, "seed": turn} if turn else {"do_sample": False}
+                options = (
+                    {"do_sample": True, "temperature": 0.8, "seed": turn} if turn else {"do_sample": False}
+                )
                 most = min(128, max(tokens - count, 2))
                 out = drafter.generate(ids, attention_mask=mask, max_new_tokens=most, **options)
                 for row, reply in zip(rows, out[:, width:].tolist(), strict=True):
@@ -168,7 +170,9 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("model", nargs="?", default="gemma3-270m")
 parser.add_argument("--kind", choices=("eagle", "medusa"), default="eagle")
 parser.add_argument("--out", type=Path, default=Path("trained-head"))
-parser.add_argument("--prompts", type=Path, nargs="*", help="JSON lines with prompts, as bench live reads them")
+parser.add_argument(
+    "--prompts", type=Path, nargs="*", help="JSON lines with prompts, as bench live reads them"
+)
 parser.add_argument("--texts", type=Path, nargs="*", help="texts that an earlier run wrote, or a trace")
 parser.add_argument("--tokens", type=int, default=40_000, help="of replies to write")
 parser.add_argument("--batch", type=int, default=8, help="replies written at a time")

@@ -59,6 +59,9 @@ class Pacer:
     Args:
         clock: Returns seconds.
 
+    Attributes:
+        calls: Steps in which the source was asked.
+
     Example:
         a head adds 1.2 tokens where lookups expect less than one, and 0.1 where they copy a long passage; it
         takes 5 ms, in which 0.3 tokens are emitted: it is asked in the former steps and sleeps in the latter
@@ -73,7 +76,7 @@ class Pacer:
         self._total = self._lost = 0.0
         self._last: float | None = None
         self._is_trial = False
-        self._asked = 0
+        self.calls = 0
 
     @property
     def rate(self) -> float:
@@ -101,15 +104,15 @@ class Pacer:
             self._total += passed
         self._last, self._is_trial = now, False
         kind = self._kinds[bisect(EDGES, expected)]
-        if self._asked >= TRIAL and self.gain(expected) > self.price * self.rate:
+        if self.calls >= TRIAL and self.gain(expected) > self.price * self.rate:
             kind.wait, kind.slept = FIRST_WAIT, 0
-        elif self._asked >= TRIAL:
+        elif self.calls >= TRIAL:
             kind.slept += 1
             if kind.slept < kind.wait or self._lost > SHARE * self._total:
                 return False
             kind.wait, kind.slept = min(2 * kind.wait, LAST_WAIT), 0
             self._is_trial = True
-        self._asked += 1
+        self.calls += 1
         return True
 
     def took(self, seconds: float) -> None:

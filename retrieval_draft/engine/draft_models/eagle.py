@@ -177,7 +177,9 @@ class EagleHead(nn.Module):
         masks = [causal(state.keys, n, device) for state, n in zip(states, counts, strict=True)]
         positions = [torch.arange(n, device=device) for n in counts]
         taken = self._taken(torch.cat(list(vectors)))
-        return list(self._pass(states, torch.cat(list(tokens)), taken, positions, masks, counts).split(counts))
+        return list(
+            self._pass(states, torch.cat(list(tokens)), taken, positions, masks, counts).split(counts)
+        )
 
     def _taken(self, hidden: Tensor) -> Tensor:
         """The target's states as the head takes them in: (n, d)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -60,11 +60,10 @@ class ModelSession:
         """The model's most probable paths, more than `budget` of them: fusion chooses."""
         if budget <= 0 or not len(self._text):
             return empty_proposal("model", "model")
-        if self._trim is None:
-            tree = self._expansion.grow(self._text, self._reranked * budget, self._allowed)
-        else:
-            with self._trim.applied():
-                tree = self._expansion.grow(self._text, self._reranked * budget, ids=self._trim.ids)
+        trim = self._trim
+        with nullcontext() if trim is None else trim.applied():
+            allowed, ids = (self._allowed, None) if trim is None else (None, trim.ids)
+            tree = self._expansion.grow(self._text, self._reranked * budget, allowed, ids=ids)
         return proposal_of(tree)
 
     def observe(self, tokens: TokenArray) -> None:
@@ -141,6 +140,10 @@ class ModelDraft:
         """Context that a pass of the draft model needs."""
         with self._kernels.applied():
             yield
+
+    def trimmed(self) -> AbstractContextManager[None]:
+        """Context in which the output head gives the columns of `trim` alone, if there is one."""
+        return nullcontext() if self.trim is None else self.trim.applied()
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> ModelSession:
         """Starts a request with `prompt`, int32, shape (length,); reference texts are not read.

@@ -155,7 +155,12 @@ def trim_of(model: Any, vocabulary: int, columns: int | None = None) -> VocabTri
     """
     head = model.get_output_embeddings()
     columns = columns_for(vocabulary) if columns is None else columns
-    if not columns or columns >= vocabulary or type(head) is not nn.Linear or not head.weight.is_floating_point():
+    if (
+        not columns
+        or columns >= vocabulary
+        or type(head) is not nn.Linear
+        or not head.weight.is_floating_point()
+    ):
         return None
     trim = VocabTrim([head], vocabulary, columns)
     ids = torch.zeros((1, 1), dtype=torch.int64, device=head.weight.device)

@@ -105,5 +105,5 @@ def test_a_draft_model_is_asked_where_it_adds_tokens(kind: str, monkeypatch: pyt
     stock = model.generate(prompt_ids(), max_new_tokens=100, do_sample=False)
     assert near_ties(model, ours.generate(prompt_ids(), max_new_tokens=100, do_sample=False), stock) == 0
     assert ours.stats.source_failures == 0
-    asked = source.pacer._asked / ours.stats.steps
+    asked = source.pacer.calls / ours.stats.steps
     assert asked > 0.3 if kind == "right" else asked < 0.9

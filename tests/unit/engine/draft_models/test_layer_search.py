@@ -7,7 +7,9 @@ import pytest
 from retrieval_draft.engine.draft_models.layer_search import MORE, SINGLES, LayerSearch
 
 
-def searched(layers: int, score: dict[int, float], head: float = 0.0) -> tuple[LayerSearch, list[tuple[int, ...]]]:
+def searched(
+    layers: int, score: dict[int, float], head: float = 0.0
+) -> tuple[LayerSearch, list[tuple[int, ...]]]:
     """A search in which layers spoil drafts independently of each other."""
     search, tried = LayerSearch(layers, head, depth=4), []
     while (candidate := search.candidate) is not None:

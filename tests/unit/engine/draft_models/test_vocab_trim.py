@@ -98,9 +98,7 @@ def test_a_draft_model_loses_next_to_nothing_and_the_text_is_the_same() -> None:
     steps = {}
     for columns in (0, 48):
         draft = ModelDraft(make("gemma3"), 97, columns=columns)
-        ours = RetrievalDrafter.for_model(
-            model, draft_model=draft, config=DraftConfig(nodes=12, sources=())
-        )
+        ours = RetrievalDrafter.for_model(model, draft_model=draft, config=DraftConfig(nodes=12, sources=()))
         assert near_ties(model, ours.generate(prompt_ids(), max_new_tokens=NEW, do_sample=False), stock) == 0
         assert ours.stats.source_failures == 0
         steps[columns] = ours.stats.tokens_per_step
@@ -119,9 +117,7 @@ def test_heads_over_some_tokens_are_exact(kind: str) -> None:
         hidden_size=config.hidden_size, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1,
         num_key_value_heads=1, vocab_size=97,
     )  # fmt: skip
-    head: Any = (
-        EagleHead(shape, True, False) if kind == "eagle" else MedusaHead(3, 1, config.hidden_size, 97)
-    )
+    head: Any = EagleHead(shape, True, False) if kind == "eagle" else MedusaHead(3, 1, config.hidden_size, 97)
     source = HeadDraft(head, columns=30)
     ours = RetrievalDrafter.for_model(model, draft_model=source, config=DraftConfig(nodes=8))
     rows = torch.cat([prompt_ids(seed=seed) for seed in range(3)])
