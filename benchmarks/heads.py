@@ -1,4 +1,4 @@
-"""Lookups alone, a head or draft model alone, and both: tokens per step and tokens a second by kind of prompt."""
+"""Lookups alone, a head or draft model alone, and both: tokens per step and a second by kind of prompt."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ def compare_heads(
         ways: Of `WAYS`.
 
     Returns:
-        ``{task or "all": {way: {"tokens_per_step", "tokens_per_second", "ratio" of tokens a second to lookups,
-        median of prompts, "asked": share of steps in which the head was}}}``, and whether all texts are equal.
+        ``{task or "all": {way: {"tokens_per_step", "tokens_per_second", "ratio" of tokens a second to
+        lookups, median of prompts, "asked": share of steps in which the head was}}}``, and whether all texts
+        are equal.
     """
     if isinstance(draft_model, str) and not is_self(draft_model):
         draft_model = load_draft_model(draft_model, model)

@@ -68,6 +68,12 @@ def write(model: Any, tokenizer: Any, prompts: list[Prompt], tokens: int, batch:
             turn += 1
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """Texts as `write` writes them, or a trace."""
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+        return [json.loads(line) for line in lines]
+
+
 @torch.no_grad()
 def looked_at(model: Any, ids: list[int]) -> Text:
     """The model's states and predictions at every token of a text."""
@@ -187,8 +193,7 @@ if not args.texts:
     given = read_prompts(args.prompts) if args.prompts else [Prompt(text, "prose", text) for text in PROMPTS]
     args.texts = [args.out / "texts.jsonl"]
     write(model, tokenizer, given, args.tokens, args.batch, args.texts[0])
-files = [gzip.open(path, "rt") if path.suffix == ".gz" else path.open() for path in args.texts]
-replies = [json.loads(line) for file in files for line in file]
+replies = [reply for path in args.texts for reply in read(path)]
 sequences = [reply["prompt"][-ROWS // 2 :] + reply["output"] for reply in replies]
 texts = [looked_at(model, ids) for ids in sequences if len(ids) > HEADS + 2]
 print(f"{len(texts)} texts, {sum(len(text.ids) for text in texts)} tokens", flush=True)

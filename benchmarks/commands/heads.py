@@ -1,4 +1,4 @@
-"""``python -m benchmarks heads``, ``trim``: draft models and heads beside the lookups, and over fewer tokens."""
+"""``python -m benchmarks heads``, ``trim``: draft models beside the lookups, and over fewer tokens."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def trim(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Time a draft model's passes with its whole vocabulary and with a trimmed one, and count tokens per step."""
+    """Time a draft model's passes over its whole vocabulary and over a trimmed one; count tokens per step."""
     from benchmarks.heads import time_trim
     from retrieval_draft.bench.prompts import read_prompts, spread
     from retrieval_draft.bench.provenance import provenance

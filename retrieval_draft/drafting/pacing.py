@@ -12,7 +12,7 @@ from typing import Any
 from retrieval_draft.drafting.hierarchy import wants_hidden
 from retrieval_draft.index.source import DraftSource, NodeLogits, Proposal, SourceSession, TokenArray
 
-__all__ = ["PacedSession", "PacedSource", "Pacer"]
+__all__ = ["PacedSource", "Pacer"]
 
 EDGES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 """Expected tokens of a step by the other sources, between which its gain is learned apart."""
@@ -30,7 +30,7 @@ RATE_MEMORY = 0.995
 """Decay factor of tokens and seconds at each step."""
 
 PRICES = 15
-"""Calls whose median time is the price: the first of a request, which reads the prompt, does not stand for all."""
+"""Calls whose median time is the price; so the first of a request, which reads the prompt, is not."""
 
 FIRST_WAIT = 16
 LAST_WAIT = 1024
@@ -41,7 +41,7 @@ SHARE = 0.008
 
 
 class _Kind:
-    """Steps in which the other sources expect as much: what the costly one added, and when it is tried again."""
+    """Steps in which the other sources expect as much: the costly one's gain, and its next trial."""
 
     def __init__(self) -> None:
         self.gained = self.weight = 0.0
@@ -122,7 +122,7 @@ class Pacer:
             self._lost += seconds
 
     def added(self, expected: float, tokens: float) -> None:
-        """Records the accepted tokens that a call has added to a step's, where they may be fewer than none."""
+        """Records the accepted tokens that a call has added to a step's; they may be fewer than none."""
         mine = self._kinds[bisect(EDGES, expected)]
         for kind in (mine, self._all):
             kind.gained = kind.gained * MEMORY + tokens
@@ -141,7 +141,7 @@ class Pacer:
         self._last = None
 
 
-class PacedSession:
+class _PacedSession:
     """One request in a source that is asked in some steps only; drafts nothing unless asked."""
 
     def __init__(self, source: PacedSource, session: SourceSession, clock: Callable[[], float]) -> None:
@@ -181,7 +181,7 @@ class PacedSession:
         session: Any = self._session
         session.lend_cache(cache)
 
-    def fork(self, owner: PacedSession) -> None:
+    def fork(self, owner: _PacedSession) -> None:
         session: Any = self._session
         session.fork(owner._session)
 
@@ -207,9 +207,9 @@ class PacedSource:
         self._live = 0
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> SourceSession:
-        """Starts a request with `prompt`, int32, shape (length,); what was learned continues over requests."""
+        """Starts a request with `prompt`, int32, shape (length,); what was learned stays for the next."""
         self._live += 1
-        return PacedSession(self, self.source.open(prompt, references), self._clock)
+        return _PacedSession(self, self.source.open(prompt, references), self._clock)
 
     def ended(self) -> None:
         """Notes that a request has ended."""

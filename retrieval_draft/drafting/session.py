@@ -263,7 +263,7 @@ class DraftSession:
         return self._sessions.wants_cache
 
     def lend_cache(self, cache: Any) -> None:
-        """Lends sources the target's cache for the next proposal; it holds the text but for its last token."""
+        """Lends sources the target's cache for the next proposal: the text but for its last token."""
         self._sessions.lend_cache(cache)
 
     def fork_hidden(self, other: DraftSession) -> None:

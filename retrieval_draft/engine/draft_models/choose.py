@@ -32,8 +32,8 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
 
     Args:
         given: None; a model with the target's tokenizer; a pair of a model and its own tokenizer; "self" for
-            the target with layers skipped, "self:3,5" for these ones; the folder or hub name of a trained head or of a model; a
-            `DraftHead`; a ready source such as `HeadDraft`; a list of those.
+            the target with layers skipped, "self:3,5" for these ones; the folder or hub name of a trained
+            head or of a model; a `DraftHead`; a ready source such as `HeadDraft`; a list of those.
         target: The target.
         tokenizer: The target's, or None.
 

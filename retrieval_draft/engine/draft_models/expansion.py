@@ -277,7 +277,8 @@ class LentExpansion(Expansion):
     """Drafts after the text in a cache that another engine keeps, or in one of its own where none is lent.
 
     Attributes:
-        cache: Holds the text but for its last token, for this step; None where it is not lent. Staged nodes are
+        cache: Holds the text but for its last token, for this step; None where it is not lent. Staged nodes
+        are
             dropped again.
     """
 

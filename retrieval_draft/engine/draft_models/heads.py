@@ -238,7 +238,8 @@ class HeadDraft:
 
     Args:
         head: Anything with the methods of `DraftHead`.
-        columns: Tokens that its output heads choose among, see `VocabTrim`; 0 for all, None for an eighth of a
+        columns: Tokens that its output heads choose among, see `VocabTrim`; 0 for all, None for an eighth of
+        a
             large vocabulary. For heads that name their outputs in `outputs`.
 
     Attributes:

@@ -14,10 +14,10 @@ MORE = 8
 class LayerSearch:
     """Search for the set of layers to skip, one candidate after the other.
 
-    As in SWIFT (arXiv:2410.06916) candidates are scored on text that the model has emitted, and the best set is
-    kept; in place of its random and Bayesian search, which takes hundreds of passes, each layer is tried alone,
-    then the best ones together. So the number of candidates is bounded, and the same scores find the same set.
-    A set is worth the tokens a second that a chain of its drafts would yield.
+    As in SWIFT (arXiv:2410.06916) candidates are scored on text that the model has emitted, and the best set
+    is kept; in place of its random and Bayesian search, which takes hundreds of passes, each layer is tried
+    alone, then the best ones together. So the number of candidates is bounded, and the same scores find the
+    same set. A set is worth the tokens a second that a chain of its drafts would yield.
 
     Args:
         layers: Number of the model's layers. The first is never skipped.

@@ -207,10 +207,10 @@ class SelfSession(ModelSession):
 class SelfDraft(ModelDraft):
     """The target drafts for itself with some of its layers skipped; no second model, nothing trained.
 
-    As in Draft & Verify (Zhang et al., ACL 2024) and SWIFT (arXiv:2410.06916). Drafts use the target's own cache
-    of the text where the engine lends it; else, as with captured passes, they have one of their own for the
-    layers in use. Which layers are skipped is found in the first steps, from the tokens that the target chose,
-    and kept then: see `LayerSearch`.
+    As in Draft & Verify (Zhang et al., ACL 2024) and SWIFT (arXiv:2410.06916). Drafts use the target's own
+    cache of the text where the engine lends it; else, as with captured passes, they have one of their own for
+    the layers in use. Which layers are skipped is found in the first steps, from the tokens that the target
+    chose, and kept then: see `LayerSearch`.
 
     Args:
         model: The target.

@@ -1,4 +1,4 @@
-"""Output heads of draft models over the tokens that a text is likely to use, in place of a whole vocabulary."""
+"""Output heads of draft models over the tokens that a text is likely to use, not a whole vocabulary."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def columns_for(vocabulary: int) -> int:
 class VocabTrim:
     """The tokens that a draft model or head chooses among, with their rows of its output heads.
 
-    As in VocabTrim (arXiv:2506.22694), but not fixed. A text brings its prompt's tokens, and those that the target
-    emits or ranks high as it goes on; half of the rest are the lowest ids, which byte-pair encodings give to
-    frequent tokens. Once all columns are taken, those most counted stay: tokens of earlier texts.
+    As in VocabTrim (arXiv:2506.22694), but not fixed. A text brings its prompt's tokens, and those that the
+    target emits or ranks high as it goes on; half of the rest are the lowest ids, which byte-pair encodings
+    give to frequent tokens. Once all columns are taken, those most counted stay: tokens of earlier texts.
     Drafts of other tokens are missed, which costs speed and never changes the output.
 
     Args:

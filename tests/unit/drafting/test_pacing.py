@@ -96,7 +96,7 @@ def test_time_between_requests_does_not_count() -> None:
 
 @pytest.mark.parametrize("kind", ["useless", "right"])
 def test_a_draft_model_is_asked_where_it_adds_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The price is made small: what decides is whether its tokens are accepted, beyond those of the lookups."""
+    """The price is made small: what decides is whether more tokens are accepted than those of lookups."""
     model = make("llama")
     draft = ModelDraft(make("llama") if kind == "right" else make("gemma3", seed=9), 97)
     monkeypatch.setattr(Pacer, "price", 1e-4)

@@ -1,4 +1,4 @@
-"""Draft models and heads over the tokens of the text: the same drafts while those are among them, never other text."""
+"""Draft models and heads over some tokens: the same drafts while those suffice, never another text."""
 
 from __future__ import annotations
 
