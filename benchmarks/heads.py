@@ -30,7 +30,7 @@ def compare_heads(
     chat: bool = False,
     ways: Sequence[str] = WAYS,
 ) -> dict[str, Any]:
-    """Decodes each prompt in each way, in turns, without what earlier prompts said.
+    """Decodes each prompt in each way, in turns, without text of earlier prompts.
 
     Args:
         model: The target.

@@ -130,7 +130,7 @@ class Pacer:
         if mine.wait > FIRST_WAIT and self.rate:  # it was a trial
             self._lost = max(self._lost - tokens / self.rate, 0.0)
             if tokens > self.price * self.rate:
-                mine.slept = mine.wait  # which goes on while it succeeds
+                mine.slept = mine.wait  # which continues while it succeeds
 
     def emitted(self, tokens: int) -> None:
         """Records tokens of a step."""

@@ -112,7 +112,7 @@ def wrap_forwards(
                 else:
                     is_ours = is_free(module)
                     _wrapped[module] = 1, module.__dict__.get("forward"), is_ours
-                    if is_ours:  # nobody lends it another one meanwhile
+                    if is_ours:  # no other thread lends it another one meanwhile
                         _users[module] = _users.get(module, 0) + 1
                     module.__dict__["forward"] = _LentForward(module, wrapper(module.forward))
                 changed.append(module)

@@ -34,7 +34,7 @@ class LayerSearch:
     def __init__(self, layers: int, head: float, depth: int) -> None:
         self._layers, self._head, self._depth = layers, head, depth
         step = max(1, -(-(layers - 1) // SINGLES))
-        self._waiting = [(layer,) for layer in range(layers - 1, 0, -step)]
+        self._waiting: list[tuple[int, ...]] = [(layer,) for layer in range(layers - 1, 0, -step)]
         self._singles: list[tuple[float, int]] | None = []
         self.best: tuple[int, ...] = ()
         self._value = 0.0
@@ -51,11 +51,11 @@ class LayerSearch:
             IndexError: The search is over.
         """
         candidate = self._waiting.pop(0)
-        value = self.worth(score, len(candidate))
+        found = self.value(score, len(candidate))
         if self._singles is not None:
-            self._singles.append((value, candidate[0]))
-        if value > self._value:
-            self.best, self._value = candidate, value
+            self._singles.append((found, candidate[0]))
+        if found > self._value:
+            self.best, self._value = candidate, found
         if self._waiting:
             return
         if self._singles is not None:
@@ -64,7 +64,7 @@ class LayerSearch:
         if self._others:
             self._waiting = [tuple(sorted((*self.best, self._others.pop(0))))]
 
-    def worth(self, score: float, skipped: int) -> float:
+    def value(self, score: float, skipped: int) -> float:
         """Tokens of a step in the time of a whole pass, for drafts that are right with this chance."""
         whole = self._layers + self._head
         price = (whole - skipped) / whole

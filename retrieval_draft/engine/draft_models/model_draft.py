@@ -267,7 +267,7 @@ class SelfDraft(ModelDraft):
         """Scores the search's next set of layers, if there is one, on the end of a text.
 
         All sets are scored on the same text, the first that is long enough. One pass without the text before
-        is a fair comparison, and needs neither a copy of the cache nor a place in it.
+        is a fair comparison, and needs no copy of the cache.
 
         Args:
             text: int32, shape (length,). Its last `SCORED` tokens are the target's own.
@@ -279,11 +279,14 @@ class SelfDraft(ModelDraft):
             ids = torch.from_numpy(text[-2 * SCORED :].astype(np.int64))
             self._scored = ids.to(self.target.device)
         chosen = self._scored[-SCORED:]
-        with self.skipping(search.candidate):
+        if self.trim is not None:
+            chosen = torch.from_numpy(self.trim.columns_of(chosen.cpu().numpy())).to(chosen.device)
+        with self.skipping(search.candidate), self.trimmed():
             cache = self.target.cache(len(self._scored))
             parts = list(self.target.prefill(cache, self._scored[:-1], len(chosen)))
         rows = torch.cat(parts).float().softmax(-1)
-        search.note(float(rows.gather(1, chosen[:, None]).mean()))
+        right = rows.gather(1, chosen.clamp(min=0)[:, None])[:, 0] * (chosen >= 0)
+        search.note(float(right.mean()))
         self.skip = search.best or self.skip
         if search.candidate is None:
             self._scored = None

@@ -36,7 +36,7 @@ class VocabTrim:
     """The tokens that a draft model or head chooses among, with their rows of its output heads.
 
     As in VocabTrim (arXiv:2506.22694), but not fixed. A text brings its prompt's tokens, and those that the
-    target emits or ranks high as it goes on; half of the rest are the lowest ids, which byte-pair encodings
+    target emits or ranks high as it grows; half of the rest are the lowest ids, which byte-pair encodings
     give to frequent tokens. Once all columns are taken, those most counted stay: tokens of earlier texts.
     Drafts of other tokens are missed, which costs speed and never changes the output.
 
@@ -81,6 +81,12 @@ class VocabTrim:
         weight, bias = self._weights[head], self._biases[head]
         size = len(self.ids)
         return nn.functional.linear(states, weight[:size], None if bias is None else bias[:size])
+
+    def columns_of(self, tokens: NDArray[Any]) -> NDArray[np.int64]:
+        """int64, shape (n,): the column of each token, shape (n,); -1 where it has none."""
+        columns = np.full(len(self._counts), -1, np.int64)
+        columns[self.ids] = np.arange(len(self.ids))
+        return columns[tokens]
 
     @property
     def share(self) -> float:

@@ -28,7 +28,7 @@ def test_every_layer_is_tried_alone_and_the_best_ones_together() -> None:
     assert all(3 in candidate and len(candidate) <= 3 for candidate in tried[5:])
     # Two of six layers less in a draft are worth a chance of 0.97 instead of 0.99.
     assert search.best == (3, 4)
-    assert search.worth(0.97, 2) > search.worth(0.99, 1)
+    assert search.value(0.97, 2) > search.value(0.99, 1)
 
 
 def test_where_layers_cost_next_to_nothing_the_best_single_one_stays() -> None:
@@ -49,5 +49,5 @@ def test_it_is_bounded(layers: int) -> None:
 
 def test_a_chain_is_worth_its_tokens_in_the_time_of_all_passes() -> None:
     # Half of the layers: one draft, right with a chance of 0.5, is 1.5 tokens in 1.5 passes.
-    assert LayerSearch(4, 0.0, depth=1).worth(0.5, 2) == pytest.approx(1.0)
-    assert LayerSearch(4, 0.0, depth=2).worth(1.0, 2) == pytest.approx(3 / 2)
+    assert LayerSearch(4, 0.0, depth=1).value(0.5, 2) == pytest.approx(1.0)
+    assert LayerSearch(4, 0.0, depth=2).value(1.0, 2) == pytest.approx(3 / 2)

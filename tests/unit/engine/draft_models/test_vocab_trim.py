@@ -34,6 +34,7 @@ def test_tokens_join_and_the_most_counted_stay() -> None:
     assert trim.ids.tolist() == [0, 1, 6, 7]
     trim.add(np.array([5, 5, 5, 5]))  # one too many: of four columns one stays free
     assert trim.ids.tolist() == [0, 5, 7]
+    assert trim.columns_of(np.array([7, 1, 0])).tolist() == [2, -1, 0]
     trim.add(np.array([0, -1, 8, 99]))  # ids that are no tokens
     assert trim.ids.tolist() == [0, 5, 7]
 
