@@ -2,8 +2,8 @@
 
 Zhang et al. (Draft & Verify, ACL 2024, arXiv:2309.08168) and Xia et al. (SWIFT, ICLR 2025, arXiv:2410.06916),
 with a tree in place of a chain. The layers are found while decoding, by a bounded search in place of SWIFT's
-random and Bayesian one, which takes up to a thousand passes: see `LayerSearch`. As SWIFT does, drafts do not
-go on where the distribution is flat. The target's own cache of the text serves the drafts.
+random and Bayesian one, which takes up to a thousand passes: see `LayerSearch`. As in SWIFT, drafts end
+where the distribution is flat. The target's own cache of the text serves the drafts.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def drafter_of(method: str, model: Any) -> RetrievalDrafter:
 
 
 def test_most_methods_read_text() -> None:
-    assert set(METHODS) - set(READS) == {"none", "stand", "token_recycling", "opt_tree"}
+    assert set(METHODS) - set(READS) == {"none", "stand", "token_recycling", "opt_tree", "self"}
 
 
 @pytest.mark.parametrize("method", READS)
