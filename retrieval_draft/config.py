@@ -33,6 +33,7 @@ METHODS = (
     "mtp",
     "dflash",
     "medusa",
+    "self",
 )
 """Drafting methods by name, a module of `retrieval_draft.methods` each. ``none`` decodes plainly."""
 

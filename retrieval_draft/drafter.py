@@ -28,7 +28,7 @@ from retrieval_draft.engine.compat import given_cache, is_callers_own, output_ca
 from retrieval_draft.engine.cpu.kernels import CpuKernels
 from retrieval_draft.engine.decode import decode
 from retrieval_draft.engine.draft_engine import DraftEngine
-from retrieval_draft.engine.draft_models.choose import make_draft_sources
+from retrieval_draft.engine.draft_models.choose import SELF, make_draft_sources
 from retrieval_draft.engine.model_state import ModelState, check_modules, outside_inference
 from retrieval_draft.engine.placeholders import ID_LIMIT
 from retrieval_draft.engine.probe import find_target
@@ -169,9 +169,9 @@ class RetrievalDrafter:
             store: Store that servers share, with the same tokenizer: a URL such as ``redis://host:6379`` or
                 ``embedded://FOLDER``, a `StoreConfig`, or an opened `SharedStore`, which the caller closes.
             draft_model: A model with the same tokenizer, a pair of another model and its tokenizer, "self"
-                for the target with layers skipped, "mtp" for its layers for multi-token prediction, the
-                folder or hub name of a trained head or of a model, a draft source such as `HeadDraft`, or a
-                list of those.
+                for the target with layers skipped, "self:3,5" for these ones, "mtp" for its layers for
+                multi-token prediction, the folder or hub name of a trained head or of a model, a draft source
+                such as `HeadDraft`, or a list of those.
             config: All other settings.
             strict: Whether a model that nothing can be drafted for is refused.
 
@@ -195,6 +195,8 @@ class RetrievalDrafter:
             if tokenizer is not None:
                 check_tokenizer(tokenizer, model, target.embedding_rows)
             stores = open_draft_stores(tokenizer, target.embedding_rows, config, corpora, phrases, store)
+            if draft_model is None and config.method == SELF:
+                draft_model = SELF
             parts = MethodContext(config, stores, make_draft_sources(draft_model, target, tokenizer))
             drafter = cls(target, tokenizer, parts, make_draft_engine(target, parts))
         if target.verification.way == "plain":

@@ -10,6 +10,7 @@ from benchmarks.commands import (
     drafts,
     fleet,
     grammars,
+    heads,
     llama_cpp,
     models,
     parts,
@@ -34,9 +35,9 @@ app = typer.Typer(
 )
 for _command in (
     agents.agents, parts.automaton, sampling.batch, chains.chains, parts.cold, drafts.drafts,
-    sampling.draw, fleet.fleet, parts.fusion, grammars.grammars, llama_cpp.llama_cpp, parts.loop,
+    sampling.draw, fleet.fleet, parts.fusion, grammars.grammars, heads.heads, llama_cpp.llama_cpp, parts.loop,
     serve.mixed, models.models, parts.passes, agents.restart, sampling.samples, serve.serve, store.store,
-    tokenizers.tokenizers,
+    tokenizers.tokenizers, heads.trim,
     serve.turns, vllm.vllm, weights.weights,
 ):  # fmt: skip
     app.command(_command.__name__)(_command)

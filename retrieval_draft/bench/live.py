@@ -15,7 +15,7 @@ from retrieval_draft.bench.decoders import PLAIN, STOCK, Run, make_contestant
 from retrieval_draft.bench.prompts import Prompt
 from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.bench.recording import TraceWriter
-from retrieval_draft.engine.draft_models.choose import SELF, load_draft_model
+from retrieval_draft.engine.draft_models.choose import is_self, load_draft_model
 from retrieval_draft.errors import InvalidInputError
 
 __all__ = ["live"]
@@ -78,7 +78,7 @@ def live(
         raise InvalidInputError(f"max_new_tokens is {max_new_tokens}; a measurement needs at least 2.")
     if not prompts:
         raise InvalidInputError("No prompts to run.", "Name files with --prompts.")
-    if isinstance(draft_model, str) and draft_model != SELF:
+    if isinstance(draft_model, str) and not is_self(draft_model):
         draft_model = load_draft_model(draft_model, model)  # once for all methods
     encoded = [prompt.encode(tokenizer, chat) for prompt in prompts]
     decoders = [

@@ -18,7 +18,7 @@ from retrieval_draft.index.source import (
 )
 from retrieval_draft.index.store.store import SharedStore
 
-__all__ = ["PassesHidden", "SourceHierarchy", "SourceSessions", "open_parallel", "wants_hidden"]
+__all__ = ["OuterSession", "SourceHierarchy", "SourceSessions", "open_parallel", "wants_hidden"]
 
 CERTAIN = 0.5
 """Later sources are skipped after one that gives all of its nodes together this probability."""
@@ -73,6 +73,7 @@ class SourceSessions:
 
         Fusion and calibration identify a source by its index, so the order is the same at every step. Where
         the joint probability of a near source's full budget reaches `CERTAIN`, later sources are skipped.
+        Paced ones propose nothing here: see `ask`.
         """
         if budget <= 0:
             return []
@@ -80,7 +81,7 @@ class SourceSessions:
         is_full = False
         for opened in self._opened:
             proposal = None
-            if opened.session is not None:
+            if opened.session is not None and not _is_paced(opened.session):
                 try:
                     proposal = opened.session.propose(0 if is_full else budget)
                     is_full = is_full or _fills(proposal, budget)
@@ -91,6 +92,26 @@ class SourceSessions:
                 proposal = empty_proposal(source.name, source.level)
             proposals.append(proposal)
         return proposals
+
+    @property
+    def paced(self) -> tuple[tuple[int, Any], ...]:
+        """Index and session of each source that is asked only where that pays."""
+        return tuple(
+            (index, opened.session)
+            for index, opened in enumerate(self._opened)
+            if opened.session is not None and _is_paced(opened.session)
+        )
+
+    def ask(self, index: int, budget: int) -> Proposal:
+        """The proposal of one paced source, of at most `budget` nodes."""
+        opened = self._opened[index]
+        source = opened.guarded.source
+        try:
+            if opened.session is not None:
+                return opened.session.propose(budget)
+        except Exception as error:  # as above
+            opened.failed("propose", error)
+        return empty_proposal(source.name, source.level)
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,), to the text of every source."""
@@ -145,6 +166,18 @@ class SourceSessions:
                     head.learn_hidden(hidden, begin)
                 except Exception as error:  # as above
                     opened.failed("learn_hidden", error)
+
+    @property
+    def wants_cache(self) -> bool:
+        """True if a session drafts from the target's cache."""
+        return any(getattr(opened.session, "wants_cache", False) for opened in self._opened)
+
+    def lend_cache(self, cache: Any) -> None:
+        """Lends the sessions that draft from it the target's cache of the text but for its last token."""
+        for opened in self._opened:
+            if getattr(opened.session, "wants_cache", False):
+                drafter: Any = opened.session
+                drafter.lend_cache(cache)
 
     def fork_hidden(self, other: SourceSessions) -> None:
         """Gives sessions the target's states that another request with the same prompt has."""
@@ -282,8 +315,8 @@ def wants_hidden(session: object) -> bool:
     return bool(getattr(session, "wants_hidden", False))
 
 
-class PassesHidden:
-    """Base of sessions around others, which get the target's hidden states through them.
+class OuterSession:
+    """Base of sessions around others, which get the target's hidden states and cache through them.
 
     Attributes:
         inner: The sessions inside.
@@ -308,7 +341,18 @@ class PassesHidden:
             if wants_hidden(each):
                 each.learn_hidden(hidden, begin)
 
-    def fork(self, owner: PassesHidden) -> None:
+    @property
+    def wants_cache(self) -> bool:
+        """True if one of them drafts from the target's cache."""
+        return any(getattr(each, "wants_cache", False) for each in self.inner)
+
+    def lend_cache(self, cache: Any) -> None:
+        """Lends the cache on; see `SourceSessions.lend_cache`."""
+        for each in self.inner:
+            if getattr(each, "wants_cache", False):
+                each.lend_cache(cache)
+
+    def fork(self, owner: OuterSession) -> None:
         """Gives them the states that those of another request with the same prompt have."""
         for each, other in zip(self.inner, owner.inner, strict=True):
             if wants_hidden(each):
@@ -317,6 +361,10 @@ class PassesHidden:
 
 def _learns_early(session: object) -> bool:
     return bool(getattr(session, "learns_early", False))
+
+
+def _is_paced(session: object) -> bool:
+    return bool(getattr(session, "is_paced", False))
 
 
 def _fills(proposal: Proposal, budget: int) -> bool:

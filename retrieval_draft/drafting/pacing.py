@@ -1,131 +1,177 @@
-"""Calls to a costly source only while they pay."""
+"""Calls to a costly source only in the steps in which they pay."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from bisect import bisect
+from collections import deque
+from collections.abc import Callable, Sequence
+from statistics import median
 
-from retrieval_draft.drafting.hierarchy import wants_hidden
-from retrieval_draft.index.source import (
-    DraftSource,
-    NodeLogits,
-    Proposal,
-    SourceSession,
-    TokenArray,
-    empty_proposal,
-)
+from retrieval_draft.drafting.hierarchy import OuterSession
+from retrieval_draft.index.source import DraftSource, NodeLogits, Proposal, SourceSession, TokenArray
 
 __all__ = ["PacedSource", "Pacer"]
 
+EDGES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
+"""Expected tokens of a step by the other sources, between which its gain is learned apart."""
+
 TRIAL = 8
-"""Steps in which an arm is tried before the two are compared."""
+"""Steps in which the source is asked before anything is known of it."""
+
+PRIOR = 2.0
+"""Weight of the gain of all steps in that of a kind of step, in steps."""
 
 MEMORY = 0.97
-"""Decay factor of an arm's sums at each of its steps."""
+"""Decay factor of a kind's sums at each step in which the source was asked."""
 
-MARGIN = 1.02
-FIRST_WAIT = 32
+RATE_MEMORY = 0.995
+"""Decay factor of tokens and seconds at each step."""
+
+PRICES = 15
+"""Calls whose median time is the price; so the first of a request, which reads the prompt, is not."""
+
+FIRST_WAIT = 16
 LAST_WAIT = 1024
-"""Steps until the loser is tried again: doubled each time it loses again, up to the last."""
+"""Steps of a kind until a source that sleeps in it is tried again: doubled each time, up to the last."""
+
+SHARE = 0.008
+"""Share of all time that such trials may lose."""
+
+
+class _Kind:
+    """Steps in which the other sources expect as much: the costly one's gain, and its next trial."""
+
+    def __init__(self) -> None:
+        self.gained = self.weight = 0.0
+        self.wait, self.slept = FIRST_WAIT, 0
 
 
 class Pacer:
-    """Comparison of steps with and without a costly source by tokens a second.
+    """Comparison of a costly source's expected gain with its measured price, step by step.
 
-    The measure is the whole step, so that it does not matter why one is better. Neither is dropped for good:
-    the loser is tried again, at doubling intervals while it loses.
+    The gain is the number of accepted tokens beyond those that the tree of the other sources would have had
+    accepted, which is known after each step in which the source was asked. It is learned by what the others
+    expect of the step, so that the source sleeps where they are certain. The price is its time, in tokens of
+    the present speed.
+
+    Args:
+        clock: Returns seconds.
+
+    Attributes:
+        calls: Steps in which the source was asked.
 
     Example:
-        with: 3 tokens in 0.2 s a step, without: 2 in 0.1 s; after 8 steps of each it goes without, and
-        tries again after 32 steps, then 64, ...
+        a head adds 1.2 tokens where lookups expect less than one, and 0.1 where they copy a long passage; it
+        takes 5 ms, in which 0.3 tokens are emitted: it is asked in the former steps and sleeps in the latter
     """
 
-    def __init__(self) -> None:
-        self._tokens = [0.0, 0.0]
-        self._seconds = [0.0, 0.0]
-        self._arm = 1
-        self._left = TRIAL
-        self._tries = 0
-        self._wait = FIRST_WAIT
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._kinds = [_Kind() for _ in range(len(EDGES) + 1)]
+        self._all = _Kind()
+        self._prices: deque[float] = deque(maxlen=PRICES)
+        self._tokens = self._seconds = 0.0
+        self._total = self._lost = 0.0
+        self._last: float | None = None
+        self._is_trial = False
+        self.calls = 0
 
     @property
-    def asks(self) -> bool:
-        """True if the source is called in the next step."""
-        return self._arm == 1
+    def rate(self) -> float:
+        """Tokens a second of recent steps; 0 where unknown."""
+        return self._tokens / self._seconds if self._seconds > 0 else 0.0
 
-    def rate(self, asked: bool) -> float:
-        """Tokens a second with or without the source, 0 where unknown."""
-        return self._tokens[asked] / self._seconds[asked] if self._seconds[asked] > 0 else 0.0
+    @property
+    def price(self) -> float:
+        """Seconds of a call; 0 where unknown."""
+        return median(self._prices) if self._prices else 0.0
 
-    def note(self, tokens: int, seconds: float) -> None:
-        """Counts a step of the present kind."""
-        arm = self._arm
-        self._tokens[arm] = self._tokens[arm] * MEMORY + tokens
-        self._seconds[arm] = self._seconds[arm] * MEMORY + seconds
-        self._left -= 1
-        if self._left > 0:
-            return
-        self._tries += 1
-        if self._tries == 1:  # the other arm's first trial
-            self._arm, self._left = 0, TRIAL
-            return
-        best = int(self.rate(True) * MARGIN >= self.rate(False))
-        if self._tries % 2 == 0:  # a trial of the present loser has ended
-            self._wait = min(self._wait * 2, LAST_WAIT) if best != arm and self._tries > 2 else FIRST_WAIT
-            self._arm, self._left = best, self._wait
-        else:
-            self._arm, self._left = 1 - arm, TRIAL
+    def gain(self, expected: float) -> float:
+        """Tokens that the source adds to a step of which the others expect so many."""
+        kind, every = self._kinds[bisect(EDGES, expected)], self._all
+        overall = every.gained / every.weight if every.weight else 0.0
+        return (kind.gained + PRIOR * overall) / (kind.weight + PRIOR)
+
+    def asks(self, expected: float) -> bool:
+        """True if the source is asked in a step of which the others expect `expected` accepted tokens."""
+        now = self._clock()
+        if self._last is not None:
+            passed = now - self._last
+            self._seconds = self._seconds * RATE_MEMORY + passed
+            self._tokens *= RATE_MEMORY
+            self._total += passed
+        self._last, self._is_trial = now, False
+        kind = self._kinds[bisect(EDGES, expected)]
+        if self.calls >= TRIAL and self.gain(expected) > self.price * self.rate:
+            kind.wait, kind.slept = FIRST_WAIT, 0
+        elif self.calls >= TRIAL:
+            kind.slept += 1
+            if kind.slept < kind.wait or self._lost > SHARE * self._total:
+                return False
+            kind.wait, kind.slept = min(2 * kind.wait, LAST_WAIT), 0
+            self._is_trial = True
+        self.calls += 1
+        return True
+
+    def took(self, seconds: float) -> None:
+        """Records the time of a call."""
+        self._prices.append(seconds)
+        if self._is_trial:
+            self._lost += seconds
+
+    def added(self, expected: float, tokens: float) -> None:
+        """Records the accepted tokens that a call has added to a step's; they may be fewer than none."""
+        mine = self._kinds[bisect(EDGES, expected)]
+        for kind in (mine, self._all):
+            kind.gained = kind.gained * MEMORY + tokens
+            kind.weight = kind.weight * MEMORY + 1
+        if mine.wait > FIRST_WAIT and self.rate:  # it was a trial
+            self._lost = max(self._lost - tokens / self.rate, 0.0)
+            if tokens > self.price * self.rate:
+                mine.slept = mine.wait  # which continues while it succeeds
+
+    def emitted(self, tokens: int) -> None:
+        """Records tokens of a step."""
+        self._tokens += tokens
+
+    def pause(self) -> None:
+        """Has the time until the next step not counted: no request is running."""
+        self._last = None
 
 
-class _PacedSession:
+class _PacedSession(OuterSession):
+    """One request in a source that is asked in some steps only; drafts nothing unless asked."""
+
     def __init__(self, source: PacedSource, session: SourceSession, clock: Callable[[], float]) -> None:
         self._source = source
         self._session = session
-        self._pacer = source.pacer
+        self.inner = (session,)
         self._clock = clock
-        self._begin: float | None = None
-        self._emitted = 0
+        self.pacer = source.pacer
+
+    is_paced = True
 
     def propose(self, budget: int) -> Proposal:
-        now = self._clock()
-        if self._begin is not None:
-            self._pacer.note(self._emitted, now - self._begin)
-        self._begin, self._emitted = now, 0
-        if self._pacer.asks:
-            return self._session.propose(budget)
-        return empty_proposal(self._source.name, self._source.level)
+        begin = self._clock()
+        proposal = self._session.propose(budget)
+        self.pacer.took(self._clock() - begin)
+        return proposal
 
     def observe(self, tokens: TokenArray) -> None:
-        self._emitted += len(tokens)
+        self.pacer.emitted(len(tokens))
         self._session.observe(tokens)
 
     def learn(self, logits: NodeLogits) -> None:
         self._session.learn(logits)
 
-    def share_hidden(self, key: Hashable) -> None:
-        share = getattr(self._session, "share_hidden", None)
-        if share is not None:
-            share(key)
-
-    @property
-    def wants_hidden(self) -> bool:
-        return wants_hidden(self._session)
-
-    def learn_hidden(self, hidden: Any, begin: int) -> None:
-        session: Any = self._session
-        session.learn_hidden(hidden, begin)
-
-    def fork(self, owner: _PacedSession) -> None:
-        session: Any = self._session
-        session.fork(owner._session)
-
     def close(self) -> None:
+        self._source.ended()
         self._session.close()
 
 
 class PacedSource:
-    """A draft source that is called only in steps where it pays.
+    """A draft source that is asked only in steps where it pays, after all others.
 
     Args:
         source: The source.
@@ -136,12 +182,20 @@ class PacedSource:
         self.source = source
         self.name = source.name
         self.level = source.level
-        self.pacer = Pacer()
+        self.pacer = Pacer(clock)
         self._clock = clock
+        self._live = 0
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> SourceSession:
-        """Starts a request with `prompt`, int32, shape (length,); the comparison continues over requests."""
+        """Starts a request with `prompt`, int32, shape (length,); what was learned stays for the next."""
+        self._live += 1
         return _PacedSession(self, self.source.open(prompt, references), self._clock)
+
+    def ended(self) -> None:
+        """Notes that a request has ended."""
+        self._live -= 1
+        if not self._live:
+            self.pacer.pause()
 
     def prepare(self) -> None:
         """Runs the source's preparation before its first request."""

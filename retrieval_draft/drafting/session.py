@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,25 +65,26 @@ class DraftPlan:
         fused: The whole fused tree, of which `tree` is the best part.
         proposals: The sources' proposals; bit s of ``tree.sources`` means ``proposals[s]``.
         ahead: Tokens that a grammar forces before the root of `fused`; `tree` begins with them.
+        asked: Paced sources that were asked: each one's pacer, and the fused trees without and with it.
     """
 
     tree: DraftTree
     fused: DraftTree
     proposals: Sequence[Proposal]
     ahead: int = 0
+    asked: tuple[tuple[Any, DraftTree, DraftTree], ...] = ()
 
     def cut(self, nodes: int) -> DraftPlan:
         """The plan that verifies the best `nodes` nodes of this one's tree."""
         if nodes >= self.tree.num_draft_tokens:
             return self
-        return DraftPlan(self.tree.truncate(nodes), self.fused, self.proposals, self.ahead)
+        return replace(self, tree=self.tree.truncate(nodes))
 
     def chain(self, nodes: int) -> DraftPlan:
         """The plan that verifies the best path of this one's tree, `nodes` drafts at most."""
         if not self.tree.num_draft_tokens:
             return self
-        path = self.tree.path(self.tree.best_path(nodes))
-        return DraftPlan(path, self.fused, self.proposals, self.ahead)
+        return replace(self, tree=self.tree.path(self.tree.best_path(nodes)))
 
 
 class DraftSession:
@@ -148,7 +149,14 @@ class DraftSession:
             return DraftPlan(tree, tree, proposals)
         self._calibration.position = length + 1
         fused = self._fuse(root, proposals, self._calibration, most)
-        return DraftPlan(_usable(fused, max_depth, self._vocabulary, self._excluded), fused, proposals)
+        asked = []
+        for index, session in self._sessions.paced:
+            if session.pacer.asks(_expected(fused)):
+                proposals[index] = self._sessions.ask(index, wanted)
+                without, fused = fused, self._fuse(root, proposals, self._calibration, most)
+                asked.append((session.pacer, without, fused))
+        tree = _usable(fused, max_depth, self._vocabulary, self._excluded)
+        return DraftPlan(tree, fused, proposals, asked=tuple(asked))
 
     def _propose_by(
         self, grammar: GrammarText, root: int, length: int, max_depth: int, most: int
@@ -167,7 +175,7 @@ class DraftSession:
         else:  # the sources are ahead of what may still be emitted
             ahead, plan = [], DraftPlan(DraftTree.root(root), DraftTree.root(root), ())
         tree = constrain(root, ahead, plan.tree, grammar, most, max_depth, 1 << len(plan.proposals))
-        return DraftPlan(tree, plan.fused, [*plan.proposals, forced_proposal(ahead)], len(ahead))
+        return DraftPlan(tree, plan.fused, [*plan.proposals, forced_proposal(ahead)], len(ahead), plan.asked)
 
     def propose_chain(self, root: int, length: int, max_depth: int) -> DraftPlan:
         """As `propose`, but one path: the one with the most accepted tokens on average."""
@@ -230,6 +238,12 @@ class DraftSession:
         self._sessions.learn(self._learnable(logits), early)
         if plan.proposals:
             self._calibration.observe(plan.fused, plan.proposals, emitted[plan.ahead :])
+        # Both trees at the size that was verified: as many tokens more as are due to the source.
+        size = plan.tree.num_draft_tokens - plan.ahead
+        for pacer, without, fused in plan.asked:
+            tokens = emitted[plan.ahead : -1].tolist()
+            before, after = (_followed(tree, tokens, size) for tree in (without, fused))
+            pacer.added(_expected(without), after - before)
 
     @property
     def wants_hidden(self) -> bool:
@@ -246,6 +260,15 @@ class DraftSession:
         Those of a prompt come as its parts pass, those of a step with its tokens.
         """
         self._sessions.learn_hidden(hidden, begin)
+
+    @property
+    def wants_cache(self) -> bool:
+        """True if a source drafts from the target's cache."""
+        return self._sessions.wants_cache
+
+    def lend_cache(self, cache: Any) -> None:
+        """Lends sources the target's cache for the next proposal: the text but for its last token."""
+        self._sessions.lend_cache(cache)
 
     def fork_hidden(self, other: DraftSession) -> None:
         """Takes over the states of a prompt that another request has passed; before `start`."""
@@ -285,6 +308,23 @@ class DraftSession:
         count_names(proposals, self._accepted, stats.accepted_by_source, stats.accepted_by_level)
         self._named = ()
         sessions.close()
+
+
+def _expected(tree: DraftTree) -> float:
+    """Tokens of the best `_CHOICE_OF_PATHS` nodes that are accepted on average."""
+    return float(tree.path_probs[1 : 1 + _CHOICE_OF_PATHS].sum())
+
+
+def _followed(tree: DraftTree, tokens: Sequence[int], nodes: int) -> int:
+    """Number of `tokens` that lie on a path of a tree's best `nodes` nodes."""
+    node = 0
+    for count, token in enumerate(tokens):
+        end = nodes + 1
+        below = np.flatnonzero((tree.parents[:end] == node) & (tree.tokens[:end] == token))
+        if not len(below):
+            return count
+        node = int(below[0])
+    return len(tokens)
 
 
 def proposed_nodes(nodes: int, noisy: bool) -> int:

@@ -13,9 +13,20 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_free", "is_ordinary_call", "lend_attention", "lend_forwards", "loan", "own_forwards"]
+__all__ = [
+    "is_free",
+    "is_ordinary_call",
+    "lend_attention",
+    "lend_forwards",
+    "loan",
+    "own_forwards",
+    "wrap_forwards",
+]
 
 _users: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_wrapped: WeakKeyDictionary[nn.Module, tuple[int, Any, bool]] = WeakKeyDictionary()
+"""Of each wrapped module: users, the ``forward`` in its dictionary before, and whether that may be lent."""
+
 _attention_users: dict[tuple[int, str], tuple[int, str]] = {}
 _loans: list[tuple[int, Callable[[], object]]] = []
 """Of each loan now: the borrowing thread, and a function that gives it back."""
@@ -60,6 +71,50 @@ def lend_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> I
                 if module not in _users:
                     module.__dict__["forward"] = _LentForward(module, forward)
                 _users[module] = _users.get(module, 0) + 1
+                changed.append(module)
+        yield
+
+
+@contextmanager
+def wrap_forwards(
+    wrappers: Iterable[tuple[nn.Module, Callable[[Callable[..., Any]], Callable[..., Any]]]],
+) -> Iterator[None]:
+    """Puts a function in front of the present ``forward`` of modules, lent ones included.
+
+    Of several users of one module at a time the first decides and the last restores.
+
+    Args:
+        wrappers: Modules, each with a function that makes the new ``forward`` from the present one.
+    """
+    changed: list[nn.Module] = []
+
+    def give_back() -> None:
+        for module in changed:
+            count, before, is_ours = _wrapped.pop(module)
+            if count > 1:
+                _wrapped[module] = count - 1, before, is_ours
+                continue
+            module.__dict__.pop("forward", None)
+            if before is not None:
+                module.__dict__["forward"] = before
+            if is_ours:
+                _users[module] -= 1
+                if not _users[module]:
+                    del _users[module]
+                    module.__dict__.pop("forward", None)
+
+    with loan(give_back):
+        with _lock:
+            for module, wrapper in wrappers:
+                if module in _wrapped:
+                    count, before, is_ours = _wrapped[module]
+                    _wrapped[module] = count + 1, before, is_ours
+                else:
+                    is_ours = is_free(module)
+                    _wrapped[module] = 1, module.__dict__.get("forward"), is_ours
+                    if is_ours:  # no other thread lends it another one meanwhile
+                        _users[module] = _users.get(module, 0) + 1
+                    module.__dict__["forward"] = _LentForward(module, wrapper(module.forward))
                 changed.append(module)
         yield
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from retrieval_draft.drafting.hierarchy import PassesHidden
+from retrieval_draft.drafting.hierarchy import OuterSession
 from retrieval_draft.index.history import make_source
 from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.index.segments.segment_session import Segments
@@ -75,7 +75,7 @@ class Datastore:
         return held + sum(store.nbytes for store in (self._shared, self._history) if store)
 
 
-class _KeptSession(PassesHidden):
+class _KeptSession(OuterSession):
     """A method's session, and the one that keeps its text."""
 
     def __init__(self, session: SourceSession, keeper: SourceSession) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from retrieval_draft.drafting.hierarchy import PassesHidden
+from retrieval_draft.drafting.hierarchy import OuterSession
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits
 from retrieval_draft.engine.draft_models.heads import HeadDraft
 from retrieval_draft.engine.draft_models.model_draft import ModelDraft
@@ -39,7 +39,7 @@ class Drafter(Protocol):
         ...
 
 
-class DraftedSession(PassesHidden, LookupSession):
+class DraftedSession(OuterSession, LookupSession):
     """A request's text and its draft models, which see what it sees. Subclasses propose.
 
     Args:

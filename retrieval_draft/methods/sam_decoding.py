@@ -23,7 +23,7 @@ from heapq import heappop, heappush
 
 import numpy as np
 
-from retrieval_draft.drafting.hierarchy import PassesHidden
+from retrieval_draft.drafting.hierarchy import OuterSession
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits
 from retrieval_draft.index.segments.segment_session import Segments
 from retrieval_draft.index.source import NodeLogits, Proposal, SourceSession, TokenArray
@@ -108,7 +108,7 @@ class SamDecodingSession(LookupSession):
         return self._end
 
 
-class SamBesideSession(PassesHidden):
+class SamBesideSession(OuterSession):
     """A request's automaton and text beside another drafter, which drafts where no long match is.
 
     Args:

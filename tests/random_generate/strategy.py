@@ -193,7 +193,7 @@ def cases(draw: _Draw) -> Case:
     if _maybe(draw, 60):
         method = "calibrated" if _maybe(draw, 50) else draw(st.sampled_from(DRAWN))
         if method in NEED_MODEL or _maybe(draw, 10):
-            draft_model = draw(st.sampled_from(["tiny", "self"]))
+            draft_model = "self" if method == "self" else draw(st.sampled_from(["tiny", "self"]))
     config: dict[str, Any] = {
         "nodes": draw(st.sampled_from([8, 1, 2, 3, 5, 16, 33, 60, 0])),
         "adjacency_rows": 1024,

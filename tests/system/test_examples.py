@@ -33,9 +33,9 @@ def run(
         # No draft pays with a tiny model, so that none would be verified.
         return for_model(kind, *parts, config=replace(config or DraftConfig(), nodes=8), **rest)
 
-    def run(name: str, stdin: str = "") -> tuple[dict[str, Any], str]:
+    def run(name: str, stdin: str = "", *options: str) -> tuple[dict[str, Any], str]:
         monkeypatch.setattr(RetrievalDrafter, "for_model", classmethod(with_drafts))
-        monkeypatch.setattr(sys, "argv", [name, str(folder)])
+        monkeypatch.setattr(sys, "argv", [name, str(folder), *options])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         monkeypatch.chdir(tmp_path)
         return runpy.run_path(str(EXAMPLES / name), run_name="__main__"), capsys.readouterr().out
@@ -82,3 +82,20 @@ def test_own_source(run: Any) -> None:
     defined, _ = run("own_source.py")
     assert defined["drafter"].last_stats.drafted_by_source["last-seen"] > 0
     assert defined["drafter"].last_stats.source_failures == 0
+
+
+def test_train_head(run: Any, tmp_path: Path) -> None:
+    """Heads of both kinds, of which the second reads the texts of the first, are read and draft."""
+    for kind, more in (("eagle", ("--tokens", "40")), ("medusa", ("--texts", "eagle/texts.jsonl"))):
+        options = ("--kind", kind, "--out", kind, "--columns", "64", "--epochs", "2", *more)
+        defined, out = run("train_head.py", "", *options)
+        assert "epoch 2 of 2" in out
+        model, tokenizer = defined["model"], defined["tokenizer"]
+        drafter = RetrievalDrafter.for_model(
+            model, tokenizer, draft_model=str(tmp_path / kind), config=DraftConfig(sources=())
+        )
+        inputs = tokenizer("the cat sat on", return_tensors="pt")
+        ours = drafter.generate(**inputs, max_new_tokens=24, do_sample=False)
+        assert ours.tolist() == model.generate(**inputs, max_new_tokens=24, do_sample=False).tolist()
+        assert drafter.stats.drafted_by_source["model"] > 0
+        assert drafter.stats.source_failures == 0

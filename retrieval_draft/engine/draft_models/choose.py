@@ -18,10 +18,15 @@ from retrieval_draft.index.source import DraftSource
 from retrieval_draft.models.fingerprint import tokenizer_fingerprint
 from retrieval_draft.models.loading import load_model
 
-__all__ = ["MTP", "SELF", "load_draft_model", "make_draft_sources"]
+__all__ = ["MTP", "SELF", "is_self", "load_draft_model", "make_draft_sources"]
 
 SELF = "self"
 MTP = "mtp"
+
+
+def is_self(given: Any) -> bool:
+    """True for "self", or "self:" with the layers to skip."""
+    return isinstance(given, str) and (given == SELF or given.startswith(f"{SELF}:"))
 
 
 def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[DraftSource, ...]:
@@ -29,9 +34,9 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
 
     Args:
         given: None; a model with the target's tokenizer; a pair of a model and its own tokenizer; "self" for
-            the target with layers skipped, "mtp" for its layers for multi-token prediction; the folder or hub
-            name of a trained head or of a model; a `DraftHead`; a ready source such as `HeadDraft`; a list of
-            those.
+            the target with layers skipped, "self:3,5" for these ones, "mtp" for its layers for multi-token
+            prediction; the folder or hub name of a trained head or of a model; a `DraftHead`; a ready source
+            such as `HeadDraft`; a list of those.
         target: The target.
         tokenizer: The target's, or None.
 
@@ -52,8 +57,8 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
         return (given,)
     if isinstance(given, PreTrainedModel):
         return (draft_of(given, target.vocabulary),)
-    if isinstance(given, str) and given == SELF:
-        return (SelfDraft(target.model),)
+    if is_self(given):
+        return (SelfDraft(target.model, _layers_of(given)),)
     if isinstance(given, str):
         found = load_draft_model(given, target.model)
         own = isinstance(found, tuple) and tokenizer is None  # nothing to compare its tokenizer with
@@ -67,6 +72,17 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
         'Pass a model, (model, tokenizer), "self", "mtp", a folder or hub name, a draft source, or a list of '
         "those.",
     )
+
+
+def _layers_of(given: str) -> list[int] | None:
+    """The layers that "self:3,5" names; None where it names none."""
+    named = given.partition(":")[2]
+    try:
+        return [int(layer) for layer in named.split(",")] if named else None
+    except ValueError as error:
+        raise InvalidInputError(
+            f"draft_model is {given!r}.", 'Name layers as in "self:3,5", or pass "self".'
+        ) from error
 
 
 def load_draft_model(name: str, model: Any) -> Any:

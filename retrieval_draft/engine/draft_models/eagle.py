@@ -25,6 +25,7 @@ from retrieval_draft.engine.draft_models.draft_layers import (
     causal,
 )
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth
+from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim
 from retrieval_draft.engine.hidden_states import LAST
 
 __all__ = ["Eagle3Head", "EagleHead"]
@@ -71,6 +72,7 @@ class EagleHead(nn.Module):
     reads_all = True
     levels: int | None = None
     ids: NDArray[np.int64] | None = None
+    trim: VocabTrim | None = None
 
     def __init__(
         self, config: Any, bias: bool, has_embeddings: bool, limits: ExpansionLimits | None = None
@@ -100,6 +102,10 @@ class EagleHead(nn.Module):
         self.rotary.to(torch.float32)
         # In a list they are no modules of this one, which would be moved and saved with it.
         self._target_head, self._target_embeddings = [model.get_output_embeddings()], [embeddings]
+
+    def outputs(self) -> list[Any]:
+        """Output heads that may be trimmed; see `VocabTrim`."""
+        return [self._target_head[0]]
 
     def state(self) -> _State:
         """A state of no text."""
@@ -159,6 +165,26 @@ class EagleHead(nn.Module):
             state.nodes, state.vectors = list(growth.frontier), part
         return list(self._logits(passed).split(counts))
 
+    def forward(self, tokens: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
+        """The head's states at rows of whole texts, for training: nothing is kept, gradients pass.
+
+        Args:
+            tokens: int64, shape (n,) each. The rows' tokens.
+            vectors: (n, d) each. The states before them: the target's, or the head's own.
+
+        Returns:
+            (n, d) each.
+        """
+        counts = [len(each) for each in tokens]
+        device = tokens[0].device
+        states = [self.state() for _ in tokens]
+        masks = [causal(state.keys, n, device) for state, n in zip(states, counts, strict=True)]
+        positions = [torch.arange(n, device=device) for n in counts]
+        taken = self._taken(torch.cat(list(vectors)))
+        return list(
+            self._pass(states, torch.cat(list(tokens)), taken, positions, masks, counts).split(counts)
+        )
+
     def _taken(self, hidden: Tensor) -> Tensor:
         """The target's states as the head takes them in: (n, d)."""
         return hidden.to(self.fc.weight.dtype)
@@ -192,7 +218,8 @@ class EagleHead(nn.Module):
 
     def _logits(self, vectors: Tensor) -> Tensor:
         head = self._target_head[0]
-        out: Tensor = head(vectors.to(head.weight.dtype))
+        vectors = vectors.to(head.weight.dtype)
+        out: Tensor = head(vectors) if self.trim is None else self.trim.logits(vectors)
         return out
 
 
@@ -238,6 +265,10 @@ class Eagle3Head(EagleHead):
         self.decoder[0].hidden_norm = RmsNorm(size, eps)
         self.norm = RmsNorm(size, eps)
         self.lm_head = nn.Linear(size, columns, bias=False)
+
+    def outputs(self) -> list[Any]:
+        """None: its vocabulary is its own."""
+        return []
 
     def _taken(self, hidden: Tensor) -> Tensor:
         out: Tensor = self.fc(self.input_norm(super()._taken(hidden)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
 from retrieval_draft.engine.target import Target
 from retrieval_draft.index.source import TokenArray
 
-__all__ = ["Expansion", "ExpansionLimits", "Growth", "ModelTree"]
+__all__ = ["Expansion", "ExpansionLimits", "Growth", "LentExpansion", "ModelTree"]
 
 _LONG = 64
 """Missing tokens from which on a pass takes them as text and not as a tree."""
@@ -97,17 +98,19 @@ class Growth:
         self.parents, self.depths = [-1], [0]
         self.expanded, self.frontier = [0], [0]
 
-    def begin(self, root: int, rows: Tensor) -> None:
-        """Starts with a root token and the logits after it, (1, columns)."""
+    def begin(self, root: int, rows: Tensor, ids: NDArray[np.int64] | None = None) -> None:
+        """Starts with a root token and the logits after it, (1, columns); see `add`."""
         self.tokens = [root]
-        self.add(rows)
+        self.add(rows, ids)
 
-    def add(self, rows: Tensor) -> None:
+    def add(self, rows: Tensor, ids: NDArray[np.int64] | None = None) -> None:
         """Adds the children of the frontier's nodes, and chooses the next frontier.
 
         Args:
             rows: (nodes of the frontier, columns). Logits of the next tokens.
+            ids: int64, shape (columns,). Token of each column here; None for those of the tree.
         """
+        ids = self._ids if ids is None else ids
         limits, budget, paths, tokens = self._limits, self._budget, self._paths, self.tokens
         likely, entropy = _best(rows, limits.top_k, self._allowed)
         added, stopped = len(tokens), []
@@ -115,7 +118,7 @@ class Growth:
             uncertain = limits.entropy_stop is not None and (_SVIP * h) ** 0.5 > limits.entropy_stop
             for token, prob in zip(row_tokens, row_probs, strict=True):
                 if prob > 0.0:
-                    tokens.append(token if self._ids is None else int(self._ids[token]))
+                    tokens.append(token if ids is None else int(ids[token]))
                     self.parents.append(node)
                     self._probs.append(prob)
                     paths.append(paths[node] * prob)
@@ -186,7 +189,12 @@ class Expansion:
 
     @torch.no_grad()
     def grow(
-        self, text: TokenArray, budget: int, allowed: Tensor | None = None, depth: int | None = None
+        self,
+        text: TokenArray,
+        budget: int,
+        allowed: Tensor | None = None,
+        depth: int | None = None,
+        ids: NDArray[np.int64] | None = None,
     ) -> ModelTree:
         """The `budget` most probable nodes after `text` (EAGLE-2's expand and rerank, arXiv:2406.16858).
 
@@ -195,9 +203,10 @@ class Expansion:
             budget: The most nodes to return.
             allowed: bool, shape (vocabulary,). Tokens that may be drafted; None for all.
             depth: Levels instead of the limit's.
+            ids: int64, shape (columns of the logits,). Token of each column; None where they are the same.
         """
         limits = self._limits if depth is None else replace(self._limits, depth=depth)
-        growing = Growth(limits, budget, allowed)
+        growing = Growth(limits, budget, allowed, ids)
         with self._applied():
             growing.begin(int(text[-1]), self._root(text))
             while growing.frontier:
@@ -298,6 +307,58 @@ class Expansion:
             np.zeros(size, np.int64),
         )
         return self._target.verify_tree(self._cache, tree, length - 1 - skip)[skip:size]
+
+
+class LentExpansion(Expansion):
+    """Drafts after the text in a cache that another engine keeps, or in one of its own where none is lent.
+
+    Attributes:
+        cache: Holds the text but for its last token, for this step; None where it is not lent. Staged nodes
+            are dropped again.
+    """
+
+    cache: Any = None
+
+    def _root(self, text: TokenArray, masks: TokenArray | None = None) -> Tensor:
+        if self.cache is None or masks is not None:
+            return super()._root(text, masks)
+        self._cached, self._between = text[:0], text[:0]
+        self._cache = self.cache
+        return self._target.verify_tree(self.cache, _chain(text[-1:]), self.cache.get_seq_length())[:1]
+
+    def _pass(
+        self, tokens: list[int], parents: list[int], depths: list[int], nodes: list[int], length: int
+    ) -> Tensor:
+        lent = self.cache
+        return super()._pass(
+            tokens, parents, depths, nodes, length if lent is None else lent.get_seq_length() + 1
+        )
+
+    def grow(
+        self,
+        text: TokenArray,
+        budget: int,
+        allowed: Tensor | None = None,
+        depth: int | None = None,
+        ids: NDArray[np.int64] | None = None,
+    ) -> ModelTree:
+        """As `Expansion.grow`; a lent cache is as before."""
+        try:
+            return super().grow(text, budget, allowed, depth, ids)
+        finally:
+            self._give_back()
+
+    def review(self, text: TokenArray, chain: TokenArray) -> Tensor:
+        """As `Expansion.review`; a lent cache is as before."""
+        try:
+            return super().review(text, chain)
+        finally:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if self.cache is not None:
+            self.cache.drop()
+            self.close()
 
 
 def _chain(tokens: TokenArray) -> DraftTree:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth, ModelTree
+from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim, columns_for
 from retrieval_draft.engine.hidden_states import HiddenStates
 from retrieval_draft.engine.target import Target
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray, empty_proposal
@@ -129,8 +130,10 @@ class HeadSession:
         self._rows: list[tuple[int, Tensor]] = []
         self._found: Proposal | None = None
         self.root: Tensor | None = None
+        self.root_ids: NDArray[np.int64] | None = None
         self._owner: HeadSession | None = None
         self._prompt = len(prompt)
+        source.saw(self.text)
         self._was_asked = self._is_asked = True
         self.key: Hashable = None
         self.budget = 0
@@ -189,6 +192,7 @@ class HeadSession:
         self.is_whole, self.read = self.is_whole and first == self.read, first + count
         self._rows = [(begin, rows) for begin, rows in self._rows if begin + len(rows) > self.read]
         self.root = logits if self.read == len(self.text) - 1 else None
+        self.root_ids = self._source.ids
 
     def begin_state(self) -> None:
         """Makes the head's state: that of a request with the same beginning, as far as it goes, or none."""
@@ -244,10 +248,12 @@ class HeadSession:
         if len(tokens):
             self.text = np.concatenate((self.text, np.asarray(tokens, np.int32)))
             self._found = self.root = None
+            self._source.saw(tokens)
             self._was_asked, self._is_asked = self._is_asked, False
 
     def learn(self, logits: NodeLogits) -> None:
-        """Does nothing: a head is trained elsewhere."""
+        """Has tokens that the target ranks high drafted, where not all are; a head is trained elsewhere."""
+        self._source.saw(logits.top_tokens)
 
     def close(self) -> None:
         """Frees the rows, and leaves the state to requests with the same beginning."""
@@ -265,9 +271,12 @@ class HeadDraft:
 
     Args:
         head: Anything with the methods of `DraftHead`.
+        columns: Tokens that its output heads choose among, see `VocabTrim`; 0 for all, None for an eighth of
+            a large vocabulary. For heads that name their outputs in `outputs`.
 
     Attributes:
         head: As given.
+        trim: Those tokens; None for all.
         states: The target's, from which hidden states come.
 
     Example:
@@ -277,8 +286,10 @@ class HeadDraft:
     name = "model"
     level = "model"
 
-    def __init__(self, head: DraftHead) -> None:
+    def __init__(self, head: DraftHead, columns: int | None = None) -> None:
         self.head = head
+        self.trim: VocabTrim | None = None
+        self._columns = columns
         self.states: HiddenStates
         self._live: WeakSet[HeadSession] = WeakSet()
         self._kept: list[tuple[Hashable, TokenArray, Any]] = []
@@ -293,6 +304,24 @@ class HeadDraft:
         self.states = target.hidden_states
         self.states.read(self.head.layers)
         self.head.bind(target.model)
+        head: Any = self.head
+        outputs = head.outputs() if hasattr(head, "outputs") else []
+        known = min((len(each.weight) for each in outputs), default=0)
+        most = 0 if self.head.ids is None else int(self.head.ids.max()) + 1
+        self._vocabulary = max(target.embedding_rows, known, most)
+        columns = columns_for(known) if self._columns is None else self._columns
+        if columns and columns < known and all(type(each) is torch.nn.Linear for each in outputs):
+            self.trim = head.trim = VocabTrim(outputs, known, columns)
+
+    @property
+    def ids(self) -> NDArray[np.int64] | None:
+        """int64, shape (columns of the logits,): token of each column now; None where they are the same."""
+        return self.head.ids if self.trim is None else self.trim.ids
+
+    def saw(self, tokens: NDArray[Any]) -> None:
+        """Notes tokens of texts, any shape, which the head may draft from now on."""
+        if self.trim is not None:
+            self.trim.add(tokens)
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> HeadSession:
         """Starts a request with `prompt`, int32, shape (length,); reference texts are not read."""
@@ -323,10 +352,11 @@ class HeadDraft:
         self.read([session for session in sessions if session.root is None])
         states = [session.state for session in sessions]
         growths = []
+        ids = self.ids
         for session in sessions:
             assert session.root is not None
-            growth = Growth(session.limits, session.reranked * session.budget, None, head.ids)
-            growth.begin(int(session.text[-1]), session.root)
+            growth = Growth(session.limits, session.reranked * session.budget, None, ids)
+            growth.begin(int(session.text[-1]), session.root, session.root_ids)
             growths.append(growth)
         try:
             while growing := [at for at, growth in enumerate(growths) if growth.frontier]:
@@ -345,21 +375,24 @@ class HeadDraft:
         if session.root is None:
             self.read([session])
         assert session.root is not None
-        rows = [session.root]
+        rows = [self._spread(session.root, session.root_ids)]
         levels = len(chain) + 1 if self.head.levels is None else self.head.levels
         path = Growth(self.head.limits, 1)
         path.tokens = [int(session.text[-1])]
         try:
             for token in chain[: levels - 1]:
-                rows += self.head.expand([session.state], [path.follow(token)])
+                (row,) = self.head.expand([session.state], [path.follow(token)])
+                rows.append(self._spread(row, self.ids))
         finally:
             self.head.drop(session.state)
-        logits = torch.cat(rows).float()
-        if self.head.ids is not None:
-            ids = torch.from_numpy(self.head.ids).to(logits.device)
-            wide = logits.new_full((len(logits), int(ids.max()) + 1), float("-inf"))
-            logits = wide.index_copy(1, ids, logits)
-        return logits.log_softmax(-1)
+        return torch.cat(rows).log_softmax(-1)
+
+    def _spread(self, row: Tensor, ids: NDArray[np.int64] | None) -> Tensor:
+        """Logits of the whole vocabulary, (1, vocabulary), from those of some tokens, (1, columns)."""
+        if ids is None:
+            return row.float()
+        wide = row.new_full((1, self._vocabulary), float("-inf"), dtype=torch.float32)
+        return wide.index_copy(1, torch.from_numpy(ids).to(row.device), row.float())
 
     @torch.no_grad()
     def read(self, sessions: Sequence[HeadSession], end: int | None = None) -> None:
@@ -407,8 +440,12 @@ class HeadDraft:
             return
         text = session.text[: session.read + 1]
         self._kept.append((session.key, text, session.state.copy(session.read)))
-        while self.nbytes > KEPT_BYTES:
+        while self._kept_bytes > KEPT_BYTES:
             del self._kept[0]
+
+    @property
+    def _kept_bytes(self) -> int:
+        return sum(state.nbytes + text.nbytes for _, text, state in self._kept)
 
     def flush(self) -> None:
         """Does nothing: no text waits to be looked up."""
@@ -419,8 +456,9 @@ class HeadDraft:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the states of ended requests; the head is its owner's."""
-        return sum(state.nbytes + text.nbytes for _, text, state in self._kept)
+        """Bytes of the states of ended requests, and of trimmed outputs; the head is its owner's."""
+        trimmed = 0 if self.trim is None else self.trim.nbytes
+        return trimmed + self._kept_bytes
 
 
 def proposal_of(tree: ModelTree) -> Proposal:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,20 @@ import torch
 from torch import Tensor
 
 from retrieval_draft.engine.cpu.kernels import CpuKernels
-from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits
+from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits, LentExpansion
 from retrieval_draft.engine.draft_models.heads import RERANKED, proposal_of
-from retrieval_draft.engine.substitution import lend_forwards
+from retrieval_draft.engine.draft_models.layer_search import LayerSearch
+from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim, trim_of
+from retrieval_draft.engine.substitution import wrap_forwards
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.wrapped_models import decoder_layers, device_of
 from retrieval_draft.errors import InvalidInputError, TokenizerMismatchError
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray, empty_proposal
 
-__all__ = ["ModelDraft", "ModelSession", "ParallelDraft", "SelfDraft", "draft_of"]
+__all__ = ["ModelDraft", "ModelSession", "ParallelDraft", "SelfDraft", "SelfSession", "draft_of"]
+
+SCORED = 64
+"""Tokens of the target on which sets of layers to skip are compared."""
 
 
 class ModelSession:
@@ -31,6 +37,7 @@ class ModelSession:
         prompt: int32, shape (length,).
         allowed: bool, shape (vocabulary,). Tokens it may draft; None for all.
         reranked: Nodes offered for each node of the budget.
+        trim: Tokens that it chooses among; None for all.
     """
 
     def __init__(
@@ -39,7 +46,11 @@ class ModelSession:
         prompt: TokenArray,
         allowed: Tensor | None = None,
         reranked: int = RERANKED,
+        trim: VocabTrim | None = None,
     ) -> None:
+        self._trim = trim
+        if trim is not None:
+            trim.add(prompt)
         self._expansion = expansion
         self._reranked = reranked
         self._allowed = allowed
@@ -49,7 +60,10 @@ class ModelSession:
         """The model's most probable paths, more than `budget` of them: fusion chooses."""
         if budget <= 0 or not len(self._text):
             return empty_proposal("model", "model")
-        tree = self._expansion.grow(self._text, self._reranked * budget, self._allowed)
+        trim = self._trim
+        with nullcontext() if trim is None else trim.applied():
+            allowed, ids = (self._allowed, None) if trim is None else (None, trim.ids)
+            tree = self._expansion.grow(self._text, self._reranked * budget, allowed, ids=ids)
         return proposal_of(tree)
 
     def review(self, chain: TokenArray) -> Tensor:
@@ -59,9 +73,13 @@ class ModelSession:
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,); the model sees them at its next proposal."""
         self._text = np.concatenate((self._text, np.asarray(tokens, np.int32)))
+        if self._trim is not None:
+            self._trim.add(tokens)
 
     def learn(self, logits: NodeLogits) -> None:
-        """Does nothing: the model does not learn."""
+        """Has tokens that the target ranks high drafted, where not all are; the model does not learn."""
+        if self._trim is not None:
+            self._trim.add(logits.top_tokens)
 
     def close(self) -> None:
         """Frees the cache."""
@@ -76,6 +94,8 @@ class ModelDraft:
         vocabulary: Number of token ids of the target; the draft model's may be more or fewer.
         limits: Limits on the growth of its trees.
         cpu_kernels: Whether its layers use faster kernels for few tokens on the CPU.
+        columns: Tokens that its output head chooses among, see `VocabTrim`; 0 for all, None for an eighth of
+            a large vocabulary.
 
     Raises:
         UnsupportedModelError: The model cannot pass trees.
@@ -93,6 +113,7 @@ class ModelDraft:
         vocabulary: int,
         limits: ExpansionLimits | None = None,
         cpu_kernels: bool = True,
+        columns: int | None = None,
     ) -> None:
         self.limits = limits or ExpansionLimits()
         self.target = Target(model, "off")  # its sessions take turns within a step
@@ -103,6 +124,7 @@ class ModelDraft:
             self._allowed[:vocabulary] = True
             self._allowed = self._allowed.to(self.target.device)
         self._known = min(vocabulary, self.target.embedding_rows)
+        self.trim = trim_of(model, self._known, columns)
 
     def expansion(self, limits: ExpansionLimits | None = None, slack: int = 0) -> Expansion:
         """The model with an empty cache.
@@ -123,6 +145,10 @@ class ModelDraft:
         with self._kernels.applied():
             yield
 
+    def trimmed(self) -> AbstractContextManager[None]:
+        """Context in which the output head gives the columns of `trim` alone, if there is one."""
+        return nullcontext() if self.trim is None else self.trim.applied()
+
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> ModelSession:
         """Starts a request with `prompt`, int32, shape (length,); reference texts are not read.
 
@@ -136,7 +162,7 @@ class ModelDraft:
     ) -> ModelSession:
         """Starts a request with limits of its own; see `open` and `ModelSession`."""
         self._check(prompt)
-        return ModelSession(self.expansion(limits), prompt, self._allowed, reranked)
+        return ModelSession(self.expansion(limits), prompt, self._allowed, reranked, self.trim)
 
     def _check(self, prompt: TokenArray) -> None:
         if len(prompt) and int(prompt.max()) >= self.target.embedding_rows:
@@ -154,8 +180,44 @@ class ModelDraft:
 
     @property
     def nbytes(self) -> int:
-        """0: the model is its owner's, caches are the sessions'."""
-        return 0
+        """Bytes of the trimmed head; the model is its owner's, caches are the sessions'."""
+        return 0 if self.trim is None else self.trim.nbytes
+
+
+class SelfSession(ModelSession):
+    """The target's view of a request for which it drafts itself.
+
+    Args:
+        source: The target with layers skipped.
+        expansion: Its trees, after the text in the target's own cache.
+        prompt: int32, shape (length,).
+        reranked: Nodes offered for each node of the budget.
+    """
+
+    wants_cache = True
+
+    def __init__(
+        self, source: SelfDraft, expansion: LentExpansion, prompt: TokenArray, reranked: int = RERANKED
+    ) -> None:
+        super().__init__(expansion, prompt, None, reranked, source.trim)
+        self._source, self._lent = source, expansion
+        self._emitted = 0
+
+    def lend_cache(self, cache: Any) -> None:
+        """Takes the target's cache of the text but for its last token, until that is observed."""
+        self._lent.cache = cache
+
+    def observe(self, tokens: TokenArray) -> None:
+        """Appends accepted tokens, int32, shape (m,)."""
+        super().observe(tokens)
+        self._lent.cache = None
+        self._emitted += len(tokens)
+
+    def propose(self, budget: int) -> Proposal:
+        """The likeliest paths, as `ModelSession.propose`; a step of the search first, while it lasts."""
+        if budget > 0 and self._emitted >= SCORED:
+            self._source.score(self._text)
+        return super().propose(budget)
 
 
 class ParallelSession(ModelSession):
@@ -243,28 +305,33 @@ def draft_of(model: Any, vocabulary: int) -> ModelDraft:
 class SelfDraft(ModelDraft):
     """The target drafts for itself with some of its layers skipped; no second model, nothing trained.
 
-    As in Draft & Verify (Zhang et al., ACL 2024) and SWIFT (arXiv:2410.06916), without their search for the
-    layers. It keeps a cache of its own for the layers that it uses.
+    As in Draft & Verify (Zhang et al., ACL 2024) and SWIFT (arXiv:2410.06916). Drafts use the target's own
+    cache of the text where the engine lends it; else, as with captured passes, they have one of their own for
+    the layers in use. Which layers are skipped is found in the first steps, from the tokens that the target
+    chose, and kept then: see `LayerSearch`.
 
     Args:
         model: The target.
-        skip: Layers to leave out. Without them, every second one of the middle: neither the first and last
-            quarter nor the first layer, whose keys count the text.
+        skip: Layers to leave out. Without them they are searched for.
         limits: Limits on the growth of its trees.
+
+    Attributes:
+        skip: The layers that are left out now. At first, every second one of the middle: neither the first
+            and last quarter nor the first layer, whose keys count the text.
 
     Raises:
         InvalidInputError: A layer does not exist, is the first, or the model's layers are not found.
 
     Example:
-        12 layers: skips 3, 5, 7
+        12 layers: skips 3, 5, 7 until the search has found something better
     """
 
     def __init__(
         self, model: Any, skip: Sequence[int] | None = None, limits: ExpansionLimits | None = None
     ) -> None:
         super().__init__(model, int(model.get_input_embeddings().weight.shape[0]), limits)
-        layers = decoder_layers(model)
-        count = len(layers)
+        self._layers = list(decoder_layers(model))
+        count = len(self._layers)
         chosen = range(max(1, count // 4), count - count // 4, 2) if skip is None else skip
         self.skip = tuple(sorted(set(chosen)))
         wrong = [layer for layer in self.skip if not 0 < layer < count]
@@ -273,29 +340,85 @@ class SelfDraft(ModelDraft):
                 f"Layers to skip are {list(self.skip)}; the model has layers 0..{count - 1}.",
                 "Name some of 1 and above.",
             )
-        self._skipped = [layers[layer] for layer in self.skip]
-        self._in_tuple = _returns_tuple(model, self._skipped[0])
+        self._in_tuple = _returns_tuple(model, self._layers[1])
+        self._search: LayerSearch | None = None
+        if skip is None:
+            sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in self._layers]
+            head = model.get_output_embeddings()
+            rest = 0 if head is None else head.weight.numel()
+            if self.trim is not None:
+                rest = int(rest * self.trim.share)
+            self._search = LayerSearch(count, rest * count / max(sum(sizes), 1), self.limits.depth)
+        self._scored: Tensor | None = None
+
+    def session(
+        self, prompt: TokenArray, limits: ExpansionLimits | None = None, reranked: int = RERANKED
+    ) -> SelfSession:
+        """Starts a request with limits of its own; see `ModelDraft.session`."""
+        expansion = LentExpansion(self.target, limits or self.limits, self.applied)
+        return SelfSession(self, expansion, prompt, reranked)
+
+    @property
+    def is_settled(self) -> bool:
+        """True once the layers to skip are those that will be kept."""
+        return self._search is None or self._search.candidate is None
+
+    @torch.no_grad()
+    def score(self, text: TokenArray) -> None:
+        """Scores the search's next set of layers, if there is one, on the end of a text.
+
+        All sets are scored on the same text, the first that is long enough. One pass without the text before
+        is a fair comparison, and needs no copy of the cache.
+
+        Args:
+            text: int32, shape (length,). Its last `SCORED` tokens are the target's own.
+        """
+        search = self._search
+        if search is None or search.candidate is None:
+            return
+        if self._scored is None:
+            ids = torch.from_numpy(text[-2 * SCORED :].astype(np.int64))
+            self._scored = ids.to(self.target.device)
+        chosen = self._scored[-SCORED:]
+        if self.trim is not None:
+            chosen = torch.from_numpy(self.trim.columns_of(chosen.cpu().numpy())).to(chosen.device)
+        with self.skipping(search.candidate), self.trimmed():
+            cache = self.target.cache(len(self._scored))
+            parts = list(self.target.prefill(cache, self._scored[:-1], len(chosen)))
+        rows = torch.cat(parts).float().softmax(-1)
+        right = rows.gather(1, chosen.clamp(min=0)[:, None])[:, 0] * (chosen >= 0)
+        search.note(float(right.mean()))
+        self.skip = search.best or self.skip
+        if self.is_settled:
+            self._scored = None
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Skips the layers in this thread inside the context; other threads use the whole model."""
-        skipped = ((layer, _skipped(layer, self._in_tuple)) for layer in self._skipped)
-        with super().applied(), lend_forwards(skipped):
-            _drafting.active = True
+        with self.skipping(self.skip):
+            yield
+
+    @contextmanager
+    def skipping(self, skip: Sequence[int]) -> Iterator[None]:
+        """As `applied`, for other layers."""
+        modules = [self._layers[layer] for layer in skip]
+        wrappers = ((module, partial(_unless_skipped, module, self._in_tuple)) for module in modules)
+        with super().applied(), wrap_forwards(wrappers):
+            before, _drafting.skipped = getattr(_drafting, "skipped", ()), modules
             try:
                 yield
             finally:
-                _drafting.active = False
+                _drafting.skipped = before
 
 
 _drafting = threading.local()
 
 
-def _skipped(layer: Any, in_tuple: bool) -> Callable[..., Any]:
+def _unless_skipped(layer: Any, in_tuple: bool, present: Callable[..., Any]) -> Callable[..., Any]:
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if getattr(_drafting, "active", False):
+        if any(layer is each for each in getattr(_drafting, "skipped", ())):
             return (hidden_states,) if in_tuple else hidden_states
-        return type(layer).forward(layer, hidden_states, *args, **kwargs)
+        return present(hidden_states, *args, **kwargs)
 
     return forward
 

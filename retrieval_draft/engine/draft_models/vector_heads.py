@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth
+from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim
 from retrieval_draft.engine.hidden_states import LAST
 
 __all__ = ["HydraHead", "MedusaHead", "MlpSpeculator", "ReDrafter", "VectorHead"]
@@ -49,6 +50,7 @@ class VectorHead(nn.Module, ABC):
     layers: tuple[int, ...] = (LAST,)
     reads_all = False
     ids: NDArray[np.int64] | None = None
+    trim: VocabTrim | None = None
 
     def __init__(self, depth: int | None, limits: ExpansionLimits | None = None) -> None:
         super().__init__()
@@ -74,6 +76,15 @@ class VectorHead(nn.Module, ABC):
         embeddings = model.get_input_embeddings()
         self.to(embeddings.weight.device, model.dtype)
         self._target_embeddings = [embeddings]  # in a list it is no module of this one
+
+    @abstractmethod
+    def outputs(self) -> list[nn.Module]:
+        """Its output heads, with a row for each token; see `VocabTrim`."""
+
+    def guesses(self, states: Tensor, head: int = 0) -> Tensor:
+        """Logits by one of its output heads, of all tokens or of those of `trim`, from states (n, d)."""
+        out: Tensor = self.outputs()[head](states) if self.trim is None else self.trim.logits(states, head)
+        return out
 
     def state(self) -> _State:
         """A state of no text."""
@@ -148,7 +159,14 @@ class MedusaHead(VectorHead):
 
     def step(self, level: int, tokens: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """The target's state, unchanged, and the level's guesses."""
-        return vectors, self.heads[level](vectors)
+        layers: Any = self.heads[level]
+        states = layers[:-1](vectors)
+        return vectors, self.guesses(states, level)
+
+    def outputs(self) -> list[nn.Module]:
+        """Output head of each level."""
+        heads: Any = self.heads
+        return [layers[-1] for layers in heads]
 
 
 class _Joined(nn.Module):
@@ -203,7 +221,11 @@ class HydraHead(VectorHead):
         if self._is_grounded:
             embedded = self._target_embeddings[0](tokens).to(vectors.dtype)
             vectors = torch.cat((vectors, embedded), -1)
-        return vectors, self.hydra_lm_head[level](self.hydra_mlp[level](vectors))
+        return vectors, self.guesses(self.hydra_mlp[level](vectors), level)
+
+    def outputs(self) -> list[nn.Module]:
+        """Output head of each level."""
+        return list(self.hydra_lm_head)
 
 
 class ReDrafter(VectorHead):
@@ -247,7 +269,11 @@ class ReDrafter(VectorHead):
         else:
             state = nn.functional.silu(self.rnn_w(embedded) + self.rnn_u(state))
         joined = torch.cat((context, state), -1)
-        return joined, self.lm_head(self.input_proj(joined))
+        return joined, self.guesses(self.lm_head[:-1](self.input_proj(joined)))
+
+    def outputs(self) -> list[nn.Module]:
+        """The one output head."""
+        return [self.lm_head[-1]]
 
 
 class _Scaled(nn.Module):
@@ -306,4 +332,8 @@ class MlpSpeculator(VectorHead):
         own, projected = min(level, len(self.emb) - 1), min(level, len(self.proj) - 1)
         states = self.proj[projected](vectors) + self._share * self.emb[own](tokens)
         states = nn.functional.gelu(self.ln[own](states))
-        return states, self.head[own](states)
+        return states, self.guesses(states, own)
+
+    def outputs(self) -> list[nn.Module]:
+        """Output head of each level."""
+        return list(self.head)

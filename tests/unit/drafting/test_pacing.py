@@ -1,55 +1,109 @@
-"""A costly source is asked while it pays, and never given up."""
+"""A costly source is asked in the steps in which it pays, and never given up."""
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from retrieval_draft.drafting.pacing import FIRST_WAIT, LAST_WAIT, TRIAL, PacedSource, Pacer
+import numpy as np
+import pytest
+
+from retrieval_draft import DraftConfig, RetrievalDrafter
+from retrieval_draft.drafting.pacing import FIRST_WAIT, LAST_WAIT, SHARE, TRIAL, PacedSource, Pacer
+from retrieval_draft.engine.draft_models.model_draft import ModelDraft
+from tests.support.drafters import near_ties, prompt_ids
+from tests.support.models import make
 from tests.support.sources import OracleSource
 
 
-def run(pacer: Pacer, steps: int, with_it: tuple[int, float], without: tuple[int, float]) -> list[bool]:
-    asked = []
-    for _ in range(steps):
-        asked.append(pacer.asks)
-        pacer.note(*(with_it if pacer.asks else without))
-    return asked
+class Loop:
+    """Steps of a second and 20 tokens, in which a source takes `price` seconds and adds `gain` tokens."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.pacer = Pacer(lambda: self.now)
+
+    def step(self, expected: float, price: float, gain: int) -> bool:
+        asked = self.pacer.asks(expected)
+        tokens = 20
+        if asked:
+            self.now += price
+            self.pacer.took(price)
+            self.pacer.added(expected, gain)
+            tokens += gain
+        self.pacer.emitted(tokens)
+        self.now += 1.0
+        return asked
 
 
-def test_both_are_tried_and_the_better_one_stays() -> None:
-    asked = run(Pacer(), 400, (3, 0.1), (2, 0.1))
-    assert asked[:TRIAL] == [True] * TRIAL
-    assert asked[TRIAL : 2 * TRIAL] == [False] * TRIAL
-    assert sum(asked) / len(asked) > 0.75
+def test_it_sleeps_in_the_steps_in_which_the_others_are_certain() -> None:
+    """12 tokens more where the others expect nothing, none in a long copy; a call takes the time of 4."""
+    loop = Loop()
+    asked: dict[float, list[bool]] = {0.1: [], 9.0: []}
+    for at in range(600):
+        expected = 9.0 if at // 20 % 2 else 0.1
+        asked[expected].append(loop.step(expected, 0.2, 0 if expected > 1 else 12))
+    assert np.mean(asked[0.1]) > 0.95
+    assert np.mean(asked[9.0]) < 0.2
 
 
 def test_a_loser_is_tried_ever_more_seldom_but_always_again() -> None:
-    asked = run(Pacer(), 8 * LAST_WAIT, (3, 0.2), (2, 0.1))
-    starts = [at for at in range(1, len(asked)) if asked[at] and not asked[at - 1]]
-    waits = np.diff(starts)
-    assert waits[0] <= 2 * (FIRST_WAIT + TRIAL)
-    assert waits[-1] == LAST_WAIT + TRIAL
-    assert np.all(np.diff(waits) >= 0)
+    loop = Loop()
+    asked = [loop.step(1.0, 0.5, 0) for _ in range(6 * LAST_WAIT)]
+    assert asked[:TRIAL] == [True] * TRIAL
+    tries = np.flatnonzero(asked[TRIAL:])
+    assert tries[0] == FIRST_WAIT - 1
+    assert np.all(np.diff(np.diff(tries)) >= 0)
+    assert np.diff(tries)[-1] == LAST_WAIT
+    assert sum(asked[TRIAL:]) * 0.5 <= SHARE * loop.now + 1
+
+
+def test_trials_of_a_dear_source_lose_a_small_share_of_the_time() -> None:
+    loop = Loop()
+    steps = 5000
+    asked = sum(loop.step(float(at % 9), 8.0, 0) for at in range(steps))
+    assert asked > TRIAL
+    assert (asked - TRIAL) * 8.0 <= 2 * SHARE * loop.now
 
 
 def test_it_comes_back_when_it_pays_again() -> None:
-    pacer = Pacer()
-    run(pacer, 300, (3, 0.2), (2, 0.1))
-    assert np.mean(run(pacer, 600, (6, 0.1), (2, 0.1))) > 0.5
+    loop = Loop()
+    for _ in range(300):
+        loop.step(1.0, 0.5, 0)
+    assert np.mean([loop.step(1.0, 0.5, 40) for _ in range(600)]) > 0.5
 
 
-def test_steps_are_timed_from_proposal_to_proposal() -> None:
+def test_the_first_call_of_a_request_is_not_the_price() -> None:
+    loop = Loop()
+    for at in range(40):
+        loop.step(1.0, 30.0 if at % 20 == 0 else 0.1, 10)
+    assert loop.pacer.price == pytest.approx(0.1)
+
+
+def test_time_between_requests_does_not_count() -> None:
     now = [0.0]
     source = PacedSource(OracleSource(list(range(50))), clock=lambda: now[0])
-    session = source.open(np.array([1], np.int32))
-    for _ in range(5):
-        assert len(session.propose(4)) == 4
-        session.observe(np.array([2, 3], np.int32))
-        now[0] += 0.5
-    np.testing.assert_allclose(source.pacer.rate(True), 4.0)
-    assert source.pacer.rate(False) == 0
-    for _ in range(TRIAL):
-        last = session.propose(4)
-        session.observe(np.array([2], np.int32))
-        now[0] += 0.5
-    assert len(last) == 0
+    for _ in range(3):
+        session: Any = source.open(np.array([1], np.int32))
+        for _ in range(5):
+            session.pacer.asks(0.0)
+            session.observe(np.array([2, 3], np.int32))
+            now[0] += 0.5
+        session.close()
+        now[0] += 1000.0
+    # Four steps of each request have an end.
+    assert source.pacer.rate == pytest.approx(30 / (3 * 4 * 0.5), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["useless", "right"])
+def test_a_draft_model_is_asked_where_it_adds_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The price is made small: what decides is whether more tokens are accepted than those of lookups."""
+    model = make("llama")
+    draft = ModelDraft(make("llama") if kind == "right" else make("gemma3", seed=9), 97)
+    monkeypatch.setattr(Pacer, "price", 1e-4)
+    ours = RetrievalDrafter.for_model(model, draft_model=draft, config=DraftConfig(nodes=None))
+    (source,) = [each for each in ours.draft_engine.sources if isinstance(each, PacedSource)]
+    stock = model.generate(prompt_ids(), max_new_tokens=100, do_sample=False)
+    assert near_ties(model, ours.generate(prompt_ids(), max_new_tokens=100, do_sample=False), stock) == 0
+    assert ours.stats.source_failures == 0
+    asked = source.pacer.calls / ours.stats.steps
+    assert asked > 0.3 if kind == "right" else asked < 0.9

@@ -35,7 +35,7 @@ def drafter_of(method: str, model: Any) -> RetrievalDrafter:
 
 def test_most_methods_read_text() -> None:
     heads = {name for name in METHODS if get_method(name).needs_head}
-    assert set(METHODS) - set(READS) - heads == {"none", "stand", "token_recycling", "opt_tree"}
+    assert set(METHODS) - set(READS) - heads == {"none", "stand", "token_recycling", "opt_tree", "self"}
 
 
 @pytest.mark.parametrize("method", READS)

@@ -1,0 +1,180 @@
+"""Output heads of draft models over the tokens that a text is likely to use, not a whole vocabulary."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from retrieval_draft.engine.substitution import wrap_forwards
+
+__all__ = ["VocabTrim", "columns_for"]
+
+LEAST = 4096
+"""Columns at least; a vocabulary of less than twice as many is not trimmed."""
+
+PART = 8
+"""The vocabulary over the columns."""
+
+FADING = 0.5
+"""Factor of a token's count each time that tokens are chosen anew."""
+
+
+def columns_for(vocabulary: int) -> int:
+    """Columns of a trimmed head; 0 where trimming saves too little."""
+    columns = max(vocabulary // PART, LEAST)
+    return columns if 2 * columns <= vocabulary else 0
+
+
+class VocabTrim:
+    """The tokens that a draft model or head chooses among, with their rows of its output heads.
+
+    As in VocabTrim (arXiv:2506.22694), but not fixed. A text brings its prompt's tokens, and those that the
+    target emits or ranks high as it grows; half of the rest are the lowest ids, which byte-pair encodings
+    give to frequent tokens. Once all columns are taken, those most counted stay: tokens of earlier texts.
+    Drafts of other tokens are missed, which costs speed and never changes the output.
+
+    Args:
+        heads: Linear layers with a row for each token.
+        vocabulary: Tokens that may be drafted: ids below this.
+        columns: Tokens to choose among.
+
+    Attributes:
+        ids: int64, shape (n,). Token of each column; another array when it changes.
+
+    Example:
+        8 tokens, 4 columns: 0 and 1 at first; a text with 6 and 7 has 0, 1, 6, 7
+    """
+
+    def __init__(self, heads: Sequence[nn.Linear], vocabulary: int, columns: int) -> None:
+        self._heads = list(heads)
+        self._columns = columns
+        self._counts: NDArray[np.float32] = np.zeros(vocabulary, np.float32)
+        self._counts[: columns // 2] = np.linspace(0.5, 0.0, columns // 2, endpoint=False)
+        self._is_in: NDArray[np.bool_] = np.zeros(vocabulary, np.bool_)
+        self.ids: NDArray[np.int64] = np.empty(0, np.int64)
+        self._weights: list[Tensor] = []
+        self._biases: list[Tensor | None] = []
+        self.add(np.arange(columns // 2))
+
+    def add(self, tokens: NDArray[Any]) -> None:
+        """Counts tokens, any shape, and has them drafted from now on."""
+        flat = np.asarray(tokens).reshape(-1)
+        flat = flat[(flat >= 0) & (flat < len(self._counts))]
+        np.add.at(self._counts, flat, 1.0)
+        new = np.unique(flat[~self._is_in[flat]])
+        if not len(new):
+            return
+        if len(self.ids) + len(new) > self._columns:
+            self._choose()
+        else:
+            self._take(np.concatenate((self.ids, new)), len(self.ids))
+
+    def logits(self, states: Tensor, head: int = 0) -> Tensor:
+        """(n, columns), of states (n, d), by one of the heads."""
+        weight, bias = self._weights[head], self._biases[head]
+        size = len(self.ids)
+        return nn.functional.linear(states, weight[:size], None if bias is None else bias[:size])
+
+    def columns_of(self, tokens: NDArray[Any]) -> NDArray[np.int64]:
+        """int64, shape (n,): the column of each token, shape (n,); -1 where it has none."""
+        columns = np.full(len(self._counts), -1, np.int64)
+        columns[self.ids] = np.arange(len(self.ids))
+        return columns[tokens]
+
+    @property
+    def share(self) -> float:
+        """Columns over the vocabulary."""
+        return self._columns / len(self._counts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows and counts."""
+        return self._counts.nbytes + sum(weight.nbytes for weight in self._weights)
+
+    def _choose(self) -> None:
+        """Takes the most counted tokens, and leaves a quarter of the columns to the next texts."""
+        best = np.argsort(-self._counts, kind="stable")[: self._columns * 3 // 4]
+        self._counts *= FADING
+        self._is_in[:] = False
+        self._take(np.sort(best), 0)
+
+    def _take(self, ids: NDArray[np.int64], kept: int) -> None:
+        """Sets the columns, of which the first `kept` are as before."""
+        self.ids = ids.astype(np.int64)
+        self._is_in[ids] = True
+        for at, head in enumerate(self._heads):
+            rows = torch.from_numpy(self.ids[kept:]).to(head.weight.device)
+            if at == len(self._weights):
+                self._weights.append(head.weight.new_empty((self._columns, head.weight.shape[1])))
+                self._biases.append(None if head.bias is None else head.bias.new_empty(self._columns))
+            with torch.no_grad():
+                self._weights[at][kept : len(ids)] = head.weight[rows]
+                bias = self._biases[at]
+                if bias is not None:
+                    bias[kept : len(ids)] = head.bias[rows]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Has the first head give these columns alone, in this thread inside the context."""
+        (head, *_) = self._heads
+        with wrap_forwards([(head, lambda present: _trimmed(head, present))]):
+            before, _active.trims = getattr(_active, "trims", ()), ((head, self),)
+            try:
+                yield
+            finally:
+                _active.trims = before
+
+
+_active = threading.local()
+
+
+def _trimmed(head: nn.Linear, present: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def forward(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        for module, trim in getattr(_active, "trims", ()):
+            if module is head:
+                out: Tensor = trim.logits(states)
+                return out
+        return present(states, *args, **kwargs)
+
+    return forward
+
+
+@torch.no_grad()
+def trim_of(model: Any, vocabulary: int, columns: int | None = None) -> VocabTrim | None:
+    """A trim of a model's output head.
+
+    Args:
+        model: Any causal model of transformers.
+        vocabulary: Tokens that may be drafted.
+        columns: Tokens to choose among; 0 for all, None for `columns_for`.
+
+    Returns:
+        None where none is wanted, the head is no plain linear layer, or the model does more with its logits
+        than what it does with each alone.
+    """
+    head = model.get_output_embeddings()
+    columns = columns_for(vocabulary) if columns is None else columns
+    if (
+        not columns
+        or columns >= vocabulary
+        or type(head) is not nn.Linear
+        or not head.weight.is_floating_point()
+    ):
+        return None
+    trim = VocabTrim([head], vocabulary, columns)
+    ids = torch.zeros((1, 1), dtype=torch.int64, device=head.weight.device)
+    try:
+        whole = model(ids).logits[0]
+        with trim.applied():
+            part = model(ids).logits[0]
+    except Exception:  # of any type, in the model's own code: it needs all of its logits
+        return None
+    wanted = whole[:, torch.from_numpy(trim.ids).to(whole.device)]
+    return trim if part.shape == wanted.shape and torch.allclose(part, wanted, rtol=1e-2, atol=1e-2) else None

@@ -1,0 +1,130 @@
+"""Draft models and heads over some tokens: the same drafts while those suffice, never another text."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from retrieval_draft import DraftConfig, RetrievalDrafter
+from retrieval_draft.engine.draft_models.eagle import EagleHead
+from retrieval_draft.engine.draft_models.heads import HeadDraft
+from retrieval_draft.engine.draft_models.model_draft import ModelDraft
+from retrieval_draft.engine.draft_models.vector_heads import MedusaHead
+from retrieval_draft.engine.draft_models.vocab_trim import LEAST, VocabTrim, columns_for, trim_of
+from tests.support.drafters import near_ties, prompt_ids
+from tests.support.models import make
+
+NEW = 60
+
+
+def linear(rows: int, bias: bool = False) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(5, rows, bias=bias)
+
+
+def test_tokens_join_and_the_most_counted_stay() -> None:
+    trim = VocabTrim([linear(8)], 8, 4)
+    assert trim.ids.tolist() == [0, 1]
+    trim.add(np.array([[7, 6], [7, 7]]))
+    assert trim.ids.tolist() == [0, 1, 6, 7]
+    trim.add(np.array([5, 5, 5, 5]))  # one too many: of four columns one stays free
+    assert trim.ids.tolist() == [0, 5, 7]
+    assert trim.columns_of(np.array([7, 1, 0])).tolist() == [2, -1, 0]
+    trim.add(np.array([0, -1, 8, 99]))  # ids that are no tokens
+    assert trim.ids.tolist() == [0, 5, 7]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_logits_are_those_of_the_tokens(bias: bool) -> None:
+    heads = [linear(40, bias), linear(40, bias)]
+    trim = VocabTrim(heads, 40, 12)
+    draw = np.random.default_rng(0)
+    states = torch.randn(3, 5)
+    for _ in range(30):
+        trim.add(draw.integers(0, 40, 3))
+        assert len(trim.ids) <= 12
+        assert len(set(trim.ids.tolist())) == len(trim.ids)
+        for at, head in enumerate(heads):
+            torch.testing.assert_close(trim.logits(states, at), head(states)[:, torch.from_numpy(trim.ids)])
+
+
+def test_small_vocabularies_are_left_whole() -> None:
+    assert columns_for(2 * LEAST - 1) == 0
+    assert columns_for(2 * LEAST) == LEAST
+    assert columns_for(262144) == 32768
+    assert trim_of(make("llama"), 97) is None
+
+
+def test_a_model_that_needs_all_of_its_logits_is_left_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama")
+    assert trim_of(model, 97, 20) is not None
+    forward = type(model).forward
+
+    def shifted(self: Any, *given: Any, **named: Any) -> Any:
+        out = forward(self, *given, **named)
+        out.logits = out.logits.log_softmax(-1)
+        return out
+
+    monkeypatch.setattr(type(model), "forward", shifted)
+    assert trim_of(model, 97, 20) is None
+
+
+def test_other_threads_have_the_whole_head() -> None:
+    model = make("llama")
+    trim = trim_of(model, 97, 20)
+    assert trim is not None
+    sizes = []
+
+    def run() -> None:
+        with torch.no_grad():
+            sizes.append(model(prompt_ids()).logits.shape[-1])
+
+    with trim.applied():
+        run()
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    run()
+    assert sizes == [10, 97, 97]
+
+
+def test_a_draft_model_loses_next_to_nothing_and_the_text_is_the_same() -> None:
+    model = make("gemma3")
+    stock = model.generate(prompt_ids(), max_new_tokens=NEW, do_sample=False)
+    steps = {}
+    for columns in (0, 48):
+        draft = ModelDraft(make("gemma3"), 97, columns=columns)
+        ours = RetrievalDrafter.for_model(model, draft_model=draft, config=DraftConfig(nodes=12, sources=()))
+        assert near_ties(model, ours.generate(prompt_ids(), max_new_tokens=NEW, do_sample=False), stock) == 0
+        assert ours.stats.source_failures == 0
+        steps[columns] = ours.stats.tokens_per_step
+        assert (draft.trim is not None) == bool(columns)
+    assert steps[48] > 0.85 * steps[0], steps
+
+
+@pytest.mark.parametrize("kind", ["eagle", "medusa"])
+def test_heads_over_some_tokens_are_exact(kind: str) -> None:
+    from transformers import LlamaConfig
+
+    model = make("llama")
+    torch.manual_seed(1)
+    config = model.config
+    shape = LlamaConfig(
+        hidden_size=config.hidden_size, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1,
+        num_key_value_heads=1, vocab_size=97,
+    )  # fmt: skip
+    head: Any = EagleHead(shape, True, False) if kind == "eagle" else MedusaHead(3, 1, config.hidden_size, 97)
+    source = HeadDraft(head, columns=30)
+    ours = RetrievalDrafter.for_model(model, draft_model=source, config=DraftConfig(nodes=8))
+    rows = torch.cat([prompt_ids(seed=seed) for seed in range(3)])
+    stock = model.generate(rows, max_new_tokens=NEW, do_sample=False)
+    assert near_ties(model, ours.generate(rows, max_new_tokens=NEW, do_sample=False), stock) == 0
+    assert ours.stats.source_failures == 0
+    assert ours.stats.drafted_by_source["model"] > 0
+    assert source.trim is not None
+    assert 15 <= len(source.trim.ids) <= 30
