@@ -84,9 +84,10 @@ class VocabTrim:
 
     def columns_of(self, tokens: NDArray[Any]) -> NDArray[np.int64]:
         """int64, shape (n,): the column of each token, shape (n,); -1 where it has none."""
-        columns = np.full(len(self._counts), -1, np.int64)
+        columns: NDArray[np.int64] = np.full(len(self._counts), -1, np.int64)
         columns[self.ids] = np.arange(len(self.ids))
-        return columns[tokens]
+        found: NDArray[np.int64] = columns[tokens]
+        return found
 
     @property
     def share(self) -> float:
