@@ -181,7 +181,7 @@ def test_options_that_cannot_be(options: dict[str, Any], reason: str) -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (("generate", "hello", "--exact", "yes"), "exact is 'yes'"),
+        (("generate", "hello", "--model", "m", "--exact", "yes"), "exact is 'yes'"),
         (("serve", "--model", "m", "--engine", "vllm", "--exact", "bitwise"), "has no --exact"),
     ],
 )
