@@ -94,13 +94,11 @@ def trim(
 
     loaded, tokenizer = load_model(model)
     given = spread(read_prompts(prompts or [Path("tests/data/prompts_kinds.jsonl")]), limit)
-    result = {"model": model, "ways": time_trim(loaded, tokenizer, given, max_new_tokens=max_new_tokens)}
+    ways = time_trim(loaded, tokenizer, given, max_new_tokens=max_new_tokens)
+    result = {"model": model, "ways": ways}
     finish(result | provenance(), out)
     if json:
         print_json(result)
         return
-    rows = [
-        (name, f"{each['pass_ms']:.1f}", f"{each['tokens_per_step']:.2f}")
-        for name, each in result["ways"].items()
-    ]
+    rows = [(name, f"{each['pass_ms']:.1f}", f"{each['tokens_per_step']:.2f}") for name, each in ways.items()]
     print_table(f"{model} drafts for itself", ("vocabulary", "ms a pass", "tokens/step"), rows)

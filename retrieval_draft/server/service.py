@@ -252,7 +252,7 @@ class Service:
         try:
             loaded.engine.submit(job)
         except ApiError:
-            job.let_go()
+            job.release()
             channel.close()
             raise
         return job, asked

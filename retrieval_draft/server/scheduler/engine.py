@@ -453,7 +453,7 @@ class ServingEngine:
         job.drafter.stats.add(choice.stats)
         self._reports.ended(choice, reason)
         if job.ended == job.size:
-            job.let_go()
+            job.release()
 
     def _row_failed(self, row: Row, error: Exception) -> None:
         choice = self._choices.pop(row, None)

@@ -109,7 +109,7 @@ class Job:
         self.groups.append(SequenceGroup(self, prepared, choices))
         return choices
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Forgets the choices at the end: they know the job, and what is in a circle waits for a collection.
 
         Until then it would hold the inputs and the keys of each request that has ended.
