@@ -92,6 +92,9 @@ def forced(replies: Mapping[tuple[int, ...], Sequence[int]]) -> Iterator[None]:
         drafting: DraftSession, plan: Any, emitted: TokenArray, logits: NodeLogits, early: bool | None = None
     ) -> None:
         """All sources learn now: which predictions are recorded is not known earlier."""
+        if not len(emitted):  # of the warm-up
+            learn(drafting, plan, emitted, logits)
+            return
         path = plan.tree.walk(emitted)[: len(emitted)]
         repeated = np.resize(np.arange(len(path)), len(logits.contexts))
         contexts = logits.contexts[np.array(path)][repeated]
