@@ -43,6 +43,8 @@ def write(model: Any, tokenizer: Any, prompts: list[Prompt], tokens: int, batch:
     chat = bool(tokenizer.chat_template)
     encoded = sorted((prompt.encode(tokenizer, chat) for prompt in prompts), key=len)
     encoded = [ids for ids in encoded if 1 < len(ids) <= LONGEST_PROMPT]
+    if not encoded:
+        raise SystemExit(f"No prompt has 2 to {LONGEST_PROMPT} tokens.")
     count = turn = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     with RetrievalDrafter.for_model(model, tokenizer) as drafter, path.open("w") as file:

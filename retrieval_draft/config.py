@@ -98,9 +98,8 @@ class DraftConfig:
             for their measured cost.
         cpu_kernels: Whether the model's layers use faster kernels for few tokens on the
             CPU while the drafter decodes. Results differ in the last bits. No effect on other devices.
-        graphs: Whether passes over draft trees are captured once and replayed, for a request that is alone in
-            its pass: "auto" as CUDA graphs on CUDA, "off" never, "tape" as recorded operations on any device,
-            which saves nothing and is for tests.
+        graphs: Whether passes over draft trees are captured once and replayed: "auto" as CUDA graphs on CUDA,
+            "off" never, "tape" as recorded operations on any device, which saves nothing and is for tests.
         exact: "bitwise" for text, and a cache, that are the same bit for bit with and without drafts in half
             precision too, alone and in a batch: every pass, of prompts too, has one shape. Refused, with the
             reason, where the model does not keep to it on this machine. None for equality up to rounding.

@@ -177,7 +177,10 @@ class SourceSessions:
         for opened in self._opened:
             if getattr(opened.session, "wants_cache", False):
                 drafter: Any = opened.session
-                drafter.lend_cache(cache)
+                try:
+                    drafter.lend_cache(cache)
+                except Exception as error:  # as above
+                    opened.failed("lend_cache", error)
 
     def fork_hidden(self, other: SourceSessions) -> None:
         """Gives sessions the target's states that another request with the same prompt has."""

@@ -7,6 +7,7 @@ from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import median
+from weakref import WeakSet
 
 from retrieval_draft.drafting.hierarchy import OuterSession
 from retrieval_draft.index.source import DraftSource, NodeLogits, Proposal, SourceSession, TokenArray
@@ -155,7 +156,9 @@ class _PacedSession(OuterSession):
     def propose(self, budget: int) -> Proposal:
         begin = self._clock()
         proposal = self._session.propose(budget)
-        self.pacer.took(self._clock() - begin)
+        # One that drafts for several requests at once knows each one's share.
+        share: float | None = getattr(self._session, "draft_seconds", None)
+        self.pacer.took(self._clock() - begin if share is None else share)
         return proposal
 
     def observe(self, tokens: TokenArray) -> None:
@@ -166,7 +169,7 @@ class _PacedSession(OuterSession):
         self._session.learn(logits)
 
     def close(self) -> None:
-        self._source.ended()
+        self._source.ended(self)
         self._session.close()
 
 
@@ -184,16 +187,17 @@ class PacedSource:
         self.level = source.level
         self.pacer = Pacer(clock)
         self._clock = clock
-        self._live = 0
+        self._live: WeakSet[_PacedSession] = WeakSet()
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> SourceSession:
         """Starts a request with `prompt`, int32, shape (length,); what was learned stays for the next."""
-        self._live += 1
-        return _PacedSession(self, self.source.open(prompt, references), self._clock)
+        session = _PacedSession(self, self.source.open(prompt, references), self._clock)
+        self._live.add(session)
+        return session
 
-    def ended(self) -> None:
+    def ended(self, session: _PacedSession) -> None:
         """Notes that a request has ended."""
-        self._live -= 1
+        self._live.discard(session)
         if not self._live:
             self.pacer.pause()
 

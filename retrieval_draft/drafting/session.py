@@ -151,7 +151,7 @@ class DraftSession:
         fused = self._fuse(root, proposals, self._calibration, most)
         asked = []
         for index, session in self._sessions.paced:
-            if session.pacer.asks(_expected(fused)):
+            if max_depth > 0 and session.pacer.asks(_expected(fused)):
                 proposals[index] = self._sessions.ask(index, wanted)
                 without, fused = fused, self._fuse(root, proposals, self._calibration, most)
                 asked.append((session.pacer, without, fused))
@@ -268,7 +268,8 @@ class DraftSession:
 
     def lend_cache(self, cache: Any) -> None:
         """Lends sources the target's cache for the next proposal: the text but for its last token."""
-        self._sessions.lend_cache(cache)
+        # Not while sources have seen forced tokens beyond it.
+        self._sessions.lend_cache(None if self._seen else cache)
 
     def fork_hidden(self, other: DraftSession) -> None:
         """Takes over the states of a prompt that another request has passed; before `start`."""

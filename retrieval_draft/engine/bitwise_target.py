@@ -164,7 +164,8 @@ class BitwiseTarget(Target):
         """As of `Target`: a pass for each request."""
         if len(caches) == 1:
             return self.verify(caches[0], inputs[0])
-        return self._each(self.verify, caches, inputs)
+        # Passes of caches that take turns in one memory write the same logits.
+        return self._each(lambda cache, given: self.verify(cache, given).clone(), caches, inputs)
 
     def _forward(self, cache: Any, ids: Tensor, offset: int, keep: int, whole: int) -> Tensor:
         """Appends text in chains of `WIDTH` tokens; logits of the last `keep`."""
@@ -327,6 +328,7 @@ class BitwiseTarget(Target):
         return logits, None if states is None else states[0]
 
     def _forget(self) -> None:
+        self._pool = None  # of graphs that are gone
         for room in self._rooms:
             room.passes = {}
         self._last = None

@@ -77,6 +77,11 @@ class _Verified:
     seconds: float
     is_usual: bool
 
+    def with_own_logits(self) -> _Verified:
+        """This, with logits that another pass does not write over, as captured ones do."""
+        outputs = {row: replace(output, logits=output.logits.clone()) for row, output in self.outputs.items()}
+        return replace(self, outputs=outputs)
+
 
 @dataclass(frozen=True, slots=True)
 class _StepCosts:
@@ -308,10 +313,12 @@ class Batch:
     ) -> list[_Verified]:
         """A pass over all rows, or one over each group of rows that can share a pass."""
         verified: list[_Verified] = []
-        for group in self._shared(list(inputs)):
+        groups = self._shared(list(inputs))
+        for group in groups:
             trees = [plans[row] for row in group]
             try:
-                verified.append(self._verify(group, trees, [inputs[row] for row in group]))
+                done = self._verify(group, trees, [inputs[row] for row in group])
+                verified.append(done if len(groups) == 1 else done.with_own_logits())
             except Exception as error:
                 if self._failed is None:
                     raise
@@ -386,13 +393,7 @@ class Batch:
         for row, plan in zip(rows, plans, strict=True):
             plain = plan.cut(0)
             try:
-                verified = self._verify([row], [plain], [row.prepare_again(plain)])
-                # Logits of a captured pass hold until the next row's.
-                outputs = {
-                    each: replace(output, logits=output.logits.clone())
-                    for each, output in verified.outputs.items()
-                }
-                out.append(replace(verified, outputs=outputs))
+                out.append(self._verify([row], [plain], [row.prepare_again(plain)]).with_own_logits())
             except Exception as again:
                 self._fail(row, again)
         return out

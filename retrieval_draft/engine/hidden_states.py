@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class HiddenStates:
         self.layers: tuple[int, ...] = ()
         self._modules: list[Any] = []
         self._taken: list[Tensor | None] = []
+        self._thread = 0
 
     def read(self, layers: Sequence[int]) -> None:
         """Has some layers read from now on, besides those that are.
@@ -72,7 +74,8 @@ class HiddenStates:
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """Takes the states of passes that run inside."""
+        """Takes the states of passes that run inside, on this thread; others may use the model meanwhile."""
+        self._thread = get_ident()
         with ExitStack() as stack:
             for at, (layer, module) in enumerate(zip(self.layers, self._modules, strict=True)):
                 hook = self._after(at) if layer == LAST else self._before(at)
@@ -93,13 +96,15 @@ class HiddenStates:
 
     def _before(self, at: int) -> Any:
         def take(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._taken[at] = args[0] if args else kwargs["hidden_states"]
+            if get_ident() == self._thread:
+                self._taken[at] = args[0] if args else kwargs["hidden_states"]
 
         return take
 
     def _after(self, at: int) -> Any:
         def take(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self._taken[at] = output if isinstance(output, Tensor) else output[0]
+            if get_ident() == self._thread:
+                self._taken[at] = output if isinstance(output, Tensor) else output[0]
 
         return take
 

@@ -85,9 +85,9 @@ def keep_costs(path: Path, costs: PassCosts) -> None:
 
 
 def _read(path: Path) -> list[PassCosts]:
-    if not path.exists():
-        return []
     try:
+        if not path.exists():
+            return []
         return msgspec.json.decode(read_bounded(path, _MOST_BYTES), type=list[PassCosts])
     except (OSError, ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         _log.warning("Passes are measured again: %s cannot be used: %s.", path, error)

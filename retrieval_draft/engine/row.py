@@ -176,6 +176,8 @@ class Row:
         """
         request, begin = self.request, perf_counter()
         if request.prefixes is None or request.cache is not None:
+            if request.passed is not None and self.drafting is not None:
+                self.drafting.share_hidden(object())  # of images, which no text tells apart
             return
         prefixes = request.prefixes()
         prefix = prefixes.find(request.prompt) if prefixes is not None and finds else None

@@ -217,7 +217,8 @@ class Target:
             return best
         self._best = max(self._best, min(best, self.vocabulary))
         k = min(k, self.vocabulary)
-        self.graphs.summarised((k, self._best), partial(summary, k=k, best=self._best))
+        key = k, self._best, self.hidden_states.layers
+        self.graphs.summarised(key, partial(summary, k=k, best=self._best))
         return self._best
 
     def summary_of(self, logits: Tensor) -> Tensor | None:

@@ -12,7 +12,7 @@ from retrieval_draft.engine.draft_models.expansion import ExpansionLimits
 from retrieval_draft.engine.draft_models.heads import HeadDraft
 from retrieval_draft.engine.draft_models.model_draft import ModelDraft
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.index.source import Proposal, TokenArray
+from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 from retrieval_draft.methods.lookup import LookupSession, MethodSource
 from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 
@@ -32,6 +32,10 @@ class Drafter(Protocol):
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,)."""
+        ...
+
+    def learn(self, logits: NodeLogits) -> None:
+        """Adds the target's predictions to what it learns from."""
         ...
 
     def close(self) -> None:
@@ -56,6 +60,11 @@ class DraftedSession(OuterSession, LookupSession):
         super().observe(tokens)
         for model in self.inner:
             model.observe(tokens)
+
+    def learn(self, logits: NodeLogits) -> None:
+        """Passes the target's predictions on."""
+        for model in self.inner:
+            model.learn(logits)
 
     def close(self) -> None:
         """Ends the request in the draft models."""

@@ -80,6 +80,18 @@ def test_rows_of_a_batch_have_the_bits_that_they_have_alone() -> None:
     assert drafter.stats.accepted > 0
 
 
+def test_more_rows_than_memories_draw_from_their_own_logits() -> None:
+    """Nine rows take turns in eight memories, and passes of one memory write one place."""
+    model, prompts = half("llama"), ragged((9,) * 9)
+    options = {"max_new_tokens": 6, "do_sample": True, "seed": 5, "top_k": 0}
+    alone = [
+        bitwise(model).generate(prompt, **options)[0, prompt.shape[1] :].tolist() for prompt in prompts[:1]
+    ]
+    ids, mask = padded(prompts)
+    out = bitwise(model).generate(ids, mask, pad_token_id=0, **options)
+    assert out[0, ids.shape[1] :].tolist() == alone[0]
+
+
 def test_a_continued_cache_has_the_bits_of_a_new_one() -> None:
     """A prompt's keys do not depend on the passes that its parts were in."""
     model, prompt = half("mistral"), prompt_ids(40)

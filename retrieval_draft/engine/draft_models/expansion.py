@@ -15,6 +15,7 @@ from torch import Tensor
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
 from retrieval_draft.engine.target import Target
+from retrieval_draft.errors import TokenizerMismatchError
 from retrieval_draft.index.source import TokenArray
 
 __all__ = ["Expansion", "ExpansionLimits", "Growth", "LentExpansion", "ModelTree"]
@@ -229,6 +230,7 @@ class Expansion:
             root = self._root(text)
             if not len(chain):
                 return root.float().log_softmax(-1)
+            _check_known(chain, self._target)
             tokens = [int(text[-1]), *chain.tolist()]
             indices = list(range(len(tokens)))
             rows = self._pass(tokens, [index - 1 for index in indices], indices, indices, len(text))
@@ -266,6 +268,7 @@ class Expansion:
         """
         target = self._target
         same = len(self._cached)
+        _check_known(text[same:], target)
         if same >= len(text) or not np.array_equal(self._cached, text[:same]):
             self.close()
             same = 0
@@ -312,6 +315,10 @@ class Expansion:
 class LentExpansion(Expansion):
     """Drafts after the text in a cache that another engine keeps, or in one of its own where none is lent.
 
+    Args:
+        target, limits, applied: As for `Expansion`.
+        used: Returns what its passes depend on. Where that has changed, its own cache is filled anew.
+
     Attributes:
         cache: Holds the text but for its last token, for this step; None where it is not lent. Staged nodes
             are dropped again.
@@ -319,8 +326,22 @@ class LentExpansion(Expansion):
 
     cache: Any = None
 
+    def __init__(
+        self,
+        target: Target,
+        limits: ExpansionLimits,
+        applied: Callable[[], AbstractContextManager[object]],
+        used: Callable[[], object],
+    ) -> None:
+        super().__init__(target, limits, applied)
+        self._used = used
+        self._filled_by: object = None
+
     def _root(self, text: TokenArray, masks: TokenArray | None = None) -> Tensor:
         if self.cache is None or masks is not None:
+            if self._filled_by != (now := self._used()):
+                self.close()
+                self._filled_by = now
             return super()._root(text, masks)
         self._cached, self._between = text[:0], text[:0]
         self._cache = self.cache
@@ -359,6 +380,15 @@ class LentExpansion(Expansion):
         if self.cache is not None:
             self.cache.drop()
             self.close()
+
+
+def _check_known(tokens: TokenArray, target: Target) -> None:
+    if len(tokens) and int(tokens.max()) >= target.embedding_rows:
+        raise TokenizerMismatchError(
+            f"Token {int(tokens.max())} is unknown to the draft model, which has {target.embedding_rows} "
+            "tokens.",
+            "Pass (model, tokenizer) as draft_model, so that its text is translated.",
+        )
 
 
 def _chain(tokens: TokenArray) -> DraftTree:

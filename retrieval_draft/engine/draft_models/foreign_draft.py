@@ -119,7 +119,8 @@ class ForeignModelDraft:
         self.speller = Speller(target_tokenizer)
         self._draft_tokenizer = draft_tokenizer
         self._target_tokenizer = target_tokenizer
-        self._model = ModelDraft(model, int(model.get_input_embeddings().weight.shape[0]), limits)
+        rows = int(model.get_input_embeddings().weight.shape[0])
+        self._model = ModelDraft(model, rows, limits, columns=0)
         target = self._model.target
         if mode == "intersection":
             self.map = VocabularyMap(target_tokenizer, draft_tokenizer)

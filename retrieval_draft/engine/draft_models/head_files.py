@@ -15,13 +15,16 @@ from retrieval_draft.engine.draft_models.dflash import DFlashHead
 from retrieval_draft.engine.draft_models.eagle import Eagle3Head, EagleHead
 from retrieval_draft.engine.draft_models.vector_heads import HydraHead, MedusaHead, MlpSpeculator, ReDrafter
 from retrieval_draft.engine.hidden_states import LAST
-from retrieval_draft.errors import ModelFileError
+from retrieval_draft.errors import ModelFileError, RetrievalDraftError
 from retrieval_draft.models.loading import model_folder
 
 __all__ = ["LAYOUTS", "load_head"]
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "medusa_lm_head.pt", "hydra_lm_head.pt")
 """Files of weights; those of a kind make the ones after it unnecessary."""
+
+_LONGEST_BLOCK = 256
+_MOST_LEVELS = 32
 
 _HINT = "Name the folder or hub name of a head that was trained for this model."
 
@@ -65,7 +68,9 @@ def load_head(name: str, model: Any) -> Any:
     try:
         head, named = LAYOUTS[layout](config, weights, model, size)
         _fill(head, named, name, layout)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except RetrievalDraftError:
+        raise
+    except Exception as error:  # of any type, by torch and transformers, for numbers that make no sense
         raise ModelFileError(
             f"The head {name!r} of the kind {layout!r} has an unusable config.json: {error!r}.", _HINT
         ) from error
@@ -82,6 +87,20 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
     return config
 
 
+def _number(config: Mapping[str, Any], key: str, most: int, default: int | None = None) -> int:
+    """A count or size of a config.json, 1 to `most`: what it makes is made before it meets the weights."""
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"{key} is {value!r}; it must be a whole number in 1..{most}")
+    return value
+
+
+def _widest(weights: Mapping[str, Tensor]) -> int:
+    """The largest dimension of all weights, beyond which no size of a head lies."""
+    return max((max(each.shape, default=1) for each in weights.values()), default=1)
+
+
 def _layout(config: Mapping[str, Any], folder: Path) -> str | None:
     """The layout of a checkpoint; None for a model of its own."""
     if "speculators_model_type" in config:
@@ -93,7 +112,8 @@ def _layout(config: Mapping[str, Any], folder: Path) -> str | None:
     for key, kind in (("hydra_num_heads", "hydra"), ("dflash_config", "dflash")):
         if key in config:
             return kind
-    names = config.get("architectures") or []
+    given = config.get("architectures")
+    names = given if isinstance(given, list) else []
     if "draft_vocab_size" in config or any("Eagle3" in str(each) for each in names):
         return "eagle3"
     # EAGLE's config.json is that of a Llama with one layer: `_is_eagle` tells them apart by their weights.
@@ -143,7 +163,10 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "no weight" if shape is None else f"one of shape {list(shape)}"
 
 
-def _llama(config: Mapping[str, Any], size: int | None = None) -> Any:
+_WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+def _llama(config: Mapping[str, Any], weights: Mapping[str, Tensor], size: int | None = None) -> Any:
     """The configuration of a head's layers, whose states have `size` columns, if that is given."""
     import transformers
 
@@ -151,6 +174,10 @@ def _llama(config: Mapping[str, Any], size: int | None = None) -> Any:
     kind = config.get("model_type", "llama")
     if kind not in kinds:
         raise ValueError(f"layers of {kind!r}; known are {', '.join(kinds)}")
+    for key in _WIDTHS:
+        if config.get(key) is not None:
+            _number(config, key, _widest(weights))
+    _number(config, "num_hidden_layers", len(weights), 1)
     if size not in (None, int(config["hidden_size"])):
         raise ValueError(f"hidden_size is {config['hidden_size']}, the target's states have {size} columns")
     return kinds[kind](**{key: value for key, value in config.items() if key != "architectures"})
@@ -161,7 +188,7 @@ _Made = tuple[Any, dict[str, Tensor]]
 
 def _eagle(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int) -> _Made:
     """SafeAILab's layout: `fc`, `layers`, and mostly `embed_tokens`."""
-    head = EagleHead(_llama(config, size), "fc.bias" in weights, "embed_tokens.weight" in weights)
+    head = EagleHead(_llama(config, weights, size), "fc.bias" in weights, "embed_tokens.weight" in weights)
     return head, _renamed(weights, {"layers.": "decoder."})
 
 
@@ -171,7 +198,9 @@ def _speculators_eagle(
     """The layout of speculators: `fusion_fc` and `transformer`; the rest is the target's."""
     if config.get("layernorms"):
         raise ValueError("layernorms is set, which is not supported")
-    head = EagleHead(_llama(config["transformer_layer_config"], size), "fusion_fc.bias" in weights, False)
+    head = EagleHead(
+        _llama(config["transformer_layer_config"], weights, size), "fusion_fc.bias" in weights, False
+    )
     own = {key: each for key, each in weights.items() if not key.startswith(("embed_tokens.", "lm_head."))}
     return head, _renamed(own, {"fusion_fc.": "fc.", "transformer.": "decoder.0."})
 
@@ -184,11 +213,12 @@ def _eagle3(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any
     if read is None:
         count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
         read = (2, count // 2, count - 3)
-    columns = int(config.get("draft_vocab_size") or layers["vocab_size"])
+    widest, rows = _widest(weights), int(model.get_input_embeddings().weight.shape[0])
+    columns = _number({**layers, **config}, "draft_vocab_size", widest, layers["vocab_size"])
     head = Eagle3Head(
-        _llama(layers),
-        [int(layer) for layer in read],
-        int(config.get("target_hidden_size") or size),
+        _llama(layers, weights),
+        _layers(read),
+        _number(config, "target_hidden_size", widest, size),
         columns,
         "embed_tokens.weight" in weights,
         bool(config.get("norm_before_residual", False)),
@@ -196,15 +226,21 @@ def _eagle3(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any
     )
     own = {key: each for key, each in weights.items() if key not in ("d2t", "t2d")}
     if "d2t" in weights:
-        head.ids = np.arange(columns) + weights["d2t"].long().numpy()
-        if not 0 <= head.ids.min() <= head.ids.max() < int(layers["vocab_size"]):
-            raise ValueError("d2t names tokens beyond the vocabulary")
+        differences = weights["d2t"].long().numpy()
+        if differences.shape != (columns,):
+            raise ValueError(f"d2t has the shape {list(differences.shape)}; expected is [{columns}]")
+        head.ids = np.arange(columns) + differences
+        if not 0 <= head.ids.min() <= head.ids.max() < rows:
+            raise ValueError(f"d2t names tokens beyond the {rows} of the target")
+    elif columns > rows:
+        raise ValueError(f"it guesses {columns} tokens, the target has {rows}")
     return head, _renamed(own, {"midlayer.": "decoder.0.", "layers.": "decoder."})
 
 
 def _medusa(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int) -> _Made:
     """FasterDecoding's layout: head, block, weight, with or without ``medusa_head.`` in front."""
-    heads, blocks = int(config["medusa_num_heads"]), int(config.get("medusa_num_layers", 1))
+    heads = _number(config, "medusa_num_heads", len(weights))
+    blocks = _number(config, "medusa_num_layers", len(weights), 1)
     head = MedusaHead(heads, blocks, size, int(model.get_input_embeddings().weight.shape[0]))
     named = {f"heads.{key.removeprefix('medusa_head.')}": each for key, each in weights.items()}
     return head, named
@@ -215,7 +251,8 @@ def _hydra(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any,
     kind, offset = config.get("hydra_head_arch", "mlp"), config.get("hidden_state_offset", 0)
     if (kind, offset) != ("mlp", 0):
         raise ValueError(f"hydra_head_arch is {kind!r}, hidden_state_offset {offset}; known are 'mlp' and 0")
-    heads, blocks = int(config["hydra_num_heads"]), int(config.get("hydra_num_layers", 1))
+    heads = _number(config, "hydra_num_heads", len(weights))
+    blocks = _number(config, "hydra_num_layers", len(weights), 1)
     rows = int(model.get_input_embeddings().weight.shape[0])
     return HydraHead(heads, blocks, size, rows, bool(config.get("grounded_heads", True))), dict(weights)
 
@@ -224,41 +261,50 @@ def _redrafter(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: 
     """Apple's layout: `input_proj`, `lm_head`, `rnn_u` and `rnn_w`; the embeddings are the target's."""
     if int(config["hidden_size"]) != size:
         raise ValueError(f"hidden_size is {config['hidden_size']}, the target's states have {size} columns")
-    inner, blocks = int(config["exit_dim"]), int(config["num_draft_layers"])
-    return ReDrafter(size, inner, blocks, int(config["vocab_size"]), bool(config["rnn"])), dict(weights)
+    inner = _number(config, "exit_dim", 2 * _widest(weights))
+    blocks = _number(config, "num_draft_layers", len(weights))
+    columns = _number(config, "vocab_size", int(model.get_input_embeddings().weight.shape[0]))
+    return ReDrafter(size, inner, blocks, columns, bool(config["rnn"])), dict(weights)
 
 
 def _dflash(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int) -> _Made:
     """z-lab's layout: `fc`, `hidden_norm`, `layers` of Qwen 3, `norm`; the rest is the target's."""
     nested = config["dflash_config"]
-    layers = _llama({**config, "model_type": "qwen3"}, size)
+    layers = _llama({**config, "model_type": "qwen3"}, weights, size)
     kinds = sorted(set(getattr(layers, "layer_types", None) or ()) - {"full_attention"})
     if kinds:
         raise ValueError(f"layers of {', '.join(kinds)}; known are those of full_attention")
     # They count what layers give, this package what layers take.
     count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
-    read = [int(layer) + 1 for layer in nested["target_layer_ids"]]
-    block = int(config.get("block_size") or nested["block_size"])
-    head = DFlashHead(
-        layers, [LAST if each == count else each for each in read], block, int(nested["mask_token_id"])
-    )
+    read = [layer + 1 for layer in _layers(nested["target_layer_ids"])]
+    block = _number({**nested, **config}, "block_size", _LONGEST_BLOCK)
+    mask = nested["mask_token_id"]
+    head = DFlashHead(layers, [LAST if each == count else each for each in read], block, int(mask))
     return head, _renamed(weights, {"layers.": "decoder."})
 
 
 def _mlp_speculator(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int) -> _Made:
     """IBM's layout: ``speculator.emb``, `proj`, `ln` and `head` of each level; tied ones may be repeated."""
-    emb, inner = int(config["emb_dim"]), int(config.get("inner_dim") or config["emb_dim"])
-    depth, ties = int(config["n_predict"]), bool(config.get("tie_weights", False))
+    widest, ties = _widest(weights), bool(config.get("tie_weights", False))
+    emb = _number(config, "emb_dim", widest)
+    inner, depth = _number(config, "inner_dim", widest, emb), _number(config, "n_predict", _MOST_LEVELS)
     if emb != size:
         raise ValueError(f"emb_dim is {emb}, the target's states have {size} columns")
     scales = bool(config.get("scale_input", False))
-    head = MlpSpeculator(depth, size, inner, int(config["vocab_size"]), ties, scales)
+    head = MlpSpeculator(depth, size, inner, _number(config, "vocab_size", widest), ties, scales)
     named = {key.removeprefix("speculator."): each for key, each in weights.items()}
     if ties:  # files may repeat the first levels' weights for the others
         own = head.state_dict().keys()
         levels = {f"{part}.{at}." for part in ("emb", "proj", "ln", "head") for at in range(1, depth)}
         named = {k: each for k, each in named.items() if k in own or not k.startswith(tuple(levels))}
     return head, named
+
+
+def _layers(given: Any) -> list[int]:
+    """Indices of the target's layers."""
+    if not all(isinstance(layer, int) and layer >= 0 for layer in given):
+        raise ValueError(f"layers {given} are read; they must be numbers of 0 and above")
+    return list(given)
 
 
 def _renamed(weights: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from time import perf_counter
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -16,6 +17,7 @@ from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growt
 from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim, columns_for
 from retrieval_draft.engine.hidden_states import HiddenStates
 from retrieval_draft.engine.target import Target
+from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray, empty_proposal
 
 __all__ = ["RERANKED", "DraftHead", "HeadDraft", "HeadSession", "HeadState", "proposal_of"]
@@ -136,6 +138,7 @@ class HeadSession:
         source.saw(self.text)
         self._was_asked = self._is_asked = True
         self.key: Hashable = None
+        self.draft_seconds = 0.0
         self.budget = 0
 
     def learn_hidden(self, hidden: Tensor, begin: int) -> None:
@@ -236,7 +239,7 @@ class HeadSession:
             hidden state is missing.
         """
         if len(self.text) < 2 or not self.ends_at_root:
-            return torch.empty((0, 0), dtype=torch.float32)
+            return torch.empty((0, 0), dtype=torch.float32, device="cpu")
         return self._source.review(self, chain.tolist())
 
     def found(self, tree: ModelTree) -> None:
@@ -304,9 +307,13 @@ class HeadDraft:
         self.states = target.hidden_states
         self.states.read(self.head.layers)
         self.head.bind(target.model)
+        if self._columns is not None and self._columns < 0:
+            raise InvalidInputError(
+                f"columns is {self._columns}; it must be 0 or more.", "0 is for all tokens."
+            )
         head: Any = self.head
         outputs = head.outputs() if hasattr(head, "outputs") else []
-        known = min((len(each.weight) for each in outputs), default=0)
+        known = min((len(each.weight) for each in outputs if each.weight.device.type != "meta"), default=0)
         most = 0 if self.head.ids is None else int(self.head.ids.max()) + 1
         self._vocabulary = max(target.embedding_rows, known, most)
         columns = columns_for(known) if self._columns is None else self._columns
@@ -340,12 +347,17 @@ class HeadDraft:
         if not session.ends_at_root:
             return
         others = [each for each in self._live if each is not session and each.is_due]
+        begin = perf_counter()
         try:
             self._grow([session, *others])
         except Exception:
             if not others:
                 raise
             self._grow([session])  # another one's fault is its own
+            others = []
+        share = (perf_counter() - begin) / (1 + len(others))
+        for each in (session, *others):
+            each.draft_seconds = share
 
     def _grow(self, sessions: Sequence[HeadSession]) -> None:
         head = self.head

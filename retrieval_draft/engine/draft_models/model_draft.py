@@ -208,16 +208,12 @@ class SelfSession(ModelSession):
         self._lent.cache = cache
 
     def observe(self, tokens: TokenArray) -> None:
-        """Appends accepted tokens, int32, shape (m,)."""
+        """Appends accepted tokens, int32, shape (m,), and makes a step of the search, while it lasts."""
         super().observe(tokens)
         self._lent.cache = None
         self._emitted += len(tokens)
-
-    def propose(self, budget: int) -> Proposal:
-        """The likeliest paths, as `ModelSession.propose`; a step of the search first, while it lasts."""
-        if budget > 0 and self._emitted >= SCORED:
+        if self._emitted >= SCORED:  # each step, whether it drafts or sleeps
             self._source.score(self._text)
-        return super().propose(budget)
 
 
 class ParallelSession(ModelSession):
@@ -276,9 +272,8 @@ class ParallelDraft(ModelDraft):
         limits: ExpansionLimits | None = None,
         cpu_kernels: bool = True,
     ) -> None:
-        super().__init__(
-            model, vocabulary, limits or ExpansionLimits(depth=8, entropy_stop=None), cpu_kernels
-        )
+        limits = limits or ExpansionLimits(depth=8, entropy_stop=None)
+        super().__init__(model, vocabulary, limits, cpu_kernels, columns=0)
         if not 0 <= mask < self.target.embedding_rows:
             raise InvalidInputError(
                 f"The draft model's pard_token is {mask}; it has {self.target.embedding_rows} tokens.",
@@ -299,7 +294,14 @@ class ParallelDraft(ModelDraft):
 def draft_of(model: Any, vocabulary: int) -> ModelDraft:
     """A draft source from a model with the target's tokenizer; a parallel one where its config has a mask."""
     mask = getattr(model.config, "pard_token", None)
-    return ModelDraft(model, vocabulary) if mask is None else ParallelDraft(model, vocabulary, int(mask))
+    if mask is None:
+        return ModelDraft(model, vocabulary)
+    if isinstance(mask, bool) or not isinstance(mask, int):
+        raise InvalidInputError(
+            f"The draft model's pard_token is {mask!r}; it must be a token's number.",
+            "Check its config.json, or remove pard_token there to draft token by token.",
+        )
+    return ParallelDraft(model, vocabulary, mask)
 
 
 class SelfDraft(ModelDraft):
@@ -355,7 +357,7 @@ class SelfDraft(ModelDraft):
         self, prompt: TokenArray, limits: ExpansionLimits | None = None, reranked: int = RERANKED
     ) -> SelfSession:
         """Starts a request with limits of its own; see `ModelDraft.session`."""
-        expansion = LentExpansion(self.target, limits or self.limits, self.applied)
+        expansion = LentExpansion(self.target, limits or self.limits, self.applied, lambda: self.skip)
         return SelfSession(self, expansion, prompt, reranked)
 
     @property
@@ -374,7 +376,7 @@ class SelfDraft(ModelDraft):
             text: int32, shape (length,). Its last `SCORED` tokens are the target's own.
         """
         search = self._search
-        if search is None or search.candidate is None:
+        if search is None or search.candidate is None or len(text) <= SCORED:
             return
         if self._scored is None:
             ids = torch.from_numpy(text[-2 * SCORED :].astype(np.int64))
@@ -382,9 +384,13 @@ class SelfDraft(ModelDraft):
         chosen = self._scored[-SCORED:]
         if self.trim is not None:
             chosen = torch.from_numpy(self.trim.columns_of(chosen.cpu().numpy())).to(chosen.device)
-        with self.skipping(search.candidate), self.trimmed():
-            cache = self.target.cache(len(self._scored))
-            parts = list(self.target.prefill(cache, self._scored[:-1], len(chosen)))
+        try:
+            with self.skipping(search.candidate), self.trimmed():
+                cache = self.target.cache(len(self._scored))
+                parts = list(self.target.prefill(cache, self._scored[:-1], len(chosen)))
+        except Exception:  # the next one would fail as well: the layers of now are kept
+            self._search = self._scored = None
+            raise
         rows = torch.cat(parts).float().softmax(-1)
         right = rows.gather(1, chosen.clamp(min=0)[:, None])[:, 0] * (chosen >= 0)
         search.note(float(right.mean()))
@@ -432,7 +438,11 @@ def _returns_tuple(model: Any, layer: torch.nn.Module) -> bool:
     """True if a decoder layer returns its hidden states in a tuple, as some of older transformers do."""
     found: list[bool] = []
 
+    thread = threading.get_ident()
+
     def look(module: torch.nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() != thread:  # a pass of another user of the model
+            return
         found.append(isinstance(output, tuple))
         raise _Seen
 

@@ -185,7 +185,8 @@ class MtpHead:
         at = 0 if self._count == 1 else depth
         taken = torch.stack([self._before(state, growth.parents[node], depth) for node in nodes])
         steps = taken.shape[1]
-        ids = torch.tensor([_path(growth, node)[-steps:] for node in nodes], device=taken.device)
+        paths = [_path(growth, node)[-steps:] for node in nodes]
+        ids = torch.tensor(paths, dtype=torch.int64, device=taken.device)
         cache = self._cache_class()
         if at < len(state.cache.layers) and state.cache.layers[at].is_initialized:
             layer = state.cache.layers[at]

@@ -77,9 +77,9 @@ class VectorHead(nn.Module, ABC):
         self.to(embeddings.weight.device, model.dtype)
         self._target_embeddings = [embeddings]  # in a list it is no module of this one
 
-    @abstractmethod
     def outputs(self) -> list[nn.Module]:
-        """Its output heads, with a row for each token; see `VocabTrim`."""
+        """Output heads with a row for each token, for `guesses`; none where they are not trimmed."""
+        return []
 
     def guesses(self, states: Tensor, head: int = 0) -> Tensor:
         """Logits by one of its output heads, of all tokens or of those of `trim`, from states (n, d)."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from retrieval_draft.engine.substitution import wrap_forwards
+from retrieval_draft.errors import InvalidInputError
 
 __all__ = ["VocabTrim", "columns_for"]
 
@@ -137,12 +138,12 @@ _active = threading.local()
 
 
 def _trimmed(head: nn.Linear, present: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def forward(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
         for module, trim in getattr(_active, "trims", ()):
             if module is head:
-                out: Tensor = trim.logits(states)
+                out: Tensor = trim.logits(args[0] if args else kwargs["input"])
                 return out
-        return present(states, *args, **kwargs)
+        return present(*args, **kwargs)
 
     return forward
 
@@ -161,11 +162,15 @@ def trim_of(model: Any, vocabulary: int, columns: int | None = None) -> VocabTri
         than what it does with each alone.
     """
     head = model.get_output_embeddings()
+    if columns is not None and columns < 0:
+        raise InvalidInputError(f"columns is {columns}; it must be 0 or more.", "0 is for all tokens.")
     columns = columns_for(vocabulary) if columns is None else columns
     if (
         not columns
         or columns >= vocabulary
         or type(head) is not nn.Linear
+        or head.weight.device.type == "meta"
+        or len(head.weight) < vocabulary
         or not head.weight.is_floating_point()
     ):
         return None

@@ -41,9 +41,13 @@ def slot_bytes(cache: SpeculativeCache) -> int:
 
 @dataclass(slots=True)
 class _Lane:
-    """The cache in a lane: its layers, the buffers and first positions given to them, and what they kept."""
+    """The cache in a lane: its layers, the buffers and first positions given to them, and what they kept.
+
+    It is whole once all layers have moved in.
+    """
 
     owner: weakref.ref[SpeculativeCache]
+    is_whole: bool = False
     bound: list[tuple[SpeculativeLayer, tuple[Tensor, ...], int, bool]] = field(default_factory=list)
 
 
@@ -103,6 +107,7 @@ class Arena:
         held = self._lanes[lane]
         return (
             held is not None
+            and held.is_whole
             and held.owner() is cache
             and all(
                 layer.buffers is buffers and layer.start == start for layer, buffers, start, _ in held.bound
@@ -166,6 +171,7 @@ class Arena:
         for at, other in enumerate(self._lanes):
             if at != lane and other is not None and other.owner() is cache:
                 self._lanes[at] = None
+        held.is_whole = True
         cache.mover = partial(self._move, lane)
 
     def release(self, cache: SpeculativeCache) -> None:
@@ -178,6 +184,14 @@ class Arena:
                     layer.leave(keeps_all)
             cache.mover = None
             self._lanes[lane] = None
+
+    def vacate_all_but(self, caches: Iterable[SpeculativeCache]) -> None:
+        """Moves all caches out but these."""
+        kept = list(caches)
+        for lane in range(self.rows):
+            owner = self.owner(lane)
+            if owner is not None and not any(owner is cache for cache in kept):
+                self.release(owner)
 
     def clear(self) -> None:
         """Moves all caches out."""

@@ -14,7 +14,7 @@ from retrieval_draft.config import BITWISE_NODES
 from retrieval_draft.engine.attention.tree_mask import packed_words
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
 from retrieval_draft.engine.graph.arena import Arena
-from retrieval_draft.engine.graph.captured import CapturedCalls, TapeGraph, UncapturableError
+from retrieval_draft.engine.graph.captured import CapturedCalls, UncapturableError, run_capturable
 from retrieval_draft.engine.graph.fixed_pass import Call
 from retrieval_draft.engine.graph.position_attention import PositionLayout, attending_by_position
 from retrieval_draft.errors import UnsupportedModelError
@@ -109,7 +109,7 @@ class BitwisePass:
         self._given.copy_(packed)
         calls = partial(self._calls, cache)
         try:
-            logits, _, _ = TapeGraph().capture(calls)
+            logits, _, _ = run_capturable(calls)
         except UncapturableError as error:
             raise UnsupportedModelError(
                 f"A pass of this model has shapes or values that the host chooses on the way, and so a token "

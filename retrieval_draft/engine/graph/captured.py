@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["CapturedCalls", "CudaGraph", "TapeGraph", "UncapturableError"]
+__all__ = ["CapturedCalls", "CudaGraph", "TapeGraph", "UncapturableError", "run_capturable"]
 
 Result = TypeVar("Result")
 
@@ -88,6 +88,16 @@ _SHAPES = {
 """Operations whose result has a shape that the host learns from values."""
 
 
+def run_capturable(calls: Callable[[], Result]) -> Result:
+    """Runs calls without a record.
+
+    Raises:
+        UncapturableError: A call whose result the host reads.
+    """
+    with _NoHostReads(), _Recorder(None):
+        return calls()
+
+
 class TapeGraph:
     """The aten calls of a function, each with its tensors.
 
@@ -122,7 +132,7 @@ class TapeGraph:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, calls: list[Any]) -> None:
+    def __init__(self, calls: list[Any] | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._calls = calls
 
@@ -131,7 +141,8 @@ class _Recorder(TorchDispatchMode):
         if name in _READS or name in _SHAPES or _chooses_by_mask(name, args) or _repeats_unknown(func):
             raise UncapturableError(f"aten.{name} lets the host wait for a value.")
         result = func(*args, **(kwargs or {}))
-        self._calls.append((func, args, kwargs or {}, list(_tensors(result))))
+        if self._calls is not None:
+            self._calls.append((func, args, kwargs or {}, list(_tensors(result))))
         return result
 
 

@@ -127,7 +127,7 @@ class GraphPasses:
         self._last: FixedPass | None = None
         self._pool: Any = None
         self._limit: int | None = None
-        self._is_short = False
+        self._is_short = self._is_starved = False
         self.reason: str | None = None
         self.rows_reason: str | None = None
         self.captures = self.replays = 0
@@ -201,7 +201,10 @@ class GraphPasses:
         if packed is None or not isinstance(cache, SpeculativeCache) or nodes not in NODES:
             return None
         try:
-            if not self._is_ready() or not self._holds([cache], 1, cache.get_seq_length() + nodes + 1):
+            # Eager passes work in this memory too: paths move in two launches for all layers.
+            if self._is_starved or not self._holds([cache], 1, cache.get_seq_length() + nodes + 1):
+                return None
+            if not self._is_ready():
                 return None
             found = self._found(1, nodes, [cache])
             if found is None:
@@ -231,7 +234,11 @@ class GraphPasses:
         try:
             if self.rows_reason is not None or not self._is_ready():
                 return None
-            if not self._holds(caches, rows, max(lengths) + size + 1):
+            # A cache moves with the nodes of its last pass, which are still staged.
+            held = [
+                cache.get_seq_length() + layer.staged for cache in caches for layer in cache.attention_layers
+            ]
+            if not self._holds(caches, rows, max(max(lengths) + size + 1, *held)):
                 return None
             assert self._arena is not None
             lanes = self._arena.assign(caches, rows)
@@ -297,49 +304,54 @@ class GraphPasses:
 
     def _holds(self, caches: Sequence[SpeculativeCache], rows: int, needed: int) -> bool:
         """Has memory for `rows` caches of `needed` slots, those of one row moved in; False without it."""
-        arena, fits = self._arena, False
+        fits, slots = False, 0 if self._arena is None else self._arena.slots
         new = caches
-        if arena is not None and needed <= arena.slots and rows <= arena.rows:
-            if rows == 1 and arena.holds(caches[0], 0):
+        if self._arena is not None and needed <= slots and rows <= self._arena.rows:
+            if rows == 1 and self._arena.holds(caches[0], 0):
                 return True
             new = [cache for cache in caches if not self.holds(cache)]
-            fits = all(map(arena.fits, new))
+            fits = all(map(self._arena.fits, new))
         if not all(map(lies_on_one_device, new)):
             return False
         if not fits:
             made = self._arena_for(caches, rows, needed)
             if made is None:
-                if self._limit is not None and arena is not None and needed > arena.slots:
+                if self._limit is not None and 0 < slots < needed:
                     self._give_back()
                     self._limit = 0
                 return False
-            arena = self._arena = made
-        assert arena is not None
+            former, self._arena = self._arena, made
+            if former is not None:
+                # One that stayed would keep the memory of all lanes.
+                with suppress(torch.OutOfMemoryError):
+                    former.vacate_all_but(caches)
+        assert self._arena is not None
         if rows == 1:
-            arena.assign(caches, 1)
+            self._arena.assign(caches, 1)
         return True
 
     def _arena_for(self, caches: Sequence[SpeculativeCache], rows: int, needed: int) -> Arena | None:
         """New memory for captured passes, which have to be captured anew; None where there is too little."""
-        arena, some = self._arena, caches[0]
+        some = caches[0]
         if not all(layer_shapes(cache) == layer_shapes(some) for cache in caches):
             return None
         # The room in a cache's own memory tells how long its text may become.
         own = [cache for cache in caches if cache.mover is None]
         expected = max((layer.capacity for cache in own for layer in cache.attention_layers), default=0)
         slots = max(needed, expected + NODES[-1])
-        if arena is None:
-            slots, most = max(slots, self._fewest_slots(some) // rows), rows
+        if self._arena is None:
+            slots, most, is_used = max(slots, self._fewest_slots(some) // rows), rows, False
         else:
-            slots = max(slots, arena.slots * 3 // 2 if needed > arena.slots else arena.slots)
-            most = max(rows, arena.rows)
-        is_used = arena is not None and any(map(arena.owner, range(arena.rows)))
+            before = self._arena.slots
+            slots = max(slots, before * 3 // 2 if needed > before else before)
+            most = max(rows, self._arena.rows)
+            is_used = any(map(self._arena.owner, range(self._arena.rows)))
         for count, each in dict.fromkeys([(most, slots), (most, needed), (rows, slots), (rows, needed)]):
             each = -(-each // PAGE) * PAGE
             if self._has_room(each * count * slot_bytes(some), count, is_used):
                 self._forget()
                 if not is_used:
-                    self._arena = None
+                    self._arena = None  # so that it is free before there is another
                 return Arena(some, each, count)
         if not self._is_short:
             self._is_short = True
@@ -394,6 +406,7 @@ class GraphPasses:
             self._forget()
             self._changes += 1
             self.reason = self.rows_reason = None
+            self._is_starved = False
             self.by_tree = can_attend_to_trees(self._model.dtype, self._device)
             self._reads_masks = False
             if self._changes > _MOST_CHANGES:
@@ -503,6 +516,7 @@ class GraphPasses:
         """Makes passes eager after an error; their memory goes back where there is too little."""
         self._give_up(f"{type(error).__name__}: {error}", rows)
         if isinstance(error, torch.OutOfMemoryError):
+            self._is_starved = True
             self._give_back()
 
     def _give_up(self, reason: str, rows: int) -> None:
@@ -529,6 +543,7 @@ class GraphPasses:
 
     def _forget(self) -> None:
         self._passes, self._last = {}, None
+        self._pool = None  # of graphs that are gone
 
 
 class _Trial(NamedTuple):

@@ -79,6 +79,37 @@ def test_the_first_call_of_a_request_is_not_the_price() -> None:
     assert loop.pacer.price == pytest.approx(0.1)
 
 
+def test_the_price_in_a_batch_is_each_ones_share() -> None:
+    """One call drafts for four requests, whose own calls take no time."""
+
+    class Joint(OracleSource):
+        def open(self, prompt: Any, references: Any = ()) -> Any:
+            session = super().open(prompt, references)
+            session.draft_seconds = 0.05
+            return session
+
+    source = PacedSource(Joint(list(range(50))), clock=lambda: 0.0)
+    session: Any = source.open(np.array([1], np.int32))
+    session.propose(4)
+    assert source.pacer.price == pytest.approx(0.05)
+
+
+def test_a_source_that_refuses_a_prompt_is_not_running() -> None:
+    class Refusing(OracleSource):
+        def open(self, prompt: Any, references: Any = ()) -> Any:
+            if len(prompt) > 1:
+                raise ValueError("unknown token")
+            return super().open(prompt, references)
+
+    source = PacedSource(Refusing(list(range(50))), clock=lambda: 0.0)
+    with pytest.raises(ValueError, match="unknown"):
+        source.open(np.array([1, 2], np.int32))
+    session: Any = source.open(np.array([1], np.int32))
+    session.pacer.asks(0.0)
+    session.close()
+    assert source.pacer._last is None
+
+
 def test_time_between_requests_does_not_count() -> None:
     now = [0.0]
     source = PacedSource(OracleSource(list(range(50))), clock=lambda: now[0])
@@ -99,7 +130,7 @@ def test_a_draft_model_is_asked_where_it_adds_tokens(kind: str, monkeypatch: pyt
     """The price is made small: what decides is whether more tokens are accepted than those of lookups."""
     model = make("llama")
     draft = ModelDraft(make("llama") if kind == "right" else make("gemma3", seed=9), 97)
-    monkeypatch.setattr(Pacer, "price", 1e-4)
+    monkeypatch.setattr(Pacer, "price", 1e-9)
     ours = RetrievalDrafter.for_model(model, draft_model=draft, config=DraftConfig(nodes=None))
     (source,) = [each for each in ours.draft_engine.sources if isinstance(each, PacedSource)]
     stock = model.generate(prompt_ids(), max_new_tokens=100, do_sample=False)

@@ -37,7 +37,7 @@ def inference() -> Any:
 class Told:
     """Stands for a `DraftSession`: notes what it is told, and proposes a given tree."""
 
-    wants_hidden = learns_early = False
+    wants_hidden = wants_cache = learns_early = False
 
     def __init__(self, tree: DraftTree | None = None) -> None:
         self.tree = tree

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,6 +85,51 @@ def test_the_layers_are_found_within_500_tokens_and_kept() -> None:
     assert by_hand.last_stats is not None
     # The distribution is flat, so that drafts are one token deep; all of the likeliest are right.
     assert by_hand.last_stats.tokens_per_step > 1.9
+
+
+def test_its_own_cache_is_filled_anew_for_other_layers() -> None:
+    draft = SelfDraft(make("llama", num_hidden_layers=6), (1,))
+    prompt = np.arange(20, dtype=np.int32)
+    session = draft.open(prompt)
+    session.propose(4)
+    session.observe(prompt[:2])
+    draft.skip = (5,)
+    fresh = draft.open(np.concatenate((prompt, prompt[:2])))
+    assert session.propose(4).tokens.tolist() == fresh.propose(4).tokens.tolist()
+
+
+def test_a_text_that_is_too_short_to_score_waits() -> None:
+    draft = SelfDraft(make("llama", num_hidden_layers=6))
+    session = draft.open(np.empty(0, np.int32))
+    session.observe(np.arange(SCORED, dtype=np.int32))
+    session.propose(4)
+    before = draft.skip
+    session.observe(np.arange(4, dtype=np.int32))
+    assert not draft.is_settled
+    assert before
+    assert session.propose(4).tokens.size
+
+
+def test_making_it_leaves_passes_of_other_threads_alone() -> None:
+    model, errors = make("llama"), []
+    ends = threading.Event()
+
+    def use() -> None:
+        while not ends.is_set():
+            try:
+                model(torch.zeros(1, 1, dtype=torch.int64))
+            except Exception as error:
+                errors.append(error)
+
+    user = threading.Thread(target=use)
+    user.start()
+    try:
+        for _ in range(20):
+            SelfDraft(model, (1,))
+    finally:
+        ends.set()
+        user.join()
+    assert not errors
 
 
 def test_layers_by_name() -> None:

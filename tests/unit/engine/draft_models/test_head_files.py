@@ -134,7 +134,7 @@ def of_another_kind(folder: Path) -> None:
         (torn, "cannot be read"),
         (without_a_weight, "'fc.weight'; expected is one of shape [32, 96]"),
         (with_one_more, "'other.weight'; expected is no weight"),
-        (with_foreign_ids, "beyond the vocabulary"),
+        (with_foreign_ids, "beyond the 97 of the target"),
         (without_weights, "has no weights"),
         (without_a_key, "config.json"),
         (no_json, "config.json"),
@@ -148,6 +148,51 @@ def test_a_corrupt_checkpoint_is_refused_with_its_name(spoil: Any, expected: str
         drafter_of(make("llama"), name)
     assert name in str(raised.value)
     assert expected in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "key", "value"),
+    [
+        ("eagle", "num_attention_heads", 0),
+        ("eagle", "intermediate_size", -4),
+        ("eagle", "intermediate_size", "x"),
+        ("eagle", "architectures", 5),
+        ("eagle3", "draft_vocab_size", 10**12),
+        ("speculators eagle3", "eagle_aux_hidden_state_layer_ids", [-1, 0, 1]),
+        ("medusa", "medusa_num_heads", 3000),
+        ("medusa", "medusa_num_heads", True),
+        ("mlp_speculator", "n_predict", 0),
+        ("mlp_speculator", "inner_dim", 10**12),
+        ("hydra", "hydra_num_heads", 10**9),
+        ("recurrent_drafting_drafter", "vocab_size", 10**6),
+        ("recurrent_drafting_drafter", "num_draft_layers", 10**9),
+        ("dflash", "block_size", 10**6),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_refused(layout: str, key: str, value: Any, tmp_path: Path) -> None:
+    """Before anything of its size is made."""
+    name = write_head(tmp_path, layout, **{key: value})
+    if key == "architectures":
+        assert load_head(name, make("llama")) is not None
+        return
+    with pytest.raises(ModelFileError, match=key if key[0] != "e" else "layers") as raised:
+        load_head(name, make("llama"))
+    assert name in str(raised.value)
+
+
+def test_captured_passes_are_kept_from_request_to_request(tmp_path: Path) -> None:
+    """Hooks that watch for a head come and go; the model is the same."""
+    model = make("llama")
+    drafter = drafter_of(model, write_head(tmp_path, "eagle3"), graphs="tape")
+    for seed in range(20):
+        drafter.generate(prompt_ids(seed=seed), max_new_tokens=NEW, do_sample=False)
+    graphs = drafter.target.graphs
+    assert graphs is not None
+    captures = graphs.captures
+    for seed in range(20):
+        drafter.generate(prompt_ids(seed=seed), max_new_tokens=NEW, do_sample=False)
+    assert graphs.reason is None
+    assert graphs.captures == captures > 0
 
 
 def test_a_layer_that_the_target_has_not_is_refused(tmp_path: Path) -> None:

@@ -145,6 +145,23 @@ def test_a_cache_that_nobody_holds_leaves_by_itself() -> None:
     assert arena.owner() is None
 
 
+def test_a_cache_that_could_not_move_in_is_not_held() -> None:
+    cache = filled(PAGE - 4)
+    write(cache, 8, 1, staged=True)
+    arena = Arena(cache, PAGE)
+    with pytest.raises(RuntimeError):
+        arena.take(cache)
+    assert not arena.holds(cache)
+
+
+def test_all_but_some_leave_a_memory_that_is_replaced() -> None:
+    caches = [filled(9, seed=seed) for seed in range(3)]
+    arena = Arena(caches[0], PAGE, rows=4)
+    arena.assign(caches, 4)
+    arena.vacate_all_but(caches[:1])
+    assert [arena.holds(cache, lane) for lane, cache in enumerate(caches)] == [True, False, False]
+
+
 def test_other_shapes_do_not_fit() -> None:
     arena = Arena(filled(9), PAGE)
     other = SpeculativeCache(CONFIGS["llama"](), 4)
