@@ -30,7 +30,7 @@ LONGEST_PROMPT, RANKED, ROWS, TEXTS_A_STEP, HEADS = 512, 8, 384, 1, 3
 
 
 class Text(NamedTuple):
-    """What the model made of a text of n tokens: states (n, d), best tokens and probabilities (n, RANKED)."""
+    """The model's results for a text of n tokens: states (n, d), best tokens, probabilities (n, RANKED)."""
 
     ids: Tensor
     hidden: Tensor

@@ -15,14 +15,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from retrieval_draft.engine.draft_models.draft_layers import DraftLayer, KeyValues, Packed, RmsNorm
+from retrieval_draft.engine.draft_models.draft_layers import (
+    DraftLayer,
+    KeyedState,
+    KeyValues,
+    Packed,
+    RmsNorm,
+)
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth
 from retrieval_draft.errors import InvalidInputError
 
 __all__ = ["DFlashHead"]
 
 
-class _State:
+class _State(KeyedState):
     """Keys and values of one text's states, and the guesses for the positions after it.
 
     Attributes:
@@ -30,19 +36,8 @@ class _State:
     """
 
     def __init__(self, keys: KeyValues) -> None:
-        self.keys = keys
+        super().__init__(keys)
         self.guesses: Tensor
-
-    @property
-    def length(self) -> int:
-        return self.keys.length
-
-    def copy(self, rows: int) -> _State:
-        return _State(self.keys.copy(rows))
-
-    @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes
 
 
 class DFlashHead(nn.Module):

@@ -69,6 +69,31 @@ class KeyValues:
         return sum(each.nbytes for each in self._buffers if each is not None)
 
 
+class KeyedState:
+    """State of one text in a head that keeps keys and values; subclasses add what they guess from.
+
+    Attributes:
+        keys: Of the text.
+    """
+
+    def __init__(self, keys: KeyValues) -> None:
+        self.keys = keys
+
+    @property
+    def length(self) -> int:
+        """Rows of the text."""
+        return self.keys.length
+
+    def copy(self, rows: int) -> Any:
+        """The state after the first `rows` rows, with memory of its own."""
+        return type(self)(self.keys.copy(rows))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.keys.nbytes
+
+
 class Packed(NamedTuple):
     """Rows of several texts that pass together, one text after the other.
 

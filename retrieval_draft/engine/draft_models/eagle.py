@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from retrieval_draft.engine.draft_models.draft_layers import (
     DraftLayer,
+    KeyedState,
     KeyValues,
     Packed,
     RmsNorm,
@@ -31,7 +32,7 @@ from retrieval_draft.engine.hidden_states import LAST
 __all__ = ["Eagle3Head", "EagleHead"]
 
 
-class _State:
+class _State(KeyedState):
     """Keys and values of one text, and the head's states at the nodes that were expanded last.
 
     Attributes:
@@ -41,21 +42,10 @@ class _State:
     """
 
     def __init__(self, keys: KeyValues) -> None:
-        self.keys = keys
+        super().__init__(keys)
         self.nodes: list[int] = []
         self.vectors: Tensor
         self.last: Tensor
-
-    @property
-    def length(self) -> int:
-        return self.keys.length
-
-    def copy(self, rows: int) -> _State:
-        return _State(self.keys.copy(rows))
-
-    @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes
 
 
 class EagleHead(nn.Module):

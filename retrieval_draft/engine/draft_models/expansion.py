@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -333,7 +333,7 @@ class LentExpansion(Expansion):
         applied: Callable[[], AbstractContextManager[object]],
         used: Callable[[], object],
     ) -> None:
-        super().__init__(target, limits, applied)
+        super().__init__(target, limits, lambda: self._lent(applied))
         self._used = used
         self._filled_by: object = None
 
@@ -355,31 +355,16 @@ class LentExpansion(Expansion):
             tokens, parents, depths, nodes, length if lent is None else lent.get_seq_length() + 1
         )
 
-    def grow(
-        self,
-        text: TokenArray,
-        budget: int,
-        allowed: Tensor | None = None,
-        depth: int | None = None,
-        ids: NDArray[np.int64] | None = None,
-    ) -> ModelTree:
-        """As `Expansion.grow`; a lent cache is as before."""
-        try:
-            return super().grow(text, budget, allowed, depth, ids)
-        finally:
-            self._give_back()
-
-    def review(self, text: TokenArray, chain: TokenArray) -> Tensor:
-        """As `Expansion.review`; a lent cache is as before."""
-        try:
-            return super().review(text, chain)
-        finally:
-            self._give_back()
-
-    def _give_back(self) -> None:
-        if self.cache is not None:
-            self.cache.drop()
-            self.close()
+    @contextmanager
+    def _lent(self, applied: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+        """Context of a call, after which a lent cache is as before."""
+        with applied():
+            try:
+                yield
+            finally:
+                if self.cache is not None:
+                    self.cache.drop()
+                    self.close()
 
 
 def _check_known(tokens: TokenArray, target: Target) -> None:

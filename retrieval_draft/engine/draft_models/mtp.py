@@ -102,6 +102,20 @@ class _State:
                 other.cache.update(layer.keys[:, :, :kept].clone(), layer.values[:, :, :kept].clone(), at)
         return other
 
+    def mark(self) -> tuple[int, int, list[int]]:
+        """Present length, position, and rows of each layer's output, for `cut`."""
+        return self.length, self.position, [0 if each is None else len(each) for each in self.outputs]
+
+    def cut(self, mark: tuple[int, int, list[int]]) -> None:
+        """Forgets the rows since a `mark`, in keys and values too."""
+        self.length, self.position, counts = mark
+        for at, count in enumerate(counts):
+            output = self.outputs[at]
+            self.outputs[at] = None if output is None or not count else output[:count]
+            layer = self.cache.layers[at] if at < len(self.cache.layers) else None
+            if layer is not None and layer.is_initialized:
+                layer.keys, layer.values = layer.keys[:, :, :count], layer.values[:, :, :count]
+
     @property
     def nbytes(self) -> int:
         """Bytes of keys, values and outputs."""
@@ -151,29 +165,39 @@ class MtpHead:
         begins: Sequence[int],
     ) -> list[Tensor]:
         """Reads rows of several texts, one after the other; see `DraftHead.read`."""
-        ends = []
-        for state, ids, rows, begin in zip(states, tokens, hidden, begins, strict=True):
-            taken = rows.to(self.model.dtype)
-            for at in range(self._count):
-                if at:
-                    # The row before, whose token is known now, comes in, and the last one waits for its own.
-                    before, known = state.outputs[at - 1], state.outputs[at]
-                    assert before is not None
-                    taken = before[0 if known is None else len(known) : -1]
-                if not len(taken):
-                    break
-                part = ids[-len(taken) :]
-                first = begin + 1 + len(ids) - len(part)
-                given = self._passed(at, taken[None], part[None], first, state.cache)[0]
-                known = state.outputs[at]
-                state.outputs[at] = given if known is None else torch.cat((known, given))
-            state.length += len(ids)
-            state.position = begin + len(ids)
-            last = state.outputs[0]
-            assert last is not None
-            state.paths = {}
-            ends.append(last[-1:])
+        marks = [state.mark() for state in states]
+        try:
+            given = zip(states, tokens, hidden, begins, strict=True)
+            ends = [self._read(state, ids, rows, begin) for state, ids, rows, begin in given]
+        except Exception:
+            # Each text may be read again by itself: no row may stay twice.
+            for state, mark in zip(states, marks, strict=True):
+                state.cut(mark)
+            raise
         return list(self._logits(torch.cat(ends)).split(1))
+
+    def _read(self, state: _State, ids: Tensor, rows: Tensor, begin: int) -> Tensor:
+        """Reads rows of one text; the first layer's last output, (1, d)."""
+        taken = rows.to(self.model.dtype)
+        for at in range(self._count):
+            if at:
+                # The row before, whose token is known now, comes in, and the last one waits for its own.
+                before, known = state.outputs[at - 1], state.outputs[at]
+                assert before is not None
+                taken = before[0 if known is None else len(known) : -1]
+            if not len(taken):
+                break
+            part = ids[-len(taken) :]
+            first = begin + 1 + len(ids) - len(part)
+            given = self._passed(at, taken[None], part[None], first, state.cache)[0]
+            known = state.outputs[at]
+            state.outputs[at] = given if known is None else torch.cat((known, given))
+        state.length += len(ids)
+        state.position = begin + len(ids)
+        state.paths = {}
+        last = state.outputs[0]
+        assert last is not None
+        return last[-1:]
 
     def expand(self, states: Sequence[_State], growths: Sequence[Growth]) -> list[Tensor]:
         """Logits after the nodes of each frontier; see `DraftHead.expand`."""
@@ -199,8 +223,9 @@ class MtpHead:
 
     def _before(self, state: _State, parent: int, depth: int) -> Tensor:
         """Input of the layer of a node's depth along the path to it: (steps, d)."""
-        known = state.outputs[0 if self._count == 1 else depth - 1]
-        last = known[-1:] if known is not None else state.outputs[0][:0]  # type: ignore[index]
+        first, known = state.outputs[0], state.outputs[0 if self._count == 1 else depth - 1]
+        assert first is not None
+        last = first[:0] if known is None else known[-1:]
         if not parent:
             return last
         inputs, outputs = state.paths[parent]

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from retrieval_draft.config import BITWISE_NODES
 from retrieval_draft.engine.attention.tree_mask import packed_words
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
 from retrieval_draft.engine.graph.arena import Arena
 from retrieval_draft.engine.graph.captured import CapturedCalls, UncapturableError, run_capturable
-from retrieval_draft.engine.graph.fixed_pass import Call
+from retrieval_draft.engine.graph.fixed_pass import ArenaCache, Call
 from retrieval_draft.engine.graph.position_attention import PositionLayout, attending_by_position
 from retrieval_draft.errors import UnsupportedModelError
 
@@ -25,31 +24,6 @@ WIDTH = BITWISE_NODES + 1
 """Nodes of every pass: a root, drafts, and padding. Texts are equal only from passes of one width."""
 
 _Results = tuple[Tensor, Tensor | None, Tensor | None]
-
-
-class _ArenaCache(Cache):
-    """Writes keys and values to slots that a tensor names, and returns all slots."""
-
-    takes_states_alone = True
-    """As of `SpeculativeCache`."""
-
-    def __init__(
-        self, cache: SpeculativeCache, states: list[tuple[Tensor, Tensor] | None], slots: Tensor
-    ) -> None:
-        super().__init__(layers=cache.layers)
-        of_layers = dict(zip(cache.attention_layers, states, strict=True))
-        self._states = [of_layers.get(layer) for layer in cache.layers]  # type: ignore[call-overload]
-        self._slots = slots
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """One layer's keys and values, (1, heads, slots, dim) each, after new ones were written."""
-        states: tuple[Tensor, Tensor] | None = self._states[layer_idx]
-        assert states is not None, "a layer that had no keys before has some now"
-        for slots, new in zip(states, (key_states, value_states), strict=True):
-            slots.index_copy_(-2, self._slots, new)
-        return states
 
 
 class BitwisePass:
@@ -79,7 +53,7 @@ class BitwisePass:
         summarise: Callable[[Tensor], Tensor] | None,
     ) -> None:
         self._call, self._keys = call, keys
-        self._states = arena.keys_and_values(arena.slots)
+        self._states, self._lanes = arena.keys_and_values(arena.slots), arena.lanes
         self._summarise = summarise
         device = arena.tensors[0].device
         self._given = torch.zeros(packed_words(WIDTH), dtype=torch.int64, device=device)
@@ -152,7 +126,9 @@ class BitwisePass:
         slots = torch.arange(WIDTH, device=length.device) + length
         mask = {**self._mask} if isinstance(self._mask, dict) else self._mask
         with attending_by_position(layout):
-            logits, states = self._call(_ArenaCache(cache, self._states, slots), ids, positions, mask)
+            logits, states = self._call(
+                ArenaCache(cache, self._states, self._lanes, slots[None]), ids, positions, mask
+            )
         if layout.reads < sum(each is not None for each in self._states):
             raise UnsupportedModelError(
                 "A layer of this model attends by code of its own.",

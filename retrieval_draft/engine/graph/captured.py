@@ -88,13 +88,17 @@ _SHAPES = {
 """Operations whose result has a shape that the host learns from values."""
 
 
-def run_capturable(calls: Callable[[], Result]) -> Result:
-    """Runs calls without a record.
+def run_capturable(calls: Callable[[], Result], record: list[Any] | None = None) -> Result:
+    """Runs calls on tensors that a graph could capture.
+
+    Args:
+        calls: Makes them.
+        record: Gets each call with its tensors; None for no record.
 
     Raises:
         UncapturableError: A call whose result the host reads.
     """
-    with _NoHostReads(), _Recorder(None):
+    with _NoHostReads(), _Recorder(record):
         return calls()
 
 
@@ -118,8 +122,7 @@ class TapeGraph:
         Raises:
             UncapturableError: A call whose result the host reads.
         """
-        with _NoHostReads(), _Recorder(self._calls):
-            return calls()
+        return run_capturable(calls, self._calls)
 
     def replay(self) -> None:
         """As of `CapturedCalls`."""

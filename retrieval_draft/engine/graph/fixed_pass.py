@@ -16,7 +16,7 @@ from retrieval_draft.engine.graph.arena import Arena
 from retrieval_draft.engine.graph.attention import PassTree, attending_to
 from retrieval_draft.engine.graph.captured import CapturedCalls
 
-__all__ = ["FixedPass", "tree_masks"]
+__all__ = ["ArenaCache", "FixedPass", "tree_masks"]
 
 Call = Callable[[Any, Tensor, Tensor, Mask], tuple[Tensor, Tensor | None]]
 """The model: takes a cache, token ids, positions, (rows, n) each, and a mask; gives logits, (rows * n,
@@ -64,7 +64,7 @@ def tree_masks(
     return out
 
 
-class _SlotCache(Cache):
+class ArenaCache(Cache):
     """Writes keys and values to slots that a tensor names, and returns all slots.
 
     Args:
@@ -175,7 +175,7 @@ class FixedPass:
             tree = PassTree(length, depths, hidden, windows)
             with attending_to(tree) if self._by_tree else nullcontext():
                 logits, inputs = call(
-                    _SlotCache(cache, states, lanes, slots), ids.contiguous(), positions.contiguous(), mask
+                    ArenaCache(cache, states, lanes, slots), ids.contiguous(), positions.contiguous(), mask
                 )
             self.reads_masks = tree.reads < len(cache.attention_layers)
             return logits, inputs, None if self._summarise is None else self._summarise(logits)

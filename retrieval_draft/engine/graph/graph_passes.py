@@ -127,7 +127,7 @@ class GraphPasses:
         self._last: FixedPass | None = None
         self._pool: Any = None
         self._limit: int | None = None
-        self._is_short = self._is_starved = False
+        self._is_short = self._is_out_of_memory = False
         self.reason: str | None = None
         self.rows_reason: str | None = None
         self.captures = self.replays = 0
@@ -202,7 +202,7 @@ class GraphPasses:
             return None
         try:
             # Eager passes work in this memory too: paths move in two launches for all layers.
-            if self._is_starved or not self._holds([cache], 1, cache.get_seq_length() + nodes + 1):
+            if self._is_out_of_memory or not self._holds([cache], 1, cache.get_seq_length() + nodes + 1):
                 return None
             if not self._is_ready():
                 return None
@@ -236,7 +236,7 @@ class GraphPasses:
                 return None
             # A cache moves with the nodes of its last pass, which are still staged.
             held = [
-                cache.get_seq_length() + layer.staged for cache in caches for layer in cache.attention_layers
+                _length(cache) + max(layer.staged for layer in cache.attention_layers) for cache in caches
             ]
             if not self._holds(caches, rows, max(max(lengths) + size + 1, *held)):
                 return None
@@ -406,7 +406,7 @@ class GraphPasses:
             self._forget()
             self._changes += 1
             self.reason = self.rows_reason = None
-            self._is_starved = False
+            self._is_out_of_memory = False
             self.by_tree = can_attend_to_trees(self._model.dtype, self._device)
             self._reads_masks = False
             if self._changes > _MOST_CHANGES:
@@ -516,7 +516,7 @@ class GraphPasses:
         """Makes passes eager after an error; their memory goes back where there is too little."""
         self._give_up(f"{type(error).__name__}: {error}", rows)
         if isinstance(error, torch.OutOfMemoryError):
-            self._is_starved = True
+            self._is_out_of_memory = True
             self._give_back()
 
     def _give_up(self, reason: str, rows: int) -> None:

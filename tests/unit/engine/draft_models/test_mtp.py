@@ -121,6 +121,37 @@ def test_the_greedy_chain_is_that_of_transformers(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_read_that_fails_for_one_text_changes_none(
+    layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = load_mtp(written(tmp_path, "deepseek-v3", layers, monkeypatch))
+    texts, hidden = torch.randint(0, 97, (2, 9)), torch.randn(2, 8, 32)
+    states = [head.state(), head.state()]
+    head.read(states, list(texts[:, 1:5]), list(hidden[:, :4]), [0, 0])
+
+    def read(more: slice) -> list[torch.Tensor]:
+        return head.read(states[more], list(texts[more, 5:]), list(hidden[more, 4:]), [4, 4][more])
+
+    passed, calls = head._passed, []
+
+    def failing(*given: Any) -> torch.Tensor:
+        calls.append(given)
+        if len(calls) > layers:
+            raise RuntimeError("no memory")
+        return passed(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(head, "_passed", failing)
+        with pytest.raises(RuntimeError, match="no memory"):
+            read(slice(0, 2))
+    assert [state.length for state in states] == [4, 4]
+    fresh = [head.state(), head.state()]
+    wanted = head.read(fresh, list(texts[:, 1:]), list(hidden), [0, 0])
+    torch.testing.assert_close(torch.cat(read(slice(0, 2))), torch.cat(wanted), atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["deepseek-v3", "glm4-moe"])
 def test_a_single_layer_reads_its_own_output_along_a_path(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
