@@ -13,12 +13,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.idle_loop import IdleLoop
 from benchmarks.mixed_asks import BAD_ASKS, MixedAsk
 from benchmarks.serve_process import ServeProcess
 
-__all__ = ["MixedResult", "Outcome", "answers_alone", "ask_bad", "ask_mixed", "run_mixed", "spread_ms"]
+__all__ = [
+    "MixedResult",
+    "Outcome",
+    "answers_alone",
+    "ask_bad",
+    "ask_mixed",
+    "memory_mib",
+    "run_mixed",
+    "spread_ms",
+]
 
 _CANCELLED, _BAD = 0.1, 0.1
 """Shares of requests whose client leaves, and of those that are to be refused."""
@@ -58,6 +68,7 @@ class MixedResult:
         firsts: Seconds to the first piece of each stream.
         seconds: From the first request to the last answer.
         resident: Memory of the server from second to second, in bytes.
+        data: Part of it that it drafts from or keeps of earlier texts, at the same times; it has limits.
         idle: Second of the run, and seconds by which an idle event loop beside the server woke too late.
     """
 
@@ -68,12 +79,11 @@ class MixedResult:
     firsts: list[float] = field(default_factory=list)
     seconds: float = 0.0
     resident: list[int] = field(default_factory=list)
+    data: list[int] = field(default_factory=list)
     idle: list[tuple[float, float]] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """Figures of the run; memory is flat from its first quarter on, or it is not."""
-        seen = np.array(self.resident[len(self.resident) // 4 :]) / (1 << 20)
-        slope = np.polyfit(np.arange(len(seen)), seen, 1)[0] if len(seen) > 1 else 0.0
         long = [(at, gap, self._idle_ms(at - gap, at)) for at, gap in self.gaps if gap > 0.2]
         return {
             "seconds": self.seconds,
@@ -90,13 +100,9 @@ class MixedResult:
             "gaps_over_200_ms_beyond_the_idle_loop": sum(gap * 1000 - idle > 200 for _, gap, idle in long),
             "idle_loop_late_ms": spread_ms([late for _, late in self.idle]),
             "first_piece_ms": spread_ms(self.firsts),
-            "resident_mib": {
-                "start": self.resident[0] >> 20,
-                "after_a_quarter": round(float(seen[0])),
-                "end": self.resident[-1] >> 20,
-                "peak": max(self.resident) >> 20,
-                "per_minute": round(float(slope) * 60, 2),
-            },
+            "resident_mib": memory_mib(self.resident),
+            "data_mib": memory_mib(self.data),
+            "besides_data_mib": memory_mib(np.subtract(self.resident, self.data)),
         }
 
     def _idle_ms(self, begin: float, end: float) -> int:
@@ -104,6 +110,19 @@ class MixedResult:
         return round(
             1000 * max((late for at, late in self.idle if at >= begin and at - late <= end), default=0)
         )
+
+
+def memory_mib(seen: Sequence[int] | NDArray[np.int64]) -> dict[str, float]:
+    """Memory at the start, after each quarter and at most, and its growth a minute after the first quarter.
+
+    Args:
+        seen: Bytes from second to second.
+    """
+    mib = np.asarray(seen) / (1 << 20)
+    later = mib[len(mib) // 4 :]
+    quarters = mib[np.arange(5) * (len(mib) - 1) // 4].round(1).tolist()
+    slope = float(np.polyfit(np.arange(len(later)), later, 1)[0]) if len(later) > 1 else 0.0
+    return {"quarters": quarters, "peak": round(float(mib.max()), 1), "per_minute": round(slope * 60, 2)}
 
 
 def spread_ms(seconds: Sequence[float]) -> dict[str, float]:
@@ -293,6 +312,7 @@ def run_mixed(
             thread.start()
         while any(thread.is_alive() for thread in threads):
             result.resident.append(server.resident_bytes)
+            result.data.append(server.data_bytes)
             time.sleep(1.0)
         result.seconds = time.monotonic() - begin
     result.idle = [(at - begin, late) for at, late in idle.late]

@@ -19,6 +19,7 @@ from retrieval_draft.errors import RetrievalDraftError
 __all__ = ["ServeProcess"]
 
 _ADDRESS = re.compile(r"Listening on http://127\.0\.0\.1:(\d+)")
+_DATA = re.compile(r"^retrieval_draft:(?:index|prefix_cache)_bytes(?:\{.*\})? (\S+)$", re.MULTILINE)
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
@@ -85,6 +86,18 @@ class ServeProcess:
             return int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]) * _PAGE
         except (OSError, IndexError, ValueError):
             return 0
+
+    @property
+    def data_bytes(self) -> int:
+        """Memory of what it drafts from, and of keys and values of earlier texts; 0 without an answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request("GET", "/metrics")
+            return round(sum(map(float, _DATA.findall(connection.getresponse().read().decode()))))
+        except (OSError, http.client.HTTPException):
+            return 0
+        finally:
+            connection.close()
 
     def signal(self) -> None:
         """Sends it the signal to stop."""

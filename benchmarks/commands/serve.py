@@ -120,6 +120,7 @@ def mixed(
     if json:
         print_json(result)
     else:
+        result["gaps_over_200_ms"] = len(result["gaps_over_200_ms"])
         print_table("", ("mixed", ""), [(key, str(value)) for key, value in result.items()])
     if loaded.different or loaded.faults or code:
         raise typer.Exit(DIFFERENT)

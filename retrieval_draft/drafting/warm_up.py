@@ -57,6 +57,7 @@ def _decode(session: DraftSession, prompt: TokenArray, top_k: int, costs: CostMo
     for token in (0, 1, 2, 17, 18, 17, 19, 3):
         plan = session.propose(root, len(prompt), 8)
         costs.choose(plan.tree.path_probs[1:])
+        costs.observe(1, len(prompt), 2.0)
         emitted, root = np.array([token], np.int32), token
         nodes = len(plan.tree.tokens)
         session.observe(emitted)

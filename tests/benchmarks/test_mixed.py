@@ -52,12 +52,13 @@ def test_an_idle_loop_tells_how_late_it_woke() -> None:
 
 def test_a_result_names_what_is_long() -> None:
     gaps, idle = [(1.0, 0.1), (2.0, 0.3), (3.0, 0.3)], [(1.5, 0.4), (1.8, 0.04), (2.4, 0.2), (3.1, 0.15)]
-    result = MixedResult(gaps=gaps, resident=[1 << 20] * 8, idle=idle)
+    result = MixedResult(gaps=gaps, resident=[1 << 20] * 8, data=[1 << 19] * 8, idle=idle)
     summary = result.summary()
     assert summary["gaps_over_200_ms"] == [
         {"second": 2.0, "ms": 300, "idle_loop_ms": 40},
         {"second": 3.0, "ms": 300, "idle_loop_ms": 150},
     ]
     assert summary["gaps_over_200_ms_beyond_the_idle_loop"] == 1
-    assert summary["resident_mib"]["per_minute"] == pytest.approx(0, abs=1e-6)
+    assert summary["resident_mib"] == {"quarters": [1.0] * 5, "peak": 1.0, "per_minute": 0.0}
+    assert summary["besides_data_mib"]["peak"] == 0.5
     assert spread_ms([]) == {"count": 0}
