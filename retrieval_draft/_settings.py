@@ -35,7 +35,7 @@ def check_ranges(settings: Any) -> None:
     Raises:
         InvalidInputError: A value lies outside.
     """
-    for name, (_, metadata) in field_metadata(type(settings)).items():
+    for name, (_, metadata) in field_metadata(settings.__class__).items():
         for each in metadata:
             value = getattr(settings, name)
             if isinstance(each, Range) and value is not None and not each.low <= value <= each.high:

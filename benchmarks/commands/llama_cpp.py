@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from retrieval_draft.cli.bench_common import ratio_range
-from retrieval_draft.cli.common import PromptOptions, split
+from retrieval_draft.cli.common import PromptOptions, ratio_range, split
 from retrieval_draft.cli.options import Fields, Report, Table, measurement
 from retrieval_draft.models.packaged import NAMES, PACKAGED, packaged_gguf
 

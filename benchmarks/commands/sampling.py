@@ -7,13 +7,12 @@ from typing import Annotated
 
 import typer
 
-from retrieval_draft.cli.bench_common import ratio_range
-from retrieval_draft.cli.common import ModelOptions, Nodes, PromptOptions, split
-from retrieval_draft.cli.options import AllFields, Fields, Report, Table, measurement
+from retrieval_draft.cli.common import ModelOptions, Nodes, PromptOptions, ratio_range, split
+from retrieval_draft.cli.options import Fields, Report, Table, measurement
 
 __all__ = ["batch", "draw", "samples"]
 
-Model = Annotated[ModelOptions, AllFields(without=("weights",))]
+Model = Annotated[ModelOptions, Fields(..., without=("weights",))]
 
 
 @measurement

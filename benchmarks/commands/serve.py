@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from retrieval_draft.bench.busy import busy_processes
-from retrieval_draft.cli.bench_common import Beside
+from retrieval_draft.cli.common import Beside
 from retrieval_draft.cli.options import Report, Table, measurement
 from retrieval_draft.errors import InvalidInputError
 

@@ -6,9 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_draft.cli.bench_common import ratio_range
-from retrieval_draft.cli.common import PromptOptions, split
-from retrieval_draft.cli.options import AllFields, Report, Table, measurement
+from retrieval_draft.cli.common import PromptOptions, ratio_range, split
+from retrieval_draft.cli.options import Fields, Report, Table, measurement
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.models.packaged import NAMES, PACKAGED, packaged_folder
 
@@ -19,7 +18,7 @@ _METHODS = "plain,ngram-1-3-3,ngram-2-4-5,ngram-3-5-10,suffix,cold,history"
 
 @measurement
 def vllm(
-    prompts: Annotated[PromptOptions, AllFields(defaults={"prompts": (), "limit": 8})],
+    prompts: Annotated[PromptOptions, Fields(..., defaults={"prompts": (), "limit": 8})],
     model: Annotated[str, typer.Option(help=f"A folder, a hub name, {NAMES}.")] = "gemma3-270m",
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each reply at most.")] = 96,
     methods: Annotated[

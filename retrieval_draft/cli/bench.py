@@ -3,29 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from retrieval_draft.cli import bench_datastores
-from retrieval_draft.cli.bench_common import Beside, ratio_range
-from retrieval_draft.cli.common import Chat, Index, ModelOptions, PromptOptions, split
-from retrieval_draft.cli.options import AllFields, Fields, Report, Table, measurement
+from retrieval_draft.cli.common import (
+    Beside,
+    Chat,
+    ModelOptions,
+    PromptOptions,
+    SourceOptions,
+    ratio_range,
+    split,
+)
+from retrieval_draft.cli.options import Fields, Report, Table, measurement
 from retrieval_draft.config import DraftConfig
 
 __all__ = ["app", "live_report"]
 
-PromptTokens = Annotated[
-    int | None,
-    typer.Option(
-        min=0,
-        help="Leave only so many tokens at the end of each prompt; those before become a reference text.",
-        show_default=False,
-    ),
-]
-References = Annotated[bool, typer.Option(help="Pass reference texts along.")]
+
+@dataclass(frozen=True, slots=True)
+class ReplayOptions:
+    """Requests of traces, and how they are replayed.
+
+    Attributes:
+        history: Keep learned state between requests.
+        part: all, even or odd requests; priors are fitted on even.
+        limit: Only so many requests.
+        corpora: A corpus index to draft from.
+        prompt_tokens: Leave only so many tokens at the end of each prompt; those before become a reference
+            text.
+        references: Pass reference texts along.
+    """
+
+    history: Annotated[bool, typer.Option("--history/--no-history")] = True
+    part: str = "all"
+    limit: Annotated[int | None, typer.Option(min=1)] = None
+    corpora: Annotated[tuple[Path, ...], typer.Option("--index")] = ()
+    prompt_tokens: Annotated[int | None, typer.Option(min=0, show_default=False)] = None
+    references: bool = True
+
 
 app = typer.Typer(help="Measure.", pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("index")(bench_datastores.index)
@@ -41,12 +61,13 @@ def _help(context: typer.Context) -> None:
 @app.command("live")
 @measurement
 def live(
-    model: Annotated[ModelOptions, AllFields()],
+    model: Annotated[ModelOptions, Fields(...)],
     prompts: Annotated[
         PromptOptions,
-        AllFields(seed=typer.Option(help="Draws the prompts, and random ids."), defaults={"prompts": ()}),
+        Fields(..., seed=typer.Option(help="Draws the prompts, and random ids."), defaults={"prompts": ()}),
     ],
     config: Annotated[DraftConfig, Fields("nodes", cpu_kernels="--cpu-kernels/--stock-kernels")],
+    sources: Annotated[SourceOptions, Fields("corpora")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of each reply at most.")] = 96,
     methods: Annotated[
         str,
@@ -55,7 +76,6 @@ def live(
             "-no-cudnn after a name turns cuDNN's attention off."
         ),
     ] = "stock,stock-pld,none,calibrated",
-    index: Index = None,
     random_ids: Annotated[
         int | None, typer.Option(min=1, help="So many prompts of random ids instead of files.")
     ] = None,
@@ -98,7 +118,7 @@ def live(
             record=record,
             cpu_kernels=config.cpu_kernels,
             history=history,
-            corpora=index or (),
+            corpora=sources.corpora,
             draft_model=draft_model,
             chat=chat,
         )
@@ -110,23 +130,16 @@ def live(
 @measurement
 def replay(
     traces: Annotated[list[Path], typer.Argument(help="Trace files.", show_default=False)],
+    options: Annotated[ReplayOptions, Fields(...)],
     nodes: Annotated[int, typer.Option(min=0, help="Draft nodes of every step.")] = 60,
     sources: Annotated[str, typer.Option(help="Only these sources, by commas.", show_default=False)] = "",
-    history: Annotated[
-        bool, typer.Option("--history/--no-history", help="Keep learned state between requests.")
-    ] = True,
     method: Annotated[str, typer.Option(help="A drafting method.")] = "calibrated",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests.")] = None,
-    index: Index = None,
-    part: Annotated[str, typer.Option(help="all, even or odd requests; priors are fitted on even.")] = "all",
     without: Annotated[
         str, typer.Option(help="Evidence not to learn from: length,depth,rank,absent,request,cells.")
     ] = "",
     priors: Annotated[bool, typer.Option(help="Start from the shipped calibration.")] = True,
     oracle: Annotated[bool, typer.Option(help="Verify the best single source of each step instead.")] = False,
     late: Annotated[bool, typer.Option(help="Learn from a step after the next drafts, as on a GPU.")] = False,
-    prompt_tokens: PromptTokens = None,
-    references: References = True,
     plot: Annotated[
         Path | None, typer.Option(help="Draw predicted against observed acceptance.", show_default=False)
     ] = None,
@@ -139,17 +152,12 @@ def replay(
         traces,
         nodes=nodes,
         sources=split(sources) or None,
-        history=history,
         method=method,
-        limit=limit,
-        corpora=index or (),
-        part=part,
         without=split(without),
         priors=priors,
         oracle=oracle,
         late=late,
-        prompt_tokens=prompt_tokens,
-        references=references,
+        **asdict(options),
     )
     if plot is not None:
         if "calibration" not in result:
@@ -177,16 +185,9 @@ def replay(
 @measurement
 def methods(
     traces: Annotated[list[Path], typer.Argument(help="Trace files.", show_default=False)],
+    options: Annotated[ReplayOptions, Fields(...)],
     nodes: Annotated[str, typer.Option(help="Draft nodes of every step, by commas.")] = "8,16,32,60",
     names: Annotated[str, typer.Option("--methods", help="Only these, by commas.", show_default=False)] = "",
-    history: Annotated[
-        bool, typer.Option("--history/--no-history", help="Keep learned state between requests.")
-    ] = True,
-    part: Annotated[str, typer.Option(help="all, even or odd requests; priors are fitted on even.")] = "all",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests.")] = None,
-    prompt_tokens: PromptTokens = None,
-    references: References = True,
-    index: Index = None,
 ) -> Report:
     """Replay with every method that needs no model, and with the best single source of each step."""
     from retrieval_draft._progress import progress
@@ -200,12 +201,7 @@ def methods(
             nodes=sizes,
             methods=chosen,
             progress=advance,
-            history=history,
-            part=part,
-            limit=limit,
-            corpora=index or (),
-            prompt_tokens=prompt_tokens,
-            references=references,
+            **asdict(options),
         )
     used = result["nodes_per_step"]
     rows = [

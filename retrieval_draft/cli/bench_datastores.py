@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from retrieval_draft.cli.bench_common import ratio_range
-from retrieval_draft.cli.common import ModelOptions, Nodes, split
-from retrieval_draft.cli.options import AllFields, Report, Table, measurement
+from retrieval_draft.cli.common import ModelOptions, Nodes, ratio_range, split
+from retrieval_draft.cli.options import Fields, Report, Table, measurement
 
 __all__ = ["corpus", "index"]
 
@@ -61,7 +60,7 @@ def index(
 
 @measurement
 def corpus(
-    model: Annotated[ModelOptions, AllFields(without=("weights",))],
+    model: Annotated[ModelOptions, Fields(..., without=("weights",))],
     paths: Annotated[
         list[str] | None,
         typer.Argument(help="A code base. Python's standard library by default.", show_default=False),

@@ -24,14 +24,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Address",
+    "Beside",
     "Chat",
-    "Index",
     "KeyOptions",
     "ModelOptions",
     "Nodes",
     "PromptOptions",
     "SourceOptions",
     "drafting_fields",
+    "ratio_range",
     "split",
     "text_of",
     "text_of_stdin",
@@ -39,10 +40,7 @@ __all__ = [
 
 Chat = Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")]
 Nodes = Annotated[int | None, typer.Option("--nodes", min=0, help=field_docs(DraftConfig)["nodes"])]
-Index = Annotated[
-    list[Path] | None,
-    typer.Option("--index", help="A corpus index to draft from; repeatable.", show_default=False),
-]
+Beside = Annotated[int, typer.Option(min=0, help="Busy processes beside the measurement.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +83,13 @@ class SourceOptions:
     """Draft sources that are files.
 
     Attributes:
-        index: Corpus indexes.
+        corpora: A corpus index to draft from.
         phrases: A file of fixed texts to draft from: one a line, or between lines of ---.
         draft_model: A smaller model or a trained head to draft with; "self": this one with layers skipped;
             "mtp": its layers for multi-token prediction.
     """
 
-    index: Index = None
+    corpora: Annotated[tuple[Path, ...], typer.Option("--index")] = ()
     phrases: Path | None = None
     draft_model: str | None = None
 
@@ -102,7 +100,7 @@ class SourceOptions:
         from retrieval_draft.drafter import RetrievalDrafter
 
         return RetrievalDrafter.for_model(
-            model, tokenizer, method=config.method, config=config, corpora=self.index or (),
+            model, tokenizer, method=config.method, config=config, corpora=self.corpora,
             phrases=self.phrases, store=store, draft_model=self.draft_model,
         )  # fmt: skip
 
@@ -133,7 +131,7 @@ class PromptOptions:
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """The place where a server listens.
+    """The address at which a server listens.
 
     Attributes:
         host: Address to listen on.
@@ -203,6 +201,11 @@ def drafting_fields(*names: str, **defaults: Any) -> Fields:
         history_folder=typer.Option("--history", metavar="PATH"),
         defaults=defaults,
     )
+
+
+def ratio_range(ratio: dict[str, float] | None) -> str:
+    """A median with its tenths; empty where there is none."""
+    return "" if ratio is None else f"{ratio['median']:.2f} ({ratio['p10']:.2f}..{ratio['p90']:.2f})"
 
 
 def split(words: str) -> list[str]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from retrieval_draft._files import expanded
 from retrieval_draft.cli._store_options import Store, configured
-from retrieval_draft.cli.common import Address, Index, KeyOptions
-from retrieval_draft.cli.options import AllFields, Fields, command
+from retrieval_draft.cli.common import Address, KeyOptions, SourceOptions
+from retrieval_draft.cli.options import Fields, command
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.draft_service.limits import SessionLimits
 from retrieval_draft.errors import InvalidInputError
@@ -31,15 +30,17 @@ def _group() -> None:
 @command
 def serve(
     store: Store,
+    sources: Annotated[SourceOptions, Fields("corpora", "phrases")],
     address: Annotated[
         Address,
-        AllFields(
+        Fields(
+            ...,
             unix_socket=typer.Option(help="Listen there instead; only this user may connect."),
             defaults={"port": 8700},
         ),
     ],
-    keys: Annotated[KeyOptions, AllFields()],
-    limits: Annotated[SessionLimits, AllFields()],
+    keys: Annotated[KeyOptions, Fields(...)],
+    limits: Annotated[SessionLimits, Fields(...)],
     config: Annotated[DraftConfig, Fields(history_folder=typer.Option(metavar="PATH", show_default=False))],
     tokenizer: Annotated[
         str | None,
@@ -49,8 +50,6 @@ def serve(
         int | None,
         typer.Option(min=1, help="Number of ids; instead of a tokenizer, for drafts from requests only."),
     ] = None,
-    index: Index = None,
-    phrases: Annotated[Path | None, typer.Option(help="Fixed texts that the model often repeats.")] = None,
     history_mb: Annotated[
         int, typer.Option(min=1, help="Memory for earlier requests, of each tenant.")
     ] = 256,
@@ -76,8 +75,8 @@ def serve(
     proposers = Proposers.for_tokenizer(
         encoder,
         vocabulary=vocabulary,
-        corpora=index or (),
-        phrases=phrases,
+        corpora=sources.corpora,
+        phrases=sources.phrases,
         store=settings,
         config=replace(config, history_bytes=history_mb << 20),
         default=store.tenant,

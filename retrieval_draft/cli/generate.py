@@ -20,7 +20,7 @@ from retrieval_draft.cli.common import (
     text_of,
     text_of_stdin,
 )
-from retrieval_draft.cli.options import AllFields, Json, command
+from retrieval_draft.cli.options import Fields, Json, command
 from retrieval_draft.cli.output import paint, print_json, print_table, wants_color
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.errors import InvalidInputError
@@ -38,9 +38,9 @@ def generate(
     prompt: Annotated[
         str, typer.Argument(help="The prompt, or - to read it from stdin.", show_default=False)
     ],
-    model: Annotated[ModelOptions, AllFields()],
+    model: Annotated[ModelOptions, Fields(...)],
     config: Annotated[DraftConfig, drafting_fields()],
-    sources: Annotated[SourceOptions, AllFields()],
+    sources: Annotated[SourceOptions, Fields(...)],
     store: Store,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,

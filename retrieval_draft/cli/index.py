@@ -12,7 +12,7 @@ import typer
 
 from retrieval_draft.cli import index_look
 from retrieval_draft.cli._encoder import load_encoder, named_tokenizer
-from retrieval_draft.cli.options import AllFields, Report, command
+from retrieval_draft.cli.options import Fields, Report, command
 from retrieval_draft.errors import DatastoreError, InvalidInputError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _help(context: typer.Context) -> None:
 @app.command("build")
 @command
 def build(
-    building: Annotated[Building, AllFields()],
+    building: Annotated[Building, Fields(...)],
     tokenizer: Tokenizer,
     out: Annotated[Path, typer.Option("--out", help="The new index.", show_default=False)],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing index.")] = False,
@@ -109,7 +109,7 @@ def build(
 @app.command("add")
 @command
 def add(
-    building: Annotated[Building, AllFields()],
+    building: Annotated[Building, Fields(...)],
     out: Annotated[Path, typer.Option("--out", help="The index to add to.", show_default=False)],
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", help="By default the one the index was built with.")

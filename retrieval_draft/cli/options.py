@@ -29,7 +29,6 @@ from retrieval_draft.errors import InvalidInputError
 
 __all__ = [
     "DIFFERENT",
-    "AllFields",
     "Fields",
     "Json",
     "Out",
@@ -63,7 +62,7 @@ class Report:
 
     Attributes:
         result: The object of ``--json``.
-        parts: What is printed without it: tables, and lines of text.
+        parts: Tables and lines of text, printed without it.
         different: Whether verification found a difference; the exit code tells.
         saved: The object of ``--out`` where that is another than `result`.
     """
@@ -89,7 +88,8 @@ class Fields:
     """Marks a command's parameter as a dataclass, and names its fields that are options of the command.
 
     Args:
-        names: Fields with an option of their own name.
+        names: Fields with an option of their own name, or ``...`` for all fields.
+        without: Fields that have no option where all others have one.
         defaults: Values that this command has in place of the dataclass's defaults, of fields without an
             option too.
         declared: Fields with another name, as ``"--grace"``, or with a `typer.Option`; what that leaves open
@@ -97,12 +97,18 @@ class Fields:
     """
 
     def __init__(
-        self, *names: str, defaults: Mapping[str, Any] | None = None, **declared: str | OptionInfo
+        self,
+        *names: str | types.EllipsisType,
+        without: Sequence[str] = (),
+        defaults: Mapping[str, Any] | None = None,
+        **declared: str | OptionInfo,
     ) -> None:
-        self._names, self._declared, self.defaults = names, declared, defaults or {}
+        self._names, self._without, self._declared = names, without, declared
+        self.defaults = defaults or {}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._names or name in self._declared
+        named = ... in self._names or name in self._names or name in self._declared
+        return named and name not in self._without
 
     def parameters(self, kind: type) -> Iterator[tuple[str, inspect.Parameter]]:
         """The fields of a dataclass that have an option, and its parameter for typer."""
@@ -128,23 +134,6 @@ class Fields:
                 field.name,
                 _parameter(name, Annotated[_typed(base), option], value or None if _is_list(base) else value),
             )
-
-
-class AllFields(Fields):
-    """The same for all fields of a dataclass but those of `without`."""
-
-    def __init__(
-        self,
-        *,
-        without: Sequence[str] = (),
-        defaults: Mapping[str, Any] | None = None,
-        **declared: str | OptionInfo,
-    ) -> None:
-        super().__init__(defaults=defaults, **declared)
-        self._without = without
-
-    def __contains__(self, name: str) -> bool:
-        return name not in self._without
 
 
 def command(function: Callable[..., Any]) -> Callable[..., None]:
@@ -237,10 +226,12 @@ def _is_list(base: Any) -> bool:
 
 
 def _typed(base: Any) -> Any:
-    """A field's type as typer knows it: words for choices, mixed types, and the entries of a collection."""
+    """A field's type as typer knows it: words for choices, mixed types and entries of mappings."""
     members = _members(base)
-    if tuple in members or Mapping in members:
+    if Mapping in members:
         return list[str] | None
+    if tuple in members:
+        return types.GenericAlias(list, get_args(base)[:1]) | None
     if str in members or Literal in members:
         return str | None if type(None) in get_args(base) else str
     return base

@@ -19,7 +19,7 @@ from retrieval_draft.cli.common import (
     SourceOptions,
     drafting_fields,
 )
-from retrieval_draft.cli.options import AllFields, Fields, command
+from retrieval_draft.cli.options import Fields, command
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.errors import InvalidInputError, RetrievalDraftError
 from retrieval_draft.server.media.settings import MediaSettings
@@ -41,18 +41,19 @@ _OF_VLLM = {
 @command
 def serve(
     context: typer.Context,
-    model: Annotated[ModelOptions, AllFields()],
-    address: Annotated[Address, AllFields()],
+    model: Annotated[ModelOptions, Fields(...)],
+    address: Annotated[Address, Fields(...)],
     config: Annotated[
         DraftConfig,
         drafting_fields("prefix_cache_bytes", "history_bytes", "adjacency_rows", prefix_cache_bytes=1 << 30),
     ],
-    sources: Annotated[SourceOptions, AllFields()],
+    sources: Annotated[SourceOptions, Fields(...)],
     store: Store,
-    keys: Annotated[KeyOptions, AllFields()],
+    keys: Annotated[KeyOptions, Fields(...)],
     settings: Annotated[
         ServerSettings,
-        AllFields(
+        Fields(
+            ...,
             without=("media",),
             model_name=typer.Option("--served-model-name", show_default=False),
             history_bytes="--tenant-history-bytes",
@@ -112,7 +113,7 @@ def serve(
             dtype=model.dtype,
             served_model_name=name,
             api_key=_only_key(list(keys.read(store.tenant))),
-            corpora=sources.index or (),
+            corpora=sources.corpora,
             phrases=sources.phrases,
             store=shared,
             history_folder=config.history_folder,

@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from retrieval_draft._settings import Range
-from retrieval_draft.cli.options import AllFields, Fields, Report, Table, command, measurement, save
+from retrieval_draft.cli.options import Fields, Report, Table, command, measurement, save
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.store.config import StoreConfig
@@ -51,7 +51,7 @@ def test_fields_are_options() -> None:
     seen: list[Sizes] = []
 
     @command
-    def show(sizes: Annotated[Sizes, AllFields(rows="--most", weights="--weight")], last: int = 1) -> None:
+    def show(sizes: Annotated[Sizes, Fields(..., rows="--most", weights="--weight")], last: int = 1) -> None:
         seen.append(sizes)
 
     found = options(show)
@@ -77,11 +77,11 @@ def test_a_command_has_other_defaults_and_leaves_fields_out() -> None:
 
 def test_bad_values_are_refused() -> None:
     @command
-    def show(sizes: Annotated[Sizes, AllFields()]) -> None: ...
+    def show(sizes: Annotated[Sizes, Fields(...)]) -> None: ...
 
     with pytest.raises(InvalidInputError, match="'a' is not of the form NAME=NUMBER"):
         run(show, "--weights", "a")
-    with pytest.raises(Exception, match="greater than or equal to 1|range x>=1"):
+    with pytest.raises(Exception, match=r"greater than or equal to 1|range x>=1"):
         run(show, "--rows", "0")
 
 
@@ -112,5 +112,5 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [DraftConfig, StoreConfig, ServerSettings])
 def test_every_field_of_the_settings_can_be_an_option(kind: type) -> None:
     unlike = {"sources", "prefill_logits", "key", "media"}
-    found = dict(AllFields(without=tuple(unlike)).parameters(kind))
+    found = dict(Fields(..., without=tuple(unlike)).parameters(kind))
     assert all(each.annotation.__metadata__[0].help for each in found.values())
