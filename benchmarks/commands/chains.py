@@ -67,10 +67,10 @@ def chains(
     parts = [Table(f"A step at {context:,} tokens of context", columns, rows)]
     if traces:
         replayed = result["replay"]
-        rows = [
+        replays = [
             (name, f"{replayed[name]['tokens_per_step']:.3f}", f"{replayed[name]['drafted_per_step']:.2f}")
             for name in ("batch", "proposer", "prompt_lookup")
         ]
         title = f"{replayed['requests']} recorded replies, chains of {max_chain} tokens at most"
-        parts.append(Table(title, ("chains of", "tokens per step", "drafted"), rows))
+        parts.append(Table(title, ("chains of", "tokens per step", "drafted"), replays))
     return Report(result, parts)
