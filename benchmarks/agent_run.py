@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import socket
@@ -16,6 +15,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.agent_script import Turn
+from benchmarks.child_process import stop_process
+from benchmarks.loopback import get_status, posted
 from benchmarks.serve_process import ServeProcess
 from retrieval_draft.errors import RetrievalDraftError
 
@@ -115,11 +116,7 @@ def _turn(run: AgentRun, port: int, body: dict[str, Any]) -> None:
 
 
 def _pieces(port: int, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    try:
-        headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-        response = connection.getresponse()
+    with posted(port, "/v1/chat/completions", body, seconds=600) as response:
         if response.status != 200:
             raise RetrievalDraftError(f"The server answers {response.status}: {response.read(300)!r}.")
         for line in response:
@@ -129,8 +126,6 @@ def _pieces(port: int, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 if "error" in piece:
                     raise RetrievalDraftError(f"The stream ends with an error: {piece['error']}.")
                 yield piece
-    finally:
-        connection.close()
 
 
 @contextmanager
@@ -162,26 +157,10 @@ def transformers_serving(model: str, threads: int | None, seconds: float = 300.0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     try:
         until = time.monotonic() + seconds
-        while not _answers(port):
+        while get_status(port) != 200:
             if process.poll() is not None or time.monotonic() > until:
                 raise RetrievalDraftError("transformers serve did not start.", f"Run: {' '.join(command)}")
             time.sleep(0.2)
         yield port
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(10)
-
-
-def _answers(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
+        stop_process(process)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from retrieval_draft.bench.measuring import percentiles
 from retrieval_draft.bench.replay import read_traces
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.source import TokenArray
@@ -81,10 +82,6 @@ def _measure(text: TokenArray, length: int, nodes: int) -> dict[str, Any]:
     return {
         "insert_tokens_per_second": length / inserted,
         **size,
-        "propose_us": {
-            "p50": float(np.percentile(times, 50)),
-            "p99": float(np.percentile(times, 99)),
-            "mean": float(times.mean()),
-        },
+        "propose_us": percentiles(times, mean=True),
         "nodes": proposed / PROPOSALS,
     }

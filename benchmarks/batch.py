@@ -12,6 +12,7 @@ import torch
 from retrieval_draft._progress import progress
 from retrieval_draft.bench.agreement import compare_outputs
 from retrieval_draft.bench.decoders import STOCK
+from retrieval_draft.bench.measuring import ratio_summary, rotated
 from retrieval_draft.bench.prompts import Prompt
 from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.config import DraftConfig
@@ -78,7 +79,7 @@ def batches(
             for ids in encoded:
                 alone.append(_replies(model.generate, [ids], max_new_tokens, tokenizer)[0][0])
                 advance()
-            for name in methods[number % len(methods) :] + methods[: number % len(methods)]:
+            for name in rotated(methods, number):
                 generate = model.generate if name == STOCK else drafters[name].generate
                 replies, took = _replies(generate, encoded, max_new_tokens, tokenizer)
                 seconds[name].append(took)
@@ -149,5 +150,4 @@ def _ratio(
     if STOCK not in seconds:
         return None
     speeds = {each: np.array(tokens[each]) / np.array(seconds[each]) for each in (name, STOCK)}
-    low, middle, high = np.percentile(speeds[name] / speeds[STOCK], [10, 50, 90]).tolist()
-    return {"median": middle, "p10": low, "p90": high}
+    return ratio_summary(speeds[name] / speeds[STOCK])

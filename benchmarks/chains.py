@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft.bench.measuring import percentiles
 from retrieval_draft.bench.replay import Trace, read_traces
 from retrieval_draft.bench.synthetic_text import SyntheticText
 from retrieval_draft.config import DraftConfig
@@ -123,14 +124,9 @@ def _stepped(
         batch.close(int(session), finished=False)
     wall, cpu = wall[min(WARM, steps // 2) :] * 1e6, cpu[min(WARM, steps // 2) :] * 1e6
     return {
-        "step_us": {
-            "p50": float(np.percentile(wall, 50)),
-            "p99": float(np.percentile(wall, 99)),
-            "mean": float(wall.mean()),
-            "least": float(wall.min()),
-        },
-        "us_per_request": float(np.percentile(wall, 50)) / rows,
-        "cpu_us_per_request": float(np.percentile(cpu, 50)) / rows,
+        "step_us": percentiles(wall, 50, 99, 0, mean=True),
+        "us_per_request": float(np.median(wall)) / rows,
+        "cpu_us_per_request": float(np.median(cpu)) / rows,
         "tokens_per_step": emitted / steps / rows,
         "drafted_per_step": drafted / steps / rows,
     }

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.child_process import stop_process
+from retrieval_draft.bench.measuring import percentiles
 from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.bench.replay import Trace, read_traces
 from retrieval_draft.draft_service.client import Draft, DraftClient, RemoteSession
@@ -46,12 +48,7 @@ def serving(*options: str) -> Iterator[str]:
             raise RetrievalDraftError("The drafting service did not start.", "Its own words stand above.")
         yield line.removeprefix("Drafts at ").strip()
     finally:
-        process.terminate()
-        try:
-            process.wait(30.0)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        stop_process(process)
         process.stdout.close()
 
 
@@ -104,9 +101,9 @@ def measure_draft_service(
             }
     tokens, steps, drafted = counts
     return {
-        "step_us": {name: _spread(found) for name, found in seconds.items()},
-        "open_us": {name: _spread(found) for name, found in opening.items()},
-        "batch_us": {name: _spread(found) for name, found in batch.items()},
+        "step_us": {name: _microseconds(found) for name, found in seconds.items()},
+        "open_us": {name: _microseconds(found) for name, found in opening.items()},
+        "batch_us": {name: _microseconds(found) for name, found in batch.items()},
         "batch_sessions": together,
         "service_us": _alone(requests, nodes, pause / 1000, vocabulary),
         "tokens_per_step": tokens / steps,
@@ -205,9 +202,8 @@ def _alone(requests: Sequence[Trace], nodes: int, pause: float, vocabulary: int)
                 emitted = rest[: len(tree.walk(rest))]
                 done += len(emitted)
             session.close()
-    return _spread(seconds)
+    return _microseconds(seconds)
 
 
-def _spread(seconds: Sequence[float]) -> dict[str, float]:
-    p50, p90, p99 = np.percentile(np.array(seconds) * 1e6, (50, 90, 99))
-    return {"p50": float(p50), "p90": float(p90), "p99": float(p99)}
+def _microseconds(seconds: Sequence[float]) -> dict[str, float]:
+    return percentiles(np.multiply(seconds, 1e6), 50, 90, 99)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from retrieval_draft.bench.measuring import percentiles
 from retrieval_draft.bench.replay import read_traces
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafting.calibration import Calibration
@@ -90,7 +91,7 @@ def measure_fusion(paths: Sequence[Path], *, nodes: int = 60, limit: int | None 
         )
     both = [one + other for one, other in zip(fuse_us, observe_us, strict=True)]
     times = {"fuse_us": fuse_us, "observe_us": observe_us, "both_us": both}
-    found: dict[str, Any] = {name: _summary(values[WARM:]) for name, values in times.items()}
+    found: dict[str, Any] = {name: percentiles(values[WARM:], mean=True) for name, values in times.items()}
     return {**found, "proposed": float(np.mean(proposed)), "steps": len(fuse_us), "nodes": nodes}
 
 
@@ -99,11 +100,3 @@ def _emitted_logits(text: TokenArray, at: int, emitted: TokenArray) -> NodeLogit
     padded = np.concatenate((np.full(4, -1, np.int32), text))
     contexts = np.stack([padded[at + step : at + step + 4] for step in range(len(emitted))])
     return NodeLogits(contexts, emitted[:, None], np.ones((len(emitted), 1), np.float32))
-
-
-def _summary(values: Sequence[float]) -> dict[str, float]:
-    return {
-        "p50": float(np.percentile(values, 50)),
-        "p99": float(np.percentile(values, 99)),
-        "mean": float(np.mean(values)),
-    }

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from benchmarks.llama_cpp_noise import batch_noise
 from retrieval_draft._progress import progress
+from retrieval_draft.bench.measuring import ratio_summary, rotated
 from retrieval_draft.bench.prompts import Prompt
+from retrieval_draft.bench.ties import compare
 from retrieval_draft.config import SOURCES, DraftConfig
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.integrations.llama_cpp import RetrievalDraftModel
@@ -124,9 +126,8 @@ def measure_llama_cpp(
         )
     with progress("Generating", len(encoded) * len(names)) as advance:
         for number, ids in enumerate(encoded):
-            for turn in range(len(names)):
-                contender = made[names[(turn + number) % len(names)]]
-                _answer(llama, contender, ids, max_new_tokens)
+            for name in rotated(names, number):
+                _answer(llama, made[name], ids, max_new_tokens)
                 advance()
     plain = made["none"]
     result: dict[str, Any] = {name: _summary(each, plain) for name, each in made.items()}
@@ -204,18 +205,12 @@ def _tokens(llama: Any, ids: list[int], most: int) -> Iterator[int]:
 
 
 def _summary(contender: _Contender, plain: _Contender) -> dict[str, Any]:
-    speeds = [
-        len(reply) / seconds for reply, seconds in zip(contender.replies, contender.seconds, strict=True)
-    ]
-    usual = [len(reply) / seconds for reply, seconds in zip(plain.replies, plain.seconds, strict=True)]
-    ratios = np.array(speeds) / np.array(usual)
-    low, median, high = np.percentile(ratios, (10, 50, 90))
     tokens = sum(len(reply) for reply in contender.replies)
     return {
         "tokens_per_step": contender.emitted / max(contender.passes, 1),
         "drafted_per_step": contender.drafted / max(contender.passes, 1),
         "tokens_per_second": tokens / sum(contender.seconds),
-        "ratio": {"median": float(median), "p10": float(low), "p90": float(high)},
+        "ratio": ratio_summary(_speeds(contender) / _speeds(plain)),
     }
 
 
@@ -230,9 +225,9 @@ def _compare(
     """Numbers of replies that equal those without drafts, differ by rounding, or differ otherwise."""
     counts = {"equal": 0, "ties": 0, "different": 0}
     for ids, mine, stock in zip(prompts, contender.replies, plain.replies, strict=True):
-        at = next((n for n, (a, b) in enumerate(zip(mine, stock, strict=False)) if a != b), None)
-        if at is None:
-            counts["equal" if len(mine) == len(stock) else "different"] += 1
+        at = compare(stock, mine)
+        if at is None or at in (len(mine), len(stock)):
+            counts["equal" if at is None else "different"] += 1
             continue
         gap, noise = batch_noise(llama, [*ids, *stock[:at]], stock[at], mine[at])
         counts["ties" if gap <= noise else "different"] += 1

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.idle_loop import IdleLoop
+from benchmarks.loopback import posted
 from benchmarks.mixed_asks import BAD_ASKS, MixedAsk
 from benchmarks.serve_process import ServeProcess
 
@@ -306,31 +307,22 @@ def run_mixed(
                             {"ask": repr(asks[index])[:600], "told": told.answer, "alone": expected[index]}
                         )
 
-    threads = [threading.Thread(target=work, args=(client,)) for client in range(clients)]
     with IdleLoop() as idle:
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads):
-            result.resident.append(server.resident_bytes)
-            result.data.append(server.data_bytes)
-            time.sleep(1.0)
+        memory = server.memory_while(work, clients)
         result.seconds = time.monotonic() - begin
+    result.resident, result.data = map(list, zip(*memory, strict=True))
     result.idle = [(at - begin, late) for at, late in idle.late]
     return result
 
 
 def ask_bad(port: int, path: str, body: bytes | dict[str, Any]) -> str:
     """Fault of the answer to a request that is to be refused; empty without one."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     sent = body if isinstance(body, bytes) else json.dumps(body).encode()
     try:
-        connection.request("POST", path, sent, {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        told = response.read()
+        with posted(port, path, sent) as response:
+            told = response.read()
         if 400 <= response.status < 500 and json.loads(told)["error"]["message"]:
             return ""
         return f"{path} {sent[:80]!r}: status {response.status}: {told[:200]!r}"
     except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
         return f"{path} {sent[:80]!r}: {type(error).__name__}: {error}"
-    finally:
-        connection.close()

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.loopback import posted
+
 __all__ = ["Ask", "Told", "ask_server"]
 
 
@@ -57,20 +59,15 @@ def ask_server(port: int, ask: Ask, *, stream: bool, name: str, timeout: float =
         "prompt": ask.prompt, "seed": ask.seed, "max_tokens": ask.max_tokens,
         "temperature": ask.temperature, "stream": stream, "return_token_ids": True,
     }  # fmt: skip
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
     try:
-        headers = {"Content-Type": "application/json", "X-Request-Id": name}
-        connection.request("POST", "/v1/completions", json.dumps(body), headers)
-        response = connection.getresponse()
-        if response.status != 200:
-            return Told(wrong=f"status {response.status}: {response.read(300)!r}")
-        if (echoed := response.getheader("X-Request-Id")) != name:
-            return Told(wrong=f"it is the answer of {echoed}")
-        return _pieces(response) if stream else _whole(json.loads(response.read()))
+        with posted(port, "/v1/completions", body, {"X-Request-Id": name}, timeout) as response:
+            if response.status != 200:
+                return Told(wrong=f"status {response.status}: {response.read(300)!r}")
+            if (echoed := response.getheader("X-Request-Id")) != name:
+                return Told(wrong=f"it is the answer of {echoed}")
+            return _pieces(response) if stream else _whole(json.loads(response.read()))
     except (OSError, ValueError, http.client.HTTPException) as error:
         return Told(wrong=f"{type(error).__name__}: {error}")
-    finally:
-        connection.close()
 
 
 def _whole(body: dict[str, Any]) -> Told:

@@ -83,13 +83,8 @@ def run_load(server: ServeProcess, asks: Sequence[Ask], clients: int, seconds: f
                     result.tokens += len(told.tokens)
                     result.answers.setdefault(ask, Counter())[told] += 1
 
-    threads = [threading.Thread(target=work, args=(client,)) for client in range(clients)]
     begin = time.monotonic()
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        result.resident.append(server.resident_bytes)
-        time.sleep(1.0)
+    result.resident = [resident for resident, _ in server.memory_while(work, clients)]
     result.seconds = time.monotonic() - begin
     return result
 

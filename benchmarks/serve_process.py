@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import re
 import signal
@@ -11,9 +10,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.child_process import end_process
+from benchmarks.loopback import get_status, got
 from retrieval_draft.errors import RetrievalDraftError
 
 __all__ = ["ServeProcess"]
@@ -70,14 +71,7 @@ class ServeProcess:
 
     def health(self) -> int:
         """Status of /health; 0 without an answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status
-        except OSError:
-            return 0
-        finally:
-            connection.close()
+        return get_status(self.port)
 
     @property
     def resident_bytes(self) -> int:
@@ -90,14 +84,22 @@ class ServeProcess:
     @property
     def data_bytes(self) -> int:
         """Memory of what it drafts from, and of keys and values of earlier texts; 0 without an answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        try:
-            connection.request("GET", "/metrics")
-            return round(sum(map(float, _DATA.findall(connection.getresponse().read().decode()))))
-        except (OSError, http.client.HTTPException):
-            return 0
-        finally:
-            connection.close()
+        return round(sum(map(float, _DATA.findall(got(self.port, "/metrics")[1].decode()))))
+
+    def memory_while(self, work: Callable[[int], None], clients: int) -> list[tuple[int, int]]:
+        """Runs ``work(number)`` for every client at once.
+
+        Returns:
+            `resident_bytes` and `data_bytes`, each second.
+        """
+        threads = [threading.Thread(target=work, args=(client,)) for client in range(clients)]
+        for thread in threads:
+            thread.start()
+        found = []
+        while any(thread.is_alive() for thread in threads):
+            found.append((self.resident_bytes, self.data_bytes))
+            time.sleep(1.0)
+        return found
 
     def signal(self) -> None:
         """Sends it the signal to stop."""
@@ -111,12 +113,7 @@ class ServeProcess:
 
     def wait(self, seconds: float) -> int:
         """Its exit code; it is killed if it has none in time."""
-        try:
-            return self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(10)
-            return -signal.SIGKILL
+        return end_process(self._process, seconds)
 
     @property
     def last_lines(self) -> list[str]:

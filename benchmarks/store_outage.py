@@ -13,6 +13,7 @@ from benchmarks.slow_proxy import SlowProxy
 from benchmarks.store_decoder import DecoderProcess
 from benchmarks.valkey_process import ValkeyProcess
 from retrieval_draft._progress import progress
+from retrieval_draft.bench.measuring import ratio_summary
 
 __all__ = ["STATES", "measure_outages"]
 
@@ -83,11 +84,12 @@ def measure_outages(
             _leave(state, server, proxy)
             status = _when_sent(decoder) if state != "none" else {}
             decoder.call(do="close")
-            low, middle, high = np.percentile(np.divide(seconds[False], seconds[True]), [10, 50, 90]).tolist()
+            ratio = ratio_summary(np.divide(seconds[False], seconds[True]))
+            assert ratio is not None
             found[state] = {
-                "ratio": middle,
-                "p10": low,
-                "p90": high,
+                "ratio": ratio["median"],
+                "p10": ratio["p10"],
+                "p90": ratio["p90"],
                 "of_all": sum(seconds[False]) / sum(seconds[True]),
                 "core_share": share,
                 "replies": len(seconds[True]),

@@ -13,6 +13,7 @@ from benchmarks.store_fill import fill
 from benchmarks.store_worker import FINGERPRINT, WorkerProcess, load_kernels
 from benchmarks.valkey_process import ValkeyProcess
 from retrieval_draft._progress import progress
+from retrieval_draft.bench.measuring import percentiles
 from retrieval_draft.bench.synthetic_text import SyntheticText
 from retrieval_draft.index.shared import SharedSource
 from retrieval_draft.index.source import TokenArray
@@ -69,11 +70,8 @@ def measure_propagation(
                         found[rows].append(1000 * (end - begin))
                 advance()
     return {
-        "p50": float(np.percentile(found[False], 50)),
-        "p99": float(np.percentile(found[False], 99)),
-        "max": max(found[False]),
-        "rows_p50": float(np.percentile(found[True], 50)),
-        "rows_p99": float(np.percentile(found[True], 99)),
+        **percentiles(found[False], 50, 99, 100),
+        **{f"rows_{name}": value for name, value in percentiles(found[True]).items()},
         "samples": len(found[False]) + len(found[True]),
         "lost": lost,
         "servers": servers,
@@ -146,10 +144,10 @@ def measure_ingest(
         "tokens_per_second": tokens / seconds,
         "tokens": ingested,
         "steps": len(busy),
-        "step_us": _spread(busy[:, 0]),
-        "step_us_quiet": _spread(quiet[:, 0]),
-        "held_us": _spread(busy[:, 1]),
-        "held_us_quiet": _spread(quiet[:, 1]),
+        "step_us": percentiles(busy[:, 0], 50, 99, 99.9, 100),
+        "step_us_quiet": percentiles(quiet[:, 0], 50, 99, 99.9, 100),
+        "held_us": percentiles(busy[:, 1], 50, 99, 99.9, 100),
+        "held_us_quiet": percentiles(quiet[:, 1], 50, 99, 99.9, 100),
     }
 
 
@@ -167,8 +165,3 @@ def _steps(source: SharedSource, text: TokenArray, nodes: int, over: Any) -> Any
         found.append((1e6 * took, max(0.0, 1e6 * (took - (time.thread_time() - ran)))))
         time.sleep(0.002)
     return np.array(found)
-
-
-def _spread(values: Any) -> dict[str, float]:
-    percentiles = {"p50": 50, "p99": 99, "p99.9": 99.9, "max": 100}
-    return {name: float(np.percentile(values, percentile)) for name, percentile in percentiles.items()}

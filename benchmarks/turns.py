@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import random
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+from benchmarks.loopback import posted
 from benchmarks.serve_process import ServeProcess
 
 __all__ = ["first_token", "measure_turns"]
@@ -79,12 +79,9 @@ def first_token(port: int, prompt: Sequence[int], count: int = 16) -> tuple[floa
         "prompt": list(prompt), "max_tokens": count, "temperature": 0, "stream": True, "ignore_eos": True,
         "return_token_ids": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     began, seconds, cached = perf_counter(), 0.0, 0
     reply: list[int] = []
-    try:
-        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
+    with posted(port, "/v1/completions", body) as response:
         if response.status != 200:
             raise RuntimeError(f"status {response.status}: {response.read(300)!r}")
         for line in response:
@@ -97,6 +94,4 @@ def first_token(port: int, prompt: Sequence[int], count: int = 16) -> tuple[floa
                 reply += choice["token_ids"]
             if piece.get("usage"):
                 cached = piece["usage"]["prompt_tokens_details"]["cached_tokens"]
-    finally:
-        connection.close()
     return seconds, reply, cached

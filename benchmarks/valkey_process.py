@@ -16,6 +16,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, RedisError
 from redis.retry import Retry
 
+from benchmarks.child_process import end_process
 from retrieval_draft.errors import DatastoreError
 
 __all__ = ["SERVER_VARIABLE", "ValkeyProcess", "free_port", "server_binary"]
@@ -146,9 +147,5 @@ class ValkeyProcess:
         with suppress(ProcessLookupError):
             self._signal(number)
             self._signal(signal.SIGCONT)
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end_process(self._process, 10)
         self._process = None

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from benchmarks.vllm_decoders import PLAIN, VllmDecoder, make_vllm_contestant
 from benchmarks.vllm_switch import SWITCH, Switchboard
 from retrieval_draft._progress import progress
+from retrieval_draft.bench.measuring import ratio_summary, rotated
 from retrieval_draft.bench.prompts import Prompt
 from retrieval_draft.bench.provenance import provenance
+from retrieval_draft.bench.ties import compare
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.integrations.vllm.interface import vllm_version
 
@@ -93,12 +93,10 @@ class _Engines:
 
     def compare_outputs(self, ids: Sequence[int], reference: list[int], other: list[int]) -> str:
         """Returns "equal", "tie" (the first different tokens are almost equally probable) or "different"."""
-        if reference == other:
+        index = compare(reference, other)
+        if index is None:
             return "equal"
-        index = next(
-            (n for n, pair in enumerate(zip(reference, other, strict=False)) if pair[0] != pair[1]), -1
-        )
-        if index < 0:
+        if index in (len(reference), len(other)):
             return "different"
         self.switch.current = None
         engine = self.drafting if self.plain is None else self.plain
@@ -171,8 +169,7 @@ def compare_in_vllm(
     with progress("Decoding (replies)", passes * len(fitting) * len(names), delay=0.0) as advance:
         for found in runs:
             for number, (_, ids) in enumerate(fitting):
-                first = number % len(decoders)
-                for contestant in decoders[first:] + decoders[:first]:
+                for contestant in rotated(decoders, number):
                     found[contestant.name].append(engines.run(contestant, ids, max_new_tokens))
                     advance()
                 reference = found[names[0]][-1].tokens
@@ -235,7 +232,5 @@ def _summary(name: str, runs: dict[str, list[_Run]], base: str) -> dict[str, Any
 
 
 def _spread(ratios: Sequence[float]) -> dict[str, float] | None:
-    if not ratios:
-        return None
-    low, middle, high = np.percentile(ratios, [10, 50, 90]).tolist()
-    return {"median": middle, "p10": low, "p90": high, "min": min(ratios)}
+    found = ratio_summary(ratios)
+    return found and found | {"min": min(ratios)}

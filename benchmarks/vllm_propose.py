@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from retrieval_draft.bench.measuring import percentiles
 from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.bench.synthetic_text import SyntheticText
 from retrieval_draft.config import SOURCES, DraftConfig
@@ -73,14 +74,8 @@ def measure_propose(
     )
     milliseconds, accepted = _run(rows, truth, context, steps)
     chains.shut_down()
-    p50, p99 = np.percentile(milliseconds, [50, 99]).tolist()
     return {
-        "propose_ms": {
-            "p50": p50,
-            "p99": p99,
-            "mean": float(np.mean(milliseconds)),
-            "least": float(np.min(milliseconds)),
-        },
+        "propose_ms": percentiles(milliseconds, 50, 99, 0, mean=True),
         "drafted_per_row": rows.drafted / (requests * rows.steps),
         "accepted_per_row": accepted / (requests * (rows.steps - 1)),
         "requests": requests,

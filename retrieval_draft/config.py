@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from retrieval_draft._settings import Range, check_ranges
 from retrieval_draft.errors import InvalidInputError, UnknownMethodError
 
 __all__ = ["DRAFT_MODEL", "METHODS", "SOURCES", "DraftConfig", "SourceSpec"]
@@ -86,9 +87,9 @@ class DraftConfig:
     """Configuration of drafting. It changes the speed of generation, never the output.
 
     Attributes:
-        method: A name of `METHODS`.
-        nodes: Draft nodes verified in every step, root excluded, or None to let the measured
-            cost of a forward pass decide step by step.
+        method: Drafting method: calibrated, none, or a published one by its name.
+        nodes: Draft nodes verified in every step, root excluded. By default the measured cost of a forward
+            pass decides, step by step.
         max_nodes: Limit of a step's draft nodes when the cost decides.
         sources: Names of `SOURCES` to draft from.
         top_k: Next tokens kept for each row of the adjacency matrix.
@@ -96,39 +97,39 @@ class DraftConfig:
         prefill_logits: Whether the output head also runs over the prompt, so that the adjacency matrix has
             the prompt's alternatives: True, False, or "auto" for as many of the last prompt positions as pay
             for their measured cost.
-        cpu_kernels: Whether the model's layers use faster kernels for few tokens on the
-            CPU while the drafter decodes. Results differ in the last bits. No effect on other devices.
+        cpu_kernels: Faster layers for few tokens on the CPU while drafting. Results differ in the last bits.
+            No effect on other devices.
         graphs: Whether passes over draft trees are captured once and replayed: "auto" as CUDA graphs on CUDA,
             "off" never, "tape" as recorded operations on any device, which saves nothing and is for tests.
-        exact: "bitwise" for text, and a cache, that are the same bit for bit with and without drafts in half
-            precision too, alone and in a batch: every pass, of prompts too, has one shape. Refused, with the
-            reason, where the model does not keep to it on this machine. None for equality up to rounding.
+        exact: "bitwise": the same text, and cache, bit for bit with and without drafts in half precision too,
+            alone and in a batch, by passes of one shape. Refused, with the reason, where the model does not
+            keep to it on this machine. By default equality up to rounding.
         known_noise: Whether drafts for sampled text are ranked by the noise that it will be drawn with.
             Turned off in measurements only.
         history_bytes: Limit of the memory for texts of earlier requests; the oldest are evicted first.
-        history_folder: Folder to save these texts in, for use after a restart; None to lose them at exit.
+        history_folder: A folder in which prompts and replies are kept to draft from, after a restart too.
         history_prompts: Whether prompts are kept.
         history_replies: Whether replies are kept.
-        prefix_cache_bytes: Limit of the memory for keys and values of earlier texts, from which a prompt with
-            the same beginning continues; 0 keeps none.
+        prefix_cache_bytes: Limit of the memory for keys and values of earlier texts, which prompts with the
+            same beginning reuse, and as much for each adapter; 0 keeps none.
     """
 
     method: str = "calibrated"
-    nodes: int | None = None
-    max_nodes: int = 60
+    nodes: Annotated[int | None, Range(0, MAX_NODES)] = None
+    max_nodes: Annotated[int, Range(0, MAX_NODES)] = 60
     sources: tuple[str, ...] = field(default_factory=lambda: tuple(SOURCES))
-    top_k: int = 8
-    adjacency_rows: int = 262144
+    top_k: Annotated[int, Range(1, TOP_K_LIMIT)] = 8
+    adjacency_rows: Annotated[int, Range(16, 1 << 28)] = 262144
     prefill_logits: bool | Literal["auto"] = "auto"
     cpu_kernels: bool = True
     graphs: Literal["auto", "off", "tape"] = "auto"
     exact: Literal["bitwise"] | None = None
     known_noise: bool = True
-    history_bytes: int = 1 << 28
+    history_bytes: Annotated[int, Range(1 << 20, 1 << 40)] = 1 << 28
     history_folder: str | None = None
     history_prompts: bool = True
     history_replies: bool = True
-    prefix_cache_bytes: int = 0
+    prefix_cache_bytes: Annotated[int, Range(0, 1 << 44)] = 0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -142,16 +143,7 @@ class DraftConfig:
             )
         if len(set(self.sources)) < len(self.sources):
             raise InvalidInputError(f"sources names a source twice: {self.sources}.", "Name each one once.")
-        for name, value, low, high in (
-            ("nodes", 0 if self.nodes is None else self.nodes, 0, MAX_NODES),
-            ("max_nodes", self.max_nodes, 0, MAX_NODES),
-            ("top_k", self.top_k, 1, TOP_K_LIMIT),
-            ("adjacency_rows", self.adjacency_rows, 16, 1 << 28),
-            ("history_bytes", self.history_bytes, 1 << 20, 1 << 40),
-            ("prefix_cache_bytes", self.prefix_cache_bytes, 0, 1 << 44),
-        ):
-            if not low <= value <= high:
-                raise InvalidInputError(f"{name} is {value}; it must lie in {low}..{high}.")
+        check_ranges(self)
         if self.graphs not in ("auto", "off", "tape"):
             raise InvalidInputError(f"graphs is {self.graphs!r}; it must be 'auto', 'off' or 'tape'.")
         if self.exact not in (None, "bitwise"):

@@ -13,6 +13,7 @@ from retrieval_draft.cli import main
 from retrieval_draft.engine.cpu import linear_choice
 from retrieval_draft.engine.graph import graph_passes
 from tests.support.commands import Command
+from tests.support.tiny import save_tiny
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -86,3 +87,16 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return int(done.value.code or 0), out, err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny model and its tokenizer."""
+    return str(save_tiny(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """The log of the package, from "info" on."""
+    caplog.set_level(logging.INFO, "retrieval_draft")
+    return caplog

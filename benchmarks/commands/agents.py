@@ -9,9 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_draft.cli.bench_common import Out, finish, split
-from retrieval_draft.cli.common import DIFFERENT, Json
-from retrieval_draft.cli.output import print_json, print_table
+from retrieval_draft.cli.common import split
+from retrieval_draft.cli.options import Report, Table, measurement
 from retrieval_draft.errors import InvalidInputError
 
 __all__ = ["agents", "restart"]
@@ -20,6 +19,7 @@ _CACHE_OPTION = "prefix_cache_bytes"
 """Parameter of ``serve`` that keeps keys and values of earlier turns."""
 
 
+@measurement
 def agents(
     model: Annotated[
         str | None, typer.Option(help="A tiny one with random weights by default.", show_default=False)
@@ -34,9 +34,7 @@ def agents(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Of the servers' torch.", show_default=False)
     ] = None,
-    out: Out = None,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Run a coding agent of 20 turns: time to the first token, tokens a second, equal replies."""
     from benchmarks.agent_run import run_agent, serving, transformers_serving
     from benchmarks.agent_script import agent_turns
@@ -72,15 +70,10 @@ def agents(
         for name in names
         if name != "transformers" and any(run.tokens != first.tokens for run in runs[name])
     ]
-    finish(result | provenance(), out)
-    if json:
-        print_json(result)
-    else:
-        _show(result)
-    if result["different"]:
-        raise typer.Exit(DIFFERENT)
+    return Report(result, [_table(result)], different=bool(result["different"]), saved=result | provenance())
 
 
+@measurement
 def restart(
     model: Annotated[
         str | None, typer.Option(help="A tiny one with random weights by default.", show_default=False)
@@ -88,9 +81,7 @@ def restart(
     length: Annotated[str, typer.Option(help="short, medium or long: lines that a turn reads.")] = "short",
     turns: Annotated[int, typer.Option(min=1, max=100, help="Requests of the conversation.")] = 12,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a reply.")] = 48,
-    out: Out = None,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Start a server again, with its history and from a snapshot: seconds, tokens per step, equal replies."""
     from benchmarks.agent_script import agent_turns
     from benchmarks.restart import measure_restart
@@ -99,20 +90,19 @@ def restart(
     with tempfile.TemporaryDirectory() as scratch:
         folder, asked = _folder(model, Path(scratch) / "model"), agent_turns(length, turns)
         runs = measure_restart(folder, asked, Path(scratch), new=max_new_tokens)
-    finish({"model": model or "tiny", "length": length, "runs": runs} | provenance(), out)
-    if json:
-        print_json(runs)
-    else:
-        rows = [
-            (name, f"{run['ready_seconds']:.1f}", f"{run['all_seconds']:.1f}",
-             f"{run['tokens_per_step']:.2f}", f"{run['cached_share']:.0%}",
-             f"{run['equal']} of {run['turns']}")
-            for name, run in runs.items()
-        ]  # fmt: skip
-        columns = ("server", "s to serve", "s to the end", "tokens/step", "cached", "equal")
-        print_table(f"{model or 'tiny'}, {length}", columns, rows)
-    if any(run["equal"] < run["turns"] for run in runs.values()):
-        raise typer.Exit(DIFFERENT)
+    rows = [
+        (name, f"{run['ready_seconds']:.1f}", f"{run['all_seconds']:.1f}",
+         f"{run['tokens_per_step']:.2f}", f"{run['cached_share']:.0%}",
+         f"{run['equal']} of {run['turns']}")
+        for name, run in runs.items()
+    ]  # fmt: skip
+    columns = ("server", "s to serve", "s to the end", "tokens/step", "cached", "equal")
+    return Report(
+        runs,
+        [Table(f"{model or 'tiny'}, {length}", columns, rows)],
+        different=any(run["equal"] < run["turns"] for run in runs.values()),
+        saved={"model": model or "tiny", "length": length, "runs": runs} | provenance(),
+    )
 
 
 def _folder(model: str | None, scratch: Path) -> str:
@@ -157,7 +147,7 @@ def _with_template(save: Any, folder: Path) -> str:
     return str(folder)
 
 
-def _show(result: dict[str, Any]) -> None:
+def _table(result: dict[str, Any]) -> Table:
     rows = []
     for name, each in result["servers"].items():
         first = each["first_token_seconds"]
@@ -175,7 +165,7 @@ def _show(result: dict[str, Any]) -> None:
                 f"{each['equal_replies']} of {result['turns']}",
             )
         )
-    print_table(
+    return Table(
         f"{result['model']}, {result['length']}: {result['turns']} turns",
         ("server", "s", "tokens/s", "first token: cold", "later", "last", "tokens/step", "cached", "equal"),
         rows,

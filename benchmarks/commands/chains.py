@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from retrieval_draft.cli.bench_common import Out, finish, split
-from retrieval_draft.cli.common import Json
-from retrieval_draft.cli.output import print_json, print_table
+from retrieval_draft.cli.common import split
+from retrieval_draft.cli.options import Report, Table, measurement
 from retrieval_draft.errors import InvalidInputError
 
 __all__ = ["chains"]
 
 
+@measurement
 def chains(
     traces: Annotated[
         list[Path] | None,
@@ -30,9 +30,7 @@ def chains(
     limit: Annotated[
         int | None, typer.Option(help="Replay only so many requests.", show_default=False)
     ] = None,
-    out: Out = None,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Time drafting for batches on synthetic text: observing, learning and a chain for every request."""
     from benchmarks.chains import measure_chains, replay_chains
 
@@ -53,10 +51,6 @@ def chains(
     )
     if traces:
         result["replay"] = replay_chains(traces, max_chain=max_chain, min_prob=min_prob, limit=limit)
-    finish(result, out)
-    if json:
-        print_json(result)
-        return
     rows = []
     for size, without in result["requests"].items():
         for name, found in (("none", without), (f"{history_tokens:,}", without.get("history"))):
@@ -70,18 +64,13 @@ def chains(
                     )
                 )  # fmt: skip
     columns = ("requests", "history", "us least", "p50", "p99", "cpu us a request", "tokens per step")
-    print_table(f"A step at {context:,} tokens of context", columns, rows)
+    parts = [Table(f"A step at {context:,} tokens of context", columns, rows)]
     if traces:
         replayed = result["replay"]
-        print_table(
-            f"{replayed['requests']} recorded replies, chains of {max_chain} tokens at most",
-            ("chains of", "tokens per step", "drafted"),
-            [
-                (
-                    name,
-                    f"{replayed[name]['tokens_per_step']:.3f}",
-                    f"{replayed[name]['drafted_per_step']:.2f}",
-                )
-                for name in ("batch", "proposer", "prompt_lookup")
-            ],
-        )
+        replays = [
+            (name, f"{replayed[name]['tokens_per_step']:.3f}", f"{replayed[name]['drafted_per_step']:.2f}")
+            for name in ("batch", "proposer", "prompt_lookup")
+        ]
+        title = f"{replayed['requests']} recorded replies, chains of {max_chain} tokens at most"
+        parts.append(Table(title, ("chains of", "tokens per step", "drafted"), replays))
+    return Report(result, parts)

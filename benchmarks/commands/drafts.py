@@ -7,13 +7,12 @@ from typing import Annotated
 
 import typer
 
-from retrieval_draft.cli.bench_common import Out, finish
-from retrieval_draft.cli.common import Json
-from retrieval_draft.cli.output import print_json, print_table
+from retrieval_draft.cli.options import Report, Table, measurement
 
 __all__ = ["drafts"]
 
 
+@measurement
 def drafts(
     traces: Annotated[list[Path], typer.Argument(help="Trace files.", show_default=False)],
     nodes: Annotated[int, typer.Option(min=1, max=1024, help="Draft nodes of every step.")] = 60,
@@ -22,17 +21,11 @@ def drafts(
     ] = 0.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests.")] = None,
     together: Annotated[int, typer.Option(min=1, max=1024, help="Sessions in one call.")] = 64,
-    out: Out = None,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Measure the drafting service: steps over TCP and a unix socket, and of many sessions in one call."""
     from benchmarks.draft_service import measure_draft_service
 
     result = measure_draft_service(traces, nodes=nodes, pause=pause, limit=limit, together=together)
-    finish(result, out)
-    if json:
-        print_json(result)
-        return
     rows = [
         (f"{label}, {name}", *(f"{found[part]:.0f}" for part in ("p50", "p90", "p99")))
         for key, label in (
@@ -44,6 +37,5 @@ def drafts(
     ]
     alone = result["service_us"]
     rows.append(("a step without a network", *(f"{alone[part]:.0f}" for part in ("p50", "p90", "p99"))))
-    print_table(
-        f"{nodes} nodes, {result['steps']:,} steps", ("round trip", "p50 us", "p90 us", "p99 us"), rows
-    )
+    title = f"{nodes} nodes, {result['steps']:,} steps"
+    return Report(result, [Table(title, ("round trip", "p50 us", "p90 us", "p99 us"), rows)])

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from retrieval_draft.cli.bench_common import Out, finish, split
-from retrieval_draft.cli.common import Json
-from retrieval_draft.cli.output import print_json, print_table
+from retrieval_draft.cli.common import split
+from retrieval_draft.cli.options import Report, Table, measurement
 
 __all__ = ["fleet"]
 
 
+@measurement
 def fleet(
     traces: Annotated[list[Path], typer.Argument(help="Trace files.", show_default=False)],
     servers: Annotated[str, typer.Option(help="Sizes of the fleet, by commas.")] = "4,16,64",
@@ -21,19 +21,13 @@ def fleet(
     levels: Annotated[str, typer.Option(help="What is shared, by commas; all of it by default.")] = "",
     share: Annotated[str, typer.Option(help="Parts of a request that are shared: reply or all.")] = "all",
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests.")] = None,
-    out: Out = None,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Replay traces over fleets that share nothing, texts, rows and calibration, against one server."""
     from benchmarks.fleet import LEVELS, measure_fleet
 
     sizes = [int(each) for each in split(servers)]
     chosen = split(levels) or list(LEVELS)
     result = measure_fleet(traces, servers=sizes, nodes=nodes, levels=chosen, share=share, limit=limit)
-    finish(result, out)
-    if json:
-        print_json(result)
-        return
     columns = (
         "servers",
         "shared",
@@ -53,4 +47,4 @@ def fleet(
         )
         for found in ({**result["one_server"], "level": "one server", "ratio": 1.0}, *result["fleets"])
     ]
-    print_table(f"{result['requests']} requests, {result['nodes']} nodes", columns, rows)
+    return Report(result, [Table(f"{result['requests']} requests, {result['nodes']} nodes", columns, rows)])

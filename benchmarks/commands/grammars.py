@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from retrieval_draft.cli.bench_common import Out, finish, split
-from retrieval_draft.cli.common import DIFFERENT, Json
-from retrieval_draft.cli.output import print_json, print_table
+from retrieval_draft.cli.common import split
+from retrieval_draft.cli.options import Report, Table, measurement
 
 __all__ = ["grammars"]
 
 
+@measurement
 def grammars(
     model: Annotated[str, typer.Option(help="Name or folder of a chat model.")] = "smollm2-135m",
     requests: Annotated[int, typer.Option(min=1, max=25, help="Of each of eight shapes.")] = 25,
@@ -23,25 +23,19 @@ def grammars(
     ways: Annotated[
         str, typer.Option(help="alternating: half greedy, half seeded; reversed: the other halves; or both.")
     ] = "alternating",
-    out: Out = None,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Count passes for replies of eight shapes, greedy and seeded; compare them and validate them."""
     from benchmarks.grammar_tasks import TASKS
     from benchmarks.grammars import measure_grammars
     from retrieval_draft.bench.provenance import provenance
 
     result = measure_grammars(model, requests, shapes=split(shapes) or (*TASKS,), history=history, ways=ways)
-    finish(result | provenance(), out)
-    if json:
-        print_json(result)
-    else:
-        rows = [
-            [name, str(each["fewer_passes"]), str(each["tokens"]),
-             *(f"{each[key]}/{each['requests']}" for key in ("equal", "ended", "valid"))]
-            for name, each in result["shapes"].items()
-        ]  # fmt: skip
-        columns = ("shape", "times fewer passes", "tokens", "equal", "ended", "valid")
-        print_table(f"Replies by grammars, {result['model']}: {result['fewer_passes']}", columns, rows)
-    if min(result["equal"], result["valid"]) < result["requests"]:
-        raise typer.Exit(DIFFERENT)
+    rows = [
+        [name, str(each["fewer_passes"]), str(each["tokens"]),
+         *(f"{each[key]}/{each['requests']}" for key in ("equal", "ended", "valid"))]
+        for name, each in result["shapes"].items()
+    ]  # fmt: skip
+    columns = ("shape", "times fewer passes", "tokens", "equal", "ended", "valid")
+    title = f"Replies by grammars, {result['model']}: {result['fewer_passes']}"
+    different = min(result["equal"], result["valid"]) < result["requests"]
+    return Report(result, [Table(title, columns, rows)], different, saved=result | provenance())

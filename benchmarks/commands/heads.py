@@ -7,36 +7,34 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_draft.cli.bench_common import Out, finish, split
-from retrieval_draft.cli.common import DIFFERENT, Json
-from retrieval_draft.cli.output import print_json, print_table
+from retrieval_draft.cli.common import PromptOptions, split
+from retrieval_draft.cli.options import Fields, Report, Table, measurement
 from retrieval_draft.errors import InvalidInputError
 
 __all__ = ["heads", "trim"]
 
+Prompts = Annotated[PromptOptions, Fields("prompts", "limit", defaults={"prompts": ()})]
+KINDS = Path("tests/data/prompts_kinds.jsonl")
 INT8 = "int8"
 """Name of a draft model: a copy of the target in int8."""
 
 
+@measurement
 def heads(
+    prompts: Prompts,
     draft_model: Annotated[
         str, typer.Option(help=f'A head, a model, "self", or "{INT8}", the target in int8.')
     ],
     model: Annotated[str, typer.Option(help="The target.")] = "smollm2-135m",
-    prompts: Annotated[list[Path] | None, typer.Option(help="Files of prompts.", show_default=False)] = None,
-    limit: Annotated[int | None, typer.Option(help="So many prompts.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Of each reply.")] = 64,
     nodes: Annotated[
         int | None, typer.Option(min=1, help="Draft nodes of a step; without, the cost decides.")
     ] = None,
     ways: Annotated[str, typer.Option(help="Of lookups, head, both.")] = "lookups,head,both",
     chat: Annotated[bool, typer.Option(help="Put prompts into the chat template.")] = False,
-    out: Out = None,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Compare lookups alone, a head or draft model alone, and both, by kind of prompt."""
     from benchmarks.heads import WAYS, compare_heads
-    from retrieval_draft.bench.prompts import read_prompts, spread
     from retrieval_draft.bench.provenance import provenance
     from retrieval_draft.models.loading import load_model
 
@@ -46,59 +44,51 @@ def heads(
         raise InvalidInputError(f"--ways is {ways!r}.", f"Choose from: {', '.join(WAYS)}.")
     loaded, tokenizer = load_model(model)
     drafter: Any = load_model(model, weights=INT8)[0] if draft_model == INT8 else draft_model
-    given = spread(read_prompts(prompts or [Path("tests/data/prompts_kinds.jsonl")]), limit)
+    given = prompts.read(KINDS)
     result = compare_heads(
         loaded, tokenizer, given, drafter,
         max_new_tokens=max_new_tokens, nodes=nodes, chat=chat, ways=chosen,
     )  # fmt: skip
     result |= {"model": model, "draft_model": draft_model, "nodes": nodes}
-    finish(result | provenance(), out)
-    if json:
-        print_json(result)
-    else:
-        rows = [
-            (
-                task,
-                way,
-                f"{each['tokens_per_step']:.2f}",
-                f"{each['tokens_per_second']:.1f}",
-                f"{each['ratio']:.2f}",
-            )
-            for task, ways_of in result["by_task"].items()
-            for way, each in ways_of.items()
-        ]
-        print_table(
-            f"{model} with {draft_model}, {result['equal']} of {result['prompts']} texts equal",
-            ("prompts", "drafts", "tokens/step", "tokens/s", "to lookups"),
-            rows,
+    rows = [
+        (
+            task,
+            way,
+            f"{each['tokens_per_step']:.2f}",
+            f"{each['tokens_per_second']:.1f}",
+            f"{each['ratio']:.2f}",
         )
-        asked = ", ".join(f"{way} {share:.0%}" for way, share in result["asked"].items() if way != "lookups")
-        print(f"asked in so many steps: {asked}")
-    if result["equal"] < result["prompts"]:
-        raise typer.Exit(DIFFERENT)
+        for task, ways_of in result["by_task"].items()
+        for way, each in ways_of.items()
+    ]
+    title = f"{model} with {draft_model}, {result['equal']} of {result['prompts']} texts equal"
+    asked = ", ".join(f"{way} {share:.0%}" for way, share in result["asked"].items() if way != "lookups")
+    return Report(
+        result,
+        [
+            Table(title, ("prompts", "drafts", "tokens/step", "tokens/s", "to lookups"), rows),
+            f"asked in so many steps: {asked}",
+        ],
+        different=result["equal"] < result["prompts"],
+        saved=result | provenance(),
+    )
 
 
+@measurement
 def trim(
+    prompts: Prompts,
     model: Annotated[str, typer.Option(help="Target and draft model.")] = "gemma3-270m",
-    prompts: Annotated[list[Path] | None, typer.Option(help="Files of prompts.", show_default=False)] = None,
-    limit: Annotated[int | None, typer.Option(help="So many prompts.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Of each reply.")] = 64,
-    out: Out = None,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Time a draft model's passes over its whole vocabulary and over a trimmed one; count tokens per step."""
     from benchmarks.heads import time_trim
-    from retrieval_draft.bench.prompts import read_prompts, spread
     from retrieval_draft.bench.provenance import provenance
     from retrieval_draft.models.loading import load_model
 
     loaded, tokenizer = load_model(model)
-    given = spread(read_prompts(prompts or [Path("tests/data/prompts_kinds.jsonl")]), limit)
+    given = prompts.read(KINDS)
     ways = time_trim(loaded, tokenizer, given, max_new_tokens=max_new_tokens)
     result = {"model": model, "ways": ways}
-    finish(result | provenance(), out)
-    if json:
-        print_json(result)
-        return
     rows = [(name, f"{each['pass_ms']:.1f}", f"{each['tokens_per_step']:.2f}") for name, each in ways.items()]
-    print_table(f"{model} drafts for itself", ("vocabulary", "ms a pass", "tokens/step"), rows)
+    table = Table(f"{model} drafts for itself", ("vocabulary", "ms a pass", "tokens/step"), rows)
+    return Report(result, [table], saved=result | provenance())

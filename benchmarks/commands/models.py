@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_draft.cli.bench_common import Out, finish, split
-from retrieval_draft.cli.common import DIFFERENT, Json
-from retrieval_draft.cli.output import print_json, print_table
+from retrieval_draft.cli.common import split
+from retrieval_draft.cli.options import Out, Report, Table, measurement, save
 
 __all__ = ["models"]
 
 
+@measurement
 def models(
     names: Annotated[
         list[str] | None,
@@ -39,8 +39,7 @@ def models(
         bool, typer.Option("--tape", help="Replay recorded passes over trees, as CUDA graphs are.")
     ] = False,
     out: Out = None,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Draft for every model of transformers, tiny and random, and compare with its own generate.
 
     A difference that is gone in float64 counts as rounding.
@@ -56,24 +55,16 @@ def models(
         seeds=seeds,
         jobs=jobs,
         graphs="tape" if tape else "auto",
-        keep=lambda found: finish(found, out),
+        keep=lambda found: save(found, out),
     )
-    if json:
-        print_json(result)
-    else:
-        print_table(
-            "",
-            ("model", "result", "way", "passes", "tokens", "seeds", "rounding", "note"),
-            list(map(_row, result["models"].items())),
-        )
-        counts = ", ".join(
-            f"{key.replace('_', ' ')} {len(value)}"
-            for key, value in result.items()
-            if isinstance(value, list) or key in ("refused", "crashed", "stock_fails", "not_built")
-        )
-        print(counts)
-    if failed(result):
-        raise typer.Exit(DIFFERENT)
+    columns = ("model", "result", "way", "passes", "tokens", "seeds", "rounding", "note")
+    counts = ", ".join(
+        f"{key.replace('_', ' ')} {len(value)}"
+        for key, value in result.items()
+        if isinstance(value, list) or key in ("refused", "crashed", "stock_fails", "not_built")
+    )
+    table = Table("", columns, list(map(_row, result["models"].items())))
+    return Report(result, [table, counts], different=bool(failed(result)))
 
 
 def _row(item: tuple[str, dict[str, Any]]) -> tuple[str, ...]:

@@ -9,14 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from retrieval_draft.bench.busy import busy_processes
-from retrieval_draft.cli.bench_common import Beside, Out, finish
-from retrieval_draft.cli.common import DIFFERENT, Json
-from retrieval_draft.cli.output import print_json, print_table
+from retrieval_draft.cli.common import Beside
+from retrieval_draft.cli.options import Report, Table, measurement
 from retrieval_draft.errors import InvalidInputError
 
 __all__ = ["mixed", "serve", "turns"]
 
 
+@measurement
 def serve(
     clients: Annotated[int, typer.Option(min=1, help="At the same time.")] = 64,
     seconds: Annotated[float, typer.Option(min=1, help="After which no client asks more.")] = 60.0,
@@ -40,9 +40,7 @@ def serve(
         typer.Option(min=1, help="Of the server's torch; 1 for the tiny model.", show_default=False),
     ] = None,
     beside: Beside = 0,
-    out: Out = None,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Load a server: whole streams, answers as offline, bounded memory; or its speed against no drafts."""
     with tempfile.TemporaryDirectory() as scratch:
         if model is None:
@@ -71,25 +69,28 @@ def serve(
         "max_batch": max_batch,
         "beside": beside,
     }
-    finish(result | provenance(), out)
-    if json:
-        print_json(result)
-    else:
-        rows = [(key, str(value)) for key, value in result.items() if not isinstance(value, list)]
-        print_table("", ("server", ""), rows)
-    if result.get("different") or result.get("wrong"):
-        raise typer.Exit(DIFFERENT)
+    return Report(
+        result,
+        [
+            Table(
+                "",
+                ("server", ""),
+                [(key, str(value)) for key, value in result.items() if not isinstance(value, list)],
+            )
+        ],
+        different=bool(result.get("different") or result.get("wrong")),
+        saved=result | provenance(),
+    )
 
 
+@measurement
 def mixed(
     clients: Annotated[int, typer.Option(min=1, help="At the same time.")] = 64,
     seconds: Annotated[float, typer.Option(min=1, help="After which no client asks more.")] = 300.0,
     max_batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 8,
     distinct: Annotated[int, typer.Option(min=10, help="Different requests to draw from.")] = 200,
     prefix_cache_mib: Annotated[int, typer.Option(min=0, help="Small enough to fill at once.")] = 16,
-    out: Out = None,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Load a tiny server with chats, tools, JSON, images, clients that leave and bad requests."""
     from benchmarks.mixed_asks import make_mixed_asks
     from benchmarks.mixed_load import answers_alone, run_mixed, spread_ms
@@ -116,33 +117,25 @@ def mixed(
     loaded.faults += faults
     result = {"clients": clients, "max_batch": max_batch, **loaded.summary()}
     result |= {"gap_ms_alone": spread_ms(gaps), "health_after": status, "exit_code": code}
-    finish(result | provenance(), out)
-    if json:
-        print_json(result)
-    else:
-        result["gaps_over_200_ms"] = len(result["gaps_over_200_ms"])
-        print_table("", ("mixed", ""), [(key, str(value)) for key, value in result.items()])
-    if loaded.different or loaded.faults or code:
-        raise typer.Exit(DIFFERENT)
+    rows = result | {"gaps_over_200_ms": len(result["gaps_over_200_ms"])}
+    table = Table("", ("mixed", ""), [(key, str(value)) for key, value in rows.items()])
+    different = bool(loaded.different or loaded.faults or code)
+    return Report(result, [table], different, saved=result | provenance())
 
 
+@measurement
 def turns(
     model: Annotated[str, typer.Option(help="Name or folder of a model.")] = "smollm2-135m",
     tokens: Annotated[int, typer.Option(min=16, help="Of the first prompt.")] = 2000,
     rounds: Annotated[int, typer.Option(min=1, help="Conversations.")] = 5,
-    out: Out = None,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Time a conversation's second turn to its first token, against one that nothing is known of."""
     from benchmarks.turns import measure_turns
     from retrieval_draft.bench.provenance import provenance
 
     result = measure_turns(model, tokens=tokens, rounds=rounds)
-    finish(result | provenance(), out)
-    if json:
-        print_json(result)
-        return
-    print_table("", ("turns", ""), [(name, str(value)) for name, value in result.items()])
+    table = Table("", ("turns", ""), [(name, str(value)) for name, value in result.items()])
+    return Report(result, [table], saved=result | provenance())
 
 
 def _load(

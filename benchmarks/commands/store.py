@@ -9,9 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_draft.cli.bench_common import Out, finish, split
-from retrieval_draft.cli.common import Json
-from retrieval_draft.cli.output import print_json, print_table
+from retrieval_draft.cli.common import split
+from retrieval_draft.cli.options import Report, Table, measurement
 from retrieval_draft.errors import InvalidInputError
 
 __all__ = ["store"]
@@ -19,6 +18,7 @@ __all__ = ["store"]
 PARTS = ("propagation", "outages", "soak", "start", "ingest", "split", "fuzz", "versions")
 
 
+@measurement
 def store(
     servers: Annotated[int, typer.Option(min=2, help="Servers that learn from each other.")] = 4,
     parts: Annotated[str, typer.Option(help=f"Measurements, by commas: {', '.join(PARTS)}.")] = (
@@ -53,9 +53,7 @@ def store(
         Path | None,
         typer.Option(help="Folder for temporary files; the system's by default.", show_default=False),
     ] = None,
-    out: Out = None,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Measure the shared store: propagation, outages, kills, start, ingest, traces over servers, fuzz."""
     chosen = split(parts)
     unknown = [part for part in chosen if part not in PARTS]
@@ -79,11 +77,7 @@ def store(
         }
         found = {part: measures[part]() for part in PARTS if part in chosen}
     result = _summary(found)
-    finish(result, out)
-    if json:
-        print_json(result)
-    else:
-        print_table(f"{servers} servers", ("what", "measured"), _rows(found))
+    return Report(result, [Table(f"{servers} servers", ("what", "measured"), _rows(found))])
 
 
 def _propagation(folder: Path, servers: int, rounds: int) -> dict[str, Any]:

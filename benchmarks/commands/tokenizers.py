@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_draft.cli.bench_common import Out, finish, split
-from retrieval_draft.cli.common import Json
-from retrieval_draft.cli.output import print_json, print_table
+from retrieval_draft.cli.common import split
+from retrieval_draft.cli.options import Report, Table, measurement
 from retrieval_draft.errors import InvalidInputError
 
 __all__ = ["tokenizers"]
@@ -18,6 +17,7 @@ __all__ = ["tokenizers"]
 TEXTS = Path(__file__).parents[1] / "languages.json"
 
 
+@measurement
 def tokenizers(
     names: Annotated[
         str, typer.Option("--tokenizers", help="Models or folders, by commas; each drafts for each other.")
@@ -27,9 +27,7 @@ def tokenizers(
         typer.Option(help='JSON, {"language": "text", ...}; the first is compared with.', show_default=False),
     ] = TEXTS,
     depth: Annotated[int, typer.Option(min=1, help="Tokens of the draft model in a step.")] = 6,
-    out: Out = None,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Draft texts of several languages through pairs of tokenizers, by a model that knows them."""
     from benchmarks.tokenizers import measure_tokenizers
 
@@ -37,12 +35,8 @@ def tokenizers(
     if len(chosen) < 2:
         raise InvalidInputError(f"--tokenizers names {len(chosen)}.", "Name two or more.")
     result = measure_tokenizers({name: _tokenizer(name) for name in chosen}, _read(texts), depth=depth)
-    finish(result, out)
-    if json:
-        print_json(result)
-        return
-    for pair in result["pairs"]:
-        print_table(
+    tables = [
+        Table(
             f"{pair['draft']} drafts for {pair['target']}: {pair['shared']:,} of its {pair['tokens']:,} "
             f"tokens are shared, {pair['beyond_ascii_shared']:,} of {pair['beyond_ascii']:,} beyond ASCII",
             ("text", "mode", "tokens per step", "of the first text's"),
@@ -52,6 +46,9 @@ def tokenizers(
                 for name, value in found.items()
             ],
         )
+        for pair in result["pairs"]
+    ]
+    return Report(result, tables)
 
 
 def _tokenizer(name: str) -> Any:

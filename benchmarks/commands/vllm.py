@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from retrieval_draft.cli.bench_common import Out, finish, ratio_range, split
-from retrieval_draft.cli.common import DIFFERENT, Json
-from retrieval_draft.cli.output import print_json, print_table
+from retrieval_draft.cli.common import PromptOptions, ratio_range, split
+from retrieval_draft.cli.options import Fields, Report, Table, measurement
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.models.packaged import NAMES, PACKAGED, packaged_folder
 
@@ -18,16 +16,10 @@ __all__ = ["vllm"]
 _METHODS = "plain,ngram-1-3-3,ngram-2-4-5,ngram-3-5-10,suffix,cold,history"
 
 
+@measurement
 def vllm(
+    prompts: Annotated[PromptOptions, Fields(..., defaults={"prompts": (), "limit": 8})],
     model: Annotated[str, typer.Option(help=f"A folder, a hub name, {NAMES}.")] = "gemma3-270m",
-    prompts: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--prompts", help="JSON lines with prompt or turns; may be repeated.", show_default=False
-        ),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="So many prompts, in turn from every task.")] = 8,
-    tasks: Annotated[str, typer.Option(help="Only these tasks, by commas.", show_default=False)] = "",
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each reply at most.")] = 96,
     methods: Annotated[
         str,
@@ -37,7 +29,6 @@ def vllm(
     passes: Annotated[int, typer.Option(min=1, help="Runs of all prompts.")] = 1,
     max_model_len: Annotated[int, typer.Option(min=64, help="As vLLM takes it.")] = 1024,
     dtype: Annotated[str, typer.Option(help="As vLLM takes it.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Draws the prompts.")] = 0,
     propose_only: Annotated[
         bool, typer.Option("--propose-only", help="Time proposing alone; needs neither model nor vLLM.")
     ] = False,
@@ -48,9 +39,7 @@ def vllm(
     history: Annotated[
         bool, typer.Option("--history/--no-history", help="Earlier requests too, with --propose-only.")
     ] = True,
-    out: Out = None,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Compare drafting methods in vLLM on one model, one request at a time, or time proposing alone."""
     if propose_only:
         from benchmarks.vllm_propose import measure_propose
@@ -58,23 +47,16 @@ def vllm(
         result = measure_propose(
             requests=requests, context=context, steps=steps, drafts=drafts, threads=threads, history=history
         )
-        finish(result, out)
-        if json:
-            print_json(result)
-        else:
-            times = result["propose_ms"]
-            print_table(
-                f"{requests} requests at {context} tokens, {drafts} draft tokens at most",
-                ("milliseconds a step", "p50", "p99", "mean", "least"),
-                [("", *(f"{times[name]:.2f}" for name in ("p50", "p99", "mean", "least")))],
-            )
-        return
+        times = result["propose_ms"]
+        table = Table(
+            f"{requests} requests at {context} tokens, {drafts} draft tokens at most",
+            ("milliseconds a step", "p50", "p99", "mean", "least"),
+            [("", *(f"{times[name]:.2f}" for name in ("p50", "p99", "mean", "least")))],
+        )
+        return Report(result, [table])
     result = _compare(
         model,
         prompts,
-        limit,
-        tasks,
-        seed,
         split(methods),
         {
             "max_new_tokens": max_new_tokens,
@@ -84,35 +66,28 @@ def vllm(
             "passes": passes,
         },
     )
-    finish(result, out)
-    if json:
-        print_json(result)
-    else:
-        for number, found in enumerate(result["passes"], 1):
-            _print(f"{len(result['prompts'])} prompts, {max_new_tokens} new tokens, pass {number}", found)
-    if any(each["different"] for found in result["passes"] for each in found.values()):
-        raise typer.Exit(DIFFERENT)
+    title = f"{len(result['prompts'])} prompts, {max_new_tokens} new tokens"
+    return Report(
+        result,
+        [_table(f"{title}, pass {number}", found) for number, found in enumerate(result["passes"], 1)],
+        different=any(each["different"] for found in result["passes"] for each in found.values()),
+    )
 
 
 def _compare(
     model: str,
-    prompts: list[Path] | None,
-    limit: int | None,
-    tasks: str,
-    seed: int,
+    prompts: PromptOptions,
     methods: list[str],
     options: dict[str, Any],
 ) -> dict[str, Any]:
     import importlib.util
-
-    from retrieval_draft.bench.prompts import read_prompts, spread
 
     if importlib.util.find_spec("vllm") is None:
         raise InvalidInputError(
             "vLLM is not installed in this environment.",
             "Run scripts/test_vllm.sh --install, then .venv-vllm/bin/retrieval-draft bench vllm.",
         )
-    chosen = spread(read_prompts(prompts or []), limit, split(tasks), seed)
+    chosen = prompts.read()
     folder = str(packaged_folder(model)) if model in PACKAGED else model
     from transformers import AutoTokenizer
 
@@ -125,9 +100,9 @@ def _compare(
     return result
 
 
-def _print(title: str, found: dict[str, Any]) -> None:
+def _table(title: str, found: dict[str, Any]) -> Table:
     columns = ("method", "tokens/s", "request (p10..p90)", "least", "decoding (p10..p90)", "tokens/step")
-    print_table(
+    return Table(
         title,
         (*columns, "accepted/draft", "equal", "ties", "other"),
         [

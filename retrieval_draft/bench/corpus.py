@@ -13,6 +13,7 @@ import numpy as np
 
 from retrieval_draft._progress import progress
 from retrieval_draft.bench.decoders import Run, make_contestant
+from retrieval_draft.bench.measuring import ratio_summary
 from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.build.builder import BuildOptions, build_index
@@ -103,11 +104,7 @@ def measure_corpus(
     return {
         "tokens_per_step": per_step,
         "ratio": per_step["with"] / per_step["without"],
-        "speed_ratio": {
-            "median": float(np.median(speed)),
-            "p10": float(np.percentile(speed, 10)),
-            "p90": float(np.percentile(speed, 90)),
-        },
+        "speed_ratio": ratio_summary(speed),
         "equal": sum(
             one.tokens == two.tokens for one, two in zip(runs["without"], runs["with"], strict=True)
         ),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from retrieval_draft.bench.measuring import percentiles
 from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.bench.synthetic_text import SyntheticText
 from retrieval_draft.index.build.builder import segment_tokens_here
@@ -74,8 +75,8 @@ def measure_index(
             "bytes_per_token": manifest.nbytes / manifest.tokens,
             "open_ms": 1000 * opened,
             "open_memory_bytes": None if before is None or after is None else after - before,
-            "lookup_us": _spread(lookups[0]),
-            "lookup_us_small": _spread(lookups[1]),
+            "lookup_us": percentiles(lookups[0], 50, 99, 100),
+            "lookup_us_small": percentiles(lookups[1], 50, 99, 100),
             "growth": float(np.median(lookups[0]) / np.median(lookups[1])),
             "tokens": manifest.tokens,
             "tokens_small": small["tokens"],
@@ -130,9 +131,9 @@ def measure_history(tokens: int, *, vocabulary: int = 32000, nodes: int = 60) ->
         "tokens": held,
         "bytes_per_token": each,
         "segments": segments,
-        "step_us": _spread(quiet),
-        "step_us_ingesting": _spread(busy),
-        "step_us_evicting": _spread(evicting),
+        "step_us": percentiles(quiet, 50, 99, 100),
+        "step_us_ingesting": percentiles(busy, 50, 99, 100),
+        "step_us_evicting": percentiles(evicting, 50, 99, 100),
         "tokens_after_eviction": left,
         "resident_bytes": before,
         "resident_bytes_after_eviction": after,
@@ -231,11 +232,3 @@ def _sort_something(vocabulary: int) -> None:
     """Loads the kernels, so that no measurement waits for them."""
     segment = Segment.build([np.arange(64, dtype=np.int32) % min(vocabulary, 7)] * 40, vocabulary)
     segment.count(np.array([1, 2, 3], np.int32))
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {
-        "p50": float(np.percentile(values, 50)),
-        "p99": float(np.percentile(values, 99)),
-        "max": float(np.max(values)),
-    }

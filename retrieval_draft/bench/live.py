@@ -7,11 +7,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from retrieval_draft._progress import progress
 from retrieval_draft.bench.agreement import Outcome, compare_outputs
 from retrieval_draft.bench.decoders import PLAIN, STOCK, Run, make_contestant
+from retrieval_draft.bench.measuring import ratio_summary, rotated
 from retrieval_draft.bench.prompts import Prompt
 from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.bench.recording import TraceWriter
@@ -93,8 +92,7 @@ def live(
         for contestant in decoders:
             contestant.generate(list(tokenizer(_WARM_UP)["input_ids"]), min(max_new_tokens, 16))
         for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
-            first = number % len(methods)
-            for contestant in decoders[first:] + decoders[:first]:
+            for contestant in rotated(decoders, number):
                 runs[contestant.name].append(contestant.generate(ids, max_new_tokens))
                 advance()
             if STOCK in runs:
@@ -158,8 +156,7 @@ def _ratio(
     if base not in runs:
         return None
     speeds = [_speed(runs[name][number]) / _speed(runs[base][number]) for number in numbers]
-    low, middle, high = np.percentile(speeds, [10, 50, 90]).tolist()
-    return {"median": middle, "p10": low, "p90": high}
+    return ratio_summary(speeds)
 
 
 def _speed(run: Run) -> float:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft.bench.measuring import percentiles
 from retrieval_draft.bench.reliability import Reliability
 from retrieval_draft.config import SOURCES, DraftConfig
 from retrieval_draft.drafting.calibration import Calibration
@@ -411,8 +412,4 @@ PARTS = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)
 
 def _summary(values: Sequence[float]) -> dict[str, float]:
     warm = np.array(values[min(len(values) // 2, 16) :])  # the first calls compile or load kernels
-    return {
-        "p50": float(np.percentile(warm, 50)),
-        "p99": float(np.percentile(warm, 99)),
-        "mean": float(warm.mean()),
-    }
+    return percentiles(warm, mean=True)

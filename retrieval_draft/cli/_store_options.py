@@ -3,66 +3,60 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from retrieval_draft.cli.options import Fields
 from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.index.store.config import StoreConfig
 
-if TYPE_CHECKING:
-    from retrieval_draft.index.store.config import StoreConfig
-
-__all__ = ["URL_VARIABLE", "Share", "Snapshots", "Store", "Tenant", "config", "needed"]
+__all__ = ["URL_OPTION", "URL_VARIABLE", "Store", "configured", "needed", "password"]
 
 URL_VARIABLE = "RETRIEVAL_DRAFT_REDIS_URL"
 
+
+URL_OPTION = typer.Option("--store", envvar=URL_VARIABLE, show_envvar=True, show_default=False)
+
 Store = Annotated[
-    str | None,
-    typer.Option(
-        "--store",
-        envvar=URL_VARIABLE,
-        show_envvar=True,
-        show_default=False,
-        help="Store that servers share: redis://HOST:PORT, embedded://FOLDER, ...",
+    StoreConfig,
+    Fields(
+        "tenant", "share", "snapshots", "snapshot_seconds",
+        url=URL_OPTION, timeout="--store-timeout", defaults={"url": ""},
     ),
-]
-Tenant = Annotated[str, typer.Option("--tenant", help="Servers of one tenant share with each other.")]
-Share = Annotated[
-    str, typer.Option("--share", help="Parts of a request that others may learn: none, reply or all.")
-]
-Snapshots = Annotated[
-    str | None,
-    typer.Option("--snapshots", help="A folder or URL with snapshots of the store.", show_default=False),
-]
+]  # fmt: skip
+"""Without ``--store`` a configuration with an empty URL; `configured` makes it None."""
 
 
-def config(url: str | None, tenant: str, share: str, snapshots: str | None = None) -> StoreConfig | None:
+def configured(store: StoreConfig) -> StoreConfig | None:
     """The configuration from the options; None without a store.
 
     Raises:
-        InvalidInputError: One of them cannot be used.
+        InvalidInputError: Its URL cannot be used.
     """
-    from retrieval_draft.index.store.config import StoreConfig
-
-    if not url:
+    if not store.url:
         return None
     from retrieval_draft.index.store.url import parse_store_url
 
-    parse_store_url(url)  # refused before a model is loaded
-    location = snapshots if snapshots is None or "://" in snapshots else Path(snapshots)
-    return StoreConfig(url, tenant=tenant, share=share, snapshots=location)
+    parse_store_url(store.url)  # refused before a model is loaded
+    location = store.snapshots
+    return replace(
+        store, snapshots=location if location is None or "://" in str(location) else Path(location)
+    )
 
 
-def needed(url: str | None) -> str:
-    """The URL.
+def needed(store: StoreConfig) -> StoreConfig:
+    """The configuration.
 
     Raises:
         InvalidInputError: There is none.
     """
-    if not url:
+    found = configured(store)
+    if found is None:
         raise InvalidInputError("There is no store.", f"Name one with --store, or in {URL_VARIABLE}.")
-    return url
+    return found
 
 
 def password() -> str | None:

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from retrieval_draft.cli.bench_common import Out, finish, ratio_range, split
-from retrieval_draft.cli.common import Device, Dtype, Json, Model, Nodes
-from retrieval_draft.cli.output import print_json, print_table
+from retrieval_draft.cli.common import ModelOptions, Nodes, ratio_range, split
+from retrieval_draft.cli.options import Fields, Report, Table, measurement
 
 __all__ = ["corpus", "index"]
 
 
+@measurement
 def index(
     tokens: Annotated[int, typer.Option(min=1000, help="Tokens of the index.")] = 100_000_000,
     vocabulary: Annotated[int, typer.Option(min=16, help="Number of token ids.")] = 32000,
@@ -26,19 +26,13 @@ def index(
         Path | None,
         typer.Option(help="Folder for temporary files; the system's by default.", show_default=False),
     ] = None,
-    out: Out = None,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Measure datastores on synthetic text: build, open and look up an index, and a growing history."""
     from retrieval_draft.bench.datastores import measure_history, measure_index
 
     result = measure_index(tokens, vocabulary=vocabulary, workers=workers, nodes=nodes, folder=folder)
     if history_tokens:
         result["history"] = measure_history(history_tokens, vocabulary=vocabulary, nodes=nodes)
-    finish(result, out)
-    if json:
-        print_json(result)
-        return
     large, small = result["lookup_us"], result["lookup_us_small"]
     rows = [
         ("built, tokens a second", f"{result['build_tokens_per_second'] / 1e6:.1f}M"),
@@ -61,11 +55,12 @@ def index(
                 ("resident MB before and after eviction", " ".join(f"{size / 1e6:.0f}" for size in sizes))
             )
     title = f"{result['tokens']:,} tokens in {result['segments']} segments, {vocabulary:,} ids"
-    print_table(title, ("what", "measured"), rows)
+    return Report(result, [Table(title, ("what", "measured"), rows)])
 
 
+@measurement
 def corpus(
-    model: Model,
+    model: Annotated[ModelOptions, Fields(..., without=("weights",))],
     paths: Annotated[
         list[str] | None,
         typer.Argument(help="A code base. Python's standard library by default.", show_default=False),
@@ -80,17 +75,12 @@ def corpus(
     prompt_tokens: Annotated[int, typer.Option(min=8, help="Tokens of each.")] = 192,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each reply at most.")] = 96,
     nodes: Nodes = None,
-    dtype: Dtype = "float32",
-    device: Device = None,
-    out: Out = None,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Measure the gain of an index of a code base, on prompts cut from files it does not contain."""
     from retrieval_draft.bench.corpus import measure_corpus, standard_library
-    from retrieval_draft.models.loading import load_model
 
     chosen, left_out, tests = (paths, [], []) if paths else standard_library()
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    loaded, tokenizer = model.load()
     result = measure_corpus(
         loaded,
         tokenizer,
@@ -103,11 +93,7 @@ def corpus(
         max_new_tokens=max_new_tokens,
         nodes=nodes,
     )
-    result["model"] = model
-    finish(result, out)
-    if json:
-        print_json(result)
-        return
+    result["model"] = model.model
     steps, speed = result["tokens_per_step"], result["speed_ratio"]
     rows = [
         ("tokens per step without the index", f"{steps['without']:.3f}"),
@@ -116,4 +102,5 @@ def corpus(
         ("speed with / without, median (p10..p90)", ratio_range(speed)),
         ("same text", f"{result['equal']} of {result['prompts']}"),
     ]
-    print_table(f"{result['index_tokens']:,} tokens indexed", ("what", "measured"), rows)
+    title = f"{result['index_tokens']:,} tokens indexed"
+    return Report(result, [Table(title, ("what", "measured"), rows)])

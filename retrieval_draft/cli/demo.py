@@ -10,12 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from retrieval_draft.cli.bench import print_live
-from retrieval_draft.cli.common import Device, Json, Nodes
+from retrieval_draft.cli.bench import live_report
+from retrieval_draft.cli.common import ModelOptions, Nodes
 from retrieval_draft.cli.generate import print_piece
-from retrieval_draft.cli.output import paint, print_json, wants_color
+from retrieval_draft.cli.options import Fields, Json, command
+from retrieval_draft.cli.output import paint, wants_color
 from retrieval_draft.models.chat import chat_inputs
-from retrieval_draft.models.packaged import NAMES, PACKAGED, is_installed
+from retrieval_draft.models.packaged import PACKAGED, is_installed
 
 __all__ = ["demo"]
 
@@ -45,11 +46,11 @@ _TURNS = (
 )
 
 
+@command
 def demo(
-    model: Annotated[str, typer.Option("--model", help=f"A folder, a hub name, {NAMES}.")] = "gemma3-270m",
+    model: Annotated[ModelOptions, Fields("model", "device", defaults={"model": "gemma3-270m"})],
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens for each prompt.")] = 64,
     nodes: Nodes = None,
-    device: Device = None,
     json: Json = False,
 ) -> None:
     """Generate for prompts of different kinds, and compare with plain greedy decoding and prompt lookup."""
@@ -57,9 +58,8 @@ def demo(
     from retrieval_draft.bench.prompts import Prompt
     from retrieval_draft.config import DraftConfig
     from retrieval_draft.drafter import RetrievalDrafter
-    from retrieval_draft.models.loading import load_model
 
-    loaded, tokenizer = load_model(model, device=device)
+    loaded, tokenizer = model.load()
     if not json:
         drafter = RetrievalDrafter.for_model(loaded, tokenizer, config=DraftConfig(nodes=nodes))
         drafter.warm_up()
@@ -68,7 +68,7 @@ def demo(
         for task, text in _PROMPTS.items():
             print(f"\n--- {task}\n{text}", end="")
             _show_reply(drafter, loaded, tokenizer, tokenizer(text, return_tensors="pt"), max_new_tokens)
-        _show_chat(loaded, tokenizer, nodes, device, max_new_tokens)
+        _show_chat(loaded, tokenizer, nodes, model.device, max_new_tokens)
         _show_sharing(loaded, tokenizer, nodes, max_new_tokens)
         print("\nThe same prompts, three ways:")
     prompts = [Prompt(task, task, text) for task, text in _PROMPTS.items()]
@@ -80,12 +80,9 @@ def demo(
         methods=("stock", "stock-pld", "calibrated"),
         nodes=nodes,
     )
-    result["model"] = model
-    if json:
-        print_json(result)
-        return
+    result["model"] = model.model
     names = {"stock": "plain greedy", "stock-pld": "prompt lookup", "calibrated": "retrieval_draft"}
-    print_live(result, names)
+    live_report(result, names).print(json)
 
 
 def _show_reply(drafter: Any, model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> str:

@@ -11,23 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retrieval_draft.cli._samples import print_samples
-from retrieval_draft.cli._store_options import Share, Snapshots, Store, Tenant
-from retrieval_draft.cli._store_options import config as store_config
+from retrieval_draft.cli._store_options import Store, configured
 from retrieval_draft.cli.common import (
     Chat,
-    CpuKernels,
-    Device,
-    Dtype,
-    Exact,
-    Index,
-    Json,
-    Model,
-    Nodes,
-    Weights,
+    ModelOptions,
+    SourceOptions,
+    drafting_fields,
     text_of,
     text_of_stdin,
 )
+from retrieval_draft.cli.options import Fields, Json, command
 from retrieval_draft.cli.output import paint, print_json, print_table, wants_color
+from retrieval_draft.config import DraftConfig
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.models.chat import chat_inputs
 
@@ -38,35 +33,16 @@ if TYPE_CHECKING:
 __all__ = ["generate", "print_piece"]
 
 
+@command
 def generate(
     prompt: Annotated[
         str, typer.Argument(help="The prompt, or - to read it from stdin.", show_default=False)
     ],
-    model: Model,
+    model: Annotated[ModelOptions, Fields(...)],
+    config: Annotated[DraftConfig, drafting_fields()],
+    sources: Annotated[SourceOptions, Fields(...)],
+    store: Store,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
-    method: Annotated[str, typer.Option(help="Drafting method: calibrated, a published one, or none.")] = (
-        "calibrated"
-    ),
-    nodes: Nodes = None,
-    index: Index = None,
-    phrases: Annotated[
-        Path | None,
-        typer.Option(help="A file of fixed texts to draft from: one a line, or between lines of ---."),
-    ] = None,
-    history: Annotated[
-        Path | None, typer.Option(help="A folder in which prompts and replies are kept to draft from.")
-    ] = None,
-    store: Store = None,
-    tenant: Tenant = "default",
-    share: Share = "reply",
-    snapshots: Snapshots = None,
-    draft_model: Annotated[
-        str | None,
-        typer.Option(
-            help='A smaller model or a trained head to draft with; "self": this one with layers skipped; '
-            '"mtp": its layers for multi-token prediction.'
-        ),
-    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
     top_k: Annotated[
@@ -88,11 +64,6 @@ def generate(
         int | None, typer.Option(min=0, help="Draft tokens of a step at most; 0 drafts nothing.")
     ] = None,
     chat: Chat = False,
-    dtype: Dtype = "float32",
-    weights: Weights = None,
-    device: Device = None,
-    cpu_kernels: CpuKernels = True,
-    exact: Exact = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print drafting counts on stderr.")] = False,
     show_drafts: Annotated[
         bool,
@@ -104,30 +75,15 @@ def generate(
     text = text_of_stdin() if prompt == "-" else text_of(prompt)
     if not text:
         raise InvalidInputError("The prompt is empty.", "Give some text, or - and text on stdin.")
-    from retrieval_draft.config import DraftConfig
-    from retrieval_draft.models.loading import check_name, check_weights, load_model
-
-    config = DraftConfig(
-        method=method,
-        nodes=nodes,
-        cpu_kernels=cpu_kernels,
-        exact=exact,  # type: ignore[arg-type]  # the config checks it
-        history_folder=None if history is None else str(history),
-    )
-    shared = store_config(store, tenant, share, snapshots)
+    shared = configured(store)
     grammar = _grammar(json_schema, regex)
-    check_name(model)
-    check_weights(weights)
+    model.check()
     # These import torch, which takes seconds.
     from retrieval_draft.bench.forward_passes import ForwardPasses
     from retrieval_draft.cli._draft_streamer import DraftStreamer
-    from retrieval_draft.drafter import RetrievalDrafter
 
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device, weights=weights)
-    drafter = RetrievalDrafter.for_model(
-        loaded, tokenizer, method=method, config=config, corpora=index or (), phrases=phrases,
-        store=shared, draft_model=draft_model,
-    )  # fmt: skip
+    loaded, tokenizer = model.load()
+    drafter = sources.drafter(loaded, tokenizer, config, shared)
     drafter.warm_up()
     inputs = _encode(tokenizer, text, chat).to(loaded.get_input_embeddings().weight.device)
     sampling: dict[str, Any] = {
@@ -166,8 +122,8 @@ def generate(
                 "seconds": seconds,
                 "stats": done.as_dict(),
                 "verification": asdict(drafter.verification),
-                "model": model,
-                "method": method,
+                "model": model.model,
+                "method": config.method,
                 "device": str(inputs["input_ids"].device),
                 "dtype": str(loaded.dtype).removeprefix("torch."),
             }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +12,7 @@ import typer
 
 from retrieval_draft.cli import index_look
 from retrieval_draft.cli._encoder import load_encoder, named_tokenizer
-from retrieval_draft.cli.common import Json
-from retrieval_draft.cli.output import print_json
+from retrieval_draft.cli.options import Fields, Report, command
 from retrieval_draft.errors import DatastoreError, InvalidInputError
 
 if TYPE_CHECKING:
@@ -29,40 +28,54 @@ app.command("inspect")(index_look.inspect)
 app.command("verify")(index_look.verify)
 app.command("query")(index_look.query)
 
-Paths = Annotated[
-    list[str],
-    typer.Argument(
-        help="Files, pipes, folders, globs, or - for stdin: text, source code, .json, .jsonl, .parquet, "
-        ".arrow, also .gz, .zst, .bz2 and .xz, and folders of datasets.save_to_disk.",
-        show_default=False,
-    ),
-]
 Tokenizer = Annotated[
     str,
     typer.Option("--tokenizer", help="A model's folder or name, or a tokenizer.json.", show_default=False),
 ]
-Column = Annotated[
-    str, typer.Option("--text-column", help="Field or column with the text; a.b reaches inside.")
-]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Documents to take at most.")]
-Skip = Annotated[int, typer.Option("--skip", min=0, help="Documents to leave out at the beginning.")]
-Include = Annotated[
-    list[str] | None, typer.Option("--include", help="Only files like this glob; repeatable.")
-]
-Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="No files like this glob; repeatable.")]
-Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Threads. All cores by default.")]
-Segment = Annotated[
-    int,
-    typer.Option(
-        "--segment-tokens", min=0, help="Tokens of a segment at most; 0 for a size that suits this machine."
-    ),
-]
-Executor = Annotated[
-    str | None,
-    typer.Option(
-        "--executor", help="ray, or the address of a Ray cluster: ray://HOST:PORT.", show_default=False
-    ),
-]
+
+
+@dataclass(frozen=True, slots=True)
+class Building:
+    """Text to index, and how it is read.
+
+    Attributes:
+        paths: Files, pipes, folders, globs, or - for stdin: text, source code, .json, .jsonl, .parquet,
+            .arrow, also .gz, .zst, .bz2 and .xz, and folders of datasets.save_to_disk.
+        text_column: Field or column with the text; a.b reaches inside.
+        limit: Documents to take at most.
+        skip: Documents to leave out at the beginning.
+        include: Only files like this glob; repeatable.
+        exclude: No files like this glob; repeatable.
+        workers: Threads. All cores by default.
+        segment_tokens: Tokens of a segment at most; 0 for a size that suits this machine.
+        executor: ray, or the address of a Ray cluster: ray://HOST:PORT.
+    """
+
+    paths: Annotated[list[str], typer.Argument(show_default=False)]
+    text_column: str = "text"
+    limit: Annotated[int | None, typer.Option(min=1)] = None
+    skip: Annotated[int, typer.Option(min=0)] = 0
+    include: list[str] | None = None
+    exclude: list[str] | None = None
+    workers: Annotated[int | None, typer.Option(min=1)] = None
+    segment_tokens: Annotated[int, typer.Option(min=0)] = 0
+    executor: Annotated[str | None, typer.Option(show_default=False)] = None
+
+    def __post_init__(self) -> None:
+        executor = self.executor
+        if executor is not None and executor != "ray" and not executor.startswith("ray://"):
+            raise InvalidInputError(
+                f"Unknown executor {executor!r}.", "Choose ray, or an address like ray://HOST:PORT."
+            )
+
+    def found(self) -> tuple[list[DocumentFile], ReadReport]:
+        """Files to read, and a report of those left out; without a file no index must be made."""
+        from retrieval_draft.index.build.documents import ReadReport, find_files
+
+        report = ReadReport()
+        return find_files(
+            self.paths, include=self.include or (), exclude=self.exclude or (), report=report
+        ), report
 
 
 @app.callback(invoke_without_command=True)
@@ -72,24 +85,15 @@ def _help(context: typer.Context) -> None:
 
 
 @app.command("build")
+@command
 def build(
-    paths: Paths,
+    building: Annotated[Building, Fields(...)],
     tokenizer: Tokenizer,
     out: Annotated[Path, typer.Option("--out", help="The new index.", show_default=False)],
-    text_column: Column = "text",
-    limit: Limit = None,
-    skip: Skip = 0,
-    include: Include = None,
-    exclude: Exclude = None,
-    workers: Workers = None,
-    segment_tokens: Segment = 0,
-    executor: Executor = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing index.")] = False,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Index text for drafting. After an interruption the same command continues."""
-    _check_executor(executor)
-    found = _found(paths, include, exclude)
+    found = building.found()
     encoder = load_encoder(tokenizer)
     from retrieval_draft.index.segments.index_folder import IndexFolder
 
@@ -99,37 +103,29 @@ def build(
             f"{out} is an index already, of {index.manifest.tokens} tokens.",
             "Add to it with index add, or replace it with --overwrite.",
         )
-    _fill(index, encoder, found, text_column, limit, skip, workers, segment_tokens, executor, json, overwrite)
+    return _fill(index, encoder, found, building, overwrite)
 
 
 @app.command("add")
+@command
 def add(
-    paths: Paths,
+    building: Annotated[Building, Fields(...)],
     out: Annotated[Path, typer.Option("--out", help="The index to add to.", show_default=False)],
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", help="By default the one the index was built with.")
     ] = None,
-    text_column: Column = "text",
-    limit: Limit = None,
-    skip: Skip = 0,
-    include: Include = None,
-    exclude: Exclude = None,
-    workers: Workers = None,
-    segment_tokens: Segment = 0,
-    executor: Executor = None,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Add text to an index. Readers see the old one until all is done."""
     from retrieval_draft.index.segments.index_folder import IndexFolder
 
-    _check_executor(executor)
     index = IndexFolder.open(out)
-    found = _found(paths, include, exclude)
+    found = building.found()
     encoder = load_encoder(tokenizer or named_tokenizer(index))
-    _fill(index, encoder, found, text_column, limit, skip, workers, segment_tokens, executor, json, False)
+    return _fill(index, encoder, found, building, False)
 
 
 @app.command("merge")
+@command
 def merge(
     indexes: Annotated[list[Path], typer.Argument(help="Index folders.", show_default=False)],
     out: Annotated[
@@ -138,10 +134,11 @@ def merge(
             "--out", help="The index that gets all texts. By default the first.", show_default=False
         ),
     ] = None,
-    workers: Workers = None,
-    segment_tokens: Segment = 0,
-    json: Json = False,
-) -> None:
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads. All cores by default.")] = None,
+    segment_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens of a segment at most; 0 for a size that suits this machine.")
+    ] = 0,
+) -> Report:
     """Join indexes of one tokenizer, and small segments into larger ones."""
     from retrieval_draft._progress import progress
     from retrieval_draft.index.build.builder import segment_tokens_here
@@ -160,60 +157,39 @@ def merge(
     total = sum(index.manifest.tokens for index in (target, *sources))
     with progress("Merging", total) as advance:
         merge_indexes(target, sources, segment_tokens or segment_tokens_here(), _workers(workers), advance)
-    _print_summary(target, {}, json)
-
-
-def _check_executor(executor: str | None) -> None:
-    if executor is not None and executor != "ray" and not executor.startswith("ray://"):
-        raise InvalidInputError(
-            f"Unknown executor {executor!r}.", "Choose ray, or an address like ray://HOST:PORT."
-        )
-
-
-def _found(
-    paths: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str] | None
-) -> tuple[list[DocumentFile], ReadReport]:
-    """Files to read, and a report of those left out; without a file no index must be made."""
-    from retrieval_draft.index.build.documents import ReadReport, find_files
-
-    report = ReadReport()
-    return find_files(paths, include=include or (), exclude=exclude or (), report=report), report
+    return _summary(target, {})
 
 
 def _fill(
     index: IndexFolder,
     encoder: Encoder,
     found: tuple[list[DocumentFile], ReadReport],
-    text_column: str,
-    limit: int | None,
-    skip: int,
-    workers: int | None,
-    segment_tokens: int,
-    executor: str | None,
-    json: bool,
+    building: Building,
     replace: bool,
-) -> None:
+) -> Report:
     """Fills an index, for build and add."""
     from retrieval_draft.cli._build_progress import build_progress
     from retrieval_draft.index.build.builder import BuildOptions, build_index
 
     files, report = found
-    threads = _workers(workers)
+    threads = _workers(building.workers)
     # Read by the tokenizer's thread pool when it starts.
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    options = BuildOptions(text_column, skip, limit, segment_tokens, threads)
+    options = BuildOptions(
+        building.text_column, building.skip, building.limit, building.segment_tokens, threads
+    )
     begin = time.perf_counter()
     with build_progress(len(files), sum(file.nbytes for file in files)) as watch:
-        if executor is None:
+        if building.executor is None:
             state = build_index(index, files, encoder, options, watch, replace)
         else:
             from retrieval_draft.index.build.shards import build_on_ray
 
-            address = None if executor == "ray" else executor
+            address = None if building.executor == "ray" else building.executor
             state = build_on_ray(index, files, encoder, options, address, watch, replace)
     report.merge(state.report)
-    _print_summary(index, _build_facts(state, report, len(files), time.perf_counter() - begin), json)
+    return _summary(index, _build_facts(state, report, len(files), time.perf_counter() - begin))
 
 
 def _build_facts(state: BuildState, report: ReadReport, files: int, seconds: float) -> dict[str, Any]:
@@ -228,7 +204,7 @@ def _build_facts(state: BuildState, report: ReadReport, files: int, seconds: flo
     }
 
 
-def _print_summary(index: IndexFolder, facts: dict[str, Any], json: bool) -> None:
+def _summary(index: IndexFolder, facts: dict[str, Any]) -> Report:
     manifest = index.manifest
     result = {
         "out": str(index.path),
@@ -238,21 +214,18 @@ def _print_summary(index: IndexFolder, facts: dict[str, Any], json: bool) -> Non
         "nbytes": manifest.nbytes,
         **facts,
     }
-    if json:
-        print_json(result)
-        return
     each = manifest.nbytes / manifest.tokens if manifest.tokens else 0.0
-    print(
+    lines = [
         f"{index.path}: {manifest.tokens:,} tokens of {manifest.documents:,} documents in "
         f"{len(manifest.segments)} segments, {each:.2f} bytes a token"
-    )
+    ]
     if facts.get("resumed_documents"):
-        print(f"went on behind {facts['resumed_documents']:,} documents of an interrupted build")
+        lines.append(f"went on behind {facts['resumed_documents']:,} documents of an interrupted build")
     if facts.get("skipped"):
         why = ", ".join(f"{count} {reason}" for reason, count in facts["skipped_why"].items())
-        print(f"left out {facts['skipped']}: {why}; for instance")
-        for name in facts["skipped_first"][:5]:
-            print(f"  {name}")
+        lines.append(f"left out {facts['skipped']}: {why}; for instance")
+        lines += [f"  {name}" for name in facts["skipped_first"][:5]]
+    return Report(result, lines)
 
 
 def _workers(workers: int | None) -> int:

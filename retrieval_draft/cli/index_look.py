@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from retrieval_draft.cli._encoder import load_encoder, named_tokenizer
-from retrieval_draft.cli.common import DIFFERENT, Json, text_of
-from retrieval_draft.cli.output import print_json, print_table
+from retrieval_draft.cli.common import text_of
+from retrieval_draft.cli.options import Report, Table, command
 from retrieval_draft.errors import InvalidInputError
-
-if TYPE_CHECKING:
-    from retrieval_draft.index.build.encoder import Encoder
 
 __all__ = ["inspect", "query", "verify"]
 
 Folder = Annotated[Path, typer.Argument(help="An index folder.", show_default=False)]
 
 
+@command
 def inspect(
     folder: Folder,
     plot: Annotated[
@@ -29,8 +27,7 @@ def inspect(
         ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Positions sampled for them.")] = 2000,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Describe an index: its segments, texts and tokenizer."""
     from retrieval_draft.index.build.journal import Journal
     from retrieval_draft.index.segments.describe import describe
@@ -62,16 +59,15 @@ def inspect(
 
         plot_description(found, manifest.tokens, plot)
         facts["plot"] = str(plot)
-    if json:
-        print_json(facts)
-        return
     rows = [(name, _shown(value)) for name, value in facts.items()]
-    print_table(str(folder), ("what", "value"), rows)
+    parts: list[Table | str] = [Table(str(folder), ("what", "value"), rows)]
     if facts["unfinished"]:
-        print("An interrupted build waits here: the same command goes on with it.")
+        parts.append("An interrupted build waits here: the same command goes on with it.")
+    return Report(facts, parts)
 
 
-def verify(folder: Folder, json: Json = False) -> None:
+@command
+def verify(folder: Folder) -> Report:
     """Compare every file with its checksum. Exit code 3 if one differs."""
     from retrieval_draft.index.segments.index_folder import IndexFolder
 
@@ -79,17 +75,12 @@ def verify(folder: Folder, json: Json = False) -> None:
     wrong = index.verify()
     if not wrong:
         index.segments()
-    if json:
-        print_json({"files": 4 * len(index.manifest.segments), "wrong": wrong})
-    else:
-        for line in wrong:
-            print(line)
-        if not wrong:
-            print(f"{folder}: {len(index.manifest.segments)} segments, all files as they were written")
-    if wrong:
-        raise typer.Exit(DIFFERENT)
+    segments = len(index.manifest.segments)
+    lines = wrong or [f"{folder}: {segments} segments, all files as they were written"]
+    return Report({"files": 4 * segments, "wrong": wrong}, lines, different=bool(wrong))
 
 
+@command
 def query(
     text: Annotated[str, typer.Argument(help="Text that a reply could end with so far.", show_default=False)],
     index: Annotated[list[Path], typer.Option("--index", help="An index; repeatable.", show_default=False)],
@@ -97,8 +88,7 @@ def query(
         str | None, typer.Option("--tokenizer", help="By default the one the index was built with.")
     ] = None,
     nodes: Annotated[int, typer.Option("--nodes", min=1, max=1024, help="Nodes of the draft.")] = 24,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Show the draft after a text."""
     import numpy as np
 
@@ -123,40 +113,38 @@ def query(
     paths = np.ones(len(proposal))
     for node, parent in enumerate(proposal.parents):
         paths[node] = proposal.probs[node] * (paths[parent] if parent >= 0 else 1.0)
-    if json:
-        print_json(
-            {
-                "text_tokens": [int(token) for token in tokens],
-                "matches": suffixes,
-                "tokens": [int(token) for token in proposal.tokens],
-                "pieces": [encoder.decode(proposal.tokens[node : node + 1]) for node in range(len(proposal))],
-                "parents": [int(parent) for parent in proposal.parents],
-                "probs": [float(prob) for prob in proposal.probs],
-                "path_probs": [float(prob) for prob in paths],
-                "match_lengths": [int(length) for length in proposal.match_lengths],
-            }
-        )
-        return
+    pieces = [encoder.decode(proposal.tokens[node : node + 1]) for node in range(len(proposal))]
+    result = {
+        "text_tokens": tokens.tolist(),
+        "matches": suffixes,
+        "tokens": proposal.tokens.tolist(),
+        "pieces": pieces,
+        "parents": proposal.parents.tolist(),
+        "probs": proposal.probs.tolist(),
+        "path_probs": paths.tolist(),
+        "match_lengths": proposal.match_lengths.tolist(),
+    }
     rows = [(repr(found["text"]), str(found["tokens"]), str(found["count"])) for found in suffixes[-8:]]
-    print_table("", ("end of the text that occurs", "tokens", "times"), rows)
-    _print_tree(encoder, proposal, paths)
+    table = Table("", ("end of the text that occurs", "tokens", "times"), rows)
+    return Report(result, [table, _tree(pieces, proposal, paths)])
 
 
-def _print_tree(encoder: Encoder, proposal: Any, paths: Any) -> None:
+def _tree(pieces: list[str], proposal: Any, paths: Any) -> str:
+    """The draft as text, each node below its parent."""
     from rich.console import Console
     from rich.text import Text
     from rich.tree import Tree
 
+    if not pieces:
+        return "Nothing to draft: the index does not know the text's end."
     root = Tree("draft")
     branches = [root]
     for node, parent in enumerate(proposal.parents):
-        piece = encoder.decode(proposal.tokens[node : node + 1])
-        line = Text(f"{piece!r}  {paths[node]:.2f}")
-        branches.append(branches[parent + 1].add(line))
-    if len(proposal):
-        Console().print(root)
-    else:
-        print("Nothing to draft: the index does not know the text's end.")
+        branches.append(branches[parent + 1].add(Text(f"{pieces[node]!r}  {paths[node]:.2f}")))
+    console = Console()
+    with console.capture() as capture:
+        console.print(root)
+    return capture.get().rstrip("\n")
 
 
 def _shown(value: object) -> str:

@@ -12,10 +12,11 @@ from typing import Annotated, Any
 import typer
 
 from retrieval_draft.cli._encoder import load_encoder
-from retrieval_draft.cli._store_options import Snapshots, Store, Tenant, config, needed, password
-from retrieval_draft.cli.common import Json
-from retrieval_draft.cli.output import print_json, print_table
+from retrieval_draft.cli._store_options import URL_OPTION, needed, password
+from retrieval_draft.cli.options import Fields, Json, Report, Table, command
+from retrieval_draft.cli.output import print_json
 from retrieval_draft.errors import DatastoreError, InvalidInputError
+from retrieval_draft.index.store.config import StoreConfig
 
 __all__ = ["app", "serve", "snapshot", "status"]
 
@@ -68,20 +69,17 @@ def serve(
 
 
 @app.command("status")
-def status(store: Store = None, json: Json = False) -> None:
+@command
+def status(store: Annotated[StoreConfig, Fields(url=URL_OPTION, defaults={"url": ""})]) -> Report:
     """Show a store's contents: size and age of each tokenizer's and tenant's log."""
+    import msgspec
+
     from retrieval_draft.index.store.describe_store import describe_store
     from retrieval_draft.index.store.url import parse_store_url
 
-    url = parse_store_url(needed(store))
+    url = parse_store_url(needed(store).url)
     server, namespaces = describe_store(url)
-    if json:
-        import msgspec
-
-        found = [msgspec.to_builtins(each) for each in namespaces]
-        print_json({"store": str(url), "server": dict(server), "namespaces": found})
-        return
-    print_table(f"{url}", ("server", ""), [(name, _shown(value)) for name, value in server.items()])
+    found = [msgspec.to_builtins(each) for each in namespaces]
     rows = [
         (
             f"{each.fingerprint[:12]} {each.tenant}",
@@ -92,28 +90,33 @@ def status(store: Store = None, json: Json = False) -> None:
         )
         for each in namespaces
     ]
-    print_table("", ("tokenizer and tenant", "entries", "MB", "oldest", "newest"), rows)
+    return Report(
+        {"store": str(url), "server": dict(server), "namespaces": found},
+        [
+            Table(f"{url}", ("server", ""), [(name, _shown(value)) for name, value in server.items()]),
+            Table("", ("tokenizer and tenant", "entries", "MB", "oldest", "newest"), rows),
+        ],
+    )
 
 
 @app.command("snapshot")
+@command
 def snapshot(
-    store: Store = None,
-    snapshots: Snapshots = None,
+    store: Annotated[
+        StoreConfig, Fields("snapshots", "tenant", url=URL_OPTION, defaults={"url": "", "share": "none"})
+    ],
     tokenizer: Tokenizer = None,
-    tenant: Tenant = "default",
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds to read the log.")] = 300.0,
-    json: Json = False,
-) -> None:
+) -> Report:
     """Read the log to its end and write a snapshot, from which new servers start."""
     from retrieval_draft.index.store.store import SharedStore
 
-    if snapshots is None or tokenizer is None:
-        missing = "--snapshots" if snapshots is None else "--tokenizer"
+    if store.snapshots is None or tokenizer is None:
+        missing = "--snapshots" if store.snapshots is None else "--tokenizer"
         raise InvalidInputError(
             f"{missing} is missing.", "A snapshot has a location, and belongs to a tokenizer."
         )
-    settings = config(needed(store), tenant, "none", snapshots)
-    assert settings is not None
+    settings = needed(store)
     encoder = load_encoder(tokenizer)
     with SharedStore(settings, encoder.fingerprint, encoder.vocabulary) as opened:
         if not opened.wait_ready(timeout):
@@ -129,10 +132,9 @@ def snapshot(
         "nbytes": info.nbytes,
         "created": info.created,
     }
-    if json:
-        print_json(result)
-    else:
-        print_table("", ("snapshot", ""), [(name, _shown(value)) for name, value in result.items()])
+    return Report(
+        result, [Table("", ("snapshot", ""), [(name, _shown(value)) for name, value in result.items()])]
+    )
 
 
 def _shown(value: Any) -> str:

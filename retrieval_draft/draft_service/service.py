@@ -13,7 +13,8 @@ import numpy as np
 
 from retrieval_draft.draft_service import wire
 from retrieval_draft.draft_service.errors import DraftServiceError, OutOfStepError
-from retrieval_draft.draft_service.sessions import OpenSession, SessionLimits, SessionTable, unknown
+from retrieval_draft.draft_service.limits import SessionLimits
+from retrieval_draft.draft_service.sessions import OpenSession, SessionTable, unknown
 from retrieval_draft.draft_service.tenants import Proposers
 from retrieval_draft.draft_service.top_logprobs import node_logits
 from retrieval_draft.drafting.tree import DraftTree

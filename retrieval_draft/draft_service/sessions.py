@@ -7,47 +7,19 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from retrieval_draft.draft_service.errors import ServiceFullError, TooLargeError, UnknownSessionError
+from retrieval_draft.draft_service.limits import SessionLimits
 from retrieval_draft.drafting.tree import DraftTree
-from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.source import TokenArray
 from retrieval_draft.proposer import ProposerSession
 
-__all__ = ["OpenSession", "SessionLimits", "SessionTable", "unknown"]
+__all__ = ["OpenSession", "SessionTable", "unknown"]
 
 _ID_BYTES = 12
 _NONE = np.empty(0, np.int32)
-
-
-@dataclass(frozen=True, slots=True)
-class SessionLimits:
-    """Limits on open sessions.
-
-    Attributes:
-        max_sessions: Of all tenants.
-        max_tokens: Of all sessions: prompts, references and replies.
-        max_session_tokens: Of one.
-        idle_seconds: A session that is not used for so long is closed.
-    """
-
-    max_sessions: int = 4096
-    max_tokens: int = 1 << 25
-    max_session_tokens: int = 1 << 20
-    idle_seconds: float = 600.0
-
-    def __post_init__(self) -> None:
-        for name, value, low in (
-            ("max_sessions", self.max_sessions, 1),
-            ("max_tokens", self.max_tokens, 1),
-            ("max_session_tokens", self.max_session_tokens, 1),
-            ("idle_seconds", self.idle_seconds, 0.01),
-        ):
-            if not value >= low:
-                raise InvalidInputError(f"{name} is {value}; it must be {low} at least.")
 
 
 class OpenSession:

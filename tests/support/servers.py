@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import uvicorn
 
 from retrieval_draft.config import DraftConfig
@@ -96,3 +97,24 @@ def serving(
         server.should_exit = True
         thread.join(60)
         assert not thread.is_alive(), "the server did not end"
+
+
+def tokens_of(response: httpx.Response) -> list[list[int]]:
+    """The token ids of each choice of a reply."""
+    assert response.status_code == 200, response.text
+    return [choice["token_ids"] for choice in response.json()["choices"]]
+
+
+def tokens_and_known(
+    running: Running, prompt: list[int], key: str = "one", **fields: Any
+) -> tuple[list[int], int]:
+    """A greedy reply's tokens, and the number of the prompt's that the server knew."""
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": 6, "temperature": 0, "return_token_ids": True}
+    answer = httpx.post(
+        f"{running.url}/v1/completions",
+        json={**body, "ignore_eos": True, **fields},
+        headers={"Authorization": f"Bearer {key}"},
+        timeout=60,
+    )
+    [tokens] = tokens_of(answer)
+    return tokens, answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]

@@ -14,7 +14,7 @@ import torch
 from retrieval_draft import RetrievalDrafter
 from retrieval_draft.models.adapters import with_adapter
 from tests.support.adapters import save_adapter
-from tests.support.servers import MODEL, Running, serving, tiny_drafter, tiny_model, tiny_tokenizer
+from tests.support.servers import MODEL, Running, serving, tiny_drafter, tiny_model, tiny_tokenizer, tokens_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 PROMPT = "ab cd ef ab cd gh ab"
@@ -32,11 +32,6 @@ def ask(running: Running, model: str | None, key: str = "key-of-one", **fields: 
         headers={"Authorization": f"Bearer {key}"},
         timeout=60,
     )
-
-
-def tokens_of(response: httpx.Response) -> list[list[int]]:
-    assert response.status_code == 200, response.text
-    return [choice["token_ids"] for choice in response.json()["choices"]]
 
 
 class Setting:

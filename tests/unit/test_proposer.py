@@ -16,12 +16,9 @@ from retrieval_draft.index.source import NodeLogits
 from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.proposer import Proposer
 from tests.support.tokenizers_for_tests import byte_level
+from tests.support.tokens import ids
 
 TRACE = Path("tests/data/vicuna7b_specbench_12.jsonl.gz")
-
-
-def ids(*tokens: int) -> np.ndarray:
-    return np.array(tokens, np.int32)
 
 
 def test_a_chain_is_what_followed_before() -> None:

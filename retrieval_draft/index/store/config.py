@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+from retrieval_draft._settings import Range, check_ranges
 from retrieval_draft.errors import InvalidInputError
 
 __all__ = ["SHARES", "StoreConfig", "check_share"]
@@ -21,14 +23,15 @@ class StoreConfig:
     """Settings of the store through which servers share texts.
 
     Attributes:
-        url: ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://``, ``redis+sentinel://`` or
-            ``embedded://FOLDER``. User and password may be in it, or in the environment variables
-            ``RETRIEVAL_DRAFT_REDIS_USERNAME`` and ``RETRIEVAL_DRAFT_REDIS_PASSWORD``.
+        url: Store that servers share: ``redis://HOST:PORT``, ``rediss://``, ``unix://``,
+            ``redis+cluster://``, ``redis+sentinel://`` or ``embedded://FOLDER``. User and password may be in
+            it, or in the environment variables ``RETRIEVAL_DRAFT_REDIS_USERNAME`` and
+            ``RETRIEVAL_DRAFT_REDIS_PASSWORD``.
         tenant: Servers of one tenant share with each other, and with no others.
-        share: Parts of a request that are shared unless the request overrides it: "none", "reply" or "all".
+        share: Parts of a request that others may learn, unless it overrides that: none, reply or all.
         key: A secret of all servers of the tenant. With one, entries are signed, and those that are not are
             dropped. Also from ``RETRIEVAL_DRAFT_STORE_KEY``.
-        snapshots: A folder, or any URL of fsspec, where snapshots are kept; None for none.
+        snapshots: A folder, or any URL of fsspec, with snapshots of the store.
         snapshot_seconds: Seconds between snapshots, each written by one server.
         max_bytes: Limit of the memory for shared text here; the oldest is evicted first.
         stream_bytes: Limit of the log's memory in Redis; the oldest entries are removed first.
@@ -38,7 +41,7 @@ class StoreConfig:
             worth may arrive at once, and this server sends no faster.
         row_share: Bytes of adjacency rows that are sent for each byte of tokens, at most; 0 for texts alone.
         queue_tokens: Limit of the tokens that wait to be sent, as in an outage. The oldest are dropped first.
-        timeout: Seconds after which Redis counts as unreachable. No request ever waits for it.
+        timeout: Seconds after which the store counts as unreachable. No request ever waits for it.
     """
 
     url: str = field(repr=False)
@@ -46,15 +49,15 @@ class StoreConfig:
     share: str = "reply"
     key: str | bytes | None = field(default=None, repr=False)
     snapshots: str | Path | None = None
-    snapshot_seconds: float = 600.0
-    max_bytes: int = 1 << 28
-    stream_bytes: int = 1 << 28
-    stream_seconds: float = 7 * 86400.0
-    max_tokens: int = 1 << 15
-    tokens_per_second: int = 1_000_000
-    row_share: float = 0.5
-    queue_tokens: int = 1 << 22
-    timeout: float = 2.0
+    snapshot_seconds: Annotated[float, Range(1, 1 << 30)] = 600.0
+    max_bytes: Annotated[int, Range(1 << 20, 1 << 40)] = 1 << 28
+    stream_bytes: Annotated[int, Range(1 << 20, 1 << 44)] = 1 << 28
+    stream_seconds: Annotated[float, Range(1, 1 << 32)] = 7 * 86400.0
+    max_tokens: Annotated[int, Range(64, 1 << 24)] = 1 << 15
+    tokens_per_second: Annotated[int, Range(64, 1 << 40)] = 1_000_000
+    row_share: Annotated[float, Range(0, 16)] = 0.5
+    queue_tokens: Annotated[int, Range(64, 1 << 32)] = 1 << 22
+    timeout: Annotated[float, Range(0.05, 60)] = 2.0
 
     def __post_init__(self) -> None:
         check_share(self.share)
@@ -64,20 +67,7 @@ class StoreConfig:
             )
         if self.key is not None and not self.key:
             raise InvalidInputError("The store's key is empty.", "Give a secret, or leave it out.")
-        limits: tuple[tuple[str, float, float, float], ...] = (
-            ("snapshot_seconds", self.snapshot_seconds, 1, 1 << 30),
-            ("max_bytes", self.max_bytes, 1 << 20, 1 << 40),
-            ("stream_bytes", self.stream_bytes, 1 << 20, 1 << 44),
-            ("stream_seconds", self.stream_seconds, 1, 1 << 32),
-            ("max_tokens", self.max_tokens, 64, 1 << 24),
-            ("tokens_per_second", self.tokens_per_second, 64, 1 << 40),
-            ("row_share", self.row_share, 0, 16),
-            ("queue_tokens", self.queue_tokens, 64, 1 << 32),
-            ("timeout", self.timeout, 0.05, 60),
-        )
-        for name, value, low, high in limits:
-            if not low <= value <= high:
-                raise InvalidInputError(f"{name} is {value}; it must lie in {low}..{high}.")
+        check_ranges(self)
 
 
 def check_share(share: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from retrieval_draft._settings import Range, check_ranges
 from retrieval_draft.errors import InvalidInputError
 
 __all__ = ["MediaSettings"]
@@ -15,8 +17,8 @@ class MediaSettings:
     """Sources that images and sounds may have besides the request itself, and their limits.
 
     Attributes:
-        folder: Files below it may be named by ``file:`` URLs; None for none.
-        fetches: Whether http and https URLs are fetched; never from private addresses.
+        folder: Requests may name images and sounds below this folder: file:///FOLDER/a.png.
+        fetches: Requests may name files of public addresses: https://... Private ones are never fetched.
         max_images: In one request, sounds included.
         max_bytes: Of one of them, as it is stored or sent.
         max_pixels: Of one image; more would take much memory, however few bytes they are packed into.
@@ -26,22 +28,13 @@ class MediaSettings:
 
     folder: Path | None = None
     fetches: bool = False
-    max_images: int = 16
-    max_bytes: int = 16 << 20
-    max_pixels: int = 1 << 24
-    seconds: float = 10.0
-    max_sound_seconds: float = 300.0
+    max_images: Annotated[int, Range(0, 1024)] = 16
+    max_bytes: Annotated[int, Range(1, 1 << 32)] = 16 << 20
+    max_pixels: Annotated[int, Range(1, 1 << 30)] = 1 << 24
+    seconds: Annotated[float, Range(0.01, 600.0)] = 10.0
+    max_sound_seconds: Annotated[float, Range(0.01, 3600.0)] = 300.0
 
     def __post_init__(self) -> None:
         if self.folder is not None and not self.folder.is_dir():
             raise InvalidInputError(f"The folder of images {str(self.folder)!r} does not exist.")
-        limits = (
-            ("max_images", self.max_images, 0, 1024),
-            ("max_bytes", self.max_bytes, 1, 1 << 32),
-            ("max_pixels", self.max_pixels, 1, 1 << 30),
-            ("seconds", self.seconds, 0.01, 600.0),
-            ("max_sound_seconds", self.max_sound_seconds, 0.01, 3600.0),
-        )
-        for name, value, low, high in limits:
-            if not low <= value <= high:
-                raise InvalidInputError(f"{name} is {value}; it must lie in {low}..{high}.")
+        check_ranges(self)

@@ -19,11 +19,6 @@ from tests.support.commands import Command
 from tests.support.tiny import TEXT, save_tiny
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny(tmp_path_factory.mktemp("tiny")))
-
-
 def plain(tiny: str, tokens: int) -> list[int]:
     model, tokenizer = load_model(tiny, device="cpu")
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]

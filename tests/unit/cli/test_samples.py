@@ -7,12 +7,7 @@ import json
 import pytest
 
 from tests.support.commands import Command
-from tests.support.tiny import TEXT, save_tiny
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny(tmp_path_factory.mktemp("tiny")))
+from tests.support.tiny import TEXT
 
 
 def test_samples_are_printed_between_dashes_and_the_best_come_first(command: Command, tiny: str) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from retrieval_draft.draft_service.errors import ServiceFullError, TooLargeError, UnknownSessionError
-from retrieval_draft.draft_service.sessions import OpenSession, SessionLimits, SessionTable
+from retrieval_draft.draft_service.limits import SessionLimits
+from retrieval_draft.draft_service.sessions import OpenSession, SessionTable
 from retrieval_draft.errors import InvalidInputError
 
 TAIL = np.array([1], np.int32)

@@ -5,16 +5,13 @@ import pytest
 
 from retrieval_draft.index.adjacency import BACKOFF, VISITS, AdjacencyMatrix, AdjacencySource
 from retrieval_draft.index.source import NodeLogits
+from tests.support.tokens import ids
 
 
 def predictions(context: list[int], tokens: list[int], probs: list[float]) -> NodeLogits:
     return NodeLogits(
         np.array([context], np.int32), np.array([tokens], np.int32), np.array([probs], np.float32)
     )
-
-
-def ids(*tokens: int) -> np.ndarray:
-    return np.array(tokens, np.int32)
 
 
 def test_docstring_example() -> None:

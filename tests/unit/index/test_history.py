@@ -8,13 +8,9 @@ import pytest
 
 from retrieval_draft.errors import DatastoreError, InvalidInputError, TokenizerMismatchError
 from retrieval_draft.index.history import History, HistorySource
-from retrieval_draft.index.source import TokenArray
+from tests.support.tokens import ids
 
 NONE = np.empty(0, np.int32)
-
-
-def ids(*tokens: int) -> TokenArray:
-    return np.array(tokens, np.int32)
 
 
 def drafts(history: History, *text: int) -> list[int]:

@@ -15,11 +15,8 @@ from retrieval_draft.index import matrix_file
 from retrieval_draft.index.adjacency import MATRIX, AdjacencyMatrix, AdjacencySource, make_source
 from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.matrix_file import matrix_bytes, merge_bytes
-from retrieval_draft.index.source import NodeLogits, TokenArray
-
-
-def ids(*tokens: int) -> TokenArray:
-    return np.array(tokens, np.int32)
+from retrieval_draft.index.source import NodeLogits
+from tests.support.tokens import ids
 
 
 def source(folder: Path, fingerprint: str = "f", **options: object) -> AdjacencySource:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from retrieval_draft.index.observations import Observations
-from retrieval_draft.index.source import NodeLogits, TokenArray
-
-
-def ids(*tokens: int) -> TokenArray:
-    return np.array(tokens, np.int32)
+from retrieval_draft.index.source import NodeLogits
+from tests.support.tokens import ids
 
 
 def logits(*contexts: tuple[int, ...], k: int = 2) -> NodeLogits:

@@ -12,10 +12,7 @@ from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.phrase_files import read_phrases
 from retrieval_draft.index.phrases import KEPT, PhraseSource, PhraseTable
 from retrieval_draft.index.source import Proposal
-
-
-def ids(*tokens: int) -> np.ndarray:
-    return np.array(tokens, np.int32)
+from tests.support.tokens import ids, paths
 
 
 def table(*phrases: list[int], trigger: int = 3) -> PhraseTable:
@@ -24,13 +21,6 @@ def table(*phrases: list[int], trigger: int = 3) -> PhraseTable:
 
 def after(phrases: PhraseTable, *text: int, budget: int = 16) -> Proposal:
     return PhraseSource(phrases).open(ids(*text)).propose(budget)
-
-
-def paths(proposal: Proposal) -> list[tuple[int, ...]]:
-    out: list[tuple[int, ...]] = []
-    for token, parent in zip(proposal.tokens.tolist(), proposal.parents.tolist(), strict=True):
-        out.append((*(out[parent] if parent >= 0 else ()), token))
-    return out
 
 
 def path_probs(proposal: Proposal) -> np.ndarray:

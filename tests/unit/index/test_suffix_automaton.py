@@ -5,10 +5,7 @@ import pytest
 
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.suffix_automaton import AutomatonSource, SuffixAutomaton
-
-
-def ids(*tokens: int) -> np.ndarray:
-    return np.array(tokens, np.int32)
+from tests.support.tokens import ids
 
 
 def chain(automaton: SuffixAutomaton, budget: int = 8) -> list[int]:

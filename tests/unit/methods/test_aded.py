@@ -13,6 +13,7 @@ from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.methods.aded import METHOD, ROW_BYTES, AdedSession, TrigramMatrix, _Node
 from retrieval_draft.methods.method import MethodContext
+from tests.support.tokens import ids, paths
 
 
 def source(*corpora):
@@ -20,19 +21,8 @@ def source(*corpora):
     return made
 
 
-def ids(*tokens):
-    return np.array(tokens, np.int32)
-
-
 def values(row):
     return {token: pytest.approx(value) for token, value in row}
-
-
-def paths(proposal):
-    found = []
-    for token, parent in zip(proposal.tokens.tolist(), proposal.parents.tolist(), strict=True):
-        found.append((*(found[parent] if parent >= 0 else ()), token))
-    return found
 
 
 def test_remembered_requests_are_shares_and_gains_come_on_top():

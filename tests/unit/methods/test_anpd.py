@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from retrieval_draft.methods.anpd import METHOD
+from tests.support.tokens import ids
 
 
 def source():
@@ -15,10 +15,6 @@ def source():
 
 def session(*prompt):
     return source().open(ids(*prompt))
-
-
-def ids(*tokens):
-    return np.array(tokens, np.int32)
 
 
 def test_the_worked_example():

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import numpy as np
-
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.methods.datastore import Datastore, StoredSource
 from retrieval_draft.methods.lookup import LookupSession
 from retrieval_draft.methods.method import MethodContext
-
-
-def ids(*tokens):
-    return np.array(tokens, np.int32)
+from tests.support.tokens import ids
 
 
 def holder(*tokens):

@@ -16,24 +16,12 @@ from retrieval_draft.index.source import NodeLogits
 from retrieval_draft.methods import hierarchy_drafting
 from retrieval_draft.methods.hierarchy_drafting import COPIED, METHOD, WINDOW, ModelStore
 from retrieval_draft.methods.method import MethodContext
-
-
-def ids(*tokens):
-    return np.array(tokens, np.int32)
+from tests.support.tokens import finish, ids, method_source, paths
 
 
 def source(*texts, vocabulary=200, **config):
     """One corpus of the texts given."""
-    segments = (Segment.build([ids(*text) for text in texts], vocabulary),) if texts else ()
-    corpora = (SimpleNamespace(segments=segments, nbytes=1),) if texts else ()
-    (made,) = METHOD.sources(MethodContext(DraftConfig(**config), DraftStores(vocabulary, corpora=corpora)))
-    return made
-
-
-def finish(made, prompt, reply):
-    opened = made.open(ids(*prompt))
-    opened.observe(ids(*reply))
-    opened.close()
+    return method_source(METHOD, *([texts] if texts else []), vocabulary=vocabulary, **config)
 
 
 def test_the_newest_guess_comes_first_and_equal_beginnings_are_one():
@@ -154,13 +142,6 @@ def predictions(contexts, tokens):
         np.array(tokens, np.int32)[:, None],
         np.ones((len(tokens), 1), np.float32),
     )
-
-
-def paths(proposal):
-    found = []
-    for token, parent in zip(proposal.tokens.tolist(), proposal.parents.tolist(), strict=True):
-        found.append((*(found[parent] if parent >= 0 else ()), token))
-    return found
 
 
 def test_the_window_takes_what_the_target_predicts_and_gives_guesses():

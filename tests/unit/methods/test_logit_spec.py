@@ -6,15 +6,12 @@ import numpy as np
 
 from retrieval_draft.index.source import NodeLogits
 from retrieval_draft.methods.logit_spec import METHOD
+from tests.support.tokens import ids
 
 
 def session(*prompt):
     (source,) = METHOD.sources(None)
     return source.open(ids(*prompt))
-
-
-def ids(*tokens):
-    return np.array(tokens, np.int32)
 
 
 def predictions(*rows):

@@ -7,27 +7,15 @@ import pytest
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.index.draft_stores import DraftStores
-from retrieval_draft.index.source import NodeLogits
 from retrieval_draft.methods.lookup import GuessTree
 from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.racer import GRAM, METHOD, NODE_BYTES, GramTrie, breadths
+from tests.support.tokens import ids, predictions_after
 
 
 def source(vocabulary=64):
     (made,) = METHOD.sources(MethodContext(DraftConfig(), DraftStores(vocabulary)))
     return made
-
-
-def ids(*tokens):
-    return np.array(tokens, np.int32)
-
-
-def predictions(token, *best):
-    return NodeLogits(
-        np.array([[-1, -1, -1, token]], np.int32),
-        np.array([best], np.int32),
-        np.full((1, len(best)), 0.1, np.float32),
-    )
 
 
 def grown(trie, text, most=64):
@@ -120,23 +108,23 @@ def test_breadths():
 
 def test_what_is_left_goes_to_the_adjacency_tree():
     opened = source().open(ids(5))
-    opened.learn(predictions(5, 6, 7, 8))
-    opened.learn(predictions(6, 1, 2, 3, 4, 9))
-    opened.learn(predictions(7, 1, 2, 3))
-    opened.learn(predictions(1, 0))
+    opened.learn(predictions_after(5, 6, 7, 8))
+    opened.learn(predictions_after(6, 1, 2, 3, 4, 9))
+    opened.learn(predictions_after(7, 1, 2, 3))
+    opened.learn(predictions_after(1, 0))
     proposal = opened.propose(64)
     # breadths: 6 has 4 children, 7 has 2, 8 one; 1 has 4 and 2, of which its row fills one
     assert proposal.tokens.tolist() == [6, 7, 8, 1, 2, 3, 4, 1, 2, 0, 0]
     assert proposal.parents.tolist() == [-1, -1, -1, 0, 0, 0, 0, 1, 1, 3, 7]
     assert opened.propose(1).tokens.tolist() == [6]
-    opened.learn(predictions(5, 5))
+    opened.learn(predictions_after(5, 5))
     assert len(opened.propose(100)) == 64
 
 
 def test_trie_first_then_matrix_and_equal_tokens_merge():
     text = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 1, 2]
     opened = source().open(ids(*text))
-    opened.learn(predictions(2, 11, 3))
+    opened.learn(predictions_after(2, 11, 3))
     proposal = opened.propose(64)
     assert proposal.tokens.tolist() == [3, 4, 5, 6, 7, 8, 9, 10, 11]
     assert proposal.parents.tolist() == [-1, 0, 1, 2, 3, 4, 5, 6, -1]
@@ -159,7 +147,7 @@ def test_trie_and_matrix_outlive_requests():
     made = source()
     empty = made.nbytes
     first = made.open(ids(*range(1, 12)))
-    first.learn(predictions(3, 0))
+    first.learn(predictions_after(3, 0))
     first.close()
     assert made.nbytes == empty + 20 * NODE_BYTES
     assert made.open(ids(2, 3)).propose(64).tokens.tolist() == [*range(4, 12), 0]

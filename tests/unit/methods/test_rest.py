@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from types import SimpleNamespace
+from functools import partial
 
 import numpy as np
 import pytest
 
-from retrieval_draft.config import DraftConfig
-from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.segments.segment import Segment
-from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.rest import CHOICES, METHOD, TextEnd, common_prefixes
+from tests.support.tokens import ids, method_source, paths
 
-
-def ids(*tokens):
-    return np.array(tokens, np.int32)
-
-
-def source(*segments, vocabulary=100):
-    """One corpus with segments of the texts given."""
-    made = tuple(Segment.build([ids(*text) for text in texts], vocabulary) for texts in segments)
-    corpora = (
-        (SimpleNamespace(segments=made, nbytes=sum(segment.nbytes for segment in made)),) if made else ()
-    )
-    (rest,) = METHOD.sources(MethodContext(DraftConfig(), DraftStores(vocabulary, corpora=corpora)))
-    return rest
-
-
-def paths(proposal):
-    found = []
-    for token, parent in zip(proposal.tokens.tolist(), proposal.parents.tolist(), strict=True):
-        found.append((*(found[parent] if parent >= 0 else ()), token))
-    return found
+source = partial(method_source, METHOD, vocabulary=100)
 
 
 def test_continuations_are_counted_and_merged():

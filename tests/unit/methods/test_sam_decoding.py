@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from functools import partial
 
 import numpy as np
 import pytest
 
-from retrieval_draft.config import DraftConfig
-from retrieval_draft.index.draft_stores import DraftStores
-from retrieval_draft.index.segments.segment import Segment
-from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.sam_decoding import METHOD
+from tests.support.tokens import ids, method_source
 
-
-def ids(*tokens):
-    return np.array(tokens, np.int32)
-
-
-def source(*segments, vocabulary=200):
-    """One corpus with segments of the texts given."""
-    made = tuple(Segment.build([ids(*text) for text in texts], vocabulary) for texts in segments)
-    corpora = (SimpleNamespace(segments=made),) if made else ()
-    (sam,) = METHOD.sources(MethodContext(DraftConfig(), DraftStores(vocabulary, corpora=corpora)))
-    return sam
+source = partial(method_source, METHOD, vocabulary=200)
 
 
 def chain(proposal):

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
-import numpy as np
-
-from retrieval_draft.config import DraftConfig
-from retrieval_draft.index.draft_stores import DraftStores
-from retrieval_draft.index.segments.segment import Segment
-from retrieval_draft.index.source import NodeLogits
-from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.sam_token_recycling import METHOD
+from tests.support.tokens import ids, method_source, predictions_after
 
 
 def source(vocabulary=64, texts=()):
     """One corpus of the texts given."""
-    segments = (Segment.build([ids(*text) for text in texts], vocabulary),) if texts else ()
-    corpora = (SimpleNamespace(segments=segments, nbytes=0),) if texts else ()
-    (made,) = METHOD.sources(MethodContext(DraftConfig(), DraftStores(vocabulary, corpora=corpora)))
-    return made
-
-
-def ids(*tokens):
-    return np.array(tokens, np.int32)
-
-
-def predictions(token, *best):
-    return NodeLogits(
-        np.array([[-1, -1, -1, token]], np.int32),
-        np.array([best], np.int32),
-        np.full((1, len(best)), 0.1, np.float32),
-    )
+    return method_source(METHOD, *([texts] if texts else []), vocabulary=vocabulary)
 
 
 def test_a_match_of_five_is_copied_and_the_tree_is_not_asked():
     opened = source().open(ids(1, 2, 3, 4, 5, 8, 9, 1, 2, 3, 4, 5))
-    opened.learn(predictions(5, 7))
+    opened.learn(predictions_after(5, 7))
     proposal = opened.propose(80)
     assert proposal.tokens.tolist() == [8, 9, 1, 2, 3, 4, 5]
     assert proposal.parents.tolist() == [-1, 0, 1, 2, 3, 4, 5]
@@ -46,7 +23,7 @@ def test_a_match_of_five_is_copied_and_the_tree_is_not_asked():
 def test_a_match_of_four_is_left_to_the_tree():
     opened = source().open(ids(8, 2, 3, 4, 5, 8, 9, 1, 2, 3, 4, 5))
     assert len(opened.propose(80)) == 0
-    opened.learn(predictions(5, 7, 6))
+    opened.learn(predictions_after(5, 7, 6))
     assert opened.propose(80).tokens.tolist() == [7, 6]
 
 
@@ -82,7 +59,7 @@ def test_a_static_match_of_ten_is_copied_from_its_oldest_place():
     run = list(range(1, 11))
     made = source(200, [[90, *run, 31, 32], [*run, 21, 22], [*range(40, 45), *range(100, 180)]])
     opened = made.open(ids(0, *run[1:]))
-    opened.learn(predictions(10, 7))
+    opened.learn(predictions_after(10, 7))
     assert opened.propose(80).tokens.tolist() == [7]  # nine tokens, five of bias
     proposal = made.open(ids(*run)).propose(80)
     assert proposal.tokens.tolist() == [31, 32]
@@ -96,7 +73,7 @@ def test_the_text_wins_ties_and_a_static_match_that_ends_counts_for_nothing():
     assert opened.propose(1).tokens.tolist() == [31]
     assert opened.propose(1).level == "request"
     opened = source(200, [run]).open(ids(*run))
-    opened.learn(predictions(10, 7))
+    opened.learn(predictions_after(10, 7))
     assert opened.propose(80).tokens.tolist() == [7]
 
 
@@ -105,7 +82,7 @@ def test_empty_prompt_and_rows_across_requests():
     opened = made.open(ids())
     opened.observe(ids())
     assert len(opened.propose(80)) == 0
-    opened.learn(predictions(3, 0))
+    opened.learn(predictions_after(3, 0))
     opened.close()
     assert made.open(ids(3)).propose(80).tokens.tolist() == [0]
     assert made.nbytes == 64 * 8 * 4

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from functools import partial
 
 import numpy as np
 import pytest
 
-from retrieval_draft.config import DraftConfig
-from retrieval_draft.index.draft_stores import DraftStores
-from retrieval_draft.index.segments.segment import Segment
-from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.sssd import BACKOFF, METHOD, OWN, SEARCHED, SHORTER
+from tests.support.tokens import ids, method_source, paths
 
-
-def ids(*tokens):
-    return np.array(tokens, np.int32)
-
-
-def source(*segments, **config):
-    """One corpus with segments of the texts given."""
-    made = tuple(Segment.build([ids(*text) for text in texts], 200) for texts in segments)
-    corpora = (SimpleNamespace(segments=made, nbytes=1),) if made else ()
-    (sssd,) = METHOD.sources(MethodContext(DraftConfig(**config), DraftStores(200, corpora=corpora)))
-    return sssd
-
-
-def paths(proposal):
-    found = []
-    for token, parent in zip(proposal.tokens.tolist(), proposal.parents.tolist(), strict=True):
-        found.append((*(found[parent] if parent >= 0 else ()), token))
-    return found
+source = partial(method_source, METHOD, vocabulary=200)
 
 
 def path_probs(proposal):

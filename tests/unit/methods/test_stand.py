@@ -14,15 +14,12 @@ from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.source import NodeLogits
 from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.stand import METHOD, SHAPE, StandTable
+from tests.support.tokens import ids
 
 
 def source(rows=1024):
     (made,) = METHOD.sources(MethodContext(DraftConfig(adjacency_rows=rows), DraftStores(16)))
     return made
-
-
-def ids(*tokens):
-    return np.array(tokens, np.int32)
 
 
 def predictions(context, tokens, probs=None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from heapq import heappop, heappush
 from threading import Thread
 from types import SimpleNamespace
@@ -16,21 +17,9 @@ from retrieval_draft.index.suffix_automaton import SuffixAutomaton
 from retrieval_draft.methods import suffix_decoding
 from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.suffix_decoding import METHOD, Replies, suffix_tree
+from tests.support.tokens import finish, ids, method_source
 
-
-def ids(*tokens):
-    return np.array(tokens, np.int32)
-
-
-def source(**config):
-    (made,) = METHOD.sources(MethodContext(DraftConfig(**config), DraftStores(100)))
-    return made
-
-
-def finish(made, prompt, reply):
-    opened = made.open(ids(*prompt))
-    opened.observe(ids(*reply))
-    opened.close()
+source = partial(method_source, METHOD, vocabulary=100)
 
 
 def test_as_many_nodes_as_tokens_match():

@@ -11,15 +11,12 @@ from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.source import NodeLogits
 from retrieval_draft.methods.method import MethodContext
 from retrieval_draft.methods.token_recycling import METHOD, TEMPLATE, RecycledTokens
+from tests.support.tokens import ids
 
 
 def source(vocabulary=16):
     (made,) = METHOD.sources(MethodContext(DraftConfig(), DraftStores(vocabulary)))
     return made
-
-
-def ids(*tokens):
-    return np.array(tokens, np.int32)
 
 
 def predictions(*rows):

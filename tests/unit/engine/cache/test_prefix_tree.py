@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
-
 from retrieval_draft.engine.cache.prefix_tree import Block, PrefixTree, common_length
-
-
-def ints(*values: int) -> np.ndarray:
-    return np.array(values, np.int32)
+from tests.support.tokens import ids
 
 
 def keep(tree: PrefixTree, text: list[int], key: str = "") -> Block:
     """Adds a text as the prefix cache does; the last block."""
     block = tree.root(key)
     for at in range(0, len(text), tree.size):
-        tokens = ints(*text[at : at + tree.size])
+        tokens = ids(*text[at : at + tree.size])
         child, common = tree.child(block, tokens)
         if child is None or common < min(len(tokens), len(child.tokens)):
             child = tree.add(block, tokens, None)
@@ -29,7 +24,7 @@ def keep(tree: PrefixTree, text: list[int], key: str = "") -> Block:
 
 
 def known(tree: PrefixTree, text: list[int], key: str = "") -> int:
-    return sum(common for _, common in tree.path(key, ints(*text)))
+    return sum(common for _, common in tree.path(key, ids(*text)))
 
 
 def test_texts_share_their_beginning() -> None:
@@ -58,7 +53,7 @@ def test_an_end_grows_in_its_own_block() -> None:
 def test_the_end_used_longest_ago_goes_first() -> None:
     tree = PrefixTree(2)
     old, new = keep(tree, [0, 1, 2, 3]), keep(tree, [5, 6, 7])
-    for block, _ in tree.path("", ints(0, 1, 2, 3)):
+    for block, _ in tree.path("", ids(0, 1, 2, 3)):
         tree.touch(block)
     assert tree.remove_oldest() is new
     assert new.is_out
@@ -81,7 +76,7 @@ def test_as_by_brute_force() -> None:
         tree, texts = PrefixTree(size), []
         for _ in range(60):
             text = [draw.randrange(2) for _ in range(draw.randint(1, 12))]
-            expected = max((common_length(ints(*text), ints(*each)) for each in texts), default=0)
+            expected = max((common_length(ids(*text), ids(*each)) for each in texts), default=0)
             # Of blocks that begin alike, an equal one is preferred to none: never more than is there.
             assert known(tree, text) == expected
             keep(tree, text)

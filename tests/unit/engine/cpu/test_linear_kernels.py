@@ -8,6 +8,7 @@ from retrieval_draft.engine.cpu import linear_kernels
 from retrieval_draft.engine.cpu._kernels.linear import linear_numpy
 from retrieval_draft.engine.cpu._kernels.linear_tokenwise import linear_tokenwise_numpy
 from retrieval_draft.engine.cpu.linear_kernels import KERNELS, OURS, Outputs, is_tiled_available
+from tests.support.tensors import normal
 
 SHAPES = [(1, 1), (5, 3), (7, 16), (3, 33), (24, 640), (25, 641), (63, 1283), (640, 100), (129, 2048)]
 SIZES = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 130)
@@ -17,10 +18,6 @@ ours = pytest.mark.parametrize("name", OURS)
 everyone = pytest.mark.parametrize("name", [name for name in KERNELS if name != "amx"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 shapes = pytest.mark.parametrize(("rows", "length"), SHAPES)
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def error(got: torch.Tensor, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> float:

@@ -6,6 +6,7 @@ from torch.nn.functional import linear
 from retrieval_draft.engine.cpu._kernels.linear_quantized import linear_quantized_numpy
 from retrieval_draft.engine.cpu.quantized_kernels import quantized
 from retrieval_draft.engine.cpu.quantized_weights import QuantizedWeight
+from tests.support.tensors import normal
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 33, 63, 64, 65, 130)
 ROWS = [(1, 1), (5, 3), (7, 16), (3, 33), (24, 640), (25, 641), (63, 1283), (129, 2048)]
@@ -19,10 +20,6 @@ CASES = [
 
 cases = pytest.mark.parametrize(("name", "planes", "rows", "length", "group"), CASES)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def made(

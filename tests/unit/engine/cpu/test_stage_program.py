@@ -1,5 +1,4 @@
 import threading
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -7,13 +6,6 @@ import torch
 
 from retrieval_draft.engine.cpu.linear_kernels import CompiledLinear, tiled
 from retrieval_draft.engine.cpu.stage_program import At, StageProgram
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
 
 
 def matrix(rows: int, length: int, seed: int) -> torch.Tensor:

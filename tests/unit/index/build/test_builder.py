@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -97,14 +99,10 @@ class StopError(Exception):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("after", range(1, 8))
-def test_an_interrupted_build_goes_on(tmp_path, monkeypatch, after: int) -> None:
-    documents = [f"document {number} " * 3 for number in range(20)]
-    path = lines(tmp_path, "a.jsonl", documents)
-    index = empty(tmp_path / "index")
-    monkeypatch.setattr(builder, "RUN_TOKENS", 128)
-    saved = builder.save_journal
-    count = 0
+@contextmanager
+def interruption(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[None]:
+    """A block whose build ends when it has written its journal for the nth time."""
+    saved, count = builder.save_journal, 0
 
     def stop(*arguments: object) -> None:
         nonlocal count
@@ -116,7 +114,17 @@ def test_an_interrupted_build_goes_on(tmp_path, monkeypatch, after: int) -> None
     with monkeypatch.context() as patch:
         patch.setattr(builder, "save_journal", stop)
         with pytest.raises(StopError):
-            build(index, path, segment_tokens=512)
+            yield
+
+
+@pytest.mark.parametrize("after", range(1, 8))
+def test_an_interrupted_build_goes_on(tmp_path, monkeypatch, after: int) -> None:
+    documents = [f"document {number} " * 3 for number in range(20)]
+    path = lines(tmp_path, "a.jsonl", documents)
+    index = empty(tmp_path / "index")
+    monkeypatch.setattr(builder, "RUN_TOKENS", 128)
+    with interruption(monkeypatch, after):
+        build(index, path, segment_tokens=512)
     assert IndexFolder.open(index.path).manifest.tokens == 0  # as it was before
     state = build(index, path, segment_tokens=512)
     assert state.resumed > 0
@@ -252,20 +260,8 @@ def test_what_was_left_out_is_known_after_an_interruption(tmp_path, monkeypatch,
     index = empty(tmp_path / "index")
     monkeypatch.setattr(builder, "RUN_TOKENS", 256)
     monkeypatch.setattr(builder, "_BATCH_TEXTS", 3)
-    saved = builder.save_journal
-    count = 0
-
-    def stop(*arguments: object) -> None:
-        nonlocal count
-        saved(*arguments)
-        count += 1
-        if count == after:
-            raise StopError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(builder, "save_journal", stop)
-        with pytest.raises(StopError):
-            build(index, *paths)
+    with interruption(monkeypatch, after):
+        build(index, *paths)
     state = build(index, *paths)
     whole = empty(tmp_path / "whole")
     expected = build(whole, *paths).report

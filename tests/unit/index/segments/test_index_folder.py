@@ -8,11 +8,7 @@ import pytest
 from retrieval_draft.errors import DatastoreError, TokenizerMismatchError
 from retrieval_draft.index.corpus import Corpus, CorpusSource
 from retrieval_draft.index.segments.index_folder import IndexFolder
-from retrieval_draft.index.segments.segment import Segment
-
-
-def segment(*runs: list[int]) -> Segment:
-    return Segment.build([np.array(run, np.int32) for run in runs], 100)
+from tests.support.snapshots import segment
 
 
 @pytest.fixture

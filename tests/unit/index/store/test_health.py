@@ -1,7 +1,5 @@
 """Tests of the state of the connection and what is logged of it."""
 
-import logging
-
 import pytest
 from redis.exceptions import (
     AuthenticationError,
@@ -14,12 +12,6 @@ from redis.exceptions import (
 )
 
 from retrieval_draft.index.store.health import Health
-
-
-@pytest.fixture
-def logged(caplog):
-    caplog.set_level(logging.INFO, "retrieval_draft")
-    return caplog
 
 
 @pytest.mark.parametrize(

@@ -22,15 +22,12 @@ from retrieval_draft.index.store.log_replica import FIELD, LogReplica
 from retrieval_draft.index.store.outbox import Run
 from retrieval_draft.index.store.row_outbox import ROWS, RowOutbox
 from retrieval_draft.index.store.run_encoder import RunEncoder
+from tests.support.tokens import ids
 
 VOCABULARY = 100
 A, B = b"a" * 16, b"b" * 16
 CODEC = EntryCodec(f"{'f' * 32}:tenant", None, 1 << 15)
 NOTHING = np.empty(0, np.int32)
-
-
-def ids(*tokens: int) -> TokenArray:
-    return np.array(tokens, np.int32)
 
 
 def replica() -> LogReplica:

@@ -9,6 +9,7 @@ from retrieval_draft.engine.cpu._kernels.norm import rms_norm_numpy
 from retrieval_draft.engine.cpu._kernels.stages import GELU_TANH, MAX_QUERIES, SILU, attend_numpy, gate_numpy
 from retrieval_draft.engine.cpu._kernels.vector_tile import LANES, STEP
 from retrieval_draft.engine.cpu.stage_program import At, StageProgram, stage_function
+from tests.support.tensors import normal
 
 DTYPES = [torch.float32, torch.bfloat16]
 THREADS = [1, 2]
@@ -19,10 +20,6 @@ def run(name: str, fields: Sequence[int], threads: int = 2) -> None:
     program.stage(stage_function(name), [0, *fields])
     program.barrier()
     program.run([], threads)
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def bits(value: float) -> int:
