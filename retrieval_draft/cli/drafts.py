@@ -104,9 +104,9 @@ def serve(
     service = DraftService(proposers, limits, observer)
     observer.watch(service)
     for each in keys.tenants:
-        metrics.watch(each, proposers.get(each))
+        metrics.watch(each, proposers[each])
     print("Preparing ...", file=sys.stderr, flush=True)
-    proposers.get(tenant).warm_up()
+    proposers[tenant].warm_up()
     drafts = DraftApp(service, keys.tenant)
     run(StandaloneApp(drafts, metrics), host=host, port=port, unix_socket=unix_socket)
 
