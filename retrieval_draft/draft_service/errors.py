@@ -64,7 +64,7 @@ class ServiceUnavailableError(RetrievalDraftError, ConnectionError):
     """No answer, in time or at all."""
 
 
-_BY_STATUS = {each.status: each for each in (DraftServiceError, *DraftServiceError.__subclasses__())}
+_BY_STATUS = {each.status: each for each in DraftServiceError.__subclasses__()}
 
 
 def error_of(status: int, message: str, hint: str = "") -> DraftServiceError:

@@ -1,4 +1,4 @@
-"""The drafting service as a server of its own: no model, no framework."""
+"""The drafting service as a server of its own, without a model."""
 
 from __future__ import annotations
 

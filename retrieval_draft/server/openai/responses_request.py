@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Raw, Struct, field
+from msgspec import Meta, Raw, Struct, defstruct, field
 from msgspec.json import Decoder, encode
 
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.json_body import decode_field, is_absent
 from retrieval_draft.server.openai.chat_request import ChatRequest
 from retrieval_draft.server.openai.generation_request import (
+    UNSUPPORTED,
     ContentPart,
     Prediction,
     Salt,
     Speculative,
+    raw_fields,
+    refuse,
     text_of,
 )
 
@@ -25,7 +28,6 @@ __all__ = ["RESPONSES", "ResponsesRequest", "named_as_here"]
 
 _MAX_ITEMS = 4096
 _INPUT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": {"type": "object"}}]}
-_UNSUPPORTED = "is not supported by this server"
 _CHAT_NAMES = {
     "messages": "input",
     "max_completion_tokens": "max_output_tokens",
@@ -136,7 +138,32 @@ _TOOLS = Decoder(list[_Tool])
 _CHOICE = Decoder(Literal["none", "auto", "required"] | _Choice | _Allowed)
 
 
-class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+_IGNORED = (
+    "user", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "prompt_cache_options", "request_id",
+)  # fmt: skip
+"""Fields that do not change the reply."""
+
+_NOTHING = (b"[]", b"{}")
+_REFUSED: Mapping[str, Collection[bytes]] = {
+    **dict.fromkeys(
+        ("previous_response_id", "conversation", "background", "include", "prompt"), (b"false", *_NOTHING)),
+    "truncation": (b'"disabled"', *_NOTHING),
+    "top_logprobs": (b"0", *_NOTHING),
+    **dict.fromkeys(
+        ("max_tool_calls", "stream_options", "context_management", "moderation", "background_options",
+         "access_programs", "image", "enable_response_messages", "previous_input_messages",
+         "previous_response", "mm_processor_kwargs", "vllm_xargs"), (b"false", *_NOTHING)),
+}  # fmt: skip
+"""Fields that would change it and are not supported, with the values that change nothing."""
+
+if TYPE_CHECKING:
+    _RawFields = Struct
+else:
+    _RawFields = defstruct("_RawFields", raw_fields(*_IGNORED, *_REFUSED), kw_only=True)
+
+
+class ResponsesRequest(_RawFields, forbid_unknown_fields=True, kw_only=True):
     """A conversation to continue; the server keeps nothing of it.
 
     Attributes:
@@ -184,50 +211,13 @@ class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     priority: Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
     cache_salt: Salt | None = None
 
-    # These do not change the reply.
-    user: Raw = field(default_factory=Raw)
-    service_tier: Raw = field(default_factory=Raw)
-    safety_identifier: Raw = field(default_factory=Raw)
-    prompt_cache_key: Raw = field(default_factory=Raw)
-    prompt_cache_retention: Raw = field(default_factory=Raw)
-    prompt_cache_options: Raw = field(default_factory=Raw)
-    request_id: Raw = field(default_factory=Raw)
-
-    # These would, and are not supported.
-    previous_response_id: Raw = field(default_factory=Raw)
-    conversation: Raw = field(default_factory=Raw)
-    background: Raw = field(default_factory=Raw)
-    include: Raw = field(default_factory=Raw)
-    prompt: Raw = field(default_factory=Raw)
-    truncation: Raw = field(default_factory=Raw)
-    top_logprobs: Raw = field(default_factory=Raw)
-    max_tool_calls: Raw = field(default_factory=Raw)
-    stream_options: Raw = field(default_factory=Raw)
-    context_management: Raw = field(default_factory=Raw)
-    moderation: Raw = field(default_factory=Raw)
-    background_options: Raw = field(default_factory=Raw)
-    access_programs: Raw = field(default_factory=Raw)
-    image: Raw = field(default_factory=Raw)
-    enable_response_messages: Raw = field(default_factory=Raw)
-    previous_input_messages: Raw = field(default_factory=Raw)
-    previous_response: Raw = field(default_factory=Raw)
-    mm_processor_kwargs: Raw = field(default_factory=Raw)
-    vllm_xargs: Raw = field(default_factory=Raw)
-
     def check(self) -> None:
         """Refuses unsupported fields.
 
         Raises:
             ApiError: Names the field.
         """
-        for name in ("previous_response_id", "conversation", "background", "include", "prompt", "truncation",
-                     "top_logprobs", "max_tool_calls", "stream_options", "context_management", "moderation",
-                     "background_options", "access_programs", "image", "enable_response_messages",
-                     "previous_input_messages", "previous_response", "mm_processor_kwargs",
-                     "vllm_xargs"):  # fmt: skip
-            neutral = {"truncation": b'"disabled"', "top_logprobs": b"0"}.get(name, b"false")
-            if not is_absent(getattr(self, name), neutral, b"[]", b"{}"):
-                raise ApiError(400, f"{name} {_UNSUPPORTED}; leave it out.", name)
+        refuse(self, _REFUSED)
         if self.store:
             raise ApiError(400, "store is true; this server stores no responses.", "store")
 
@@ -343,7 +333,7 @@ def named_as_here() -> Iterator[None]:
 def _item(given: dict[str, Any], index: int) -> Any:
     kind = given.get("type", "message")
     if not isinstance(kind, str) or kind not in _ITEMS:
-        raise ApiError(400, f"input[{index}]: an item of type {str(kind)[:64]!r} {_UNSUPPORTED}.", "input")
+        raise ApiError(400, f"input[{index}]: an item of type {str(kind)[:64]!r} {UNSUPPORTED}.", "input")
     try:
         return msgspec.convert(given, _ITEMS[kind])
     except msgspec.ValidationError as error:
