@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Raw, Struct, defstruct, field
+from msgspec import Meta, Raw, Struct, field
 from msgspec.json import Decoder
 
 from retrieval_draft.server.errors import ApiError
@@ -17,8 +17,8 @@ from retrieval_draft.server.openai.generation_request import (
     ContentPart,
     GenerationFields,
     content_of,
-    raw_fields,
     refuse,
+    with_raw_fields,
 )
 from retrieval_draft.server.openai.tools import TOOL_CHOICE_SCHEMA, TOOLS_SCHEMA, ToolUse, tool_use
 
@@ -96,9 +96,7 @@ _REFUSED: Mapping[str, Collection[bytes]] = {
 if TYPE_CHECKING:
     _Fields = GenerationFields
 else:
-    _Fields = defstruct(
-        "_Fields", raw_fields(*_REFUSED), bases=(GenerationFields,), forbid_unknown_fields=True, kw_only=True
-    )
+    _Fields = with_raw_fields(GenerationFields, *_REFUSED)
 
 
 class ChatRequest(_Fields):

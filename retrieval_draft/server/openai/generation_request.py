@@ -19,14 +19,14 @@ __all__ = [
     "Ids",
     "ImageUrl",
     "Prediction",
-    "Salt",
+    "ReplyFields",
     "Speculative",
     "StreamOptions",
     "TokenId",
     "content_of",
-    "raw_fields",
     "refuse",
     "text_of",
+    "with_raw_fields",
 ]
 
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
@@ -50,9 +50,10 @@ OFF = (b"false", b"[]", b"{}", b'""')
 UNSUPPORTED = "is not supported by this server"
 
 
-def raw_fields(*names: str) -> list[tuple[str, Any, Any]]:
-    """Fields for `msgspec.defstruct` that are left undecoded."""
-    return [(name, Raw, field(default_factory=Raw)) for name in names]
+def with_raw_fields(base: type[Struct], *names: str) -> type[Struct]:
+    """A body with the fields of `base`, and more that are left undecoded."""
+    fields = [(name, Raw, field(default_factory=Raw)) for name in names]
+    return defstruct("_Fields", fields, bases=(base,), forbid_unknown_fields=True, kw_only=True)
 
 
 def refuse(body: Struct, fields: Mapping[str, Collection[bytes]]) -> None:
@@ -134,6 +135,50 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     include_obfuscation: bool | None = None
 
 
+class ReplyFields(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Sampling, limits and extensions of every request for a reply.
+
+    Attributes:
+        model: The served model's name.
+        temperature: 0 is greedy; None for the model's own default, or 1.
+        top_p: Nucleus sampling.
+        top_k: Extension: most probable tokens to sample from; 0 for all.
+        repetition_penalty: Extension, as of transformers.
+        logit_bias: Added to the logits of tokens, by id.
+        seed: The same seed gives the same reply.
+        stop: Strings at which the reply ends.
+        skip_special_tokens: Extension of vLLM: whether special tokens are left out of the text.
+        include_stop_str_in_output: Extension of vLLM: whether the reply ends with the stop string or token.
+        stream: Whether tokens are sent as they are decoded.
+        speculative: Extension: whether drafts are made, and how many tokens a step.
+        prediction: Expected text of the reply; a draft source of this request.
+        share: Extension: parts of this request that other servers may learn.
+        ignore_eos: Extension: whether the reply continues to its limit.
+        priority: Extension of vLLM: requests with lower numbers come first, among those of a tenant.
+        cache_salt: Extension of vLLM: only texts of requests with the same salt are continued.
+        structured_outputs: Extension of vLLM: the grammar of the reply.
+    """
+
+    model: str | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.001, le=100)] | None = None
+    logit_bias: Annotated[Raw, Meta(extra_json_schema={"type": "object"})] = field(default_factory=Raw)
+    seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
+    stop: Annotated[Raw, Meta(extra_json_schema=_TEXTS)] = field(default_factory=Raw)
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    stream: bool | None = None
+    speculative: Speculative | None = None
+    prediction: Prediction | None = None
+    share: Literal["none", "reply", "all"] | None = None
+    ignore_eos: bool | None = None
+    priority: Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
+    cache_salt: Salt | None = None
+    structured_outputs: Raw = field(default_factory=Raw)
+
+
 _IGNORED = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention", "prompt_cache_options", "cache_prompt", "request_id", "session_id",
@@ -160,82 +205,46 @@ _GRAMMARS = (
 )  # fmt: skip
 """Fields besides `structured_outputs` that ask for a grammar (`structured_outputs.asked_grammar`)."""
 
-if TYPE_CHECKING:
-    _RawFields = Struct
+if TYPE_CHECKING:  # fields that are left undecoded are read by their names alone
+    _Fields = ReplyFields
 else:
-    _RawFields = defstruct("_RawFields", raw_fields(*_GRAMMARS, *_IGNORED, *_REFUSED), kw_only=True)
+    _Fields = with_raw_fields(ReplyFields, *_GRAMMARS, *_IGNORED, *_REFUSED)
 
 
-class GenerationFields(_RawFields, forbid_unknown_fields=True, kw_only=True):
-    """Sampling, limits and extensions.
+class GenerationFields(_Fields, forbid_unknown_fields=True, kw_only=True):
+    """Sampling, limits and extensions of completions and chats.
 
     A field that is neither here nor in the tables above is refused by name.
 
     Attributes:
-        model: The served model's name.
-        temperature: 0 is greedy; None for the model's own default, or 1.
-        top_p: Nucleus sampling.
-        top_k: Extension: most probable tokens to sample from; 0 for all.
         min_p: Extension: least probability, relative to the best token's.
-        repetition_penalty: Extension, as of transformers.
         presence_penalty: Subtracted from the logits of tokens in the reply.
         frequency_penalty: Subtracted for each of their occurrences.
-        logit_bias: Added to the logits of tokens, by id.
-        seed: The same seed gives the same reply.
-        stop: Strings at which the reply ends.
         n: Choices.
         min_tokens: Extension of vLLM: the reply does not end by itself before.
         stop_token_ids: Extension of vLLM: tokens that end the reply, and are no part of its text.
         bad_words: Extension of vLLM: texts that the reply does not have.
         allowed_token_ids: Extension of vLLM: only these are generated.
-        skip_special_tokens: Extension of vLLM: whether special tokens are left out of the text.
-        include_stop_str_in_output: Extension of vLLM: whether the reply ends with the stop string or token.
-        stream: Whether tokens are sent as they are decoded.
         stream_options: Options of the stream.
-        speculative: Extension: whether drafts are made, and how many tokens a step.
-        prediction: Expected text of the reply; a draft source of this request.
         documents: Extension: texts that the reply may quote; draft sources of this request.
-        share: Extension: parts of this request that other servers may learn.
         metrics: Extension: whether the response has drafting counts.
         draft_marks: Extension: whether each piece of a stream marks its drafted text.
         return_token_ids: Extension: whether the response has the token ids.
-        ignore_eos: Extension: whether the reply continues to its limit.
-        priority: Extension of vLLM: requests with lower numbers come first, among those of a tenant.
-        cache_salt: Extension of vLLM: only texts of requests with the same salt are continued.
-        structured_outputs: Extension of vLLM: the grammar of the reply.
     """
 
-    model: str | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Meta(ge=0.001, le=100)] | None = None
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[Raw, Meta(extra_json_schema={"type": "object"})] = field(default_factory=Raw)
-    seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
-    stop: Annotated[Raw, Meta(extra_json_schema=_TEXTS)] = field(default_factory=Raw)
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     min_tokens: Annotated[int, Meta(ge=0)] | None = None
     stop_token_ids: list[TokenId] | None = None
     bad_words: list[Word] | None = None
     allowed_token_ids: Ids | None = None
-    skip_special_tokens: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    speculative: Speculative | None = None
-    prediction: Prediction | None = None
     documents: Annotated[Raw, Meta(extra_json_schema=_TEXTS)] = field(default_factory=Raw)
-    share: Literal["none", "reply", "all"] | None = None
     metrics: bool | None = None
     draft_marks: bool | None = None
     return_token_ids: bool | None = None
-    ignore_eos: bool | None = None
-    priority: Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
-    cache_salt: Salt | None = None
-    structured_outputs: Raw = field(default_factory=Raw)
 
     @property
     def bias(self) -> dict[int, float]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Raw, Struct, defstruct, field
+from msgspec import Meta, Raw, Struct, field
 from msgspec.json import Decoder, encode
 
 from retrieval_draft.server.errors import ApiError
@@ -16,12 +16,10 @@ from retrieval_draft.server.openai.chat_request import ChatRequest
 from retrieval_draft.server.openai.generation_request import (
     UNSUPPORTED,
     ContentPart,
-    Prediction,
-    Salt,
-    Speculative,
-    raw_fields,
+    ReplyFields,
     refuse,
     text_of,
+    with_raw_fields,
 )
 
 __all__ = ["RESPONSES", "ResponsesRequest", "named_as_here"]
@@ -158,58 +156,38 @@ _REFUSED: Mapping[str, Collection[bytes]] = {
 """Fields that would change it and are not supported, with the values that change nothing."""
 
 if TYPE_CHECKING:
-    _RawFields = Struct
+    _Fields = ReplyFields
 else:
-    _RawFields = defstruct("_RawFields", raw_fields(*_IGNORED, *_REFUSED), kw_only=True)
+    _Fields = with_raw_fields(ReplyFields, *_IGNORED, *_REFUSED)
 
 
-class ResponsesRequest(_RawFields, forbid_unknown_fields=True, kw_only=True):
+class ResponsesRequest(_Fields, forbid_unknown_fields=True, kw_only=True):
     """A conversation to continue; the server keeps nothing of it.
 
     Attributes:
         input: A text, or items of a conversation; read by `chat`.
         instructions: A system message in front of it.
-        model: The served model's name.
         max_output_tokens: Of the reply.
-        temperature: As in chats, as are those after it.
+        parallel_tool_calls: As in chats, as `chat_template_kwargs`.
         text: Form of the text.
         reasoning: Options of the reasoning.
         tools: Functions that the model may call.
         tool_choice: Whether it calls any.
-        stream: Whether events are sent as tokens are decoded.
         store: Whether the response can be fetched later: never.
-        seed: Extension, as are those after it: as in chats.
+        metadata: Repeated in the response.
     """
 
     input: Annotated[Raw, Meta(extra_json_schema=_INPUT_SCHEMA)]
     instructions: str | None = None
-    model: str | None = None
     max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     parallel_tool_calls: bool | None = None
     text: _TextOptions | None = None
     reasoning: _ReasoningOptions | None = None
     tools: Annotated[Raw, Meta(extra_json_schema={"type": "array"})] = field(default_factory=Raw)
     tool_choice: Raw = field(default_factory=Raw)
-    stream: bool | None = None
     store: bool | None = None
     metadata: dict[str, str] | None = None
-    seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
-    stop: Raw = field(default_factory=Raw)
     chat_template_kwargs: Raw = field(default_factory=Raw)
-    speculative: Speculative | None = None
-    prediction: Prediction | None = None
-    share: Literal["none", "reply", "all"] | None = None
-    repetition_penalty: Annotated[float, Meta(ge=0.001, le=100)] | None = None
-    logit_bias: Raw = field(default_factory=Raw)
-    structured_outputs: Raw = field(default_factory=Raw)
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    priority: Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
-    cache_salt: Salt | None = None
 
     def check(self) -> None:
         """Refuses unsupported fields.
@@ -245,27 +223,10 @@ class ResponsesRequest(_RawFields, forbid_unknown_fields=True, kw_only=True):
             given["tool_choice"] = Raw(encode(choice if isinstance(choice, str) else choice.of_chat))
         return ChatRequest(
             messages=Raw(encode(self._messages())),
-            model=self.model,
             max_completion_tokens=self.max_output_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
             parallel_tool_calls=self.parallel_tool_calls,
-            stream=self.stream,
-            seed=self.seed,
-            top_k=self.top_k,
-            stop=self.stop,
             chat_template_kwargs=self.chat_template_kwargs,
-            speculative=self.speculative,
-            prediction=self.prediction,
-            share=self.share,
-            repetition_penalty=self.repetition_penalty,
-            logit_bias=self.logit_bias,
-            structured_outputs=self.structured_outputs,
-            ignore_eos=self.ignore_eos,
-            skip_special_tokens=self.skip_special_tokens,
-            include_stop_str_in_output=self.include_stop_str_in_output,
-            priority=self.priority,
-            cache_salt=self.cache_salt,
+            **{name: getattr(self, name) for name in ReplyFields.__struct_fields__},
             **given,
         )
 
