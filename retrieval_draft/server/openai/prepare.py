@@ -119,6 +119,7 @@ def prepare_request(
         if least > max(room, 1):
             raise ApiError(400, f"min_tokens is {least}; the reply has room for {room}.", "min_tokens")
         processors = _processors(fields, len(prompt), words, target.embedding_rows)
+        extra: dict[str, Any] = {"logits_processor": processors} if processors else {}
         try:
             prepared = drafter.continuous.prepare(
                 torch.tensor([list(prompt)], dtype=torch.int64).to(target.device),
@@ -133,7 +134,7 @@ def prepare_request(
                 grammar=None if grammar is None else grammar.grammar,
                 max_new_tokens=max(room, 1),
                 **options,
-                **({"logits_processor": processors} if processors else {}),
+                **extra,
                 **{name: value.to(target.device) for name, value in (model_inputs or {}).items()},
             )
         except (RetrievalDraftError, ValueError) as error:

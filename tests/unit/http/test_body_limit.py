@@ -35,11 +35,11 @@ def test_the_drafting_service_tells_why_an_outer_limit_refused_a_body() -> None:
     with draft_service() as service:
         app = DraftApp(service)
         try:
-            for parts, headers in (
-                ((b"x" * 30, b"x" * 30, b"x"), ()),
-                ((b"x", b"x"), ((b"content-length", b"51"),)),
+            announced = ((b"content-length", b"51"),)
+            for status, body, found in (
+                answer(BodyLimit(app, 50), b"x" * 30, b"x" * 30, b"x"),
+                answer(BodyLimit(app, 50), b"x", b"x", headers=announced),
             ):
-                status, body, found = answer(BodyLimit(app, 50), *parts, headers=headers)
                 assert (status, found[b"connection"]) == (413, b"close")
                 assert error_of_body(body).message.startswith("The body has more than 50 bytes")
             status, body, _ = answer(BodyLimit(app, 50, seconds=0.05), b"x", late=True)
