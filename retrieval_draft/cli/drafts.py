@@ -84,9 +84,9 @@ def serve(
     service = DraftService(proposers, limits, observer)
     observer.watch(service)
     for each in ring.tenants:
-        metrics.watch(each, proposers.get(each))
+        metrics.watch(each, proposers[each])
     print("Preparing ...", file=sys.stderr, flush=True)
-    proposers.get(store.tenant).warm_up()
+    proposers[store.tenant].warm_up()
     drafts = DraftApp(service, ring.tenant)
     run(StandaloneApp(drafts, metrics), host=address.host, port=address.port, unix_socket=address.unix_socket)
 

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
+from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive, Scope, Send
 
 from retrieval_draft.draft_service import wire
-from retrieval_draft.draft_service.errors import DraftServiceError, NotAllowedError, TooLargeError, error_of
+from retrieval_draft.draft_service.errors import DraftServiceError, NotAllowedError, error_of
 from retrieval_draft.draft_service.service import DraftService, failure_of
 from retrieval_draft.errors import RetrievalDraftError
 from retrieval_draft.http.body_headers import media_type, unreadable
+from retrieval_draft.http.body_limit import bounded
 from retrieval_draft.http.event_stream import unless_gone
 from retrieval_draft.http.fair_pool import FairPool
 
 __all__ = ["PREFIX", "Authenticate", "DraftApp"]
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Authenticate = Callable[["str | None"], "str | None"]
 """The tenant of a request by its Authorization header; None if it is to be refused."""
 
@@ -70,14 +69,16 @@ class DraftApp:
         if scope["type"] != "http":
             raise RuntimeError(f"The drafting service does not speak {scope['type']}.")
         json = False
+        receive = bounded(scope, receive, self._max_body, self._body_seconds)
         try:
             headers = dict(scope["headers"])
             json = _is_json(headers.get(b"content-type", b""))
             tenant = self._tenant(scope, headers)
-            reply: Reply | wire.ErrorReply = await self._answer(scope, headers, receive, tenant, json)
+            reply: Reply | wire.ErrorReply = await self._answer(scope, receive, tenant, json)
             status = 200
-        except RetrievalDraftError as error:
-            reply = wire.ErrorReply(failure_of(error))
+        except (RetrievalDraftError, HTTPException) as error:
+            known = error_of(error.status_code, error.detail) if isinstance(error, HTTPException) else error
+            reply = wire.ErrorReply(failure_of(known))
             status = reply.error.code
         except _LeftError:
             return
@@ -108,9 +109,7 @@ class DraftApp:
             raise NotAllowedError("The API key is missing or wrong.", "Send it as Authorization: Bearer KEY.")
         return tenant
 
-    async def _answer(
-        self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, tenant: str, json: bool
-    ) -> Reply:
+    async def _answer(self, scope: Scope, receive: Receive, tenant: str, json: bool) -> Reply:
         name = str(scope["path"]).rpartition(PREFIX)[2].rstrip("/")
         method = "POST" if name in ("/open", "/step") else "GET"
         if name not in ("", "/open", "/step"):
@@ -122,7 +121,7 @@ class DraftApp:
         why = unreadable(scope["headers"], _KINDS)
         if why is not None:
             raise error_of(415, why)
-        body = await self._body(headers, receive)
+        body = await _body(receive)
         if name == "/open":
             opening = self._in_thread((tenant, "open"), self._open, tenant, body, json)
             if len(body) <= wire.SMALL:
@@ -147,25 +146,6 @@ class DraftApp:
     def _open(self, tenant: str, body: bytes, json: bool) -> wire.OpenReply:
         return self.service.open(tenant, _read(body, wire.OpenRequest, json))
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        too_large = TooLargeError(f"The body is longer than {self._max_body} bytes.", "Send less at once.")
-        length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self._max_body:
-            raise too_large
-        parts: list[bytes] = []
-        size = 0
-        with _Alarm(self._body_seconds):
-            while True:
-                message = await receive()
-                if message["type"] != "http.request":
-                    raise _LeftError
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                if size > self._max_body:
-                    raise too_large
-                if not message.get("more_body", False):
-                    return parts[0] if len(parts) == 1 else b"".join(parts)
-
     async def _in_thread(self, lane: tuple[str, str], call: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.wrap_future(self._pool.submit(lane, partial(call, *arguments)))
 
@@ -174,27 +154,15 @@ class _LeftError(Exception):
     """The client hung up before the end of its request."""
 
 
-class _Alarm:
-    """Ends a wait of this task that takes too long, at an eighth of the 30 us of `asyncio.wait_for`."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds, self._late = seconds, False
-
-    def __enter__(self) -> None:
-        self._task = asyncio.current_task()
-        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._ring)
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        self._timer.cancel()
-        if self._late and kind is asyncio.CancelledError:
-            if sys.version_info >= (3, 11) and self._task is not None:
-                self._task.uncancel()
-            raise error_of(408, "The body did not come in time.", "Send it in one go.")
-
-    def _ring(self) -> None:
-        if self._task is not None:
-            self._late = True
-            self._task.cancel()
+async def _body(receive: Receive) -> bytes:
+    parts: list[bytes] = []
+    message: Message = {"more_body": True}
+    while message.get("more_body"):
+        message = await receive()
+        if message["type"] != "http.request":
+            raise _LeftError
+        parts.append(message.get("body", b""))
+    return b"".join(parts)  # one part is not copied
 
 
 def _read(body: bytes, kind: type[wire.Message], json: bool) -> wire.Message:
@@ -218,6 +186,8 @@ async def _respond(send: Send, status: int, body: bytes, json: bool) -> None:
     ]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    if status in (408, 413):  # the rest of the body is not read
+        headers.append((b"connection", b"close"))
     if status == 429:
         headers.append((b"retry-after", b"1"))
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -28,21 +28,18 @@ class DraftServiceError(RetrievalDraftError):
     """The service refused a request."""
 
     status = 400
-    kind = "invalid_request_error"
 
 
 class UnknownSessionError(DraftServiceError, LookupError):
     """No such session: closed, expired, of another tenant, or never open."""
 
     status = 404
-    kind = "not_found_error"
 
 
 class OutOfStepError(DraftServiceError):
     """The engine's text is not the one that the service has, or its tokenizer is another."""
 
     status = 409
-    kind = "conflict_error"
 
 
 class TooLargeError(DraftServiceError):
@@ -55,31 +52,19 @@ class ServiceFullError(DraftServiceError):
     """Too many sessions or tokens are open."""
 
     status = 429
-    kind = "rate_limit_error"
 
 
 class NotAllowedError(DraftServiceError, PermissionError):
     """No API key, or a wrong one."""
 
     status = 401
-    kind = "authentication_error"
 
 
 class ServiceUnavailableError(RetrievalDraftError, ConnectionError):
     """No answer, in time or at all."""
 
 
-_BY_STATUS: dict[int, type[DraftServiceError]] = {
-    each.status: each
-    for each in (
-        DraftServiceError,
-        UnknownSessionError,
-        OutOfStepError,
-        TooLargeError,
-        ServiceFullError,
-        NotAllowedError,
-    )
-}
+_BY_STATUS = {each.status: each for each in DraftServiceError.__subclasses__()}
 
 
 def error_of(status: int, message: str, hint: str = "") -> DraftServiceError:

@@ -19,6 +19,7 @@ from retrieval_draft.draft_service.tenants import Proposers
 from retrieval_draft.draft_service.top_logprobs import node_logits
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.errors import RetrievalDraftError
+from retrieval_draft.http.json_response import error_type
 from retrieval_draft.index.source import CONTEXT, TokenArray
 from retrieval_draft.proposer import ProposerSession
 
@@ -89,7 +90,7 @@ class DraftService:
 
     def info(self, tenant: str) -> wire.Info:
         """Describes the service for a tenant."""
-        proposer, limits = self.proposers.get(tenant), self.table.limits
+        proposer, limits = self.proposers[tenant], self.table.limits
         return wire.Info(
             vocabulary=proposer.stores.vocabulary,
             fingerprint=self.proposers.fingerprint,
@@ -117,7 +118,7 @@ class DraftService:
         self.table.reserve(size)
         proposing: ProposerSession | None = None
         try:
-            proposer = self.proposers.get(tenant)
+            proposer = self.proposers[tenant]
             prompt = _ids(request.prompt)
             proposing = proposer.open(
                 prompt, [_ids(each) for each in request.references], share=request.share
@@ -184,7 +185,7 @@ class DraftService:
         """
         if self.table.get(tenant, key).lock.locked():
             return False
-        lock = self.proposers.get(tenant).lock
+        lock = self.proposers[tenant].lock
         free = lock.acquire(blocking=False)
         if free:
             lock.release()
@@ -229,7 +230,7 @@ class DraftService:
             if not len(tokens):
                 return 0, session.last_accepted
         top_logprobs = node_logits(
-            step.top_logprobs, tokens, session, self.proposers.get(session.tenant).stores.vocabulary
+            step.top_logprobs, tokens, session, self.proposers[session.tenant].stores.vocabulary
         )
         self.table.grow(session, len(tokens))
         try:
@@ -267,12 +268,10 @@ class DraftService:
 
 def failure_of(error: RetrievalDraftError) -> wire.Failure:
     """The error as a message to the engine."""
+    status = 400 if isinstance(error, ValueError) else 500
     if isinstance(error, DraftServiceError):
-        kind = error.kind if error.status < 500 else "server_error"
-        return wire.Failure(error.message, kind, error.status, hint=error.hint)
-    if isinstance(error, ValueError):
-        return wire.Failure(error.message, code=400, hint=error.hint)
-    return wire.Failure(error.message, "server_error", 500, hint=error.hint)
+        status = error.status
+    return wire.Failure(error.message, error_type(status), status, hint=error.hint)
 
 
 def _ids(tokens: list[int]) -> TokenArray:

@@ -1,16 +1,24 @@
-"""The drafting service as a server of its own: no model, no framework."""
+"""The drafting service as a server of its own, without a model."""
 
 from __future__ import annotations
 
 import signal
 import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
-from retrieval_draft.draft_service.app import PREFIX, DraftApp, Receive, Scope, Send
+from retrieval_draft.draft_service.app import PREFIX, DraftApp
+from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.http.head_requests import HeadAsGet
+from retrieval_draft.http.json_response import Json, error_body
 
 if TYPE_CHECKING:
     from retrieval_draft.server.observability.metrics import ServerMetrics
@@ -19,63 +27,49 @@ __all__ = ["StandaloneApp", "serve"]
 
 _KEEP_ALIVE_SECONDS = 75
 _GRACE_SECONDS = 10
+_BACKLOG = 1024
 
 
 class StandaloneApp:
     """``/v1/draft``, ``/health`` and ``/metrics``. Closes the service when the server ends.
 
     Args:
-        drafts: Answers ``/v1/draft``.
+        drafts: Answers ``/v1/draft``, without a framework before it.
         metrics: Answers ``/metrics``; None for no metrics.
     """
 
     def __init__(self, drafts: DraftApp, metrics: ServerMetrics | None = None) -> None:
-        self._drafts, self._metrics = drafts, metrics
-        self._with_head = HeadAsGet(self._serve)
+        def health(_: Request) -> Json:
+            states = {
+                proposer.store.health.state
+                for proposer in proposers.made.values()
+                if proposer.store is not None
+            }
+            status = "ok" if states <= {"connected"} else "degraded"
+            return Json({"status": status, "sessions": len(drafts.service.table)})
+
+        def read_metrics(_: Request) -> Response:
+            body, kind = metrics.render() if metrics is not None else (b"", "")
+            return Response(body, headers={"Content-Type": kind})
+
+        def missing(request: Request, _: Exception) -> Json:
+            return Json(error_body(404, f"There is nothing at {request.url.path}."), 404)
+
+        @asynccontextmanager
+        async def lifespan(_: Starlette) -> AsyncIterator[None]:
+            yield
+            drafts.close()
+            drafts.service.close()
+
+        proposers = drafts.service.proposers
+        routes = [Route("/health", health)] + [Route("/metrics", read_metrics)] * (metrics is not None)
+        rest = Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: missing})
+        self._drafts, self._rest = HeadAsGet(drafts), HeadAsGet(rest)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, or handles the server's lifespan events."""
-        await self._with_head(scope, receive, send)
-
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._live(receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close"})
-        elif str(scope["path"]).startswith(PREFIX):
-            await self._drafts(scope, receive, send)
-        else:
-            await self._other(scope, send)
-
-    async def _other(self, scope: Scope, send: Send) -> None:
-        status, kind, body = 404, "application/json", b'{"error":{"message":"Not found.","code":404}}'
-        if scope["path"] == "/health":
-            service = self._drafts.service
-            states = {
-                tenant: proposer.store.health.state
-                for tenant, proposer in service.proposers.made().items()
-                if proposer.store is not None
-            }
-            degraded = any(state != "connected" for state in states.values())
-            health = {"status": "degraded" if degraded else "ok", "sessions": len(service.table)}
-            status, body = 200, msgspec.json.encode(health)
-        elif scope["path"] == "/metrics" and self._metrics is not None:
-            body, kind = self._metrics.render()
-            status = 200
-        headers = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
-
-    async def _live(self, receive: Receive, send: Send) -> None:
-        while True:
-            message = await receive()
-            if message["type"] == "lifespan.startup":
-                await send({"type": "lifespan.startup.complete"})
-            elif message["type"] == "lifespan.shutdown":
-                self._drafts.close()
-                self._drafts.service.close()
-                await send({"type": "lifespan.shutdown.complete"})
-                return
+        is_draft = scope["type"] == "http" and str(scope["path"]).startswith(PREFIX)
+        await (self._drafts if is_draft else self._rest)(scope, receive, send)
 
 
 def serve(app: StandaloneApp, *, host: str | None, port: int, unix_socket: Path | None) -> None:
@@ -113,21 +107,16 @@ def serve(app: StandaloneApp, *, host: str | None, port: int, unix_socket: Path 
 
 
 def _listen(host: str | None, port: int, path: Path | None) -> socket.socket:
-    from retrieval_draft.errors import InvalidInputError
-
     try:
         if path is None:
             family = socket.AF_INET6 if ":" in str(host) else socket.AF_INET
-            made = socket.socket(family)
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            made.bind((host, port))
+            made = socket.create_server((str(host), port), family=family, backlog=_BACKLOG)
         else:
             _clear(path)
             made = socket.socket(socket.AF_UNIX)
             made.bind(str(path))
             path.chmod(0o600)
-        made.listen(1024)
+            made.listen(_BACKLOG)
     except OSError as error:
         raise InvalidInputError(f"Cannot listen on {path or f'{host}:{port}'}: {error}.") from error
     made.setblocking(False)

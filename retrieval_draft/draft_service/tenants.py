@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from retrieval_draft.config import DraftConfig
-from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.http.per_tenant import PerTenant
 from retrieval_draft.index.corpus import Corpus
 from retrieval_draft.index.store.config import StoreConfig
 from retrieval_draft.models.fingerprint import tokenizer_fingerprint
@@ -19,12 +17,12 @@ from retrieval_draft.proposer import Proposer
 __all__ = ["Proposers"]
 
 
-class Proposers:
-    """Makes a tenant's proposer at its first request. Safe to use from several threads.
+class Proposers(PerTenant[Proposer]):
+    """A proposer for each tenant.
 
     Args:
         make: Makes the proposer of a tenant.
-        most: Limit of tenants, of which there are at most as many as API keys.
+        most: Limit of tenants.
         fingerprint: Of the tokenizer; empty where there is none.
 
     Attributes:
@@ -32,14 +30,12 @@ class Proposers:
 
     Example:
         proposers = Proposers.for_tokenizer(tokenizer, corpora=["index"])
-        session = proposers.get("team-a").open(prompt)
+        session = proposers["team-a"].open(prompt)
     """
 
     def __init__(self, make: Callable[[str], Proposer], most: int = 1024, fingerprint: str = "") -> None:
-        self._make, self._most = make, most
+        super().__init__(make, most)
         self.fingerprint = fingerprint
-        self._made: dict[str, Proposer] = {}
-        self._lock = threading.Lock()
 
     @classmethod
     def for_tokenizer(
@@ -83,34 +79,3 @@ class Proposers:
             )
 
         return cls(make, most, "" if tokenizer is None else tokenizer_fingerprint(tokenizer))
-
-    def get(self, tenant: str = "default") -> Proposer:
-        """The tenant's proposer; made at the first call.
-
-        Raises:
-            InvalidInputError: There are too many tenants.
-        """
-        found = self._made.get(tenant)
-        if found is not None:
-            return found
-        with self._lock:
-            if tenant not in self._made:
-                if len(self._made) >= self._most:
-                    raise InvalidInputError(f"There are {self._most} tenants, and no more may be.")
-                self._made[tenant] = self._make(tenant)
-            return self._made[tenant]
-
-    def made(self) -> dict[str, Proposer]:
-        """Proposers made so far, by tenant."""
-        return dict(self._made)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by all of them, sessions excluded."""
-        return sum(proposer.nbytes for proposer in self.made().values())
-
-    def close(self) -> None:
-        """Closes all, even if one of them raises."""
-        with self._lock, ExitStack() as stack:
-            for proposer in self._made.values():
-                stack.callback(proposer.close)

@@ -81,7 +81,6 @@ class Connection:
         host = "localhost" if address.path else address.host
         self._prefix = address.prefix
         self._headers = f"Host: {host}\r\n{headers}"
-        self.used = time.monotonic()
 
     def exchange(self, method: str, path: str, body: bytes, deadline: float) -> tuple[int, bytes]:
         """One round trip: status and body.
@@ -114,7 +113,6 @@ class Connection:
             missing -= len(parts[-1])
         if missing:
             raise ServiceUnavailableError("The answer is longer than it says.")
-        self.used = time.monotonic()
         return status, parts[0] if len(parts) == 1 else b"".join(parts)
 
     reusable = True

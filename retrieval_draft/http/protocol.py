@@ -13,6 +13,8 @@ import msgspec
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from retrieval_draft.http.json_response import error_body
+
 __all__ = ["HEAD_BYTES", "HEAD_SECONDS", "BoundedProtocol", "http_config"]
 
 HEAD_BYTES = 64 << 10
@@ -191,8 +193,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 return
             self.cycle.response_complete = True
         if not self._is_answering and not self.transport.is_closing():
-            error = {"message": message, "type": "invalid_request_error", "param": None, "code": status}
-            body = msgspec.json.encode({"error": error})
+            body = msgspec.json.encode(error_body(status, message))
             head = (
                 b"HTTP/1.1 %d %s",
                 b"content-type: application/json",

@@ -15,10 +15,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from retrieval_draft import __version__
+from retrieval_draft.http.body_limit import BodyLimit
 from retrieval_draft.http.head_requests import HeadAsGet
 from retrieval_draft.http.json_response import Json
 from retrieval_draft.server.auth import AuthMiddleware
-from retrieval_draft.server.body_limit import BodyLimit
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.openai.chat_request import ChatRequest, Message
 from retrieval_draft.server.openai.completions_request import CompletionRequest

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.service import Service
 
-__all__ = ["AuthMiddleware", "send_error"]
+__all__ = ["AuthMiddleware"]
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _log = logging.getLogger("retrieval_draft.server")
@@ -58,7 +58,7 @@ class AuthMiddleware:
 
         error = self._refusal(scope, headers, state)
         if error is not None:
-            await send_error(error, named)
+            await _send_error(error, named)
             return
         counted = scope["method"] == "POST"
         tenant = state["tenant"]
@@ -85,7 +85,7 @@ class AuthMiddleware:
         return None
 
 
-async def send_error(error: ApiError, send: Send) -> None:
+async def _send_error(error: ApiError, send: Send) -> None:
     """Sends an error as a whole response. The connection closes, as a body may not have been read."""
     body = msgspec.json.encode(error.body())
     headers = {

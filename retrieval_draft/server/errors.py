@@ -5,22 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from retrieval_draft.errors import RetrievalDraftError
+from retrieval_draft.http.json_response import error_body
 
 __all__ = ["ApiError", "from_library"]
-
-_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    405: "method_not_allowed_error",
-    413: "request_too_large_error",
-    415: "invalid_request_error",
-    429: "rate_limit_error",
-    500: "internal_server_error",
-    503: "service_unavailable_error",
-    504: "timeout_error",
-}
 
 
 class ApiError(Exception):
@@ -41,9 +28,8 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.retry_after = status, message, param, retry_after
 
     def body(self) -> dict[str, Any]:
-        """``{"error": {"message", "type", "param", "code"}}``."""
-        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
+        """The body of the response."""
+        return error_body(self.status, self.message, self.param)
 
     def headers(self) -> dict[str, str]:
         """Headers of the error response."""

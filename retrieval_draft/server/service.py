@@ -19,7 +19,7 @@ from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.media.prompt import MediaPrompts
 from retrieval_draft.server.openai.detokenize import Decode, decoder
 from retrieval_draft.server.openai.model_defaults import usable_defaults
-from retrieval_draft.server.openai.prepare import Means, PreparedRequest
+from retrieval_draft.server.openai.prepare import Means
 from retrieval_draft.server.openai.token_text import TokenTexts
 from retrieval_draft.server.parsing.choice import ReplyParsing, reply_parsing
 from retrieval_draft.server.scheduler.channel import Channel
@@ -204,13 +204,13 @@ class Service:
         self,
         request_id: str,
         tenant: str,
-        prepare: Callable[[Loaded, Means], PreparedRequest],
+        prepare: Callable[[Job, Loaded, Means], object],
         traceparent: str | None = None,
         client_id: str | None = None,
         size: int = 0,
         model: str | None = None,
         priority: int = 0,
-    ) -> tuple[Job, PreparedRequest]:
+    ) -> Job:
         """Prepares a request on a thread, and queues it.
 
         Tenants do not wait for each other here, nor short requests for long ones. When cancelled, work that
@@ -219,7 +219,7 @@ class Service:
         Args:
             request_id: Of the HTTP request.
             tenant: Its tenant.
-            prepare: Makes the prepared request; may be slow.
+            prepare: Adds prompts and replies to the job; may be slow.
             traceparent: W3C's header of the request, for traces.
             client_id: The client's id of the request, for logs.
             size: Bytes of the request.
@@ -232,30 +232,30 @@ class Service:
         loaded, loop = self.loaded, asyncio.get_running_loop()
         if self._is_draining:
             raise ApiError(503, "The server is about to stop.", retry_after=5)
-        arrived = time.monotonic()
-        asked = await self.work(tenant, prepare, size, model)
         job: Job
 
         def slow() -> None:
             loaded.engine.give_up(job, ApiError(503, "The stream was not read for too long."))
 
         channel = Channel(loop, self.settings.unread_tokens, slow)
-        drafter = loaded.tenants_of(model)[tenant]
-        seconds = self.settings.request_seconds
-        job = Job(
-            request_id, tenant, drafter, channel, seconds, arrived, traceparent, client_id, priority,
-            asked.grammar_field,
-        )  # fmt: skip
-        choices = [choice for prepared in asked.prepared for choice in job.add(prepared)]
-        for choice, text in zip(choices, asked.texts, strict=True):
-            choice.text = text
+        arrived = time.monotonic()
+
+        def work(loaded: Loaded, means: Means) -> Job:
+            made = Job(
+                request_id, tenant, means.drafter, channel, self.settings.request_seconds, arrived,
+                traceparent, client_id, priority,
+            )  # fmt: skip
+            prepare(made, loaded, means)
+            return made
+
+        job = await self.work(tenant, work, size, model)
         try:
             loaded.engine.submit(job)
         except ApiError:
             job.release()
             channel.close()
             raise
-        return job, asked
+        return job
 
     async def work(
         self,

@@ -11,6 +11,7 @@ import torch
 from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.generation.requests import DecodeRequests
+from retrieval_draft.server.openai.detokenize import ReplyText, StopTexts
 from retrieval_draft.server.scheduler.channel import Channel, Ended, Event, Failed
 from retrieval_draft.server.scheduler.job import Job
 
@@ -21,6 +22,7 @@ def empty_job(name: str, *sizes: int, tenant: str = "default", priority: int = 0
     job = Job(name, tenant, nothing, nothing, 60.0, priority=priority)
     for size in sizes:
         job.add(DecodeRequests([DecodeRequest(np.array([1], np.int32), 2) for _ in range(size)]))
+    job.begin()
     return job
 
 
@@ -32,12 +34,16 @@ def job_of(
     seconds: float = 60.0,
     tenant: str = "default",
     unread: int = 1 << 16,
+    text: ReplyText | None = None,
     **options: Any,
 ) -> Job:
-    """A job that continues a prompt, int64, shape (1, length), greedily unless told otherwise."""
+    """A job that continues a prompt, int64, shape (1, length), greedily and to no stop string by default."""
     channel = Channel(asyncio.get_running_loop(), unread, lambda: None)
     job = Job(name, tenant, drafter, channel, seconds)
-    job.add(drafter.continuous.prepare(prompt, **{"do_sample": False, "max_new_tokens": 8, **options}))
+    made = drafter.continuous.prepare(prompt, **{"do_sample": False, "max_new_tokens": 8, **options})
+    if text is not None:
+        made.requests[0].criteria.append(StopTexts(text))
+    job.add(made, None if text is None else [text])
     return job
 
 

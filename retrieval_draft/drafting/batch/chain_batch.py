@@ -127,24 +127,6 @@ class ChainBatch:
             [segment_session.ESCAPE, segment_session.ORDER_CAP, segment_session.GAIN, SAMPLE], np.float64
         )
 
-    @classmethod
-    def of(cls, proposer: Any, *, max_chain: int = 16, threads: int = 1) -> ChainBatch:
-        """A batch over the sources of a `Proposer`: each drafts from the texts of the other's sessions.
-
-        Calibration is the batch's own.
-
-        Args:
-            proposer: The caller closes it, after the batch.
-            max_chain: The longest chain, 1 to 256.
-            threads: Number that propose at once.
-
-        Raises:
-            InvalidInputError: As above.
-        """
-        return cls(
-            proposer.stores, proposer.config, max_chain=max_chain, sources=proposer.sources, threads=threads
-        )
-
     def __len__(self) -> int:
         """Sessions that are open."""
         return len(self._slots)

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from redis.backoff import EqualJitterBackoff
 from redis.exceptions import RedisClusterException, RedisError, ResponseError
 
 from retrieval_draft.errors import DatastoreError
-from retrieval_draft.index.store.backoff import Backoff
 from retrieval_draft.index.store.connector import Connector
 from retrieval_draft.index.store.counts import StoreCounts
 from retrieval_draft.index.store.health import Health
@@ -20,6 +20,12 @@ __all__ = ["FAILURES", "ReconnectingWorker"]
 
 FAILURES = (RedisError, RedisClusterException, OSError, DatastoreError)
 """Exceptions of calls to a store that is down, slow, full or denies access."""
+
+_MIN_WAIT, _MAX_WAIT = 0.05, 2.0
+"""Seconds between attempts, doubling at each failure, with jitter, as many servers lose a store at once."""
+
+_MAX_DOUBLINGS = 16
+"""redis-py computes 2 to the power of the failures, which overflows in a long outage."""
 
 _log = logging.getLogger("retrieval_draft")
 
@@ -51,7 +57,8 @@ class ReconnectingWorker:
         self._health = health
         self._counts = counts
         self._stopped = stopped
-        self._backoff = Backoff()
+        self._backoff = EqualJitterBackoff(cap=_MAX_WAIT, base=_MIN_WAIT)
+        self._failures = 0
 
     def run(self, work: Callable[[Any], None], lost: Callable[[], None] = lambda: None) -> None:
         """Calls `work` with a client that has answered, until `stopped`.
@@ -72,7 +79,7 @@ class ReconnectingWorker:
                 if not isinstance(error, FAILURES):  # a bug must not end the thread
                     _log.warning("The shared store goes on after an error: %r", error, exc_info=error)
                 self._counts.failures += 1
-                if self._backoff.failures:  # the first may only be an old connection
+                if self._failures:  # the first may only be an old connection
                     self._health.failed(self._channel, error)
                 lost()
             finally:
@@ -80,11 +87,13 @@ class ReconnectingWorker:
                     with suppress(*FAILURES):
                         client.close()
             if not self._stopped.is_set():
-                self._backoff.wait(self._stopped)
+                self._failures += 1
+                if self._failures > 1:
+                    self._stopped.wait(self._backoff.compute(min(self._failures, _MAX_DOUBLINGS)))
 
     def worked(self) -> None:
         """Records that the thread's own work succeeded: a server that answers a ping may still refuse it."""
-        self._backoff.reset()
+        self._failures = 0
         self._health.worked(self._channel)
 
 

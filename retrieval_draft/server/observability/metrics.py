@@ -30,11 +30,10 @@ class ServerMetrics:
     bound once. The state of stores and indexes is read at each scrape.
 
     Args:
-        registry: Registry of the metrics; None for a new one.
         model_name: A label of every metric of the engine.
 
     Attributes:
-        registry: As given, or made.
+        registry: Of the metrics.
 
     Example:
         metrics = ServerMetrics(model_name="gemma3-270m")
@@ -42,8 +41,8 @@ class ServerMetrics:
         body, content_type = metrics.render()
     """
 
-    def __init__(self, registry: CollectorRegistry | None = None, model_name: str = "") -> None:
-        self.registry = registry if registry is not None else CollectorRegistry()
+    def __init__(self, model_name: str = "") -> None:
+        self.registry = CollectorRegistry()
         self._model = model_name
         self._state = StateCollector()
         self.registry.register(self._state)

@@ -11,16 +11,10 @@ from retrieval_draft.server.media.prompt import refuse_media, take_urls
 from retrieval_draft.server.openai.chat_request import ChatRequest
 from retrieval_draft.server.openai.chat_template import render_chat
 from retrieval_draft.server.openai.format import ChatFormat
-from retrieval_draft.server.openai.prepare import (
-    GenerationParams,
-    Means,
-    PreparedRequest,
-    check_length,
-    prepare_request,
-    tokenize,
-)
+from retrieval_draft.server.openai.prepare import Means, check_length, prepare_request, tokenize
 from retrieval_draft.server.openai.structured_outputs import asked_grammar
 from retrieval_draft.server.openai.tool_grammar import tool_grammar
+from retrieval_draft.server.scheduler.job import Job
 from retrieval_draft.server.service import Loaded, Service
 
 __all__ = ["ChatReplies"]
@@ -103,7 +97,7 @@ class ChatReplies:
         prompt = loaded.media.prompt(text, self._urls, means.check)
         return prompt.ids, prompt.inputs
 
-    def prepare(self, loaded: Loaded, means: Means) -> PreparedRequest:
+    def prepare(self, job: Job, loaded: Loaded, means: Means) -> None:
         """Prepares the request.
 
         Raises:
@@ -129,18 +123,11 @@ class ChatReplies:
             marks = parsing.marks(use is not None)
         ids, inputs = self.tokens(loaded, means, text)
         top = (body.top_logprobs or 0) if body.logprobs else None
-        asks = GenerationParams(
-            [ids],
-            body.wanted_tokens,
-            self.samples,
-            self.kept is not None,
-            top,
-            parser=parser,
-            marks=marks,
-            grammar=asked,
+        prepare_request(
+            job, body, means, [ids], body.wanted_tokens, samples=self.samples,
+            competing=self.kept is not None, top_logprobs=top, parser=parser, marks=marks, grammar=asked,
             model_inputs=inputs,
-        )
-        return prepare_request(asks, body, means)
+        )  # fmt: skip
 
     def shape(self, loaded: Loaded, request_id: str) -> ChatFormat:
         """The format of the response."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from contextlib import suppress
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Raw, Struct, field
@@ -11,7 +12,14 @@ from msgspec.json import Decoder
 
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.json_body import decode_field, is_absent
-from retrieval_draft.server.openai.generation_request import ContentPart, GenerationFields, content_of
+from retrieval_draft.server.openai.generation_request import (
+    OFF,
+    ContentPart,
+    GenerationFields,
+    content_of,
+    refuse,
+    with_raw_fields,
+)
 from retrieval_draft.server.openai.tools import TOOL_CHOICE_SCHEMA, TOOLS_SCHEMA, ToolUse, tool_use
 
 __all__ = ["CHAT", "ChatRequest", "Message"]
@@ -75,7 +83,23 @@ _VARIABLES = Decoder(dict[str, Any])
 _PASSED_ON = ("role", "name", "tool_call_id", "reasoning_content", "reasoning", "thinking", "refusal")
 
 
-class ChatRequest(GenerationFields):
+_REFUSED: Mapping[str, Collection[bytes]] = {
+    **dict.fromkeys(
+        ("functions", "audio", "web_search_options", "chat_template", "suffix", "add_special_tokens",
+         "moderation", "media_io_kwargs", "mm_processor_kwargs"), OFF),
+    "function_call": (b'"none"', b'"auto"', *OFF),
+    "modalities": (b'["text"]', *OFF),
+    "verbosity": (b'"medium"', *OFF),
+}  # fmt: skip
+"""Fields that are not supported, with the values that change nothing."""
+
+if TYPE_CHECKING:
+    _Fields = GenerationFields
+else:
+    _Fields = with_raw_fields(GenerationFields, *_REFUSED)
+
+
+class ChatRequest(_Fields):
     """A conversation to continue.
 
     Attributes:
@@ -96,7 +120,6 @@ class ChatRequest(GenerationFields):
         reasoning_effort: A variable of the chat template, where it has one.
         generation_config: Extension of ``transformers serve``: options in place of absent fields, as an
             object or its JSON text.
-        functions: Not supported, as are those after it.
     """
 
     messages: Annotated[
@@ -125,18 +148,6 @@ class ChatRequest(GenerationFields):
     generation_config: Annotated[Raw, Meta(extra_json_schema={"type": ["object", "string"]})] = field(
         default_factory=Raw
     )
-    functions: Raw = field(default_factory=Raw)
-    function_call: Raw = field(default_factory=Raw)
-    audio: Raw = field(default_factory=Raw)
-    modalities: Raw = field(default_factory=Raw)
-    verbosity: Raw = field(default_factory=Raw)
-    web_search_options: Raw = field(default_factory=Raw)
-    chat_template: Raw = field(default_factory=Raw)
-    suffix: Raw = field(default_factory=Raw)
-    add_special_tokens: Raw = field(default_factory=Raw)
-    moderation: Raw = field(default_factory=Raw)
-    media_io_kwargs: Raw = field(default_factory=Raw)
-    mm_processor_kwargs: Raw = field(default_factory=Raw)
 
     def check(self) -> None:
         """Refuses unsupported fields and values.
@@ -146,11 +157,7 @@ class ChatRequest(GenerationFields):
         """
         self._read_config()
         self.check_common(self.wanted_tokens)
-        self.refuse("functions", "audio", "web_search_options", "chat_template")
-        self.refuse("suffix", "add_special_tokens", "moderation", "media_io_kwargs", "mm_processor_kwargs")
-        self.refuse("function_call", neutral=(b'"none"', b'"auto"'))
-        self.refuse("modalities", neutral=(b'["text"]',))
-        self.refuse("verbosity", neutral=(b'"medium"',))
+        refuse(self, _REFUSED)
         self.check_best_of(self.best_of)
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true.", "top_logprobs")

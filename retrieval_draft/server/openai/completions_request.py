@@ -9,7 +9,7 @@ from msgspec.json import Decoder
 
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.json_body import decode_field, decode_texts
-from retrieval_draft.server.openai.generation_request import GenerationFields, Ids
+from retrieval_draft.server.openai.generation_request import OFF, GenerationFields, Ids, refuse
 
 __all__ = ["COMPLETION", "CompletionRequest"]
 
@@ -62,7 +62,7 @@ class CompletionRequest(GenerationFields):
             ApiError: Names the field.
         """
         self.check_common(self.max_tokens)
-        self.refuse("suffix", "prompt_embeds")
+        refuse(self, {"suffix": OFF, "prompt_embeds": OFF})
         if self.max_tokens == 0 and not self.echo:
             raise ApiError(400, "max_tokens is 0, which makes sense with echo only.", "max_tokens")
         if self.logprobs is True:

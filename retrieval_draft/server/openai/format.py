@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from time import time
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from retrieval_draft.engine.sampling.token_logprobs import TokenLogprobs
 from retrieval_draft.server.openai.reply import Reply
@@ -37,40 +38,48 @@ class ResponseFormat(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class _Common:
     """Common fields of both formats.
 
-    Args:
+    Attributes:
         id: Of the response.
         model: Name of the model for clients.
         texts: Tokens as text.
         with_ids: Whether token ids are wanted.
         with_logprobs: Whether log probabilities are.
+        created: Seconds since 1970.
     """
 
-    kind = ""
-    piece_kind = ""
-
-    def __init__(self, id: str, model: str, texts: TokenTexts, with_ids: bool, with_logprobs: bool) -> None:
-        self._head = {"id": id, "created": int(time()), "model": model}
-        self._texts, self._with_ids, self._with_logprobs = texts, with_ids, with_logprobs
+    kind: ClassVar[str]
+    piece_kind: ClassVar[str]
+    id: str
+    model: str
+    texts: TokenTexts
+    with_ids: bool
+    with_logprobs: bool
+    created: int = field(default_factory=lambda: int(time()), kw_only=True)
 
     def last(self, usage: dict[str, Any] | None) -> dict[str, Any]:
         """A piece without choices."""
         return self._piece([]) | ({} if usage is None else {"usage": usage})
 
+    def _head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        head = {"id": self.id, "created": self.created, "model": self.model}
+        return {**head, "object": kind, "choices": choices}
+
     def _piece(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head, "object": self.piece_kind, "choices": choices}
+        return self._head(self.piece_kind, choices)
 
     def _whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         choices.sort(key=lambda choice: int(choice["index"]))
-        return {**self._head, "object": self.kind, "choices": choices, "usage": usage}
+        return self._head(self.kind, choices) | {"usage": usage}
 
     def _says_nothing(self, reply: Reply, text: Sequence[Any]) -> bool:
-        return not (text or reply.reason or self._with_ids or self._with_logprobs)
+        return not (text or reply.reason or self.with_ids or self.with_logprobs)
 
     def _ids(self, tokens: Sequence[int]) -> dict[str, Any]:
-        return {"token_ids": list(tokens)} if self._with_ids else {}
+        return {"token_ids": list(tokens)} if self.with_ids else {}
 
 
 class CompletionFormat(_Common):
@@ -82,7 +91,7 @@ class CompletionFormat(_Common):
         """The prompt, where it is echoed."""
         if reply.prompt_text is None:
             return []
-        logprobs = self._logprobs(*_echoed(reply), reply.prompt_offsets) if self._with_logprobs else None
+        logprobs = self._logprobs(*_echoed(reply), reply.prompt_offsets) if self.with_logprobs else None
         return [
             self._piece([self._choice(index, reply.prompt_text, logprobs, None)]) for index in reply.indices
         ]
@@ -93,7 +102,7 @@ class CompletionFormat(_Common):
             return []
         tokens = reply.tokens[begin:end]
         logprobs = None
-        if self._with_logprobs:
+        if self.with_logprobs:
             logprobs = self._logprobs(tokens, reply.logprobs[begin:end], _offsets(reply)[begin:end])
         return [
             self._piece([self._choice(index, text, logprobs, reply.reason) | self._ids(tokens)])
@@ -105,7 +114,7 @@ class CompletionFormat(_Common):
         choices = []
         for reply in replies:
             text, logprobs = (reply.prompt_text or "") + reply.text, None
-            if self._with_logprobs:
+            if self.with_logprobs:
                 tokens, prompt_logprobs = _echoed(reply) if reply.prompt_text is not None else ([], [])
                 offsets = [*reply.prompt_offsets, *_offsets(reply)]
                 logprobs = self._logprobs(
@@ -122,15 +131,15 @@ class CompletionFormat(_Common):
     def _logprobs(
         self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs | None], offsets: Sequence[int]
     ) -> dict[str, Any]:
-        texts = [self._texts.text(token) for token in tokens]
+        texts = [self.texts.text(token) for token in tokens]
         tops: list[dict[str, float] | None] = []
         for token, each in zip(tokens, logprobs, strict=True):
             if each is None:
                 tops.append(None)
                 continue
             named = zip(each.top, each.top_logprobs, strict=True)
-            top = {self._texts.text(other): _finite(value) for other, value in named}
-            tops.append({**top, self._texts.text(token): _finite(each.logprob)})
+            top = {self.texts.text(other): _finite(value) for other, value in named}
+            tops.append({**top, self.texts.text(token): _finite(each.logprob)})
         return {
             "tokens": texts,
             "token_logprobs": [None if each is None else _finite(each.logprob) for each in logprobs],
@@ -139,15 +148,11 @@ class CompletionFormat(_Common):
         }
 
 
+@dataclass(frozen=True, kw_only=True)
 class ChatFormat(_Common):
     """``chat.completion``.
 
-    Args:
-        id: Of the response.
-        model: Name of the model for clients.
-        texts: Tokens as text.
-        with_ids: Whether token ids are wanted.
-        with_logprobs: Whether log probabilities are.
+    Attributes:
         role: Of the message.
         echoed: The beginning of the message, which the prompt had.
         names_calls: Whether "tool_calls" is the reason of the end of a reply that calls tools.
@@ -155,25 +160,13 @@ class ChatFormat(_Common):
 
     kind = "chat.completion"
     piece_kind = "chat.completion.chunk"
-
-    def __init__(
-        self,
-        id: str,
-        model: str,
-        texts: TokenTexts,
-        with_ids: bool,
-        with_logprobs: bool,
-        *,
-        role: str = "assistant",
-        echoed: str = "",
-        names_calls: bool = True,
-    ) -> None:
-        super().__init__(id, model, texts, with_ids, with_logprobs)
-        self._role, self._echoed, self._names_calls = role, echoed, names_calls
+    role: str = "assistant"
+    echoed: str = ""
+    names_calls: bool = True
 
     def begin(self, reply: Reply) -> list[dict[str, Any]]:
         """The role."""
-        delta = {"role": self._role, "content": self._echoed}
+        delta = {"role": self.role, "content": self.echoed}
         return [self._piece([self._delta(index, delta, None, None)]) for index in reply.indices]
 
     def piece(self, reply: Reply, text: str, begin: int, end: int) -> list[dict[str, Any]]:
@@ -181,7 +174,7 @@ class ChatFormat(_Common):
         if self._says_nothing(reply, text if reply.message is None else reply.deltas):
             return []
         tokens = reply.tokens[begin:end]
-        logprobs = self._logprobs(reply.logprobs[begin:end]) if self._with_logprobs else None
+        logprobs = self._logprobs(reply.logprobs[begin:end]) if self.with_logprobs else None
         if reply.message is None:
             deltas = [{"content": text} if text or reply.reason is None else {}]
         else:
@@ -211,7 +204,7 @@ class ChatFormat(_Common):
             {
                 "index": index,
                 "message": self._message(reply),
-                "logprobs": self._logprobs(reply.logprobs) if self._with_logprobs else None,
+                "logprobs": self._logprobs(reply.logprobs) if self.with_logprobs else None,
                 "finish_reason": self._reason(reply),
                 **self._ids(reply.tokens),
             }
@@ -223,7 +216,7 @@ class ChatFormat(_Common):
     def _message(self, reply: Reply) -> dict[str, Any]:
         message = reply.message
         content = reply.text if message is None else message.content
-        fields: dict[str, Any] = {"role": self._role, "content": self._echoed + content, "refusal": None}
+        fields: dict[str, Any] = {"role": self.role, "content": self.echoed + content, "refusal": None}
         if message is not None and message.reasoning:
             fields["reasoning_content"] = message.reasoning
         if message is not None and message.calls:
@@ -242,7 +235,7 @@ class ChatFormat(_Common):
         """The reason of the end. A call of the one tool that was to be called is no reason, as of OpenAI."""
         if reply.reason != "stop" or reply.message is None or not reply.message.calls:
             return reply.reason
-        return "tool_calls" if self._names_calls and not reply.has_cut_call else "stop"
+        return "tool_calls" if self.names_calls and not reply.has_cut_call else "stop"
 
     def _delta(self, index: int, delta: dict[str, Any], logprobs: Any, reason: str | None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
@@ -256,7 +249,7 @@ class ChatFormat(_Common):
         return {"content": content, "refusal": None}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text, raw = self._texts.text(token), self._texts.bytes(token)
+        text, raw = self.texts.text(token), self.texts.bytes(token)
         return {"token": text, "logprob": _finite(logprob), "bytes": raw}
 
 

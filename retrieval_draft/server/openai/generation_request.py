@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from msgspec import Meta, Raw, Struct, field
+from msgspec import Meta, Raw, Struct, defstruct, field
 from msgspec.json import Decoder
 
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.json_body import decode_field, decode_texts, is_absent
 
 __all__ = [
+    "OFF",
+    "UNSUPPORTED",
     "ContentPart",
     "GenerationFields",
     "Ids",
     "ImageUrl",
     "Prediction",
-    "Salt",
+    "ReplyFields",
     "Speculative",
     "StreamOptions",
     "TokenId",
     "content_of",
+    "refuse",
     "text_of",
+    "with_raw_fields",
 ]
 
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
@@ -39,8 +44,31 @@ _DOCUMENTS = Decoder(list[str])
 _TEXTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 _MAX_BIASED, _MAX_STOPS, _MAX_DOCUMENTS = 1024, 16, 64
 _MAX_WORDS = 64
-_OFF = (b"false", b"[]", b"{}", b'""')
-_UNSUPPORTED = "is not supported by this server"
+OFF = (b"false", b"[]", b"{}", b'""')
+"""Values of a field that turn nothing on, as JSON."""
+
+UNSUPPORTED = "is not supported by this server"
+
+
+def with_raw_fields(base: type[Struct], *names: str) -> type[Struct]:
+    """A body with the fields of `base`, and more that are left undecoded."""
+    fields = [(name, Raw, field(default_factory=Raw)) for name in names]
+    return defstruct("_Fields", fields, bases=(base,), forbid_unknown_fields=True, kw_only=True)
+
+
+def refuse(body: Struct, fields: Mapping[str, Collection[bytes]]) -> None:
+    """Refuses unsupported fields that would change the reply.
+
+    Args:
+        body: Of the request.
+        fields: Names of fields that were left raw, and values that change nothing besides null, as JSON.
+
+    Raises:
+        ApiError: One of them is set.
+    """
+    for name, neutral in fields.items():
+        if not is_absent(getattr(body, name), *neutral):
+            raise ApiError(400, f"{name} {UNSUPPORTED}; leave it out.", name)
 
 
 class ImageUrl(Struct):
@@ -107,123 +135,116 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     include_obfuscation: bool | None = None
 
 
-class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
-    """Sampling, limits and extensions.
-
-    A field that is not here is refused by name. One of type `Raw` is either read later or not supported: then
-    it is refused unless it has the meaning of its absence.
+class ReplyFields(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Sampling, limits and extensions of every request for a reply.
 
     Attributes:
         model: The served model's name.
         temperature: 0 is greedy; None for the model's own default, or 1.
         top_p: Nucleus sampling.
         top_k: Extension: most probable tokens to sample from; 0 for all.
-        min_p: Extension: least probability, relative to the best token's.
         repetition_penalty: Extension, as of transformers.
-        presence_penalty: Subtracted from the logits of tokens in the reply.
-        frequency_penalty: Subtracted for each of their occurrences.
         logit_bias: Added to the logits of tokens, by id.
         seed: The same seed gives the same reply.
         stop: Strings at which the reply ends.
-        n: Choices.
-        min_tokens: Extension of vLLM: the reply does not end by itself before.
-        stop_token_ids: Extension of vLLM: tokens that end the reply, and are no part of its text.
-        bad_words: Extension of vLLM: texts that the reply does not have.
-        allowed_token_ids: Extension of vLLM: only these are generated.
         skip_special_tokens: Extension of vLLM: whether special tokens are left out of the text.
         include_stop_str_in_output: Extension of vLLM: whether the reply ends with the stop string or token.
         stream: Whether tokens are sent as they are decoded.
-        stream_options: Options of the stream.
         speculative: Extension: whether drafts are made, and how many tokens a step.
         prediction: Expected text of the reply; a draft source of this request.
-        documents: Extension: texts that the reply may quote; draft sources of this request.
         share: Extension: parts of this request that other servers may learn.
-        metrics: Extension: whether the response has drafting counts.
-        draft_marks: Extension: whether each piece of a stream marks its drafted text.
-        return_token_ids: Extension: whether the response has the token ids.
         ignore_eos: Extension: whether the reply continues to its limit.
         priority: Extension of vLLM: requests with lower numbers come first, among those of a tenant.
         cache_salt: Extension of vLLM: only texts of requests with the same salt are continued.
+        structured_outputs: Extension of vLLM: the grammar of the reply.
     """
 
     model: str | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
-    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Meta(ge=0.001, le=100)] | None = None
-    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     logit_bias: Annotated[Raw, Meta(extra_json_schema={"type": "object"})] = field(default_factory=Raw)
     seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
     stop: Annotated[Raw, Meta(extra_json_schema=_TEXTS)] = field(default_factory=Raw)
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    stream: bool | None = None
+    speculative: Speculative | None = None
+    prediction: Prediction | None = None
+    share: Literal["none", "reply", "all"] | None = None
+    ignore_eos: bool | None = None
+    priority: Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
+    cache_salt: Salt | None = None
+    structured_outputs: Raw = field(default_factory=Raw)
+
+
+_IGNORED = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention", "prompt_cache_options", "cache_prompt", "request_id", "session_id",
+)  # fmt: skip
+"""Fields that do not change the reply."""
+
+_REFUSED: Mapping[str, Collection[bytes]] = {
+    **dict.fromkeys(
+        ("use_beam_search", "early_stopping", "prompt_logprobs", "truncate_prompt_tokens",
+         "return_tokens_as_token_ids", "logits_processors", "truncation_side", "logprob_token_ids",
+         "watermarking", "repetition_detection", "return_prompt_text", "return_token_offsets",
+         "kv_transfer_params", "ec_transfer_params", "vllm_xargs"), OFF),
+    **dict.fromkeys(("spaces_between_special_tokens", "include_reasoning", "return_mm_kwargs"), (b"true",)),
+    "thinking_token_budget": (b"-1",),
+    "stream_interval": (b"1",),
+    "routed_experts_prompt_start": (b"0", *OFF),
+    **dict.fromkeys(("length_penalty", "typical_p"), (b"1", b"1.0", *OFF)),
+}  # fmt: skip
+"""Fields that would change it and are not supported, with the values that change nothing."""
+
+_GRAMMARS = (
+    "guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar", "json_schema",
+    "response_format",
+)  # fmt: skip
+"""Fields besides `structured_outputs` that ask for a grammar (`structured_outputs.asked_grammar`)."""
+
+if TYPE_CHECKING:  # fields that are left undecoded are read by their names alone
+    _Fields = ReplyFields
+else:
+    _Fields = with_raw_fields(ReplyFields, *_GRAMMARS, *_IGNORED, *_REFUSED)
+
+
+class GenerationFields(_Fields, forbid_unknown_fields=True, kw_only=True):
+    """Sampling, limits and extensions of completions and chats.
+
+    A field that is neither here nor in the tables above is refused by name.
+
+    Attributes:
+        min_p: Extension: least probability, relative to the best token's.
+        presence_penalty: Subtracted from the logits of tokens in the reply.
+        frequency_penalty: Subtracted for each of their occurrences.
+        n: Choices.
+        min_tokens: Extension of vLLM: the reply does not end by itself before.
+        stop_token_ids: Extension of vLLM: tokens that end the reply, and are no part of its text.
+        bad_words: Extension of vLLM: texts that the reply does not have.
+        allowed_token_ids: Extension of vLLM: only these are generated.
+        stream_options: Options of the stream.
+        documents: Extension: texts that the reply may quote; draft sources of this request.
+        metrics: Extension: whether the response has drafting counts.
+        draft_marks: Extension: whether each piece of a stream marks its drafted text.
+        return_token_ids: Extension: whether the response has the token ids.
+    """
+
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     min_tokens: Annotated[int, Meta(ge=0)] | None = None
     stop_token_ids: list[TokenId] | None = None
     bad_words: list[Word] | None = None
     allowed_token_ids: Ids | None = None
-    skip_special_tokens: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    speculative: Speculative | None = None
-    prediction: Prediction | None = None
     documents: Annotated[Raw, Meta(extra_json_schema=_TEXTS)] = field(default_factory=Raw)
-    share: Literal["none", "reply", "all"] | None = None
     metrics: bool | None = None
     draft_marks: bool | None = None
     return_token_ids: bool | None = None
-    ignore_eos: bool | None = None
-    priority: Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
-    cache_salt: Salt | None = None
-
-    # These ask for a grammar that the reply follows (`structured_outputs.asked_grammar`).
-    structured_outputs: Raw = field(default_factory=Raw)
-    guided_json: Raw = field(default_factory=Raw)
-    guided_regex: Raw = field(default_factory=Raw)
-    guided_choice: Raw = field(default_factory=Raw)
-    guided_grammar: Raw = field(default_factory=Raw)
-    grammar: Raw = field(default_factory=Raw)
-    json_schema: Raw = field(default_factory=Raw)
-    response_format: Raw = field(default_factory=Raw)
-
-    # These do not change the reply.
-    user: Raw = field(default_factory=Raw)
-    metadata: Raw = field(default_factory=Raw)
-    store: Raw = field(default_factory=Raw)
-    service_tier: Raw = field(default_factory=Raw)
-    safety_identifier: Raw = field(default_factory=Raw)
-    prompt_cache_key: Raw = field(default_factory=Raw)
-    prompt_cache_retention: Raw = field(default_factory=Raw)
-    prompt_cache_options: Raw = field(default_factory=Raw)
-    cache_prompt: Raw = field(default_factory=Raw)
-    request_id: Raw = field(default_factory=Raw)
-    session_id: Raw = field(default_factory=Raw)
-
-    # These would change it, and are not supported.
-    spaces_between_special_tokens: Raw = field(default_factory=Raw)
-    use_beam_search: Raw = field(default_factory=Raw)
-    length_penalty: Raw = field(default_factory=Raw)
-    early_stopping: Raw = field(default_factory=Raw)
-    typical_p: Raw = field(default_factory=Raw)
-    prompt_logprobs: Raw = field(default_factory=Raw)
-    truncate_prompt_tokens: Raw = field(default_factory=Raw)
-    return_tokens_as_token_ids: Raw = field(default_factory=Raw)
-    logits_processors: Raw = field(default_factory=Raw)
-    truncation_side: Raw = field(default_factory=Raw)
-    logprob_token_ids: Raw = field(default_factory=Raw)
-    thinking_token_budget: Raw = field(default_factory=Raw)
-    include_reasoning: Raw = field(default_factory=Raw)
-    watermarking: Raw = field(default_factory=Raw)
-    repetition_detection: Raw = field(default_factory=Raw)
-    stream_interval: Raw = field(default_factory=Raw)
-    return_prompt_text: Raw = field(default_factory=Raw)
-    return_token_offsets: Raw = field(default_factory=Raw)
-    return_mm_kwargs: Raw = field(default_factory=Raw)
-    routed_experts_prompt_start: Raw = field(default_factory=Raw)
-    kv_transfer_params: Raw = field(default_factory=Raw)
-    ec_transfer_params: Raw = field(default_factory=Raw)
-    vllm_xargs: Raw = field(default_factory=Raw)
 
     @property
     def bias(self) -> dict[int, float]:
@@ -304,23 +325,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         Raises:
             ApiError: Names the field.
         """
-        self.refuse(
-            "use_beam_search", "early_stopping", "prompt_logprobs", "truncate_prompt_tokens",
-            "return_tokens_as_token_ids", "logits_processors", "truncation_side", "logprob_token_ids",
-            "watermarking", "repetition_detection", "return_prompt_text", "return_token_offsets",
-            "kv_transfer_params", "ec_transfer_params", "vllm_xargs",
-        )  # fmt: skip
-        self.refuse(
-            "spaces_between_special_tokens",
-            "include_reasoning",
-            "return_mm_kwargs",
-            neutral=(b"true",),
-            off=False,
-        )
-        self.refuse("thinking_token_budget", neutral=(b"-1",), off=False)
-        self.refuse("stream_interval", neutral=(b"1",), off=False)
-        self.refuse("routed_experts_prompt_start", neutral=(b"0",))
-        self.refuse("length_penalty", "typical_p", neutral=(b"1", b"1.0"))
+        refuse(self, _REFUSED)
         least = self.min_tokens or 0
         if max_tokens is not None and least > max_tokens:
             raise ApiError(400, f"min_tokens is {least}, and max_tokens {max_tokens}.", "min_tokens")
@@ -349,21 +354,6 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         if best_of > 1 and self.temperature is not None and self.temperature < 1e-5:
             raise ApiError(400, "Greedy decoding has one sample; set a temperature.", "best_of")
 
-    def refuse(self, *names: str, neutral: tuple[bytes, ...] = (), off: bool = True) -> None:
-        """Refuses unsupported fields that would change the reply.
-
-        Args:
-            *names: Of fields that were left raw.
-            neutral: Values that change nothing besides null, as JSON.
-            off: Whether false and empty values change nothing either.
-
-        Raises:
-            ApiError: One of them is set.
-        """
-        for name in names:
-            if not is_absent(getattr(self, name), *neutral, *(_OFF if off else ())):
-                raise ApiError(400, f"{name} {_UNSUPPORTED}; leave it out.", name)
-
 
 def text_of(content: str | list[ContentPart] | None, param: str) -> str:
     """The text of a message's content.
@@ -381,7 +371,7 @@ def text_of(content: str | list[ContentPart] | None, param: str) -> str:
             or part.text is None
         ):
             kind = part.type[:64]
-            raise ApiError(400, f"A content part of type {kind!r} {_UNSUPPORTED}; use text.", param)
+            raise ApiError(400, f"A content part of type {kind!r} {UNSUPPORTED}; use text.", param)
     return "".join(part.text or "" for part in content)
 
 

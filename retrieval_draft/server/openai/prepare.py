@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.errors import RetrievalDraftError
-from retrieval_draft.generation.requests import DecodeRequests
 from retrieval_draft.server.errors import ApiError, from_library
 from retrieval_draft.server.openai.detokenize import (
     Decode,
@@ -26,9 +25,10 @@ from retrieval_draft.server.openai.prompt_logprobs import PromptLogprobs
 from retrieval_draft.server.openai.reply import Reply
 from retrieval_draft.server.openai.structured_outputs import AskedGrammar, asked_grammar, check_grammar
 from retrieval_draft.server.parsing.deltas import ReplyParser
+from retrieval_draft.server.scheduler.job import Job
 from retrieval_draft.server.settings import ServerSettings
 
-__all__ = ["GenerationParams", "Means", "PreparedRequest", "check_length", "prepare_request", "tokenize"]
+__all__ = ["Means", "check_length", "prepare_request", "tokenize"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +60,28 @@ class Means:
         return min((limit for limit in limits if limit is not None), default=None)
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationParams:
-    """Options of a request besides sampling.
+def prepare_request(
+    job: Job,
+    fields: GenerationFields,
+    means: Means,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int | None,
+    *,
+    samples: int = 1,
+    competing: bool = False,
+    top_logprobs: int | None = None,
+    echoed: Sequence[str] = (),
+    parser: Callable[[], ReplyParser] | None = None,
+    marks: frozenset[str] | None = frozenset(),
+    grammar: AskedGrammar | None = None,
+    model_inputs: Mapping[str, Any] | None = None,
+) -> None:
+    """Prepares all prompts of a request. Takes milliseconds; not for the event loop's thread.
 
-    Attributes:
+    Args:
+        job: Gets the prompts and their replies.
+        fields: Sampling and extensions.
+        means: Tools and limits.
         prompts: Token ids of each.
         max_tokens: Limit of the reply; None for the server's.
         samples: Samples of each prompt.
@@ -74,116 +91,51 @@ class GenerationParams:
         parser: Makes the parser of a reply; None where replies are plain text.
         marks: Special tokens that the parser sees; None for all.
         grammar: Rule that the replies follow; None for the one that the request's fields ask for, if any.
-        model_inputs: Further inputs of the model, such as those of images; empty for text alone.
-    """
-
-    prompts: Sequence[Sequence[int]]
-    max_tokens: int | None
-    samples: int = 1
-    competing: bool = False
-    top_logprobs: int | None = None
-    echoed: Sequence[str] = ()
-    parser: Callable[[], ReplyParser] | None = None
-    marks: frozenset[str] | None = frozenset()
-    grammar: AskedGrammar | None = None
-    model_inputs: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class PreparedRequest:
-    """A prepared request: input of the engine, and its replies.
-
-    Attributes:
-        prepared: One for each prompt.
-        replies: One for each choice, in order.
-        texts: The text of each choice, in which the engine looks for stop strings; None without any.
-        prompt_tokens: Of all prompts.
-        predicted: Token ids of the prediction.
-        grammar_field: The field that asks for the grammar of the replies; None without one.
-    """
-
-    prepared: list[DecodeRequests] = field(default_factory=list)
-    replies: list[Reply] = field(default_factory=list)
-    texts: list[ReplyText | None] = field(default_factory=list)
-    prompt_tokens: int = 0
-    predicted: Sequence[int] = ()
-    grammar_field: str | None = None
-
-
-def prepare_request(asks: GenerationParams, fields: GenerationFields, means: Means) -> PreparedRequest:
-    """Prepares all prompts of a request. Takes milliseconds; not for the event loop's thread.
-
-    Args:
-        asks: Options of the request besides sampling.
-        fields: Sampling and extensions.
-        means: Tools and limits.
+        model_inputs: Further inputs of the model, such as those of images; None for text alone.
 
     Raises:
         ApiError: Something is not supported, or beyond a limit.
     """
-    drafter, settings = means.drafter, means.settings
-    target = drafter.continuous.target
-    model: Any = target.model
-    options = {**means.overrides, **fields.options(getattr(model.generation_config, "top_k", None))}
+    drafter, target = means.drafter, means.drafter.continuous.target
+    options = _options(fields, means)
     greedy = not options["do_sample"]
     seed = secrets.randbits(62) if fields.seed is None else fields.seed
-    vocabulary = target.embedding_rows
-    named = {
-        "logit_bias": [token for (token,) in options.get("sequence_bias", ())],
-        "allowed_token_ids": fields.allowed_token_ids or [],
-        "stop_token_ids": fields.stop_token_ids or [],
-    }
-    for name, tokens in named.items():
-        if tokens and max(tokens) >= vocabulary:
-            raise ApiError(400, f"{name} names the token {max(tokens)}; ids end at {vocabulary - 1}.", name)
-    if fields.stop_token_ids:
-        options["eos_token_id"] = [*_ends(model.generation_config), *fields.stop_token_ids]
     words = _words(means.tokenizer, fields.bad_words or ())
-    grammar = asks.grammar or asked_grammar(fields)
+    grammar = grammar or asked_grammar(fields)
     if grammar is not None:
         means.check()
         for name in ("min_tokens", "ignore_eos", "allowed_token_ids", "bad_words"):
             if getattr(fields, name):
                 raise ApiError(400, f"{name} does not go together with {grammar.field}.", name)
         check_grammar(drafter, grammar)
+        job.grammar_field = grammar.field.partition(".")[0]
     if fields.allowed_token_ids and {word[-1] for word in words} >= set(fields.allowed_token_ids):
         raise ApiError(400, "bad_words leaves none of allowed_token_ids.", "bad_words")
-    asked = PreparedRequest(grammar_field=None if grammar is None else grammar.field.partition(".")[0])
-    documents, asked.predicted = _references(fields, means)
-    for index, prompt in enumerate(asks.prompts):
+    documents, job.predicted = _references(fields, means)
+    for index, prompt in enumerate(prompts):
         means.check()
-        room = _room(len(prompt), asks.max_tokens, target.max_positions, settings)
-        if (fields.min_tokens or 0) > max(room, 1):
-            raise ApiError(
-                400, f"min_tokens is {fields.min_tokens}; the reply has room for {room}.", "min_tokens"
-            )
-        processors: list[Any] = []
-        if fields.presence_penalty or fields.frequency_penalty:
-            processors.append(
-                CountPenalty(len(prompt), fields.presence_penalty or 0.0, fields.frequency_penalty or 0.0)
-            )
-        if fields.allowed_token_ids:
-            processors.append(AllowedTokens(fields.allowed_token_ids, vocabulary))
-        if words:
-            processors.append(BadWords(len(prompt), words))
+        room = _room(len(prompt), max_tokens, target.max_positions, means.settings)
+        least = fields.min_tokens or 0
+        if least > max(room, 1):
+            raise ApiError(400, f"min_tokens is {least}; the reply has room for {room}.", "min_tokens")
+        processors = _processors(fields, len(prompt), words, target.embedding_rows)
         extra: dict[str, Any] = {"logits_processor": processors} if processors else {}
-        samples = asks.samples
         try:
             prepared = drafter.continuous.prepare(
                 torch.tensor([list(prompt)], dtype=torch.int64).to(target.device),
                 seed=seed,
-                prediction=list(asked.predicted) or None,
+                prediction=list(job.predicted) or None,
                 documents=[text for text in documents if text] or None,
                 share=fields.share,
                 # A greedy prompt has one reply, which is decoded once and returned for each choice.
-                num_return_sequences=1 if greedy or asks.competing else samples,
-                best_of=samples if asks.competing and not greedy else None,
-                top_logprobs=asks.top_logprobs,
+                num_return_sequences=1 if greedy or competing else samples,
+                best_of=samples if competing and not greedy else None,
+                top_logprobs=top_logprobs,
                 grammar=None if grammar is None else grammar.grammar,
                 max_new_tokens=max(room, 1),
                 **options,
                 **extra,
-                **{name: value.to(target.device) for name, value in asks.model_inputs.items()},
+                **{name: value.to(target.device) for name, value in (model_inputs or {}).items()},
             )
         except (RetrievalDraftError, ValueError) as error:
             raise (
@@ -193,10 +145,96 @@ def prepare_request(asks: GenerationParams, fields: GenerationFields, means: Mea
             ) from error
         if fields.cache_salt:
             drafter.use_prefixes(prepared.requests, fields.cache_salt)
-        copies = samples if greedy else 1
-        _add(asked, prepared, asks, fields, means, index, copies, room < 1)
-        asked.prompt_tokens += len(prompt)
-    return asked
+        for request in prepared.requests:
+            request.max_draft_tokens = fields.max_draft_tokens
+            if fields.ignore_eos:
+                request.eos = frozenset(fields.stop_token_ids or ())
+        first, stops, copies = prepared.requests[0], fields.stops, samples if greedy else 1
+        decode, specials = _decoder(fields, means, first.eos, marks)
+        tail = first.prompt[-16:].tolist()
+        echo = echoed[index] if echoed else None
+        prompt_logprobs, offsets = None, []
+        if echo is not None and top_logprobs is not None:
+            first.read_prompt = prompt_logprobs = PromptLogprobs(first.prompt, top_logprobs)
+            means.check()
+            prompt_text = ReplyText(decode)
+            prompt_text.push(first.prompt.tolist())
+            offsets = [min(offset, len(echo)) for offset in prompt_text.offsets]
+        texts: list[ReplyText | None] = []
+        for request in prepared.requests:
+            text = None
+            if stops:
+                keeps_stop = bool(fields.include_stop_str_in_output)
+                text = ReplyText(decode, tail, stops, specials, keeps_stop, least)
+                request.criteria.append(StopTexts(text))
+            texts.append(text)
+            begin = sum(len(reply.indices) for reply in job.replies)
+            shown = None if stops else ReplyText(decode, tail)
+            parsed = None if parser is None else parser()
+            job.replies.append(
+                Reply(
+                    range(begin, begin + copies), shown, first.prompt.tolist(), echo, prompt_logprobs,
+                    room < 1, offsets, parsed,
+                )
+            )  # fmt: skip
+        job.add(prepared, texts)
+        job.prompt_tokens += len(prompt)
+
+
+def _options(fields: GenerationFields, means: Means) -> dict[str, Any]:
+    """Options of generation for all prompts.
+
+    Raises:
+        ApiError: A field names a token that there is not.
+    """
+    target = means.drafter.continuous.target
+    model: Any = target.model
+    options = {**means.overrides, **fields.options(getattr(model.generation_config, "top_k", None))}
+    named = {
+        "logit_bias": [token for (token,) in options.get("sequence_bias", ())],
+        "allowed_token_ids": fields.allowed_token_ids or [],
+        "stop_token_ids": fields.stop_token_ids or [],
+    }
+    for name, tokens in named.items():
+        if tokens and max(tokens) >= target.embedding_rows:
+            raise ApiError(
+                400, f"{name} names the token {max(tokens)}; ids end at {target.embedding_rows - 1}.", name
+            )
+    if fields.stop_token_ids:
+        options["eos_token_id"] = [*_ends(model.generation_config), *fields.stop_token_ids]
+    return options
+
+
+def _processors(
+    fields: GenerationFields, length: int, words: Sequence[Sequence[int]], vocabulary: int
+) -> list[Any]:
+    """Logits processors for the reply to a prompt of `length` tokens."""
+    found: list[Any] = []
+    presence, frequency = fields.presence_penalty or 0.0, fields.frequency_penalty or 0.0
+    if presence or frequency:
+        found.append(CountPenalty(length, presence, frequency))
+    if fields.allowed_token_ids:
+        found.append(AllowedTokens(fields.allowed_token_ids, vocabulary))
+    if words:
+        found.append(BadWords(length, words))
+    return found
+
+
+def _decoder(
+    fields: GenerationFields, means: Means, eos: frozenset[int], marks: frozenset[str] | None
+) -> tuple[Decode, Mapping[int, str]]:
+    """Decodes a reply; and the special tokens that only stop strings see, by id."""
+    specials = stopping_specials(means.tokenizer, fields.stops) if fields.stops else {}
+    kept = None if fields.skip_special_tokens is False else marks
+    if kept is not None and not kept and not fields.stop_token_ids:
+        return means.decode, specials
+    dropped = frozenset() if fields.include_stop_str_in_output else eos
+    specials = {
+        token: text
+        for token, text in specials.items()
+        if token in dropped or (kept is not None and text not in kept)
+    }
+    return selective_decoder(means.tokenizer, kept, dropped), specials
 
 
 def tokenize(means: Means, text: str, param: str, *, special: bool = True) -> list[int]:
@@ -289,56 +327,3 @@ def _room(length: int, wanted: int | None, positions: int | None, settings: Serv
             )
         room = min(room, positions - length)
     return room
-
-
-def _add(
-    asked: PreparedRequest,
-    prepared: DecodeRequests,
-    asks: GenerationParams,
-    fields: GenerationFields,
-    means: Means,
-    index: int,
-    copies: int,
-    silent: bool,
-) -> None:
-    """Adds the replies of one prompt."""
-    asked.prepared.append(prepared)
-    first, stops, decode = prepared.requests[0], fields.stops, means.decode
-    for request in prepared.requests:
-        request.max_draft_tokens = fields.max_draft_tokens
-        if fields.ignore_eos:
-            request.eos = frozenset(fields.stop_token_ids or ())
-    specials = stopping_specials(means.tokenizer, stops) if stops else {}
-    kept = None if fields.skip_special_tokens is False else asks.marks
-    if kept is None or kept or fields.stop_token_ids:
-        dropped = () if fields.include_stop_str_in_output else first.eos
-        decode = selective_decoder(means.tokenizer, kept, dropped)
-        specials = {
-            token: text
-            for token, text in specials.items()
-            if token in dropped or (kept is not None and text not in kept)
-        }
-    ids, least = first.prompt, fields.min_tokens or 0
-    tail = ids[-16:].tolist()
-    prompt_logprobs, offsets = None, []
-    echoed = asks.echoed[index] if asks.echoed else None
-    if echoed is not None and asks.top_logprobs is not None:
-        prompt_logprobs = PromptLogprobs(ids, asks.top_logprobs)
-        first.read_prompt = prompt_logprobs
-        means.check()
-        prompt_text = ReplyText(decode)
-        prompt_text.push(ids.tolist())
-        offsets = [min(offset, len(echoed)) for offset in prompt_text.offsets]
-    for request in prepared.requests:
-        text = None
-        if stops:
-            text = ReplyText(decode, tail, stops, specials, bool(fields.include_stop_str_in_output), least)
-            request.criteria.append(StopTexts(text))
-        asked.texts.append(text)
-        begin = sum(len(reply.indices) for reply in asked.replies)
-        indices = range(begin, begin + copies)
-        shown = None if stops else ReplyText(decode, tail)
-        parser = None if asks.parser is None else asks.parser()
-        asked.replies.append(
-            Reply(indices, shown, ids.tolist(), echoed, prompt_logprobs, silent, offsets, parser)
-        )

@@ -14,7 +14,6 @@ from retrieval_draft.http.event_stream import unless_gone
 from retrieval_draft.http.json_response import Json
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.openai.format import ResponseFormat
-from retrieval_draft.server.openai.prepare import PreparedRequest
 from retrieval_draft.server.openai.reply import Reply, drafting_metrics, predicted_tokens
 from retrieval_draft.server.scheduler.channel import Ended, Failed
 from retrieval_draft.server.scheduler.job import Job
@@ -34,8 +33,7 @@ class ResponseWriter:
     """Writer of the response to one request.
 
     Attributes:
-        job: The engine's job.
-        asked: The prepared request, and the replies.
+        job: The request.
         shape: The response format.
         kept: Choices of each prompt to return, of samples that compete; None for all.
         with_usage: Whether a stream ends with the usage.
@@ -44,7 +42,6 @@ class ResponseWriter:
     """
 
     job: Job
-    asked: PreparedRequest
     shape: ResponseFormat
     kept: int | None
     with_usage: bool
@@ -80,7 +77,7 @@ class ResponseWriter:
         try:
             begun: set[int] = set()
             async for index, text, begin, end in self._pieces():
-                reply = self.asked.replies[index]
+                reply = self.job.replies[index]
                 pieces: list[dict[str, Any]] = []
                 if index not in begun:
                     begun.add(index)
@@ -103,7 +100,7 @@ class ResponseWriter:
 
     async def _pieces(self) -> AsyncIterator[tuple[int, str, int, int]]:
         """Yields a reply's index, its new text, and begin and end of its new tokens, until all have ended."""
-        replies = self.asked.replies
+        replies = self.job.replies
         left = len(replies)
         while left:
             for each in await self.job.channel.get():
@@ -119,10 +116,10 @@ class ResponseWriter:
                 yield each.index, text, begin, len(reply.tokens)
 
     def _returned(self) -> Sequence[Reply]:
-        replies, kept = self.asked.replies, self.kept
+        replies, kept = self.job.replies, self.kept
         if kept is None:
             return replies
-        samples = len(replies) // len(self.asked.prepared)
+        samples = len(replies) // self.job.prompts
         returned: list[Reply] = []
         for begin in range(0, len(replies), samples):
             best = sorted(replies[begin : begin + samples], key=lambda reply: -reply.mean_logprob)
@@ -132,13 +129,13 @@ class ResponseWriter:
         return returned
 
     def _usage(self) -> dict[str, Any]:
-        replies = self.asked.replies
+        replies = self.job.replies
         completion = sum(len(reply.tokens) * len(reply.indices) for reply in replies)
-        accepted, rejected = predicted_tokens(replies, self.asked.predicted)
+        accepted, rejected = predicted_tokens(replies, self.job.predicted)
         return {
-            "prompt_tokens": self.asked.prompt_tokens,
+            "prompt_tokens": self.job.prompt_tokens,
             "completion_tokens": completion,
-            "total_tokens": self.asked.prompt_tokens + completion,
+            "total_tokens": self.job.prompt_tokens + completion,
             "prompt_tokens_details": {
                 "cached_tokens": sum(reply.stats.cached_tokens for reply in replies),
                 "audio_tokens": 0,
@@ -152,4 +149,4 @@ class ResponseWriter:
         }
 
     def _metrics(self) -> dict[str, Any]:
-        return {"metrics": drafting_metrics(self.asked.replies)} if self.with_metrics else {}
+        return {"metrics": drafting_metrics(self.job.replies)} if self.with_metrics else {}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Raw, Struct, field
@@ -14,18 +14,18 @@ from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.json_body import decode_field, is_absent
 from retrieval_draft.server.openai.chat_request import ChatRequest
 from retrieval_draft.server.openai.generation_request import (
+    UNSUPPORTED,
     ContentPart,
-    Prediction,
-    Salt,
-    Speculative,
+    ReplyFields,
+    refuse,
     text_of,
+    with_raw_fields,
 )
 
 __all__ = ["RESPONSES", "ResponsesRequest", "named_as_here"]
 
 _MAX_ITEMS = 4096
 _INPUT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": {"type": "object"}}]}
-_UNSUPPORTED = "is not supported by this server"
 _CHAT_NAMES = {
     "messages": "input",
     "max_completion_tokens": "max_output_tokens",
@@ -136,83 +136,58 @@ _TOOLS = Decoder(list[_Tool])
 _CHOICE = Decoder(Literal["none", "auto", "required"] | _Choice | _Allowed)
 
 
-class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+_IGNORED = (
+    "user", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "prompt_cache_options", "request_id",
+)  # fmt: skip
+"""Fields that do not change the reply."""
+
+_NOTHING = (b"[]", b"{}")
+_REFUSED: Mapping[str, Collection[bytes]] = {
+    **dict.fromkeys(
+        ("previous_response_id", "conversation", "background", "include", "prompt"), (b"false", *_NOTHING)),
+    "truncation": (b'"disabled"', *_NOTHING),
+    "top_logprobs": (b"0", *_NOTHING),
+    **dict.fromkeys(
+        ("max_tool_calls", "stream_options", "context_management", "moderation", "background_options",
+         "access_programs", "image", "enable_response_messages", "previous_input_messages",
+         "previous_response", "mm_processor_kwargs", "vllm_xargs"), (b"false", *_NOTHING)),
+}  # fmt: skip
+"""Fields that would change it and are not supported, with the values that change nothing."""
+
+if TYPE_CHECKING:
+    _Fields = ReplyFields
+else:
+    _Fields = with_raw_fields(ReplyFields, *_IGNORED, *_REFUSED)
+
+
+class ResponsesRequest(_Fields, forbid_unknown_fields=True, kw_only=True):
     """A conversation to continue; the server keeps nothing of it.
 
     Attributes:
         input: A text, or items of a conversation; read by `chat`.
         instructions: A system message in front of it.
-        model: The served model's name.
         max_output_tokens: Of the reply.
-        temperature: As in chats, as are those after it.
+        parallel_tool_calls: As in chats, as `chat_template_kwargs`.
         text: Form of the text.
         reasoning: Options of the reasoning.
         tools: Functions that the model may call.
         tool_choice: Whether it calls any.
-        stream: Whether events are sent as tokens are decoded.
         store: Whether the response can be fetched later: never.
-        seed: Extension, as are those after it: as in chats.
+        metadata: Repeated in the response.
     """
 
     input: Annotated[Raw, Meta(extra_json_schema=_INPUT_SCHEMA)]
     instructions: str | None = None
-    model: str | None = None
     max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     parallel_tool_calls: bool | None = None
     text: _TextOptions | None = None
     reasoning: _ReasoningOptions | None = None
     tools: Annotated[Raw, Meta(extra_json_schema={"type": "array"})] = field(default_factory=Raw)
     tool_choice: Raw = field(default_factory=Raw)
-    stream: bool | None = None
     store: bool | None = None
     metadata: dict[str, str] | None = None
-    seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
-    stop: Raw = field(default_factory=Raw)
     chat_template_kwargs: Raw = field(default_factory=Raw)
-    speculative: Speculative | None = None
-    prediction: Prediction | None = None
-    share: Literal["none", "reply", "all"] | None = None
-    repetition_penalty: Annotated[float, Meta(ge=0.001, le=100)] | None = None
-    logit_bias: Raw = field(default_factory=Raw)
-    structured_outputs: Raw = field(default_factory=Raw)
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    priority: Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
-    cache_salt: Salt | None = None
-
-    # These do not change the reply.
-    user: Raw = field(default_factory=Raw)
-    service_tier: Raw = field(default_factory=Raw)
-    safety_identifier: Raw = field(default_factory=Raw)
-    prompt_cache_key: Raw = field(default_factory=Raw)
-    prompt_cache_retention: Raw = field(default_factory=Raw)
-    prompt_cache_options: Raw = field(default_factory=Raw)
-    request_id: Raw = field(default_factory=Raw)
-
-    # These would, and are not supported.
-    previous_response_id: Raw = field(default_factory=Raw)
-    conversation: Raw = field(default_factory=Raw)
-    background: Raw = field(default_factory=Raw)
-    include: Raw = field(default_factory=Raw)
-    prompt: Raw = field(default_factory=Raw)
-    truncation: Raw = field(default_factory=Raw)
-    top_logprobs: Raw = field(default_factory=Raw)
-    max_tool_calls: Raw = field(default_factory=Raw)
-    stream_options: Raw = field(default_factory=Raw)
-    context_management: Raw = field(default_factory=Raw)
-    moderation: Raw = field(default_factory=Raw)
-    background_options: Raw = field(default_factory=Raw)
-    access_programs: Raw = field(default_factory=Raw)
-    image: Raw = field(default_factory=Raw)
-    enable_response_messages: Raw = field(default_factory=Raw)
-    previous_input_messages: Raw = field(default_factory=Raw)
-    previous_response: Raw = field(default_factory=Raw)
-    mm_processor_kwargs: Raw = field(default_factory=Raw)
-    vllm_xargs: Raw = field(default_factory=Raw)
 
     def check(self) -> None:
         """Refuses unsupported fields.
@@ -220,14 +195,7 @@ class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
         Raises:
             ApiError: Names the field.
         """
-        for name in ("previous_response_id", "conversation", "background", "include", "prompt", "truncation",
-                     "top_logprobs", "max_tool_calls", "stream_options", "context_management", "moderation",
-                     "background_options", "access_programs", "image", "enable_response_messages",
-                     "previous_input_messages", "previous_response", "mm_processor_kwargs",
-                     "vllm_xargs"):  # fmt: skip
-            neutral = {"truncation": b'"disabled"', "top_logprobs": b"0"}.get(name, b"false")
-            if not is_absent(getattr(self, name), neutral, b"[]", b"{}"):
-                raise ApiError(400, f"{name} {_UNSUPPORTED}; leave it out.", name)
+        refuse(self, _REFUSED)
         if self.store:
             raise ApiError(400, "store is true; this server stores no responses.", "store")
 
@@ -255,27 +223,10 @@ class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
             given["tool_choice"] = Raw(encode(choice if isinstance(choice, str) else choice.of_chat))
         return ChatRequest(
             messages=Raw(encode(self._messages())),
-            model=self.model,
             max_completion_tokens=self.max_output_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
             parallel_tool_calls=self.parallel_tool_calls,
-            stream=self.stream,
-            seed=self.seed,
-            top_k=self.top_k,
-            stop=self.stop,
             chat_template_kwargs=self.chat_template_kwargs,
-            speculative=self.speculative,
-            prediction=self.prediction,
-            share=self.share,
-            repetition_penalty=self.repetition_penalty,
-            logit_bias=self.logit_bias,
-            structured_outputs=self.structured_outputs,
-            ignore_eos=self.ignore_eos,
-            skip_special_tokens=self.skip_special_tokens,
-            include_stop_str_in_output=self.include_stop_str_in_output,
-            priority=self.priority,
-            cache_salt=self.cache_salt,
+            **{name: getattr(self, name) for name in ReplyFields.__struct_fields__},
             **given,
         )
 
@@ -343,7 +294,7 @@ def named_as_here() -> Iterator[None]:
 def _item(given: dict[str, Any], index: int) -> Any:
     kind = given.get("type", "message")
     if not isinstance(kind, str) or kind not in _ITEMS:
-        raise ApiError(400, f"input[{index}]: an item of type {str(kind)[:64]!r} {_UNSUPPORTED}.", "input")
+        raise ApiError(400, f"input[{index}]: an item of type {str(kind)[:64]!r} {UNSUPPORTED}.", "input")
     try:
         return msgspec.convert(given, _ITEMS[kind])
     except msgspec.ValidationError as error:

@@ -175,14 +175,14 @@ class ResponsesWriter(ResponseWriter):
         return ResponseItems(head, request_id)
 
     def _add(self, items: ResponseItems, index: int, text: str) -> list[Event]:
-        reply = self.asked.replies[index]
+        reply = self.job.replies[index]
         deltas = reply.deltas
         if reply.message is None:
             deltas = [Delta("content", text)] if text else []
         return [event for delta in deltas for event in items.add(reply, delta)]
 
     def _end(self, items: ResponseItems) -> list[Event]:
-        (reply,) = self.asked.replies
+        (reply,) = self.job.replies
         is_cut = reply.reason == "length"
         status = "incomplete" if is_cut else "completed"
         events = items.close("incomplete" if reply.has_cut_call else status)

@@ -21,16 +21,11 @@ from retrieval_draft.server.openai.chat_request import CHAT, ChatRequest
 from retrieval_draft.server.openai.completions_request import COMPLETION
 from retrieval_draft.server.openai.format import CompletionFormat, ResponseFormat
 from retrieval_draft.server.openai.generation_request import GenerationFields
-from retrieval_draft.server.openai.prepare import (
-    GenerationParams,
-    Means,
-    PreparedRequest,
-    prepare_request,
-    tokenize,
-)
+from retrieval_draft.server.openai.prepare import Means, prepare_request, tokenize
 from retrieval_draft.server.openai.response import ResponseWriter
 from retrieval_draft.server.openai.responses_request import RESPONSES, named_as_here
 from retrieval_draft.server.openai.responses_writer import ResponsesWriter
+from retrieval_draft.server.scheduler.job import Job
 from retrieval_draft.server.service import Loaded, Service
 
 __all__ = ["LoadRequest", "make_router"]
@@ -91,7 +86,7 @@ def make_router(service: Service) -> APIRouter:
         samples = body.best_of or n
         _check_choices(service, samples * len(prompts))
 
-        def prepare(loaded: Loaded, means: Means) -> PreparedRequest:
+        def prepare(job: Job, loaded: Loaded, means: Means) -> None:
             special = body.add_special_tokens is not False
             ids = [
                 prompt if isinstance(prompt, list) else tokenize(means, prompt, "prompt", special=special)
@@ -99,15 +94,11 @@ def make_router(service: Service) -> APIRouter:
             ]
             texts = [loaded.decode(each) if isinstance(given, list) else given
                      for given, each in zip(prompts, ids, strict=True)]  # fmt: skip
-            asks = GenerationParams(
-                ids,
-                _DEFAULT_COMPLETION if body.max_tokens is None else body.max_tokens,
-                samples,
-                samples > n,
-                body.alternatives,
-                texts if body.echo else (),
-            )
-            return prepare_request(asks, body, means)
+            prepare_request(
+                job, body, means, ids, _DEFAULT_COMPLETION if body.max_tokens is None else body.max_tokens,
+                samples=samples, competing=samples > n, top_logprobs=body.alternatives,
+                echoed=texts if body.echo else (),
+            )  # fmt: skip
 
         def shape(loaded: Loaded, request_id: str) -> ResponseFormat:
             return CompletionFormat(
@@ -152,7 +143,7 @@ async def _respond(
     service: Service,
     request: Request,
     fields: GenerationFields,
-    prepare: Callable[[Loaded, Means], PreparedRequest],
+    prepare: Callable[[Job, Loaded, Means], object],
     shape: Callable[[Loaded, str], ResponseFormat],
     kept: int | None,
     writer: Callable[..., ResponseWriter] = ResponseWriter,
@@ -161,7 +152,7 @@ async def _respond(
     service.check_model(fields.model)
     request_id, tenant = request.state.request_id, request.state.tenant
     traceparent, size = request.headers.get("traceparent"), len(await request.body())
-    submitted = await unless_gone(
+    job = await unless_gone(
         request.receive,
         service.submit(
             request_id,
@@ -174,12 +165,11 @@ async def _respond(
             fields.priority or 0,
         ),
     )
-    if submitted is None:
+    if job is None:
         return Response(status_code=499)
-    job, asked = submitted
     with_metrics = bool(fields.metrics) or "x-draft-metrics" in request.headers
     answer = writer(
-        job, asked, shape(service.loaded, request_id), kept, fields.includes_usage, with_metrics,
+        job, shape(service.loaded, request_id), kept, fields.includes_usage, with_metrics,
         bool(fields.draft_marks),
     )  # fmt: skip
     if fields.stream:

@@ -15,7 +15,7 @@ from retrieval_draft.errors import RetrievalDraftError
 from retrieval_draft.generation.grammars import grammar_processor
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.json_body import decode_field, is_absent
-from retrieval_draft.server.openai.generation_request import GenerationFields
+from retrieval_draft.server.openai.generation_request import OFF, GenerationFields
 
 __all__ = ["AskedGrammar", "asked_grammar", "check_grammar", "schema_grammar"]
 
@@ -111,7 +111,7 @@ def asked_grammar(fields: GenerationFields) -> AskedGrammar | None:
     found: AskedGrammar | None = None
     for name, read in _READERS.items():
         raw = getattr(fields, name)
-        asked = None if is_absent(raw, *_OFF) else read(raw, name)
+        asked = None if is_absent(raw, *OFF) else read(raw, name)
         if asked is not None and found is not None:
             raise ApiError(400, f"{found.field} and {name} each ask for a grammar; give one.", name)
         found = asked if found is None else found
@@ -205,8 +205,6 @@ _READERS: Mapping[str, Callable[[Raw, str], AskedGrammar | None]] = {
     "grammar": _of_rules,
     "json_schema": _of_schema,
 }
-_OFF = (b"false", b"[]", b"{}", b'""')
-"""Values by which clients ask for nothing."""
 
 
 def _asked(name: str, make: Callable[..., Grammar], *given: Any) -> AskedGrammar:

@@ -136,6 +136,7 @@ class ServingEngine:
             ApiError: It has more samples than the batch has rows or needs more memory than caches may take
                 (400), the queue is full (429), or the engine is about to stop (503).
         """
+        job.begin()
         most = self._settings.max_cache_bytes
         needed = 0 if most is None else max(self._bytes(group.choices) for group in job.groups)
         if most is not None and needed > most:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from time import monotonic
 
 from retrieval_draft.drafter import RetrievalDrafter
@@ -14,6 +15,7 @@ from retrieval_draft.engine.row import Row
 from retrieval_draft.generation.requests import DecodeRequests
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.openai.detokenize import ReplyText
+from retrieval_draft.server.openai.reply import Reply
 from retrieval_draft.server.scheduler.channel import Channel
 
 __all__ = ["Choice", "Job", "SequenceGroup"]
@@ -65,7 +67,7 @@ class SequenceGroup:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """All choices of one HTTP request.
+    """One HTTP request: its prompts, the choices that the engine decodes, and the replies to its client.
 
     Attributes:
         id: Of the request, the server's own.
@@ -78,7 +80,11 @@ class Job:
         client_id: The client's id of the request, for logs; None without.
         priority: Requests of its tenant with lower numbers join before it.
         grammar_field: The field that asks for the grammar of its replies; None without one.
-        groups: One for each prompt; none once it is over.
+        replies: One for each choice, in order.
+        prompt_tokens: Of all prompts.
+        predicted: Token ids of the prediction.
+        groups: One for each prompt; none before `begin`, and once it is over.
+        prompts: Number of prompts.
         size: Choices in all.
         given_up: Error that ends it early; None if there is none.
         failed: Whether that is the error of a row of it, which its client has been told.
@@ -95,26 +101,43 @@ class Job:
     client_id: str | None = None
     priority: int = 0
     grammar_field: str | None = None
+    replies: list[Reply] = field(default_factory=list)
+    prompt_tokens: int = 0
+    predicted: Sequence[int] = ()
     groups: list[SequenceGroup] = field(default_factory=list)
+    prompts: int = 0
     size: int = 0
     given_up: ApiError | None = None
     failed: bool = False
     ended: int = 0
+    _prepared: list[tuple[DecodeRequests, Sequence[ReplyText | None]]] = field(default_factory=list)
 
-    def add(self, prepared: DecodeRequests) -> Sequence[Choice]:
-        """Adds the choices of one prompt."""
-        begin = self.size
-        choices = [Choice(self, begin + index, request) for index, request in enumerate(prepared.requests)]
-        self.size += len(choices)
-        self.groups.append(SequenceGroup(self, prepared, choices))
-        return choices
+    def add(self, prepared: DecodeRequests, texts: Sequence[ReplyText | None] | None = None) -> None:
+        """Adds a prompt.
+
+        Args:
+            prepared: Its requests, one for each choice.
+            texts: Their texts, in which stop strings are looked for; None without any.
+        """
+        self._prepared.append((prepared, texts or [None] * len(prepared.requests)))
+        self.prompts += 1
+        self.size += len(prepared.requests)
+
+    def begin(self) -> None:
+        """Makes the choices.
+
+        They know the job, and what is in a circle waits for a collection: not before the engine has them, as
+        the client may leave before, and not after `release`.
+        """
+        index = count()
+        for prepared, texts in self._prepared:
+            pairs = zip(prepared.requests, texts, strict=True)
+            choices = [Choice(self, next(index), request, text=text) for request, text in pairs]
+            self.groups.append(SequenceGroup(self, prepared, choices))
 
     def release(self) -> None:
-        """Forgets the choices at the end: they know the job, and what is in a circle waits for a collection.
-
-        Until then it would hold the inputs and the keys of each request that has ended.
-        """
-        self.groups = []
+        """Forgets the choices at the end, and with them the inputs and the keys of each request."""
+        self.groups, self._prepared = [], []
 
     @property
     def choices(self) -> list[Choice]:

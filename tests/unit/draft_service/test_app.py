@@ -84,7 +84,6 @@ def test_a_body_that_is_too_long(app: DraftApp) -> None:
     assert post(app, "/v1/draft/open", wire.OpenRequest(prompt=[1] * 3000))[0] == 413
     length = (("content-length", "3000"),)
     assert call(app, "/v1/draft/open", headers=length)[0] == 413
-    assert call(app, "/v1/draft/open", headers=(("content-length", "many"),))[0] == 413
 
 
 def test_keys_are_tenants(service: DraftService) -> None:

@@ -138,7 +138,7 @@ def test_what_a_session_said_is_history_for_the_next_of_its_tenant_only() -> Non
     with draft_service() as service:
         key = opened(service, 1, 2, tenant="a")
         stepped(service, key, 30, 31, 32, 33, tenant="a", close="finished")
-        service.proposers.get("a").flush()
+        service.proposers["a"].flush()
         mine = opened(service, 5, 30, 31, tenant="a")
         theirs = opened(service, 5, 30, 31, tenant="b")
         assert 32 in stepped(service, mine, tenant="a", nodes=8).tokens[1:]

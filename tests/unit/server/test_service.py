@@ -14,8 +14,9 @@ from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.http.keys import KeyRing
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.openai.generation_request import GenerationFields
-from retrieval_draft.server.openai.prepare import GenerationParams, Means, PreparedRequest, prepare_request
+from retrieval_draft.server.openai.prepare import Means, prepare_request
 from retrieval_draft.server.scheduler.channel import Failed
+from retrieval_draft.server.scheduler.job import Job
 from retrieval_draft.server.service import Loaded, Service
 from retrieval_draft.server.settings import ServerSettings
 from tests.support.jobs import ended
@@ -47,8 +48,8 @@ def started(
         service.close()
 
 
-def prepare(loaded: Loaded, means: Means) -> PreparedRequest:
-    return prepare_request(GenerationParams([[1, 2]], 4), GenerationFields(temperature=0.0), means)
+def prepare(job: Job, loaded: Loaded, means: Means) -> None:
+    prepare_request(job, GenerationFields(temperature=0.0), means, [[1, 2]], 4)
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -101,16 +102,16 @@ def test_a_request_is_prepared_beside_the_loop_and_decoded() -> None:
     async def check() -> None:
         threads: list[str] = []
 
-        def noted(loaded: Loaded, means: Means) -> PreparedRequest:
+        def noted(job: Job, loaded: Loaded, means: Means) -> None:
             threads.append(threading.current_thread().name)
-            return prepare(loaded, means)
+            prepare(job, loaded, means)
 
         with started() as service:
             service.wait(60)
-            job, asked = await service.submit("id", "default", noted, "00-trace", "mine")
+            job = await service.submit("id", "default", noted, "00-trace", "mine")
             events = await ended(job)
         assert not isinstance(events[-1], Failed)
-        assert len(asked.replies) == 1
+        assert len(job.replies) == 1
         assert (job.id, job.tenant, job.traceparent, job.client_id) == ("id", "default", "00-trace", "mine")
         assert threads[0].startswith("retrieval-draft-prepare")
 
@@ -119,7 +120,7 @@ def test_a_request_is_prepared_beside_the_loop_and_decoded() -> None:
 
 def test_what_preparing_raises_comes_out() -> None:
     async def check() -> None:
-        def refuse(loaded: Loaded, means: Means) -> PreparedRequest:
+        def refuse(job: Job, loaded: Loaded, means: Means) -> None:
             raise ApiError(400, "no such thing")
 
         with started() as service:
@@ -135,7 +136,7 @@ def test_preparing_ends_once_nobody_waits_for_it() -> None:
     async def check() -> None:
         begun, gone, noted, found = threading.Event(), threading.Event(), threading.Event(), []
 
-        def slow(loaded: Loaded, means: Means) -> PreparedRequest:
+        def slow(job: Job, loaded: Loaded, means: Means) -> None:
             begun.set()
             assert gone.wait(60)
             try:
@@ -145,7 +146,7 @@ def test_preparing_ends_once_nobody_waits_for_it() -> None:
                 raise
             finally:
                 noted.set()
-            return prepare(loaded, means)
+            prepare(job, loaded, means)
 
         with started() as service:
             service.wait(60)
@@ -165,14 +166,14 @@ def test_each_tenant_has_a_drafter_of_its_own() -> None:
     async def check() -> None:
         seen: list[RetrievalDrafter] = []
 
-        def noted(loaded: Loaded, means: Means) -> PreparedRequest:
+        def noted(job: Job, loaded: Loaded, means: Means) -> None:
             seen.append(means.drafter)
-            return prepare(loaded, means)
+            prepare(job, loaded, means)
 
         with started(keys={"secret-a": "a", "secret-b": "b"}) as service:
             service.wait(60)
             for tenant in ("a", "b", "a"):
-                job, _ = await service.submit(tenant, tenant, noted)
+                job = await service.submit(tenant, tenant, noted)
                 assert job.drafter is seen[-1]
                 await ended(job)
         assert seen[0] is seen[2]
@@ -199,7 +200,7 @@ def test_who_has_left_is_given_up_and_hears_nothing() -> None:
     async def check() -> None:
         with started() as service:
             service.wait(60)
-            job, _ = await service.submit("id", "default", prepare)
+            job = await service.submit("id", "default", prepare)
             service.leave(job)
             assert job.given_up is not None
             assert job.given_up.status == 499

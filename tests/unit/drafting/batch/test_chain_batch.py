@@ -149,7 +149,7 @@ def test_phrases_are_drafted_from() -> None:
 
 def test_a_batch_of_a_proposer_shares_its_history() -> None:
     with Proposer.for_tokenizer(None, vocabulary=VOCABULARY) as proposer:
-        batch = ChainBatch.of(proposer, max_chain=4)
+        batch = ChainBatch(proposer.stores, proposer.config, max_chain=4, sources=proposer.sources)
         earlier = proposer.open(_ids(70, 71, 72, 73, 74))
         earlier.close()
         proposer.flush()

@@ -10,7 +10,6 @@ import pytest
 from redis.exceptions import ConnectionError, ResponseError
 
 from retrieval_draft.errors import DatastoreError
-from retrieval_draft.index.store.backoff import Backoff
 from retrieval_draft.index.store.counts import StoreCounts
 from retrieval_draft.index.store.health import Health
 from retrieval_draft.index.store.reconnecting_worker import ReconnectingWorker, server_run
@@ -29,6 +28,19 @@ class Client:
         raise ConnectionError("even closing fails")
 
 
+class Stopped(threading.Event):
+    """Remembers how long it was waited for, and does not wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.waits.append(timeout)
+        return self.is_set()
+
+
 class Connecting:
     """A worker whose connector hands out given clients, or raises given errors, in turn."""
 
@@ -36,7 +48,7 @@ class Connecting:
         self.results: Iterator[Any] = iter(results)
         self.made: list[Client] = []
         self.blocks: list[float] = []
-        self.stopped, self.counts, self.health = threading.Event(), StoreCounts(), Health("redis://there")
+        self.stopped, self.counts, self.health = Stopped(), StoreCounts(), Health("redis://there")
         connector: Any = self
         self.worker = ReconnectingWorker(connector, "sending", 0.5, self.health, self.counts, self.stopped)
 
@@ -47,19 +59,6 @@ class Connecting:
             raise found
         self.made.append(found)
         return found
-
-
-@pytest.fixture(autouse=True)
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The failures in a row at each wait, without the waiting."""
-    seen: list[int] = []
-
-    def wait(backoff: Backoff, stopped: threading.Event) -> None:
-        backoff.failures += 1
-        seen.append(backoff.failures)
-
-    monkeypatch.setattr(Backoff, "wait", wait)
-    return seen
 
 
 def test_work_is_called_with_one_client_until_it_is_stopped() -> None:
@@ -76,7 +75,7 @@ def test_work_is_called_with_one_client_until_it_is_stopped() -> None:
     assert (made.blocks, made.counts.connections, made.counts.failures) == ([0.5], 1, 0)
 
 
-def test_each_failure_closes_the_client_tells_of_it_and_makes_another(waits: list[int]) -> None:
+def test_each_failure_closes_the_client_tells_of_it_and_makes_another() -> None:
     made, lost = Connecting(Client(), Client(), Client()), []
 
     def work(client: Any) -> None:
@@ -87,7 +86,7 @@ def test_each_failure_closes_the_client_tells_of_it_and_makes_another(waits: lis
     made.worker.run(work, lambda: lost.append(len(made.made)))
     assert lost == [1, 2]
     assert [client.is_closed for client in made.made] == [True, True, True]
-    assert (made.counts.connections, made.counts.failures, waits) == (3, 2, [1, 2])
+    assert (made.counts.connections, made.counts.failures) == (3, 2)
 
 
 def test_the_first_failure_is_no_outage_the_second_is() -> None:
@@ -112,7 +111,7 @@ def test_a_client_that_does_not_answer_is_not_worked_with() -> None:
     assert made.counts.connections == 1
 
 
-def test_success_counts_failures_from_one_again(waits: list[int]) -> None:
+def test_success_counts_failures_from_one_again() -> None:
     made, calls = Connecting(*(Client() for _ in range(4))), []
 
     def work(client: Any) -> None:
@@ -126,7 +125,7 @@ def test_success_counts_failures_from_one_again(waits: list[int]) -> None:
         raise ConnectionError("gone")
 
     made.worker.run(work)
-    assert waits == [1, 2, 1]
+    assert len(made.stopped.waits) == 1, "not after the first failure, nor after the first since a success"
 
 
 @pytest.mark.parametrize("error", [DatastoreError("full"), OSError("no file"), ResponseError("OOM")])
@@ -174,3 +173,15 @@ def test_which_redis_it_is() -> None:
     assert server_run(Info({"run_id": "ab"}), True) is None  # of a cluster there are many
     with pytest.raises(ConnectionError):
         server_run(Info(ConnectionError("gone")), False)
+
+
+def test_waits_double_up_to_two_seconds_with_jitter_through_a_long_outage() -> None:
+    failures = 5000
+    made = Connecting(*[ConnectionError("refused")] * failures, Client())
+    made.worker.run(lambda client: made.stopped.set())
+    waits = made.stopped.waits
+    assert len(waits) == failures - 1, "none after the first"
+    for failure, wait in enumerate(waits, 2):
+        longest = min(2.0, 0.05 * 2.0 ** min(failure, 16))
+        assert longest / 2 <= wait <= longest
+    assert len({*waits[-50:]}) > 40

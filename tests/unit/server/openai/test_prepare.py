@@ -14,14 +14,14 @@ from retrieval_draft.server.openai.detokenize import StopTexts, decoder
 from retrieval_draft.server.openai.generation_request import GenerationFields, Prediction
 from retrieval_draft.server.openai.penalties import AllowedTokens, CountPenalty
 from retrieval_draft.server.openai.prepare import (
-    GenerationParams,
     Means,
-    PreparedRequest,
     prepare_request,
     tokenize,
 )
 from retrieval_draft.server.openai.prompt_logprobs import PromptLogprobs
+from retrieval_draft.server.scheduler.job import Job
 from retrieval_draft.server.settings import ServerSettings
+from tests.support.jobs import empty_job
 from tests.support.servers import tiny_drafter, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -39,15 +39,17 @@ def prepared(
     asks: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
     **fields: Any,
-) -> PreparedRequest:
-    params = GenerationParams(prompts, **{"max_tokens": 4, **(asks or {})})
+) -> Job:
     given = GenerationFields(**{"temperature": 0.0, **fields})
-    return prepare_request(params, given, means(**(settings or {})))
+    job = empty_job("job")
+    prepare_request(job, given, means(**(settings or {})), prompts, **{"max_tokens": 4, **(asks or {})})
+    job.begin()
+    return job
 
 
-def lengths(asked: PreparedRequest) -> list[int]:
+def lengths(asked: Job) -> list[int]:
     """Tokens that each reply may have."""
-    requests = [request for each in asked.prepared for request in each.requests]
+    requests = [request for each in asked.groups for request in each.prepared.requests]
     return [request.max_length - len(request.prompt) for request in requests]
 
 
@@ -104,36 +106,36 @@ def test_one_bad_prompt_of_several_is_refused() -> None:
 
 def test_greedy_samples_are_decoded_once_and_told_as_often_as_wanted() -> None:
     asked = prepared([1, 2], [3], asks={"samples": 3})
-    assert [len(each.requests) for each in asked.prepared] == [1, 1]
+    assert [len(each.choices) for each in asked.groups] == [1, 1]
     assert [list(reply.indices) for reply in asked.replies] == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_drawn_samples_are_decoded_each_with_one_seed() -> None:
     asked = prepared([1, 2], [3], asks={"samples": 2}, temperature=1.0, seed=7)
-    assert [len(each.requests) for each in asked.prepared] == [2, 2]
+    assert [len(each.choices) for each in asked.groups] == [2, 2]
     assert [list(reply.indices) for reply in asked.replies] == [[0], [1], [2], [3]]
     again = prepared([1, 2], asks={"samples": 2}, temperature=1.0, seed=7)
     for each in (asked, again):
-        keys = [request.noise.sample_key for request in each.prepared[0].requests if request.noise]
+        keys = [request.noise.sample_key for request in each.groups[0].prepared.requests if request.noise]
         assert keys == [GumbelNoise(7, ROWS, torch.device("cpu"), sample).sample_key for sample in (0, 1)]
 
 
 def test_competing_samples_keep_their_probabilities() -> None:
     asked = prepared([1, 2], asks={"samples": 3, "competing": True}, temperature=1.0)
-    requests = asked.prepared[0].requests
+    requests = asked.groups[0].prepared.requests
     assert len(requests) == 3
     assert all(request.sampler is not None and request.sampler.logprobs is not None for request in requests)
 
 
 def test_stop_strings_are_looked_for_by_the_engine() -> None:
     asked = prepared([1, 2], stop=Raw(b'["ab"]'))
-    (request,) = asked.prepared[0].requests
+    (request,) = asked.groups[0].prepared.requests
     (criterion,) = request.criteria
     assert isinstance(criterion, StopTexts)
-    assert criterion.text is asked.texts[0]
+    assert criterion.text is asked.choices[0].text
     plain = prepared([1, 2])
-    assert plain.texts == [None]
-    assert len(plain.prepared[0].requests[0].criteria) == 0
+    assert plain.choices[0].text is None
+    assert len(plain.groups[0].prepared.requests[0].criteria) == 0
 
 
 def test_the_end_token_can_be_ignored() -> None:
@@ -141,8 +143,8 @@ def test_the_end_token_can_be_ignored() -> None:
     model: Any = DRAFTER.continuous.target.model
     model.generation_config.eos_token_id = eos
     try:
-        assert prepared([1]).prepared[0].requests[0].eos == {eos}
-        assert prepared([1], ignore_eos=True).prepared[0].requests[0].eos == frozenset()
+        assert prepared([1]).groups[0].prepared.requests[0].eos == {eos}
+        assert prepared([1], ignore_eos=True).groups[0].prepared.requests[0].eos == frozenset()
     finally:
         model.generation_config.eos_token_id = None
 
@@ -158,14 +160,14 @@ def test_the_end_token_can_be_ignored() -> None:
     ],
 )
 def test_only_what_is_asked_for_changes_logits(fields: dict[str, Any], kinds: list[type]) -> None:
-    sampler = prepared([1], **fields).prepared[0].requests[0].sampler
+    sampler = prepared([1], **fields).groups[0].prepared.requests[0].sampler
     found = [] if sampler is None else [type(each) for each in sampler._head]
     assert found == kinds
 
 
 def test_where_no_reply_is_wanted_the_prompt_is_scored_and_nothing_said() -> None:
     asked = prepared([1, 2, 3], asks={"max_tokens": 0, "top_logprobs": 1, "echoed": ["abc"]})
-    (reply,), (request,) = asked.replies, asked.prepared[0].requests
+    (reply,), (request,) = asked.replies, asked.groups[0].prepared.requests
     assert lengths(asked) == [1]
     assert reply.prompt_text == "abc"
     assert isinstance(request.read_prompt, PromptLogprobs)
@@ -177,13 +179,13 @@ def test_where_no_reply_is_wanted_the_prompt_is_scored_and_nothing_said() -> Non
 def test_an_echo_without_log_probabilities_reads_no_logits() -> None:
     asked = prepared([1, 2], asks={"echoed": ["ab"]})
     assert asked.replies[0].prompt_text == "ab"
-    assert asked.prepared[0].requests[0].read_prompt is None
+    assert asked.groups[0].prepared.requests[0].read_prompt is None
 
 
 def test_documents_and_prediction_are_references_and_not_part_of_the_prompt() -> None:
     asked = prepared([1], documents=Raw(b'["ab", ""]'), prediction=Prediction("gh"))
     ids = [TOKENIZER(text)["input_ids"] for text in ("ab", "gh")]
-    assert sorted(each.tolist() for each in asked.prepared[0].references) == sorted(ids)
+    assert sorted(each.tolist() for each in asked.groups[0].prepared.references) == sorted(ids)
     assert asked.predicted == ids[1]
     assert asked.prompt_tokens == 1
 
@@ -199,7 +201,7 @@ def test_documents_and_prediction_are_references_and_not_part_of_the_prompt() ->
 def test_references_have_a_limit_together(fields: dict[str, Any], param: str | None) -> None:
     settings = {"max_reference_tokens": 3}
     if param is None:
-        assert len(prepared([1], settings=settings, **fields).prepared[0].references) == 3
+        assert len(prepared([1], settings=settings, **fields).groups[0].prepared.references) == 3
     else:
         assert refused([1], settings=settings, **fields).param == param
 
@@ -219,7 +221,7 @@ def test_nothing_is_prepared_for_one_that_has_left() -> None:
     given = means()
     left = Means(given.drafter, given.tokenizer, given.decode, given.settings, {}, 3, gone)
     with pytest.raises(ApiError, match="gone"):
-        prepare_request(GenerationParams([[1]], 4), GenerationFields(), left)
+        prepare_request(empty_job("job"), GenerationFields(), left, [[1]], 4)
     with pytest.raises(ApiError, match="gone"):
         tokenize(left, "a", "prompt")
 
@@ -234,5 +236,7 @@ def test_pad_tokens_of_a_prompt_are_text(prompt: list[int]) -> None:
         asked = prepared(prompt)
     finally:
         config.pad_token_id, config.eos_token_id = before
-    assert [request.prompt.tolist() for each in asked.prepared for request in each.requests] == [prompt]
+    assert [request.prompt.tolist() for each in asked.groups for request in each.prepared.requests] == [
+        prompt
+    ]
     assert asked.prompt_tokens == len(prompt)

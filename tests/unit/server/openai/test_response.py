@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 
 from retrieval_draft.drafting.stats import DraftStats
-from retrieval_draft.generation.requests import DecodeRequests
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.openai.detokenize import ReplyText
 from retrieval_draft.server.openai.format import CompletionFormat
-from retrieval_draft.server.openai.prepare import PreparedRequest
 from retrieval_draft.server.openai.reply import Reply
 from retrieval_draft.server.openai.response import DONE, ResponseWriter, event
 from retrieval_draft.server.scheduler.channel import Channel, Ended, Event, Failed, Tokens
@@ -42,10 +40,11 @@ def writer(*events: Event, choices: int = 1, prompts: int = 1, **options: Any) -
     channel.put(events)
     nothing: Any = None
     replies = [Reply([index], ReplyText(letters), [1, 5]) for index in range(choices)]
-    asked = PreparedRequest([DecodeRequests([])] * prompts, replies, [None] * choices, 7, [5, 1])
+    job = Job("id", "t", nothing, channel, 60.0, replies=replies, prompt_tokens=7, predicted=[5, 1])
+    job.prompts = prompts
     shape = CompletionFormat("id", "m", nothing, False, False)
     given = {"kept": None, "with_usage": False, "with_metrics": False, **options}
-    return ResponseWriter(Job("id", "t", nothing, channel, 60.0), asked, shape, **given)
+    return ResponseWriter(job, shape, **given)
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -13,10 +13,11 @@ from retrieval_draft.drafting.grammar.grammar import ANY_WHITESPACE
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.openai.detokenize import decoder
 from retrieval_draft.server.openai.generation_request import GenerationFields
-from retrieval_draft.server.openai.prepare import GenerationParams, Means, prepare_request
+from retrieval_draft.server.openai.prepare import Means, prepare_request
 from retrieval_draft.server.openai.structured_outputs import asked_grammar, check_grammar, schema_grammar
 from retrieval_draft.server.settings import ServerSettings
 from tests.support.grammars import json_model, json_tokenizer
+from tests.support.jobs import empty_job
 
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}
 DRAFTER = RetrievalDrafter.for_model(json_model(), json_tokenizer(), config=DraftConfig(nodes=4))
@@ -131,7 +132,7 @@ def test_a_wrong_one_is_a_400_with_field_and_reason(given: dict[str, Any], param
         DRAFTER, json_tokenizer(), decoder(json_tokenizer()), ServerSettings("m"), {}, 9, lambda: None
     )
     with pytest.raises(ApiError) as error:
-        prepare_request(GenerationParams([[5, 6]], 4), fields(**given), means)
+        prepare_request(empty_job("job"), fields(**given), means, [[5, 6]], 4)
     assert (error.value.status, error.value.param) == (400, param)
     assert message in error.value.message
 
@@ -150,10 +151,12 @@ def test_the_request_of_the_engine_has_the_grammar() -> None:
         DRAFTER, json_tokenizer(), decoder(json_tokenizer()), ServerSettings("m"), {}, 9, lambda: None
     )
     given = fields(guided_json=SCHEMA, temperature=0.0)
-    (first,) = prepare_request(GenerationParams([[5, 6]], 4), given, means).prepared[0].requests
-    assert first.grammar is not None
+    job = empty_job("job")
+    prepare_request(job, given, means, [[5, 6]], 4)
     other = schema_grammar({"enum": ["ZQ"]}, "tools")
-    params = GenerationParams([[5, 6]], 4, grammar=other)
-    (second,) = prepare_request(params, given, means).prepared[0].requests
+    prepare_request(job, given, means, [[5, 6]], 4, grammar=other)
+    job.begin()
+    first, second = (choice.request for choice in job.choices)
+    assert first.grammar is not None
     assert second.grammar is not None
     assert json_tokenizer().decode(second.grammar.certain())[:2] == '"Z'

@@ -16,7 +16,7 @@ from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.engine.cache.footprint import CacheFootprint
 from retrieval_draft.engine.decode import Batch
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.openai.detokenize import ReplyText, StopTexts
+from retrieval_draft.server.openai.detokenize import ReplyText
 from retrieval_draft.server.scheduler.channel import Ended, Event, Failed, Tokens
 from retrieval_draft.server.scheduler.engine import ServingEngine
 from retrieval_draft.server.settings import ServerSettings
@@ -397,10 +397,7 @@ def test_stop_strings_cut_the_text_and_end_the_row() -> None:
 
         text = ReplyText(decode, stops=[decode(reply[2:4])])
         with serving() as (engine, _):
-            job = job_of(DRAFTER, prompt_ids(9))
-            (choice,) = job.choices
-            choice.text = text
-            choice.request.criteria.append(StopTexts(text))
+            job = job_of(DRAFTER, prompt_ids(9), text=text)
             engine.submit(job)
             events = await ended(job)
         assert ends_of(events) == {0: "stop"}

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+
+from retrieval_draft.engine.request import DecodeRequest
+from retrieval_draft.generation.requests import DecodeRequests
+from retrieval_draft.server.scheduler.job import Job
 from tests.support.jobs import empty_job
 
 
@@ -22,3 +32,23 @@ def test_a_choice_knows_its_job_and_its_own_request() -> None:
 
 def test_a_job_without_prompts_has_no_choices() -> None:
     assert (empty_job("a").size, empty_job("a").choices) == (0, [])
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_job_that_no_one_decodes_leaves_nothing_for_a_collection(begun: bool) -> None:
+    """A client may leave while its request is prepared, or be refused by the engine."""
+    nothing: Any = None
+    job = Job("a", "default", nothing, nothing, 60.0)
+    prompt = np.array([1], np.int32)
+    left = weakref.ref(prompt)
+    job.add(DecodeRequests([DecodeRequest(prompt, 2)]))
+    del prompt
+    if begun:
+        job.begin()
+        job.release()
+    gc.disable()
+    try:
+        del job
+        assert left() is None
+    finally:
+        gc.enable()
