@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from retrieval_draft.engine.draft_models.assistant import AssistantHead, make_assistant
 from retrieval_draft.engine.draft_models.dflash import DFlashHead
 from retrieval_draft.engine.draft_models.eagle import Eagle3Head, EagleHead
 from retrieval_draft.engine.draft_models.vector_heads import HydraHead, MedusaHead, MlpSpeculator, ReDrafter
@@ -22,6 +23,9 @@ __all__ = ["LAYOUTS", "load_head"]
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "medusa_lm_head.pt", "hydra_lm_head.pt")
 """Files of weights; those of a kind make the ones after it unnecessary."""
+
+_ASSISTANTS = ("gemma4_assistant", "gemma4_unified_assistant")
+"""Types of models that read the target's keys."""
 
 _LONGEST_BLOCK = 256
 _MOST_LEVELS = 32
@@ -107,7 +111,7 @@ def _layout(config: Mapping[str, Any], folder: Path) -> str | None:
         return f"speculators {config['speculators_model_type']}"
     if "medusa_num_heads" in config:
         return "medusa"
-    if config.get("model_type") in ("mlp_speculator", "recurrent_drafting_drafter"):
+    if config.get("model_type") in ("mlp_speculator", "recurrent_drafting_drafter", *_ASSISTANTS):
         return str(config["model_type"])
     for key, kind in (("hydra_num_heads", "hydra"), ("dflash_config", "dflash")):
         if key in config:
@@ -300,6 +304,29 @@ def _mlp_speculator(config: Mapping[str, Any], weights: Mapping[str, Tensor], mo
     return head, named
 
 
+def _assistant(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int) -> _Made:
+    """Google's layout, of transformers' class: `model`, `pre_projection`, `post_projection`, `lm_head`."""
+    text, widest = config["text_config"], _widest(weights)
+    for key in (*_WIDTHS, "vocab_size"):
+        if text.get(key) is not None:
+            _number(text, key, widest)
+    _number(text, "num_hidden_layers", len(weights))
+    if config.get("use_ordered_embeddings"):
+        _number(config, "num_centroids", widest)
+        _number(config, "centroid_intermediate_top_k", config["num_centroids"])
+    backbone = _number(config, "backbone_hidden_size", widest)
+    if backbone != size:
+        raise ValueError(f"backbone_hidden_size is {backbone}, the target's states have {size} columns")
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    if text["vocab_size"] > rows:
+        raise ValueError(f"it guesses {text['vocab_size']} tokens, the target has {rows}")
+    named = {f"model.{key}": each for key, each in weights.items()}
+    embeddings = named.get("model.model.embed_tokens.weight")
+    if embeddings is not None and config.get("tie_word_embeddings", True):
+        named.setdefault("model.lm_head.weight", embeddings)
+    return AssistantHead(make_assistant(config)), named
+
+
 def _layers(given: Any) -> list[int]:
     """Indices of the target's layers."""
     if not all(isinstance(layer, int) and layer >= 0 for layer in given):
@@ -325,5 +352,6 @@ LAYOUTS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor], Any, int],
     "hydra": _hydra,
     "recurrent_drafting_drafter": _redrafter,
     "dflash": _dflash,
+    **dict.fromkeys(_ASSISTANTS, _assistant),
 }
 """Makes a head and names its weights, by layout."""

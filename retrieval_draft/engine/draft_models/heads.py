@@ -56,6 +56,9 @@ class DraftHead(Protocol):
 
     A row is what the target made of one token of the text, its hidden states, with the token that came next:
     row i holds the states at token i and token i + 1. The next token follows from the last row.
+
+    One with `reads_cache` finds the target's keys and values of the text but for its last token in the
+    `cache` of each state that it reads and expands, and leaves them as they are.
     """
 
     layers: tuple[int, ...]
@@ -138,6 +141,7 @@ class HeadSession:
         source.saw(self.text)
         self._was_asked = self._is_asked = True
         self.key: Hashable = None
+        self._lent: Any = None
         self.draft_seconds = 0.0
         self.budget = 0
 
@@ -153,6 +157,15 @@ class HeadSession:
         if sum(len(rows) for _, rows in self._rows) > WAITING:
             self._source.read([self])
 
+    @property
+    def wants_cache(self) -> bool:
+        """True if the head reads the target's keys and values."""
+        return bool(getattr(self._source.head, "reads_cache", False))
+
+    def lend_cache(self, cache: Any) -> None:
+        """Takes the target's cache of the text but for its last token, until that is observed."""
+        self._lent = cache
+
     def share_hidden(self, key: Hashable) -> None:
         """Sets the state that it keeps and continues apart from those of requests with other keys."""
         self.key = key
@@ -164,11 +177,13 @@ class HeadSession:
     @property
     def is_due(self) -> bool:
         """True if it can propose, has not, and is asked in most steps."""
-        return self._was_asked and self._found is None and self.budget > 0 and self.ends_at_root
+        return self._was_asked and self._found is None and self.budget > 0 and self.can_propose
 
     @property
-    def ends_at_root(self) -> bool:
-        """True if the state that chose the last token is there."""
+    def can_propose(self) -> bool:
+        """True if the state that chose the last token is there, and the target's cache if it is read."""
+        if self.wants_cache and self._lent is None:
+            return False
         if not self._rows:
             return self.root is not None
         begin, rows = self._rows[-1]
@@ -198,9 +213,14 @@ class HeadSession:
         self.root_ids = self._source.ids
 
     def begin_state(self) -> None:
-        """Makes the head's state: that of a request with the same beginning, as far as it goes, or none."""
-        if self.state is not None:
-            return
+        """Makes the head's state, if there is none, and lends it the target's cache, if that is read."""
+        if self.state is None:
+            self._make_state()
+        if self.wants_cache:
+            self.state.cache = self._lent
+
+    def _make_state(self) -> None:
+        """The state of a request with the same beginning, as far as it goes, or none."""
         owner, self._owner = self._owner, None
         if owner is not None and self._source.head.reads_all and self._prompt > 1:
             # All rows of the prompt but the last, whose token is each sample's own.
@@ -238,7 +258,7 @@ class HeadSession:
             (rows, vocabulary): n + 1, fewer where the head has no more levels, none where the target's last
             hidden state is missing.
         """
-        if len(self.text) < 2 or not self.ends_at_root:
+        if len(self.text) < 2 or not self.can_propose:
             return torch.empty((0, 0), dtype=torch.float32, device="cpu")
         return self._source.review(self, chain.tolist())
 
@@ -250,7 +270,7 @@ class HeadSession:
         """Appends accepted tokens, int32, shape (m,)."""
         if len(tokens):
             self.text = np.concatenate((self.text, np.asarray(tokens, np.int32)))
-            self._found = self.root = None
+            self._found = self.root = self._lent = None
             self._source.saw(tokens)
             self._was_asked, self._is_asked = self._is_asked, False
 
@@ -260,7 +280,7 @@ class HeadSession:
 
     def close(self) -> None:
         """Frees the rows, and leaves the state to requests with the same beginning."""
-        self._rows, self._owner, self._found = [], None, None
+        self._rows, self._owner, self._found, self._lent = [], None, None, None
         self._source.keep(self)
         self.state = None
 
@@ -344,7 +364,7 @@ class HeadDraft:
 
     def propose(self, session: HeadSession) -> None:
         """Makes a session's guesses, and in the same passes those of the others that are due."""
-        if not session.ends_at_root:
+        if not session.can_propose:
             return
         others = [each for each in self._live if each is not session and each.is_due]
         begin = perf_counter()
@@ -362,6 +382,8 @@ class HeadDraft:
     def _grow(self, sessions: Sequence[HeadSession]) -> None:
         head = self.head
         self.read([session for session in sessions if session.root is None])
+        for session in sessions:
+            session.begin_state()
         states = [session.state for session in sessions]
         growths = []
         ids = self.ids
@@ -386,6 +408,7 @@ class HeadDraft:
         """Log probabilities after a session's text and along a chain of guesses; see `HeadSession.review`."""
         if session.root is None:
             self.read([session])
+        session.begin_state()
         assert session.root is not None
         rows = [self._spread(session.root, session.root_ids)]
         levels = len(chain) + 1 if self.head.levels is None else self.head.levels

@@ -194,7 +194,7 @@ class SelfSession(ModelSession):
         reranked: Nodes offered for each node of the budget.
     """
 
-    wants_cache = True
+    wants_cache = writes_cache = True
 
     def __init__(
         self, source: SelfDraft, expansion: LentExpansion, prompt: TokenArray, reranked: int = RERANKED
