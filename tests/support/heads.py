@@ -183,6 +183,18 @@ def _dflash() -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, weights
 
 
+def _speculators_dflash() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    given, weights = _dflash()
+    layers = {key: given.pop(key) for key in [*LLAMA, "head_dim"] if key != "architectures"}
+    config = {
+        "architectures": ["DFlashSpeculator"], "speculators_model_type": "dflash", "block_size": 4,
+        "transformer_layer_config": layers, "draft_vocab_size": COLUMNS, "mask_token_id": 96,
+        "aux_hidden_state_layer_ids": [0, 2], "target_hidden_size": None, "sample_from_anchor": False,
+    }  # fmt: skip
+    own = {"lm_head.weight": _random(COLUMNS, SIZE), "embed_tokens.weight": _random(97, SIZE)}
+    return config, {**weights, **own, **_own_vocabulary()}
+
+
 def assistant_model(**options: Any) -> Any:
     """A tiny assistant of Gemma 4 for targets of `tests.support.models.GEMMA4`.
 
@@ -217,6 +229,7 @@ LAYOUTS: dict[str, Callable[[], tuple[dict[str, Any], dict[str, Tensor]]]] = {
     "hydra": _hydra,
     "recurrent_drafting_drafter": _redrafter,
     "dflash": _dflash,
+    "speculators dflash": _speculators_dflash,
     "gemma4_assistant": _assistant,
     "gemma4_unified_assistant": lambda: _assistant("_unified"),
 }

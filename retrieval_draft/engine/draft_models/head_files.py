@@ -229,16 +229,23 @@ def _eagle3(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any
         bool(config.get("norm_before_fc", False)),
     )
     own = {key: each for key, each in weights.items() if key not in ("d2t", "t2d")}
-    if "d2t" in weights:
-        differences = weights["d2t"].long().numpy()
-        if differences.shape != (columns,):
-            raise ValueError(f"d2t has the shape {list(differences.shape)}; expected is [{columns}]")
-        head.ids = np.arange(columns) + differences
-        if not 0 <= head.ids.min() <= head.ids.max() < rows:
-            raise ValueError(f"d2t names tokens beyond the {rows} of the target")
-    elif columns > rows:
-        raise ValueError(f"it guesses {columns} tokens, the target has {rows}")
+    head.ids = _draft_ids(weights, columns, rows)
     return head, _renamed(own, {"midlayer.": "decoder.0.", "layers.": "decoder."})
+
+
+def _draft_ids(weights: Mapping[str, Tensor], columns: int, rows: int) -> Any:
+    """Token of each column of a head's own vocabulary; None where they are the target's first ones."""
+    if "d2t" not in weights:
+        if columns > rows:
+            raise ValueError(f"it guesses {columns} tokens, the target has {rows}")
+        return None
+    differences = weights["d2t"].long().numpy()
+    if differences.shape != (columns,):
+        raise ValueError(f"d2t has the shape {list(differences.shape)}; expected is [{columns}]")
+    ids = np.arange(columns) + differences
+    if not 0 <= ids.min() <= ids.max() < rows:
+        raise ValueError(f"d2t names tokens beyond the {rows} of the target")
+    return ids
 
 
 def _medusa(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int) -> _Made:
@@ -274,17 +281,50 @@ def _redrafter(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: 
 def _dflash(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int) -> _Made:
     """z-lab's layout: `fc`, `hidden_norm`, `layers` of Qwen 3, `norm`; the rest is the target's."""
     nested = config["dflash_config"]
-    layers = _llama({**config, "model_type": "qwen3"}, weights, size)
+    layers, read = _dflash_layers(
+        {**config, "model_type": "qwen3"}, nested["target_layer_ids"], weights, model
+    )
+    block = _number({**nested, **config}, "block_size", _LONGEST_BLOCK)
+    head = DFlashHead(layers, read, block, int(nested["mask_token_id"]))
+    return head, _renamed(weights, {"layers.": "decoder."})
+
+
+def _speculators_dflash(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int
+) -> _Made:
+    """The layout of speculators: as z-lab's, and with `d2t` an output head over a vocabulary of its own.
+
+    Embeddings, and an output head without `d2t`, are the target's, even where files repeat them.
+    """
+    for key, known in (("projector_type", "dflash"), ("sample_from_anchor", False)):
+        if config.get(key, known) != known:
+            raise ValueError(f"{key} is {config[key]!r}; known is {known!r}")
+    given = config["transformer_layer_config"]
+    layers, read = _dflash_layers(given, config["aux_hidden_state_layer_ids"], weights, model)
+    block = _number(config, "block_size", _LONGEST_BLOCK)
+    columns = None
+    if "d2t" in weights:
+        columns = _number(config, "draft_vocab_size", _widest(weights))
+    head = DFlashHead(layers, read, block, int(config["mask_token_id"]), columns=columns)
+    repeated = ["embed_tokens.", "verifier_", "d2t", "t2d", *(["lm_head."] if columns is None else [])]
+    own = {key: each for key, each in weights.items() if not key.startswith(tuple(repeated))}
+    if columns is not None:
+        head.ids = _draft_ids(weights, columns, int(model.get_input_embeddings().weight.shape[0]))
+    return head, _renamed(own, {"layers.": "decoder."})
+
+
+def _dflash_layers(
+    config: Mapping[str, Any], ids: Any, weights: Mapping[str, Tensor], model: Any
+) -> tuple[Any, list[int]]:
+    """The configuration of DFlash's layers, and the layers of the target that it reads."""
+    text = model.config.get_text_config(decoder=True)
+    layers = _llama(config, weights, int(text.hidden_size))
     kinds = sorted(set(getattr(layers, "layer_types", None) or ()) - {"full_attention"})
     if kinds:
         raise ValueError(f"layers of {', '.join(kinds)}; known are those of full_attention")
     # They count what layers give, this package what layers take.
-    count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
-    read = [layer + 1 for layer in _layers(nested["target_layer_ids"])]
-    block = _number({**nested, **config}, "block_size", _LONGEST_BLOCK)
-    mask = nested["mask_token_id"]
-    head = DFlashHead(layers, [LAST if each == count else each for each in read], block, int(mask))
-    return head, _renamed(weights, {"layers.": "decoder."})
+    last = int(text.num_hidden_layers)
+    return layers, [LAST if each + 1 == last else each + 1 for each in _layers(ids)]
 
 
 def _mlp_speculator(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int) -> _Made:
@@ -352,6 +392,7 @@ LAYOUTS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor], Any, int],
     "hydra": _hydra,
     "recurrent_drafting_drafter": _redrafter,
     "dflash": _dflash,
+    "speculators dflash": _speculators_dflash,
     **dict.fromkeys(_ASSISTANTS, _assistant),
 }
 """Makes a head and names its weights, by layout."""
