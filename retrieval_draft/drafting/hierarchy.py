@@ -152,6 +152,16 @@ class SourceSessions:
                 except Exception as error:  # as above
                     opened.failed("share_hidden", error)
 
+    def keep_apart(self, key: Hashable) -> None:
+        """Has sessions learn apart from those of requests with other keys; before they draft."""
+        for opened in self._opened:
+            keep: Any = getattr(opened.session, "keep_apart", None)  # one that learns for all requests has it
+            if keep is not None:
+                try:
+                    keep(key)
+                except Exception as error:  # as above
+                    opened.failed("keep_apart", error)
+
     def learn_hidden(self, hidden: Any, begin: int) -> None:
         """Passes the target's states to the sessions that draft from them.
 
@@ -341,6 +351,12 @@ class OuterSession:
         for each in self.inner:
             if hasattr(each, "share_hidden"):
                 each.share_hidden(key)
+
+    def keep_apart(self, key: Hashable) -> None:
+        """Passes the key on; see `SourceSessions.keep_apart`."""
+        for each in self.inner:
+            if hasattr(each, "keep_apart"):
+                each.keep_apart(key)
 
     def learn_hidden(self, hidden: Any, begin: int) -> None:
         """Passes states on; see `SourceSessions.learn_hidden`."""

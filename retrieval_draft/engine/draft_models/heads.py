@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth, ModelTree
-from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim, columns_for
+from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim, VocabTrims, columns_for
 from retrieval_draft.engine.hidden_states import HiddenStates
 from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import InvalidInputError
@@ -138,7 +138,8 @@ class HeadSession:
         self.root_ids: NDArray[np.int64] | None = None
         self._owner: HeadSession | None = None
         self._prompt = len(prompt)
-        source.saw(self.text)
+        self._apart: Hashable = None
+        self._trim: VocabTrim | None = None
         self._was_asked = self._is_asked = True
         self.key: Hashable = None
         self._lent: Any = None
@@ -210,7 +211,24 @@ class HeadSession:
         self.is_whole, self.read = self.is_whole and first == self.read, first + count
         self._rows = [(begin, rows) for begin, rows in self._rows if begin + len(rows) > self.read]
         self.root = logits if self.read == len(self.text) - 1 else None
-        self.root_ids = self._source.ids
+        self.root_ids = self.ids
+
+    def keep_apart(self, key: Hashable) -> None:
+        """Has tokens of requests with the same key drafted, and of no others; before the first proposal."""
+        self._apart = key
+
+    @property
+    def trim(self) -> VocabTrim | None:
+        """Tokens that the head's outputs choose among; None for all."""
+        if self._trim is None and self._source.trims is not None:
+            self._trim = self._source.trims.of(self._apart)
+            self._trim.add(self.text)
+        return self._trim
+
+    @property
+    def ids(self) -> NDArray[np.int64] | None:
+        """int64, shape (columns of the logits,): token of each column now; None where they are the same."""
+        return self._source.head.ids if self.trim is None else self.trim.ids
 
     def begin_state(self) -> None:
         """Makes the head's state, if there is none, and lends it the target's cache, if that is read."""
@@ -271,12 +289,14 @@ class HeadSession:
         if len(tokens):
             self.text = np.concatenate((self.text, np.asarray(tokens, np.int32)))
             self._found = self.root = self._lent = None
-            self._source.saw(tokens)
+            if self.trim is not None:
+                self.trim.add(tokens)
             self._was_asked, self._is_asked = self._is_asked, False
 
     def learn(self, logits: NodeLogits) -> None:
         """Has tokens that the target ranks high drafted, where not all are; a head is trained elsewhere."""
-        self._source.saw(logits.top_tokens)
+        if self.trim is not None:
+            self.trim.add(logits.top_tokens)
 
     def close(self) -> None:
         """Frees the rows, and leaves the state to requests with the same beginning."""
@@ -299,7 +319,7 @@ class HeadDraft:
 
     Attributes:
         head: As given.
-        trim: Those tokens; None for all.
+        trims: Those tokens, by the key of a request; None for all.
         states: The target's, from which hidden states come.
 
     Example:
@@ -311,7 +331,7 @@ class HeadDraft:
 
     def __init__(self, head: DraftHead, columns: int | None = None) -> None:
         self.head = head
-        self.trim: VocabTrim | None = None
+        self.trims: VocabTrims | None = None
         self._columns = columns
         self.states: HiddenStates
         self._live: WeakSet[HeadSession] = WeakSet()
@@ -338,17 +358,13 @@ class HeadDraft:
         self._vocabulary = max(target.embedding_rows, known, most)
         columns = columns_for(known) if self._columns is None else self._columns
         if columns and columns < known and all(type(each) is torch.nn.Linear for each in outputs):
-            self.trim = head.trim = VocabTrim(outputs, known, columns)
+            self.trims = VocabTrims(outputs, known, columns)
 
-    @property
-    def ids(self) -> NDArray[np.int64] | None:
-        """int64, shape (columns of the logits,): token of each column now; None where they are the same."""
-        return self.head.ids if self.trim is None else self.trim.ids
-
-    def saw(self, tokens: NDArray[Any]) -> None:
-        """Notes tokens of texts, any shape, which the head may draft from now on."""
-        if self.trim is not None:
-            self.trim.add(tokens)
+    def _use_trim(self, session: HeadSession) -> None:
+        """Has the head's outputs choose among a session's tokens from now on."""
+        if self.trims is not None:
+            head: Any = self.head
+            head.trim = session.trim
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> HeadSession:
         """Starts a request with `prompt`, int32, shape (length,); reference texts are not read."""
@@ -366,7 +382,9 @@ class HeadDraft:
         """Makes a session's guesses, and in the same passes those of the others that are due."""
         if not session.can_propose:
             return
-        others = [each for each in self._live if each is not session and each.is_due]
+        others = [
+            each for each in self._live if each is not session and each.is_due and each.trim is session.trim
+        ]
         begin = perf_counter()
         try:
             self._grow([session, *others])
@@ -384,9 +402,10 @@ class HeadDraft:
         self.read([session for session in sessions if session.root is None])
         for session in sessions:
             session.begin_state()
+        self._use_trim(sessions[0])
         states = [session.state for session in sessions]
         growths = []
-        ids = self.ids
+        ids = sessions[0].ids
         for session in sessions:
             assert session.root is not None
             growth = Growth(session.limits, session.reranked * session.budget, None, ids)
@@ -410,6 +429,7 @@ class HeadDraft:
             self.read([session])
         session.begin_state()
         assert session.root is not None
+        self._use_trim(session)
         rows = [self._spread(session.root, session.root_ids)]
         levels = len(chain) + 1 if self.head.levels is None else self.head.levels
         path = Growth(self.head.limits, 1)
@@ -417,7 +437,7 @@ class HeadDraft:
         try:
             for token in chain[: levels - 1]:
                 (row,) = self.head.expand([session.state], [path.follow(token)])
-                rows.append(self._spread(row, self.ids))
+                rows.append(self._spread(row, session.ids))
         finally:
             self.head.drop(session.state)
         return torch.cat(rows).log_softmax(-1)
@@ -445,6 +465,7 @@ class HeadDraft:
                 tokens.append(unread[1])
                 hidden.append(unread[2])
         if reading:
+            self._use_trim(reading[0])
             logits = self.head.read([session.state for session in reading], tokens, hidden, begins)
             for session, begin, rows, guess in zip(reading, begins, hidden, logits, strict=True):
                 session.has_read(begin, len(rows), guess)
@@ -492,7 +513,7 @@ class HeadDraft:
     @property
     def nbytes(self) -> int:
         """Bytes of the states of ended requests, and of trimmed outputs; the head is its owner's."""
-        trimmed = 0 if self.trim is None else self.trim.nbytes
+        trimmed = 0 if self.trims is None else self.trims.nbytes
         return trimmed + self._kept_bytes
 
 
