@@ -389,9 +389,8 @@ class OuterSession:
 
 def _takes_cache(session: object, captured: bool) -> bool:
     """True if a session has a use for the target's cache, and leaves the memory of captured passes alone."""
-    return getattr(session, "wants_cache", False) and not (
-        captured and getattr(session, "writes_cache", False)
-    )
+    writes = bool(getattr(session, "writes_cache", False))
+    return bool(getattr(session, "wants_cache", False)) and not (captured and writes)
 
 
 def _learns_early(session: object) -> bool:

@@ -33,13 +33,15 @@ def make_assistant(config: Mapping[str, Any]) -> nn.Module:
     import transformers
 
     kind = str(config["model_type"])
+    auto: Any = transformers.AutoConfig
+    models: Any = transformers.AutoModelForCausalLM
     if kind not in transformers.CONFIG_MAPPING:
         raise ValueError(
             f"transformers {transformers.__version__} has no {kind!r}; upgrade it, for example with pip"
         )
     given = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
-    made = transformers.AutoConfig.for_model(kind, **given)
-    model: nn.Module = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="sdpa")
+    made = auto.for_model(kind, **given)
+    model: nn.Module = models.from_config(made, attn_implementation="sdpa")
     return model
 
 
@@ -56,8 +58,6 @@ class AssistantHead(PathHead):
     def __init__(self, model: Any, limits: ExpansionLimits | None = None) -> None:
         super().__init__(None, limits)
         self.model = model
-        text = model.config.get_text_config()
-        self._kinds = tuple(dict.fromkeys(text.layer_types))
         self._sources: dict[str, int] = {}
 
     def bind(self, model: Any) -> None:
@@ -135,5 +135,6 @@ class AssistantHead(PathHead):
 
 def _key_columns(layer: Any) -> int | None:
     """Columns of a decoder layer's keys; None where it has no such projection."""
-    attention = getattr(layer, "self_attn", None)
-    return getattr(getattr(attention, "k_proj", None), "out_features", None)
+    projection = getattr(getattr(layer, "self_attn", None), "k_proj", None)
+    columns: int | None = getattr(projection, "out_features", None)
+    return columns
