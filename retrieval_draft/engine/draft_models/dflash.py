@@ -21,7 +21,7 @@ from retrieval_draft.engine.draft_models.draft_layers import (
     KeyValues,
     Packed,
     RmsNorm,
-    place,
+    move_head,
 )
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth
 from retrieval_draft.errors import InvalidInputError
@@ -91,7 +91,7 @@ class DFlashHead(nn.Module):
                 f"The head's mask is token {self._mask}; the model has {embeddings.weight.shape[0]}.",
                 "Use a head that was trained for this model.",
             )
-        place(self, embeddings.weight.device, model.dtype)
+        move_head(self, embeddings.weight.device, model.dtype)
         # In a list they are no modules of this one, which would be moved and saved with it.
         self._target_head, self._target_embeddings = [model.get_output_embeddings()], [embeddings]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from retrieval_draft.engine.draft_models.expansion import Growth
 
-__all__ = ["DraftLayer", "KeyValues", "Packed", "RmsNorm", "ancestors", "causal", "place"]
+__all__ = ["DraftLayer", "KeyValues", "Packed", "RmsNorm", "ancestors", "causal", "move_head"]
 
 _ROOM = 256
 """Rows that buffers make room for at once."""
@@ -222,7 +222,7 @@ class DraftLayer(nn.Module):
         return out
 
 
-def place(head: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def move_head(head: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Moves a head to the target's device, and its weights to the target's dtype.
 
     Buffers that a checkpoint does not hold stay as they are: frequencies of rotary factors that were rounded

@@ -24,7 +24,7 @@ from retrieval_draft.engine.draft_models.draft_layers import (
     RmsNorm,
     ancestors,
     causal,
-    place,
+    move_head,
 )
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth
 from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim
@@ -89,7 +89,7 @@ class EagleHead(nn.Module):
     def bind(self, model: Any) -> None:
         """Takes the target's output head, embeddings, device and dtype."""
         embeddings = model.get_input_embeddings()
-        place(self, embeddings.weight.device, model.dtype)
+        move_head(self, embeddings.weight.device, model.dtype)
         # In a list they are no modules of this one, which would be moved and saved with it.
         self._target_head, self._target_embeddings = [model.get_output_embeddings()], [embeddings]
 

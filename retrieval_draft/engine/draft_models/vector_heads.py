@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from retrieval_draft.engine.draft_models.draft_layers import place
+from retrieval_draft.engine.draft_models.draft_layers import move_head
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth
 from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim
 from retrieval_draft.engine.hidden_states import LAST
@@ -88,7 +88,7 @@ class PathHead(nn.Module, ABC):
     def bind(self, model: Any) -> None:
         """Takes the target's embeddings, device and dtype."""
         embeddings = model.get_input_embeddings()
-        place(self, embeddings.weight.device, model.dtype)
+        move_head(self, embeddings.weight.device, model.dtype)
         self._target_embeddings = [embeddings]  # in a list it is no module of this one
 
     def outputs(self) -> list[nn.Module]:
