@@ -575,10 +575,17 @@ class RetrievalDrafter:
             )
         return references
 
-    def use_prefixes(self, requests: Sequence[DecodeRequest], salt: str = "") -> None:
-        """Has requests continue earlier texts with the same beginning and salt, and their texts kept."""
-        if self.prefix_cache is not None:
-            for request in requests:
+    def use_prefixes(self, requests: Sequence[DecodeRequest], salt: str = "", finds: bool = True) -> None:
+        """Has requests continue earlier texts with the same beginning and salt, and their texts kept.
+
+        Args:
+            requests: Requests of this drafter's tenant, which is set for them.
+            salt: Sets their texts apart from the others.
+            finds: False where they have no beginning in common with others, as with images.
+        """
+        for request in requests:
+            request.owner = (self._tenant, salt)
+            if finds and self.prefix_cache is not None:
                 request.prefixes = partial(self.prefix_cache.prefixes, self._tenant, salt)
 
     def check_share(self, share: str | None) -> None:
@@ -629,8 +636,7 @@ class RetrievalDrafter:
                 stream,
                 media=bool(media),
             )
-            if not media and cache is None:
-                self.use_prefixes(requests)
+            self.use_prefixes(requests, finds=not media and cache is None)
             if media:
                 kind = (media, min(map(len, prompts)) < input_ids.shape[1], len(prompts) > 1)
                 try:

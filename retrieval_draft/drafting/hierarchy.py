@@ -152,6 +152,16 @@ class SourceSessions:
                 except Exception as error:  # as above
                     opened.failed("share_hidden", error)
 
+    def keep_apart(self, key: Hashable) -> None:
+        """Has sessions learn apart from those of requests with other keys; before they draft."""
+        for opened in self._opened:
+            keep: Any = getattr(opened.session, "keep_apart", None)  # one that learns for all requests has it
+            if keep is not None:
+                try:
+                    keep(key)
+                except Exception as error:  # as above
+                    opened.failed("keep_apart", error)
+
     def learn_hidden(self, hidden: Any, begin: int) -> None:
         """Passes the target's states to the sessions that draft from them.
 
@@ -167,15 +177,19 @@ class SourceSessions:
                 except Exception as error:  # as above
                     opened.failed("learn_hidden", error)
 
-    @property
-    def wants_cache(self) -> bool:
-        """True if a session drafts from the target's cache."""
-        return any(getattr(opened.session, "wants_cache", False) for opened in self._opened)
+    def wants_cache(self, captured: bool) -> bool:
+        """True if a session drafts from the target's cache; `captured` as of `lend_cache`."""
+        return any(_takes_cache(opened.session, captured) for opened in self._opened)
 
-    def lend_cache(self, cache: Any) -> None:
-        """Lends the sessions that draft from it the target's cache of the text but for its last token."""
+    def lend_cache(self, cache: Any, captured: bool) -> None:
+        """Lends the sessions that draft from it the target's cache of the text but for its last token.
+
+        Args:
+            cache: The cache; None where it is not of the text that the sources have seen.
+            captured: Whether captured passes use it: then it is lent to sessions that read it alone.
+        """
         for opened in self._opened:
-            if getattr(opened.session, "wants_cache", False):
+            if _takes_cache(opened.session, captured):
                 drafter: Any = opened.session
                 try:
                     drafter.lend_cache(cache)
@@ -338,6 +352,12 @@ class OuterSession:
             if hasattr(each, "share_hidden"):
                 each.share_hidden(key)
 
+    def keep_apart(self, key: Hashable) -> None:
+        """Passes the key on; see `SourceSessions.keep_apart`."""
+        for each in self.inner:
+            if hasattr(each, "keep_apart"):
+                each.keep_apart(key)
+
     def learn_hidden(self, hidden: Any, begin: int) -> None:
         """Passes states on; see `SourceSessions.learn_hidden`."""
         for each in self.inner:
@@ -348,6 +368,11 @@ class OuterSession:
     def wants_cache(self) -> bool:
         """True if one of them drafts from the target's cache."""
         return any(getattr(each, "wants_cache", False) for each in self.inner)
+
+    @property
+    def writes_cache(self) -> bool:
+        """True if one of them passes nodes of its own over it."""
+        return any(getattr(each, "writes_cache", False) for each in self.inner)
 
     def lend_cache(self, cache: Any) -> None:
         """Lends the cache on; see `SourceSessions.lend_cache`."""
@@ -360,6 +385,12 @@ class OuterSession:
         for each, other in zip(self.inner, owner.inner, strict=True):
             if wants_hidden(each):
                 each.fork(other)
+
+
+def _takes_cache(session: object, captured: bool) -> bool:
+    """True if a session has a use for the target's cache, and leaves the memory of captured passes alone."""
+    writes = bool(getattr(session, "writes_cache", False))
+    return bool(getattr(session, "wants_cache", False)) and not (captured and writes)
 
 
 def _learns_early(session: object) -> bool:

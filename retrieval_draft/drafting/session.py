@@ -261,15 +261,19 @@ class DraftSession:
         """
         self._sessions.learn_hidden(hidden, begin)
 
-    @property
-    def wants_cache(self) -> bool:
-        """True if a source drafts from the target's cache."""
-        return self._sessions.wants_cache
+    def wants_cache(self, captured: bool) -> bool:
+        """True if a source drafts from the target's cache; `captured` as of `lend_cache`."""
+        return self._sessions.wants_cache(captured)
 
-    def lend_cache(self, cache: Any) -> None:
-        """Lends sources the target's cache for the next proposal: the text but for its last token."""
+    def lend_cache(self, cache: Any, captured: bool) -> None:
+        """Lends sources the target's cache for the next proposal: the text but for its last token.
+
+        Args:
+            cache: The cache.
+            captured: Whether captured passes use it.
+        """
         # Not while sources have seen forced tokens beyond it.
-        self._sessions.lend_cache(None if self._seen else cache)
+        self._sessions.lend_cache(None if self._seen else cache, captured)
 
     def fork_hidden(self, other: DraftSession) -> None:
         """Takes over the states of a prompt that another request has passed; before `start`."""

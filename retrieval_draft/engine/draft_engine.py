@@ -163,6 +163,7 @@ class DraftEngine:
         return [self._session(request, opened[index], stats[index]) for index, request in enumerate(requests)]
 
     def _session(self, request: DecodeRequest, sources: SourceSessions, stats: DraftStats) -> DraftSession:
+        sources.keep_apart(request.owner)
         length = len(request.prompt)
         has_all = self._target.width is not None and self._config.prefill_logits == "auto"
         if self._config.prefill_logits is True or has_all:

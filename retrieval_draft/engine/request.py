@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -60,6 +60,7 @@ class DecodeRequest:
         passed: Results of the prompt's pass, where the model made that itself; `cache` holds the whole prompt
             then.
         grammar: Follows the reply, whose drafts keep to it; `sampler` masks what it forbids. None without.
+        owner: Tenant and salt, apart from those of others.
     """
 
     prompt: TokenArray
@@ -83,6 +84,7 @@ class DecodeRequest:
     passed: PassedPrompt | None = None
     grammar: GrammarText | None = None
     prefixes: Callable[[], Prefixes | None] | None = None
+    owner: Hashable = None
 
     @property
     def runs(self) -> list[TokenArray]:

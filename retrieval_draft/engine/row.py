@@ -252,11 +252,12 @@ class Row:
         if self.request.grammar is not None:
             self.request.grammar.follow(self.text.reply)
         is_tree = self.target.verification.way == "tree"
-        if is_tree and self.drafting.wants_cache and self.target.graphs is None:
+        is_captured = self.target.graphs is not None
+        if is_tree and self.drafting.wants_cache(is_captured):
             # A pass of a source follows at once: the accepted path cannot wait for the target's.
             moved = None if self._moved is None else torch.from_numpy(self._moved).to(self.target.device)
             self._commit(moved)
-            self.drafting.lend_cache(self.cache)
+            self.drafting.lend_cache(self.cache, is_captured)
         propose = self.drafting.propose if is_tree else self.drafting.propose_chain
         plan = propose(root, length, max_depth)
         return plan if most is None else plan.cut(most)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
+
+from tests.support.models import GEMMA4, SHAPE, WINDOW
 
 SIZE, INNER, HEADS, GROUPS, DIM = 32, 48, 4, 2, 8
 COLUMNS = 40
@@ -179,6 +183,42 @@ def _dflash() -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, weights
 
 
+def _speculators_dflash() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    given, weights = _dflash()
+    layers = {key: given.pop(key) for key in [*LLAMA, "head_dim"] if key != "architectures"}
+    config = {
+        "architectures": ["DFlashSpeculator"], "speculators_model_type": "dflash", "block_size": 4,
+        "transformer_layer_config": layers, "draft_vocab_size": COLUMNS, "mask_token_id": 96,
+        "aux_hidden_state_layer_ids": [0, 2], "target_hidden_size": None, "sample_from_anchor": False,
+    }  # fmt: skip
+    own = {"lm_head.weight": _random(COLUMNS, SIZE), "embed_tokens.weight": _random(97, SIZE)}
+    return config, {**weights, **own, **_own_vocabulary()}
+
+
+def assistant_model(**options: Any) -> Any:
+    """A tiny assistant of Gemma 4 for targets of `tests.support.models.GEMMA4`.
+
+    Args:
+        **options: Of its configuration.
+    """
+    shape = {**SHAPE, "hidden_size": 24, "num_hidden_layers": 2, "num_kv_shared_layers": 2}
+    kinds = ["sliding_attention", "full_attention"]
+    own = {"layer_types": kinds, "sliding_window": WINDOW, "global_head_dim": 16}
+    plain = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    text = transformers.Gemma4TextConfig(**shape, **own, **plain)
+    config = transformers.Gemma4AssistantConfig(text_config=text, backbone_hidden_size=SIZE, **options)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def _assistant(unified: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    model = assistant_model()
+    config = json.loads(model.config.to_json_string())
+    config["model_type"] = f"gemma4{unified}_assistant"
+    config["text_config"]["model_type"] = f"gemma4{unified}_text"
+    weights = {name: each.clone() for name, each in model.state_dict().items() if name != "lm_head.weight"}
+    return config, weights
+
+
 LAYOUTS: dict[str, Callable[[], tuple[dict[str, Any], dict[str, Tensor]]]] = {
     "eagle": _eagle,
     "speculators eagle": _speculators_eagle,
@@ -189,7 +229,22 @@ LAYOUTS: dict[str, Callable[[], tuple[dict[str, Any], dict[str, Tensor]]]] = {
     "hydra": _hydra,
     "recurrent_drafting_drafter": _redrafter,
     "dflash": _dflash,
+    "speculators dflash": _speculators_dflash,
+    "gemma4_assistant": _assistant,
+    "gemma4_unified_assistant": lambda: _assistant("_unified"),
 }
+
+HAS_ASSISTANTS = hasattr(transformers, "Gemma4AssistantConfig")
+
+
+def cases(targets: Sequence[str]) -> list[Any]:
+    """Each layout with each of the targets, or those whose keys it reads: (layout, target)."""
+    found = []
+    for layout in LAYOUTS:
+        reads_keys = layout.endswith("_assistant")
+        marks = [pytest.mark.skipif(reads_keys and not HAS_ASSISTANTS, reason="an older transformers")]
+        found += [pytest.param(layout, each, marks=marks) for each in (GEMMA4 if reads_keys else targets)]
+    return found
 
 
 def write_head(folder: Path, layout: str, **config: Any) -> str:

@@ -116,11 +116,26 @@ OTHERS = {
 }  # fmt: skip
 """Models whose attention does something of its own."""
 
+_GEMMA4: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": WINDOW,
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 4,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
+
+GEMMA4 = {
+    "gemma4": _config("Gemma4TextConfig", **_GEMMA4),
+    "gemma4-shared": _config("Gemma4TextConfig", num_kv_shared_layers=2, **_GEMMA4),
+}
+"""Models whose keys an assistant reads; the last two layers of the second read those of the first two."""
+
 
 def make(name: str, *, attention: str = "sdpa", seed: int = 0, **options: Any) -> Any:
-    """A model of `CONFIGS`, `ROPES` or `OTHERS` in float32, for inference."""
+    """A model of `CONFIGS`, `ROPES`, `OTHERS` or `GEMMA4` in float32, for inference."""
     torch.manual_seed(seed)
-    config = {**CONFIGS, **ROPES, **OTHERS}[name](**options)
+    config = {**CONFIGS, **ROPES, **OTHERS, **GEMMA4}[name](**options)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     model.generation_config.eos_token_id = config.eos_token_id
     model.generation_config.pad_token_id = None

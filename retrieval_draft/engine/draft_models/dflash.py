@@ -21,6 +21,7 @@ from retrieval_draft.engine.draft_models.draft_layers import (
     KeyValues,
     Packed,
     RmsNorm,
+    move_head,
 )
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth
 from retrieval_draft.errors import InvalidInputError
@@ -49,13 +50,20 @@ class DFlashHead(nn.Module):
         block: Tokens of a block, the last one of the text included.
         mask: Id of the token in place of those to be guessed.
         limits: Limits on the growth of its trees.
+        columns: Tokens of an output head of its own; None where that is the target's.
     """
 
     reads_all = True
     ids: NDArray[np.int64] | None = None
 
     def __init__(
-        self, config: Any, layers: Sequence[int], block: int, mask: int, limits: ExpansionLimits | None = None
+        self,
+        config: Any,
+        layers: Sequence[int],
+        block: int,
+        mask: int,
+        limits: ExpansionLimits | None = None,
+        columns: int | None = None,
     ) -> None:
         super().__init__()
         if block < 2:
@@ -71,6 +79,7 @@ class DFlashHead(nn.Module):
         self.hidden_norm, self.norm = RmsNorm(size, eps), RmsNorm(size, eps)
         self.decoder = nn.ModuleList(DraftLayer(config, size) for _ in range(config.num_hidden_layers))
         self.rotary = LlamaRotaryEmbedding(config)
+        self.lm_head = None if columns is None else nn.Linear(size, columns, bias=False)
         self._target_head: Any = None
         self._target_embeddings: Any = None
 
@@ -82,8 +91,7 @@ class DFlashHead(nn.Module):
                 f"The head's mask is token {self._mask}; the model has {embeddings.weight.shape[0]}.",
                 "Use a head that was trained for this model.",
             )
-        self.to(embeddings.weight.device, model.dtype)
-        self.rotary.to(torch.float32)
+        move_head(self, embeddings.weight.device, model.dtype)
         # In a list they are no modules of this one, which would be moved and saved with it.
         self._target_head, self._target_embeddings = [model.get_output_embeddings()], [embeddings]
 
@@ -118,7 +126,7 @@ class DFlashHead(nn.Module):
         packed = self._packed(caches, [cache.position for cache in caches], [self._block] * len(caches), rows)
         for at, layer in enumerate(layers):
             rows = layer(rows, layer.input_layernorm(rows), at, packed)
-        head = self._target_head[0]
+        head = self._target_head[0] if self.lm_head is None else self.lm_head
         logits = head(self.norm(rows).view(len(states), self._block, -1)[:, 1:].to(head.weight.dtype))
         for state, guesses in zip(states, logits, strict=True):
             state.guesses = guesses

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from retrieval_draft.engine.draft_models.expansion import Growth
 
-__all__ = ["DraftLayer", "KeyValues", "Packed", "RmsNorm", "ancestors", "causal"]
+__all__ = ["DraftLayer", "KeyValues", "Packed", "RmsNorm", "ancestors", "causal", "move_head"]
 
 _ROOM = 256
 """Rows that buffers make room for at once."""
@@ -220,6 +220,18 @@ class DraftLayer(nn.Module):
         states = states + self.self_attn(taken, layer, packed)
         out: Tensor = states + self.mlp(self.post_attention_layernorm(states))
         return out
+
+
+def move_head(head: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Moves a head to the target's device, and its weights to the target's dtype.
+
+    Buffers that a checkpoint does not hold stay as they are: frequencies of rotary factors that were rounded
+    to half precision are those of other positions.
+    """
+    head.to(device)
+    for weight in head.state_dict(keep_vars=True).values():
+        if weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
 
 
 def causal(cache: KeyValues, rows: int, device: Any) -> Tensor | None:

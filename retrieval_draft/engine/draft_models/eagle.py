@@ -24,6 +24,7 @@ from retrieval_draft.engine.draft_models.draft_layers import (
     RmsNorm,
     ancestors,
     causal,
+    move_head,
 )
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth
 from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim
@@ -88,8 +89,7 @@ class EagleHead(nn.Module):
     def bind(self, model: Any) -> None:
         """Takes the target's output head, embeddings, device and dtype."""
         embeddings = model.get_input_embeddings()
-        self.to(embeddings.weight.device, model.dtype)
-        self.rotary.to(torch.float32)
+        move_head(self, embeddings.weight.device, model.dtype)
         # In a list they are no modules of this one, which would be moved and saved with it.
         self._target_head, self._target_embeddings = [model.get_output_embeddings()], [embeddings]
 

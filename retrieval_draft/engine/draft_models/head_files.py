@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from retrieval_draft.engine.draft_models.assistant import AssistantHead, make_assistant
 from retrieval_draft.engine.draft_models.dflash import DFlashHead
 from retrieval_draft.engine.draft_models.eagle import Eagle3Head, EagleHead
 from retrieval_draft.engine.draft_models.vector_heads import HydraHead, MedusaHead, MlpSpeculator, ReDrafter
@@ -22,6 +23,9 @@ __all__ = ["LAYOUTS", "load_head"]
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "medusa_lm_head.pt", "hydra_lm_head.pt")
 """Files of weights; those of a kind make the ones after it unnecessary."""
+
+_ASSISTANTS = ("gemma4_assistant", "gemma4_unified_assistant")
+"""Types of models that read the target's keys."""
 
 _LONGEST_BLOCK = 256
 _MOST_LEVELS = 32
@@ -107,7 +111,7 @@ def _layout(config: Mapping[str, Any], folder: Path) -> str | None:
         return f"speculators {config['speculators_model_type']}"
     if "medusa_num_heads" in config:
         return "medusa"
-    if config.get("model_type") in ("mlp_speculator", "recurrent_drafting_drafter"):
+    if config.get("model_type") in ("mlp_speculator", "recurrent_drafting_drafter", *_ASSISTANTS):
         return str(config["model_type"])
     for key, kind in (("hydra_num_heads", "hydra"), ("dflash_config", "dflash")):
         if key in config:
@@ -225,16 +229,23 @@ def _eagle3(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any
         bool(config.get("norm_before_fc", False)),
     )
     own = {key: each for key, each in weights.items() if key not in ("d2t", "t2d")}
-    if "d2t" in weights:
-        differences = weights["d2t"].long().numpy()
-        if differences.shape != (columns,):
-            raise ValueError(f"d2t has the shape {list(differences.shape)}; expected is [{columns}]")
-        head.ids = np.arange(columns) + differences
-        if not 0 <= head.ids.min() <= head.ids.max() < rows:
-            raise ValueError(f"d2t names tokens beyond the {rows} of the target")
-    elif columns > rows:
-        raise ValueError(f"it guesses {columns} tokens, the target has {rows}")
+    head.ids = _draft_ids(weights, columns, rows)
     return head, _renamed(own, {"midlayer.": "decoder.0.", "layers.": "decoder."})
+
+
+def _draft_ids(weights: Mapping[str, Tensor], columns: int, rows: int) -> Any:
+    """Token of each column of a head's own vocabulary; None where they are the target's first ones."""
+    if "d2t" not in weights:
+        if columns > rows:
+            raise ValueError(f"it guesses {columns} tokens, the target has {rows}")
+        return None
+    differences = weights["d2t"].long().numpy()
+    if differences.shape != (columns,):
+        raise ValueError(f"d2t has the shape {list(differences.shape)}; expected is [{columns}]")
+    ids = np.arange(columns) + differences
+    if not 0 <= ids.min() <= ids.max() < rows:
+        raise ValueError(f"d2t names tokens beyond the {rows} of the target")
+    return ids
 
 
 def _medusa(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int) -> _Made:
@@ -270,17 +281,50 @@ def _redrafter(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: 
 def _dflash(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int) -> _Made:
     """z-lab's layout: `fc`, `hidden_norm`, `layers` of Qwen 3, `norm`; the rest is the target's."""
     nested = config["dflash_config"]
-    layers = _llama({**config, "model_type": "qwen3"}, weights, size)
+    layers, read = _dflash_layers(
+        {**config, "model_type": "qwen3"}, nested["target_layer_ids"], weights, model
+    )
+    block = _number({**nested, **config}, "block_size", _LONGEST_BLOCK)
+    head = DFlashHead(layers, read, block, int(nested["mask_token_id"]))
+    return head, _renamed(weights, {"layers.": "decoder."})
+
+
+def _speculators_dflash(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int
+) -> _Made:
+    """The layout of speculators: as z-lab's, and with `d2t` an output head over a vocabulary of its own.
+
+    Embeddings, and an output head without `d2t`, are the target's, even where files repeat them.
+    """
+    for key, known in (("projector_type", "dflash"), ("sample_from_anchor", False)):
+        if config.get(key, known) != known:
+            raise ValueError(f"{key} is {config[key]!r}; known is {known!r}")
+    given = config["transformer_layer_config"]
+    layers, read = _dflash_layers(given, config["aux_hidden_state_layer_ids"], weights, model)
+    block = _number(config, "block_size", _LONGEST_BLOCK)
+    columns = None
+    if "d2t" in weights:
+        columns = _number(config, "draft_vocab_size", _widest(weights))
+    head = DFlashHead(layers, read, block, int(config["mask_token_id"]), columns=columns)
+    repeated = ["embed_tokens.", "verifier_", "d2t", "t2d", *(["lm_head."] if columns is None else [])]
+    own = {key: each for key, each in weights.items() if not key.startswith(tuple(repeated))}
+    if columns is not None:
+        head.ids = _draft_ids(weights, columns, int(model.get_input_embeddings().weight.shape[0]))
+    return head, _renamed(own, {"layers.": "decoder."})
+
+
+def _dflash_layers(
+    config: Mapping[str, Any], ids: Any, weights: Mapping[str, Tensor], model: Any
+) -> tuple[Any, list[int]]:
+    """The configuration of DFlash's layers, and the layers of the target that it reads."""
+    text = model.config.get_text_config(decoder=True)
+    layers = _llama(config, weights, int(text.hidden_size))
     kinds = sorted(set(getattr(layers, "layer_types", None) or ()) - {"full_attention"})
     if kinds:
         raise ValueError(f"layers of {', '.join(kinds)}; known are those of full_attention")
     # They count what layers give, this package what layers take.
-    count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
-    read = [layer + 1 for layer in _layers(nested["target_layer_ids"])]
-    block = _number({**nested, **config}, "block_size", _LONGEST_BLOCK)
-    mask = nested["mask_token_id"]
-    head = DFlashHead(layers, [LAST if each == count else each for each in read], block, int(mask))
-    return head, _renamed(weights, {"layers.": "decoder."})
+    last = int(text.num_hidden_layers)
+    return layers, [LAST if each + 1 == last else each + 1 for each in _layers(ids)]
 
 
 def _mlp_speculator(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int) -> _Made:
@@ -298,6 +342,29 @@ def _mlp_speculator(config: Mapping[str, Any], weights: Mapping[str, Tensor], mo
         levels = {f"{part}.{at}." for part in ("emb", "proj", "ln", "head") for at in range(1, depth)}
         named = {k: each for k, each in named.items() if k in own or not k.startswith(tuple(levels))}
     return head, named
+
+
+def _assistant(config: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any, size: int) -> _Made:
+    """Google's layout, of transformers' class: `model`, `pre_projection`, `post_projection`, `lm_head`."""
+    text, widest = config["text_config"], _widest(weights)
+    for key in (*_WIDTHS, "vocab_size"):
+        if text.get(key) is not None:
+            _number(text, key, widest)
+    _number(text, "num_hidden_layers", len(weights))
+    if config.get("use_ordered_embeddings"):
+        _number(config, "num_centroids", widest)
+        _number(config, "centroid_intermediate_top_k", config["num_centroids"])
+    backbone = _number(config, "backbone_hidden_size", widest)
+    if backbone != size:
+        raise ValueError(f"backbone_hidden_size is {backbone}, the target's states have {size} columns")
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    if text["vocab_size"] > rows:
+        raise ValueError(f"it guesses {text['vocab_size']} tokens, the target has {rows}")
+    named = {f"model.{key}": each for key, each in weights.items()}
+    embeddings = named.get("model.model.embed_tokens.weight")
+    if embeddings is not None and config.get("tie_word_embeddings", True):
+        named.setdefault("model.lm_head.weight", embeddings)
+    return AssistantHead(make_assistant(config)), named
 
 
 def _layers(given: Any) -> list[int]:
@@ -325,5 +392,7 @@ LAYOUTS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor], Any, int],
     "hydra": _hydra,
     "recurrent_drafting_drafter": _redrafter,
     "dflash": _dflash,
+    "speculators dflash": _speculators_dflash,
+    **dict.fromkeys(_ASSISTANTS, _assistant),
 }
 """Makes a head and names its weights, by layout."""

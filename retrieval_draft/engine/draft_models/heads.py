@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth, ModelTree
-from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim, columns_for
+from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim, VocabTrims, columns_for
 from retrieval_draft.engine.hidden_states import HiddenStates
 from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import InvalidInputError
@@ -56,6 +56,9 @@ class DraftHead(Protocol):
 
     A row is what the target made of one token of the text, its hidden states, with the token that came next:
     row i holds the states at token i and token i + 1. The next token follows from the last row.
+
+    One with `reads_cache` finds the target's keys and values of the text but for its last token in the
+    `cache` of each state that it reads and expands, and leaves them as they are.
     """
 
     layers: tuple[int, ...]
@@ -135,9 +138,11 @@ class HeadSession:
         self.root_ids: NDArray[np.int64] | None = None
         self._owner: HeadSession | None = None
         self._prompt = len(prompt)
-        source.saw(self.text)
+        self._apart: Hashable = None
+        self._trim: VocabTrim | None = None
         self._was_asked = self._is_asked = True
         self.key: Hashable = None
+        self._lent: Any = None
         self.draft_seconds = 0.0
         self.budget = 0
 
@@ -153,6 +158,15 @@ class HeadSession:
         if sum(len(rows) for _, rows in self._rows) > WAITING:
             self._source.read([self])
 
+    @property
+    def wants_cache(self) -> bool:
+        """True if the head reads the target's keys and values."""
+        return bool(getattr(self._source.head, "reads_cache", False))
+
+    def lend_cache(self, cache: Any) -> None:
+        """Takes the target's cache of the text but for its last token, until that is observed."""
+        self._lent = cache
+
     def share_hidden(self, key: Hashable) -> None:
         """Sets the state that it keeps and continues apart from those of requests with other keys."""
         self.key = key
@@ -164,11 +178,13 @@ class HeadSession:
     @property
     def is_due(self) -> bool:
         """True if it can propose, has not, and is asked in most steps."""
-        return self._was_asked and self._found is None and self.budget > 0 and self.ends_at_root
+        return self._was_asked and self._found is None and self.budget > 0 and self.can_propose
 
     @property
-    def ends_at_root(self) -> bool:
-        """True if the state that chose the last token is there."""
+    def can_propose(self) -> bool:
+        """True if the state that chose the last token is there, and the target's cache if it is read."""
+        if self.wants_cache and self._lent is None:
+            return False
         if not self._rows:
             return self.root is not None
         begin, rows = self._rows[-1]
@@ -195,12 +211,34 @@ class HeadSession:
         self.is_whole, self.read = self.is_whole and first == self.read, first + count
         self._rows = [(begin, rows) for begin, rows in self._rows if begin + len(rows) > self.read]
         self.root = logits if self.read == len(self.text) - 1 else None
-        self.root_ids = self._source.ids
+        self.root_ids = self.ids
+
+    def keep_apart(self, key: Hashable) -> None:
+        """Has tokens of requests with the same key drafted, and of no others; before the first proposal."""
+        self._apart = key
+
+    @property
+    def trim(self) -> VocabTrim | None:
+        """Tokens that the head's outputs choose among; None for all."""
+        if self._trim is None and self._source.trims is not None:
+            self._trim = self._source.trims.of(self._apart)
+            self._trim.add(self.text)
+        return self._trim
+
+    @property
+    def ids(self) -> NDArray[np.int64] | None:
+        """int64, shape (columns of the logits,): token of each column now; None where they are the same."""
+        return self._source.head.ids if self.trim is None else self.trim.ids
 
     def begin_state(self) -> None:
-        """Makes the head's state: that of a request with the same beginning, as far as it goes, or none."""
-        if self.state is not None:
-            return
+        """Makes the head's state, if there is none, and lends it the target's cache, if that is read."""
+        if self.state is None:
+            self._make_state()
+        if self.wants_cache:
+            self.state.cache = self._lent
+
+    def _make_state(self) -> None:
+        """The state of a request with the same beginning, as far as it goes, or none."""
         owner, self._owner = self._owner, None
         if owner is not None and self._source.head.reads_all and self._prompt > 1:
             # All rows of the prompt but the last, whose token is each sample's own.
@@ -238,7 +276,7 @@ class HeadSession:
             (rows, vocabulary): n + 1, fewer where the head has no more levels, none where the target's last
             hidden state is missing.
         """
-        if len(self.text) < 2 or not self.ends_at_root:
+        if len(self.text) < 2 or not self.can_propose:
             return torch.empty((0, 0), dtype=torch.float32, device="cpu")
         return self._source.review(self, chain.tolist())
 
@@ -250,17 +288,19 @@ class HeadSession:
         """Appends accepted tokens, int32, shape (m,)."""
         if len(tokens):
             self.text = np.concatenate((self.text, np.asarray(tokens, np.int32)))
-            self._found = self.root = None
-            self._source.saw(tokens)
+            self._found = self.root = self._lent = None
+            if self.trim is not None:
+                self.trim.add(tokens)
             self._was_asked, self._is_asked = self._is_asked, False
 
     def learn(self, logits: NodeLogits) -> None:
         """Has tokens that the target ranks high drafted, where not all are; a head is trained elsewhere."""
-        self._source.saw(logits.top_tokens)
+        if self.trim is not None:
+            self.trim.add(logits.top_tokens)
 
     def close(self) -> None:
         """Frees the rows, and leaves the state to requests with the same beginning."""
-        self._rows, self._owner, self._found = [], None, None
+        self._rows, self._owner, self._found, self._lent = [], None, None, None
         self._source.keep(self)
         self.state = None
 
@@ -279,7 +319,7 @@ class HeadDraft:
 
     Attributes:
         head: As given.
-        trim: Those tokens; None for all.
+        trims: Those tokens, by the key of a request; None for all.
         states: The target's, from which hidden states come.
 
     Example:
@@ -291,7 +331,7 @@ class HeadDraft:
 
     def __init__(self, head: DraftHead, columns: int | None = None) -> None:
         self.head = head
-        self.trim: VocabTrim | None = None
+        self.trims: VocabTrims | None = None
         self._columns = columns
         self.states: HiddenStates
         self._live: WeakSet[HeadSession] = WeakSet()
@@ -318,17 +358,13 @@ class HeadDraft:
         self._vocabulary = max(target.embedding_rows, known, most)
         columns = columns_for(known) if self._columns is None else self._columns
         if columns and columns < known and all(type(each) is torch.nn.Linear for each in outputs):
-            self.trim = head.trim = VocabTrim(outputs, known, columns)
+            self.trims = VocabTrims(outputs, known, columns)
 
-    @property
-    def ids(self) -> NDArray[np.int64] | None:
-        """int64, shape (columns of the logits,): token of each column now; None where they are the same."""
-        return self.head.ids if self.trim is None else self.trim.ids
-
-    def saw(self, tokens: NDArray[Any]) -> None:
-        """Notes tokens of texts, any shape, which the head may draft from now on."""
-        if self.trim is not None:
-            self.trim.add(tokens)
+    def _use_trim(self, session: HeadSession) -> None:
+        """Has the head's outputs choose among a session's tokens from now on."""
+        if self.trims is not None:
+            head: Any = self.head
+            head.trim = session.trim
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> HeadSession:
         """Starts a request with `prompt`, int32, shape (length,); reference texts are not read."""
@@ -344,9 +380,11 @@ class HeadDraft:
 
     def propose(self, session: HeadSession) -> None:
         """Makes a session's guesses, and in the same passes those of the others that are due."""
-        if not session.ends_at_root:
+        if not session.can_propose:
             return
-        others = [each for each in self._live if each is not session and each.is_due]
+        others = [
+            each for each in self._live if each is not session and each.is_due and each.trim is session.trim
+        ]
         begin = perf_counter()
         try:
             self._grow([session, *others])
@@ -362,9 +400,12 @@ class HeadDraft:
     def _grow(self, sessions: Sequence[HeadSession]) -> None:
         head = self.head
         self.read([session for session in sessions if session.root is None])
+        for session in sessions:
+            session.begin_state()
+        self._use_trim(sessions[0])
         states = [session.state for session in sessions]
         growths = []
-        ids = self.ids
+        ids = sessions[0].ids
         for session in sessions:
             assert session.root is not None
             growth = Growth(session.limits, session.reranked * session.budget, None, ids)
@@ -386,7 +427,9 @@ class HeadDraft:
         """Log probabilities after a session's text and along a chain of guesses; see `HeadSession.review`."""
         if session.root is None:
             self.read([session])
+        session.begin_state()
         assert session.root is not None
+        self._use_trim(session)
         rows = [self._spread(session.root, session.root_ids)]
         levels = len(chain) + 1 if self.head.levels is None else self.head.levels
         path = Growth(self.head.limits, 1)
@@ -394,7 +437,7 @@ class HeadDraft:
         try:
             for token in chain[: levels - 1]:
                 (row,) = self.head.expand([session.state], [path.follow(token)])
-                rows.append(self._spread(row, self.ids))
+                rows.append(self._spread(row, session.ids))
         finally:
             self.head.drop(session.state)
         return torch.cat(rows).log_softmax(-1)
@@ -422,6 +465,7 @@ class HeadDraft:
                 tokens.append(unread[1])
                 hidden.append(unread[2])
         if reading:
+            self._use_trim(reading[0])
             logits = self.head.read([session.state for session in reading], tokens, hidden, begins)
             for session, begin, rows, guess in zip(reading, begins, hidden, logits, strict=True):
                 session.has_read(begin, len(rows), guess)
@@ -469,7 +513,7 @@ class HeadDraft:
     @property
     def nbytes(self) -> int:
         """Bytes of the states of ended requests, and of trimmed outputs; the head is its owner's."""
-        trimmed = 0 if self.trim is None else self.trim.nbytes
+        trimmed = 0 if self.trims is None else self.trims.nbytes
         return trimmed + self._kept_bytes
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from retrieval_draft.engine.cpu.kernels import CpuKernels
 from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits, LentExpansion
 from retrieval_draft.engine.draft_models.heads import RERANKED, proposal_of
 from retrieval_draft.engine.draft_models.layer_search import LayerSearch
-from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim, trim_of
+from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim, VocabTrims, trim_of
 from retrieval_draft.engine.substitution import wrap_forwards
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.wrapped_models import decoder_layers, device_of
@@ -37,7 +37,7 @@ class ModelSession:
         prompt: int32, shape (length,).
         allowed: bool, shape (vocabulary,). Tokens it may draft; None for all.
         reranked: Nodes offered for each node of the budget.
-        trim: Tokens that it chooses among; None for all.
+        trims: Tokens that it chooses among, by key; None for all.
     """
 
     def __init__(
@@ -46,15 +46,27 @@ class ModelSession:
         prompt: TokenArray,
         allowed: Tensor | None = None,
         reranked: int = RERANKED,
-        trim: VocabTrim | None = None,
+        trims: VocabTrims | None = None,
     ) -> None:
-        self._trim = trim
-        if trim is not None:
-            trim.add(prompt)
+        self._trims = trims
+        self._made: VocabTrim | None = None
+        self._key: Hashable = None
         self._expansion = expansion
         self._reranked = reranked
         self._allowed = allowed
         self._text = np.array(prompt, np.int32)
+
+    def keep_apart(self, key: Hashable) -> None:
+        """Has tokens of requests with the same key drafted, and of no others; before the first proposal."""
+        self._key = key
+
+    @property
+    def _trim(self) -> VocabTrim | None:
+        """Tokens that it chooses among; None for all."""
+        if self._made is None and self._trims is not None:
+            self._made = self._trims.of(self._key)
+            self._made.add(self._text)
+        return self._made
 
     def propose(self, budget: int) -> Proposal:
         """The model's most probable paths, more than `budget` of them: fusion chooses."""
@@ -124,7 +136,7 @@ class ModelDraft:
             self._allowed[:vocabulary] = True
             self._allowed = self._allowed.to(self.target.device)
         self._known = min(vocabulary, self.target.embedding_rows)
-        self.trim = trim_of(model, self._known, columns)
+        self.trims = trim_of(model, self._known, columns)
 
     def expansion(self, limits: ExpansionLimits | None = None, slack: int = 0) -> Expansion:
         """The model with an empty cache.
@@ -145,10 +157,6 @@ class ModelDraft:
         with self._kernels.applied():
             yield
 
-    def trimmed(self) -> AbstractContextManager[None]:
-        """Context in which the output head gives the columns of `trim` alone, if there is one."""
-        return nullcontext() if self.trim is None else self.trim.applied()
-
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> ModelSession:
         """Starts a request with `prompt`, int32, shape (length,); reference texts are not read.
 
@@ -162,7 +170,7 @@ class ModelDraft:
     ) -> ModelSession:
         """Starts a request with limits of its own; see `open` and `ModelSession`."""
         self._check(prompt)
-        return ModelSession(self.expansion(limits), prompt, self._allowed, reranked, self.trim)
+        return ModelSession(self.expansion(limits), prompt, self._allowed, reranked, self.trims)
 
     def _check(self, prompt: TokenArray) -> None:
         if len(prompt) and int(prompt.max()) >= self.target.embedding_rows:
@@ -181,7 +189,7 @@ class ModelDraft:
     @property
     def nbytes(self) -> int:
         """Bytes of the trimmed head; the model is its owner's, caches are the sessions'."""
-        return 0 if self.trim is None else self.trim.nbytes
+        return 0 if self.trims is None else self.trims.nbytes
 
 
 class SelfSession(ModelSession):
@@ -194,12 +202,12 @@ class SelfSession(ModelSession):
         reranked: Nodes offered for each node of the budget.
     """
 
-    wants_cache = True
+    wants_cache = writes_cache = True
 
     def __init__(
         self, source: SelfDraft, expansion: LentExpansion, prompt: TokenArray, reranked: int = RERANKED
     ) -> None:
-        super().__init__(expansion, prompt, None, reranked, source.trim)
+        super().__init__(expansion, prompt, None, reranked, source.trims)
         self._source, self._lent = source, expansion
         self._emitted = 0
 
@@ -213,7 +221,7 @@ class SelfSession(ModelSession):
         self._lent.cache = None
         self._emitted += len(tokens)
         if self._emitted >= SCORED:  # each step, whether it drafts or sleeps
-            self._source.score(self._text)
+            self._source.score(self._text, self._trim)
 
 
 class ParallelSession(ModelSession):
@@ -348,8 +356,8 @@ class SelfDraft(ModelDraft):
             sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in self._layers]
             head = model.get_output_embeddings()
             rest = 0 if head is None else head.weight.numel()
-            if self.trim is not None:
-                rest = int(rest * self.trim.share)
+            if self.trims is not None:
+                rest = int(rest * self.trims.share)
             self._search = LayerSearch(count, rest * count / max(sum(sizes), 1), self.limits.depth)
         self._scored: Tensor | None = None
 
@@ -366,7 +374,7 @@ class SelfDraft(ModelDraft):
         return self._search is None or self._search.candidate is None
 
     @torch.no_grad()
-    def score(self, text: TokenArray) -> None:
+    def score(self, text: TokenArray, trim: VocabTrim | None = None) -> None:
         """Scores the search's next set of layers, if there is one, on the end of a text.
 
         All sets are scored on the same text, the first that is long enough. One pass without the text before
@@ -374,6 +382,7 @@ class SelfDraft(ModelDraft):
 
         Args:
             text: int32, shape (length,). Its last `SCORED` tokens are the target's own.
+            trim: Tokens that drafts are chosen among; None for all.
         """
         search = self._search
         if search is None or search.candidate is None or len(text) <= SCORED:
@@ -382,10 +391,11 @@ class SelfDraft(ModelDraft):
             ids = torch.from_numpy(text[-2 * SCORED :].astype(np.int64))
             self._scored = ids.to(self.target.device)
         chosen = self._scored[-SCORED:]
-        if self.trim is not None:
-            chosen = torch.from_numpy(self.trim.columns_of(chosen.cpu().numpy())).to(chosen.device)
+        if trim is not None:
+            chosen = torch.from_numpy(trim.columns_of(chosen.cpu().numpy())).to(chosen.device)
         try:
-            with self.skipping(search.candidate), self.trimmed():
+            trimmed = nullcontext() if trim is None else trim.applied()
+            with self.skipping(search.candidate), trimmed:
                 cache = self.target.cache(len(self._scored))
                 parts = list(self.target.prefill(cache, self._scored[:-1], len(chosen)))
         except Exception:  # the next one would fail as well: the layers of now are kept

@@ -1,4 +1,4 @@
-"""Heads that carry one vector along a path, and read nothing of a text but its last row.
+"""Heads that carry one vector along a path, and read no row of a text but its last one.
 
 Medusa (arXiv:2401.10774) guesses each further token from the target's last state alone, Hydra
 (arXiv:2402.05109) from that and the tokens between; IBM's speculator (arXiv:2404.19124) from a state to which
@@ -17,30 +17,40 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from retrieval_draft.engine.draft_models.draft_layers import move_head
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth
 from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim
 from retrieval_draft.engine.hidden_states import LAST
 
-__all__ = ["HydraHead", "MedusaHead", "MlpSpeculator", "ReDrafter", "VectorHead"]
+__all__ = ["HydraHead", "MedusaHead", "MlpSpeculator", "PathHead", "PathState", "ReDrafter", "VectorHead"]
 
 
-class _State:
-    """The vectors at the nodes that were expanded last, (nodes, d), and that at the text's end."""
+class PathState:
+    """The vectors of one text.
+
+    Attributes:
+        nodes: Nodes that were expanded last.
+        vectors: (nodes, d), theirs.
+        last: (1, d), that at the text's end.
+        cache: The target's keys and values of the text but for its last token, lent to heads that read them.
+    """
 
     length = 0
     nbytes = 0
+    cache: Any = None
 
     def __init__(self) -> None:
         self.nodes: list[int] = []
         self.vectors: Tensor
         self.last: Tensor
 
-    def copy(self, rows: int) -> _State:
-        return _State()
+    def copy(self, rows: int) -> PathState:
+        """An empty one: a text is not read on from its middle."""
+        return PathState()
 
 
-class VectorHead(nn.Module, ABC):
-    """A head that makes each node's vector of its token and its parent's vector.
+class PathHead(nn.Module, ABC):
+    """A head that carries one vector along a path.
 
     Args:
         depth: Number of levels that it has weights for; None for any number.
@@ -59,6 +69,86 @@ class VectorHead(nn.Module, ABC):
         self.limits = limits or ExpansionLimits()
 
     @abstractmethod
+    def steps(
+        self, states: Sequence[PathState], counts: Sequence[int], level: int, tokens: Tensor, vectors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Vectors at nodes of several texts, and logits of the tokens after them.
+
+        Args:
+            states: One for each text.
+            counts: Nodes of each text.
+            level: 0 for the roots, whose `vectors` are the target's states.
+            tokens: int64, shape (n,). The nodes' tokens, one text's after the other's.
+            vectors: (n, d). Their parents' vectors.
+
+        Returns:
+            (n, d') and (n, vocabulary).
+        """
+
+    def bind(self, model: Any) -> None:
+        """Takes the target's embeddings, device and dtype."""
+        embeddings = model.get_input_embeddings()
+        move_head(self, embeddings.weight.device, model.dtype)
+        self._target_embeddings = [embeddings]  # in a list it is no module of this one
+
+    def outputs(self) -> list[nn.Module]:
+        """Output heads with a row for each token, for `guesses`; none where they are not trimmed."""
+        return []
+
+    def guesses(self, states: Tensor, head: int = 0) -> Tensor:
+        """Logits by one of its output heads, of all tokens or of those of `trim`, from states (n, d)."""
+        out: Tensor = self.outputs()[head](states) if self.trim is None else self.trim.logits(states, head)
+        return out
+
+    def state(self) -> PathState:
+        """A state of no text."""
+        return PathState()
+
+    def drop(self, state: PathState) -> None:
+        """Forgets the nodes that were expanded."""
+        state.nodes, state.vectors = [0], state.last
+
+    def read(
+        self,
+        states: Sequence[PathState],
+        tokens: Sequence[Tensor],
+        hidden: Sequence[Tensor],
+        begins: Sequence[int],
+    ) -> list[Tensor]:
+        """Reads the last row of several texts; see `DraftHead.read`."""
+        rows = torch.cat([each[-1:] for each in hidden]).to(next(self.parameters()).dtype)
+        roots = torch.cat([each[-1:] for each in tokens])
+        vectors, logits = self.steps(states, [1] * len(states), 0, roots, rows)
+        for state, vector in zip(states, vectors.split(1), strict=True):
+            state.last = vector
+            state.nodes, state.vectors = [0], vector
+        return list(logits.split(1))
+
+    def expand(self, states: Sequence[PathState], growths: Sequence[Growth]) -> list[Tensor]:
+        """Logits after the nodes of each frontier; see `DraftHead.expand`."""
+        counts = [len(growth.frontier) for growth in growths]
+        ids, parents = [], []
+        for state, growth in zip(states, growths, strict=True):
+            ids += [growth.tokens[node] for node in growth.frontier]
+            parents.append(
+                state.vectors[[state.nodes.index(growth.parents[node]) for node in growth.frontier]]
+            )
+        tokens = torch.tensor(ids, dtype=torch.int64, device=parents[0].device)
+        level = growths[0].depths[growths[0].frontier[0]]
+        vectors, logits = self.steps(states, counts, level, tokens, torch.cat(parents))
+        for state, growth, part in zip(states, growths, vectors.split(counts), strict=True):
+            state.nodes, state.vectors = list(growth.frontier), part
+        return list(logits.split(counts))
+
+
+class VectorHead(PathHead):
+    """A head that makes each node's vector of its token and its parent's vector alone.
+
+    Args:
+        depth, limits: As for `PathHead`.
+    """
+
+    @abstractmethod
     def step(self, level: int, tokens: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors at nodes, and logits of the tokens after them.
 
@@ -71,59 +161,11 @@ class VectorHead(nn.Module, ABC):
             (n, d') and (n, vocabulary).
         """
 
-    def bind(self, model: Any) -> None:
-        """Takes the target's embeddings, device and dtype."""
-        embeddings = model.get_input_embeddings()
-        self.to(embeddings.weight.device, model.dtype)
-        self._target_embeddings = [embeddings]  # in a list it is no module of this one
-
-    def outputs(self) -> list[nn.Module]:
-        """Output heads with a row for each token, for `guesses`; none where they are not trimmed."""
-        return []
-
-    def guesses(self, states: Tensor, head: int = 0) -> Tensor:
-        """Logits by one of its output heads, of all tokens or of those of `trim`, from states (n, d)."""
-        out: Tensor = self.outputs()[head](states) if self.trim is None else self.trim.logits(states, head)
-        return out
-
-    def state(self) -> _State:
-        """A state of no text."""
-        return _State()
-
-    def drop(self, state: _State) -> None:
-        """Forgets the nodes that were expanded."""
-        state.nodes, state.vectors = [0], state.last
-
-    def read(
-        self,
-        states: Sequence[_State],
-        tokens: Sequence[Tensor],
-        hidden: Sequence[Tensor],
-        begins: Sequence[int],
-    ) -> list[Tensor]:
-        """Reads the last row of several texts; see `DraftHead.read`."""
-        rows = torch.cat([each[-1:] for each in hidden]).to(next(self.parameters()).dtype)
-        vectors, logits = self.step(0, torch.cat([each[-1:] for each in tokens]), rows)
-        for state, vector in zip(states, vectors.split(1), strict=True):
-            state.last = vector
-            state.nodes, state.vectors = [0], vector
-        return list(logits.split(1))
-
-    def expand(self, states: Sequence[_State], growths: Sequence[Growth]) -> list[Tensor]:
-        """Logits after the nodes of each frontier; see `DraftHead.expand`."""
-        counts = [len(growth.frontier) for growth in growths]
-        ids, parents = [], []
-        for state, growth in zip(states, growths, strict=True):
-            ids += [growth.tokens[node] for node in growth.frontier]
-            parents.append(
-                state.vectors[[state.nodes.index(growth.parents[node]) for node in growth.frontier]]
-            )
-        tokens = torch.tensor(ids, dtype=torch.int64, device=parents[0].device)
-        level = growths[0].depths[growths[0].frontier[0]]
-        vectors, logits = self.step(level, tokens, torch.cat(parents))
-        for state, growth, part in zip(states, growths, vectors.split(counts), strict=True):
-            state.nodes, state.vectors = list(growth.frontier), part
-        return list(logits.split(counts))
+    def steps(
+        self, states: Sequence[PathState], counts: Sequence[int], level: int, tokens: Tensor, vectors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `step`; the texts' nodes together."""
+        return self.step(level, tokens, vectors)
 
 
 class _Residual(nn.Module):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from retrieval_draft.engine.model_version import ModelVersion
 from retrieval_draft.engine.substitution import wrap_forwards
 from retrieval_draft.errors import InvalidInputError
 
-__all__ = ["VocabTrim", "columns_for"]
+__all__ = ["VocabTrim", "VocabTrims", "columns_for", "trim_of"]
 
 LEAST = 4096
 """Columns at least; a vocabulary of less than twice as many is not trimmed."""
 
 PART = 8
 """The vocabulary over the columns."""
+
+MOST_TRIMS = 4
+"""Keys whose trims are kept at a time; each has rows of its own."""
 
 FADING = 0.5
 """Factor of a token's count each time that tokens are chosen anew."""
@@ -62,6 +67,8 @@ class VocabTrim:
         self.ids: NDArray[np.int64] = np.empty(0, np.int64)
         self._weights: list[Tensor] = []
         self._biases: list[Tensor | None] = []
+        self._version = ModelVersion(nn.ModuleList(heads))
+        self._copied = self._version.current()
         self.add(np.arange(columns // 2))
 
     def add(self, tokens: NDArray[Any]) -> None:
@@ -77,6 +84,14 @@ class VocabTrim:
         else:
             self._take(np.concatenate((self.ids, new)), len(self.ids))
 
+    def renew(self) -> None:
+        """Copies the rows again where the heads' weights have been written or moved since."""
+        now = self._version.current()
+        if now != self._copied:
+            self._copied = now
+            self._weights, self._biases = [], []
+            self._take(self.ids, 0)
+
     def logits(self, states: Tensor, head: int = 0) -> Tensor:
         """(n, columns), of states (n, d), by one of the heads."""
         weight, bias = self._weights[head], self._biases[head]
@@ -89,11 +104,6 @@ class VocabTrim:
         columns[self.ids] = np.arange(len(self.ids))
         found: NDArray[np.int64] = columns[tokens]
         return found
-
-    @property
-    def share(self) -> float:
-        """Columns over the vocabulary."""
-        return self._columns / len(self._counts)
 
     @property
     def nbytes(self) -> int:
@@ -134,6 +144,36 @@ class VocabTrim:
                 _active.trims = before
 
 
+class VocabTrims:
+    """Trims of the same output heads, one for each key that sets requests apart.
+
+    The tokens of a tenant's texts, and how often they came, choose its own drafts and no other's. The least
+    recently used trim is forgotten beyond `MOST_TRIMS`, and begins anew if its key comes back.
+
+    Args:
+        heads, vocabulary, columns: As for `VocabTrim`.
+    """
+
+    def __init__(self, heads: Sequence[nn.Linear], vocabulary: int, columns: int) -> None:
+        self._make = partial(VocabTrim, heads, vocabulary, columns)
+        self._trims: dict[Hashable, VocabTrim] = {}
+        self.share = columns / vocabulary
+
+    def of(self, key: Hashable) -> VocabTrim:
+        """The trim of a key, with rows of the present weights; a request with that key begins."""
+        trim = self._trims.pop(key, None) or self._make()
+        trim.renew()
+        self._trims[key] = trim
+        if len(self._trims) > MOST_TRIMS:
+            del self._trims[next(iter(self._trims))]
+        return trim
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all trims."""
+        return sum(trim.nbytes for trim in self._trims.values())
+
+
 _active = threading.local()
 
 
@@ -149,8 +189,8 @@ def _trimmed(head: nn.Linear, present: Callable[..., Tensor]) -> Callable[..., T
 
 
 @torch.no_grad()
-def trim_of(model: Any, vocabulary: int, columns: int | None = None) -> VocabTrim | None:
-    """A trim of a model's output head.
+def trim_of(model: Any, vocabulary: int, columns: int | None = None) -> VocabTrims | None:
+    """Trims of a model's output head.
 
     Args:
         model: Any causal model of transformers.
@@ -174,7 +214,8 @@ def trim_of(model: Any, vocabulary: int, columns: int | None = None) -> VocabTri
         or not head.weight.is_floating_point()
     ):
         return None
-    trim = VocabTrim([head], vocabulary, columns)
+    trims = VocabTrims([head], vocabulary, columns)
+    trim = trims.of(None)
     ids = torch.zeros((1, 1), dtype=torch.int64, device=head.weight.device)
     try:
         whole = model(ids).logits[0]
@@ -183,4 +224,6 @@ def trim_of(model: Any, vocabulary: int, columns: int | None = None) -> VocabTri
     except Exception:  # of any type, in the model's own code: it needs all of its logits
         return None
     wanted = whole[:, torch.from_numpy(trim.ids).to(whole.device)]
-    return trim if part.shape == wanted.shape and torch.allclose(part, wanted, rtol=1e-2, atol=1e-2) else None
+    return (
+        trims if part.shape == wanted.shape and torch.allclose(part, wanted, rtol=1e-2, atol=1e-2) else None
+    )

@@ -37,11 +37,14 @@ def inference() -> Any:
 class Told:
     """Stands for a `DraftSession`: notes what it is told, and proposes a given tree."""
 
-    wants_hidden = wants_cache = learns_early = False
+    wants_hidden = learns_early = False
 
     def __init__(self, tree: DraftTree | None = None) -> None:
         self.tree = tree
         self.calls: list[tuple[Any, ...]] = []
+
+    def wants_cache(self, captured: bool) -> bool:
+        return False
 
     def propose(self, root: int, length: int, max_depth: int) -> DraftPlan:
         self.calls.append(("propose", root, length, max_depth))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
@@ -60,6 +61,37 @@ def test_a_block_is_guessed_by_states_and_masks(tmp_path: Path) -> None:
     half = states[0].copy(3)
     head.read([half], [tokens[0, 3:]], [hidden[0, 3:]], [3])
     torch.testing.assert_close(half.guesses, states[0].guesses)
+
+
+@torch.no_grad()
+def test_a_vocabulary_of_its_own_has_its_own_output_head(tmp_path: Path) -> None:
+    name = write_head(tmp_path, "speculators dflash")
+    weights = load_file(tmp_path / "model.safetensors")
+    head = load_head(name, MODEL)
+    head.bind(MODEL)
+    assert head.layers == (1, -1)
+    kept = weights["t2d"].nonzero()[:, 0]
+    assert head.ids.tolist() == kept.tolist()
+    tokens, hidden = torch.randint(0, 96, (ROWS,)), torch.randn(ROWS, 64)
+    state = head.state()
+    head.read([state], [tokens], [hidden], [0])
+    whole = load_head(write_head(tmp_path, "speculators dflash"), MODEL)
+    whole.bind(MODEL)
+    whole.lm_head = None  # the target's, which `expected` takes
+    other = whole.state()
+    whole.read([other], [tokens], [hidden], [0])
+    torch.testing.assert_close(other.guesses, expected(whole, tokens, hidden), atol=1e-4, rtol=1e-3)
+    assert state.guesses.shape == (3, len(kept))
+    del weights["d2t"], weights["t2d"]
+    save_file(weights, tmp_path / "model.safetensors")
+    same = load_head(name, MODEL)
+    assert (same.lm_head, same.ids) == (None, None)
+
+
+@pytest.mark.parametrize("change", [{"projector_type": "domino"}, {"sample_from_anchor": True}])
+def test_another_kind_of_block_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=next(iter(change))):
+        load_head(write_head(tmp_path, "speculators dflash", **change), MODEL)
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,7 @@ def test_every_layout_is_tried() -> None:
     assert heads.LAYOUTS.keys() == LAYOUTS.keys()
 
 
-@pytest.mark.parametrize("target", ["llama", "gemma3"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "target"), heads.cases(["llama", "gemma3"]))
 def test_greedy_text_is_that_of_generate(layout: str, target: str, tmp_path: Path) -> None:
     model = make(target)
     drafter = drafter_of(model, write_head(tmp_path, layout), prefix_cache_bytes=1 << 22)
@@ -45,11 +44,11 @@ def test_greedy_text_is_that_of_generate(layout: str, target: str, tmp_path: Pat
     assert drafter.stats.cached_tokens > 0
     assert drafter.stats.source_failures == 0
     assert drafter.stats.drafted > drafter.stats.steps
-    assert drafter.stats.accepted > 0
+    if not layout.endswith("_assistant"):  # whose random guesses are never right here
+        assert drafter.stats.accepted > 0
 
 
-@pytest.mark.parametrize("target", ["llama", "gemma3"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "target"), heads.cases(["llama", "gemma3"]))
 def test_seeded_text_is_that_of_the_seed_undrafted(layout: str, target: str, tmp_path: Path) -> None:
     model = make(target)
     drafter = drafter_of(model, write_head(tmp_path, layout))
@@ -60,6 +59,20 @@ def test_seeded_text_is_that_of_the_seed_undrafted(layout: str, target: str, tmp
         assert torch.equal(*texts)
     assert drafter.stats.source_failures == 0
     assert drafter.stats.drafted
+
+
+@pytest.mark.parametrize(("layout", "target"), heads.cases(["llama"]))
+def test_half_precision_rounds_weights_and_no_position(layout: str, target: str, tmp_path: Path) -> None:
+    model = make(target)
+    name = write_head(tmp_path, layout)
+    head, given = load_head(name, model), load_head(name, model)
+    head.bind(model.to(torch.bfloat16))
+    held = head.state_dict()
+    assert {each.dtype for each in held.values() if each.is_floating_point()} == {torch.bfloat16}
+    known = dict(given.named_buffers())
+    for buffer, each in head.named_buffers():
+        if buffer not in held:  # such as the frequencies of rotary factors
+            assert torch.equal(each, known[buffer])
 
 
 @pytest.mark.parametrize("graphs", ["off", "tape"])
@@ -80,11 +93,11 @@ def test_a_model_of_its_own_is_a_draft_model(tmp_path: Path) -> None:
     assert load_head(str(tmp_path), model) is None
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_head_of_another_model_is_refused(layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "target"), heads.cases(["llama"]))
+def test_a_head_of_another_model_is_refused(layout: str, target: str, tmp_path: Path) -> None:
     name = write_head(tmp_path, layout)
     with pytest.raises(ModelFileError) as raised:
-        drafter_of(make("llama", hidden_size=40, head_dim=10), name)
+        drafter_of(make(target, hidden_size=40, head_dim=10), name)
     assert name in str(raised.value)
 
 
@@ -167,6 +180,7 @@ def test_a_corrupt_checkpoint_is_refused_with_its_name(spoil: Any, expected: str
         ("recurrent_drafting_drafter", "vocab_size", 10**6),
         ("recurrent_drafting_drafter", "num_draft_layers", 10**9),
         ("dflash", "block_size", 10**6),
+        ("gemma4_assistant", "backbone_hidden_size", 10**12),
     ],
 )
 def test_a_number_that_makes_no_sense_is_refused(layout: str, key: str, value: Any, tmp_path: Path) -> None:

@@ -13,9 +13,16 @@ from torch import nn
 from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.engine.draft_models.eagle import EagleHead
 from retrieval_draft.engine.draft_models.heads import HeadDraft
-from retrieval_draft.engine.draft_models.model_draft import ModelDraft
+from retrieval_draft.engine.draft_models.model_draft import ModelDraft, SelfDraft
 from retrieval_draft.engine.draft_models.vector_heads import MedusaHead
-from retrieval_draft.engine.draft_models.vocab_trim import LEAST, VocabTrim, columns_for, trim_of
+from retrieval_draft.engine.draft_models.vocab_trim import (
+    LEAST,
+    MOST_TRIMS,
+    VocabTrim,
+    VocabTrims,
+    columns_for,
+    trim_of,
+)
 from tests.support.drafters import near_ties, prompt_ids
 from tests.support.models import make
 
@@ -53,6 +60,38 @@ def test_logits_are_those_of_the_tokens(bias: bool) -> None:
             torch.testing.assert_close(trim.logits(states, at), head(states)[:, torch.from_numpy(trim.ids)])
 
 
+@pytest.mark.parametrize("change", ["written", "data", "moved", "another"])
+def test_rows_are_those_of_the_present_weights(change: str) -> None:
+    head = linear(8, bias=True)
+    trims = VocabTrims([head], 8, 4)
+    trim, states = trims.of(None), torch.randn(3, 5)
+    trim.add(np.array([6]))
+    with torch.no_grad():
+        if change == "written":
+            head.weight.mul_(2)
+        elif change == "data":
+            head.bias.data.add_(1)
+        elif change == "moved":
+            head.double()
+            states = states.double()
+        else:
+            head.weight = nn.Parameter(torch.randn(8, 5))
+        assert trims.of(None) is trim
+        torch.testing.assert_close(trim.logits(states), head(states)[:, [0, 1, 6]])
+
+
+def test_what_one_key_writes_chooses_no_other_ones_tokens() -> None:
+    trims = VocabTrims([linear(8)], 8, 4)
+    trims.of("a").add(np.array([7]))
+    assert trims.of("b").ids.tolist() == [0, 1]
+    assert trims.of("a").ids.tolist() == [0, 1, 7]
+    held = trims.of("a")
+    for key in range(MOST_TRIMS):
+        trims.of(key)
+    assert trims.of("a") is not held
+    assert trims.nbytes <= MOST_TRIMS * held.nbytes
+
+
 def test_small_vocabularies_are_left_whole() -> None:
     assert columns_for(2 * LEAST - 1) == 0
     assert columns_for(2 * LEAST) == LEAST
@@ -76,8 +115,9 @@ def test_a_model_that_needs_all_of_its_logits_is_left_whole(monkeypatch: pytest.
 
 def test_other_threads_have_the_whole_head() -> None:
     model = make("llama")
-    trim = trim_of(model, 97, 20)
-    assert trim is not None
+    trims = trim_of(model, 97, 20)
+    assert trims is not None
+    trim = trims.of(None)
     sizes = []
 
     def run() -> None:
@@ -103,7 +143,7 @@ def test_a_draft_model_loses_next_to_nothing_and_the_text_is_the_same() -> None:
         assert near_ties(model, ours.generate(prompt_ids(), max_new_tokens=NEW, do_sample=False), stock) == 0
         assert ours.stats.source_failures == 0
         steps[columns] = ours.stats.tokens_per_step
-        assert (draft.trim is not None) == bool(columns)
+        assert (draft.trims is not None) == bool(columns)
     assert steps[48] > 0.85 * steps[0], steps
 
 
@@ -126,5 +166,30 @@ def test_heads_over_some_tokens_are_exact(kind: str) -> None:
     assert near_ties(model, ours.generate(rows, max_new_tokens=NEW, do_sample=False), stock) == 0
     assert ours.stats.source_failures == 0
     assert ours.stats.drafted_by_source["model"] > 0
-    assert source.trim is not None
-    assert 15 <= len(source.trim.ids) <= 30
+    assert source.trims is not None
+    assert 15 <= len(source.trims.of(("", "")).ids) <= 30
+
+
+@pytest.mark.parametrize("kind", ["model", "self", "medusa"])
+def test_a_tenant_drafts_none_of_another_ones_tokens(kind: str) -> None:
+    model = make("llama")
+    head = MedusaHead(3, 1, model.config.hidden_size, 97)
+    source: Any = {
+        "model": lambda: ModelDraft(make("llama", seed=3), 97, columns=20),
+        "self": lambda: SelfDraft(model, [1]),
+        "medusa": lambda: HeadDraft(head, columns=20),
+    }[kind]()
+    if kind == "self":
+        source.trims = trim_of(model, 97, 20)
+    drafter = RetrievalDrafter.for_model(model, draft_model=source, config=DraftConfig(nodes=4, sources=()))
+    for name in ("one", "two"):
+        tenant = drafter.namespace(name, 1 << 20)
+        tenant.generate(prompt_ids(), max_new_tokens=4, do_sample=False)
+        assert tenant.stats.source_failures == 0
+    assert {("one", ""), ("two", "")} <= source.trims._trims.keys()
+    for name, tokens in (("a", [90, 91]), ("b", [92])):
+        session = source.open(np.array(tokens, np.int32))
+        session.keep_apart(name)
+        session.observe(np.array([tokens[0]], np.int32))
+    assert source.trims.of("a").ids.tolist() == [*range(10), 90, 91]
+    assert source.trims.of("b").ids.tolist() == [*range(10), 92]
