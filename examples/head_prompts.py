@@ -15,9 +15,10 @@ import sysconfig
 from pathlib import Path
 
 EACH = 160
-TOPICS = """a long train journey|the first snow|keeping bees|an old clock|growing tomatoes|a garden in spring|the moon|
-chess|a bakery at dawn|wind power|the printing press|saving money|an evening by the sea|vaccines|volcanoes|a lost key|
-a school play|electric cars|bread|a stormy night|friendship|maps|the violin|learning a language|sleeping well|rivers"""
+TOPICS = """a long train journey|the first snow|keeping bees|an old clock|growing tomatoes|
+a garden in spring|the moon|chess|a bakery at dawn|wind power|the printing press|saving money|
+an evening by the sea|vaccines|volcanoes|a lost key|a school play|electric cars|bread|a stormy night|
+friendship|maps|the violin|learning a language|sleeping well|rivers"""
 PROSE = """Write a short story about {topic}.|Explain to a beginner what one should know about {topic}.|
 Describe {topic}.|What speaks for and against {topic}?|Write a letter to a friend about {topic}.|
 Give five pieces of advice on {topic}.|What is special about {topic}?"""
@@ -57,10 +58,15 @@ while len(found) < EACH * len(KINDS):
         "args": ", ".join(arg.arg for arg in node.args.args if arg.arg != "self") or "that you need",
         "doc": " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split()),
         "head": code.split('"""')[0] + '"""' + (ast.get_docstring(node) or "") + '"""',
-        "code": code, "text": text, "word": draw.choice(words),
-        "wrong": re.sub(r"\w+", lambda match: swaps.get(match[0], match[0]), text),
+        "code": code,
+        "text": text,
+        "word": draw.choice(words),
+        "wrong": re.sub(r"\w+", lambda match, swaps=swaps: swaps.get(match[0], match[0]), text),
     }
     facts["topic"] = draw.choice(TOPICS.split("|")).strip()
     found[draw.choice(KINDS[kind].split("|")).strip().format(**facts)] = kind
-lines = [json.dumps({"id": f"{kind}-{at}", "task": kind, "prompt": text}) for at, (text, kind) in enumerate(found.items())]
+lines = [
+    json.dumps({"id": f"{kind}-{at}", "task": kind, "prompt": text})
+    for at, (text, kind) in enumerate(found.items())
+]
 Path(sys.argv[1]).write_text("\n".join(lines) + "\n")

@@ -64,7 +64,7 @@ def generate(
         str | None,
         typer.Option(
             help='A smaller model or a trained head to draft with; "self": this one with layers skipped; '
-            '"mtp": its layers for multi-token prediction.'
+            '"int8": its copy with rounded weights; "mtp": its layers for multi-token prediction.'
         ),
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,

@@ -57,7 +57,7 @@ def serve(
         str | None,
         typer.Option(
             help='A smaller model or a trained head to draft with; "self": this one with layers skipped; '
-            '"mtp": its layers for multi-token prediction.'
+            '"int8": its copy with rounded weights; "mtp": its layers for multi-token prediction.'
         ),
     ] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name of the model for clients.")] = None,
