@@ -90,7 +90,7 @@ def looked_at(model: Any, prompt: list[int], output: list[int]) -> Text:
     hidden = model.get_decoder()(tokens[None]).last_hidden_state[0]
     begin = len(prompt) - 1
     probs, best = model.get_output_embeddings()(hidden[begin:]).softmax(-1).topk(RANKED)
-    return Text(tokens, hidden.clone(), begin, best, probs)
+    return Text(tokens, hidden.float(), begin, best, probs.float())
 
 
 def states_of(head: Any, kind: str, texts: list[Text], steps: int, noise: float) -> Iterator[list[Tensor]]:
@@ -221,6 +221,7 @@ parser.add_argument("--batch", type=int, default=8, help="replies written at a t
 parser.add_argument("--columns", type=int, default=8192, help="tokens that the head learns to rank")
 parser.add_argument("--epochs", type=int, default=8)
 parser.add_argument("--steps", type=int, default=1, help="of an EAGLE head on its own states, in training")
+parser.add_argument("--bf16", action="store_true", help="train in bfloat16, where the CPU is fast in it")
 args = parser.parse_args()
 
 torch.manual_seed(0)
@@ -230,14 +231,11 @@ if not args.texts:
     args.texts = [args.out / "texts.jsonl"]
     write(model, tokenizer, given, args.tokens, args.batch, args.texts[0])
 replies = [reply for path in args.texts for reply in read(path)]
-begin = time.perf_counter()
-texts = [
-    looked_at(model, reply["prompt"], reply["output"])
-    for reply in replies
-    if len(reply["output"]) > HEADS + 1
-]
-print(f"{len(texts)} texts, {sum(map(len, (text.best for text in texts)))} tokens", flush=True)
+pairs = [(reply["prompt"], reply["output"]) for reply in replies if len(reply["output"]) > HEADS + 1]
 head, config = made(args.kind, model)
-trained(head, args.kind, model, texts, args.columns, args.epochs, args.steps)
+with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+    texts = [looked_at(model, *pair) for pair in pairs]
+    print(f"{len(texts)} texts, {sum(len(text.best) for text in texts)} tokens of replies", flush=True)
+    trained(head, args.kind, model, texts, args.columns, args.epochs, args.steps)
 saved(head, args.kind, config, args.out)
 print(f"{args.out} holds the head: --draft-model {args.out}")
