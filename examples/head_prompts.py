@@ -37,12 +37,17 @@ draw = random.Random(0)
 functions, texts = [], []
 for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
     source = path.read_text("utf-8")
+    lines = source.split("\n")
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)):
             paragraphs = [" ".join(part.split()) for part in (ast.get_docstring(node) or "").split("\n\n")]
             texts += [part for part in paragraphs if 160 < len(part) < 500 and ">>>" not in part]
         if isinstance(node, ast.FunctionDef) and len(node.body) > 2 and ast.get_docstring(node):
-            functions.append((node, ast.get_source_segment(source, node) or ""))
+            code = [
+                *lines[node.lineno - 1 : node.end_lineno - 1],
+                lines[node.end_lineno - 1][: node.end_col_offset],
+            ]
+            functions.append((node, "\n".join(code)[node.col_offset :]))
 
 found = {}
 while len(found) < EACH * len(KINDS):

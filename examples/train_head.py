@@ -226,6 +226,7 @@ args = parser.parse_args()
 
 torch.manual_seed(0)
 model, tokenizer = load_model(args.model)
+model.requires_grad_(False)
 if not args.texts:
     given = read_prompts(args.prompts) if args.prompts else [Prompt(text, "prose", text) for text in PROMPTS]
     args.texts = [args.out / "texts.jsonl"]
@@ -233,7 +234,7 @@ if not args.texts:
 replies = [reply for path in args.texts for reply in read(path)]
 pairs = [(reply["prompt"], reply["output"]) for reply in replies if len(reply["output"]) > HEADS + 1]
 head, config = made(args.kind, model)
-with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+with torch.autocast("cpu", torch.bfloat16, args.bf16, cache_enabled=False):  # weights change
     texts = [looked_at(model, *pair) for pair in pairs]
     print(f"{len(texts)} texts, {sum(len(text.best) for text in texts)} tokens of replies", flush=True)
     trained(head, args.kind, model, texts, args.columns, args.epochs, args.steps)
