@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from copy import copy
 from dataclasses import replace
 from time import perf_counter
 from typing import Any, Protocol
@@ -278,7 +279,7 @@ class HeadDraft:
             a large vocabulary. For heads that name their outputs in `outputs`.
 
     Attributes:
-        head: As given.
+        head: As given, or a copy with the same weights.
         trim: Those tokens; None for all.
         states: The target's, from which hidden states come.
 
@@ -318,7 +319,11 @@ class HeadDraft:
         self._vocabulary = max(target.embedding_rows, known, most)
         columns = columns_for(known) if self._columns is None else self._columns
         if columns and columns < known and all(type(each) is torch.nn.Linear for each in outputs):
-            self.trim = head.trim = VocabTrim(outputs, known, columns)
+            # One head may draft for several drafters, which have columns of their own: each takes a copy with
+            # the same weights.
+            self.head = copy(self.head)
+            self.trim = VocabTrim(outputs, known, columns)
+            self.head.trim = self.trim  # type: ignore[attr-defined]
 
     @property
     def ids(self) -> NDArray[np.int64] | None:
