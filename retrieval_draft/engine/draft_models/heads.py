@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import replace
 from time import perf_counter
@@ -12,11 +13,13 @@ from weakref import WeakSet
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+from retrieval_draft.engine.cpu.linear import CpuLinear
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth, ModelTree
 from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim, columns_for
 from retrieval_draft.engine.hidden_states import HiddenStates
+from retrieval_draft.engine.substitution import lend_forwards
 from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray, empty_proposal
@@ -295,6 +298,7 @@ class HeadDraft:
         self.trim: VocabTrim | None = None
         self._columns = columns
         self.states: HiddenStates
+        self._linear: CpuLinear | None = None
         self._live: WeakSet[HeadSession] = WeakSet()
         self._kept: list[tuple[Hashable, TokenArray, Any]] = []
 
@@ -324,6 +328,16 @@ class HeadDraft:
             self.head = copy(self.head)
             self.trim = VocabTrim(outputs, known, columns)
             self.head.trim = self.trim  # type: ignore[attr-defined]
+        self._linear = CpuLinear(self.head) if isinstance(self.head, nn.Module) else None
+
+    def prepare(self) -> None:
+        """Measures the fastest kernels for the head's layers on the CPU, once."""
+        if self._linear is not None:
+            self._linear.prepare()
+
+    def _applied(self) -> AbstractContextManager[object]:
+        """Context of the head's passes."""
+        return nullcontext() if self._linear is None else lend_forwards(self._linear.forwards())
 
     @property
     def ids(self) -> NDArray[np.int64] | None:
@@ -353,13 +367,14 @@ class HeadDraft:
             return
         others = [each for each in self._live if each is not session and each.is_due]
         begin = perf_counter()
-        try:
-            self._grow([session, *others])
-        except Exception:
-            if not others:
-                raise
-            self._grow([session])  # another one's fault is its own
-            others = []
+        with self._applied():
+            try:
+                self._grow([session, *others])
+            except Exception:
+                if not others:
+                    raise
+                self._grow([session])  # another one's fault is its own
+                others = []
         share = (perf_counter() - begin) / (1 + len(others))
         for each in (session, *others):
             each.draft_seconds = share
