@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,16 +15,12 @@ __all__ = ["heads", "trim"]
 
 Prompts = Annotated[PromptOptions, Fields("prompts", "limit", defaults={"prompts": ()})]
 KINDS = Path("tests/data/prompts_kinds.jsonl")
-INT8 = "int8"
-"""Name of a draft model: a copy of the target in int8."""
 
 
 @measurement
 def heads(
     prompts: Prompts,
-    draft_model: Annotated[
-        str, typer.Option(help=f'A head, a model, "self", or "{INT8}", the target in int8.')
-    ],
+    draft_model: Annotated[str, typer.Option(help='A head, a model, "self", or "int8", the target in int8.')],
     model: Annotated[str, typer.Option(help="The target.")] = "smollm2-135m",
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Of each reply.")] = 64,
     nodes: Annotated[
@@ -43,10 +39,9 @@ def heads(
     if unknown or not chosen:
         raise InvalidInputError(f"--ways is {ways!r}.", f"Choose from: {', '.join(WAYS)}.")
     loaded, tokenizer = load_model(model)
-    drafter: Any = load_model(model, weights=INT8)[0] if draft_model == INT8 else draft_model
     given = prompts.read(KINDS)
     result = compare_heads(
-        loaded, tokenizer, given, drafter,
+        loaded, tokenizer, given, draft_model,
         max_new_tokens=max_new_tokens, nodes=nodes, chat=chat, ways=chosen,
     )  # fmt: skip
     result |= {"model": model, "draft_model": draft_model, "nodes": nodes}

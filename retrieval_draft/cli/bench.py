@@ -88,7 +88,9 @@ def live(
     ] = True,
     draft_model: Annotated[
         str | None,
-        typer.Option(help='Drafts too; "self": with layers skipped; "mtp": by its own layers for it.'),
+        typer.Option(
+            help='Drafts too; "self": with layers skipped; "int8": its copy; "mtp": by its own layers for it.'
+        ),
     ] = None,
     chat: Chat = False,
     beside: Beside = 0,

@@ -141,6 +141,20 @@ class Budget:
             sizes.append(size)
         return sizes
 
+    def beyond(self, verified: DraftTree, other: DraftTree) -> tuple[int, float]:
+        """Nodes of another tree that would be verified, and seconds that the pass takes beyond one over them.
+
+        Args:
+            verified: The tree that a pass verifies, of one row.
+            other: Its nodes best first: those pay that are as likely as the last of `verified`.
+        """
+        nodes = verified.num_draft_tokens
+        if not self._costs:
+            return min(nodes, other.num_draft_tokens), 0.0
+        fewer = int((other.path_probs[1:] >= verified.path_probs[-1]).sum()) if nodes else 0
+        cost = self._cost(1)
+        return fewer, cost.seconds(nodes + 1) - cost.seconds(fewer + 1)
+
     def timed(self, rows: int, nodes: int, length: int, seconds: float) -> None:
         """Records the time of a pass over `rows` rows and `nodes` nodes, roots included."""
         if self._costs:

@@ -32,6 +32,10 @@ RATE_MEMORY = 0.995
 PRICES = 15
 """Calls whose median time is the price; so the first of a request, which reads the prompt, is not."""
 
+MARGIN = 1.3
+"""Gain at which the source is asked, over its price. Gains are learned from few steps: where one is taken for
+higher than it is the source is asked, where for lower it is not, so at the price itself asking loses."""
+
 FIRST_WAIT = 16
 LAST_WAIT = 1024
 """Steps of a kind until a source that sleeps in it is tried again: doubled each time, up to the last."""
@@ -53,8 +57,8 @@ class Pacer:
 
     The gain is the number of accepted tokens beyond those that the tree of the other sources would have had
     accepted, which is known after each step in which the source was asked. It is learned by what the others
-    expect of the step, so that the source sleeps where they are certain. The price is its time, in tokens of
-    the present speed.
+    expect of the step, so that the source sleeps where they are certain. The price is its time and that of a
+    longer pass over its drafts, in tokens of the present speed.
 
     Args:
         clock: Returns seconds.
@@ -104,7 +108,7 @@ class Pacer:
             self._total += passed
         self._last, self._is_trial = now, False
         kind = self._kinds[bisect(EDGES, expected)]
-        if self.calls >= TRIAL and self.gain(expected) > self.price * self.rate:
+        if self.calls >= TRIAL and self.gain(expected) > MARGIN * self.price * self.rate:
             kind.wait, kind.slept = FIRST_WAIT, 0
         elif self.calls >= TRIAL:
             kind.slept += 1
@@ -120,6 +124,13 @@ class Pacer:
         self._prices.append(seconds)
         if self._is_trial:
             self._lost += seconds
+
+    def lengthened(self, seconds: float) -> None:
+        """Adds to the last call's time what the target's pass took longer over the tree with its drafts."""
+        if self._prices:
+            self._prices[-1] += seconds
+            if self._is_trial:
+                self._lost += seconds
 
     def added(self, expected: float, tokens: float) -> None:
         """Records the accepted tokens that a call has added to a step's; they may be fewer than none."""

@@ -6,12 +6,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from retrieval_draft._kernels.lazy import LazyKernels
+from retrieval_draft.drafting.budget import Budget
 from retrieval_draft.drafting.grammar.grammar_text import GrammarText
 from retrieval_draft.drafting.grammar.grammar_tree import certain_tokens, constrain, forced_proposal
 from retrieval_draft.drafting.hierarchy import SourceSessions
@@ -56,6 +57,22 @@ _kernels = LazyKernels("retrieval_draft.drafting._kernels.tree")
 Fuse = Callable[[int, Sequence[Proposal], Any, int], DraftTree]
 
 
+class Asked(NamedTuple):
+    """A paced source that was asked.
+
+    Attributes:
+        pacer: Its pacer.
+        without: The fused tree without its drafts.
+        fused: The fused tree with them.
+        nodes: Draft nodes of `without` that would have been verified; None for as many as of `fused`.
+    """
+
+    pacer: Any
+    without: DraftTree
+    fused: DraftTree
+    nodes: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class DraftPlan:
     """One step's drafts.
@@ -65,14 +82,29 @@ class DraftPlan:
         fused: The whole fused tree, of which `tree` is the best part.
         proposals: The sources' proposals; bit s of ``tree.sources`` means ``proposals[s]``.
         ahead: Tokens that a grammar forces before the root of `fused`; `tree` begins with them.
-        asked: Paced sources that were asked: each one's pacer, and the fused trees without and with it.
+        asked: Paced sources that were asked.
     """
 
     tree: DraftTree
     fused: DraftTree
     proposals: Sequence[Proposal]
     ahead: int = 0
-    asked: tuple[tuple[Any, DraftTree, DraftTree], ...] = ()
+    asked: tuple[Asked, ...] = ()
+
+    def weighed(self, budget: Budget) -> DraftPlan:
+        """The plan with what the passes of its step cost the sources that were asked.
+
+        Args:
+            budget: That by which the tree was cut.
+        """
+        if not self.asked:
+            return self
+        asked = []
+        for each in self.asked:
+            nodes, seconds = budget.beyond(self.tree, each.without)
+            each.pacer.lengthened(seconds)
+            asked.append(each._replace(nodes=nodes))
+        return replace(self, asked=tuple(asked))
 
     def cut(self, nodes: int) -> DraftPlan:
         """The plan that verifies the best `nodes` nodes of this one's tree."""
@@ -154,7 +186,7 @@ class DraftSession:
             if max_depth > 0 and session.pacer.asks(_expected(fused)):
                 proposals[index] = self._sessions.ask(index, wanted)
                 without, fused = fused, self._fuse(root, proposals, self._calibration, most)
-                asked.append((session.pacer, without, fused))
+                asked.append(Asked(session.pacer, without, fused))
         tree = _usable(fused, max_depth, self._vocabulary, self._excluded)
         return DraftPlan(tree, fused, proposals, asked=tuple(asked))
 
@@ -238,12 +270,12 @@ class DraftSession:
         self._sessions.learn(self._learnable(logits), early)
         if plan.proposals:
             self._calibration.observe(plan.fused, plan.proposals, emitted[plan.ahead :])
-        # Both trees at the size that was verified: as many tokens more as are due to the source.
+        # Each tree at the size that is verified of it: as many tokens more as are due to the source.
         size = plan.tree.num_draft_tokens - plan.ahead
-        for pacer, without, fused in plan.asked:
+        for pacer, without, fused, nodes in plan.asked:
             tokens = emitted[plan.ahead : -1].tolist()
-            before, after = (_followed(tree, tokens, size) for tree in (without, fused))
-            pacer.added(_expected(without), after - before)
+            before = _followed(without, tokens, size if nodes is None else nodes)
+            pacer.added(_expected(without), _followed(fused, tokens, size) - before)
 
     @property
     def wants_hidden(self) -> bool:

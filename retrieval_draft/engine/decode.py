@@ -273,7 +273,10 @@ class Batch:
             sizes = self._budget.share(trees, lengths, padded)
         else:
             sizes = self._budget.alone(trees, lengths, [row.carried for row in planned])
-        return {row: plan.cut(size) for (row, plan), size in zip(planned.items(), sizes, strict=True)}
+        return {
+            row: plan.cut(size).weighed(self._budget)
+            for (row, plan), size in zip(planned.items(), sizes, strict=True)
+        }
 
     def _prepare(self, planned: Mapping[Row, DraftPlan]) -> dict[Row, TreeInputs]:
         """Trees on the device, and accepted paths in place: of all rows at once for a captured pass."""

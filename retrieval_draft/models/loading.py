@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,15 @@ from retrieval_draft.models.quiet import quiet_transformers
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_name", "check_weights", "load_model", "load_processor", "load_tokenizer", "model_folder"]
+__all__ = [
+    "check_name",
+    "check_weights",
+    "load_model",
+    "load_processor",
+    "load_tokenizer",
+    "model_folder",
+    "rounded_copy",
+]
 
 _CACHED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 _SECONDS = 10.0
@@ -118,12 +127,36 @@ def check_weights(weights: str | None) -> None:
         )
 
 
-def _quantize(model: Any, weights: str) -> None:
-    """Replaces the linear layers of a model by those of quanto. An embedding that was tied stays as it is."""
+def rounded_copy(model: Any, weights: str) -> Any:
+    """A copy of a model with rounded weights in its layers; embeddings and output head are shared with it.
+
+    Args:
+        model: The model, which stays as it is.
+        weights: As for `load_model`.
+
+    Raises:
+        InvalidInputError: There are no weights of that name, or they cannot be rounded.
+        ModelFileError: quanto is not installed.
+    """
+    check_weights(weights)
+    head = model.get_output_embeddings()
+    ends = [end for end in (model.get_input_embeddings(), head) if end is not None]
+    shared = {id(weight): weight for end in ends for weight in end.parameters()}
+    names = [name for name, module in model.named_modules() if module is head]
+    copy = deepcopy(model, shared)
+    _quantize(copy, weights, names)
+    return copy.eval()
+
+
+def _quantize(model: Any, weights: str, kept: Sequence[str] = ()) -> None:
+    """Replaces the linear layers of a model, but for those of names in `kept`, by those of quanto.
+
+    An embedding that was tied stays as it is.
+    """
     from optimum import quanto
 
     try:
-        quanto.quantize(model, weights=quanto.qtypes[f"q{weights}"])
+        quanto.quantize(model, weights=quanto.qtypes[f"q{weights}"], exclude=list(kept))
         quanto.freeze(model)
     except RuntimeError as error:
         # Packings of torch, which quanto chooses for some dtypes, do not take every shape.

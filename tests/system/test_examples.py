@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import runpy
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
+from retrieval_draft.bench.prompts import read_prompts
 from tests.support.tiny import save_tiny
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -84,12 +86,28 @@ def test_own_source(run: Any) -> None:
     assert defined["drafter"].last_stats.source_failures == 0
 
 
+def test_head_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for name in ("first.jsonl", "second.jsonl"):
+        monkeypatch.setattr(sys, "argv", ["head_prompts.py", str(tmp_path / name)])
+        runpy.run_path(str(EXAMPLES / "head_prompts.py"), run_name="__main__")
+        found.append(read_prompts([tmp_path / name]))
+    assert found[0] == found[1]
+    assert Counter(prompt.task for prompt in found[0]) == dict.fromkeys(
+        ("prose", "code", "edits", "rag"), 160
+    )
+    assert len({prompt.text for prompt in found[0]}) == 640
+    evaluated = {prompt.text for prompt in read_prompts([EXAMPLES.parent / "tests/data/prompts_kinds.jsonl"])}
+    assert not evaluated & {prompt.text for prompt in found[0]}
+
+
 def test_train_head(run: Any, tmp_path: Path) -> None:
     """Heads of both kinds, of which the second reads the texts of the first, are read and draft."""
     for kind, more in (("eagle", ("--tokens", "40")), ("medusa", ("--texts", "eagle/texts.jsonl"))):
         options = ("--kind", kind, "--out", kind, "--columns", "64", "--epochs", "2", *more)
         defined, out = run("train_head.py", "", *options)
         assert "epoch 2 of 2" in out
+        assert "right on other texts, by depth: " in out
         model, tokenizer = defined["model"], defined["tokenizer"]
         drafter = RetrievalDrafter.for_model(
             model, tokenizer, draft_model=str(tmp_path / kind), config=DraftConfig(sources=())

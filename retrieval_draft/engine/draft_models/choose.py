@@ -16,12 +16,13 @@ from retrieval_draft.engine.wrapped_models import device_of
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.source import DraftSource
 from retrieval_draft.models.fingerprint import tokenizer_fingerprint
-from retrieval_draft.models.loading import load_model
+from retrieval_draft.models.loading import load_model, rounded_copy
 
-__all__ = ["MTP", "SELF", "is_self", "load_draft_model", "make_draft_sources"]
+__all__ = ["INT8", "MTP", "SELF", "is_self", "load_draft_model", "make_draft_sources"]
 
 SELF = "self"
 MTP = "mtp"
+INT8 = "int8"
 
 
 def is_self(given: Any) -> bool:
@@ -34,9 +35,9 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
 
     Args:
         given: None; a model with the target's tokenizer; a pair of a model and its own tokenizer; "self" for
-            the target with layers skipped, "self:3,5" for these ones, "mtp" for its layers for multi-token
-            prediction; the folder or hub name of a trained head or of a model; a `DraftHead`; a ready source
-            such as `HeadDraft`; a list of those.
+            the target with layers skipped, "self:3,5" for these ones, "int8" for a copy of it with rounded
+            weights, "mtp" for its layers for multi-token prediction; the folder or hub name of a trained head
+            or of a model; a `DraftHead`; a ready source such as `HeadDraft`; a list of those.
         target: The target.
         tokenizer: The target's, or None.
 
@@ -69,8 +70,8 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
         return (given,)
     raise InvalidInputError(
         f"draft_model is {given!r}.",
-        'Pass a model, (model, tokenizer), "self", "mtp", a folder or hub name, a draft source, or a list of '
-        "those.",
+        'Pass a model, (model, tokenizer), "self", "int8", "mtp", a folder or hub name, a draft source, or a '
+        "list of those.",
     )
 
 
@@ -86,20 +87,24 @@ def _layers_of(given: str) -> list[int] | None:
 
 
 def load_draft_model(name: str, model: Any) -> Any:
-    """A trained head, or a model and its tokenizer.
+    """A trained head, a model and its tokenizer, or a copy of the target.
 
     Args:
-        name: A folder, a hub name, or "mtp" for the target's layers for multi-token prediction.
+        name: A folder, a hub name, "int8" for a copy of the target, or "mtp" for its layers for multi-token
+            prediction.
         model: The target.
 
     Returns:
-        A `DraftHead`, or a pair, as `make_draft_sources` takes them.
+        A `DraftHead`, a pair or a model, as `make_draft_sources` takes them.
 
     Raises:
-        ModelFileError: A checkpoint is missing, torn, or not for this target.
+        InvalidInputError: The target's weights cannot be rounded.
+        ModelFileError: A checkpoint is missing, torn, or not for this target, or quanto is not installed.
         UnsupportedModelError: The target has no layers for multi-token prediction that can be used.
         UnsupportedEngineError: This transformers cannot read them.
     """
+    if name == INT8:
+        return rounded_copy(model, INT8)
     head = load_mtp(model) if name == MTP else load_head(name, model)
     if head is not None:
         return head

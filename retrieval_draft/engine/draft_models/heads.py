@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import replace
 from time import perf_counter
 from typing import Any, Protocol
@@ -11,11 +13,13 @@ from weakref import WeakSet
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+from retrieval_draft.engine.cpu.linear import CpuLinear
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth, ModelTree
 from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim, VocabTrims, columns_for
 from retrieval_draft.engine.hidden_states import HiddenStates
+from retrieval_draft.engine.substitution import lend_forwards
 from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray, empty_proposal
@@ -318,7 +322,7 @@ class HeadDraft:
             a large vocabulary. For heads that name their outputs in `outputs`.
 
     Attributes:
-        head: As given.
+        head: As given, or a copy with the same weights.
         trims: Those tokens, by the key of a request; None for all.
         states: The target's, from which hidden states come.
 
@@ -334,6 +338,7 @@ class HeadDraft:
         self.trims: VocabTrims | None = None
         self._columns = columns
         self.states: HiddenStates
+        self._linear: CpuLinear | None = None
         self._live: WeakSet[HeadSession] = WeakSet()
         self._kept: list[tuple[Hashable, TokenArray, Any]] = []
 
@@ -358,7 +363,20 @@ class HeadDraft:
         self._vocabulary = max(target.embedding_rows, known, most)
         columns = columns_for(known) if self._columns is None else self._columns
         if columns and columns < known and all(type(each) is torch.nn.Linear for each in outputs):
+            # One head may draft for several drafters, which have columns of their own: each takes a copy with
+            # the same weights.
+            self.head = copy(self.head)
             self.trims = VocabTrims(outputs, known, columns)
+        self._linear = CpuLinear(self.head) if isinstance(self.head, nn.Module) else None
+
+    def prepare(self) -> None:
+        """Measures the fastest kernels for the head's layers on the CPU, once."""
+        if self._linear is not None:
+            self._linear.prepare()
+
+    def _applied(self) -> AbstractContextManager[object]:
+        """Context of the head's passes."""
+        return nullcontext() if self._linear is None else lend_forwards(self._linear.forwards())
 
     def _use_trim(self, session: HeadSession) -> None:
         """Has the head's outputs choose among a session's tokens from now on."""
@@ -386,13 +404,14 @@ class HeadDraft:
             each for each in self._live if each is not session and each.is_due and each.trim is session.trim
         ]
         begin = perf_counter()
-        try:
-            self._grow([session, *others])
-        except Exception:
-            if not others:
-                raise
-            self._grow([session])  # another one's fault is its own
-            others = []
+        with self._applied():
+            try:
+                self._grow([session, *others])
+            except Exception:
+                if not others:
+                    raise
+                self._grow([session])  # another one's fault is its own
+                others = []
         share = (perf_counter() - begin) / (1 + len(others))
         for each in (session, *others):
             each.draft_seconds = share

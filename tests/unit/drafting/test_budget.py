@@ -37,6 +37,16 @@ def test_a_row_alone_gets_what_the_cost_model_chooses() -> None:
     assert Budget(cost).share([probs], [9]) == [cost.choose(probs.path_probs[1:])]
 
 
+def test_a_tree_without_a_source_would_have_had_a_shorter_pass() -> None:
+    verified, other = tree(0.9, 0.5, 0.4), tree(0.6, 0.4, 0.3)
+    assert Budget().beyond(verified, other) == (3, 0.0)
+    costs = model(slope=0.1)
+    nodes, seconds = Budget(costs).beyond(verified, other)
+    assert nodes == 2
+    assert seconds == costs.seconds(4) - costs.seconds(3) > 0
+    assert Budget(costs).beyond(tree(), other) == (0, 0.0)
+
+
 def test_nodes_of_all_rows_compete() -> None:
     # Passes over 2 tokens and more: another one costs 0.1 and must bring that share of 2 tokens in 1.1.
     shares = Budget(model(0.1)).share([tree(0.9, 0.8, 0.01), tree(0.5, 0.05), tree(), tree(0.02)], [9] * 4)

@@ -79,6 +79,16 @@ def test_the_first_call_of_a_request_is_not_the_price() -> None:
     assert loop.pacer.price == pytest.approx(0.1)
 
 
+def test_a_longer_pass_is_a_part_of_the_price() -> None:
+    pacer = Pacer(lambda: 0.0)
+    pacer.lengthened(5.0)  # of no call
+    for _ in range(3):
+        pacer.asks(0.0)
+        pacer.took(1.0)
+        pacer.lengthened(0.25)
+    assert pacer.price == 1.25
+
+
 def test_the_price_in_a_batch_is_each_ones_share() -> None:
     """One call drafts for four requests, whose own calls take no time."""
 

@@ -11,7 +11,7 @@ import torch
 from retrieval_draft._files import cache_home
 from retrieval_draft.errors import InvalidInputError, ModelFileError
 from retrieval_draft.models.folder_manifest import MANIFEST, verify_folder, write_manifest
-from retrieval_draft.models.loading import load_model, load_processor
+from retrieval_draft.models.loading import load_model, load_processor, rounded_copy
 from retrieval_draft.models.packaged import NAMES
 from tests.support.sounds import RATE, sound_model, sound_processor
 from tests.support.tiny import save_tiny
@@ -69,6 +69,23 @@ def test_weights_are_rounded_and_the_head_with_them(tiny: Path, weights: str) ->
     assert type(embeddings[0]) is torch.nn.Parameter
     assert torch.equal(*embeddings)
     assert not model.training
+
+
+def test_a_rounded_copy_shares_embeddings_and_head(tiny: Path) -> None:
+    quanto = pytest.importorskip("optimum.quanto")
+    model, _ = load_model(str(tiny), device="cpu")
+    copy = rounded_copy(model, "int8")
+    linear = [module for module in copy.modules() if isinstance(module, torch.nn.Linear)]
+    assert [isinstance(module, quanto.QLinear) for module in linear].count(False) == 1
+    assert type(copy.get_output_embeddings()) is torch.nn.Linear
+    for of in ("get_input_embeddings", "get_output_embeddings"):
+        assert getattr(copy, of)().weight is getattr(model, of)().weight
+    assert not any(isinstance(module, quanto.QLinear) for module in model.modules())
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        ours, whole = copy(ids).logits, model(ids).logits
+    assert not torch.equal(ours, whole)
+    assert torch.allclose(ours, whole, atol=0.1 * float(whole.abs().max()))
 
 
 def test_weights_that_there_are_not(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,13 +28,16 @@ def drafter(model: Any, draft: Any, nodes: int | None = 12, **options: Any) -> R
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mistral", "gpt-neox", "mixtral"])
-@pytest.mark.parametrize("kind", ["itself", "smaller", "self", "both"])
+@pytest.mark.parametrize("kind", ["itself", "smaller", "self", "int8", "both"])
 def test_greedy_equals_generate(name: str, kind: str) -> None:
+    if kind == "int8":
+        pytest.importorskip("optimum.quanto")
     model = make(name)
     drafts: Any = {
         "itself": lambda: make(name),
         "smaller": lambda: make("llama", seed=7, num_hidden_layers=1),
         "self": lambda: SelfDraft(model, skip=[1]),
+        "int8": lambda: "int8",
         "both": lambda: [make(name, seed=3), SelfDraft(model, skip=[2])],
     }[kind]()
     prompt = prompt_ids()

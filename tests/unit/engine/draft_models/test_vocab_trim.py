@@ -147,18 +147,45 @@ def test_a_draft_model_loses_next_to_nothing_and_the_text_is_the_same() -> None:
     assert steps[48] > 0.85 * steps[0], steps
 
 
-@pytest.mark.parametrize("kind", ["eagle", "medusa"])
-def test_heads_over_some_tokens_are_exact(kind: str) -> None:
+def a_head(kind: str, model: Any) -> Any:
     from transformers import LlamaConfig
 
-    model = make("llama")
     torch.manual_seed(1)
     config = model.config
     shape = LlamaConfig(
         hidden_size=config.hidden_size, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1,
         num_key_value_heads=1, vocab_size=97,
     )  # fmt: skip
-    head: Any = EagleHead(shape, True, False) if kind == "eagle" else MedusaHead(3, 1, config.hidden_size, 97)
+    return EagleHead(shape, True, False) if kind == "eagle" else MedusaHead(3, 1, config.hidden_size, 97)
+
+
+@pytest.mark.parametrize("kind", ["eagle", "medusa"])
+def test_drafters_of_one_head_have_columns_of_their_own(kind: str) -> None:
+    model = make("llama")
+
+    def drafter_of(head: Any, columns: int) -> RetrievalDrafter:
+        source = HeadDraft(head, columns=columns)
+        return RetrievalDrafter.for_model(model, draft_model=source, config=DraftConfig(nodes=8, sources=()))
+
+    shared = a_head(kind, model)
+    sizes = (30, 0, 20)
+    together = [drafter_of(shared, columns) for columns in sizes]
+    for seed in range(3):
+        prompt = prompt_ids(seed=seed)
+        for ours in together:
+            ours.generate(prompt, max_new_tokens=NEW, do_sample=False)
+    for ours, columns in zip(together, sizes, strict=True):
+        alone = drafter_of(a_head(kind, model), columns)
+        for seed in range(3):
+            alone.generate(prompt_ids(seed=seed), max_new_tokens=NEW, do_sample=False)
+        assert ours.stats.source_failures == alone.stats.source_failures == 0
+        assert (ours.stats.drafted, ours.stats.accepted) == (alone.stats.drafted, alone.stats.accepted)
+
+
+@pytest.mark.parametrize("kind", ["eagle", "medusa"])
+def test_heads_over_some_tokens_are_exact(kind: str) -> None:
+    model = make("llama")
+    head = a_head(kind, model)
     source = HeadDraft(head, columns=30)
     ours = RetrievalDrafter.for_model(model, draft_model=source, config=DraftConfig(nodes=8))
     rows = torch.cat([prompt_ids(seed=seed) for seed in range(3)])
