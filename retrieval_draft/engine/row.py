@@ -261,7 +261,7 @@ class Row:
         return plan if most is None else plan.cut(most)
 
     def prepare(self, plan: DraftPlan) -> TreeInputs:
-        """Packs the tree for the model, and commits the last accepted path, or leaves that to a captured pass."""
+        """Packs the tree for the model. The last accepted path is committed, or left to a captured pass."""
         length, moved, shift = len(self.text) - 1, self._moved, self.cache.shift
         if self.target.graphs is not None and isinstance(self.attention, TreeAttention):
             moves = None
@@ -472,7 +472,7 @@ class Row:
             request.ended()
 
     def _settle(self) -> None:
-        """Commits the last accepted path, if that is still to be done, with a copy to the device of its own."""
+        """Commits the last accepted path, unless that is done, with a copy to the device of its own."""
         self._commit(None if self._moved is None else torch.from_numpy(self._moved).to(self.target.device))
 
     def _commit(self, moved: Tensor | None) -> None:

@@ -70,8 +70,8 @@ class TreeInputs:
         position_ids: int64, shape (1, n).
         attention_mask: As the attribute, or a function that makes it once it is asked for.
         moved: int64. The path indices given to `prepare`, on the device; None if there were none.
-        packed: int64, shape (`packed_words(n)`,) or more. What the rest is made of, on the device, and, for a
-            tree alone, 2 * `MOVES` slots as `slots_of_moves` has them, zero where none move; None on the host.
+        packed: int64, shape (`packed_words(n)`,) or more. What the rest is made of, on the device, and for a
+            tree alone 2 * `MOVES` slots as `slots_of_moves` has them, zero where none move. None on the host.
 
     Attributes:
         lane: The trees of all rows that were packed with it, and its lane among them; None for one alone.

@@ -106,7 +106,11 @@ class ArenaCache(Cache):
 
 
 class FixedPass:
-    """A captured pass. It begins with the moves of paths that the step before accepted.
+    """A captured pass. It begins with the moves of the paths that the step before accepted.
+
+    So accepting stays with the host, which draws tokens with any processor, and costs no launch: which nodes
+    were accepted is known when the next trees go to the device, and goes with them. Accepted on the device,
+    the same moves would end this pass; the host would still wait for it, since it drafts from what was said.
 
     Args:
         rows: Lanes of the arena, from the first on.

@@ -250,7 +250,7 @@ class GraphPasses:
         return self._rows
 
     def send_rows(self, trees: TreeRows) -> bool:
-        """Copies packed trees to the device, with the slots of the paths that move; False where that fails."""
+        """Copies packed trees, and the slots of paths that move, to the device; False where that fails."""
         try:
             trees.send()
         except Exception as error:
@@ -317,9 +317,8 @@ class GraphPasses:
         arena = self._arena
         if arena is None or self._is_out_of_memory or (rows == 1 and not arena.holds(caches[0])):
             return None
-        needed = nodes + 1 + max(
-            _length(cache) + given.waiting for cache, given in zip(caches, inputs, strict=True)
-        )
+        lengths = [_length(cache) + given.waiting for cache, given in zip(caches, inputs, strict=True)]
+        needed = max(lengths) + nodes + 1
         if needed > arena.slots or not self._is_ready():
             return None
         return self._passes.get((rows, nodes, self._slots(needed, arena.slots)))

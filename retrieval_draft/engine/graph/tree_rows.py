@@ -46,8 +46,8 @@ class TreeRows(Upload):
         rows: Lanes.
         nodes: Nodes of each padded tree.
         packed: int64, shape (rows, `packed_words(nodes)`), on the device, once sent.
-        moves: int64, shape (2, rows, `most_moves(rows)`), on the device, once sent: slots whose keys move, and
-            those that they move to; slot 0 to itself where fewer move.
+        moves: int64, shape (2, rows, `most_moves(rows)`), on the device, once sent: slots whose keys move,
+            and those that they move to; slot 0 to itself where fewer move.
         sent: int64. Both of these, one after the other.
 
     Example:

@@ -350,9 +350,7 @@ class ServingEngine:
 
         for memory in passes:
             outside = [choice for row, choice in self._choices.items() if not is_held(row)]
-            joining = [
-                choice for each in self._joining for choice in each.group.choices[is_held(each.row) :]
-            ]
+            joining = [choice for each in self._joining for choice in each.group.choices[is_held(each.row) :]]
             others = sum(each.nbytes for each in passes if each is not memory)
             memory.limit(max(most - others - self._bytes([*outside, *joining]), 0))
 

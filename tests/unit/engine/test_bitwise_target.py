@@ -59,6 +59,7 @@ def test_texts_that_outgrow_their_memory() -> None:
     assert same_bits(cache, passed(target, ids)[0])
     assert len(target._rooms) == 2
 
+
 def test_memory_under_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond it unused memory goes first, then caches take turns; the bits of a text stay the same."""
     monkeypatch.setattr(bitwise_target, "_WEIGHTS_PER_ARENA", 1)

@@ -35,4 +35,3 @@ def test_passes_of_one_shape_take_whole_pages() -> None:
             pass
         each = slot_bytes(cache)
         assert [footprint.bytes(tokens) for tokens in (1, 256, 257)] == [256 * each, 256 * each, 512 * each]
-

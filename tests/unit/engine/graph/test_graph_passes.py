@@ -82,7 +82,10 @@ def test_a_path_moves_in_the_pass_over_the_next_tree(name: str) -> None:
         inputs = target.attention.prepare(tree, length, moved if path else None, moves=moves)  # type: ignore[call-arg]
         wait(inputs, mine, path)
         replays: list[int] = []
-        with mock.patch.object(TapeGraph, "replay", apart(replays, TapeGraph.replay)), Dispatched(replays) as calls:
+        with (
+            mock.patch.object(TapeGraph, "replay", apart(replays, TapeGraph.replay)),
+            Dispatched(replays) as calls,
+        ):
             found = target.verify(mine, inputs)[:5]
         assert (inputs.waiting, inputs.commit) == (0, None)
         if step:
