@@ -98,18 +98,23 @@ def test_long_replies_whose_paths_move() -> None:
 
 
 def passes_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every third pass over all rows fails before it begins; rows are passed alone then."""
-    verify, begin, calls = Target.verify_rows, Batch.__init__, [0]
+    """The first pass of every third step fails before it begins; rows are passed alone then."""
+    verify, begin, step, steps = Target.verify_rows, Batch.__init__, Batch.step, [0]
+
+    def stepping(batch: Batch) -> Any:
+        steps[0] += 1
+        return step(batch)
 
     def fails(target: Target, caches: Any, inputs: Any) -> torch.Tensor:
-        calls[0] += 1
-        if calls[0] % 3 == 0:
+        if steps[0] % 3 == 0:
+            steps[0] += 1
             raise RuntimeError("out of memory, say")
         return verify(target, caches, inputs)
 
     def telling(batch: Batch, *given: Any) -> None:
         begin(batch, *given, failed=lambda row, error: pytest.fail(repr(error)))
 
+    monkeypatch.setattr(Batch, "step", stepping)
     monkeypatch.setattr(Target, "verify_rows", fails)
     monkeypatch.setattr(Batch, "__init__", telling)
 
@@ -121,14 +126,14 @@ def paths_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def passes_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every second pass is eager, whatever was captured."""
+    """Two passes are eager after every two that may be captured."""
     verify, calls = Target.verify_rows, [0]
 
     def alternating(target: Target, caches: Any, inputs: Any) -> torch.Tensor:
         calls[0] += 1
         graphs = target.graphs
         assert graphs is not None
-        graphs.reason = graphs.rows_reason = "told so" if calls[0] % 2 else None
+        graphs.reason = graphs.rows_reason = "told so" if calls[0] % 4 < 2 else None
         return verify(target, caches, inputs)
 
     monkeypatch.setattr(Target, "verify_rows", alternating)
