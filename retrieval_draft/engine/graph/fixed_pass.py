@@ -110,7 +110,7 @@ class FixedPass:
 
     So accepting stays with the host, which draws tokens with any processor, and costs no launch: which nodes
     were accepted is known when the next trees go to the device, and goes with them. Accepted on the device,
-    the same moves would end this pass; the host would still wait for it, since it drafts from what was said.
+    the same moves would end this pass; the host would still wait for it, since it drafts from its tokens.
 
     Args:
         rows: Lanes of the arena, from the first on.

@@ -113,7 +113,7 @@ def apart(depth: list[int], call: Any) -> Any:
 
 @pytest.mark.parametrize("change", ["grows", "captures", "leaves", "gives up"])
 def test_a_path_is_in_place_where_the_pass_does_not_move_it(change: str) -> None:
-    """Once, whatever comes between a tree and the next."""
+    """Once, for all that may come between a tree and the next."""
     model, tree = make("gemma3", max_position_embeddings=4096), tree_of([5, 6, 7, 8, 9], [-1, 0, 0, 2, 3])
     eager, target = Target(model, "off"), Target(model, "tape")
     mine, theirs = begun(target), begun(eager)
