@@ -34,9 +34,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from retrieval_draft.drafting.tree import DraftTree
-from retrieval_draft.engine.attention.tree_mask import TreeAttention, TreeInputs
+from retrieval_draft.engine.attention.tree_mask import TreeAttention, TreeInputs, packed_words
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
-from retrieval_draft.engine.graph.arena import PAGE, Arena, lies_on_one_device, slot_bytes
+from retrieval_draft.engine.graph.arena import PAGE, Arena, PassMemory, lies_on_one_device, slot_bytes
 from retrieval_draft.engine.graph.bitwise_pass import WIDTH, BitwisePass
 from retrieval_draft.engine.graph.captured import CapturedCalls, CudaGraph, TapeGraph
 from retrieval_draft.engine.graph.graph_passes import graph_kind
@@ -106,6 +106,7 @@ class BitwiseTarget(Target):
         self._last: BitwisePass | None = None
         self._print: int | None = None
         self._captures = 0
+        self._limit: int | None = None
         self._pool: Any = None
         self.check: Callable[[BitwiseTarget], None] | None = None
 
@@ -113,6 +114,28 @@ class BitwiseTarget(Target):
     def captures(self) -> int:
         """Passes captured so far."""
         return self._captures
+
+    @property
+    def pass_memory(self) -> PassMemory:
+        """As of `Target`: what it holds itself."""
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory for keys and values."""
+        return sum(room.arena.nbytes for room in self._rooms)
+
+    def holds(self, cache: Any) -> bool:
+        """True for a cache that has no memory but that of passes."""
+        return any(room.owner() is cache and room.arena.holds(cache) for room in self._rooms)
+
+    def limit(self, nbytes: int | None) -> None:
+        """Limits the memory for keys and values, but for that of one cache at a time; None for no limit.
+
+        Caches for which there is none take turns.
+        """
+        self._limit = nbytes
+        self._make_room(0)
 
     def attention_of_row(self) -> TreeAttention:
         """Inputs for one more request beside others, padded to one size."""
@@ -198,8 +221,9 @@ class BitwiseTarget(Target):
         assert inputs.packed is not None
         if inputs.input_ids.shape[1] != WIDTH:
             raise ValueError(f"A tree has more than {WIDTH} nodes, its root included.")
-        found = self._found(cache, inputs.packed)
-        logits = found.run(cache, inputs.packed)
+        packed = inputs.packed[: packed_words(WIDTH)]
+        found = self._found(cache, packed)
+        logits = found.run(cache, packed)
         self._last = found
         for layer in cache.attention_layers:
             if layer.is_initialized:
@@ -271,9 +295,11 @@ class BitwiseTarget(Target):
             if not room.arena.holds(cache):
                 room.take(cache)
         elif room is not None:
-            larger = _Room(Arena(cache, _pages(max(needed, room.arena.slots * 3 // 2))))
+            larger = self._new_room(cache, room.arena.slots * 3 // 2, needed, room)
             larger.take(cache)
-            self._rooms[self._rooms.index(room)] = room = larger
+            room.owner = lambda: None  # it has moved on
+            self._drop(room)
+            room = larger
         else:
             room = self._free_room(cache, needed)
             room.take(cache)
@@ -286,13 +312,10 @@ class BitwiseTarget(Target):
             if room.owner() is None and room.arena.slots >= needed and room.arena.fits(cache):
                 return room
         if len(self._rooms) >= _MOST_ROOMS:
-            unused = self._rooms.pop(0)
-            owner = unused.owner()
-            if owner is not None:
-                unused.arena.release(owner)
+            unused = self._rooms[0]
             if unused.arena.slots >= needed and unused.arena.fits(cache):
-                self._rooms.append(unused)
-                return unused
+                return unused  # its cache moves out as this one moves in
+            self._drop(unused)
         if not lies_on_one_device(cache):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} lies on several devices.",
@@ -302,8 +325,53 @@ class BitwiseTarget(Target):
         slots = weights // _WEIGHTS_PER_ARENA // slot_bytes(cache)
         if self.max_positions is not None:
             slots = min(slots, self.max_positions)
-        self._rooms.append(_Room(Arena(cache, _pages(max(needed, slots)))))
+        return self._new_room(cache, slots, needed)
+
+    def _new_room(
+        self, cache: SpeculativeCache, wanted: int, needed: int, former: _Room | None = None
+    ) -> _Room:
+        """Memory for a cache, of `wanted` slots, or fewer where the limit allows no more.
+
+        Args:
+            cache: Has passed a text; it does not move in yet.
+            wanted: Slots, if there is memory for them.
+            needed: Slots at least, for which other caches move out if they have to.
+            former: The memory that the cache leaves; it is dropped by the caller.
+        """
+        each, left = slot_bytes(cache), cache.nbytes if former is None else former.arena.nbytes
+        expected = max(layer.expected for layer in cache.attention_layers)
+        sizes = [_pages(max(slots, needed)) for slots in (wanted, expected, needed)]
+        slots = next((slots for slots in sizes if self._has_room(slots * each - left)), sizes[-1])
+        self._make_room(slots * each - left, former)
+        self._rooms.append(_Room(Arena(cache, slots)))
         return self._rooms[-1]
+
+    def _has_room(self, nbytes: int) -> bool:
+        return self._limit is None or self.nbytes + nbytes <= self._limit
+
+    def _make_room(self, nbytes: int, kept: _Room | None = None) -> None:
+        """Drops memory, unused and longest unused first, until the limit leaves so much, or there is none.
+
+        Args:
+            nbytes: Bytes that are about to be taken, less those that become free.
+            kept: Is not dropped.
+        """
+        for room in sorted(self._rooms, key=lambda room: room.owner() is not None):
+            if self._has_room(nbytes):
+                return
+            if room is not kept:
+                self._drop(room)
+
+    def _drop(self, room: _Room) -> None:
+        """Drops memory, out of which its cache moves."""
+        self._rooms.remove(room)
+        owner = room.owner()
+        if owner is not None:
+            room.arena.release(owner)
+        if self._last in room.passes.values():
+            self._last = None
+        if not any(each.passes for each in self._rooms):
+            self._pool = None  # of graphs that are gone
 
     def _initialise(self, cache: SpeculativeCache) -> None:
         """Gives an empty cache the shapes of its layers."""

@@ -223,7 +223,7 @@ class LogitReader:
 
     def _down(self, packed: Tensor) -> Tensor:
         if packed.device.type != "cuda":
-            return packed.cpu()
+            return packed.to("cpu", copy=True)  # the next replay of a tape writes over it
         if self._host.numel() < packed.numel():
             size = 2 * packed.numel()
             self._host = torch.empty(size, dtype=torch.int32, device="cpu", pin_memory=True)

@@ -16,10 +16,10 @@ from retrieval_draft.drafting.predictions import Predictions
 from retrieval_draft.drafting.session import DraftPlan, DraftSession
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.drafting.tree import DraftTree
-from retrieval_draft.engine.attention.tree_mask import TreeAttention, TreeInputs
+from retrieval_draft.engine.attention.tree_mask import MOVES, TreeAttention, TreeInputs, slots_of_moves
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
 from retrieval_draft.engine.cache.prefix_cache import Keeper
-from retrieval_draft.engine.graph.tree_rows import TreeRows
+from retrieval_draft.engine.graph.tree_rows import TreeRows, most_moves
 from retrieval_draft.engine.logits import BestLogits, LogitReader
 from retrieval_draft.engine.placeholders import text_runs
 from retrieval_draft.engine.request import DecodeRequest
@@ -255,16 +255,24 @@ class Row:
         is_captured = self.target.graphs is not None
         if is_tree and self.drafting.wants_cache(is_captured):
             # A pass of a source follows at once: the accepted path cannot wait for the target's.
-            moved = None if self._moved is None else torch.from_numpy(self._moved).to(self.target.device)
-            self._commit(moved)
+            self._settle()
             self.drafting.lend_cache(self.cache, is_captured)
         propose = self.drafting.propose if is_tree else self.drafting.propose_chain
         plan = propose(root, length, max_depth)
         return plan if most is None else plan.cut(most)
 
     def prepare(self, plan: DraftPlan) -> TreeInputs:
-        """Packs the tree for the model, and moves the last accepted path into place."""
-        inputs = self.attention.prepare(plan.tree, len(self.text) - 1, self._moved, self.cache.shift)
+        """Packs the tree for the model. The last accepted path is committed, or left to a captured pass."""
+        length, moved, shift = len(self.text) - 1, self._moved, self.cache.shift
+        if self.target.graphs is not None and isinstance(self.attention, TreeAttention):
+            moves = None
+            if moved is not None and len(moved) <= MOVES:
+                moves = slots_of_moves(moved, self.cache.get_seq_length(), self._kept)
+            inputs = self.attention.prepare(plan.tree, length, moved, shift, moves)
+            if moved is None or moves is not None:
+                return self._settled_later(inputs)
+        else:
+            inputs = self.attention.prepare(plan.tree, length, moved, shift)
         self._commit(inputs.moved)
         if self._renews_cache():
             text = torch.from_numpy(self.text.tokens[:-1].astype(np.int64)).to(self.target.device)
@@ -274,14 +282,29 @@ class Row:
     def pack(self, plan: DraftPlan, trees: TreeRows) -> None:
         """Writes the tree to its place among those of all rows, in place of `prepare`; see `packed`."""
         assert isinstance(self.cache, SpeculativeCache)
+        if self._moved is not None and len(self._moved) > most_moves(trees.rows):
+            self._settle()
         trees.pack(self.cache, plan.tree, len(self.text) - 1, self._moved, self._kept)
 
     def packed(self, trees: TreeRows) -> TreeInputs:
-        """The tree on the device, where the last accepted path is in place."""
+        """The tree on the device. The last accepted path waits to be committed, and moved, by the pass."""
         assert isinstance(self.cache, SpeculativeCache)
         assert isinstance(self.attention, TreeAttention)
-        inputs = trees.inputs(self.cache, self.attention)
-        self._commit(None)
+        return self._settled_later(trees.inputs(self.cache, self.attention))
+
+    def _settled_later(self, inputs: TreeInputs) -> TreeInputs:
+        """These inputs, that commit the last accepted path where they are used."""
+
+        def commit(in_pass: bool) -> None:
+            if in_pass:
+                self._commit(None)
+            elif inputs.moved is not None:
+                self._commit(inputs.moved)
+            else:
+                self._settle()
+
+        if self._path:
+            inputs.waiting, inputs.commit = len(self._path), commit
         return inputs
 
     def _renews_cache(self) -> bool:
@@ -294,6 +317,7 @@ class Row:
 
     def prepare_again(self, plan: DraftPlan) -> TreeInputs:
         """Repeats `prepare` after a pass that failed: staged nodes are dropped, the committed text stays."""
+        self._settle()
         self.cache.drop()
         return self.attention.prepare(plan.tree, len(self.text) - 1, None, self.cache.shift)
 
@@ -376,8 +400,7 @@ class Row:
 
     def finish(self) -> None:
         """Moves the last accepted path into place, so that the cache can be used further."""
-        moved = None if self._moved is None else torch.from_numpy(self._moved).to(self.target.device)
-        self._commit(moved)
+        self._settle()
         self.cache.text = self.text.tokens[: self.cache.get_seq_length()].copy()
         if self._keeper is not None:
             self._keeper.extend(self.cache.text, len(self.cache.text))
@@ -448,6 +471,10 @@ class Row:
             self.done |= bool(request.criteria(text.ids, scores).all())
         if self.done and request.ended is not None:
             request.ended()
+
+    def _settle(self) -> None:
+        """Commits the last accepted path, unless that is done, with a copy to the device of its own."""
+        self._commit(None if self._moved is None else torch.from_numpy(self._moved).to(self.target.device))
 
     def _commit(self, moved: Tensor | None) -> None:
         if self._path:

@@ -24,6 +24,7 @@ from retrieval_draft.engine.cache.kv_cache import SpeculativeCache, layer_window
 from retrieval_draft.engine.cache.packed_cache import PackedCache
 from retrieval_draft.engine.compat import cache_parameter
 from retrieval_draft.engine.cpu.attention import WIDE_ATTENTION
+from retrieval_draft.engine.graph.arena import PassMemory
 from retrieval_draft.engine.graph.attention import graph_attention
 from retrieval_draft.engine.graph.graph_passes import NODES, GraphPasses, graph_kind
 from retrieval_draft.engine.hidden_states import HiddenStates
@@ -196,6 +197,11 @@ class Target:
     def cache(self, capacity: int, keeps_all: bool = False) -> Any:
         """An empty cache with room for `capacity` tokens: a `SpeculativeCache`, or a `ChainCache`."""
         return SpeculativeCache(self.model.config, capacity, keeps_all)
+
+    @property
+    def pass_memory(self) -> PassMemory | None:
+        """The memory in which passes hold caches; None where caches stay in their own."""
+        return self.graphs
 
     @property
     def captures(self) -> int:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
+from retrieval_draft.engine import row as row_module
+from retrieval_draft.engine.decode import Batch
+from retrieval_draft.engine.target import Target
 from tests.support.batches import padded, ragged
 from tests.support.drafters import drafter_with, near_ties, prompt_ids, reply_of
 from tests.support.models import CACHE, CONFIGS, make
@@ -91,3 +95,69 @@ def test_long_replies_whose_paths_move() -> None:
     drafter.target.use_graphs("tape")
     out = drafter.generate(prompt, max_new_tokens=420, do_sample=False)
     assert near_ties(model, out, stock) == 0
+
+
+def passes_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first pass of every third step fails before it begins; rows are passed alone then."""
+    verify, begin, step, steps = Target.verify_rows, Batch.__init__, Batch.step, [0]
+
+    def stepping(batch: Batch) -> Any:
+        steps[0] += 1
+        return step(batch)
+
+    def fails(target: Target, caches: Any, inputs: Any) -> torch.Tensor:
+        if steps[0] % 3 == 0:
+            steps[0] += 1
+            raise RuntimeError("out of memory, say")
+        return verify(target, caches, inputs)
+
+    def telling(batch: Batch, *given: Any) -> None:
+        begin(batch, *given, failed=lambda row, error: pytest.fail(repr(error)))
+
+    monkeypatch.setattr(Batch, "step", stepping)
+    monkeypatch.setattr(Target, "verify_rows", fails)
+    monkeypatch.setattr(Batch, "__init__", telling)
+
+
+def paths_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured passes move one slot of a path at most."""
+    monkeypatch.setattr(row_module, "MOVES", 1)
+    monkeypatch.setattr(row_module, "most_moves", lambda rows: 1)
+
+
+def passes_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two passes are eager after every two that may be captured."""
+    verify, calls = Target.verify_rows, [0]
+
+    def alternating(target: Target, caches: Any, inputs: Any) -> torch.Tensor:
+        calls[0] += 1
+        graphs = target.graphs
+        assert graphs is not None
+        graphs.reason = graphs.rows_reason = "told so" if calls[0] % 4 < 2 else None
+        return verify(target, caches, inputs)
+
+    monkeypatch.setattr(Target, "verify_rows", alternating)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("change", [passes_fail, paths_are_long, passes_alternate])
+def test_accepted_paths_are_in_place_whichever_pass_follows(
+    rows: int, change: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts = make("gemma3"), ragged((9, 23, 40))[:rows]
+    ids, mask = padded(prompts)
+    options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    plain = drafter_with(model, target=Target(model, "off"), nodes=0).generate(ids, mask, **options)
+    replies = [reply[ids.shape[1] :].tolist() for reply in plain]
+    target = Target(model, "tape")
+    drafter = drafter_with(model, OracleSource(*replies), target=target)
+    change(monkeypatch)
+    out = drafter.generate(ids, mask, return_dict_in_generate=True, **options)
+    assert torch.equal(out.sequences, plain)
+    assert drafter.stats.accepted > NEW // 3
+    assert target.graphs is not None
+    assert target.graphs.replays > 2
+    if rows == 1:
+        again = model(plain[:, :-1], use_cache=True)[CACHE]
+        for mine, theirs in zip(out[CACHE].layers, again.layers, strict=True):
+            assert torch.allclose(mine.keys, theirs.keys[:, :, -mine.keys.shape[2] :], atol=1e-4)

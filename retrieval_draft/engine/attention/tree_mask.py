@@ -13,7 +13,16 @@ from torch import Tensor
 from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.drafting.tree import DraftTree
 
-__all__ = ["Mask", "TreeAttention", "TreeInputs", "Upload", "packed_words", "padded_size"]
+__all__ = [
+    "MOVES",
+    "Mask",
+    "TreeAttention",
+    "TreeInputs",
+    "Upload",
+    "packed_words",
+    "padded_size",
+    "slots_of_moves",
+]
 
 Mask = Tensor | dict[str, Tensor | None] | None
 """A mask: None where every given key is visible; else additive, or one such mask for each layer type."""
@@ -24,6 +33,9 @@ _NO_WINDOW = 1 << 62
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48)
+
+MOVES = 32
+"""Slots of a path whose keys a captured pass may move before it reads them. Longer paths move before it."""
 
 
 def padded_size(nodes: int) -> int:
@@ -36,6 +48,20 @@ def packed_words(nodes: int) -> int:
     return 3 * nodes + 1 + (0 if nodes == 1 else -(-nodes * nodes // 8))
 
 
+def slots_of_moves(moved: NDArray[np.int64], first: int, kept: int) -> NDArray[np.int64]:
+    """Slots of a path's keys, and those that they move to.
+
+    Args:
+        moved: int64, shape (m,). As for `SpeculativeCache.commit`.
+        first: Committed tokens before the path.
+        kept: As for `SpeculativeCache.commit`.
+
+    Returns:
+        int64, shape (2, m).
+    """
+    return np.stack([first + moved, np.arange(first + kept, first + kept + len(moved))])
+
+
 class TreeInputs:
     """Arguments of one forward pass. They hold until the next `TreeAttention.prepare`.
 
@@ -44,13 +70,18 @@ class TreeInputs:
         position_ids: int64, shape (1, n).
         attention_mask: As the attribute, or a function that makes it once it is asked for.
         moved: int64. The path indices given to `prepare`, on the device; None if there were none.
-        packed: int64, shape (`packed_words(n)`,). What the rest is made of, on the device; None on the host.
+        packed: int64, shape (`packed_words(n)`,) or more. What the rest is made of, on the device, and for a
+            tree alone 2 * `MOVES` slots as `slots_of_moves` has them, zero where none move. None on the host.
 
     Attributes:
         lane: The trees of all rows that were packed with it, and its lane among them; None for one alone.
+        waiting: Tokens of the path before, of which the cache does not know yet.
+        commit: Commits these, and moves their keys unless it is given that the pass itself does. A target
+            that commits late calls it, by `settle`, before anything else is read or written in the cache.
+            None where nothing waits.
     """
 
-    __slots__ = ("_mask", "input_ids", "lane", "moved", "packed", "position_ids")
+    __slots__ = ("_mask", "commit", "input_ids", "lane", "moved", "packed", "position_ids", "waiting")
 
     def __init__(
         self,
@@ -64,6 +95,18 @@ class TreeInputs:
         self._mask = attention_mask
         self.packed = packed
         self.lane: tuple[Any, int] | None = None
+        self.waiting = 0
+        self.commit: Callable[[bool], None] | None = None
+
+    def settle(self, in_pass: bool = False) -> None:
+        """Commits what waits, once.
+
+        Args:
+            in_pass: Whether the captured pass over this tree moves the keys, or has moved them.
+        """
+        if self.commit is not None:
+            self.commit(in_pass)
+        self.commit, self.waiting = None, 0
 
     @property
     def attention_mask(self) -> Mask:
@@ -247,7 +290,12 @@ class TreeAttention(Upload):
         return next((size for size in self._sizes if size >= nodes), padded_size(nodes))
 
     def prepare(
-        self, tree: DraftTree, length: int, moved: NDArray[np.int64] | None = None, shift: int = 0
+        self,
+        tree: DraftTree,
+        length: int,
+        moved: NDArray[np.int64] | None = None,
+        shift: int = 0,
+        moves: NDArray[np.int64] | None = None,
     ) -> TreeInputs:
         """Arguments for a forward pass over `tree` after `length` committed tokens.
 
@@ -257,11 +305,14 @@ class TreeAttention(Upload):
             moved: int64, shape (m,). Indices for `SpeculativeCache.commit`, copied to the device with the
                 tree.
             shift: The root's position, less `length`.
+            moves: int64, shape (2, m). Slots of at most `MOVES` keys that a captured pass moves; None for
+                none.
         """
         nodes = self.size(len(tree))
         self._wait()
         extra = 0 if moved is None else len(moved)
-        after = packed_words(nodes)
+        words = packed_words(nodes)
+        after = words + 2 * MOVES
         self._reserve(after + extra)
         hidden = self._bytes[8 * (3 * nodes + 1) :]
         max_depth = kernels.pack_tree(
@@ -270,6 +321,9 @@ class TreeAttention(Upload):
         if self._is_here:
             return self._inputs_here(hidden, nodes, moved, length)
         self._words[3 * nodes] = length
+        self._words[words:after] = 0
+        if moves is not None:
+            self._words[words:after].reshape(2, MOVES)[:, : moves.shape[1]] = moves
         if moved is not None:
             self._words[after : after + extra] = moved
         return self.unpack(self._send(after + extra), nodes, extra, max_depth, length)
@@ -291,14 +345,15 @@ class TreeAttention(Upload):
         """The device's half of `prepare`: views of `up`, and masks once they are asked for.
 
         Args:
-            up: int64, shape (words,). `packed_words`, then path indices, on the device.
+            up: int64, shape (words,). `packed_words`, slots that move, if any may, and path indices, on the
+                device.
             nodes: Nodes of the padded tree.
             extra: Number of path indices.
             max_depth: Largest depth of a node.
             length: Committed tokens.
         """
         ids, positions, depths = up[: 3 * nodes].view(3, 1, nodes)
-        packed = up[: packed_words(nodes)]
+        packed = up[: len(up) - extra]
 
         def masks() -> Mask:
             made: dict[str, Tensor | None] = dict.fromkeys(self._masks)

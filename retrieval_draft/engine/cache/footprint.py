@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
+from retrieval_draft.engine.graph.arena import PAGE
 from retrieval_draft.engine.target import Target
 
 __all__ = ["CacheFootprint"]
@@ -26,6 +27,7 @@ class CacheFootprint:
         short, long = (_passed(target, length) for length in _TRIED)
         self._layers: list[tuple[float, int | None]] = []
         self._fixed, self._least = 0.0, 0
+        self._unit = 1 if target.width is None else PAGE  # passes of one shape take memory by pages
         if isinstance(long, SpeculativeCache):
             layers: Any = long.layers
             for layer in layers:
@@ -44,7 +46,7 @@ class CacheFootprint:
 
     def bytes(self, tokens: int) -> int:
         """Bytes of the cache of a text, prompt and reply."""
-        tokens = max(tokens, self._least)
+        tokens = -(-max(tokens, self._least) // self._unit) * self._unit
         slots = sum(each * (tokens if most is None else min(tokens, most)) for each, most in self._layers)
         return int(self._fixed + slots)
 
@@ -54,4 +56,5 @@ def _passed(target: Target, length: int) -> Any:
     ids = torch.zeros(length, dtype=torch.int64, device=target.device)
     for _ in target.prefill(cache, ids, 1):
         pass
+    target.release(cache)  # memory of passes has room for longer texts
     return cache

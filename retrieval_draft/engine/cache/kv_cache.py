@@ -94,6 +94,11 @@ class SpeculativeLayer(CacheLayerMixin):
         return self._buffers[0].shape[-2] if self._buffers else 0
 
     @property
+    def expected(self) -> int:
+        """Tokens that it was made to have room for."""
+        return self._hint
+
+    @property
     def host_memory(self) -> list[tuple[int, int, int, int, int]]:
         """Rows of `move_slots` for those buffers that a kernel can write."""
         if self._host_memory is None:

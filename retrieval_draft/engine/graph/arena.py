@@ -6,13 +6,14 @@ import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache, SpeculativeLayer
 
-__all__ = ["PAGE", "Arena", "layer_shapes", "lies_on_one_device", "slot_bytes"]
+__all__ = ["PAGE", "Arena", "PassMemory", "layer_shapes", "lies_on_one_device", "slot_bytes"]
 
 PAGE = 256
 """Slots are a multiple of it."""
@@ -37,6 +38,23 @@ def slot_bytes(cache: SpeculativeCache) -> int:
         for shape in layer_shapes(cache)
         for parts, heads, dim, dtype in shape
     )
+
+
+class PassMemory(Protocol):
+    """The arenas of a model's passes, which hold caches for as long as these decode."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arenas."""
+        ...
+
+    def holds(self, cache: Any) -> bool:
+        """True for a cache that has no other memory."""
+        ...
+
+    def limit(self, nbytes: int | None) -> None:
+        """Limits `nbytes`, as far as passes can do with less; None for no limit."""
+        ...
 
 
 @dataclass(slots=True)

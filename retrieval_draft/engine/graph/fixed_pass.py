@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,8 +15,9 @@ from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
 from retrieval_draft.engine.graph.arena import Arena
 from retrieval_draft.engine.graph.attention import PassTree, attending_to
 from retrieval_draft.engine.graph.captured import CapturedCalls
+from retrieval_draft.engine.graph.tree_rows import most_moves
 
-__all__ = ["ArenaCache", "FixedPass", "tree_masks"]
+__all__ = ["ArenaCache", "FixedPass", "stage", "tree_masks"]
 
 Call = Callable[[Any, Tensor, Tensor, Mask], tuple[Tensor, Tensor | None]]
 """The model: takes a cache, token ids, positions, (rows, n) each, and a mask; gives logits, (rows * n,
@@ -105,7 +106,11 @@ class ArenaCache(Cache):
 
 
 class FixedPass:
-    """A captured pass.
+    """A captured pass. It begins with the moves of the paths that the step before accepted.
+
+    So accepting stays with the host, which draws tokens with any processor, and costs no launch: which nodes
+    were accepted is known when the next trees go to the device, and goes with them. Accepted on the device,
+    the same moves would end this pass; the host would still wait for it, since it drafts from its tokens.
 
     Args:
         rows: Lanes of the arena, from the first on.
@@ -139,7 +144,9 @@ class FixedPass:
         self._arena, self._windows, self._dtype, self._summarise = arena, windows, dtype, summarise
         self._by_tree = by_tree
         device = arena.tensors[0].device
-        self._given = torch.zeros((rows, packed_words(nodes)), dtype=torch.int64, device=device)
+        words, moves = rows * packed_words(nodes), 2 * rows * most_moves(rows)
+        self._given = torch.zeros(words + moves, dtype=torch.int64, device=device)
+        self._trees, self._moves = self._given[:words].view(rows, -1), self._given[words:].view(2, rows, -1)
         self._columns = torch.arange(keys, device=device)
         self._captured: CapturedCalls | None = None
         self.logits: Tensor
@@ -153,21 +160,22 @@ class FixedPass:
         Args:
             call: The model.
             cache: Works in the arena, and shows the layers.
-            packed: As for `run`.
+            packed: As for `run`. Nothing may move: for some records the calls run more than once.
             by: Makes the record.
         """
-        self._given.copy_(packed)
+        self._take(packed)
         rows, nodes = self.rows, self.nodes
-        ids, positions, depths = self._given[:, : 3 * nodes].view(rows, 3, nodes).unbind(1)
-        length = self._given[:, 3 * nodes]
+        ids, positions, depths = self._trees[:, : 3 * nodes].view(rows, 3, nodes).unbind(1)
+        length = self._trees[:, 3 * nodes]
         hidden = None
         if nodes > 1:
-            bits = self._given[:, 3 * nodes + 1 :].view(torch.bool)
+            bits = self._trees[:, 3 * nodes + 1 :].view(torch.bool)
             hidden = bits[:, : nodes * nodes].view(rows, nodes, nodes)
         states = self._arena.keys_and_values(self.keys, rows)
         lanes = self._arena.lanes[:rows]
 
         def calls() -> tuple[Tensor, Tensor | None, Tensor | None]:
+            self._arena.move_rows(self._moves)
             slots = self._columns[:nodes] + length[:, None]
             masks = tree_masks(self._windows, length, depths, hidden, self._columns, self._dtype)
             mask: Mask = {**masks} if len(masks) > 1 else next(iter(masks.values()))
@@ -183,23 +191,26 @@ class FixedPass:
         self.logits, self.hidden, self.summary = by.capture(calls)
         self._captured = by
 
-    def run(self, caches: Sequence[SpeculativeCache], packed: Tensor) -> Tensor:
-        """One pass over trees, whose nodes are staged in their caches.
+    def run(self, packed: Tensor) -> Tensor:
+        """One pass over trees; the nodes have to be staged in their caches afterwards.
 
         Args:
-            caches: Work in lanes of the arena.
-            packed: The trees, lane by lane: `TreeRows.packed`, or `TreeInputs.packed` of one.
+            packed: int64. The trees, lane by lane: `TreeRows.sent`, or `TreeInputs.packed` of one; without
+                the slots that move, nothing moves.
 
         Returns:
             (rows * n, vocabulary), float, logits after each node, padded nodes and empty lanes included; they
             hold until the next run.
         """
         assert self._captured is not None
-        self._given.copy_(packed)
+        self._take(packed)
         self._captured.replay()
-        for cache in caches:
-            stage(cache, self.nodes)
         return self.logits
+
+    def _take(self, packed: Tensor) -> None:
+        self._given[: len(packed)].copy_(packed)
+        if len(packed) < len(self._given):
+            self._given[len(packed) :].zero_()
 
 
 def stage(cache: SpeculativeCache, nodes: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from retrieval_draft.drafting.tree import DraftTree
-from retrieval_draft.engine.attention.tree_mask import TreeAttention, TreeInputs
+from retrieval_draft.engine.attention.tree_mask import TreeAttention, TreeInputs, packed_words
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
 from retrieval_draft.engine.graph.arena import PAGE, Arena, layer_shapes, lies_on_one_device, slot_bytes
 from retrieval_draft.engine.graph.attention import can_attend_to_trees
@@ -191,30 +191,31 @@ class GraphPasses:
             self._arena.release(cache)
 
     def verify(self, cache: Any, inputs: TreeInputs) -> Tensor | None:
-        """One captured pass over a tree, whose nodes stay staged in the cache.
+        """One captured pass over a tree, whose nodes stay staged in the cache; the path before is committed.
 
         Returns:
             (n, vocabulary), float, logits after each node, padded nodes included, which hold until the next
-            pass; None, and nothing has changed, where an eager pass has to do.
+            pass; None, and nothing else has changed, where an eager pass has to do.
         """
         packed, nodes = inputs.packed, inputs.input_ids.shape[1]
         if packed is None or not isinstance(cache, SpeculativeCache) or nodes not in NODES:
+            inputs.settle()
             return None
         try:
-            # Eager passes work in this memory too: paths move in two launches for all layers.
-            if self._is_out_of_memory or not self._holds([cache], 1, cache.get_seq_length() + nodes + 1):
-                return None
-            if not self._is_ready():
-                return None
-            found = self._found(1, nodes, [cache])
+            found = self._known(1, nodes, [cache], [inputs])
             if found is None:
-                return None
+                inputs.settle()
+                packed = packed[: packed_words(nodes)]
+                # Eager passes work in this memory too: paths move in two launches for all layers.
+                holds = not self._is_out_of_memory and self._holds([cache], 1, _length(cache) + nodes + 1)
+                found = self._found(1, nodes, [cache]) if holds and self._is_ready() else None
         except Exception as error:  # a model's own code raises anything
             self._failed(error, 1)
-            return None
-        self._last = found
-        self.replays += 1
-        return found.run([cache], packed)
+            found = None
+        if found is not None:
+            return self._replayed(found, [cache], [inputs], packed)
+        inputs.settle()
+        return None
 
     def begin_rows(self, caches: Sequence[Any], lengths: Sequence[int], nodes: int) -> TreeRows | None:
         """Moves the caches of several rows into lanes of their own, and makes room for their trees.
@@ -249,16 +250,9 @@ class GraphPasses:
         return self._rows
 
     def send_rows(self, trees: TreeRows) -> bool:
-        """Copies packed trees to the device, and moves accepted paths of all rows into place.
-
-        Returns:
-            False, and no key has moved, where that fails.
-        """
+        """Copies packed trees, and the slots of paths that move, to the device; False where that fails."""
         try:
             trees.send()
-            if trees.moves is not None:
-                assert self._arena is not None
-                self._arena.move_rows(trees.moves)
         except Exception as error:
             self._failed(error, trees.rows)
             return False
@@ -267,34 +261,83 @@ class GraphPasses:
     def verify_rows(self, caches: Sequence[Any], inputs: Sequence[TreeInputs]) -> Tensor | None:
         """One captured pass over the trees of several rows, whose nodes stay staged in their caches.
 
+        The paths before are committed.
+
         Args:
             caches: Of the rows.
             inputs: Their trees, of one `begin_rows`.
 
         Returns:
             (rows * n, vocabulary), float, logits after each node, lane by lane, padded nodes and empty lanes
-            included, which hold until the next pass; None, and nothing has changed, where eager passes have
-            to do.
+            included, which hold until the next pass; None, and nothing else has changed, where eager passes
+            have to do.
         """
-        trees, arena = self._rows, self._arena
-        if self.rows_reason is not None or not self._is_ready() or arena is None:
-            return None
+        trees, sent = self._rows, None
         try:
-            lanes = [given.lane[1] if given.lane and given.lane[0] is trees else None for given in inputs]
-            for cache, lane in zip(caches, lanes, strict=True):
-                if lane is None or not arena.holds(cache, lane):
-                    return None
-            # A row may have failed meanwhile; its lane is about to be written.
-            arena.vacate(lane for lane in range(trees.rows) if lane not in lanes)
-            found = self._found(trees.rows, trees.nodes, caches)
-            if found is None:
-                return None
+            found = None
+            if self._has_lanes(caches, inputs):
+                found, sent = self._known(trees.rows, trees.nodes, caches, inputs), trees.sent
+                if found is None:
+                    for given in inputs:
+                        given.settle()
+                    found, sent = self._found(trees.rows, trees.nodes, caches), trees.packed.flatten()
         except Exception as error:  # a model's own code raises anything
             self._failed(error, trees.rows)
+            found = None
+        if found is not None and sent is not None:
+            return self._replayed(found, caches, inputs, sent)
+        for given in inputs:
+            given.settle()
+        return None
+
+    def _has_lanes(self, caches: Sequence[Any], inputs: Sequence[TreeInputs]) -> bool:
+        """True if these caches, and no others, work in the lanes that their trees were packed for."""
+        trees, arena = self._rows, self._arena
+        if self.rows_reason is not None or not self._is_ready() or arena is None:
+            return False
+        lanes = [given.lane[1] if given.lane and given.lane[0] is trees else None for given in inputs]
+        for cache, lane in zip(caches, lanes, strict=True):
+            if lane is None or not arena.holds(cache, lane):
+                return False
+        # A row may have failed meanwhile; its lane is about to be written.
+        arena.vacate(lane for lane in range(trees.rows) if lane not in lanes)
+        return True
+
+    def _known(
+        self,
+        rows: int,
+        nodes: int,
+        caches: Sequence[SpeculativeCache],
+        inputs: Sequence[TreeInputs],
+    ) -> FixedPass | None:
+        """The pass that was captured for trees of this size, where the caches may stay as they are.
+
+        Paths may wait to be committed, since nothing is read but by the pass, which moves them.
+        """
+        arena = self._arena
+        if arena is None or self._is_out_of_memory or (rows == 1 and not arena.holds(caches[0])):
             return None
+        lengths = [_length(cache) + given.waiting for cache, given in zip(caches, inputs, strict=True)]
+        needed = max(lengths) + nodes + 1
+        if needed > arena.slots or not self._is_ready():
+            return None
+        return self._passes.get((rows, nodes, self._slots(needed, arena.slots)))
+
+    def _replayed(
+        self,
+        found: FixedPass,
+        caches: Sequence[SpeculativeCache],
+        inputs: Sequence[TreeInputs],
+        packed: Tensor,
+    ) -> Tensor:
+        """Logits of a captured pass, which has moved the paths that wait to be committed."""
         self._last = found
         self.replays += 1
-        return found.run(caches, trees.packed)
+        logits = found.run(packed)
+        for cache, given in zip(caches, inputs, strict=True):
+            given.settle(in_pass=True)
+            stage(cache, found.nodes)
+        return logits
 
     def _is_ready(self) -> bool:
         """False where no pass may be captured or replayed now."""
@@ -472,12 +515,12 @@ class GraphPasses:
                 for cache in caches:
                     cache.drop()
                 if not seed:
-                    made.capture(self._call, caches[0], trial.trees.packed, self._recorder())
+                    made.capture(self._call, caches[0], trial.trees.sent, self._recorder())
                     self.captures += 1
-                    for cache in caches:
-                        stage(cache, nodes)
                 else:
-                    made.run(caches, trial.trees.packed)
+                    made.run(trial.trees.sent)
+                for cache in caches:
+                    stage(cache, nodes)
                 for row, (cache, lane) in enumerate(zip(caches, lanes, strict=True)):
                     wanted = expected[row * nodes : (row + 1) * nodes]
                     if not bool(wanted.isfinite().all()):

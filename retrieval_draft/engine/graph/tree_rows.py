@@ -11,15 +11,26 @@ from torch import Tensor
 
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.attention.tree_mask import (
+    MOVES,
     TreeAttention,
     TreeInputs,
     Upload,
     kernels,
     packed_words,
+    slots_of_moves,
 )
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
 
-__all__ = ["TreeRows"]
+__all__ = ["TreeRows", "most_moves"]
+
+_MOST_MOVES = 256
+"""Slots that move in a pass over several rows, those that need not included: of a model with 8 billion
+weights, 34 megabytes."""
+
+
+def most_moves(rows: int) -> int:
+    """Slots of a row's path that a captured pass over so many rows moves."""
+    return min(MOVES, _MOST_MOVES // rows)
 
 
 class TreeRows(Upload):
@@ -35,8 +46,9 @@ class TreeRows(Upload):
         rows: Lanes.
         nodes: Nodes of each padded tree.
         packed: int64, shape (rows, `packed_words(nodes)`), on the device, once sent.
-        moves: int64, shape (2, rows, m), on the device, once sent: slots whose keys move, and those that they
-            move to; lanes in which fewer move repeat slot 0. None where nothing moves.
+        moves: int64, shape (2, rows, `most_moves(rows)`), on the device, once sent: slots whose keys move,
+            and those that they move to; slot 0 to itself where fewer move.
+        sent: int64. Both of these, one after the other.
 
     Example:
         two rows in lanes 0 and 2 with trees of 3 and 5 nodes: 4 lanes of 8 nodes
@@ -46,9 +58,9 @@ class TreeRows(Upload):
         super().__init__(device)
         self.rows = self.nodes = 0
         self.packed: Tensor
-        self.moves: Tensor | None = None
+        self.moves: Tensor
+        self.sent: Tensor
         self._lanes: Mapping[int, int] = {}
-        self._moved: dict[int, tuple[NDArray[np.int64], int]] = {}
         self._lengths: dict[int, tuple[int, int]] = {}
         self._empty: dict[int, NDArray[np.int64]] = {}
 
@@ -62,9 +74,9 @@ class TreeRows(Upload):
         """
         self._wait()
         self.rows, self.nodes, self._lanes = rows, nodes, lanes
-        self._moved, self._lengths, self.moves = {}, {}, None
+        self._lengths = {}
         words = packed_words(nodes)
-        self._reserve(rows * words)
+        self._reserve(rows * (words + 2 * most_moves(rows)))
         if nodes not in self._empty:
             empty = np.zeros(words, np.int64)
             if nodes > 1:
@@ -72,6 +84,13 @@ class TreeRows(Upload):
                 bits.reshape(nodes, nodes)[:] = ~np.eye(nodes, dtype=bool)
             self._empty[nodes] = empty
         self._words[: rows * words].reshape(rows, words)[:] = self._empty[nodes]
+        self._moves[:] = 0
+
+    @property
+    def _moves(self) -> NDArray[np.int64]:
+        """(2, rows, `most_moves(rows)`). The host's part of `moves`."""
+        begin, most = self.rows * packed_words(self.nodes), most_moves(self.rows)
+        return self._words[begin : begin + 2 * self.rows * most].reshape(2, self.rows, most)
 
     def lane_of(self, cache: SpeculativeCache) -> int:
         """The lane of a cache."""
@@ -91,7 +110,7 @@ class TreeRows(Upload):
             cache: Works in one of the lanes. Its path is not committed yet.
             tree: The tree to verify, the root included; at most `nodes`.
             length: Committed tokens, the path included.
-            moved: int64, shape (m,). As for `SpeculativeCache.commit`.
+            moved: int64, shape (m,). As for `SpeculativeCache.commit`; at most `most_moves` of them.
             kept: As for `SpeculativeCache.commit`.
         """
         nodes, lane = self.nodes, self.lane_of(cache)
@@ -108,27 +127,14 @@ class TreeRows(Upload):
         self._words[after] = length
         self._lengths[lane] = length, max_depth
         if moved is not None:
-            first = cache.get_seq_length()
-            self._moved[lane] = first + moved, first + kept
+            self._moves[:, lane, : len(moved)] = slots_of_moves(moved, cache.get_seq_length(), kept)
 
     def send(self) -> None:
         """Copies all lanes to the device, with the slots whose keys move."""
-        rows, words = self.rows, packed_words(self.nodes)
-        most = max((len(slots) for slots, _ in self._moved.values()), default=0)
-        total = rows * (words + 2 * most)
-        if total > len(self._host):
-            written = self._words[: rows * words].copy()
-            self._reserve(total)
-            self._words[: rows * words] = written
-        if most:
-            moves = self._words[rows * words : total].reshape(2, rows, most)
-            moves[:] = 0
-            for lane, (slots, first) in self._moved.items():
-                moves[0, lane, : len(slots)] = slots
-                moves[1, lane, : len(slots)] = np.arange(first, first + len(slots))
-        up = self._send(total)
-        self.packed = up[: rows * words].view(rows, words)
-        self.moves = up[rows * words :].view(2, rows, most) if most else None
+        rows, words, most = self.rows, packed_words(self.nodes), most_moves(self.rows)
+        self.sent = self._send(rows * (words + 2 * most))
+        self.packed = self.sent[: rows * words].view(rows, words)
+        self.moves = self.sent[rows * words :].view(2, rows, most)
 
     def inputs(self, cache: SpeculativeCache, attention: TreeAttention) -> TreeInputs:
         """One row's tree for a pass of its own: `attention` makes its masks where they are asked for."""

@@ -336,24 +336,24 @@ class ServingEngine:
         return self._bytes([*self._choices.values(), *joining, *group.choices]) <= most
 
     def _limit_graphs(self) -> None:
-        """Leaves captured passes the memory that caches outside of theirs cannot come to take.
+        """Leaves the memory of passes what caches outside of it cannot come to take.
 
         A row that leaves them counts again before the next pass; all rows together never come to take more
         than `_has_memory` allows.
         """
         most = self._settings.max_cache_bytes
-        passes = [each.graphs for each in self._drafters if each.graphs is not None]
+        passes = [memory for each in self._drafters if (memory := each.pass_memory) is not None]
         if most is None or not passes:
             return
-        joining = [choice for each in self._joining for choice in each.group.choices]
-        for graphs in passes:
-            outside = [
-                choice
-                for row, choice in self._choices.items()
-                if not any(each.holds(row.cache) for each in passes)
-            ]
-            others = sum(each.nbytes for each in passes if each is not graphs)
-            graphs.limit(max(most - others - self._bytes([*outside, *joining]), 0))
+
+        def is_held(row: Row | None) -> bool:
+            return row is not None and any(each.holds(row.cache) for each in passes)
+
+        for memory in passes:
+            outside = [choice for row, choice in self._choices.items() if not is_held(row)]
+            joining = [choice for each in self._joining for choice in each.group.choices[is_held(each.row) :]]
+            others = sum(each.nbytes for each in passes if each is not memory)
+            memory.limit(max(most - others - self._bytes([*outside, *joining]), 0))
 
     def _next(self, ready: Sequence[_Joining]) -> _Joining:
         """The group whose prompt is passed next: tenants take turns, and so do the prompts of one."""

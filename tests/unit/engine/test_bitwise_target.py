@@ -13,6 +13,7 @@ from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine import bitwise_target
 from retrieval_draft.engine.bitwise_target import BitwiseTarget
+from retrieval_draft.engine.graph.arena import slot_bytes
 from retrieval_draft.engine.graph.captured import TapeGraph
 from tests.support.bits import bitwise, generate, half, same_bits
 from tests.support.drafters import prompt_ids
@@ -57,6 +58,35 @@ def test_texts_that_outgrow_their_memory() -> None:
             list(target.prefill(cache, part, 1))
     assert same_bits(cache, passed(target, ids)[0])
     assert len(target._rooms) == 2
+
+
+def test_memory_under_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond it unused memory goes first, then caches take turns; the bits of a text stay the same."""
+    monkeypatch.setattr(bitwise_target, "_WEIGHTS_PER_ARENA", 1)
+    target = BitwiseTarget(half("gemma3", max_position_embeddings=4096), "tape")
+    texts = [prompt_ids(300, seed=seed)[0] for seed in range(3)]
+    expected = [passed(target, text)[0] for text in texts]
+    caches = [passed(target, text[:200])[0] for text in texts]
+    assert all(map(target.holds, caches))
+    most = 2 * 512 * slot_bytes(caches[0])
+    assert target.nbytes > most
+    memory = target.pass_memory
+    memory.limit(most)
+    assert target.nbytes <= most
+    for begin in range(200, 300, 25):
+        for cache, text in zip(caches, texts, strict=True):
+            with torch.no_grad():
+                list(target.prefill(cache, text[begin : begin + 25], 1))
+            assert target.holds(cache)
+            assert memory.nbytes <= most
+    assert all(map(same_bits, caches, expected))
+    memory.limit(0)
+    assert (memory.nbytes, target.holds(caches[0])) == (0, False)
+    again, _ = passed(target, texts[0])
+    assert target.holds(again), "one is always passed"
+    assert same_bits(again, expected[0])
+    memory.limit(None)
+    assert all(target.holds(passed(target, text)[0]) for text in texts)
 
 
 def test_passes_that_cannot_be_captured_are_made_anew_with_the_same_bits(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from retrieval_draft.drafting.tree import DraftTree
+from retrieval_draft.engine.attention.tree_mask import TreeInputs, slots_of_moves
 from retrieval_draft.engine.graph import graph_passes
 from retrieval_draft.engine.graph.arena import PAGE, Arena
 from retrieval_draft.engine.graph.captured import TapeGraph, UncapturableError
@@ -16,6 +18,7 @@ from retrieval_draft.engine.graph.graph_passes import NODES, graph_kind, row_siz
 from retrieval_draft.engine.hidden_states import LAST
 from retrieval_draft.engine.logits import LogitReader, summary
 from retrieval_draft.engine.target import Target
+from tests.support.dispatched import Dispatched
 from tests.support.models import CONFIGS, make
 from tests.support.trees import tree_of
 
@@ -58,6 +61,87 @@ def test_every_architecture_passes_trees_as_an_eager_pass_does(name: str) -> Non
     assert target.graphs.reason is None
     assert target.graphs.replays == 12
     assert target.graphs.captures <= 3
+
+
+PATH = [0, 2, 3, 4]
+"""Moves by one slot each: each slot but the last is read as another is written to it."""
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_path_moves_in_the_pass_over_the_next_tree(name: str) -> None:
+    """One copy of its inputs is all that is launched besides the replay."""
+    model, tree = make(name), tree_of([5, 6, 7, 8, 9], [-1, 0, 0, 2, 3])
+    eager, target = Target(model, "off"), Target(model, "tape")
+    mine, theirs = begun(target), begun(eager)
+    moved = np.array(PATH[1:])
+    for step in range(5):
+        path = PATH if step else []
+        first = mine.get_seq_length()
+        moves = slots_of_moves(moved, first, 1) if path else None
+        length = first + len(path)
+        inputs = target.attention.prepare(tree, length, moved if path else None, moves=moves)  # type: ignore[call-arg]
+        wait(inputs, mine, path)
+        replays: list[int] = []
+        with (
+            mock.patch.object(TapeGraph, "replay", apart(replays, TapeGraph.replay)),
+            Dispatched(replays) as calls,
+        ):
+            found = target.verify(mine, inputs)[:5]
+        assert (inputs.waiting, inputs.commit) == (0, None)
+        if step:
+            theirs.commit(torch.from_numpy(moved), 1, len(path))
+            assert calls.launches == ["copy_"]
+        assert close(found, eager.verify_tree(theirs, tree, length))
+        assert mine.get_seq_length() == length
+        for layer, other in zip(mine.attention_layers, theirs.attention_layers, strict=True):
+            assert layer.staged == 8
+            assert torch.allclose(layer.keys, other.keys, atol=1e-5)
+            assert torch.allclose(layer.values, other.values, atol=1e-5)
+
+
+def apart(depth: list[int], call: Any) -> Any:
+    """`call`, with `depth` not empty meanwhile."""
+
+    def run(*given: Any) -> Any:
+        depth.append(1)
+        out = call(*given)
+        depth.pop()
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("change", ["grows", "captures", "leaves", "gives up"])
+def test_a_path_is_in_place_where_the_pass_does_not_move_it(change: str) -> None:
+    """Once, for all that may come between a tree and the next."""
+    model, tree = make("gemma3", max_position_embeddings=4096), tree_of([5, 6, 7, 8, 9], [-1, 0, 0, 2, 3])
+    eager, target = Target(model, "off"), Target(model, "tape")
+    mine, theirs = begun(target), begun(eager)
+    graphs, length = target.graphs, 40
+    assert graphs is not None
+    for each, cache in ((target, mine), (eager, theirs)):
+        each.verify_tree(cache, tree, length)
+    moved = np.array(PATH[1:])
+    inputs = target.attention_of_row().prepare(  # type: ignore[call-arg]
+        tree, length + 4, moved, moves=slots_of_moves(moved, length, 1)
+    )
+    wait(inputs, mine, PATH)
+    theirs.commit(torch.from_numpy(moved), 1, 4)
+    if change == "grows":
+        for _ in range(2):
+            other = begun(target, 300)
+            target.verify_tree(other, TREE, 300)
+    elif change == "captures":
+        graphs._forget()
+    elif change == "leaves":
+        graphs.release(mine)
+    else:
+        graphs._give_up("told so", 1)
+    found = target.verify(mine, inputs)[:5]
+    assert close(found, eager.verify_tree(theirs, tree, length + 4))
+    assert mine.get_seq_length() == length + 4
+    for layer, twin in zip(mine.attention_layers, theirs.attention_layers, strict=True):
+        assert torch.allclose(layer.keys, twin.keys, atol=1e-5)
 
 
 def test_a_mask_by_the_number_of_keys_is_found_out() -> None:
@@ -238,6 +322,16 @@ def test_no_smaller_pass_is_tried_where_the_largest_was_given_up(
     assert len(caplog.records) == 1
 
 
+def wait(inputs: TreeInputs, cache: Any, path: list[int]) -> None:
+    """Leaves the commit of a path, of which the first node lies in place, to the pass over the next tree."""
+
+    def commit(in_pass: bool) -> None:
+        cache.commit(None if in_pass or not path[1:] else torch.tensor(path[1:]), 1, len(path))
+
+    if path:
+        inputs.waiting, inputs.commit = len(path), commit
+
+
 def together(
     target: Target, caches: list[Any], trees: list[DraftTree], moved: list[list[int]] | None = None
 ) -> list[torch.Tensor] | None:
@@ -255,10 +349,9 @@ def together(
     for cache, tree, length, path in zip(caches, trees, lengths, paths, strict=True):
         rows.pack(cache, tree, length, np.array(path[1:], np.int64) if path[1:] else None, 1)
     assert graphs.send_rows(rows)
-    for cache, path in zip(caches, paths, strict=True):
-        if path:
-            cache.commit(None, 1, len(path))
     inputs = [rows.inputs(cache, target.attention_of_row()) for cache in caches]  # type: ignore[arg-type]
+    for given, cache, path in zip(inputs, caches, paths, strict=True):
+        wait(given, cache, path)
     logits = graphs.verify_rows(caches, inputs)
     if logits is None:
         return None

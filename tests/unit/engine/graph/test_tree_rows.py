@@ -11,7 +11,7 @@ import torch
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.attention.tree_mask import TreeAttention, packed_words
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
-from retrieval_draft.engine.graph.tree_rows import TreeRows
+from retrieval_draft.engine.graph.tree_rows import TreeRows, most_moves
 from tests.support.models import CONFIGS
 from tests.support.trees import ancestors, tree_of
 
@@ -63,7 +63,7 @@ def test_lanes_hold_what_is_written_by_hand(nodes: int) -> None:
             expected[lane] = words_of(tree, length, cache.shift, nodes)
         assert trees.packed.tolist() == expected
         assert trees.packed.shape == (rows, packed_words(nodes))
-        assert trees.moves is None
+        assert not trees.moves.any()
         assert [trees.lane_of(cache) for cache in caches] == used
 
 
@@ -77,27 +77,34 @@ def test_paths_move_to_the_slots_after_their_texts() -> None:
     trees.pack(caches[1], tree, 21, np.array([2]), 0)
     trees.pack(caches[2], tree, 31)
     trees.send()
-    assert trees.moves is not None
-    assert trees.moves.tolist() == [
+    assert trees.moves.shape == (2, 4, most_moves(4))
+    assert trees.moves[:, :, :2].tolist() == [
         [[0, 0], [13, 15], [0, 0], [22, 0]],
         [[0, 0], [11, 12], [0, 0], [20, 0]],
     ]
+    assert not trees.moves[:, :, 2:].any()
+    assert torch.equal(trees.sent, torch.cat([trees.packed.flatten(), trees.moves.flatten()]))
+    trees.begin(4, 8, {id(caches[0]): 1})
+    trees.pack(caches[0], tree, 13)
+    trees.send()
+    assert not trees.moves.any(), "of the step before"
 
 
-def test_long_paths_make_room_and_lose_no_tree() -> None:
+def test_paths_as_long_as_a_pass_takes_fill_their_part_and_no_other() -> None:
     rng = np.random.default_rng(0)
-    caches = [cache_of(9) for _ in range(2)]
-    trees = TreeRows(DEVICE)
+    caches, trees, most = [cache_of(9) for _ in range(2)], TreeRows(DEVICE), most_moves(2)
     trees.begin(2, 4, {id(cache): lane for lane, cache in enumerate(caches)})
-    trees._reserve(1)
-    moved = np.arange(900)
+    moved = np.arange(most)
     for cache in caches:
-        trees.pack(cache, random_tree(4, rng), 909, moved, 0)
+        trees.pack(cache, random_tree(4, rng), 9 + most, moved, 0)
     before = trees._words[: 2 * packed_words(4)].copy()
     trees.send()
-    assert trees.packed.reshape(-1).tolist() == before.tolist()
-    assert trees.moves is not None
-    assert trees.moves.tolist() == [[(9 + moved).tolist()] * 2, [np.arange(9, 909).tolist()] * 2]
+    assert trees.packed.flatten().tolist() == before.tolist()
+    assert trees.moves.tolist() == [[(9 + moved).tolist()] * 2, [np.arange(9, 9 + most).tolist()] * 2]
+
+
+def test_many_rows_move_no_more_slots_in_all_than_some() -> None:
+    assert [most_moves(rows) for rows in (1, 2, 8, 16, 64, 512)] == [32, 32, 32, 16, 4, 0]
 
 
 def test_a_row_alone_gets_the_inputs_that_it_makes_for_itself() -> None:
