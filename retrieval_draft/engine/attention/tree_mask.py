@@ -44,7 +44,8 @@ class TreeInputs:
         position_ids: int64, shape (1, n).
         attention_mask: As the attribute, or a function that makes it once it is asked for.
         moved: int64. The path indices given to `prepare`, on the device; None if there were none.
-        packed: int64, shape (`packed_words(n)`,). What the rest is made of, on the device; None on the host.
+        packed: int64, shape (`packed_words(n)` or more,). What the rest is made of, on the device, then the
+            words for draws; None on the host.
 
     Attributes:
         lane: The trees of all rows that were packed with it, and its lane among them; None for one alone.
@@ -247,7 +248,12 @@ class TreeAttention(Upload):
         return next((size for size in self._sizes if size >= nodes), padded_size(nodes))
 
     def prepare(
-        self, tree: DraftTree, length: int, moved: NDArray[np.int64] | None = None, shift: int = 0
+        self,
+        tree: DraftTree,
+        length: int,
+        moved: NDArray[np.int64] | None = None,
+        shift: int = 0,
+        draws: NDArray[np.int64] | None = None,
     ) -> TreeInputs:
         """Arguments for a forward pass over `tree` after `length` committed tokens.
 
@@ -257,11 +263,14 @@ class TreeAttention(Upload):
             moved: int64, shape (m,). Indices for `SpeculativeCache.commit`, copied to the device with the
                 tree.
             shift: The root's position, less `length`.
+            draws: int64, shape (words,). For draws at the nodes (`DrawWords`), copied with the tree; not
+                where the host reads what it writes.
         """
         nodes = self.size(len(tree))
         self._wait()
         extra = 0 if moved is None else len(moved)
-        after = packed_words(nodes)
+        end = packed_words(nodes)
+        after = end if draws is None else end + len(draws)
         self._reserve(after + extra)
         hidden = self._bytes[8 * (3 * nodes + 1) :]
         max_depth = kernels.pack_tree(
@@ -270,6 +279,8 @@ class TreeAttention(Upload):
         if self._is_here:
             return self._inputs_here(hidden, nodes, moved, length)
         self._words[3 * nodes] = length
+        if draws is not None:
+            self._words[end:after] = draws
         if moved is not None:
             self._words[after : after + extra] = moved
         return self.unpack(self._send(after + extra), nodes, extra, max_depth, length)
@@ -291,14 +302,14 @@ class TreeAttention(Upload):
         """The device's half of `prepare`: views of `up`, and masks once they are asked for.
 
         Args:
-            up: int64, shape (words,). `packed_words`, then path indices, on the device.
+            up: int64, shape (words,). `packed_words`, words for draws, path indices, on the device.
             nodes: Nodes of the padded tree.
             extra: Number of path indices.
             max_depth: Largest depth of a node.
             length: Committed tokens.
         """
         ids, positions, depths = up[: 3 * nodes].view(3, 1, nodes)
-        packed = up[: packed_words(nodes)]
+        packed = up[: len(up) - extra]
 
         def masks() -> Mask:
             made: dict[str, Tensor | None] = dict.fromkeys(self._masks)

@@ -15,8 +15,12 @@ from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
 from retrieval_draft.engine.graph.arena import Arena
 from retrieval_draft.engine.graph.attention import PassTree, attending_to
 from retrieval_draft.engine.graph.captured import CapturedCalls
+from retrieval_draft.engine.sampling.node_draws import PassNodes
 
-__all__ = ["ArenaCache", "FixedPass", "tree_masks"]
+__all__ = ["ArenaCache", "FixedPass", "Summarise", "tree_masks"]
+
+Summarise = Callable[[Tensor, PassNodes], Tensor]
+"""Makes of logits, (rows * n, vocabulary), what the host reads of them, int32, (rows * n, columns)."""
 
 Call = Callable[[Any, Tensor, Tensor, Mask], tuple[Tensor, Tensor | None]]
 """The model: takes a cache, token ids, positions, (rows, n) each, and a mask; gives logits, (rows * n,
@@ -114,7 +118,8 @@ class FixedPass:
         arena: Memory of the caches.
         windows: Layer types with their windows.
         dtype: Of the masks.
-        summarise: Makes of logits what the host reads of them, (rows * n, columns), in the same capture.
+        summarise: Makes what the host reads, in the same capture; None for nothing.
+        draw_words: Words for draws that each tree has.
         by_tree: Whether attention may read the trees instead of masks.
 
     Attributes:
@@ -132,14 +137,16 @@ class FixedPass:
         arena: Arena,
         windows: Mapping[str, int | None],
         dtype: torch.dtype,
-        summarise: Callable[[Tensor], Tensor] | None,
+        summarise: Summarise | None,
+        draw_words: int,
         by_tree: bool,
     ) -> None:
         self.rows, self.nodes, self.keys = rows, nodes, keys
         self._arena, self._windows, self._dtype, self._summarise = arena, windows, dtype, summarise
         self._by_tree = by_tree
         device = arena.tensors[0].device
-        self._given = torch.zeros((rows, packed_words(nodes)), dtype=torch.int64, device=device)
+        words = packed_words(nodes) + draw_words
+        self._given = torch.zeros((rows, words), dtype=torch.int64, device=device)
         self._columns = torch.arange(keys, device=device)
         self._captured: CapturedCalls | None = None
         self.logits: Tensor
@@ -156,16 +163,17 @@ class FixedPass:
             packed: As for `run`.
             by: Makes the record.
         """
-        self._given.copy_(packed)
+        self._take(packed)
         rows, nodes = self.rows, self.nodes
         ids, positions, depths = self._given[:, : 3 * nodes].view(rows, 3, nodes).unbind(1)
         length = self._given[:, 3 * nodes]
         hidden = None
         if nodes > 1:
-            bits = self._given[:, 3 * nodes + 1 :].view(torch.bool)
+            bits = self._given[:, 3 * nodes + 1 : packed_words(nodes)].view(torch.bool)
             hidden = bits[:, : nodes * nodes].view(rows, nodes, nodes)
         states = self._arena.keys_and_values(self.keys, rows)
         lanes = self._arena.lanes[:rows]
+        given = PassNodes(ids, depths, length, hidden, self._given[:, packed_words(nodes) :])
 
         def calls() -> tuple[Tensor, Tensor | None, Tensor | None]:
             slots = self._columns[:nodes] + length[:, None]
@@ -178,7 +186,7 @@ class FixedPass:
                     ArenaCache(cache, states, lanes, slots), ids.contiguous(), positions.contiguous(), mask
                 )
             self.reads_masks = tree.reads < len(cache.attention_layers)
-            return logits, inputs, None if self._summarise is None else self._summarise(logits)
+            return logits, inputs, None if self._summarise is None else self._summarise(logits, given)
 
         self.logits, self.hidden, self.summary = by.capture(calls)
         self._captured = by
@@ -195,11 +203,16 @@ class FixedPass:
             hold until the next run.
         """
         assert self._captured is not None
-        self._given.copy_(packed)
+        self._take(packed)
         self._captured.replay()
         for cache in caches:
             stage(cache, self.nodes)
         return self.logits
+
+    def _take(self, packed: Tensor) -> None:
+        """Writes the trees to their fixed place; where none are drawn at, words for draws may be missing."""
+        packed = packed.view(self.rows, -1)
+        self._given[:, : packed.shape[1]].copy_(packed)
 
 
 def stage(cache: SpeculativeCache, nodes: int) -> None:

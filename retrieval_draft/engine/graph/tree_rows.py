@@ -34,7 +34,7 @@ class TreeRows(Upload):
     Attributes:
         rows: Lanes.
         nodes: Nodes of each padded tree.
-        packed: int64, shape (rows, `packed_words(nodes)`), on the device, once sent.
+        packed: int64, shape (rows, `packed_words(nodes)` and words for draws), on the device, once sent.
         moves: int64, shape (2, rows, m), on the device, once sent: slots whose keys move, and those that they
             move to; lanes in which fewer move repeat slot 0. None where nothing moves.
 
@@ -44,34 +44,36 @@ class TreeRows(Upload):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.rows = self.nodes = 0
+        self.rows = self.nodes = self._width = 0
         self.packed: Tensor
         self.moves: Tensor | None = None
         self._lanes: Mapping[int, int] = {}
         self._moved: dict[int, tuple[NDArray[np.int64], int]] = {}
         self._lengths: dict[int, tuple[int, int]] = {}
-        self._empty: dict[int, NDArray[np.int64]] = {}
+        self._empty: dict[tuple[int, int], NDArray[np.int64]] = {}
 
-    def begin(self, rows: int, nodes: int, lanes: Mapping[int, int]) -> None:
+    def begin(self, rows: int, nodes: int, lanes: Mapping[int, int], draw_words: int = 0) -> None:
         """Empties all lanes.
 
         Args:
             rows: Lanes.
             nodes: Nodes of each padded tree.
             lanes: The lane of each cache, by its identity.
+            draw_words: Of each lane, for draws at the nodes.
         """
         self._wait()
         self.rows, self.nodes, self._lanes = rows, nodes, lanes
         self._moved, self._lengths, self.moves = {}, {}, None
-        words = packed_words(nodes)
+        words = self._width = packed_words(nodes) + draw_words
         self._reserve(rows * words)
-        if nodes not in self._empty:
+        kind = nodes, draw_words
+        if kind not in self._empty:
             empty = np.zeros(words, np.int64)
             if nodes > 1:
                 bits = empty[3 * nodes + 1 :].view(np.bool_)[: nodes * nodes]
                 bits.reshape(nodes, nodes)[:] = ~np.eye(nodes, dtype=bool)
-            self._empty[nodes] = empty
-        self._words[: rows * words].reshape(rows, words)[:] = self._empty[nodes]
+            self._empty[kind] = empty
+        self._words[: rows * words].reshape(rows, words)[:] = self._empty[kind]
 
     def lane_of(self, cache: SpeculativeCache) -> int:
         """The lane of a cache."""
@@ -84,6 +86,7 @@ class TreeRows(Upload):
         length: int,
         moved: NDArray[np.int64] | None = None,
         kept: int = 0,
+        draws: NDArray[np.int64] | None = None,
     ) -> None:
         """Writes the tree of one row.
 
@@ -93,9 +96,10 @@ class TreeRows(Upload):
             length: Committed tokens, the path included.
             moved: int64, shape (m,). As for `SpeculativeCache.commit`.
             kept: As for `SpeculativeCache.commit`.
+            draws: int64, shape (draw_words,). As for `TreeAttention.prepare`; zeros without.
         """
         nodes, lane = self.nodes, self.lane_of(cache)
-        at, after = lane * packed_words(nodes), lane * packed_words(nodes) + 3 * nodes
+        at, after = lane * self._width, lane * self._width + 3 * nodes
         max_depth = kernels.pack_tree(
             tree.tokens,
             tree.parents,
@@ -106,6 +110,8 @@ class TreeRows(Upload):
             self._bytes[8 * (after + 1) :],
         )
         self._words[after] = length
+        if draws is not None:
+            self._words[(lane + 1) * self._width - len(draws) : (lane + 1) * self._width] = draws
         self._lengths[lane] = length, max_depth
         if moved is not None:
             first = cache.get_seq_length()
@@ -113,7 +119,7 @@ class TreeRows(Upload):
 
     def send(self) -> None:
         """Copies all lanes to the device, with the slots whose keys move."""
-        rows, words = self.rows, packed_words(self.nodes)
+        rows, words = self.rows, self._width
         most = max((len(slots) for slots, _ in self._moved.values()), default=0)
         total = rows * (words + 2 * most)
         if total > len(self._host):
