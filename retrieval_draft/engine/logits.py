@@ -13,12 +13,21 @@ from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.drafting.predictions import Predictions
 from retrieval_draft.errors import NonFiniteLogitsError
 
-__all__ = ["LEADERS", "BestLogits", "Leaders", "LogitReader", "Wanted", "non_finite", "summary", "top_k"]
+__all__ = [
+    "CANDIDATES",
+    "BestLogits",
+    "Candidates",
+    "LogitReader",
+    "Wanted",
+    "non_finite",
+    "summary",
+    "top_k",
+]
 
-LEADERS = 8
-"""Tokens of each node whose sums of score and noise are the largest, that a device names."""
+CANDIDATES = 8
+"""Tokens of each node that a device names as the likely first ones of a draw."""
 
-_LEADER_COLUMNS = 1 + 2 * LEADERS + 4
+_CANDIDATE_COLUMNS = 1 + 2 * CANDIDATES + 4
 
 _kernels = LazyKernels("retrieval_draft.engine._kernels.top_k")
 
@@ -84,27 +93,27 @@ class Wanted(NamedTuple):
 
     Attributes:
         best: Number of best logits; 0 for none.
-        leaders: Whether a captured pass draws from all logits, for `Leaders`.
+        candidates: Whether a captured pass draws from all logits, for `Candidates`.
         penalties: Whether it lowers those of tokens in the text before.
     """
 
     best: int = 0
-    leaders: bool = False
+    candidates: bool = False
     penalties: bool = False
 
     def joined(self, other: Wanted) -> Wanted:
         """Parts that are enough for both."""
         return Wanted(
-            max(self.best, other.best), self.leaders or other.leaders, self.penalties or other.penalties
+            max(self.best, other.best), self.candidates or other.candidates, self.penalties or other.penalties
         )
 
 
-class Leaders(NamedTuple):
+class Candidates(NamedTuple):
     """The tokens of each node that come first in a draw, as a device computed it: close, not exact.
 
     Attributes:
         argmax: int32, shape (n,). The lowest id of the largest score.
-        tokens: int32, shape (n, `LEADERS`). Those with the largest sums of score and noise, in falling order.
+        tokens: int32, shape (n, `CANDIDATES`). In falling order of their sums of score and noise.
         scores: float32, of the same shape. Theirs, before temperature, exact; -inf where there are too few.
         totals: float64, shape (n,). Sum of exp(score - largest) over all, scores divided by temperature.
         bounds: float64, shape (n,). The sum of score and noise of any other token is not larger.
@@ -116,9 +125,9 @@ class Leaders(NamedTuple):
     totals: NDArray[np.float64]
     bounds: NDArray[np.float64]
 
-    def part(self, nodes: slice) -> Leaders:
+    def part(self, nodes: slice) -> Candidates:
         """Those of some nodes."""
-        return Leaders(
+        return Candidates(
             self.argmax[nodes], self.tokens[nodes], self.scores[nodes], self.totals[nodes], self.bounds[nodes]
         )
 
@@ -130,22 +139,22 @@ class BestLogits(NamedTuple):
         tokens: int32, shape (n, count).
         values: float32, shape (n, count).
         vocabulary: Ids that they were chosen from.
-        leaders: The first tokens of a draw from all logits; None where there was none.
+        candidates: The first tokens of a draw from all logits; None where there was none.
     """
 
     tokens: NDArray[np.int32]
     values: NDArray[np.float32]
     vocabulary: int
-    leaders: Leaders | None = None
+    candidates: Candidates | None = None
 
     def part(self, nodes: slice) -> BestLogits:
         """Those of some nodes."""
-        leaders = None if self.leaders is None else self.leaders.part(nodes)
-        return BestLogits(self.tokens[nodes], self.values[nodes], self.vocabulary, leaders)
+        candidates = None if self.candidates is None else self.candidates.part(nodes)
+        return BestLogits(self.tokens[nodes], self.values[nodes], self.vocabulary, candidates)
 
 
 def summary(
-    logits: Tensor, k: int, best: int = 0, scores: Tensor | None = None, leaders: Tensor | None = None
+    logits: Tensor, k: int, best: int = 0, scores: Tensor | None = None, candidates: Tensor | None = None
 ) -> Tensor:
     """Argmax and alternatives of logits, in few launches.
 
@@ -154,11 +163,11 @@ def summary(
         k: At most the vocabulary, as `best`.
         best: Number of best logits, for `BestLogits`.
         scores: float, (n, vocabulary), whose best are wanted instead; None for the logits.
-        leaders: int32, (n, columns): as `Leaders` has them; None for none.
+        candidates: int32, (n, columns): as `Candidates` has them; None for none.
 
     Returns:
         int32, shape (n, 2 + 2k + columns + 2 best): argmax, whether a value is NaN, the k best ids, bits of
-        their probabilities as float32; the leaders; ids and bits of the best logits.
+        their probabilities as float32; the candidates; ids and bits of the best logits.
     """
     most, index = logits.max(-1)
     columns = [index[:, None], most.isnan()[:, None]]
@@ -167,8 +176,8 @@ def summary(
     if k:
         probs = logits.softmax(-1, dtype=torch.float32).gather(1, indices[:, :k])
         columns += [indices[:, :k], probs.view(torch.int32)]
-    if leaders is not None:
-        columns.append(leaders)
+    if candidates is not None:
+        columns.append(candidates)
     if best:
         if scores is not None:
             values, indices = scores.topk(best)
@@ -176,13 +185,13 @@ def summary(
     return torch.cat(columns, -1).int()
 
 
-def _leaders(columns: NDArray[np.int32]) -> Leaders:
-    """Reads int32, shape (n, `_LEADER_COLUMNS`): argmax; ids; bits of scores, totals and bounds."""
-    floats = np.ascontiguousarray(columns[:, 1 + 2 * LEADERS :]).view(np.float64)
-    return Leaders(
+def _candidates(columns: NDArray[np.int32]) -> Candidates:
+    """Reads int32, shape (n, `_CANDIDATE_COLUMNS`): argmax; ids; bits of scores, totals and bounds."""
+    floats = np.ascontiguousarray(columns[:, 1 + 2 * CANDIDATES :]).view(np.float64)
+    return Candidates(
         argmax=columns[:, 0],
-        tokens=columns[:, 1 : 1 + LEADERS],
-        scores=columns[:, 1 + LEADERS : 1 + 2 * LEADERS].view(np.float32),
+        tokens=columns[:, 1 : 1 + CANDIDATES],
+        scores=columns[:, 1 + CANDIDATES : 1 + 2 * CANDIDATES].view(np.float32),
         totals=floats[:, 0],
         bounds=floats[:, 1],
     )
@@ -234,7 +243,7 @@ class LogitReader:
         Args:
             logits: As for `read`.
             nodes: As for `read`.
-            wanted: Parts that samplers choose among; no leaders where there is no `summary` yet.
+            wanted: Parts that samplers choose among; no candidates where there is no `summary` yet.
             summarised: Their `summary` with those, if it has been made.
 
         Returns:
@@ -242,7 +251,7 @@ class LogitReader:
             wanted.
         """
         is_made = summarised is not None
-        columns = _LEADER_COLUMNS if is_made and wanted.leaders else 0
+        columns = _CANDIDATE_COLUMNS if is_made and wanted.candidates else 0
         is_here = self._is_here and logits.device.type == "cpu"
         if (not wanted.best and not columns) or (is_here and not is_made):
             return self.read(logits, nodes, summarised), None
@@ -255,9 +264,9 @@ class LogitReader:
         packed = self._down(summarised[: len(logits)]).numpy()
         begin = packed.shape[1] - 2 * best
         tokens, values = packed[:, begin : begin + best], packed[:, begin + best :].view(np.float32)
-        leaders = _leaders(packed[:, begin - columns : begin]) if columns else None
+        candidates = _candidates(packed[:, begin - columns : begin]) if columns else None
         predictions = _unpacked(packed, columns + 2 * best)
-        return predictions, BestLogits(tokens, values, vocabulary, leaders)
+        return predictions, BestLogits(tokens, values, vocabulary, candidates)
 
     def read(self, logits: Tensor, nodes: int | None = None, summarised: Tensor | None = None) -> Predictions:
         """Summarises `logits` with one device-to-host copy.

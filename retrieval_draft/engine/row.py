@@ -108,7 +108,7 @@ class Row:
         self._context = request.runs[-1]
         self._keeper: Keeper | None = None
         self._draws: DrawWords | None = None
-        if request.sampler is not None and self.wanted.leaders and target.graphs is not None:
+        if request.sampler is not None and self.wanted.candidates and target.graphs is not None:
             assert request.padded is not None
             padding = request.padded[0, : request.padded.shape[1] - len(request.prompt)].cpu().numpy()
             self._draws = DrawWords(request.sampler, padding, target.logit_width)

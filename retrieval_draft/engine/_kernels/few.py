@@ -1,7 +1,7 @@
 """One draw from the few scores of a row that a device has sent, where these decide it.
 
-The scores are the best ones of the row, and those of its leaders: the tokens that come first in a draw from
-all. What they leave open is not guessed, so that a draw is always that of `warp.choose` from the whole row.
+The scores are the best ones of the row, and those of its candidates: the tokens that come first in a draw
+from all. What they leave open is not guessed, so that a draw is always that of `warp.choose` from the whole row.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def choose_among(
     Args:
         best: float32, shape (m,). The row's largest scores, in falling order; none, or all.
         best_tokens: int32, shape (m,).
-        scores: float32, shape (c,). Those of the leaders, -inf for none.
-        tokens: int32, shape (c,). The leaders.
+        scores: float32, shape (c,). Those of the candidates, -inf for none.
+        tokens: int32, shape (c,). The candidates.
         total: Sum of exp(score / temperature - largest) over the row, to `TOTAL_ERROR`; NaN if unknown.
-        bound: Score / temperature + noise of the tokens that do not lead is at most this, to `NOISE_ERROR`.
+        bound: Score / temperature + noise of the other tokens is at most this, to `NOISE_ERROR`.
         vocabulary: Tokens of the row.
         kinds, numbers, keeps: Operations, as of `warp.choose`; TEMPERATURE is the first of them, or none.
         key: Of the noise at the position.

@@ -210,7 +210,7 @@ class FixedPass:
         return self.logits
 
     def _take(self, packed: Tensor) -> None:
-        """Writes the trees to their fixed place; where none are drawn at, words for draws may be missing."""
+        """Writes the trees to their fixed address; words for draws may be missing if none are read."""
         packed = packed.view(self.rows, -1)
         self._given[:, : packed.shape[1]].copy_(packed)
 

@@ -1,6 +1,6 @@
 """Draws at all nodes of a captured pass: what the device is given for them, and what it makes of its logits.
 
-The device names the few tokens that may win (`Leaders`), in sums that round as they like; the host chooses
+The device names the few tokens that may win (`Candidates`), in sums that round as they like; the host chooses
 among these by its own kernel, exactly, or takes the node's whole row where they do not decide. So a token is
 the same from a captured pass, an eager one, or none at all.
 """
@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from retrieval_draft.engine.logits import LEADERS, Wanted, summary
-from retrieval_draft.engine.sampling.noise import leaders, position_keys
+from retrieval_draft.engine.logits import CANDIDATES, Wanted, summary
+from retrieval_draft.engine.sampling.noise import candidates, position_keys
 from retrieval_draft.engine.sampling.penalties import Penalties, penalised
 from retrieval_draft.engine.sampling.sampling import Sampler
 from retrieval_draft.engine.transcript import Transcript
@@ -31,7 +31,7 @@ _SEEN = 128
 
 def draw_words(wanted: Wanted, vocabulary: int) -> int:
     """Words that a tree has for draws: none, or a header, then with penalties a byte for each token."""
-    if not wanted.leaders:
+    if not wanted.candidates:
         return 0
     return _HEADER + (-(-vocabulary // 8) if wanted.penalties else 0)
 
@@ -60,7 +60,7 @@ class DrawWords:
     def of(self, text: Transcript, words: int) -> NDArray[np.int64]:
         """int64, shape (words,), for the nodes after a text, which has grown since the last call.
 
-        Where a token occurs too often to be counted, `is_full` becomes true, and the draws are of no use.
+        If a token occurs too often to be counted, `is_full` becomes true, and the draws are of no use.
         """
         out = np.zeros(words, np.int64)
         out[:_HEADER] = self._header
@@ -128,8 +128,8 @@ class PassNodes:
         repetition = parts[0].masked_fill(parts[0] == 0, 1.0)  # lanes without a row hold zeros
         return penalised(logits.view(rows, nodes, -1), seen, counts, repetition, *parts[1:]).flatten(0, 1)
 
-    def leaders(self, scores: Tensor) -> Tensor:
-        """The first tokens of a draw at each node: int32, (rows * n, columns), as `Leaders` has them.
+    def candidates(self, scores: Tensor) -> Tensor:
+        """The first tokens of a draw at each node: int32, (rows * n, columns), as `Candidates` has them.
 
         Args:
             scores: float, shape (rows * n, vocabulary).
@@ -138,7 +138,7 @@ class PassNodes:
         temperature = temperature.masked_fill(temperature == 0, 1.0).expand(-1, self.ids.shape[1])
         divided = scores.float() / temperature.reshape(-1, 1)
         keys = position_keys(self.words[:, :1], self.length[:, None] + self.depths + 1).flatten()
-        tokens, sums, bounds = leaders(divided, keys, LEADERS)
+        tokens, sums, bounds = candidates(divided, keys, CANDIDATES)
         values = scores.gather(1, tokens).float().masked_fill(sums.isneginf(), -torch.inf)
         totals = (divided - divided.amax(-1, keepdim=True)).exp().sum(-1)
         floats = torch.stack([totals.double(), bounds], -1)
@@ -160,8 +160,8 @@ def drawn_summary(logits: Tensor, nodes: PassNodes, k: int, wanted: Wanted) -> T
         wanted: Parts of the logits.
     """
     scores = nodes.scores(logits) if wanted.penalties else None
-    leading = nodes.leaders(logits if scores is None else scores) if wanted.leaders else None
-    return summary(logits, k, wanted.best, scores, leading)
+    found = nodes.candidates(logits if scores is None else scores) if wanted.candidates else None
+    return summary(logits, k, wanted.best, scores, found)
 
 
 def _bits(values: Tensor) -> Tensor:

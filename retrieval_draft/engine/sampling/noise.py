@@ -13,7 +13,7 @@ from torch.nn import functional
 from retrieval_draft.engine.logits import non_finite
 from retrieval_draft.engine.sampling.warpers import Warpers
 
-__all__ = ["GumbelNoise", "leaders", "position_keys"]
+__all__ = ["GumbelNoise", "candidates", "position_keys"]
 
 _MASK = (1 << 64) - 1
 _BLOCK = 256
@@ -60,8 +60,8 @@ def position_keys(sample_keys: Tensor, positions: Tensor) -> Tensor:
     return _mixed(sample_keys + (positions + 1) * _signed(_STEP))
 
 
-def leaders(scores: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens with the largest sums of score and noise, by calls whose shapes no value decides.
+def candidates(scores: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The likely first tokens of draws, and a bound of all others, by calls whose shapes no value decides.
 
     Of each block of tokens the largest score and the first arrival bound all sums. Blocks with the largest
     bounds get noise for each token; the bounds of the others tell how large a sum there may be.
@@ -72,8 +72,8 @@ def leaders(scores: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tensor, T
         count: Number of tokens, at most `_BLOCK`.
 
     Returns:
-        (n, count) tokens, in falling order, any below the vocabulary where there are too few; (n, count)
-        sums, float64, -inf there; (n,) float64, no sum of another token is larger.
+        (n, count) tokens, in falling order of their sums of score and noise, any below the vocabulary if there
+        are too few; (n, count) sums, float64, -inf there; (n,) float64, no sum of another token is larger.
     """
     rows, vocabulary = scores.shape
     device = scores.device

@@ -40,7 +40,7 @@ class CountPenalty(LogitsProcessor):
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
-    """What a list of processors takes from the logits of tokens that occur.
+    """The numbers by which a list of processors lowers the logits of tokens that occur.
 
     Attributes:
         repetition: Divides positive logits, and multiplies others, of tokens from `seen_from` on.

@@ -27,7 +27,7 @@ __all__ = ["Sampler", "non_finite"]
 class Sampler:
     """Chooses tokens as plain decoding does: processors on the node's own prefix, then one draw.
 
-    Where the scores are not kept, the warpers at the end of the list and the draw are one kernel on
+    Unless the scores are kept, the warpers at the end of the list and the draw are one kernel on
     the host, to which a device's row is copied; a row that is there is not even copied without other
     processors. After a captured pass, the few scores that the pass has left decide most draws.
 
@@ -83,11 +83,11 @@ class Sampler:
 
     def _wanted(self, has_penalties: bool) -> Wanted:
         if self.noise is None:
-            return Wanted(leaders=has_penalties, penalties=has_penalties)
+            return Wanted(candidates=has_penalties, penalties=has_penalties)
         wanted = self._warpers.wanted
         if not has_penalties or wanted == Wanted():
             return wanted
-        return wanted.joined(Wanted(leaders=True, penalties=True))
+        return wanted.joined(Wanted(candidates=True, penalties=True))
 
     @property
     def temperature(self) -> float:
@@ -143,10 +143,10 @@ class Sampler:
         Returns:
             None where these logits do not tell: more may be equal, or kept, or come first in the draw.
         """
-        if self.wanted.penalties and best.leaders is None:
+        if self.wanted.penalties and best.candidates is None:
             return None
         if self.noise is None:
-            return None if best.leaders is None else int(best.leaders.argmax[node])
+            return None if best.candidates is None else int(best.candidates.argmax[node])
         choice = self._warpers.choose_among(best, node, self.noise.key(position), self._keep_logprob)
         if choice is None:
             return None

@@ -84,7 +84,7 @@ class Warpers:
 
     @property
     def temperature(self) -> float:
-        """That of the first warper; 1 without."""
+        """Number of the first warper if it is a temperature; else 1."""
         from retrieval_draft.engine._kernels.warp import TEMPERATURE
 
         return float(self._numbers[0]) if len(self._kinds) and self._kinds[0] == TEMPERATURE else 1.0
@@ -94,7 +94,7 @@ class Warpers:
         """Parts of a row's logits that `choose_among` chooses among; none where it takes the whole row.
 
         Example:
-            temperature, top-k of 50, top-p  ->  128 best; temperature alone  ->  the leaders of the draw
+            temperature, top-k of 50, top-p  ->  128 best; temperature alone  ->  the candidates of the draw
         """
         from retrieval_draft.engine._kernels.warp import TEMPERATURE, TOP_K
 
@@ -102,11 +102,11 @@ class Warpers:
         if len(filters) < len(self._kinds) and self._kinds[0] != TEMPERATURE:
             return Wanted()
         if not filters:
-            return Wanted(leaders=True)
+            return Wanted(candidates=True)
         kind, number = filters[0]
         if kind == TOP_K and number >= BEST and len(filters) > 1:
             return Wanted()  # the others look at what top-k keeps
-        return Wanted(BEST, leaders=not (kind == TOP_K and number <= BEST // 2))
+        return Wanted(BEST, candidates=not (kind == TOP_K and number <= BEST // 2))
 
     def choose_among(
         self, best: BestLogits, node: int, key: np.uint64, logprob: bool = False
@@ -125,9 +125,9 @@ class Warpers:
         from retrieval_draft.engine._kernels.few import choose_among
 
         scores, tokens, total, bound = _NO_SCORES, _NO_TOKENS, math.nan, math.inf
-        if best.leaders is not None:
-            scores, tokens = best.leaders.scores[node], best.leaders.tokens[node]
-            total, bound = float(best.leaders.totals[node]), float(best.leaders.bounds[node])
+        if best.candidates is not None:
+            scores, tokens = best.candidates.scores[node], best.candidates.tokens[node]
+            total, bound = float(best.candidates.totals[node]), float(best.candidates.bounds[node])
         token, log_probability = choose_among(
             best.values[node],
             best.tokens[node],

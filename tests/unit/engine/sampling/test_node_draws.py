@@ -148,5 +148,5 @@ def test_a_token_that_occurs_too_often_to_be_counted() -> None:
 
 def test_words_are_none_but_for_draws() -> None:
     assert draw_words(Wanted(128), 1000) == 0
-    assert draw_words(Wanted(leaders=True), 1000) == 5
-    assert draw_words(Wanted(leaders=True, penalties=True), 1001) == 5 + 126
+    assert draw_words(Wanted(candidates=True), 1000) == 5
+    assert draw_words(Wanted(candidates=True, penalties=True), 1001) == 5 + 126

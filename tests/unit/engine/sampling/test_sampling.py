@@ -209,22 +209,22 @@ def test_ties_beyond_the_best_logits_are_left_to_all_of_them() -> None:
 
 def test_samplers_want_few_logits_and_all_where_more_may_decide() -> None:
     noise, top_k, top_p = GumbelNoise(5, 1000, CPU), TopKLogitsWarper(20), TopPLogitsWarper(0.9)
-    leaders, penalty = Wanted(leaders=True), RepetitionPenaltyLogitsProcessor(1.2)
+    candidates, penalty = Wanted(candidates=True), RepetitionPenaltyLogitsProcessor(1.2)
     wanted: list[tuple[list[Any], Wanted]] = [
-        ([], leaders),
-        ([TemperatureLogitsWarper(0.5)], leaders),
+        ([], candidates),
+        ([TemperatureLogitsWarper(0.5)], candidates),
         ([top_k], Wanted(128)),
-        ([top_p, top_k], Wanted(128, leaders=True)),
-        ([TopKLogitsWarper(100)], Wanted(128, leaders=True)),
+        ([top_p, top_k], Wanted(128, candidates=True)),
+        ([TopKLogitsWarper(100)], Wanted(128, candidates=True)),
         ([TopKLogitsWarper(200), top_p], Wanted()),
         ([top_p, TemperatureLogitsWarper(0.5)], Wanted()),
-        ([penalty, top_k], Wanted(128, leaders=True, penalties=True)),
+        ([penalty, top_k], Wanted(128, candidates=True, penalties=True)),
         ([NoRepeatNGramLogitsProcessor(2), top_k], Wanted()),
         ([penalty, NoRepeatNGramLogitsProcessor(2)], Wanted()),
     ]
     for processors, parts in wanted:
         assert Sampler(LogitsProcessorList(processors), noise).wanted == parts
-    assert Sampler(LogitsProcessorList([penalty]), None).wanted == Wanted(leaders=True, penalties=True)
+    assert Sampler(LogitsProcessorList([penalty]), None).wanted == Wanted(candidates=True, penalties=True)
     assert Sampler(LogitsProcessorList([top_k]), None).wanted == Wanted()
     for kept in ({"keep_scores": True}, {"keep_logits": True}, {"keep_top": 3}):
         assert Sampler(LogitsProcessorList([top_k]), noise, **kept).wanted == Wanted()
