@@ -1,7 +1,8 @@
 """One draw from the few scores of a row that a device has sent, where these decide it.
 
 The scores are the best ones of the row, and those of its candidates: the tokens that come first in a draw
-from all. What they leave open is not guessed, so that a draw is always that of `warp.choose` from the whole row.
+from all. What they leave open is not guessed, so that a draw is always that of `warp.choose` from the whole
+row.
 """
 
 from __future__ import annotations

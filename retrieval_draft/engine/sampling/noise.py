@@ -72,8 +72,8 @@ def candidates(scores: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tensor
         count: Number of tokens, at most `_BLOCK`.
 
     Returns:
-        (n, count) tokens, in falling order of their sums of score and noise, any below the vocabulary if there
-        are too few; (n, count) sums, float64, -inf there; (n,) float64, no sum of another token is larger.
+        (n, count) tokens, in falling order of their sums of score and noise, any ids if there
+        are too few; (n, count) sums, float64, -inf there; (n,) float64, no other sum is larger.
     """
     rows, vocabulary = scores.shape
     device = scores.device

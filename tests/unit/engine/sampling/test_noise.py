@@ -184,7 +184,7 @@ def test_the_candidates_have_the_largest_sums(vocabulary: int) -> None:
     positions = torch.tensor([0, 5, 1 << 40])
     keys = position_keys(torch.from_numpy(np.array([noise.sample_key]).view(np.int64)), positions)
     assert keys.numpy().view(np.uint64).tolist() == [int(noise.key(int(at))) for at in positions]
-    scores = torch.randn(3, vocabulary) * 3
+    scores = torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(2)) * 3
     scores[2, 4:] = -torch.inf
     tokens, sums, bounds = candidates(scores, keys, 8)
     for row in range(3):
@@ -193,7 +193,7 @@ def test_the_candidates_have_the_largest_sums(vocabulary: int) -> None:
         others = full.index_fill(0, tokens[row], -torch.inf)
         assert bounds[row] >= others.max() - 1e-4
         known = best.values[:8] > bounds[row] + 1e-4
-        assert known[0]
+        assert known[0] or vocabulary > 64 * 256, "all blocks are looked at"
         assert torch.equal(tokens[row][known], best.indices[:8][known])
         assert torch.allclose(sums[row][known], best.values[:8][known], atol=1e-4)
         if row == 2:
