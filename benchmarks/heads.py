@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -138,7 +139,8 @@ def time_trim(
     runs = {name: tree_passes(draft.target, 128) for name, draft in drafts.items()}
     for turn in range(12):
         for name, draft in drafts.items():
-            with draft.applied(), draft.trimmed(), torch.no_grad():
+            trim = nullcontext() if draft.trims is None else draft.trims.of(None).applied()
+            with draft.applied(), trim, torch.no_grad():
                 begin = time.perf_counter()
                 runs[name](8)
                 if turn > 1:

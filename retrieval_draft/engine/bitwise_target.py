@@ -42,7 +42,7 @@ from retrieval_draft.engine.graph.captured import CapturedCalls, CudaGraph, Tape
 from retrieval_draft.engine.graph.graph_passes import graph_kind
 from retrieval_draft.engine.graph.model_prints import model_print
 from retrieval_draft.engine.graph.position_attention import position_attention
-from retrieval_draft.engine.logits import summary
+from retrieval_draft.engine.logits import Wanted, summary
 from retrieval_draft.engine.substitution import loan
 from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import UnsupportedModelError
@@ -127,7 +127,7 @@ class BitwiseTarget(Target):
 
     def holds(self, cache: Any) -> bool:
         """True for a cache that has no memory but that of passes."""
-        return any(room.owner() is cache and room.arena.holds(cache) for room in self._rooms)
+        return any(room.arena.holds(cache) and room.owner() is cache for room in self._rooms)
 
     def limit(self, nbytes: int | None) -> None:
         """Limits the memory for keys and values, but for that of one cache at a time; None for no limit.
@@ -141,14 +141,14 @@ class BitwiseTarget(Target):
         """Inputs for one more request beside others, padded to one size."""
         return TreeAttention(self.windows, self.model.dtype, self.device, (WIDTH,))
 
-    def summarised_for(self, k: int, best: int) -> int:
-        """As of `Target`."""
-        self._best = max(self._best, min(best, self.vocabulary))
-        key = min(k, self.vocabulary), self._best
+    def summarised_for(self, k: int, wanted: Wanted) -> Wanted:
+        """As of `Target`, without draws from all logits."""
+        self._wanted = self._wanted.joined(Wanted(min(wanted.best, self.vocabulary)))
+        key = min(k, self.vocabulary), self._wanted.best
         if self._kind is not None and key != self._summary_key:
             self._forget()
             self._summary_key, self._summarise = key, partial(summary, k=key[0], best=key[1])
-        return self._best
+        return self._wanted
 
     def summary_of(self, logits: Tensor) -> Tensor | None:
         """As of `Target`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from time import perf_counter
 from typing import Any
 
@@ -15,7 +16,7 @@ from retrieval_draft.drafting.predictions import Predictions
 from retrieval_draft.drafting.session import DraftPlan, DraftSession
 from retrieval_draft.drafting.stats import DraftStats
 from retrieval_draft.engine.attention.tree_mask import TreeInputs
-from retrieval_draft.engine.logits import BestLogits, LogitReader
+from retrieval_draft.engine.logits import BestLogits, LogitReader, Wanted
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.engine.row import Row
 from retrieval_draft.engine.target import Target
@@ -129,6 +130,7 @@ class Batch:
         self._target, self._reader, self._stats, self._budget = target, reader, stats, budget
         self._failed = failed
         self._costs: _StepCosts | None = None
+        self._wanted = Wanted()
         # The host is idle while a device runs a pass.
         self._learns_late = target.device.type == "cuda"
 
@@ -219,6 +221,8 @@ class Batch:
         learnt = perf_counter()
         planned = self._plan()
         drafted = perf_counter()
+        wanted = reduce(Wanted.joined, (row.wanted for row in planned), Wanted())
+        self._wanted = self._target.summarised_for(self._reader.k, wanted)
         prepared = self._prepare(planned)
         packed = perf_counter()
         verified = self._verify_groups(prepared, planned)
@@ -345,8 +349,6 @@ class Batch:
         captures = self._target.captures
         began = perf_counter()
         wants_hidden = any(row.drafting is not None and row.drafting.wants_hidden for row in rows)
-        best = max((row.best_logits for row in rows), default=0)
-        best = self._target.summarised_for(self._reader.k, best)
         with self._target.watching_hidden(wants_hidden):
             logits = self._target.verify_rows([row.cache for row in rows], inputs)
             hidden = self._target.hidden if wants_hidden else None
@@ -355,7 +357,7 @@ class Batch:
             self._apply_feedback()
         begins = self._target.begins(logits, inputs)
         ends = [begin + given.input_ids.shape[1] for begin, given in zip(begins, inputs, strict=True)]
-        read = self._read(logits, begins, [len(plan.tree) for plan in plans], best)
+        read = self._read(logits, begins, [len(plan.tree) for plan in plans])
         # On CUDA the pass is over when its logits have been read; nothing else waits for it.
         ended = perf_counter() if self._learns_late else launched
         if len(rows) == 1:
@@ -371,18 +373,18 @@ class Batch:
         return _Verified(outputs, repeated + len(logits), ended - began, is_usual)
 
     def _read(
-        self, logits: Tensor, begins: Sequence[int], nodes: Sequence[int], best: int
+        self, logits: Tensor, begins: Sequence[int], nodes: Sequence[int]
     ) -> list[tuple[Predictions, BestLogits | None]]:
         """Summaries of each row's part of the logits, in one copy; padded nodes left out."""
         made = self._target.summary_of(logits)
         if len(nodes) == 1:
-            return [self._reader.read_with_best(logits, nodes[0], best, made)]
-        whole, some = self._reader.read_with_best(logits, None, best, made)
+            return [self._reader.read_with_best(logits, nodes[0], self._wanted, made)]
+        whole, some = self._reader.read_with_best(logits, None, self._wanted, made)
         parts = [slice(begin, begin + size) for begin, size in zip(begins, nodes, strict=True)]
         return [
             (
                 Predictions(*(getattr(whole, name)[part] for name in Predictions.__slots__)),
-                None if some is None else BestLogits(some.tokens[part], some.values[part], some.vocabulary),
+                None if some is None else some.part(part),
             )
             for part in parts
         ]

@@ -13,7 +13,21 @@ from retrieval_draft._kernels.lazy import LazyKernels
 from retrieval_draft.drafting.predictions import Predictions
 from retrieval_draft.errors import NonFiniteLogitsError
 
-__all__ = ["BestLogits", "LogitReader", "non_finite", "summary", "top_k"]
+__all__ = [
+    "CANDIDATES",
+    "BestLogits",
+    "Candidates",
+    "LogitReader",
+    "Wanted",
+    "non_finite",
+    "summary",
+    "top_k",
+]
+
+CANDIDATES = 8
+"""Tokens of each node that a device names as the likely first ones of a draw."""
+
+_CANDIDATE_COLUMNS = 1 + 2 * CANDIDATES + 4
 
 _kernels = LazyKernels("retrieval_draft.engine._kernels.top_k")
 
@@ -74,41 +88,113 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return best, index, values, indices
 
 
+class Wanted(NamedTuple):
+    """Parts of a node's logits that samplers choose among.
+
+    Attributes:
+        best: Number of best logits; 0 for none.
+        candidates: Whether a captured pass draws from all logits, for `Candidates`.
+        penalties: Whether it lowers those of tokens in the text before.
+    """
+
+    best: int = 0
+    candidates: bool = False
+    penalties: bool = False
+
+    def joined(self, other: Wanted) -> Wanted:
+        """Parts that are enough for both."""
+        return Wanted(
+            max(self.best, other.best), self.candidates or other.candidates, self.penalties or other.penalties
+        )
+
+
+class Candidates(NamedTuple):
+    """The tokens of each node that come first in a draw, as a device computed it: close, not exact.
+
+    Attributes:
+        argmax: int32, shape (n,). The lowest id of the largest score.
+        tokens: int32, shape (n, `CANDIDATES`). In falling order of their sums of score and noise.
+        scores: float32, of the same shape. Theirs, before temperature, exact; -inf where there are too few.
+        totals: float64, shape (n,). Sum of exp(score - largest) over all, scores divided by temperature.
+        bounds: float64, shape (n,). The sum of score and noise of any other token is not larger.
+    """
+
+    argmax: NDArray[np.int32]
+    tokens: NDArray[np.int32]
+    scores: NDArray[np.float32]
+    totals: NDArray[np.float64]
+    bounds: NDArray[np.float64]
+
+    def part(self, nodes: slice) -> Candidates:
+        """Those of some nodes."""
+        return Candidates(
+            self.argmax[nodes], self.tokens[nodes], self.scores[nodes], self.totals[nodes], self.bounds[nodes]
+        )
+
+
 class BestLogits(NamedTuple):
-    """The best logits of each node, in falling order.
+    """The best logits of each node, in falling order, penalties included where a pass has any.
 
     Attributes:
         tokens: int32, shape (n, count).
         values: float32, shape (n, count).
         vocabulary: Ids that they were chosen from.
+        candidates: The first tokens of a draw from all logits; None where there was none.
     """
 
     tokens: NDArray[np.int32]
     values: NDArray[np.float32]
     vocabulary: int
+    candidates: Candidates | None = None
+
+    def part(self, nodes: slice) -> BestLogits:
+        """Those of some nodes."""
+        candidates = None if self.candidates is None else self.candidates.part(nodes)
+        return BestLogits(self.tokens[nodes], self.values[nodes], self.vocabulary, candidates)
 
 
-def summary(logits: Tensor, k: int, best: int = 0) -> Tensor:
+def summary(
+    logits: Tensor, k: int, best: int = 0, scores: Tensor | None = None, candidates: Tensor | None = None
+) -> Tensor:
     """Argmax and alternatives of logits, in few launches.
 
     Args:
         logits: (n, vocabulary).
         k: At most the vocabulary, as `best`.
         best: Number of best logits, for `BestLogits`.
+        scores: float, (n, vocabulary), whose best are wanted instead; None for the logits.
+        candidates: int32, (n, columns): as `Candidates` has them; None for none.
 
     Returns:
-        int32, shape (n, 2 + 2k + 2 best): argmax, whether a value is NaN, the k best ids, bits of their
-        probabilities as float32; ids and bits of the best logits.
+        int32, shape (n, 2 + 2k + columns + 2 best): argmax, whether a value is NaN, the k best ids, bits of
+        their probabilities as float32; the candidates; ids and bits of the best logits.
     """
     most, index = logits.max(-1)
     columns = [index[:, None], most.isnan()[:, None]]
-    values, indices = logits.topk(max(k, best)) if k or best else (logits, index)
+    together = best if scores is None else 0
+    values, indices = logits.topk(max(k, together)) if k or together else (logits, index)
     if k:
         probs = logits.softmax(-1, dtype=torch.float32).gather(1, indices[:, :k])
         columns += [indices[:, :k], probs.view(torch.int32)]
+    if candidates is not None:
+        columns.append(candidates)
     if best:
+        if scores is not None:
+            values, indices = scores.topk(best)
         columns += [indices[:, :best], values[:, :best].float().contiguous().view(torch.int32)]
     return torch.cat(columns, -1).int()
+
+
+def _candidates(columns: NDArray[np.int32]) -> Candidates:
+    """Reads int32, shape (n, `_CANDIDATE_COLUMNS`): argmax; ids; bits of scores, totals and bounds."""
+    floats = np.ascontiguousarray(columns[:, 1 + 2 * CANDIDATES :]).view(np.float64)
+    return Candidates(
+        argmax=columns[:, 0],
+        tokens=columns[:, 1 : 1 + CANDIDATES],
+        scores=columns[:, 1 + CANDIDATES : 1 + 2 * CANDIDATES].view(np.float32),
+        totals=floats[:, 0],
+        bounds=floats[:, 1],
+    )
 
 
 def _read_in_place(logits: Tensor, k: int) -> Predictions:
@@ -124,8 +210,9 @@ def _read_in_place(logits: Tensor, k: int) -> Predictions:
     return Predictions(next_tokens, finite, indices, probs)
 
 
-def _unpacked(packed: NDArray[np.int32], best: int = 0) -> Predictions:
-    k = packed.shape[1] // 2 - 1 - best
+def _unpacked(packed: NDArray[np.int32], others: int = 0) -> Predictions:
+    """Predictions of a `summary`, of whose columns `others` hold something else."""
+    k = (packed.shape[1] - others) // 2 - 1
     return Predictions(
         next_tokens=packed[:, 0],
         finite=packed[:, 1] == 0,
@@ -149,31 +236,37 @@ class LogitReader:
         self._host = torch.empty(0, dtype=torch.int32, device="cpu")
 
     def read_with_best(
-        self, logits: Tensor, nodes: int | None, best: int, summarised: Tensor | None
+        self, logits: Tensor, nodes: int | None, wanted: Wanted, summarised: Tensor | None
     ) -> tuple[Predictions, BestLogits | None]:
-        """Runs `read`, with the best logits of each node beside it, still in one copy.
+        """Runs `read`, with what samplers choose among beside it, still in one copy.
 
         Args:
             logits: As for `read`.
             nodes: As for `read`.
-            best: Their number. 0 for none.
-            summarised: Their `summary` with so many, if it has been made.
+            wanted: Parts that samplers choose among; no candidates where there is no `summary` yet.
+            summarised: Their `summary` with those, if it has been made.
 
         Returns:
-            Predictions; and the best logits, or None where the host has all of them anyway, or `best` is 0.
+            Predictions; and the best logits, or None where the host has all of them anyway, or none are
+            wanted.
         """
-        if not best or (summarised is None and self._is_here and logits.device.type == "cpu"):
+        is_made = summarised is not None
+        columns = _CANDIDATE_COLUMNS if is_made and wanted.candidates else 0
+        is_here = self._is_here and logits.device.type == "cpu"
+        if (not wanted.best and not columns) or (is_here and not is_made):
             return self.read(logits, nodes, summarised), None
         if nodes is not None:
             logits = logits[:nodes]
         vocabulary = logits.shape[-1]
-        best = min(best, vocabulary)
+        best = min(wanted.best, vocabulary)
         if summarised is None:
             summarised = summary(logits, min(self.k, vocabulary), best)
         packed = self._down(summarised[: len(logits)]).numpy()
-        values = packed[:, packed.shape[1] - best :].view(np.float32)
-        tokens = packed[:, packed.shape[1] - 2 * best : packed.shape[1] - best]
-        return _unpacked(packed, best), BestLogits(tokens, values, vocabulary)
+        begin = packed.shape[1] - 2 * best
+        tokens, values = packed[:, begin : begin + best], packed[:, begin + best :].view(np.float32)
+        candidates = _candidates(packed[:, begin - columns : begin]) if columns else None
+        predictions = _unpacked(packed, columns + 2 * best)
+        return predictions, BestLogits(tokens, values, vocabulary, candidates)
 
     def read(self, logits: Tensor, nodes: int | None = None, summarised: Tensor | None = None) -> Predictions:
         """Summarises `logits` with one device-to-host copy.

@@ -20,9 +20,10 @@ from retrieval_draft.engine.attention.tree_mask import MOVES, TreeAttention, Tre
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
 from retrieval_draft.engine.cache.prefix_cache import Keeper
 from retrieval_draft.engine.graph.tree_rows import TreeRows, most_moves
-from retrieval_draft.engine.logits import BestLogits, LogitReader
+from retrieval_draft.engine.logits import BestLogits, LogitReader, Wanted
 from retrieval_draft.engine.placeholders import text_runs
 from retrieval_draft.engine.request import DecodeRequest
+from retrieval_draft.engine.sampling.node_draws import DrawWords
 from retrieval_draft.engine.sampling.sampling import non_finite
 from retrieval_draft.engine.target import Attention, Target
 from retrieval_draft.engine.transcript import Transcript
@@ -106,6 +107,11 @@ class Row:
         self._learned_early: NodeLogits | None = None
         self._context = request.runs[-1]
         self._keeper: Keeper | None = None
+        self._draws: DrawWords | None = None
+        if request.sampler is not None and self.wanted.candidates and target.graphs is not None:
+            assert request.padded is not None
+            padding = request.padded[0, : request.padded.shape[1] - len(request.prompt)].cpu().numpy()
+            self._draws = DrawWords(request.sampler, padding, target.logit_width)
         stats.requests += 1
         stats.prompt_tokens += len(request.prompt)
 
@@ -263,28 +269,41 @@ class Row:
 
     def prepare(self, plan: DraftPlan) -> TreeInputs:
         """Packs the tree for the model. The last accepted path is committed, or left to a captured pass."""
-        length, moved, shift = len(self.text) - 1, self._moved, self.cache.shift
-        if self.target.graphs is not None and isinstance(self.attention, TreeAttention):
-            moves = None
-            if moved is not None and len(moved) <= MOVES:
+        moved, moves = self._moved, None
+        is_later = self.target.graphs is not None and isinstance(self.attention, TreeAttention)
+        if is_later and moved is not None:
+            is_later = len(moved) <= MOVES
+            if is_later:
                 moves = slots_of_moves(moved, self.cache.get_seq_length(), self._kept)
-            inputs = self.attention.prepare(plan.tree, length, moved, shift, moves)
-            if moved is None or moves is not None:
-                return self._settled_later(inputs)
-        else:
-            inputs = self.attention.prepare(plan.tree, length, moved, shift)
+        inputs = self._prepared(plan, moved, moves)
+        if is_later:
+            return self._settled_later(inputs)
         self._commit(inputs.moved)
         if self._renews_cache():
             text = torch.from_numpy(self.text.tokens[:-1].astype(np.int64)).to(self.target.device)
             self.target.refill(self.cache, text, self.request.prefill_chunk)
         return inputs
 
+    def _prepared(
+        self, plan: DraftPlan, moved: NDArray[np.int64] | None, moves: NDArray[np.int64] | None = None
+    ) -> TreeInputs:
+        length, shift = len(self.text) - 1, self.cache.shift
+        if isinstance(self.attention, TreeAttention):
+            return self.attention.prepare(plan.tree, length, moved, shift, moves, self._draw_words())
+        return self.attention.prepare(plan.tree, length, moved, shift)
+
+    def _draw_words(self) -> NDArray[np.int64] | None:
+        words = self.target.draw_words
+        if not words:
+            return None
+        return np.zeros(words, np.int64) if self._draws is None else self._draws.of(self.text, words)
+
     def pack(self, plan: DraftPlan, trees: TreeRows) -> None:
         """Writes the tree to its place among those of all rows, in place of `prepare`; see `packed`."""
         assert isinstance(self.cache, SpeculativeCache)
         if self._moved is not None and len(self._moved) > most_moves(trees.rows):
             self._settle()
-        trees.pack(self.cache, plan.tree, len(self.text) - 1, self._moved, self._kept)
+        trees.pack(self.cache, plan.tree, len(self.text) - 1, self._moved, self._kept, self._draw_words())
 
     def packed(self, trees: TreeRows) -> TreeInputs:
         """The tree on the device. The last accepted path waits to be committed, and moved, by the pass."""
@@ -319,7 +338,7 @@ class Row:
         """Repeats `prepare` after a pass that failed: staged nodes are dropped, the committed text stays."""
         self._settle()
         self.cache.drop()
-        return self.attention.prepare(plan.tree, len(self.text) - 1, None, self.cache.shift)
+        return self._prepared(plan, None)
 
     def accept(
         self,
@@ -443,11 +462,12 @@ class Row:
     ) -> Callable[[int], int]:
         sampler = self.request.sampler
         assert sampler is not None
+        is_full = self._draws is not None and self._draws.is_full
 
         def choose(node: int) -> int:
             if not predictions.finite[node]:
                 raise non_finite(len(self.text))
-            if best is not None and sampler.best_logits:
+            if best is not None and sampler.wanted != Wanted() and not is_full:
                 token = sampler.choose_among(best, node, len(self.text))
                 if token is not None:
                     return token
@@ -482,9 +502,9 @@ class Row:
         self._path, self._moved = (), None
 
     @property
-    def best_logits(self) -> int:
-        """Number of best logits of a node that its token is chosen among; 0 for all of them, or the best."""
-        return 0 if self.request.sampler is None else self.request.sampler.best_logits
+    def wanted(self) -> Wanted:
+        """Parts of a node's logits that its token is chosen among; none for all of them, or the best."""
+        return Wanted() if self.request.sampler is None else self.request.sampler.wanted
 
     @property
     def carried(self) -> int | None:

@@ -28,9 +28,10 @@ from retrieval_draft.engine.graph.arena import PassMemory
 from retrieval_draft.engine.graph.attention import graph_attention
 from retrieval_draft.engine.graph.graph_passes import NODES, GraphPasses, graph_kind
 from retrieval_draft.engine.hidden_states import HiddenStates
-from retrieval_draft.engine.logits import summary
+from retrieval_draft.engine.logits import Wanted
 from retrieval_draft.engine.placeholders import placeholder_ids, takes_media
 from retrieval_draft.engine.rope_switch import RopeSwitch, rope_switch
+from retrieval_draft.engine.sampling.node_draws import draw_words, drawn_summary
 from retrieval_draft.engine.thread_choice import ThreadChoice
 from retrieval_draft.engine.verification import Verification
 from retrieval_draft.engine.wrapped_models import (
@@ -119,7 +120,7 @@ class Target:
         self._takes_mask = "attention_mask" in parameters
         self._takes_positions = "position_ids" in parameters
         self._watches_hidden = False
-        self._best = 0
+        self._wanted = Wanted()
         self._set_up()
         self.use_graphs(graphs)
 
@@ -208,24 +209,39 @@ class Target:
         """Passes captured so far."""
         return 0 if self.graphs is None else self.graphs.captures
 
-    def summarised_for(self, k: int, best: int) -> int:
-        """Has captured passes summarise their logits for a `LogitReader`.
+    def summarised_for(self, k: int, wanted: Wanted) -> Wanted:
+        """Has captured passes summarise their logits for a `LogitReader`, before their trees are packed.
 
         Args:
             k: Its alternatives.
-            best: Number of best logits that this pass's rows choose among. It never falls again, since passes
-                would be captured anew each time.
+            wanted: Parts of the logits that the next pass's rows choose among. They never become fewer again,
+                since passes would be captured anew each time.
 
         Returns:
-            Number of best logits that are read.
+            Parts that are read.
         """
+        wanted = wanted._replace(best=min(wanted.best, self.vocabulary))
         if self.graphs is None:
-            return best
-        self._best = max(self._best, min(best, self.vocabulary))
+            return wanted
+        wanted = self._wanted = self._wanted.joined(wanted)
         k = min(k, self.vocabulary)
-        key = k, self._best, self.hidden_states.layers
-        self.graphs.summarised(key, partial(summary, k=k, best=self._best))
-        return self._best
+        self.graphs.summarised(
+            (k, wanted, self.hidden_states.layers),
+            partial(drawn_summary, k=k, wanted=wanted),
+            self.draw_words,
+        )
+        return wanted
+
+    @cached_property
+    def logit_width(self) -> int:
+        """Tokens that have logits; more than `vocabulary` where the last are padding."""
+        head: Any = self.model.get_output_embeddings()
+        return self.vocabulary if head is None else int(head.weight.shape[0])
+
+    @property
+    def draw_words(self) -> int:
+        """Words of each tree for draws at its nodes."""
+        return 0 if self.graphs is None else draw_words(self._wanted, self.logit_width)
 
     def summary_of(self, logits: Tensor) -> Tensor | None:
         """The summary of a captured pass's logits, made with them; None for others."""

@@ -145,7 +145,7 @@ def make_requests(
             # With images two prompts of equal ids may differ.
             key = (seeds[row], row // returned if media else prompt.tobytes())
             sample = extras.sample + samples[key]
-            noise = GumbelNoise(seeds[row], _logit_width(target), target.device, sample=sample)
+            noise = GumbelNoise(seeds[row], target.logit_width, target.device, sample=sample)
             samples[key] += 1
         sampler, grammar = None, None
         top = extras.top_logprobs
@@ -197,12 +197,6 @@ def _seed(given: Any) -> int:
         raise InvalidInputError(
             f"seed is {given!r}, a {type(given).__name__}; it must be an integer, or one for each prompt."
         ) from None
-
-
-def _logit_width(target: Target) -> int:
-    model: Any = target.model
-    head = model.get_output_embeddings()
-    return target.vocabulary if head is None else int(head.weight.shape[0])
 
 
 def set_limits(

@@ -42,14 +42,16 @@ def test_greedy_and_sampled_text(name: str) -> None:
     for options in (
         {"top_k": 20, "top_p": 0.9, "temperature": 0.8},
         {"top_k": 0},
-        {"repetition_penalty": 1.2},
+        {"top_k": 0, "top_p": 0.9},
+        {"top_k": 0, "min_p": 0.05, "temperature": 1.3},
+        {"top_k": 0, "repetition_penalty": 1.2},
     ):
         sampled = {"do_sample": True, "seed": 3, "max_new_tokens": NEW, **options}
         out = drafter.generate(prompt, **sampled)
         assert torch.equal(out, plain.generate(prompt, **sampled))
         assert torch.equal(out, eager.generate(prompt, **sampled))
     assert replays(drafter) > 20
-    assert replays(plain) > 3 * (NEW - 2)
+    assert replays(plain) > 5 * (NEW - 2)
     assert drafter.stats.accepted > 0
 
 

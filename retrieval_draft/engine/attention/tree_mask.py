@@ -70,8 +70,9 @@ class TreeInputs:
         position_ids: int64, shape (1, n).
         attention_mask: As the attribute, or a function that makes it once it is asked for.
         moved: int64. The path indices given to `prepare`, on the device; None if there were none.
-        packed: int64, shape (`packed_words(n)`,) or more. What the rest is made of, on the device, and for a
-            tree alone 2 * `MOVES` slots as `slots_of_moves` has them, zero where none move. None on the host.
+        packed: int64, shape (`packed_words(n)` or more,). What the rest is made of, on the device; for a tree
+            alone then its words for draws, and 2 * `MOVES` slots as `slots_of_moves` has them, zero where
+            none move. None on the host.
 
     Attributes:
         lane: The trees of all rows that were packed with it, and its lane among them; None for one alone.
@@ -296,6 +297,7 @@ class TreeAttention(Upload):
         moved: NDArray[np.int64] | None = None,
         shift: int = 0,
         moves: NDArray[np.int64] | None = None,
+        draws: NDArray[np.int64] | None = None,
     ) -> TreeInputs:
         """Arguments for a forward pass over `tree` after `length` committed tokens.
 
@@ -307,12 +309,15 @@ class TreeAttention(Upload):
             shift: The root's position, less `length`.
             moves: int64, shape (2, m). Slots of at most `MOVES` keys that a captured pass moves; None for
                 none.
+            draws: int64, shape (words,). For draws at the nodes (`DrawWords`), copied with the tree; not
+                where the host reads what it writes.
         """
         nodes = self.size(len(tree))
         self._wait()
         extra = 0 if moved is None else len(moved)
         words = packed_words(nodes)
-        after = words + 2 * MOVES
+        end = words if draws is None else words + len(draws)
+        after = end + 2 * MOVES
         self._reserve(after + extra)
         hidden = self._bytes[8 * (3 * nodes + 1) :]
         max_depth = kernels.pack_tree(
@@ -321,9 +326,11 @@ class TreeAttention(Upload):
         if self._is_here:
             return self._inputs_here(hidden, nodes, moved, length)
         self._words[3 * nodes] = length
-        self._words[words:after] = 0
+        if draws is not None:
+            self._words[words:end] = draws
+        self._words[end:after] = 0
         if moves is not None:
-            self._words[words:after].reshape(2, MOVES)[:, : moves.shape[1]] = moves
+            self._words[end:after].reshape(2, MOVES)[:, : moves.shape[1]] = moves
         if moved is not None:
             self._words[after : after + extra] = moved
         return self.unpack(self._send(after + extra), nodes, extra, max_depth, length)
@@ -345,8 +352,8 @@ class TreeAttention(Upload):
         """The device's half of `prepare`: views of `up`, and masks once they are asked for.
 
         Args:
-            up: int64, shape (words,). `packed_words`, slots that move, if any may, and path indices, on the
-                device.
+            up: int64, shape (words,). `packed_words`, words for draws, slots that move, if any may, and path
+                indices, on the device.
             nodes: Nodes of the padded tree.
             extra: Number of path indices.
             max_depth: Largest depth of a node.

@@ -16,8 +16,12 @@ from retrieval_draft.engine.graph.arena import Arena
 from retrieval_draft.engine.graph.attention import PassTree, attending_to
 from retrieval_draft.engine.graph.captured import CapturedCalls
 from retrieval_draft.engine.graph.tree_rows import most_moves
+from retrieval_draft.engine.sampling.node_draws import PassNodes
 
-__all__ = ["ArenaCache", "FixedPass", "stage", "tree_masks"]
+__all__ = ["ArenaCache", "FixedPass", "Summarise", "stage", "tree_masks"]
+
+Summarise = Callable[[Tensor, PassNodes], Tensor]
+"""Makes of logits, (rows * n, vocabulary), what the host reads of them, int32, (rows * n, columns)."""
 
 Call = Callable[[Any, Tensor, Tensor, Mask], tuple[Tensor, Tensor | None]]
 """The model: takes a cache, token ids, positions, (rows, n) each, and a mask; gives logits, (rows * n,
@@ -119,7 +123,8 @@ class FixedPass:
         arena: Memory of the caches.
         windows: Layer types with their windows.
         dtype: Of the masks.
-        summarise: Makes of logits what the host reads of them, (rows * n, columns), in the same capture.
+        summarise: Makes what the host reads, in the same capture; None for nothing.
+        draw_words: Words for draws that each tree has.
         by_tree: Whether attention may read the trees instead of masks.
 
     Attributes:
@@ -137,14 +142,15 @@ class FixedPass:
         arena: Arena,
         windows: Mapping[str, int | None],
         dtype: torch.dtype,
-        summarise: Callable[[Tensor], Tensor] | None,
+        summarise: Summarise | None,
+        draw_words: int,
         by_tree: bool,
     ) -> None:
         self.rows, self.nodes, self.keys = rows, nodes, keys
         self._arena, self._windows, self._dtype, self._summarise = arena, windows, dtype, summarise
         self._by_tree = by_tree
         device = arena.tensors[0].device
-        words, moves = rows * packed_words(nodes), 2 * rows * most_moves(rows)
+        words, moves = rows * (packed_words(nodes) + draw_words), 2 * rows * most_moves(rows)
         self._given = torch.zeros(words + moves, dtype=torch.int64, device=device)
         self._trees, self._moves = self._given[:words].view(rows, -1), self._given[words:].view(2, rows, -1)
         self._columns = torch.arange(keys, device=device)
@@ -169,10 +175,11 @@ class FixedPass:
         length = self._trees[:, 3 * nodes]
         hidden = None
         if nodes > 1:
-            bits = self._trees[:, 3 * nodes + 1 :].view(torch.bool)
+            bits = self._trees[:, 3 * nodes + 1 : packed_words(nodes)].view(torch.bool)
             hidden = bits[:, : nodes * nodes].view(rows, nodes, nodes)
         states = self._arena.keys_and_values(self.keys, rows)
         lanes = self._arena.lanes[:rows]
+        given = PassNodes(ids, depths, length, hidden, self._trees[:, packed_words(nodes) :])
 
         def calls() -> tuple[Tensor, Tensor | None, Tensor | None]:
             self._arena.move_rows(self._moves)
@@ -186,7 +193,7 @@ class FixedPass:
                     ArenaCache(cache, states, lanes, slots), ids.contiguous(), positions.contiguous(), mask
                 )
             self.reads_masks = tree.reads < len(cache.attention_layers)
-            return logits, inputs, None if self._summarise is None else self._summarise(logits)
+            return logits, inputs, None if self._summarise is None else self._summarise(logits, given)
 
         self.logits, self.hidden, self.summary = by.capture(calls)
         self._captured = by
@@ -208,9 +215,13 @@ class FixedPass:
         return self.logits
 
     def _take(self, packed: Tensor) -> None:
-        self._given[: len(packed)].copy_(packed)
-        if len(packed) < len(self._given):
-            self._given[len(packed) :].zero_()
+        """Writes the trees to their fixed address. Slots that move may be missing, and then none move."""
+        given, words = self._given, self._trees.numel()
+        if len(packed) not in (words, len(given)):
+            raise ValueError(f"{len(packed)} words for a pass that reads {words} or {len(given)}")
+        given[: len(packed)].copy_(packed)
+        if len(packed) < len(given):
+            given[words:].zero_()
 
 
 def stage(cache: SpeculativeCache, nodes: int) -> None:

@@ -17,7 +17,7 @@ from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
 from retrieval_draft.engine.graph.arena import PAGE, Arena, layer_shapes, lies_on_one_device, slot_bytes
 from retrieval_draft.engine.graph.attention import can_attend_to_trees
 from retrieval_draft.engine.graph.captured import CapturedCalls, CudaGraph, TapeGraph
-from retrieval_draft.engine.graph.fixed_pass import Call, FixedPass, stage
+from retrieval_draft.engine.graph.fixed_pass import Call, FixedPass, Summarise, stage
 from retrieval_draft.engine.graph.model_prints import model_print
 from retrieval_draft.engine.graph.tree_rows import TreeRows
 
@@ -122,7 +122,8 @@ class GraphPasses:
         self._print: int | None = None
         self._is_checked = False
         self._changes = 0
-        self._summarise: Callable[[Tensor], Tensor] | None = None
+        self._summarise: Summarise | None = None
+        self._draw_words = 0
         self._summary_key: Hashable = None
         self._last: FixedPass | None = None
         self._pool: Any = None
@@ -135,11 +136,17 @@ class GraphPasses:
         self.by_tree = can_attend_to_trees(model.dtype, device)
         self._reads_masks = False
 
-    def summarised(self, key: Hashable, summarise: Callable[[Tensor], Tensor]) -> None:
-        """Sets what captured passes make of their logits for the host; `key` tells it from others."""
+    def summarised(self, key: Hashable, summarise: Summarise, draw_words: int) -> None:
+        """Sets what captured passes make of their logits for the host.
+
+        Args:
+            key: Tells it from others.
+            summarise: Makes it.
+            draw_words: Words for draws that each tree has.
+        """
         if key != self._summary_key:
             self._forget()
-            self._summary_key, self._summarise = key, summarise
+            self._summary_key, self._summarise, self._draw_words = key, summarise, draw_words
 
     def summary_of(self, logits: Tensor) -> Tensor | None:
         """The result of `summarised` for the logits of the last pass, (n, columns); None for any others."""
@@ -205,7 +212,7 @@ class GraphPasses:
             found = self._known(1, nodes, [cache], [inputs])
             if found is None:
                 inputs.settle()
-                packed = packed[: packed_words(nodes)]
+                packed = packed[: packed_words(nodes) + self._draw_words]
                 # Eager passes work in this memory too: paths move in two launches for all layers.
                 holds = not self._is_out_of_memory and self._holds([cache], 1, _length(cache) + nodes + 1)
                 found = self._found(1, nodes, [cache]) if holds and self._is_ready() else None
@@ -243,7 +250,8 @@ class GraphPasses:
                 return None
             assert self._arena is not None
             lanes = self._arena.assign(caches, rows)
-            self._rows.begin(rows, size, dict(zip(map(id, caches), lanes, strict=True)))
+            of_caches = dict(zip(map(id, caches), lanes, strict=True))
+            self._rows.begin(rows, size, of_caches, self._draw_words)
         except Exception as error:
             self._failed(error, rows)
             return None
@@ -503,14 +511,22 @@ class GraphPasses:
         lanes = [next(lane for lane in range(rows) if arena.holds(cache, lane)) for cache in caches]
         by_cache = dict(zip(map(id, caches), lanes, strict=True))
         made = FixedPass(
-            rows, nodes, keys, arena, self._windows, self._model.dtype, self._summarise, self.by_tree
+            rows,
+            nodes,
+            keys,
+            arena,
+            self._windows,
+            self._model.dtype,
+            self._summarise,
+            self._draw_words,
+            self.by_tree,
         )
         trial = _Trial(TreeRows(self._device), [self._masks() for _ in caches])
         agrees, is_told = True, True
         try:
             for seed in range(2):
                 finite = 0
-                inputs = trial.inputs(rows, nodes, caches, by_cache, self._vocabulary, seed)
+                inputs = trial.inputs(rows, nodes, caches, by_cache, self._vocabulary, self._draw_words, seed)
                 expected = self._eager(caches, inputs)
                 for cache in caches:
                     cache.drop()
@@ -607,11 +623,12 @@ class _Trial(NamedTuple):
         caches: Sequence[SpeculativeCache],
         lanes: Mapping[int, int],
         vocabulary: int,
+        draw_words: int,
         seed: int,
     ) -> list[TreeInputs]:
         """A tree of random tokens after the text of each cache."""
         rng = np.random.default_rng(seed)
-        self.trees.begin(rows, nodes, lanes)
+        self.trees.begin(rows, nodes, lanes, draw_words)
         for cache in caches:
             self.trees.pack(cache, _random_tree(nodes, vocabulary, rng), _length(cache))
         self.trees.send()

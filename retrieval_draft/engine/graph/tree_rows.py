@@ -45,7 +45,7 @@ class TreeRows(Upload):
     Attributes:
         rows: Lanes.
         nodes: Nodes of each padded tree.
-        packed: int64, shape (rows, `packed_words(nodes)`), on the device, once sent.
+        packed: int64, shape (rows, `packed_words(nodes)` and words for draws), on the device, once sent.
         moves: int64, shape (2, rows, `most_moves(rows)`), on the device, once sent: slots whose keys move,
             and those that they move to; slot 0 to itself where fewer move.
         sent: int64. Both of these, one after the other.
@@ -56,40 +56,42 @@ class TreeRows(Upload):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.rows = self.nodes = 0
+        self.rows = self.nodes = self._width = 0
         self.packed: Tensor
         self.moves: Tensor
         self.sent: Tensor
         self._lanes: Mapping[int, int] = {}
         self._lengths: dict[int, tuple[int, int]] = {}
-        self._empty: dict[int, NDArray[np.int64]] = {}
+        self._empty: dict[tuple[int, int], NDArray[np.int64]] = {}
 
-    def begin(self, rows: int, nodes: int, lanes: Mapping[int, int]) -> None:
+    def begin(self, rows: int, nodes: int, lanes: Mapping[int, int], draw_words: int = 0) -> None:
         """Empties all lanes.
 
         Args:
             rows: Lanes.
             nodes: Nodes of each padded tree.
             lanes: The lane of each cache, by its identity.
+            draw_words: Of each lane, for draws at the nodes.
         """
         self._wait()
         self.rows, self.nodes, self._lanes = rows, nodes, lanes
         self._lengths = {}
-        words = packed_words(nodes)
+        words = self._width = packed_words(nodes) + draw_words
         self._reserve(rows * (words + 2 * most_moves(rows)))
-        if nodes not in self._empty:
+        kind = nodes, draw_words
+        if kind not in self._empty:
             empty = np.zeros(words, np.int64)
             if nodes > 1:
                 bits = empty[3 * nodes + 1 :].view(np.bool_)[: nodes * nodes]
                 bits.reshape(nodes, nodes)[:] = ~np.eye(nodes, dtype=bool)
-            self._empty[nodes] = empty
-        self._words[: rows * words].reshape(rows, words)[:] = self._empty[nodes]
+            self._empty[kind] = empty
+        self._words[: rows * words].reshape(rows, words)[:] = self._empty[kind]
         self._moves[:] = 0
 
     @property
     def _moves(self) -> NDArray[np.int64]:
         """(2, rows, `most_moves(rows)`). The host's part of `moves`."""
-        begin, most = self.rows * packed_words(self.nodes), most_moves(self.rows)
+        begin, most = self.rows * self._width, most_moves(self.rows)
         return self._words[begin : begin + 2 * self.rows * most].reshape(2, self.rows, most)
 
     def lane_of(self, cache: SpeculativeCache) -> int:
@@ -103,6 +105,7 @@ class TreeRows(Upload):
         length: int,
         moved: NDArray[np.int64] | None = None,
         kept: int = 0,
+        draws: NDArray[np.int64] | None = None,
     ) -> None:
         """Writes the tree of one row.
 
@@ -112,9 +115,10 @@ class TreeRows(Upload):
             length: Committed tokens, the path included.
             moved: int64, shape (m,). As for `SpeculativeCache.commit`; at most `most_moves` of them.
             kept: As for `SpeculativeCache.commit`.
+            draws: int64, shape (draw_words,). As for `TreeAttention.prepare`; zeros without.
         """
         nodes, lane = self.nodes, self.lane_of(cache)
-        at, after = lane * packed_words(nodes), lane * packed_words(nodes) + 3 * nodes
+        at, after = lane * self._width, lane * self._width + 3 * nodes
         max_depth = kernels.pack_tree(
             tree.tokens,
             tree.parents,
@@ -125,13 +129,15 @@ class TreeRows(Upload):
             self._bytes[8 * (after + 1) :],
         )
         self._words[after] = length
+        if draws is not None:
+            self._words[(lane + 1) * self._width - len(draws) : (lane + 1) * self._width] = draws
         self._lengths[lane] = length, max_depth
         if moved is not None:
             self._moves[:, lane, : len(moved)] = slots_of_moves(moved, cache.get_seq_length(), kept)
 
     def send(self) -> None:
         """Copies all lanes to the device, with the slots whose keys move."""
-        rows, words, most = self.rows, packed_words(self.nodes), most_moves(self.rows)
+        rows, words, most = self.rows, self._width, most_moves(self.rows)
         self.sent = self._send(rows * (words + 2 * most))
         self.packed = self.sent[: rows * words].view(rows, words)
         self.moves = self.sent[rows * words :].view(2, rows, most)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from retrieval_draft.engine.logits import non_finite
 from retrieval_draft.engine.sampling.warpers import Warpers
 
-__all__ = ["GumbelNoise"]
+__all__ = ["GumbelNoise", "candidates", "position_keys"]
 
 _MASK = (1 << 64) - 1
 _BLOCK = 256
+_MOST_BLOCKS = 64
+"""Blocks of a row whose tokens get noise one by one: half as many hold the winner in most texts."""
+
 _STEP = 0x9E3779B97F4A7C15
 _BLOCKS = 0xD1B54A32D192ED03
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -47,6 +53,56 @@ def _mixed(value: Tensor) -> Tensor:
 def _exponential(random: Tensor) -> Tensor:
     """Exponential variables with rate 1: float64. Fine steps near 0, where races are decided."""
     return -torch.log1p(-(_shift(random, 11).double() + 0.5) * 2.0**-53)
+
+
+def position_keys(sample_keys: Tensor, positions: Tensor) -> Tensor:
+    """`GumbelNoise.key` of positions: int64, of the shape of both, which are int64 too."""
+    return _mixed(sample_keys + (positions + 1) * _signed(_STEP))
+
+
+def candidates(scores: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The likely first tokens of draws, and a bound of all others, by calls whose shapes no value decides.
+
+    Of each block of tokens the largest score and the first arrival bound all sums. Blocks with the largest
+    bounds get noise for each token; the bounds of the others tell how large a sum there may be.
+
+    Args:
+        scores: float32, shape (n, vocabulary), divided by temperature.
+        keys: int64, shape (n,). Of each row's position.
+        count: Number of tokens, at most `_BLOCK`.
+
+    Returns:
+        (n, count) tokens, in falling order of their sums of score and noise, any ids if there
+        are too few; (n, count) sums, float64, -inf there; (n,) float64, no other sum is larger.
+    """
+    rows, vocabulary = scores.shape
+    device = scores.device
+    blocks = -(-vocabulary // _BLOCK)
+    padding = blocks * _BLOCK - vocabulary
+    parted = functional.pad(scores, (0, padding), value=-math.inf).view(rows, blocks, _BLOCK)
+    indices = torch.arange(_BLOCK, device=device)
+    begins = torch.arange(blocks, device=device) * _BLOCK
+    widths = (vocabulary - begins).clamp(max=_BLOCK)
+    steps = torch.arange(1, blocks + 1, device=device) * _signed(_STEP)
+    random = _mixed((keys ^ _signed(_BLOCKS))[:, None] + steps)
+    first = _exponential(random) / widths
+    winner = (_shift(_mixed(random + _signed(_STEP)), 32) * widths) >> 32
+    bounds = parted.amax(-1).double() - torch.log(first)
+    size = min(_MOST_BLOCKS, blocks)
+    found = bounds.topk(min(size + 1, blocks))
+    chosen = found.indices[:, :size]
+    tokens = chosen[:, :, None] * _BLOCK + indices
+    own = first.gather(1, chosen)[:, :, None]
+    later = own + _exponential(_mixed(keys[:, None, None] + (tokens + 1) * _signed(_STEP)))
+    arrivals = torch.where(indices == winner.gather(1, chosen)[:, :, None], own, later)
+    inside = parted.gather(1, chosen[:, :, None].expand(-1, -1, _BLOCK))
+    sums = (inside.double() - torch.log(arrivals)).flatten(1)
+    best = sums.topk(min(count + 1, sums.shape[1]))
+    bound = best.values[:, -1]
+    if blocks > size:
+        bound = torch.maximum(bound, found.values[:, size])
+    ids = tokens.flatten(1).gather(1, best.indices[:, :count]).clamp(max=vocabulary - 1)
+    return ids, best.values[:, :count], bound
 
 
 class GumbelNoise:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from retrieval_draft.engine.logits import BestLogits, non_finite
+from retrieval_draft.engine.logits import BestLogits, Wanted, non_finite
 from retrieval_draft.engine.sampling.noise import GumbelNoise
+from retrieval_draft.engine.sampling.penalties import penalties_of
 from retrieval_draft.engine.sampling.token_logprobs import TokenLogprobs, token_logprobs
-from retrieval_draft.engine.sampling.warpers import Choice, Warpers, best_logits, split
+from retrieval_draft.engine.sampling.warpers import Choice, Warpers, split
 from retrieval_draft.errors import (
     InvalidInputError,
     NonFiniteLogitsError,
@@ -26,8 +27,9 @@ __all__ = ["Sampler", "non_finite"]
 class Sampler:
     """Chooses tokens as plain decoding does: processors on the node's own prefix, then one draw.
 
-    On the host, and where the scores themselves are not kept, the warpers at the end of the list and the draw
-    are one kernel, and without other processors the row is not even copied.
+    Unless the scores are kept, the warpers at the end of the list and the draw are one kernel on
+    the host, to which a device's row is copied; a row that is there is not even copied without other
+    processors. After a captured pass, the few scores that the pass has left decide most draws.
 
     Args:
         processors: LogitsProcessorList with their state, called once for each accepted token.
@@ -43,7 +45,9 @@ class Sampler:
         logits: Raw logits, each float32, shape (1, vocabulary), or None.
         logprobs: Natural logarithms of the chosen tokens' probabilities, in order; empty unless kept.
         top: The alternatives of `keep_top`, in order; empty unless kept.
-        best_logits: Number of best logits that `choose_among` chooses among; 0 where it takes all of them.
+        noise: As given.
+        penalties: The processors before those warpers, where they are penalties or none; None for others.
+        wanted: Parts of a node's logits that `choose_among` chooses among; none where it takes the row.
 
     Example:
         With a temperature of 0.5 and logits ``[1.0, 0.0]``, token 0 is drawn with probability 0.88; where it
@@ -66,16 +70,29 @@ class Sampler:
         self._head: Any = LogitsProcessorList(head)
         self._tail: Any = LogitsProcessorList(tail)
         self._warpers = Warpers(tail)
-        self._noise = noise
+        self.noise = noise
         self._keep_logprob = keep_logprob
         self.scores: list[Tensor] | None = [] if keep_scores else None
         self.logits: list[Tensor] | None = [] if keep_logits else None
         self.logprobs: list[float] = []
         self._keep_top = keep_top
-        needs_all = head or keep_scores or keep_logits or keep_top is not None or noise is None
-        self.best_logits = 0 if needs_all else best_logits(tail)
-        self._row = torch.empty(0, dtype=torch.float32, device="cpu")
+        self.penalties = penalties_of(head)
+        keeps_any = keep_scores or keep_logits or keep_top is not None or (keep_logprob and noise is None)
+        self.wanted = Wanted() if keeps_any or self.penalties is None else self._wanted(bool(head))
         self.top: list[TokenLogprobs] = []
+
+    def _wanted(self, has_penalties: bool) -> Wanted:
+        if self.noise is None:
+            return Wanted(candidates=has_penalties, penalties=has_penalties)
+        wanted = self._warpers.wanted
+        if not has_penalties or wanted == Wanted():
+            return wanted
+        return wanted.joined(Wanted(candidates=True, penalties=True))
+
+    @property
+    def temperature(self) -> float:
+        """Divides the scores of `wanted`."""
+        return self._warpers.temperature
 
     @property
     def logprob(self) -> float:
@@ -104,8 +121,8 @@ class Sampler:
             scores = _checked(self._head(ids.to(row.device), scores), scores.shape)
         if self.scores is not None:
             self.scores.append(scores.to(ids.device))
-        key = None if self._noise is None else self._noise.key(position)
-        choice = self._warpers.choose(scores[0], key, self._keep_logprob)
+        key = None if self.noise is None else self.noise.key(position)
+        choice = self._warpers.choose(scores[0].to("cpu"), key, self._keep_logprob)
         if choice is None:
             tailed = _checked(self._tail(ids.to(row.device), scores), scores.shape)
             choice = self._choose_in_torch(tailed, position, row)
@@ -119,24 +136,18 @@ class Sampler:
         """The token of `choose`, from the best logits of a node.
 
         Args:
-            best: `best_logits` of each node, or more.
+            best: `wanted` of each node, or more.
             node: Index of the node.
             position: Of the token to be chosen, padding not counted.
 
         Returns:
-            None where these logits do not tell: as many are equal as there are.
+            None where these logits do not tell: more may be equal, or kept, or come first in the draw.
         """
-        values = best.values[node]
-        assert self._noise is not None
-        if len(values) < best.vocabulary and not self._warpers.tells(values):
+        if self.wanted.penalties and best.candidates is None:
             return None
-        if len(self._row) != best.vocabulary:
-            self._row = torch.empty(best.vocabulary, dtype=torch.float32, device="cpu")
-        row = self._row.numpy()
-        # All others are lower than the last of top-k, and so are left out for any value.
-        row.fill(values[-1] - max(1.0, abs(float(values[-1])) / 8))
-        row[best.tokens[node]] = values
-        choice = self._warpers.choose(self._row, self._noise.key(position), self._keep_logprob)
+        if self.noise is None:
+            return None if best.candidates is None else int(best.candidates.argmax[node])
+        choice = self._warpers.choose_among(best, node, self.noise.key(position), self._keep_logprob)
         if choice is None:
             return None
         if self._keep_logprob:
@@ -146,16 +157,16 @@ class Sampler:
     def _choose_in_torch(self, scores: Tensor, position: int, row: Tensor) -> Choice:
         from retrieval_draft.engine._kernels.warp import MAX_SCORE
 
-        keyed = scores if self._noise is None else scores + self._noise.at(position)
+        keyed = scores if self.noise is None else scores + self.noise.at(position)
         best = keyed.argmax(-1)
         columns = [best[0].double(), keyed.gather(-1, best[:, None])[0, 0].double()]
         if self._keep_logprob:
             columns.append(scores.log_softmax(-1).gather(-1, best[:, None])[0, 0].double())
         token, score, *logprob = torch.stack(columns).tolist()
-        if self._noise is not None and float(MAX_SCORE) < abs(score) < math.inf:
+        if self.noise is not None and float(MAX_SCORE) < abs(score) < math.inf:
             return self._choose_in_torch(scores - scores.amax(), position, row)
         # argmax finds a token among infinite scores, which are no distribution to draw from.
-        if math.isnan(score) or (self._noise is not None and math.isinf(score)):
+        if math.isnan(score) or (self.noise is not None and math.isinf(score)):
             raise non_finite(position) if bool(row.isnan().any()) else _no_choice(position, score)
         return Choice(int(token), logprob[0] if logprob else float("nan"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,14 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-__all__ = ["BEST", "Choice", "Warpers", "best_logits", "split"]
+from retrieval_draft.engine.logits import BestLogits, Wanted
+
+__all__ = ["BEST", "Choice", "Warpers", "split"]
 
 BEST = 128
-"""Best logits of a node that are read where top-k leaves fewer. Of half precision many may equal the last."""
+"""Best logits of a node that are read where there are filters. Of half precision many may equal the last."""
+
+_NO_SCORES, _NO_TOKENS = np.empty(0, np.float32), np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +58,6 @@ def split(processors: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     return head, tail
 
 
-def best_logits(tail: Sequence[Any]) -> int:
-    """Number of a row's best logits that a tail of `split` looks at; 0 for all of them.
-
-    Example:
-        temperature, top-k of 50, top-p  ->  128; top-p, top-k of 50  ->  0: top-p sums up all
-    """
-    later = tail[1:] if tail and _is_temperature(tail[0]) else tail
-    few = bool(later) and type(later[0]) is TopKLogitsWarper and later[0].top_k <= BEST // 2
-    return BEST if few else 0
-
-
 class Warpers:
     """Chooses a token of a row as if warpers of transformers had run on it, without a copy of the row.
 
@@ -88,16 +82,67 @@ class Warpers:
         self._filters = any(not _is_temperature(warper) for warper in tail)
         self._scratch = _scratch(0)
 
-    def tells(self, values: NDArray[np.float32]) -> bool:
-        """True if top-k drops the last of these best values of a row, in falling order, and so all below."""
+    @property
+    def temperature(self) -> float:
+        """Number of the first warper if it is a temperature; else 1."""
+        from retrieval_draft.engine._kernels.warp import TEMPERATURE
+
+        return float(self._numbers[0]) if len(self._kinds) and self._kinds[0] == TEMPERATURE else 1.0
+
+    @property
+    def wanted(self) -> Wanted:
+        """Parts of a row's logits that `choose_among` chooses among; none where it takes the whole row.
+
+        Example:
+            temperature, top-k of 50, top-p  ->  128 best; temperature alone  ->  the candidates of the draw
+        """
         from retrieval_draft.engine._kernels.warp import TEMPERATURE, TOP_K
 
-        for kind, number in zip(self._kinds.tolist(), self._numbers.tolist(), strict=True):
-            if kind == TEMPERATURE:
-                values = values / np.float32(number)
-            else:
-                return bool(kind == TOP_K and number < len(values) and values[-1] < values[int(number) - 1])
-        return False
+        filters = [step for step in zip(self._kinds, self._numbers, strict=True) if step[0] != TEMPERATURE]
+        if len(filters) < len(self._kinds) and self._kinds[0] != TEMPERATURE:
+            return Wanted()
+        if not filters:
+            return Wanted(candidates=True)
+        kind, number = filters[0]
+        if kind == TOP_K and number >= BEST and len(filters) > 1:
+            return Wanted()  # the others look at what top-k keeps
+        return Wanted(BEST, candidates=not (kind == TOP_K and number <= BEST // 2))
+
+    def choose_among(
+        self, best: BestLogits, node: int, key: np.uint64, logprob: bool = False
+    ) -> Choice | None:
+        """The draw of `choose`, from the parts of a node's logits that are `wanted`.
+
+        Args:
+            best: Of all nodes.
+            node: Index of the node.
+            key: Of the noise at the position.
+            logprob: Whether the token's probability is wanted.
+
+        Returns:
+            None where it takes the whole row.
+        """
+        from retrieval_draft.engine._kernels.few import choose_among
+
+        scores, tokens, total, bound = _NO_SCORES, _NO_TOKENS, math.nan, math.inf
+        if best.candidates is not None:
+            scores, tokens = best.candidates.scores[node], best.candidates.tokens[node]
+            total, bound = float(best.candidates.totals[node]), float(best.candidates.bounds[node])
+        token, log_probability = choose_among(
+            best.values[node],
+            best.tokens[node],
+            scores,
+            tokens,
+            total,
+            bound,
+            best.vocabulary,
+            self._kinds,
+            self._numbers,
+            self._keeps,
+            key,
+            logprob,
+        )
+        return None if token < 0 else Choice(int(token), float(log_probability))
 
     def choose(self, row: Tensor, key: np.uint64 | None, logprob: bool = False) -> Choice | None:
         """One draw, or the most probable token.

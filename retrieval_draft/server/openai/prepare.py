@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from retrieval_draft.drafter import RetrievalDrafter
+from retrieval_draft.engine.sampling.penalties import CountPenalty
 from retrieval_draft.errors import RetrievalDraftError
 from retrieval_draft.server.errors import ApiError, from_library
 from retrieval_draft.server.openai.detokenize import (
@@ -20,10 +21,10 @@ from retrieval_draft.server.openai.detokenize import (
     stopping_specials,
 )
 from retrieval_draft.server.openai.generation_request import GenerationFields
-from retrieval_draft.server.openai.penalties import AllowedTokens, BadWords, CountPenalty
 from retrieval_draft.server.openai.prompt_logprobs import PromptLogprobs
 from retrieval_draft.server.openai.reply import Reply
 from retrieval_draft.server.openai.structured_outputs import AskedGrammar, asked_grammar, check_grammar
+from retrieval_draft.server.openai.token_masks import AllowedTokens, BadWords
 from retrieval_draft.server.parsing.deltas import ReplyParser
 from retrieval_draft.server.scheduler.job import Job
 from retrieval_draft.server.settings import ServerSettings

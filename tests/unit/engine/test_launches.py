@@ -14,11 +14,13 @@ from unittest import mock
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from transformers import LogitsProcessorList
 
 from retrieval_draft.engine.attention.tree_mask import Upload
 from retrieval_draft.engine.decode import Batch
 from retrieval_draft.engine.graph.captured import TapeGraph
 from retrieval_draft.engine.logits import LogitReader
+from retrieval_draft.engine.sampling.penalties import CountPenalty
 from retrieval_draft.engine.target import Target
 from tests.support.batches import padded, ragged
 from tests.support.dispatched import Dispatched
@@ -28,6 +30,17 @@ from tests.support.sources import OracleSource
 
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 1}
 GREEDY = {"do_sample": False}
+OF_ALL_LOGITS = {
+    "temperature": {"temperature": 0.8, "top_k": 0},
+    "top_p": {"temperature": 0.7, "top_k": 0, "top_p": 0.9},
+    "min_p": {"temperature": 1.5, "top_k": 0, "min_p": 0.1},
+    "top_p, min_p": {"top_k": 0, "top_p": 0.95, "min_p": 0.02},
+    "penalty": {"temperature": 0.8, "top_k": 0, "repetition_penalty": 1.3},
+    "penalty, top_k": {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.3},
+    "greedy, penalty": {"do_sample": False, "repetition_penalty": 1.3},
+    "counts": {"top_k": 0, "logits_processor": LogitsProcessorList([CountPenalty(24, 0.6, 0.4)])},
+}
+"""Options of draws for which top-k alone does not leave few logits."""
 STEPS = 20
 OUTSIDE = 12
 """Launches besides the replay, copies included."""
@@ -140,7 +153,16 @@ def run(name: str, options: dict[str, Any], graphed: bool) -> Steps:
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_captured_step(name: str, options: dict[str, Any]) -> None:
-    steps = run(name, options, graphed=True)
+    check_captured(run(name, options, graphed=True))
+
+
+@pytest.mark.parametrize("options", OF_ALL_LOGITS)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_captured_step_that_draws_from_all_logits(name: str, options: str) -> None:
+    check_captured(run(name, {"do_sample": True, "seed": 2, **OF_ALL_LOGITS[options]}, graphed=True))
+
+
+def check_captured(steps: Steps) -> None:
     usual = [i for i, count in enumerate(steps.replays) if count == 1]
     assert len(usual) >= len(steps.replays) - 3, "others are those in which a pass is captured"
     assert len(usual) >= 6

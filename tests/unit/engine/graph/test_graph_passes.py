@@ -16,7 +16,7 @@ from retrieval_draft.engine.graph.arena import PAGE, Arena
 from retrieval_draft.engine.graph.captured import TapeGraph, UncapturableError
 from retrieval_draft.engine.graph.graph_passes import NODES, graph_kind, row_sizes
 from retrieval_draft.engine.hidden_states import LAST
-from retrieval_draft.engine.logits import LogitReader, summary
+from retrieval_draft.engine.logits import LogitReader, Wanted, summary
 from retrieval_draft.engine.target import Target
 from tests.support.dispatched import Dispatched
 from tests.support.models import CONFIGS, make
@@ -273,7 +273,7 @@ def test_hidden_states_are_those_of_an_eager_pass() -> None:
 @pytest.mark.parametrize("k", [0, 8])
 def test_the_summary_is_that_of_the_reader(k: int) -> None:
     target = Target(make("llama"), "tape")
-    target.summarised_for(k, 0)
+    target.summarised_for(k, Wanted())
     cache = begun(target)
     logits = target.verify_tree(cache, TREE, 40)
     made = target.summary_of(logits)

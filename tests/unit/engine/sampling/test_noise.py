@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from retrieval_draft._kernels import race
-from retrieval_draft.engine.sampling.noise import GumbelNoise
+from retrieval_draft.engine.sampling.noise import GumbelNoise, candidates, position_keys
 from retrieval_draft.errors import NonFiniteLogitsError
 
 CPU = torch.device("cpu")
@@ -176,3 +176,26 @@ def test_noise_is_the_same_in_every_release() -> None:
     """A seed that someone wrote down must draw the same text in the next release."""
     noise = GumbelNoise(1234, 300, CPU, sample=2).of(7, np.array([0, 50, 299]))
     np.testing.assert_allclose(noise, [7.184341, -1.35277, -1.107473], atol=2e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [97, 256, 1200, 40_000])
+def test_the_candidates_have_the_largest_sums(vocabulary: int) -> None:
+    noise = GumbelNoise(3, vocabulary, CPU)
+    positions = torch.tensor([0, 5, 1 << 40])
+    keys = position_keys(torch.from_numpy(np.array([noise.sample_key]).view(np.int64)), positions)
+    assert keys.numpy().view(np.uint64).tolist() == [int(noise.key(int(at))) for at in positions]
+    scores = torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(2)) * 3
+    scores[2, 4:] = -torch.inf
+    tokens, sums, bounds = candidates(scores, keys, 8)
+    for row in range(3):
+        full = scores[row].double() + noise.at(int(positions[row])).double()
+        best = full.topk(9)
+        others = full.index_fill(0, tokens[row], -torch.inf)
+        assert bounds[row] >= others.max() - 1e-4
+        known = best.values[:8] > bounds[row] + 1e-4
+        assert known[0] or vocabulary > 64 * 256, "all blocks are looked at"
+        assert torch.equal(tokens[row][known], best.indices[:8][known])
+        assert torch.allclose(sums[row][known], best.values[:8][known], atol=1e-4)
+        if row == 2:
+            assert sums[row].isfinite().sum() == known.sum() == 4
+        assert tokens[row].max() < vocabulary

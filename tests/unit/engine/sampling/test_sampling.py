@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from retrieval_draft.engine.logits import BestLogits
+from retrieval_draft.engine.logits import BestLogits, Wanted
 from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.engine.sampling.sampling import Sampler
 from retrieval_draft.errors import InvalidInputError, NonFiniteLogitsError
@@ -182,10 +182,10 @@ def test_the_best_logits_choose_as_all_of_them_do(temperature: float) -> None:
     noise = GumbelNoise(5, vocabulary, torch.device("cpu"))
     processors = warped(20, temperature)
     one, other = (Sampler(processors, noise, keep_logprob=True) for _ in range(2))
-    assert one.best_logits == 128
+    assert one.wanted == Wanted(128)
     for position in range(100):
         logits = 3 * torch.randn(4, vocabulary)
-        values, tokens = logits.topk(one.best_logits)
+        values, tokens = logits.topk(one.wanted.best)
         best = BestLogits(tokens.int().numpy(), values.numpy(), vocabulary)
         ids = torch.zeros((1, 3), dtype=torch.int64)
         assert one.choose_among(best, 2, position) == other.choose(logits[2], ids, position)
@@ -197,27 +197,34 @@ def test_ties_beyond_the_best_logits_are_left_to_all_of_them() -> None:
     sampler = Sampler(warped(20), GumbelNoise(5, vocabulary, torch.device("cpu")))
     logits = torch.zeros(1, vocabulary)
     logits[0, :10] = 5
-    values, tokens = logits.topk(sampler.best_logits)
+    values, tokens = logits.topk(sampler.wanted.best)
     best = BestLogits(tokens.int().numpy(), values.numpy(), vocabulary)
     assert sampler.choose_among(best, 0, 3) is None
     logits[0, :20] = 5
-    values, tokens = logits.topk(sampler.best_logits)
+    values, tokens = logits.topk(sampler.wanted.best)
     assert sampler.choose_among(BestLogits(tokens.int().numpy(), values.numpy(), vocabulary), 0, 3) in range(
         20
     )
 
 
-def test_where_all_logits_are_needed_none_are_left_out() -> None:
-    noise, top_k = GumbelNoise(5, 1000, torch.device("cpu")), TopKLogitsWarper(20)
-    for processors in (
-        [],
-        [TemperatureLogitsWarper(0.5)],
-        [TopPLogitsWarper(0.9), top_k],
-        [TopKLogitsWarper(100)],
-        [RepetitionPenaltyLogitsProcessor(1.2), top_k],
-    ):
-        assert Sampler(LogitsProcessorList(processors), noise).best_logits == 0
-    assert Sampler(LogitsProcessorList([top_k]), None).best_logits == 0
+def test_samplers_want_few_logits_and_all_where_more_may_decide() -> None:
+    noise, top_k, top_p = GumbelNoise(5, 1000, CPU), TopKLogitsWarper(20), TopPLogitsWarper(0.9)
+    candidates, penalty = Wanted(candidates=True), RepetitionPenaltyLogitsProcessor(1.2)
+    wanted: list[tuple[list[Any], Wanted]] = [
+        ([], candidates),
+        ([TemperatureLogitsWarper(0.5)], candidates),
+        ([top_k], Wanted(128)),
+        ([top_p, top_k], Wanted(128, candidates=True)),
+        ([TopKLogitsWarper(100)], Wanted(128, candidates=True)),
+        ([TopKLogitsWarper(200), top_p], Wanted()),
+        ([top_p, TemperatureLogitsWarper(0.5)], Wanted()),
+        ([penalty, top_k], Wanted(128, candidates=True, penalties=True)),
+        ([NoRepeatNGramLogitsProcessor(2), top_k], Wanted()),
+        ([penalty, NoRepeatNGramLogitsProcessor(2)], Wanted()),
+    ]
+    for processors, parts in wanted:
+        assert Sampler(LogitsProcessorList(processors), noise).wanted == parts
+    assert Sampler(LogitsProcessorList([penalty]), None).wanted == Wanted(candidates=True, penalties=True)
+    assert Sampler(LogitsProcessorList([top_k]), None).wanted == Wanted()
     for kept in ({"keep_scores": True}, {"keep_logits": True}, {"keep_top": 3}):
-        assert Sampler(LogitsProcessorList([top_k]), noise, **kept).best_logits == 0
-    assert Sampler(LogitsProcessorList([top_k]), noise).best_logits > 20
+        assert Sampler(LogitsProcessorList([top_k]), noise, **kept).wanted == Wanted()

@@ -9,16 +9,17 @@ import torch
 from msgspec import Raw
 
 from retrieval_draft.engine.sampling.noise import GumbelNoise
+from retrieval_draft.engine.sampling.penalties import CountPenalty
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.openai.detokenize import StopTexts, decoder
 from retrieval_draft.server.openai.generation_request import GenerationFields, Prediction
-from retrieval_draft.server.openai.penalties import AllowedTokens, CountPenalty
 from retrieval_draft.server.openai.prepare import (
     Means,
     prepare_request,
     tokenize,
 )
 from retrieval_draft.server.openai.prompt_logprobs import PromptLogprobs
+from retrieval_draft.server.openai.token_masks import AllowedTokens
 from retrieval_draft.server.scheduler.job import Job
 from retrieval_draft.server.settings import ServerSettings
 from tests.support.jobs import empty_job

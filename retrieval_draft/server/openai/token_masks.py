@@ -1,4 +1,4 @@
-"""Logits processors of OpenAI's API: penalties, allowed tokens, texts that a reply does not have."""
+"""Logits processors of OpenAI's API: allowed tokens, texts that a reply does not have."""
 
 from __future__ import annotations
 
@@ -8,32 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-__all__ = ["AllowedTokens", "BadWords", "CountPenalty"]
-
-
-class CountPenalty(LogitsProcessor):
-    """Lowers the logits of tokens that the reply holds already; the prompt does not count.
-
-    Args:
-        prompt_length: Tokens before the reply.
-        presence: Subtracted from each token that occurs.
-        frequency: Subtracted for each of its occurrences.
-
-    Example:
-        presence 1, frequency 0.5, reply [7, 7]  ->  token 7 loses 2
-    """
-
-    def __init__(self, prompt_length: int, presence: float, frequency: float) -> None:
-        self._begin, self._presence, self._frequency = prompt_length, presence, frequency
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores of the next token, float, shape (rows, vocabulary)."""
-        reply = input_ids[:, self._begin :].to(scores.device)
-        if not reply.shape[1]:
-            return scores
-        counts = torch.zeros_like(scores)
-        counts.scatter_add_(1, reply, torch.ones_like(reply, dtype=scores.dtype))
-        return scores - self._frequency * counts - self._presence * (counts > 0).to(scores.dtype)
+__all__ = ["AllowedTokens", "BadWords"]
 
 
 class AllowedTokens(LogitsProcessor):
