@@ -373,6 +373,8 @@ class HeadDraft:
         """Measures the fastest kernels for the head's layers on the CPU, once."""
         if self._linear is not None:
             self._linear.prepare()
+        if self.trims is not None:
+            self.trims.prepare()
 
     def _applied(self) -> AbstractContextManager[object]:
         """Context of the head's passes."""

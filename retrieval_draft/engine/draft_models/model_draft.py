@@ -150,6 +150,8 @@ class ModelDraft:
     def prepare(self) -> None:
         """Measures the fastest kernels for the draft model's layers, once."""
         self._kernels.prepare()
+        if self.trims is not None:
+            self.trims.prepare()
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
+from retrieval_draft.engine.cpu.linear import CpuLinear
 from retrieval_draft.engine.model_version import ModelVersion
-from retrieval_draft.engine.substitution import wrap_forwards
+from retrieval_draft.engine.substitution import lend_forwards, wrap_forwards
 from retrieval_draft.errors import InvalidInputError
 
 __all__ = ["VocabTrim", "VocabTrims", "columns_for", "trim_of"]
@@ -65,8 +67,8 @@ class VocabTrim:
         self._counts[: columns // 2] = np.linspace(0.5, 0.0, columns // 2, endpoint=False)
         self._is_in: NDArray[np.bool_] = np.zeros(vocabulary, np.bool_)
         self.ids: NDArray[np.int64] = np.empty(0, np.int64)
-        self._weights: list[Tensor] = []
-        self._biases: list[Tensor | None] = []
+        self._copies = nn.ModuleList()
+        self._linear = CpuLinear(self._copies)
         self._version = ModelVersion(nn.ModuleList(heads))
         self._copied = self._version.current()
         self.add(np.arange(columns // 2))
@@ -89,13 +91,23 @@ class VocabTrim:
         now = self._version.current()
         if now != self._copied:
             self._copied = now
-            self._weights, self._biases = [], []
+            self._copies = nn.ModuleList()
+            self._linear = CpuLinear(self._copies)
             self._take(self.ids, 0)
+
+    def prepare(self) -> None:
+        """Measures the fastest kernels for the rows on the CPU, once."""
+        self._linear.prepare()
 
     def logits(self, states: Tensor, head: int = 0) -> Tensor:
         """(n, columns), of states (n, d), by one of the heads."""
-        weight, bias = self._weights[head], self._biases[head]
+        copied: Any = self._copies[head]
         size = len(self.ids)
+        if self._linear.kernels(copied) is not None:
+            with lend_forwards(self._linear.forwards()):
+                out: Tensor = copied(states)
+            return out[..., :size]
+        weight, bias = copied.weight, copied.bias
         return nn.functional.linear(states, weight[:size], None if bias is None else bias[:size])
 
     def columns_of(self, tokens: NDArray[Any]) -> NDArray[np.int64]:
@@ -108,7 +120,7 @@ class VocabTrim:
     @property
     def nbytes(self) -> int:
         """Bytes of the rows and counts."""
-        return self._counts.nbytes + sum(weight.nbytes for weight in self._weights)
+        return self._counts.nbytes + sum(weight.nbytes for weight in self._copies.parameters())
 
     def _choose(self) -> None:
         """Takes the most counted tokens, and leaves a quarter of the columns to the next texts."""
@@ -123,14 +135,13 @@ class VocabTrim:
         self._is_in[ids] = True
         for at, head in enumerate(self._heads):
             rows = torch.from_numpy(self.ids[kept:]).to(head.weight.device)
-            if at == len(self._weights):
-                self._weights.append(head.weight.new_empty((self._columns, head.weight.shape[1])))
-                self._biases.append(None if head.bias is None else head.bias.new_empty(self._columns))
+            if at == len(self._copies):
+                self._copies.append(_empty_rows(head, self._columns))
+            copied: Any = self._copies[at]
             with torch.no_grad():
-                self._weights[at][kept : len(ids)] = head.weight[rows]
-                bias = self._biases[at]
-                if bias is not None:
-                    bias[kept : len(ids)] = head.bias[rows]
+                copied.weight[kept : len(ids)] = head.weight[rows]
+                if head.bias is not None:
+                    copied.bias[kept : len(ids)] = head.bias[rows]
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -168,10 +179,25 @@ class VocabTrims:
             del self._trims[next(iter(self._trims))]
         return trim
 
+    def prepare(self) -> None:
+        """Measures the fastest kernels for a trim's rows on the CPU, once."""
+        self.of(None).prepare()
+
     @property
     def nbytes(self) -> int:
         """Bytes of all trims."""
         return sum(trim.nbytes for trim in self._trims.values())
+
+
+def _empty_rows(head: nn.Linear, rows: int) -> nn.Linear:
+    """A layer as another one, with so many rows, all zero."""
+    weight = head.weight
+    made: nn.Linear = skip_init(
+        nn.Linear, weight.shape[1], rows, head.bias is not None, device=weight.device, dtype=weight.dtype
+    )
+    for each in made.requires_grad_(False).parameters():
+        each.zero_()
+    return made
 
 
 _active = threading.local()
