@@ -115,7 +115,7 @@ def test_what_takes_longer_than_the_grace_is_told(folder: Path) -> None:
         (["--log-format", "xml"], "text or json"),
         (["--engine", "vllm", "--api-key", "key-number-1", "--api-key", "key-number-2"], "one API key"),
         (["--engine", "vllm", "--nodes", "8", "--stock-kernels"], "has no --nodes, --cpu-kernels/--stock"),
-        (["--engine", "vllm", "--tool-parser", "qwen", "--store", "redis://a"], "It takes --model, --host, "),
+        (["--engine", "vllm", "--tool-parser", "qwen", "--store", "redis://a"], "It takes --model, --dtype"),
     ],
 )
 def test_bad_options_end_it_at_once(options: list[str], message: str, capfd: Any) -> None:
