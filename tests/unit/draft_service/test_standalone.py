@@ -20,7 +20,7 @@ from tests.support.draft_services import call, draft_service
     ("words", "message"),
     [
         ([], "Which ids are there?"),
-        (["--vocabulary", "9", "--host", "0.0.0.0"], "0.0.0.0 can be reached by others"),
+        (["--vocabulary", "9", "--host", "0.0.0.0"], "Everybody who can reach 0.0.0.0"),
         (["--vocabulary", "9", "--api-key", "short"], "fewer than 8"),
         (["--vocabulary", "9", "--store", "no-url"], "The store is no URL"),
         (["--vocabulary", "9", "--index", "nowhere"], "tokenizer"),
