@@ -185,7 +185,7 @@ def trained(
 
 @torch.no_grad()
 def shares(head: Any, kind: str, texts: list[Text], output: Tensor, columns: Tensor) -> str:
-    """How often the best guess at each depth is the model's own, where those before it are."""
+    """Share of best guesses that are the model's own, by depth, where those before them are."""
     found = [
         torch.cat(
             [

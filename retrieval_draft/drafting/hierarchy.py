@@ -159,7 +159,7 @@ class SourceSessions:
             if keep is not None:
                 try:
                     keep(key)
-                except Exception as error:  # as above
+                except Exception as error:  # a source's own code raises anything
                     opened.failed("keep_apart", error)
 
     def learn_hidden(self, hidden: Any, begin: int) -> None:

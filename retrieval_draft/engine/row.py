@@ -270,13 +270,11 @@ class Row:
     def prepare(self, plan: DraftPlan) -> TreeInputs:
         """Packs the tree for the model. The last accepted path is committed, or left to a captured pass."""
         moved, moves = self._moved, None
-        is_later = self.target.graphs is not None and isinstance(self.attention, TreeAttention)
-        if is_later and moved is not None:
-            is_later = len(moved) <= MOVES
-            if is_later:
-                moves = slots_of_moves(moved, self.cache.get_seq_length(), self._kept)
+        may_wait = self.target.graphs is not None and (moved is None or len(moved) <= MOVES)
+        if may_wait and moved is not None:
+            moves = slots_of_moves(moved, self.cache.get_seq_length(), self._kept)
         inputs = self._prepared(plan, moved, moves)
-        if is_later:
+        if may_wait and isinstance(self.attention, TreeAttention):
             return self._settled_later(inputs)
         self._commit(inputs.moved)
         if self._renews_cache():

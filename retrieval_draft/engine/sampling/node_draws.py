@@ -65,11 +65,11 @@ class DrawWords:
         out = np.zeros(words, np.int64)
         out[:_HEADER] = self._header
         if self._penalties is not None and words > _HEADER:
-            self._take_in(text, self._penalties, 8 * (words - _HEADER))
+            self._count(text, self._penalties, 8 * (words - _HEADER))
             out[_HEADER:] = self._bytes.view(np.int64)
         return out
 
-    def _take_in(self, text: Transcript, penalties: Penalties, size: int) -> None:
+    def _count(self, text: Transcript, penalties: Penalties, size: int) -> None:
         """Counts the text's new tokens."""
         if not len(self._bytes):
             self._bytes = np.zeros(size, np.uint8)

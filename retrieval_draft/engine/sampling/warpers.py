@@ -122,7 +122,7 @@ class Warpers:
         Returns:
             None where it takes the whole row.
         """
-        from retrieval_draft.engine._kernels.few import choose_among
+        from retrieval_draft.engine._kernels.choose_among import choose_among
 
         scores, tokens, total, bound = _NO_SCORES, _NO_TOKENS, math.nan, math.inf
         if best.candidates is not None:

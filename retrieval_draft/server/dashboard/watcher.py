@@ -35,7 +35,7 @@ class Watcher:
         self._waiting: deque[tuple[float, StepReport | RequestStart | RequestEnd]] = deque(maxlen=_WAITING)
         self._lock = threading.Lock()
         self._rates = Rates()
-        self._tenants: dict[str, str] = {}
+        self._tenants: dict[tuple[str, int], str] = {}
         self._trees: dict[str, RowStep] = {}
         self._drafters: dict[str, weakref.ref[Any]] = {}
         self._queue = (0, 0)
@@ -76,11 +76,12 @@ class Watcher:
                 elif isinstance(event, RequestStart):
                     if len(self._tenants) > _WAITING:  # ends that were never reported
                         self._tenants.clear()
-                    self._tenants[event.request_id] = event.tenant
+                    self._tenants[event.request_id, event.index] = event.tenant
                     if event.index == 0:
                         self._prompt_tokens += event.prompt_tokens
                         self._cached_tokens += event.cached_tokens
                 else:
+                    self._tenants.pop((event.request_id, event.index), None)
                     self._ended[event.reason] += 1
 
     def snapshot(self, tenant: str) -> dict[str, Any]:
@@ -119,7 +120,7 @@ class Watcher:
             self._accepted += len(path)
             count_names(row.plan.proposals, Counter(tree.sources[1:].tolist()), *self._drafted_by)
             count_names(row.plan.proposals, Counter(tree.sources[path].tolist()), *self._accepted_by)
-            tenant = self._tenants.get(row.request_id)
+            tenant = self._tenants.get((row.request_id, row.index))
             if tenant is not None and tree.num_draft_tokens:
                 self._trees[tenant] = row
 

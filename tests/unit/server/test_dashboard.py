@@ -83,6 +83,15 @@ def test_reports_that_nobody_counts_do_not_pile_up() -> None:
     assert len(watcher._tenants) <= 4097
 
 
+def test_ended_requests_leave_nothing() -> None:
+    watcher, _ = watched()
+    for number in range(100):
+        watcher.request_started(started(f"r{number}"))
+        watcher.request_ended(ended(f"r{number}"))
+        watcher.count()
+    assert not watcher._tenants
+
+
 def test_a_feed_sends_the_latest_to_each_tenant() -> None:
     calls: list[str] = []
     over = threading.Event()

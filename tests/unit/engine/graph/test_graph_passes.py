@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from retrieval_draft.drafting.tree import DraftTree
-from retrieval_draft.engine.attention.tree_mask import TreeInputs, slots_of_moves
+from retrieval_draft.engine.attention.tree_mask import TreeAttention, TreeInputs, slots_of_moves
 from retrieval_draft.engine.graph import graph_passes
 from retrieval_draft.engine.graph.arena import PAGE, Arena
 from retrieval_draft.engine.graph.captured import TapeGraph, UncapturableError
@@ -79,7 +79,8 @@ def test_a_path_moves_in_the_pass_over_the_next_tree(name: str) -> None:
         first = mine.get_seq_length()
         moves = slots_of_moves(moved, first, 1) if path else None
         length = first + len(path)
-        inputs = target.attention.prepare(tree, length, moved if path else None, moves=moves)  # type: ignore[call-arg]
+        assert isinstance(target.attention, TreeAttention)
+        inputs = target.attention.prepare(tree, length, moved if path else None, moves=moves)
         wait(inputs, mine, path)
         replays: list[int] = []
         with (
@@ -122,9 +123,9 @@ def test_a_path_is_in_place_where_the_pass_does_not_move_it(change: str) -> None
     for each, cache in ((target, mine), (eager, theirs)):
         each.verify_tree(cache, tree, length)
     moved = np.array(PATH[1:])
-    inputs = target.attention_of_row().prepare(  # type: ignore[call-arg]
-        tree, length + 4, moved, moves=slots_of_moves(moved, length, 1)
-    )
+    attention = target.attention_of_row()
+    assert isinstance(attention, TreeAttention)
+    inputs = attention.prepare(tree, length + 4, moved, moves=slots_of_moves(moved, length, 1))
     wait(inputs, mine, PATH)
     theirs.commit(torch.from_numpy(moved), 1, 4)
     if change == "grows":
