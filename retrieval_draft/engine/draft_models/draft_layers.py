@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from retrieval_draft.engine.draft_models.expansion import Growth
 
-__all__ = ["DraftLayer", "KeyValues", "Packed", "RmsNorm", "ancestors", "causal", "move_head"]
+__all__ = ["DraftLayer", "KeyValues", "KeyedState", "Packed", "RmsNorm", "ancestors", "causal", "move_head"]
 
 _ROOM = 256
 """Rows that buffers make room for at once."""
