@@ -159,7 +159,7 @@ class HeadSession:
             self._rows = [(begin + len(hidden) - 1, hidden[-1:].clone())]
             return
         self._rows.append((begin, hidden))
-        if sum(len(rows) for _, rows in self._rows) > WAITING:
+        if begin + len(hidden) - self._rows[0][0] > WAITING:
             self._source.read([self])
 
     @property

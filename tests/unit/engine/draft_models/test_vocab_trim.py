@@ -46,6 +46,22 @@ def test_tokens_join_and_the_most_counted_stay() -> None:
     assert trim.ids.tolist() == [0, 5, 7]
 
 
+def test_rows_are_copied_before_a_draft_and_not_as_tokens_come() -> None:
+    head = linear(8)
+    trim = VocabTrim([head], 8, 4)
+    nothing = trim.nbytes
+    for token in (6, 7, 7):
+        trim.add(np.array([token]))
+        assert trim.nbytes == nothing
+    states = torch.randn(3, 5)
+    torch.testing.assert_close(trim.logits(states), head(states)[:, [0, 1, 6, 7]])
+    assert trim.nbytes > nothing
+    trim.add(np.array([5, 5, 5]))
+    assert trim.ids.tolist() == [0, 5, 7]
+    trim.add(np.array([3]))
+    assert trim.ids.tolist() == [0, 5, 7, 3]  # 6, once wanted, does not come back by itself
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_logits_are_those_of_the_tokens(bias: bool) -> None:
     heads = [linear(40, bias), linear(40, bias)]
