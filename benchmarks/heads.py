@@ -51,9 +51,9 @@ def compare_heads(
         rounds: Times that all prompts are decoded.
 
     Returns:
-        ``{"by_task": {task or "all": {way: {"tokens_per_step", "tokens_per_second", "ratio" of tokens a second
-        to lookups, median of prompts and rounds, "interval": that of the median}}}, "asked": {way: share of
-        steps in which the head was}, "prompts": count, "equal": those whose texts all are}``.
+        ``{"by_task": {task or "all": {way: {"tokens_per_step", "tokens_per_second", "ratio" of tokens a
+        second to lookups, median of prompts and rounds, "interval": that of the median}}}, "asked": {way:
+        share of steps in which the head was}, "prompts": count, "equal": those whose texts all are}``.
     """
     if isinstance(draft_model, str) and not is_self(draft_model):
         draft_model = load_draft_model(draft_model, model)
