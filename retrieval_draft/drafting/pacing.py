@@ -41,7 +41,7 @@ FIRST_WAIT = 16
 LAST_WAIT = 1024
 """Steps of a kind until a source that sleeps in it is tried again: doubled each time, up to the last."""
 
-SHARE = 0.008
+SHARE = 0.005
 """Share of all time that such trials may lose."""
 
 
