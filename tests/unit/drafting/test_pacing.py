@@ -10,7 +10,7 @@ import pytest
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.drafting import pacing
-from retrieval_draft.drafting.pacing import LAST_WAIT, SHARE, TRIAL, PacedSource, Pacer
+from retrieval_draft.drafting.pacing import LAST_WAIT, SHARE, PacedSource, Pacer
 from retrieval_draft.engine.draft_models.model_draft import ModelDraft
 from tests.support.drafters import near_ties, prompt_ids
 from tests.support.models import make
@@ -53,7 +53,7 @@ def test_a_loser_is_tried_ever_more_seldom_but_always_again() -> None:
     asked = [loop.step(1.0, 0.5, 0) for _ in range(8 * LAST_WAIT)]
     tries = np.flatnonzero(asked)
     assert tries[:2].tolist() == [0, 1]  # the first one loads code: it is no measure, and no loss
-    assert np.all(np.diff(np.diff(tries[TRIAL:])) >= 0)
+    assert np.all(np.diff(np.diff(tries)) >= -1)  # by the time lost at first: 99 steps, or 100
     assert np.diff(tries)[-1] == LAST_WAIT
     assert (len(tries) - 1) * 0.5 <= SHARE * loop.now + 1
 

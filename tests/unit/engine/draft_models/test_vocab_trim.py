@@ -17,6 +17,7 @@ from retrieval_draft.engine.draft_models.model_draft import ModelDraft, SelfDraf
 from retrieval_draft.engine.draft_models.vector_heads import MedusaHead
 from retrieval_draft.engine.draft_models.vocab_trim import (
     LEAST,
+    MOST,
     MOST_TRIMS,
     VocabTrim,
     VocabTrims,
@@ -111,7 +112,8 @@ def test_what_one_key_writes_chooses_no_other_ones_tokens() -> None:
 def test_small_vocabularies_are_left_whole() -> None:
     assert columns_for(2 * LEAST - 1) == 0
     assert columns_for(2 * LEAST) == LEAST
-    assert columns_for(262144) == 32768
+    assert columns_for(65536) == 8192
+    assert columns_for(262144) == MOST
     assert trim_of(make("llama"), 97) is None
 
 
@@ -234,5 +236,6 @@ def test_a_tenant_drafts_none_of_another_ones_tokens(kind: str) -> None:
         session = source.open(np.array(tokens, np.int32))
         session.keep_apart(name)
         session.observe(np.array([tokens[0]], np.int32))
+        session.close()
     assert source.trims.of("a").ids.tolist() == [*range(10), 90, 91]
     assert source.trims.of("b").ids.tolist() == [*range(10), 92]
