@@ -28,8 +28,8 @@ PART = 8
 """The vocabulary over the columns."""
 
 MOST = 16384
-"""Columns at most: half of an eighth of Gemma 3's vocabulary. The other half gained its drafts nothing, and took
-a tenth of the time of its passes."""
+"""Columns at most: half of an eighth of Gemma 3's vocabulary. The other half gained its drafts nothing,
+and took a tenth of the time of its passes."""
 
 MOST_TRIMS = 4
 """Keys whose trims are kept at a time; each has rows of its own."""
