@@ -19,6 +19,9 @@ __all__ = ["WAYS", "compare_heads", "time_trim"]
 
 WAYS = ("lookups", "head", "both")
 
+RESAMPLED = 2000
+"""Samples of the ratios, with replacement, of which the interval of their median is taken (95%)."""
+
 
 def compare_heads(
     model: Any,
@@ -30,8 +33,11 @@ def compare_heads(
     nodes: int | None = None,
     chat: bool = False,
     ways: Sequence[str] = WAYS,
+    rounds: int = 1,
 ) -> dict[str, Any]:
     """Decodes each prompt in each way, in turns, without text of earlier prompts.
+
+    Each round has new drafters, which have learned nothing yet.
 
     Args:
         model: The target.
@@ -42,68 +48,77 @@ def compare_heads(
         nodes: Draft nodes of each step; None for the budget by cost, with which a head may sleep.
         chat: Whether prompts are put into the chat template.
         ways: Of `WAYS`.
+        rounds: Times that all prompts are decoded.
 
     Returns:
-        ``{task or "all": {way: {"tokens_per_step", "tokens_per_second", "ratio" of tokens a second to
-        lookups, median of prompts, "asked": share of steps in which the head was}}}``, and whether all texts
-        are equal.
+        ``{"by_task": {task or "all": {way: {"tokens_per_step", "tokens_per_second", "ratio" of tokens a
+        second to lookups, median of prompts and rounds, "interval": that of the median}}}, "asked": {way:
+        share of steps in which the head was}, "prompts": count, "equal": those whose texts all are}``.
     """
     if isinstance(draft_model, str) and not is_self(draft_model):
         draft_model = load_draft_model(draft_model, model)
     lookups = tuple(source for source in SOURCES if source != "history")
-    drafters = {
-        way: RetrievalDrafter.for_model(
-            model,
-            tokenizer,
-            config=DraftConfig(nodes=nodes, sources=() if way == "head" else lookups),
-            draft_model=None if way == "lookups" else draft_model,
-        )
-        for way in ways
-    }
-    for drafter in drafters.values():
-        drafter.warm_up()
     runs: dict[str, dict[str, list[Any]]] = {}
-    equal = 0
-    for number, prompt in enumerate(prompts):
-        ids = torch.tensor([prompt.encode(tokenizer, chat)])
-        texts = []
-        for turn in range(len(ways)):
-            way = ways[(number + turn) % len(ways)]
-            begin = time.perf_counter()
-            out = drafters[way].generate(ids, max_new_tokens=max_new_tokens, do_sample=False)
-            seconds = time.perf_counter() - begin
-            texts.append(out[0].tolist())
-            for task in (prompt.task, "all"):
-                runs.setdefault(task, {}).setdefault(way, []).append((drafters[way].last_stats, seconds))
-        equal += all(text == texts[0] for text in texts)
-    asked = {way: _asked(drafter) for way, drafter in drafters.items()}
+    asked = {way: np.zeros(2, np.int64) for way in ways}
+    different = set()
+    for begun in range(rounds):
+        drafters = {
+            way: RetrievalDrafter.for_model(
+                model,
+                tokenizer,
+                config=DraftConfig(nodes=nodes, sources=() if way == "head" else lookups),
+                draft_model=None if way == "lookups" else draft_model,
+            )
+            for way in ways
+        }
+        for drafter in drafters.values():
+            drafter.warm_up()
+        for number, prompt in enumerate(prompts):
+            ids = torch.tensor([prompt.encode(tokenizer, chat)])
+            texts = []
+            for turn in range(len(ways)):
+                way = ways[(begun + number + turn) % len(ways)]
+                begin = time.perf_counter()
+                out = drafters[way].generate(ids, max_new_tokens=max_new_tokens, do_sample=False)
+                seconds = time.perf_counter() - begin
+                texts.append(out[0].tolist())
+                for task in (prompt.task, "all"):
+                    runs.setdefault(task, {}).setdefault(way, []).append((drafters[way].last_stats, seconds))
+            if any(text != texts[0] for text in texts):
+                different.add(number)
+        for way, drafter in drafters.items():
+            asked[way] += _asked(drafter)
+            drafter.close()
     return {
         "by_task": {task: {way: _summary(each, way) for way in ways} for task, each in runs.items()},
-        "asked": asked,
+        "asked": {way: float(calls / max(steps, 1)) for way, (calls, steps) in asked.items()},
         "prompts": len(prompts),
-        "equal": equal,
+        "equal": len(prompts) - len(different),
     }
 
 
-def _asked(drafter: RetrievalDrafter) -> float:
-    """Share of steps in which a draft model was asked."""
+def _asked(drafter: RetrievalDrafter) -> tuple[int, int]:
+    """Steps in which a draft model was asked, and all of them."""
     pacers = [each.pacer for each in drafter.draft_engine.sources if hasattr(each, "pacer")]
-    steps = drafter.stats.steps
-    return sum(pacer.calls for pacer in pacers) / steps if pacers and steps else 0.0
+    return sum(pacer.calls for pacer in pacers), drafter.stats.steps
 
 
-def _summary(runs: dict[str, list[Any]], way: str) -> dict[str, float]:
+def _summary(runs: dict[str, list[Any]], way: str) -> dict[str, Any]:
     mine = runs[way]
     tokens, steps = (sum(getattr(stats, name) for stats, _ in mine) for name in ("tokens", "steps"))
     base = runs.get("lookups", mine)
-    ratios = [
-        (stats.tokens / seconds) / (other.tokens / others)
-        for (stats, seconds), (other, others) in zip(mine, base, strict=True)
-    ]
+    ratios = np.array(
+        [
+            (stats.tokens / seconds) / (other.tokens / others)
+            for (stats, seconds), (other, others) in zip(mine, base, strict=True)
+        ]
+    )
+    drawn = np.random.default_rng(0).choice(ratios, (RESAMPLED, len(ratios)))
     return {
         "tokens_per_step": (tokens - len(mine)) / max(steps, 1),
         "tokens_per_second": tokens / sum(seconds for _, seconds in mine),
         "ratio": float(np.median(ratios)),
+        "interval": np.quantile(np.median(drawn, 1), (0.025, 0.975)).tolist(),
     }
 
 

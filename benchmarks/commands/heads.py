@@ -28,6 +28,7 @@ def heads(
     ] = None,
     ways: Annotated[str, typer.Option(help="Of lookups, head, both.")] = "lookups,head,both",
     chat: Annotated[bool, typer.Option(help="Put prompts into the chat template.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that all prompts are decoded.")] = 1,
 ) -> Report:
     """Compare lookups alone, a head or draft model alone, and both, by kind of prompt."""
     from benchmarks.heads import WAYS, compare_heads
@@ -42,7 +43,7 @@ def heads(
     given = prompts.read(KINDS)
     result = compare_heads(
         loaded, tokenizer, given, draft_model,
-        max_new_tokens=max_new_tokens, nodes=nodes, chat=chat, ways=chosen,
+        max_new_tokens=max_new_tokens, nodes=nodes, chat=chat, ways=chosen, rounds=rounds,
     )  # fmt: skip
     result |= {"model": model, "draft_model": draft_model, "nodes": nodes}
     rows = [
@@ -51,7 +52,7 @@ def heads(
             way,
             f"{each['tokens_per_step']:.2f}",
             f"{each['tokens_per_second']:.1f}",
-            f"{each['ratio']:.2f}",
+            f"{each['ratio']:.3f} ({each['interval'][0]:.3f} to {each['interval'][1]:.3f})",
         )
         for task, ways_of in result["by_task"].items()
         for way, each in ways_of.items()

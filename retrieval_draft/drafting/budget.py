@@ -41,6 +41,10 @@ class Costs(Protocol):
         """
         ...
 
+    def best(self, path_probs: NDArray[np.float32]) -> int:
+        """As `choose` of one row, for a tree that no pass verifies: nothing is noted or tried."""
+        ...
+
     def observe(self, nodes: int, context_length: int, seconds: float) -> None:
         """Records the time of a pass over `nodes` nodes, the roots included."""
         ...
@@ -146,13 +150,15 @@ class Budget:
 
         Args:
             verified: The tree that a pass verifies, of one row.
-            other: Its nodes best first: those pay that are as likely as the last of `verified`.
+            other: Its nodes best first: those pay that are as likely as the last of `verified`, and no more
+                than would be verified without a source that made the nodes of `verified` less likely.
         """
         nodes = verified.num_draft_tokens
         if not self._costs:
             return min(nodes, other.num_draft_tokens), 0.0
-        fewer = int((other.path_probs[1:] >= verified.path_probs[-1]).sum()) if nodes else 0
         cost = self._cost(1)
+        as_likely = int((other.path_probs[1:] >= verified.path_probs[-1]).sum()) if nodes else 0
+        fewer = min(as_likely, cost.best(other.path_probs[1:]))
         return fewer, cost.seconds(nodes + 1) - cost.seconds(fewer + 1)
 
     def timed(self, rows: int, nodes: int, length: int, seconds: float) -> None:

@@ -165,6 +165,18 @@ class CostModel:
         """
         if self._times is None or not len(path_probs):
             return 0
+        return self._or_trial(self.best(path_probs, rows, carried, passed), len(path_probs))
+
+    def best(
+        self,
+        path_probs: NDArray[np.float32],
+        rows: int = 1,
+        carried: int | None = None,
+        passed: NDArray[np.int64] | None = None,
+    ) -> int:
+        """As `choose`, without trials: for a tree that no pass verifies."""
+        if self._times is None or not len(path_probs):
+            return 0
         most, repeated = len(path_probs), -1 if carried is None else carried
         if passed is None:
             tokens = rows + max(repeated, 0) + (most if carried is None else 2 * most + 1)
@@ -174,7 +186,7 @@ class CostModel:
             curve = np.concatenate([np.zeros(rows - 1), self._times.up_to(int(passed.max()))[passed - 1]])
         rate = self._emitted / (self._spent * self._times.seconds(1)) if self._steps >= SETTLED else 0.0
         best: int = _kernels.best_nodes(path_probs, curve, rows, repeated, self._overhead, rate)
-        return self._or_trial(best, most)
+        return best
 
     def _or_trial(self, best: int, most: int) -> int:
         """The best number of draft nodes, of at most `most`; where a trial is due, twice or a quarter of it.

@@ -66,6 +66,7 @@ class SourceSessions:
 
     def __init__(self, opened: Sequence[_Opened] = ()) -> None:
         self._opened = tuple(opened)
+        self._heads = tuple(each for each in self._opened if wants_hidden(each.session))
         self.learns_early = any(_learns_early(each.session) for each in self._opened)
 
     def propose(self, budget: int) -> list[Proposal]:
@@ -140,7 +141,7 @@ class SourceSessions:
     @property
     def wants_hidden(self) -> bool:
         """True if a session drafts from the target's hidden states."""
-        return any(wants_hidden(opened.session) for opened in self._opened)
+        return any(opened.session is not None for opened in self._heads)
 
     def share_hidden(self, key: Hashable) -> None:
         """Sets the states that sessions keep and find apart from those of requests with other keys."""
@@ -169,8 +170,8 @@ class SourceSessions:
             hidden: (n, d), at tokens of the request's text.
             begin: Index of the first of them in the text.
         """
-        for opened in self._opened:
-            if wants_hidden(opened.session):
+        for opened in self._heads:
+            if opened.session is not None:
                 head: Any = opened.session
                 try:
                     head.learn_hidden(hidden, begin)

@@ -18,7 +18,8 @@ EDGES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 """Expected tokens of a step by the other sources, between which its gain is learned apart."""
 
 TRIAL = 8
-"""Steps in which the source is asked before anything is known of it."""
+"""Calls before the source is known. All of them are trials, and the first one's time, in which code is loaded
+and a prompt read, is not counted."""
 
 PRIOR = 2.0
 """Weight of the gain of all steps in that of a kind of step, in steps."""
@@ -40,7 +41,7 @@ FIRST_WAIT = 16
 LAST_WAIT = 1024
 """Steps of a kind until a source that sleeps in it is tried again: doubled each time, up to the last."""
 
-SHARE = 0.008
+SHARE = 0.005
 """Share of all time that such trials may lose."""
 
 
@@ -107,14 +108,15 @@ class Pacer:
             self._tokens *= RATE_MEMORY
             self._total += passed
         self._last, self._is_trial = now, False
-        kind = self._kinds[bisect(EDGES, expected)]
-        if self.calls >= TRIAL and self.gain(expected) > MARGIN * self.price * self.rate:
+        kind, is_known = self._kinds[bisect(EDGES, expected)], self.calls >= TRIAL
+        if is_known and self.gain(expected) > MARGIN * self.price * self.rate:
             kind.wait, kind.slept = FIRST_WAIT, 0
-        elif self.calls >= TRIAL:
+        else:
             kind.slept += 1
-            if kind.slept < kind.wait or self._lost > SHARE * self._total:
+            if (is_known and kind.slept < kind.wait) or self._lost > SHARE * self._total:
                 return False
-            kind.wait, kind.slept = min(2 * kind.wait, LAST_WAIT), 0
+            if is_known:
+                kind.wait, kind.slept = min(2 * kind.wait, LAST_WAIT), 0
             self._is_trial = True
         self.calls += 1
         return True
@@ -122,7 +124,7 @@ class Pacer:
     def took(self, seconds: float) -> None:
         """Records the time of a call."""
         self._prices.append(seconds)
-        if self._is_trial:
+        if self._is_trial and self.calls > 1:
             self._lost += seconds
 
     def lengthened(self, seconds: float) -> None:
@@ -138,7 +140,7 @@ class Pacer:
         for kind in (mine, self._all):
             kind.gained = kind.gained * MEMORY + tokens
             kind.weight = kind.weight * MEMORY + 1
-        if mine.wait > FIRST_WAIT and self.rate:  # it was a trial
+        if (mine.wait > FIRST_WAIT or self.calls <= TRIAL) and self.rate:  # it was a trial
             self._lost = max(self._lost - tokens / self.rate, 0.0)
             if tokens > self.price * self.rate:
                 mine.slept = mine.wait  # which continues while it succeeds

@@ -35,10 +35,9 @@ class RooflineCost(CostModel):
         slope = (self.seconds(high) - self.seconds(low)) / (high - low)
         return self.seconds(1) / slope if slope > 0 else math.inf
 
-    def choose(
+    def best(
         self,
         path_probs: NDArray[np.float32],
-        context_length: int = 0,
         rows: int = 1,
         carried: int | None = None,
         passed: NDArray[np.int64] | None = None,
@@ -49,3 +48,7 @@ class RooflineCost(CostModel):
         most = next((tokens for up_to, tokens in MOST_BY_ROWS if rows <= up_to), MOST)
         each = int(min(self.knee, most)) // rows - 1 - (carried or 0)
         return min(len(path_probs), rows * max(each, 0))
+
+    def _or_trial(self, best: int, most: int) -> int:
+        """The best number: the knee needs no trials."""
+        return best

@@ -82,7 +82,12 @@ class CpuLinear:
         for layer, weight in self._layers():
             made = self._kernels(layer, weight)
             if made is not None:
-                yield layer, _forward(layer._parameters, [fastest for fastest, _, _ in made.by_tokens])
+                yield layer, _forward(layer._parameters, made)
+
+    def forward(self, layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
+        """A measured layer's fastest ``forward``; None for another module."""
+        made = self.kernels(layer)
+        return None if made is None else _forward(layer._parameters, made)
 
     def kernels(self, layer: nn.Module) -> LayerKernels | None:
         """A measured layer's kernels; None for another module.
@@ -143,8 +148,9 @@ class CpuLinear:
         return known
 
 
-def _forward(parameters: Any, by_tokens: list[Linear]) -> Callable[[Tensor], Tensor]:
+def _forward(parameters: Any, made: LayerKernels) -> Callable[[Tensor], Tensor]:
     """A layer's ``forward``. It holds the parameters and not the layer, which could then not be freed."""
+    by_tokens = [fastest for fastest, _, _ in made.by_tokens]
     known: Any = parameters["weight"]
     known_bias = parameters.get("bias")
     dtype, length = known.dtype, int(known.shape[1])

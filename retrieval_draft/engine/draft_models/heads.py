@@ -35,6 +35,9 @@ more."""
 WAITING = 2048
 """Rows of hidden states that wait for a head that is not asked; it takes them up beyond that."""
 
+UNCOUNTED = 256
+"""Arrays of tokens that wait to be counted for a head that is not asked."""
+
 KEPT_BYTES = 1 << 26
 """Most bytes of states of ended requests, which others with the same beginning continue."""
 
@@ -144,6 +147,7 @@ class HeadSession:
         self._prompt = len(prompt)
         self._apart: Hashable = None
         self._trim: VocabTrim | None = None
+        self._uncounted: list[NDArray[Any]] = []
         self._was_asked = self._is_asked = True
         self.key: Hashable = None
         self._lent: Any = None
@@ -159,7 +163,7 @@ class HeadSession:
             self._rows = [(begin + len(hidden) - 1, hidden[-1:].clone())]
             return
         self._rows.append((begin, hidden))
-        if sum(len(rows) for _, rows in self._rows) > WAITING:
+        if begin + len(hidden) - self._rows[0][0] > WAITING:
             self._source.read([self])
 
     @property
@@ -226,8 +230,18 @@ class HeadSession:
         """Tokens that the head's outputs choose among; None for all."""
         if self._trim is None and self._source.trims is not None:
             self._trim = self._source.trims.of(self._apart)
-            self._trim.add(self.text)
+            self._uncounted.append(self.text[: self._prompt])
+        if self._trim is not None and self._uncounted:
+            self._trim.add(np.concatenate([tokens.reshape(-1) for tokens in self._uncounted]))
+            self._uncounted = []
         return self._trim
+
+    def _count(self, tokens: NDArray[Any]) -> None:
+        """Has tokens drafted from now on, where not all are; counted together while the head sleeps."""
+        if self._source.trims is not None:
+            self._uncounted.append(tokens)
+            if len(self._uncounted) > UNCOUNTED:
+                _ = self.trim
 
     @property
     def ids(self) -> NDArray[np.int64] | None:
@@ -293,17 +307,16 @@ class HeadSession:
         if len(tokens):
             self.text = np.concatenate((self.text, np.asarray(tokens, np.int32)))
             self._found = self.root = self._lent = None
-            if self.trim is not None:
-                self.trim.add(tokens)
+            self._count(tokens)
             self._was_asked, self._is_asked = self._is_asked, False
 
     def learn(self, logits: NodeLogits) -> None:
         """Has tokens that the target ranks high drafted, where not all are; a head is trained elsewhere."""
-        if self.trim is not None:
-            self.trim.add(logits.top_tokens)
+        self._count(logits.top_tokens)
 
     def close(self) -> None:
         """Frees the rows, and leaves the state to requests with the same beginning."""
+        _ = self.trim  # whose columns are those of the next texts
         self._rows, self._owner, self._found, self._lent = [], None, None, None
         self._source.keep(self)
         self.state = None

@@ -47,6 +47,15 @@ def test_a_tree_without_a_source_would_have_had_a_shorter_pass() -> None:
     assert Budget(costs).beyond(tree(), other) == (0, 0.0)
 
 
+def test_a_tree_without_a_source_is_no_longer_than_one_that_would_be_verified() -> None:
+    """A source that makes all nodes less likely saves no time of a pass over nodes that do not pay."""
+    costs = model(slope=0.3)
+    verified, other = tree(0.3, 0.1), tree(0.9, *[0.2] * 20)
+    alone = costs.choose(other.path_probs[1:])
+    assert alone == 1
+    assert Budget(costs).beyond(verified, other) == (alone, costs.seconds(3) - costs.seconds(2))
+
+
 def test_nodes_of_all_rows_compete() -> None:
     # Passes over 2 tokens and more: another one costs 0.1 and must bring that share of 2 tokens in 1.1.
     shares = Budget(model(0.1)).share([tree(0.9, 0.8, 0.01), tree(0.5, 0.05), tree(), tree(0.02)], [9] * 4)

@@ -17,6 +17,7 @@ from retrieval_draft.engine.draft_models.model_draft import ModelDraft, SelfDraf
 from retrieval_draft.engine.draft_models.vector_heads import MedusaHead
 from retrieval_draft.engine.draft_models.vocab_trim import (
     LEAST,
+    MOST,
     MOST_TRIMS,
     VocabTrim,
     VocabTrims,
@@ -44,6 +45,22 @@ def test_tokens_join_and_the_most_counted_stay() -> None:
     assert trim.columns_of(np.array([7, 1, 0])).tolist() == [2, -1, 0]
     trim.add(np.array([0, -1, 8, 99]))  # ids that are no tokens
     assert trim.ids.tolist() == [0, 5, 7]
+
+
+def test_rows_are_copied_before_a_draft_and_not_as_tokens_come() -> None:
+    head = linear(8)
+    trim = VocabTrim([head], 8, 4)
+    nothing = trim.nbytes
+    for token in (6, 7, 7):
+        trim.add(np.array([token]))
+        assert trim.nbytes == nothing
+    states = torch.randn(3, 5)
+    torch.testing.assert_close(trim.logits(states), head(states)[:, [0, 1, 6, 7]])
+    assert trim.nbytes > nothing
+    trim.add(np.array([5, 5, 5]))
+    assert trim.ids.tolist() == [0, 5, 7]
+    trim.add(np.array([3]))
+    assert trim.ids.tolist() == [0, 5, 7, 3]  # 6, once wanted, does not come back by itself
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -95,7 +112,8 @@ def test_what_one_key_writes_chooses_no_other_ones_tokens() -> None:
 def test_small_vocabularies_are_left_whole() -> None:
     assert columns_for(2 * LEAST - 1) == 0
     assert columns_for(2 * LEAST) == LEAST
-    assert columns_for(262144) == 32768
+    assert columns_for(65536) == 8192
+    assert columns_for(262144) == MOST
     assert trim_of(make("llama"), 97) is None
 
 
@@ -218,5 +236,6 @@ def test_a_tenant_drafts_none_of_another_ones_tokens(kind: str) -> None:
         session = source.open(np.array(tokens, np.int32))
         session.keep_apart(name)
         session.observe(np.array([tokens[0]], np.int32))
+        session.close()
     assert source.trims.of("a").ids.tolist() == [*range(10), 90, 91]
     assert source.trims.of("b").ids.tolist() == [*range(10), 92]
