@@ -17,7 +17,9 @@ __all__ = [
     "DraftSource",
     "NodeLogits",
     "Proposal",
+    "RequestSource",
     "SourceSession",
+    "TextSession",
     "TokenArray",
     "empty_proposal",
 ]
@@ -118,6 +120,16 @@ class SourceSession(Protocol):
         ...
 
 
+class TextSession:
+    """The parts of a `SourceSession` that plain text does not need."""
+
+    def learn(self, logits: NodeLogits) -> None:
+        """Does nothing: only text is kept here."""
+
+    def close(self) -> None:
+        """Does nothing: what the request held is freed with its session."""
+
+
 class DraftSource(Protocol):
     """A lookup structure for continuations. It lives with the drafter, its sessions with a request."""
 
@@ -146,3 +158,20 @@ class DraftSource(Protocol):
     def nbytes(self) -> int:
         """Bytes held by the source itself, sessions excluded."""
         ...
+
+
+class RequestSource:
+    """The parts of a `DraftSource` that one without threads and files does not need."""
+
+    level = "request"
+
+    def flush(self) -> None:
+        """Does nothing: no text waits to be looked up."""
+
+    def close(self) -> None:
+        """Does nothing: there is no thread or file to close."""
+
+    @property
+    def nbytes(self) -> int:
+        """0: sessions hold everything."""
+        return 0

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from retrieval_draft.index.source import NodeLogits, Proposal, SourceSession, TokenArray
+from retrieval_draft.index.source import Proposal, RequestSource, SourceSession, TextSession, TokenArray
 
 __all__ = ["GuessTree", "LookupSession", "MethodSource", "after_references"]
 
@@ -77,7 +77,7 @@ def after_references(prompt: TokenArray, references: Sequence[TokenArray]) -> To
     return np.concatenate([*references, prompt]) if references else prompt
 
 
-class LookupSession:
+class LookupSession(TextSession):
     """A request's text as a list, for methods that look it up. Subclasses propose.
 
     Args:
@@ -95,14 +95,8 @@ class LookupSession:
         """Appends accepted tokens, int32, shape (m,)."""
         self.text.extend(int(token) for token in tokens)
 
-    def learn(self, logits: NodeLogits) -> None:
-        """Does nothing, unless a method learns from the target's predictions."""
 
-    def close(self) -> None:
-        """Does nothing, unless a method keeps the request's text."""
-
-
-class MethodSource:
+class MethodSource(RequestSource):
     """A source without state of its own; its sessions share the state that `open_session` closes over.
 
     Args:
@@ -110,8 +104,6 @@ class MethodSource:
         open_session: Makes a request's session from its prompt and reference texts.
         nbytes: Bytes held between requests.
     """
-
-    level = "request"
 
     def __init__(
         self,
@@ -126,12 +118,6 @@ class MethodSource:
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> SourceSession:
         """Starts a request with `prompt`, int32, shape (length,), and reference texts, int32 each."""
         return self._open(prompt, references)
-
-    def flush(self) -> None:
-        """Does nothing: no text waits."""
-
-    def close(self) -> None:
-        """Does nothing: there is no thread or file to close."""
 
     @property
     def nbytes(self) -> int:

@@ -82,25 +82,15 @@ class StandTable(AdjacencyMatrix):
     """
 
     def __init__(self, rows: int) -> None:
-        super().__init__(rows, KEPT)
+        super().__init__(rows, KEPT, NO_CAP)
 
     def learn(self, logits: NodeLogits) -> None:
         """Averages the distribution of every node into the rows of its last 4, 3 and 2 tokens."""
-        if not len(logits.contexts):
-            return
         with self._lock:
-            self._clock += 1
-            self._kernels.learn(
-                self._keys,
-                self._used,
-                self._visits,
-                self._tokens,
-                self._probs,
+            self._average(
                 np.array(logits.contexts, np.int32),
                 np.array(logits.top_tokens, np.int32),
                 np.array(logits.top_probs, np.float32),
-                NO_CAP,
-                self._clock,
             )
 
     def longest(self, context: Sequence[int]) -> tuple[list[int], list[float], int]:
