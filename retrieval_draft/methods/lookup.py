@@ -8,7 +8,7 @@ import numpy as np
 
 from retrieval_draft.index.source import Proposal, RequestSource, SourceSession, TextSession, TokenArray
 
-__all__ = ["GuessTree", "LookupSession", "MethodSource", "after_references"]
+__all__ = ["GuessTree", "Guesses", "LookupSession", "MethodSource", "after_references", "fill_shape"]
 
 
 class GuessTree:
@@ -67,6 +67,41 @@ class GuessTree:
             self.source,
             self.level,
         )
+
+
+Guesses = tuple[Sequence[int], Sequence[float], int]
+"""Next tokens, the best first, their probabilities, and the length of the match."""
+
+
+def fill_shape(
+    tree: GuessTree, shape: Sequence[tuple[int, int]], budget: int, row: Callable[[list[int]], Guesses]
+) -> Proposal:
+    """Fills a tree of fixed shape; ranks that a row does not have stay out, with all below them.
+
+    Args:
+        tree: Empty.
+        shape: Parent (-1 for the root) and rank of each node.
+        budget: The most nodes.
+        row: The guesses after a path of tokens from the root.
+
+    Example:
+        shape (-1, 0), (-1, 1), (0, 0), rows 9 4 and after 9: 2  ->  tokens [9, 4, 2], parents [-1, -1, 0]
+    """
+    nodes: dict[int, int] = {-1: -1}
+    paths: dict[int, list[int]] = {-1: []}
+    rows: dict[int, Guesses] = {}
+    for number, (parent, rank) in enumerate(shape):
+        if len(tree) >= budget:
+            break
+        if parent not in nodes:
+            continue
+        if parent not in rows:
+            rows[parent] = row(paths[parent])
+        tokens, probs, length = rows[parent]
+        if rank < len(tokens):
+            nodes[number] = tree.add(nodes[parent], tokens[rank], probs[rank], length)
+            paths[number] = [*paths[parent], tokens[rank]]
+    return tree.proposal(budget)
 
 
 def after_references(prompt: TokenArray, references: Sequence[TokenArray]) -> TokenArray:
