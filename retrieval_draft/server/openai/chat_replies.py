@@ -92,7 +92,7 @@ class ChatReplies:
         """
         if not self._urls or loaded.media is None:
             return tokenize(loaded, text, "messages", special=special), {}
-        check_length(loaded, text, "messages")
+        check_length(loaded, text, "messages", loaded.most_prompt_tokens)
         prompt = loaded.media.prompt(text, self._urls, loaded.check)
         return prompt.ids, prompt.inputs
 

@@ -208,41 +208,36 @@ def _decoder(
     return selective_decoder(loaded.tokenizer, kept, dropped), specials
 
 
-def tokenize(loaded: Loaded, text: str, param: str, *, special: bool = True) -> list[int]:
-    """Token ids of a prompt.
+def tokenize(
+    loaded: Loaded, text: str, param: str, *, special: bool = True, most: int | None = None
+) -> list[int]:
+    """Token ids of a text.
 
     Args:
         loaded: The model's objects and limits.
         text: Of the client.
         param: The field with the text.
         special: Whether the tokenizer adds its special tokens.
+        most: Tokens that the text may have; None for as many as a prompt.
 
     Raises:
-        ApiError: It has more characters than the tokens of a prompt can.
+        ApiError: It has more characters than so many tokens can.
     """
-    return _tokenize(loaded, text, param, loaded.most_prompt_tokens, special)
+    loaded.check()
+    check_length(loaded, text, param, loaded.most_prompt_tokens if most is None else most)
+    return list(loaded.tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
-def check_length(loaded: Loaded, text: str, param: str) -> None:
-    """Refuses a text with more characters than the tokens of a prompt can have.
+def check_length(loaded: Loaded, text: str, param: str, most: int | None) -> None:
+    """Refuses a text with more characters than `most` tokens can have.
 
     Raises:
         ApiError: As above.
     """
-    _check_length(loaded, text, param, loaded.most_prompt_tokens)
-
-
-def _check_length(loaded: Loaded, text: str, param: str, most: int | None) -> None:
     if most is not None and len(text) > most * loaded.longest:
         raise ApiError(
             400, f"{param} has {len(text)} characters; {most} tokens, the most allowed, have fewer.", param
         )
-
-
-def _tokenize(loaded: Loaded, text: str, param: str, most: int | None, special: bool) -> list[int]:
-    loaded.check()
-    _check_length(loaded, text, param, most)
-    return list(loaded.tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
 def _ends(config: Any) -> list[int]:
@@ -272,7 +267,7 @@ def _references(fields: GenerationFields, loaded: Loaded) -> tuple[list[list[int
     left, documents, predicted = most, [], []
     given = [("documents", text) for text in fields.references]
     for name, text in (*given, ("prediction", fields.predicted or "")):
-        ids = _tokenize(loaded, text, name, left, False) if text else []
+        ids = tokenize(loaded, text, name, special=False, most=left) if text else []
         left -= len(ids)
         if left < 0:
             raise ApiError(400, f"documents and prediction have more than {most} tokens together.", name)

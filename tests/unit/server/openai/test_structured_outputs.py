@@ -133,9 +133,9 @@ def test_a_wrong_one_is_a_400_with_field_and_reason(given: dict[str, Any], param
     assert message in error.value.message
 
 
-def test_a_schema_between_texts_for_calls_of_tools() -> None:
-    asked = schema_grammar(SCHEMA, "tools", before="<call>", after="</call>")
-    assert asked.grammar == Grammar.json_schema(SCHEMA).within("<call>", "</call>")
+def test_a_schema_names_the_field_that_asks_for_it() -> None:
+    asked = schema_grammar(SCHEMA, "tools")
+    assert (asked.grammar, asked.field) == (Grammar.json_schema(SCHEMA), "tools")
     check_grammar(DRAFTER, asked)
     with pytest.raises(ApiError) as error:
         schema_grammar("[", "tools")
