@@ -8,7 +8,15 @@ import numpy as np
 
 from retrieval_draft.index.source import Proposal, RequestSource, SourceSession, TextSession, TokenArray
 
-__all__ = ["GuessTree", "Guesses", "LookupSession", "MethodSource", "after_references", "fill_shape"]
+__all__ = [
+    "GuessTree",
+    "Guesses",
+    "LookupSession",
+    "MethodSource",
+    "after_references",
+    "fill_shape",
+    "text_source",
+]
 
 
 class GuessTree:
@@ -158,3 +166,8 @@ class MethodSource(RequestSource):
     def nbytes(self) -> int:
         """Bytes held between requests."""
         return self._nbytes()
+
+
+def text_source(name: str, open_session: Callable[[TokenArray], SourceSession]) -> MethodSource:
+    """A source whose sessions read the reference texts and then the prompt as one text."""
+    return MethodSource(name, lambda prompt, references: open_session(after_references(prompt, references)))
