@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from retrieval_draft._settings import check_range
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.draft_stores import DraftStores
@@ -64,8 +65,7 @@ class PhraseTable:
     """
 
     def __init__(self, phrases: Sequence[TokenArray], trigger: int = 3) -> None:
-        if not 2 <= trigger <= LONGEST:
-            raise InvalidInputError(f"trigger is {trigger}; it must lie in 2..{LONGEST}.")
+        check_range("trigger", trigger, 2, LONGEST)
         checked = [_checked(phrase, number) for number, phrase in enumerate(phrases)]
         kept = [phrase for phrase in checked if len(phrase) >= SHORTEST]
         self.ignored = len(checked) - len(kept)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from retrieval_draft._kernels.lazy import LazyKernels
+from retrieval_draft.errors import InvalidInputError
 
 __all__ = [
     "CONTEXT",
@@ -21,6 +22,8 @@ __all__ = [
     "SourceSession",
     "TextSession",
     "TokenArray",
+    "check_ids",
+    "checked_ids",
     "empty_proposal",
 ]
 
@@ -87,6 +90,40 @@ class NodeLogits:
         if not _kernels.are_probs(np.ascontiguousarray(self.top_probs, np.float32), valid):
             for name in ("contexts", "top_tokens", "top_probs"):
                 object.__setattr__(self, name, getattr(self, name)[valid])
+
+
+def check_ids(ids: NDArray[Any], what: str, vocabulary: int) -> None:
+    """Checks integers as token ids.
+
+    Raises:
+        InvalidInputError: One is none of the `vocabulary` ids.
+    """
+    if len(ids) and (ids.min() < 0 or ids.max() >= vocabulary):
+        bad = ids[(ids < 0) | (ids >= vocabulary)][0]
+        raise InvalidInputError(
+            f"{what} contains the token id {bad}; ids must lie in 0..{vocabulary - 1}.",
+            "Use the tokenizer that belongs to the model.",
+        )
+
+
+def checked_ids(tokens: ArrayLike, what: str, vocabulary: int) -> TokenArray:
+    """A copy of token ids that a caller gives: int32, shape (length,).
+
+    Args:
+        tokens: The ids.
+        what: Their name in errors.
+        vocabulary: Number of token ids.
+
+    Raises:
+        InvalidInputError: They are no row of integers, or one is no id.
+    """
+    ids = np.asarray(tokens)
+    if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
+        raise InvalidInputError(
+            f"{what} has shape {ids.shape} and dtype {ids.dtype}; it must be one row of token ids."
+        )
+    check_ids(ids, what, vocabulary)
+    return np.array(ids, np.int32)
 
 
 @cache
