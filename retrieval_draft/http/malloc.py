@@ -1,36 +1,51 @@
-"""Pools of the C library's malloc in a server process."""
+"""Memory that the C library's malloc keeps in a server process."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import threading
+import time
+from typing import Any
 
-__all__ = ["limit_malloc_pools"]
+__all__ = ["TRIM_SECONDS", "keep_malloc_small"]
+
+TRIM_SECONDS = 30.0
+"""From trim to trim. One takes some 20 ms, in which threads that allocate wait."""
 
 _M_ARENA_MAX = -8
-"""Of mallopt in glibc's malloc.h."""
+"""Of mallopt, as in glibc's malloc.h."""
 
 
-def limit_malloc_pools(count: int = 1) -> bool:
-    """Limits the pools ("arenas") that glibc's malloc makes for the threads of this process.
+def keep_malloc_small(seconds: float = TRIM_SECONDS) -> bool:
+    """Keeps the memory of a process near what is in use, whatever it allocates and frees.
 
-    By default each thread has one, up to eight a core. What one thread allocates and another frees returns
-    to the first one's pool, so that a server, whose prompts are prepared, decoded and learned by different
-    threads, holds free pieces in all of them, and more with every hour. To be called before threads begin:
-    pools that are there remain. `MALLOC_ARENA_MAX` and `GLIBC_TUNABLES` precede it.
+    glibc's malloc makes a pool ("arena") for each thread, up to eight a core, and a block returns to the pool
+    that it came from. A server's texts are prepared, decoded and learned by different threads, and live from
+    milliseconds to days, so free pieces between them collect in every pool, more with every request. Hence
+    there is one pool, unless `MALLOC_ARENA_MAX` or `GLIBC_TUNABLES` names a number, and a thread that returns
+    the free pages to the system at times. To be called once, before threads begin: pools that are there stay.
 
     Args:
-        count: Pools at most.
+        seconds: From trim to trim.
 
     Returns:
-        True if it is set; False where the environment sets it, or the C library is another one.
+        False where the C library is another one; nothing is done then.
     """
-    if "MALLOC_ARENA_MAX" in os.environ or "glibc.malloc.arena_max" in os.environ.get("GLIBC_TUNABLES", ""):
-        return False
     try:
         library = ctypes.CDLL(None)
         _ = library.gnu_get_libc_version
-        mallopt = library.mallopt
     except (OSError, TypeError, AttributeError):  # Windows has no library without a name
         return False
-    return bool(mallopt(_M_ARENA_MAX, count))
+    if "MALLOC_ARENA_MAX" not in os.environ and "malloc.arena_max" not in os.environ.get(
+        "GLIBC_TUNABLES", ""
+    ):
+        library.mallopt(_M_ARENA_MAX, 1)
+    threading.Thread(target=_trim, args=(library, seconds), name="retrieval_draft trim", daemon=True).start()
+    return True
+
+
+def _trim(library: Any, seconds: float) -> None:
+    while True:
+        time.sleep(seconds)
+        library.malloc_trim(0)

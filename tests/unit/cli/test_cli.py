@@ -107,11 +107,11 @@ def test_absent_model_is_an_error_with_a_hint(command: Command) -> None:
         (drafts_module, ["drafts", "serve", "--tokenizer", "./no-such-folder"]),
     ],
 )
-def test_servers_limit_the_pools_of_malloc_before_they_load(
+def test_servers_keep_malloc_small_from_before_they_load(
     module: Any, words: list[str], command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[int] = []
-    monkeypatch.setattr(module, "limit_malloc_pools", lambda: called.append(1))
+    monkeypatch.setattr(module, "keep_malloc_small", lambda: called.append(1))
     assert command(*words)[0] == 1
     assert called == [1]
 

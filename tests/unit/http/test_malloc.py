@@ -1,4 +1,4 @@
-"""Tests of the limit of malloc's pools, each in a process of its own."""
+"""Tests of what malloc keeps, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ import pytest
 
 import retrieval_draft.http.malloc as malloc
 
-_IN_THREADS = """
-import ctypes, sys, threading
-from retrieval_draft.http.malloc import limit_malloc_pools
-assert limit_malloc_pools() is (sys.argv[2] == "limited")
+_C_LIBRARY = """
+import ctypes, sys, threading, time
+from retrieval_draft.http.malloc import keep_malloc_small
 library = ctypes.CDLL(None)
 library.malloc.restype = library.fopen.restype = ctypes.c_void_p
 library.malloc.argtypes = [ctypes.c_size_t]
+library.free.argtypes = library.fclose.argtypes = [ctypes.c_void_p]
+library.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+library.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
+"""
+
+_IN_THREADS = """
+assert keep_malloc_small()
 together = threading.Barrier(4)
 def allocate():
     library.malloc(5000)  # too large for the piece of memory that each thread keeps
@@ -27,41 +33,61 @@ def allocate():
 threads = [threading.Thread(target=allocate) for _ in range(4)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
-library.fclose.argtypes = [ctypes.c_void_p]
-library.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
 file = library.fopen(sys.argv[1].encode(), b"w")
 assert library.malloc_info(0, file) == 0
 library.fclose(file)
 """
 
+_PIECES = """
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+blocks = [library.malloc(60000) for _ in range(2000)]
+for block in blocks:
+    library.memset(block, 1, 60000)
+full = resident()
+for number, block in enumerate(blocks):
+    if number % 10:  # those that stay are between the others, and at the end
+        library.free(block)
+assert full - resident() < 20, "malloc gave it back by itself"
+assert keep_malloc_small(seconds=0.05)
+until = time.monotonic() + 20
+while full - resident() < 80:
+    assert time.monotonic() < until, (full, resident())
+    time.sleep(0.05)
+"""
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the pools are glibc's")
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="pools and trims are glibc's")
+
+
+def run(program: str, *words: str, **variables: str) -> None:
+    names = ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
+    environment = {key: value for key, value in os.environ.items() if key not in names}
+    subprocess.run(
+        [sys.executable, "-c", _C_LIBRARY + program, *words], env=environment | variables, check=True
+    )
+
+
 @pytest.mark.parametrize(
-    "variables",
+    ("variables", "is_limited"),
     [
-        {},
-        {"MALLOC_ARENA_MAX": "3"},
-        {"GLIBC_TUNABLES": "glibc.malloc.arena_max=3"},
-        {"GLIBC_TUNABLES": "glibc.malloc.check=0"},
+        ({}, True),
+        ({"GLIBC_TUNABLES": "glibc.malloc.check=0"}, True),
+        ({"MALLOC_ARENA_MAX": "3"}, False),
+        ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=3"}, False),
     ],
 )
 def test_all_threads_allocate_from_one_pool_unless_the_environment_names_a_number(
-    variables: dict[str, str], tmp_path: Path
+    variables: dict[str, str], is_limited: bool, tmp_path: Path
 ) -> None:
-    is_limited = "3" not in str(variables)
-    environment = {
-        key: value for key, value in os.environ.items() if key not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
-    }
-    subprocess.run(
-        [sys.executable, "-c", _IN_THREADS, str(tmp_path / "info"), "limited" if is_limited else "free"],
-        env=environment | variables,
-        check=True,
-    )
+    run(_IN_THREADS, str(tmp_path / "info"), **variables)
     pools = len(re.findall("<heap nr", (tmp_path / "info").read_text()))
     assert pools == 1 if is_limited else pools > 1
 
 
+def test_free_pieces_between_others_return_to_the_system() -> None:
+    run(_PIECES)
+
+
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
     monkeypatch.setattr(malloc.ctypes, "CDLL", lambda name: object())
-    assert malloc.limit_malloc_pools() is False
+    assert malloc.keep_malloc_small() is False
