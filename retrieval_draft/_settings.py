@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple, get_origin, get_type_hints
 
 from retrieval_draft.errors import InvalidInputError
 
-__all__ = ["Range", "check_ranges", "field_docs", "field_metadata"]
+__all__ = ["Range", "check_range", "check_ranges", "field_docs", "field_metadata"]
 
 
 class Range(NamedTuple):
@@ -29,6 +29,16 @@ def field_metadata(kind: type) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     }
 
 
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Checks a number that a user gives.
+
+    Raises:
+        InvalidInputError: It lies outside of `low` to `high`.
+    """
+    if not low <= value <= high:
+        raise InvalidInputError(f"{name} is {value}; it must lie in {low}..{high}.")
+
+
 def check_ranges(settings: Any) -> None:
     """Checks the fields of a dataclass that declare a `Range`; None lies in each.
 
@@ -38,8 +48,8 @@ def check_ranges(settings: Any) -> None:
     for name, (_, metadata) in field_metadata(settings.__class__).items():
         for each in metadata:
             value = getattr(settings, name)
-            if isinstance(each, Range) and value is not None and not each.low <= value <= each.high:
-                raise InvalidInputError(f"{name} is {value}; it must lie in {each.low}..{each.high}.")
+            if isinstance(each, Range) and value is not None:
+                check_range(name, value, *each)
 
 
 @cache

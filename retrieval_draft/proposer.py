@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft._settings import check_range
 from retrieval_draft.config import MAX_NODES, DraftConfig
 from retrieval_draft.drafting.calibration import Calibration
 from retrieval_draft.drafting.hierarchy import SourceHierarchy
@@ -26,7 +27,7 @@ from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.drafting.warm_up import compile_drafting
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.draft_stores import DraftStores
-from retrieval_draft.index.source import CONTEXT, DraftSource, NodeLogits, TokenArray
+from retrieval_draft.index.source import CONTEXT, DraftSource, NodeLogits, TokenArray, checked_ids
 from retrieval_draft.index.store.config import check_share
 from retrieval_draft.index.store.store import SharedStore
 from retrieval_draft.methods.method import Method, MethodContext
@@ -132,12 +133,12 @@ class Proposer:
         Raises:
             InvalidInputError: The prompt is empty or has ids outside the vocabulary, or there is no store.
         """
-        ids = self._checked(prompt, "The prompt")
+        ids = checked_ids(prompt, "The prompt", self.stores.vocabulary)
         if not len(ids):
             raise InvalidInputError("The prompt is empty.", "Pass one token at least, such as the bos token.")
         if share is not None and check_share(share) != "none" and self.store is None:
             raise InvalidInputError(f"share={share!r} needs a store.", "Pass store= to for_tokenizer.")
-        texts = [self._checked(text, "A reference") for text in references]
+        texts = [checked_ids(text, "A reference", self.stores.vocabulary) for text in references]
         stats = DraftStats(requests=1, prompt_tokens=len(ids))
         opened = self._hierarchy.open(ids, texts)  # outside the lock, as a long text takes time
         with self.lock:
@@ -194,20 +195,6 @@ class Proposer:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _checked(self, tokens: TokenArray, what: str) -> TokenArray:
-        ids = np.asarray(tokens)
-        if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
-            raise InvalidInputError(
-                f"{what} has shape {ids.shape} and dtype {ids.dtype}; it must be one row of token ids."
-            )
-        bad = ids[(ids < 0) | (ids >= self.stores.vocabulary)]
-        if len(bad):
-            raise InvalidInputError(
-                f"{what} contains the token id {bad[0]}; ids must lie in 0..{self.stores.vocabulary - 1}.",
-                "Use the tokenizer that belongs to the model.",
-            )
-        return np.array(ids, np.int32)
-
 
 class ProposerSession:
     """One request of a `Proposer`. One thread at a time may use it.
@@ -252,8 +239,7 @@ class ProposerSession:
         Raises:
             InvalidInputError: `nodes` is negative or too large, or the session is closed.
         """
-        if not 0 <= nodes <= MAX_NODES:
-            raise InvalidInputError(f"nodes is {nodes}; it must lie in 0..{MAX_NODES}.")
+        check_range("nodes", nodes, 0, MAX_NODES)
         self._check_open()
         with self._proposer.lock:
             root = int(self._tail[-1])
@@ -280,8 +266,7 @@ class ProposerSession:
         Example:
             the text 7 8 9 4 7 8: propose_chain(2)  ->  tokens [9, 4]
         """
-        if not 0 <= max_tokens <= MAX_NODES:
-            raise InvalidInputError(f"max_tokens is {max_tokens}; it must lie in 0..{MAX_NODES}.")
+        check_range("max_tokens", max_tokens, 0, MAX_NODES)
         wanted = min(MAX_NODES, max(16, 2 * max_tokens)) if nodes is None else nodes
         tree = self.propose(wanted, max_tokens)
         assert self._plan is not None
@@ -315,7 +300,7 @@ class ProposerSession:
             InvalidInputError: An id lies outside the vocabulary, or the session is closed; no token is
                 appended.
         """
-        emitted = self._proposer._checked(tokens, "What was emitted")
+        emitted = checked_ids(tokens, "What was emitted", self._proposer.stores.vocabulary)
         self._check_open()
         if not len(emitted):
             return 0

@@ -16,7 +16,7 @@ from retrieval_draft.bench.decoders import Run, make_contestant
 from retrieval_draft.bench.measuring import ratio_summary
 from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.errors import InvalidInputError
-from retrieval_draft.index.build.builder import BuildOptions, build_index
+from retrieval_draft.index.build.builder import build_index
 from retrieval_draft.index.build.documents import (
     DocumentFile,
     NoTextColumnError,
@@ -25,6 +25,7 @@ from retrieval_draft.index.build.documents import (
     read_documents,
 )
 from retrieval_draft.index.build.encoder import Encoder
+from retrieval_draft.index.build.options import BuildOptions
 from retrieval_draft.index.segments.index_folder import IndexFolder
 from retrieval_draft.index.source import TokenArray
 
@@ -88,7 +89,7 @@ def measure_corpus(
         index = IndexFolder.create(Path(folder) / "index", encoder.fingerprint, encoder.vocabulary)
         with progress("Indexing", None):
             indexed = [file for file in files if file.path not in held_out]
-            build_index(index, indexed, encoder, BuildOptions())
+            build_index(index, indexed, encoder, BuildOptions(workers=1))
         without = make_contestant("calibrated", model, tokenizer, nodes)
         with_index = make_contestant("calibrated", model, tokenizer, nodes, corpora=[index.path])
         runs: dict[str, list[Run]] = {"without": [], "with": []}

@@ -15,7 +15,7 @@ import numpy as np
 from retrieval_draft.bench.measuring import percentiles
 from retrieval_draft.bench.provenance import provenance
 from retrieval_draft.bench.synthetic_text import SyntheticText
-from retrieval_draft.index.build.builder import segment_tokens_here
+from retrieval_draft.index.build.options import BuildOptions
 from retrieval_draft.index.corpus import Corpus, CorpusSource
 from retrieval_draft.index.history import History, HistorySource
 from retrieval_draft.index.segments.index_folder import IndexFolder
@@ -55,7 +55,7 @@ def measure_index(
         The object that ``bench index --json`` prints; a lookup is observing one to four tokens and proposing.
     """
     text = SyntheticText(vocabulary)
-    segment_tokens = segment_tokens or segment_tokens_here()
+    segment_tokens = segment_tokens or BuildOptions().most
     _sort_something(vocabulary)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         large = _build(text, tokens, vocabulary, workers, segment_tokens, Path(scratch) / "large")

@@ -14,6 +14,7 @@ from retrieval_draft.cli import index_look
 from retrieval_draft.cli._encoder import load_encoder, named_tokenizer
 from retrieval_draft.cli.options import Fields, Report, command
 from retrieval_draft.errors import DatastoreError, InvalidInputError
+from retrieval_draft.index.build.options import BuildOptions
 
 if TYPE_CHECKING:
     from retrieval_draft.index.build.builder import BuildState
@@ -41,24 +42,14 @@ class Building:
     Attributes:
         paths: Files, pipes, folders, globs, or - for stdin: text, source code, .json, .jsonl, .parquet,
             .arrow, also .gz, .zst, .bz2 and .xz, and folders of datasets.save_to_disk.
-        text_column: Field or column with the text; a.b reaches inside.
-        limit: Documents to take at most.
-        skip: Documents to leave out at the beginning.
         include: Only files like this glob; repeatable.
         exclude: No files like this glob; repeatable.
-        workers: Threads. All cores by default.
-        segment_tokens: Tokens of a segment at most; 0 for a size that suits this machine.
         executor: ray, or the address of a Ray cluster: ray://HOST:PORT.
     """
 
     paths: Annotated[list[str], typer.Argument(show_default=False)]
-    text_column: str = "text"
-    limit: Annotated[int | None, typer.Option(min=1)] = None
-    skip: Annotated[int, typer.Option(min=0)] = 0
     include: list[str] | None = None
     exclude: list[str] | None = None
-    workers: Annotated[int | None, typer.Option(min=1)] = None
-    segment_tokens: Annotated[int, typer.Option(min=0)] = 0
     executor: Annotated[str | None, typer.Option(show_default=False)] = None
 
     def __post_init__(self) -> None:
@@ -88,6 +79,7 @@ def _help(context: typer.Context) -> None:
 @command
 def build(
     building: Annotated[Building, Fields(...)],
+    options: Annotated[BuildOptions, Fields(...)],
     tokenizer: Tokenizer,
     out: Annotated[Path, typer.Option("--out", help="The new index.", show_default=False)],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing index.")] = False,
@@ -103,13 +95,14 @@ def build(
             f"{out} is an index already, of {index.manifest.tokens} tokens.",
             "Add to it with index add, or replace it with --overwrite.",
         )
-    return _fill(index, encoder, found, building, overwrite)
+    return _fill(index, encoder, found, building.executor, options, overwrite)
 
 
 @app.command("add")
 @command
 def add(
     building: Annotated[Building, Fields(...)],
+    options: Annotated[BuildOptions, Fields(...)],
     out: Annotated[Path, typer.Option("--out", help="The index to add to.", show_default=False)],
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", help="By default the one the index was built with.")
@@ -121,27 +114,23 @@ def add(
     index = IndexFolder.open(out)
     found = building.found()
     encoder = load_encoder(tokenizer or named_tokenizer(index))
-    return _fill(index, encoder, found, building, False)
+    return _fill(index, encoder, found, building.executor, options, False)
 
 
 @app.command("merge")
 @command
 def merge(
     indexes: Annotated[list[Path], typer.Argument(help="Index folders.", show_default=False)],
+    options: Annotated[BuildOptions, Fields("workers", "segment_tokens")],
     out: Annotated[
         Path | None,
         typer.Option(
             "--out", help="The index that gets all texts. By default the first.", show_default=False
         ),
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads. All cores by default.")] = None,
-    segment_tokens: Annotated[
-        int, typer.Option(min=0, help="Tokens of a segment at most; 0 for a size that suits this machine.")
-    ] = 0,
 ) -> Report:
     """Join indexes of one tokenizer, and small segments into larger ones."""
     from retrieval_draft._progress import progress
-    from retrieval_draft.index.build.builder import segment_tokens_here
     from retrieval_draft.index.build.merge import merge_indexes
     from retrieval_draft.index.segments.index_folder import IndexFolder
 
@@ -156,7 +145,7 @@ def merge(
     sources = [index for index in opened if index.path.resolve() != target.path.resolve()]
     total = sum(index.manifest.tokens for index in (target, *sources))
     with progress("Merging", total) as advance:
-        merge_indexes(target, sources, segment_tokens or segment_tokens_here(), _workers(workers), advance)
+        merge_indexes(target, sources, options.most, options.workers, advance)
     return _summary(target, {})
 
 
@@ -164,29 +153,26 @@ def _fill(
     index: IndexFolder,
     encoder: Encoder,
     found: tuple[list[DocumentFile], ReadReport],
-    building: Building,
+    executor: str | None,
+    options: BuildOptions,
     replace: bool,
 ) -> Report:
     """Fills an index, for build and add."""
     from retrieval_draft.cli._build_progress import build_progress
-    from retrieval_draft.index.build.builder import BuildOptions, build_index
+    from retrieval_draft.index.build.builder import build_index
 
     files, report = found
-    threads = _workers(building.workers)
     # Read by the tokenizer's thread pool when it starts.
-    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+    os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    options = BuildOptions(
-        building.text_column, building.skip, building.limit, building.segment_tokens, threads
-    )
     begin = time.perf_counter()
     with build_progress(len(files), sum(file.nbytes for file in files)) as watch:
-        if building.executor is None:
+        if executor is None:
             state = build_index(index, files, encoder, options, watch, replace)
         else:
             from retrieval_draft.index.build.shards import build_on_ray
 
-            address = None if building.executor == "ray" else building.executor
+            address = None if executor == "ray" else executor
             state = build_on_ray(index, files, encoder, options, address, watch, replace)
     report.merge(state.report)
     return _summary(index, _build_facts(state, report, len(files), time.perf_counter() - begin))
@@ -226,9 +212,3 @@ def _summary(index: IndexFolder, facts: dict[str, Any]) -> Report:
         lines.append(f"left out {facts['skipped']}: {why}; for instance")
         lines += [f"  {name}" for name in facts["skipped_first"][:5]]
     return Report(result, lines)
-
-
-def _workers(workers: int | None) -> int:
-    if workers is None and hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return workers or os.cpu_count() or 1

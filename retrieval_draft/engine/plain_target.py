@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from retrieval_draft.engine.target import Target
-from retrieval_draft.engine.wrapped_models import check_generates, device_of, unwrap
 
 __all__ = ["PlainTarget"]
 
@@ -23,15 +22,4 @@ class PlainTarget(Target):
     shares_passes = False
 
     def __init__(self, model: Any) -> None:
-        model = unwrap(model)
-        check_generates(model)
-        self.model = model
-        embedding: Any = model.get_input_embeddings()
-        text = model.config.get_text_config(decoder=True)
-        self.embedding_rows = int(embedding.weight.shape[0])
-        self.vocabulary = min(self.embedding_rows, int(getattr(text, "vocab_size", self.embedding_rows)))
-        limit = getattr(text, "max_position_embeddings", None)
-        self.max_positions = limit if isinstance(limit, int) and limit > 0 else None
-        self.rope = None
-        self.hidden = None
-        self.device = device_of(embedding)
+        self._describe(model)

@@ -50,6 +50,14 @@ def is_ordinary_call(input: Any) -> bool:
     )
 
 
+def _return_forward(module: nn.Module) -> None:
+    """Ends one use of a lent ``forward``; the last one restores the module's own."""
+    _users[module] -= 1
+    if not _users[module]:
+        del _users[module]
+        module.__dict__.pop("forward", None)
+
+
 @contextmanager
 def lend_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Lends modules these ``forward`` functions for the duration of the context.
@@ -60,10 +68,7 @@ def lend_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> I
 
     def give_back() -> None:
         for module in changed:
-            _users[module] -= 1
-            if not _users[module]:
-                del _users[module]
-                module.__dict__.pop("forward", None)
+            _return_forward(module)
 
     with loan(give_back):
         with _lock:
@@ -98,10 +103,7 @@ def wrap_forwards(
             if before is not None:
                 module.__dict__["forward"] = before
             if is_ours:
-                _users[module] -= 1
-                if not _users[module]:
-                    del _users[module]
-                    module.__dict__.pop("forward", None)
+                _return_forward(module)
 
     with loan(give_back):
         with _lock:

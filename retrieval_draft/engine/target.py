@@ -99,21 +99,10 @@ class Target:
     graphs: GraphPasses | None = None
 
     def __init__(self, model: PreTrainedModel, graphs: str = "auto") -> None:
-        model = unwrap(model)
-        check_generates(model)
-        self.model = model
+        model = self._describe(model)
         self._compiled = is_compiled(model)
-        embedding: Any = model.get_input_embeddings()
-        text = model.config.get_text_config(decoder=True)
-        self.embedding_rows = int(embedding.weight.shape[0])
-        self.vocabulary = min(self.embedding_rows, int(text.vocab_size))
-        limit = getattr(text, "max_position_embeddings", None)
-        self.max_positions: int | None = limit if isinstance(limit, int) and limit > 0 else None
-        self.rope: RopeSwitch | None = None
-        self.device: torch.device = device_of(embedding)
         self.threads: ThreadChoice | None = ThreadChoice() if self.device.type == "cpu" else None
         self.hidden_states = HiddenStates(model)
-        self.hidden: Tensor | None = None
         parameters = inspect.signature(model.forward).parameters
         self._cache_parameter = cache_parameter(model)
         self._keeps_logits = "logits_to_keep" in parameters
@@ -123,6 +112,21 @@ class Target:
         self._wanted = Wanted()
         self._set_up()
         self.use_graphs(graphs)
+
+    def _describe(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Reads the facts of a model that callers ask for. Returns the model without wrappers."""
+        self.model = model = unwrap(model)
+        check_generates(model)
+        embedding: Any = model.get_input_embeddings()
+        text = model.config.get_text_config(decoder=True)
+        self.embedding_rows = int(embedding.weight.shape[0])
+        self.vocabulary = min(self.embedding_rows, int(getattr(text, "vocab_size", self.embedding_rows)))
+        limit = getattr(text, "max_position_embeddings", None)
+        self.max_positions: int | None = limit if isinstance(limit, int) and limit > 0 else None
+        self.rope: RopeSwitch | None = None
+        self.device: torch.device = device_of(embedding)
+        self.hidden: Tensor | None = None
+        return model
 
     def _set_up(self) -> None:
         """Prepares for trees, or refuses the model."""
@@ -372,8 +376,10 @@ class Target:
             pass.
         """
         logits = None if self.graphs is None else self.graphs.verify(cache, inputs)
-        if logits is None:
-            return self._verify_eagerly(cache, inputs)
+        return self._verify_eagerly(cache, inputs) if logits is None else self._captured(logits)
+
+    def _captured(self, logits: Tensor) -> Tensor:
+        """The logits of the captured pass that has just run, whose states are kept."""
         if self._watches_hidden and self.graphs is not None:
             hidden = self.graphs.hidden
             self.hidden = None if hidden is None else hidden.clone()
@@ -413,12 +419,7 @@ class Target:
         if len(caches) == 1:
             return self.verify(caches[0], inputs[0])
         logits = None if self.graphs is None else self.graphs.verify_rows(caches, inputs)
-        if logits is None:
-            return self._rows_eagerly(caches, inputs)
-        if self._watches_hidden and self.graphs is not None:
-            hidden = self.graphs.hidden
-            self.hidden = None if hidden is None else hidden.clone()
-        return logits
+        return self._rows_eagerly(caches, inputs) if logits is None else self._captured(logits)
 
     def begins(self, logits: Tensor, inputs: Sequence[TreeInputs]) -> list[int]:
         """First row of `verify_rows`'s logits, (nodes of all, vocabulary), of each request.

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, GenerationMixin, UnbatchedClassifierF
 from retrieval_draft.engine.compat import CACHE_NAMES, callers_model_inputs
 from retrieval_draft.errors import InvalidInputError, TokenizerMismatchError, UnsupportedGenerationError
 from retrieval_draft.generation.streaming import effective
-from retrieval_draft.index.source import TokenArray
+from retrieval_draft.index.source import TokenArray, check_ids
 
 __all__ = [
     "arguments_of_generate",
@@ -134,12 +134,7 @@ def strip_prompts(
                 f"Prompt {row} has {len(tokens)} tokens; the model allows {max_positions}.",
                 "Shorten the prompt or use a model with a longer context.",
             )
-        bad = tokens[(tokens < 0) | (tokens >= vocabulary)]
-        if len(bad):
-            raise InvalidInputError(
-                f"Prompt {row} contains the token id {bad[0]}; ids must lie in 0..{vocabulary - 1}.",
-                "Use the tokenizer that belongs to the model.",
-            )
+        check_ids(tokens, f"Prompt {row}", vocabulary)
     return rows
 
 

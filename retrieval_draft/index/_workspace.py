@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Workspace"]
+from retrieval_draft.index.source import Proposal
+
+__all__ = ["FoundNodes", "Workspace"]
+
+
+class FoundNodes(NamedTuple):
+    """Arrays that a search writes its nodes to, as `Proposal` has them."""
+
+    tokens: NDArray[np.int32]
+    parents: NDArray[np.int32]
+    probs: NDArray[np.float32]
+    lengths: NDArray[np.int32]
+
+    def proposal(self, size: int, source: str, level: str) -> Proposal:
+        """The proposal of the first `size` nodes."""
+        return Proposal(
+            self.tokens[:size], self.parents[:size], self.probs[:size], self.lengths[:size], source, level
+        )
 
 
 class Workspace:
@@ -24,14 +43,27 @@ class Workspace:
         self.bits: NDArray[np.int64] = self.floats.view(np.int64)
         self.heap: NDArray[np.int32] = np.empty(0, np.int32)
 
-    def fit(self, budget: int) -> None:
-        """Makes room for a search of `budget` nodes."""
+    @property
+    def scratch(
+        self,
+    ) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64], NDArray[np.int32]]:
+        """The arrays in the order of the kernels' arguments."""
+        return self.ints, self.floats, self.bits, self.heap
+
+    def fit(self, budget: int) -> FoundNodes:
+        """Makes room for a search of `budget` nodes, and arrays for these."""
         size = (budget + 1) * self._children
         if size > len(self.heap):
             self.ints = np.empty((size, self._fields), np.int32)
             self.floats = np.empty((2, size), np.float64)
             self.bits = self.floats.view(np.int64)
             self.heap = np.empty(size, np.int32)
+        return FoundNodes(
+            np.empty(budget, np.int32),
+            np.empty(budget, np.int32),
+            np.empty(budget, np.float32),
+            np.empty(budget, np.int32),
+        )
 
     @property
     def nbytes(self) -> int:

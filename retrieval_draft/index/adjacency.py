@@ -120,20 +120,17 @@ class AdjacencyMatrix:
         """Averages the target's predictions into the rows of orders 1 to 4 of each context; counts them."""
         tokens, probs = np.array(logits.top_tokens, np.int32), np.array(logits.top_probs, np.float32)
         with self._lock:
-            self._clock = (self._clock + 1) % CLOCK
             self._frequent.add(tokens, probs)
-            self._kernels.learn(
-                self._keys,
-                self._used,
-                self._visits,
-                self._tokens,
-                self._probs,
-                np.array(logits.contexts, np.int32),
-                tokens,
-                probs,
-                self._cap,
-                self._clock,
-            )
+            self._average(np.array(logits.contexts, np.int32), tokens, probs)
+
+    def _average(
+        self, contexts: TokenArray, tokens: TokenArray, probs: np.ndarray[Any, np.dtype[np.float32]]
+    ) -> None:
+        self._clock = (self._clock + 1) % CLOCK
+        self._kernels.learn(
+            self._keys, self._used, self._visits, self._tokens, self._probs, contexts, tokens, probs,
+            self._cap, self._clock,
+        )  # fmt: skip
 
     def rows(self, least: int = 1, begin: int = 0, end: int | None = None) -> MatrixRows:
         """A copy of the rows with `least` observations or more, in the order of their slots.
@@ -248,11 +245,7 @@ class AdjacencyMatrix:
             budget: The most nodes to return.
             workspace: Scratch made by `workspace`, one for each thread.
         """
-        workspace.fit(budget)
-        tokens = np.empty(budget, np.int32)
-        parents = np.empty(budget, np.int32)
-        probs = np.empty(budget, np.float32)
-        lengths = np.empty(budget, np.int32)
+        found = workspace.fit(budget)
         with self._lock:
             size = self._kernels.propose(
                 self._keys,
@@ -265,16 +258,10 @@ class AdjacencyMatrix:
                 self._frequent.total,
                 tail,
                 budget,
-                workspace.ints,
-                workspace.floats,
-                workspace.bits,
-                workspace.heap,
-                tokens,
-                parents,
-                probs,
-                lengths,
+                *workspace.scratch,
+                *found,
             )
-        return Proposal(tokens[:size], parents[:size], probs[:size], lengths[:size], "adjacency", "request")
+        return found.proposal(size, "adjacency", "request")
 
     def workspace(self) -> Workspace:
         """Scratch for `propose`."""

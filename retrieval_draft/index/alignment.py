@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.index.draft_stores import DraftStores
-from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray, empty_proposal
+from retrieval_draft.index.source import Proposal, RequestSource, TextSession, TokenArray, empty_proposal
 
 __all__ = ["AlignmentSession", "AlignmentSource", "make_source"]
 
@@ -31,7 +31,7 @@ CHANCES: NDArray[np.float32] = np.array(
 _END: TokenArray = np.array([-1], np.int32)
 
 
-class AlignmentSession:
+class AlignmentSession(TextSession):
     """One request's text, and where in it the copy stands.
 
     Args:
@@ -87,33 +87,15 @@ class AlignmentSession:
         self._kernels.append(self._text, self._length, array, self._table, self._meta)
         self._length = length
 
-    def learn(self, logits: NodeLogits) -> None:
-        """Does nothing: only text is kept here."""
 
-    def close(self) -> None:
-        """Does nothing: the text is freed with the session."""
-
-
-class AlignmentSource:
+class AlignmentSource(RequestSource):
     """Drafts what follows the text that the request's own text copies, across edits."""
 
     name = "alignment"
-    level = "request"
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> AlignmentSession:
         """Indexes the prompt, int32, shape (length,), and the references, int32 each."""
         return AlignmentSession(prompt, references)
-
-    def flush(self) -> None:
-        """Does nothing: no state outlives a request."""
-
-    def close(self) -> None:
-        """Does nothing: there is no thread or file to close."""
-
-    @property
-    def nbytes(self) -> int:
-        """0: sessions hold everything."""
-        return 0
 
 
 def make_source(config: DraftConfig, stores: DraftStores) -> AlignmentSource:

@@ -10,7 +10,7 @@ from retrieval_draft.config import DraftConfig
 from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.segments.index_folder import IndexFolder
 from retrieval_draft.index.segments.segment_session import Segments, SegmentSession, segments_nbytes
-from retrieval_draft.index.source import TokenArray
+from retrieval_draft.index.source import RequestSource, TokenArray
 
 __all__ = ["Corpus", "CorpusSource", "make_source"]
 
@@ -49,7 +49,7 @@ class Corpus:
         return segments_nbytes(self.segments)
 
 
-class CorpusSource:
+class CorpusSource(RequestSource):
     """Drafts from corpus indexes; the counts of several are added up.
 
     Args:
@@ -71,12 +71,6 @@ class CorpusSource:
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> SegmentSession:
         """Starts a request with `prompt`, int32, shape (length,); references are not used."""
         return SegmentSession(lambda: self._segments, prompt, self.name, self.level)
-
-    def flush(self) -> None:
-        """Does nothing: an index does not change."""
-
-    def close(self) -> None:
-        """Does nothing: there is no thread or file to close."""
 
     @property
     def nbytes(self) -> int:

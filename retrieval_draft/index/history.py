@@ -26,7 +26,7 @@ from retrieval_draft.index.segments.new_texts import new_texts
 from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.index.segments.segment_session import Segments, SegmentSession
 from retrieval_draft.index.segments.segment_store import SegmentStore
-from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
+from retrieval_draft.index.source import Proposal, TextSession, TokenArray
 
 __all__ = ["History", "HistorySource", "make_source"]
 
@@ -229,7 +229,7 @@ class History:
         return not (self._closed and not self._waiting)
 
 
-class HistorySession:
+class HistorySession(TextSession):
     """Drafts from the history, and becomes part of it at its end."""
 
     def __init__(self, history: History, prompt: TokenArray, keep_prompt: bool, keep_reply: bool) -> None:
@@ -248,9 +248,6 @@ class HistorySession:
         if self._keep_reply:
             self._reply.append(np.array(tokens, np.int32))
         self._lookup.observe(tokens)
-
-    def learn(self, logits: NodeLogits) -> None:
-        """Does nothing: only text is kept here."""
 
     def close(self) -> None:
         """Adds the request's text to the history."""

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from retrieval_draft._settings import check_range
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.draft_stores import DraftStores
-from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
+from retrieval_draft.index.source import Proposal, RequestSource, TextSession, TokenArray
 
 __all__ = ["PhraseSession", "PhraseSource", "PhraseTable", "make_source"]
 
@@ -64,8 +65,7 @@ class PhraseTable:
     """
 
     def __init__(self, phrases: Sequence[TokenArray], trigger: int = 3) -> None:
-        if not 2 <= trigger <= LONGEST:
-            raise InvalidInputError(f"trigger is {trigger}; it must lie in 2..{LONGEST}.")
+        check_range("trigger", trigger, 2, LONGEST)
         checked = [_checked(phrase, number) for number, phrase in enumerate(phrases)]
         kept = [phrase for phrase in checked if len(phrase) >= SHORTEST]
         self.ignored = len(checked) - len(kept)
@@ -228,7 +228,7 @@ class _Continuations:
             first = end
 
 
-class PhraseSession:
+class PhraseSession(TextSession):
     """One request's last 32 tokens."""
 
     def __init__(self, table: PhraseTable, prompt: TokenArray) -> None:
@@ -251,14 +251,8 @@ class PhraseSession:
             raise InvalidInputError(f"Token id {int(ids.min())} is negative.", "Ids start at 0.")
         self._tail = (self._tail + ids[-LONGEST:].tobytes())[-LONGEST * _TOKEN :]
 
-    def learn(self, logits: NodeLogits) -> None:
-        """Does nothing: phrases are given."""
 
-    def close(self) -> None:
-        """Does nothing: there is nothing to free."""
-
-
-class PhraseSource:
+class PhraseSource(RequestSource):
     """Drafts the rest of fixed texts: templates, schemas, licence headers.
 
     Args:
@@ -274,12 +268,6 @@ class PhraseSource:
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> PhraseSession:
         """Starts at the end of the prompt, int32, shape (length,); references are not used."""
         return PhraseSession(self.table, prompt)
-
-    def flush(self) -> None:
-        """Does nothing: the phrases do not change."""
-
-    def close(self) -> None:
-        """Does nothing: there is no thread or file to close."""
 
     @property
     def nbytes(self) -> int:

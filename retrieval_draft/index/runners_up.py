@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.index.draft_stores import DraftStores
-from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArray, empty_proposal
+from retrieval_draft.index.source import (
+    CONTEXT,
+    NodeLogits,
+    Proposal,
+    RequestSource,
+    TextSession,
+    TokenArray,
+    empty_proposal,
+)
 
 __all__ = ["RunnersUpSession", "RunnersUpSource", "make_source"]
 
@@ -31,7 +39,7 @@ WEIGHTS: NDArray[np.float32] = np.array(
 )
 
 
-class RunnersUpSession:
+class RunnersUpSession(TextSession):
     """The last predictions of one request.
 
     Args:
@@ -83,30 +91,15 @@ class RunnersUpSession:
         """Keeps predictions until the next step."""
         self._found = logits if logits.top_tokens.shape[1] > 1 else None
 
-    def close(self) -> None:
-        """Does nothing: the predictions are freed with the session."""
 
-
-class RunnersUpSource:
+class RunnersUpSource(RequestSource):
     """Drafts from the ranks of the target's own last predictions."""
 
     name = "runners-up"
-    level = "request"
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> RunnersUpSession:
         """Starts at the end of the prompt, int32, shape (length,); references have no predictions."""
         return RunnersUpSession(prompt)
-
-    def flush(self) -> None:
-        """Does nothing: no state outlives a request."""
-
-    def close(self) -> None:
-        """Does nothing: there is no thread or file to close."""
-
-    @property
-    def nbytes(self) -> int:
-        """0: sessions hold everything."""
-        return 0
 
 
 def make_source(config: DraftConfig, stores: DraftStores) -> RunnersUpSource:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.index.draft_stores import DraftStores
-from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray, empty_proposal
+from retrieval_draft.index.source import Proposal, RequestSource, TextSession, TokenArray, empty_proposal
 from retrieval_draft.index.suffix_automaton import SuffixAutomaton
 
 __all__ = ["SiblingSession", "SiblingSource", "make_source"]
@@ -16,7 +16,7 @@ LED_TO = 32
 """Tokens of the prompt before each reply, so that its first tokens have a context."""
 
 
-class SiblingSession:
+class SiblingSession(TextSession):
     """One reply among several, in an automaton that holds all of them.
 
     Args:
@@ -43,14 +43,11 @@ class SiblingSession:
             self._automaton.insert(tokens)
             self._state = self._automaton.state
 
-    def learn(self, logits: NodeLogits) -> None:
-        """Does nothing: only text is kept here."""
-
     def close(self) -> None:
         """Keeps the text for the siblings that continue."""
 
 
-class SiblingSource:
+class SiblingSource(RequestSource):
     """Drafts from other samples of the same prompt in the same call.
 
     Samples agree in parts, and counts over all of them show where: the consensus of parallel paths
@@ -61,7 +58,6 @@ class SiblingSource:
     """
 
     name = "siblings"
-    level = "request"
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> SiblingSession:
         """Starts a request without siblings, for which this source proposes nothing; no argument is read."""
@@ -80,17 +76,6 @@ class SiblingSource:
         automaton = SuffixAutomaton()
         automaton.insert(prompt[-LED_TO:])
         return [SiblingSession(automaton) for _ in range(count)]
-
-    def flush(self) -> None:
-        """Does nothing: no state outlives a request."""
-
-    def close(self) -> None:
-        """Does nothing: there is no thread or file to close."""
-
-    @property
-    def nbytes(self) -> int:
-        """0: sessions hold everything."""
-        return 0
 
 
 def make_source(config: DraftConfig, stores: DraftStores) -> SiblingSource:

@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from retrieval_draft._kernels.lazy import LazyKernels
+from retrieval_draft.errors import InvalidInputError
 
 __all__ = [
     "CONTEXT",
     "DraftSource",
     "NodeLogits",
     "Proposal",
+    "RequestSource",
     "SourceSession",
+    "TextSession",
     "TokenArray",
+    "check_ids",
+    "checked_ids",
     "empty_proposal",
 ]
 
@@ -87,6 +92,40 @@ class NodeLogits:
                 object.__setattr__(self, name, getattr(self, name)[valid])
 
 
+def check_ids(ids: NDArray[Any], what: str, vocabulary: int) -> None:
+    """Checks integers as token ids.
+
+    Raises:
+        InvalidInputError: One is none of the `vocabulary` ids.
+    """
+    if len(ids) and (ids.min() < 0 or ids.max() >= vocabulary):
+        bad = ids[(ids < 0) | (ids >= vocabulary)][0]
+        raise InvalidInputError(
+            f"{what} contains the token id {bad}; ids must lie in 0..{vocabulary - 1}.",
+            "Use the tokenizer that belongs to the model.",
+        )
+
+
+def checked_ids(tokens: ArrayLike, what: str, vocabulary: int) -> TokenArray:
+    """A copy of token ids that a caller gives: int32, shape (length,).
+
+    Args:
+        tokens: The ids.
+        what: Their name in errors.
+        vocabulary: Number of token ids.
+
+    Raises:
+        InvalidInputError: They are no row of integers, or one is no id.
+    """
+    ids = np.asarray(tokens)
+    if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
+        raise InvalidInputError(
+            f"{what} has shape {ids.shape} and dtype {ids.dtype}; it must be one row of token ids."
+        )
+    check_ids(ids, what, vocabulary)
+    return np.array(ids, np.int32)
+
+
 @cache
 def empty_proposal(source: str, level: str) -> Proposal:
     """A proposal without nodes, of a source that has no guess."""
@@ -118,6 +157,16 @@ class SourceSession(Protocol):
         ...
 
 
+class TextSession:
+    """The parts of a `SourceSession` that plain text does not need."""
+
+    def learn(self, logits: NodeLogits) -> None:
+        """Does nothing: only text is kept here."""
+
+    def close(self) -> None:
+        """Does nothing: what the request held is freed with its session."""
+
+
 class DraftSource(Protocol):
     """A lookup structure for continuations. It lives with the drafter, its sessions with a request."""
 
@@ -146,3 +195,20 @@ class DraftSource(Protocol):
     def nbytes(self) -> int:
         """Bytes held by the source itself, sessions excluded."""
         ...
+
+
+class RequestSource:
+    """The parts of a `DraftSource` that one without threads and files does not need."""
+
+    level = "request"
+
+    def flush(self) -> None:
+        """Does nothing: no text waits to be looked up."""
+
+    def close(self) -> None:
+        """Does nothing: there is no thread or file to close."""
+
+    @property
+    def nbytes(self) -> int:
+        """0: sessions hold everything."""
+        return 0

@@ -16,7 +16,7 @@ from retrieval_draft.config import DraftConfig
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index._workspace import Workspace
 from retrieval_draft.index.draft_stores import DraftStores
-from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
+from retrieval_draft.index.source import Proposal, RequestSource, TextSession, TokenArray
 
 __all__ = ["AutomatonSession", "AutomatonSource", "SuffixAutomaton", "make_source"]
 
@@ -168,27 +168,11 @@ class SuffixAutomaton:
         """
         from retrieval_draft.index._kernels import automaton_tree
 
-        workspace.fit(budget)
-        tokens = np.empty(budget, np.int32)
-        parents = np.empty(budget, np.int32)
-        probs = np.empty(budget, np.float32)
-        lengths = np.empty(budget, np.int32)
+        found = workspace.fit(budget)
         size = automaton_tree.propose(
-            self._states,
-            self._edges,
-            self._meta,
-            self._params,
-            budget,
-            workspace.ints,
-            workspace.floats,
-            workspace.bits,
-            workspace.heap,
-            tokens,
-            parents,
-            probs,
-            lengths,
+            self._states, self._edges, self._meta, self._params, budget, *workspace.scratch, *found
         )
-        return Proposal(tokens[:size], parents[:size], probs[:size], lengths[:size], "automaton", "request")
+        return found.proposal(size, "automaton", "request")
 
     @staticmethod
     def workspace() -> Workspace:
@@ -206,7 +190,7 @@ def _grown(array: NDArray[np.int32], rows: int) -> NDArray[np.int32]:
     return grown
 
 
-class AutomatonSession:
+class AutomatonSession(TextSession):
     """The text of one request."""
 
     def __init__(self, prompt: TokenArray, references: Sequence[TokenArray]) -> None:
@@ -226,33 +210,15 @@ class AutomatonSession:
         """Appends accepted tokens, int32, shape (m,)."""
         self.automaton.insert(tokens)
 
-    def learn(self, logits: NodeLogits) -> None:
-        """Does nothing: only text is kept here."""
 
-    def close(self) -> None:
-        """Does nothing: the automaton is freed with the session."""
-
-
-class AutomatonSource:
+class AutomatonSource(RequestSource):
     """Drafts from the request's own prompt, reply and reference texts."""
 
     name = "automaton"
-    level = "request"
 
     def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> AutomatonSession:
         """Indexes the prompt, int32, shape (length,), and the references, int32 each."""
         return AutomatonSession(prompt, references)
-
-    def flush(self) -> None:
-        """Does nothing: no state outlives a request."""
-
-    def close(self) -> None:
-        """Does nothing: there is no thread or file to close."""
-
-    @property
-    def nbytes(self) -> int:
-        """0: sessions hold everything."""
-        return 0
 
 
 def make_source(config: DraftConfig, stores: DraftStores) -> AutomatonSource:

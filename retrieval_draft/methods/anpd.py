@@ -11,10 +11,8 @@ published either: here the token that reached the count first stays.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from retrieval_draft.index.source import Proposal, TokenArray
-from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
+from retrieval_draft.methods.lookup import GuessTree, LookupSession, text_source
 from retrieval_draft.methods.method import Method, as_proposed
 
 __all__ = ["METHOD", "AnpdSession"]
@@ -73,14 +71,10 @@ class AnpdSession(LookupSession):
                     self._best[context] = token
 
 
-def _open(prompt: TokenArray, references: Sequence[TokenArray]) -> AnpdSession:
-    return AnpdSession(after_references(prompt, references))
-
-
 METHOD = Method(
     name="anpd",
     paper="Ou et al. 2024, arXiv:2404.08698",
-    sources=lambda parts: [MethodSource("anpd", _open)],
+    sources=lambda parts: [text_source("anpd", AnpdSession)],
     tree=as_proposed,
     nodes=PREDICTED,
 )

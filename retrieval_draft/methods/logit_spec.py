@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArray
-from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
+from retrieval_draft.methods.lookup import GuessTree, LookupSession, text_source
 from retrieval_draft.methods.method import Method, as_proposed
 
 __all__ = ["METHOD", "LogitSpecSession"]
@@ -109,14 +109,10 @@ class LogitSpecSession(LookupSession):
         ]
 
 
-def _open(prompt: TokenArray, references: Sequence[TokenArray]) -> LogitSpecSession:
-    return LogitSpecSession(after_references(prompt, references))
-
-
 METHOD = Method(
     name="logit_spec",
     paper="LogitSpec 2025, arXiv:2507.01449",
-    sources=lambda parts: [MethodSource("logit_spec", _open)],
+    sources=lambda parts: [text_source("logit_spec", LogitSpecSession)],
     tree=as_proposed,
     nodes=NODES,
 )

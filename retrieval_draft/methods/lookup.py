@@ -6,9 +6,17 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from retrieval_draft.index.source import NodeLogits, Proposal, SourceSession, TokenArray
+from retrieval_draft.index.source import Proposal, RequestSource, SourceSession, TextSession, TokenArray
 
-__all__ = ["GuessTree", "LookupSession", "MethodSource", "after_references"]
+__all__ = [
+    "GuessTree",
+    "Guesses",
+    "LookupSession",
+    "MethodSource",
+    "after_references",
+    "fill_shape",
+    "text_source",
+]
 
 
 class GuessTree:
@@ -69,6 +77,41 @@ class GuessTree:
         )
 
 
+Guesses = tuple[Sequence[int], Sequence[float], int]
+"""Next tokens, the best first, their probabilities, and the length of the match."""
+
+
+def fill_shape(
+    tree: GuessTree, shape: Sequence[tuple[int, int]], budget: int, row: Callable[[list[int]], Guesses]
+) -> Proposal:
+    """Fills a tree of fixed shape; ranks that a row does not have stay out, with all below them.
+
+    Args:
+        tree: Empty.
+        shape: Parent (-1 for the root) and rank of each node.
+        budget: The most nodes.
+        row: The guesses after a path of tokens from the root.
+
+    Example:
+        shape (-1, 0), (-1, 1), (0, 0), rows 9 4 and after 9: 2  ->  tokens [9, 4, 2], parents [-1, -1, 0]
+    """
+    nodes: dict[int, int] = {-1: -1}
+    paths: dict[int, list[int]] = {-1: []}
+    rows: dict[int, Guesses] = {}
+    for number, (parent, rank) in enumerate(shape):
+        if len(tree) >= budget:
+            break
+        if parent not in nodes:
+            continue
+        if parent not in rows:
+            rows[parent] = row(paths[parent])
+        tokens, probs, length = rows[parent]
+        if rank < len(tokens):
+            nodes[number] = tree.add(nodes[parent], tokens[rank], probs[rank], length)
+            paths[number] = [*paths[parent], tokens[rank]]
+    return tree.proposal(budget)
+
+
 def after_references(prompt: TokenArray, references: Sequence[TokenArray]) -> TokenArray:
     """The reference texts and then the prompt as one text: int32, shape (length of all,).
 
@@ -77,7 +120,7 @@ def after_references(prompt: TokenArray, references: Sequence[TokenArray]) -> To
     return np.concatenate([*references, prompt]) if references else prompt
 
 
-class LookupSession:
+class LookupSession(TextSession):
     """A request's text as a list, for methods that look it up. Subclasses propose.
 
     Args:
@@ -95,14 +138,8 @@ class LookupSession:
         """Appends accepted tokens, int32, shape (m,)."""
         self.text.extend(int(token) for token in tokens)
 
-    def learn(self, logits: NodeLogits) -> None:
-        """Does nothing, unless a method learns from the target's predictions."""
 
-    def close(self) -> None:
-        """Does nothing, unless a method keeps the request's text."""
-
-
-class MethodSource:
+class MethodSource(RequestSource):
     """A source without state of its own; its sessions share the state that `open_session` closes over.
 
     Args:
@@ -110,8 +147,6 @@ class MethodSource:
         open_session: Makes a request's session from its prompt and reference texts.
         nbytes: Bytes held between requests.
     """
-
-    level = "request"
 
     def __init__(
         self,
@@ -127,13 +162,12 @@ class MethodSource:
         """Starts a request with `prompt`, int32, shape (length,), and reference texts, int32 each."""
         return self._open(prompt, references)
 
-    def flush(self) -> None:
-        """Does nothing: no text waits."""
-
-    def close(self) -> None:
-        """Does nothing: there is no thread or file to close."""
-
     @property
     def nbytes(self) -> int:
         """Bytes held between requests."""
         return self._nbytes()
+
+
+def text_source(name: str, open_session: Callable[[TokenArray], SourceSession]) -> MethodSource:
+    """A source whose sessions read the reference texts and then the prompt as one text."""
+    return MethodSource(name, lambda prompt, references: open_session(after_references(prompt, references)))

@@ -6,10 +6,8 @@ first that occurred before; its left-most occurrence; the next 10 tokens as one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from retrieval_draft.index.source import Proposal, TokenArray
-from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource, after_references
+from retrieval_draft.methods.lookup import GuessTree, LookupSession, text_source
 from retrieval_draft.methods.method import Method, as_proposed
 
 __all__ = ["METHOD", "PromptLookupSession"]
@@ -46,14 +44,10 @@ class PromptLookupSession(LookupSession):
         return tree.proposal(budget)
 
 
-def _open(prompt: TokenArray, references: Sequence[TokenArray]) -> PromptLookupSession:
-    return PromptLookupSession(after_references(prompt, references))
-
-
 METHOD = Method(
     name="prompt_lookup",
     paper="Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding",
-    sources=lambda parts: [MethodSource("prompt_lookup", _open)],
+    sources=lambda parts: [text_source("prompt_lookup", PromptLookupSession)],
     tree=as_proposed,
     nodes=COPIED,
 )

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.index.adjacency import AdjacencyMatrix
 from retrieval_draft.index.source import CONTEXT, NodeLogits, Proposal, TokenArray
-from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
+from retrieval_draft.methods.lookup import Guesses, GuessTree, LookupSession, MethodSource, fill_shape
 from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 
 __all__ = ["METHOD", "RowsProposal", "StandSession", "StandTable", "drawn_tree", "shape"]
@@ -82,25 +82,15 @@ class StandTable(AdjacencyMatrix):
     """
 
     def __init__(self, rows: int) -> None:
-        super().__init__(rows, KEPT)
+        super().__init__(rows, KEPT, NO_CAP)
 
     def learn(self, logits: NodeLogits) -> None:
         """Averages the distribution of every node into the rows of its last 4, 3 and 2 tokens."""
-        if not len(logits.contexts):
-            return
         with self._lock:
-            self._clock += 1
-            self._kernels.learn(
-                self._keys,
-                self._used,
-                self._visits,
-                self._tokens,
-                self._probs,
+            self._average(
                 np.array(logits.contexts, np.int32),
                 np.array(logits.top_tokens, np.int32),
                 np.array(logits.top_probs, np.float32),
-                NO_CAP,
-                self._clock,
             )
 
     def longest(self, context: Sequence[int]) -> tuple[list[int], list[float], int]:
@@ -175,31 +165,17 @@ class StandSession(LookupSession):
         )
 
     def _filled(self, budget: int, noise: _Noise | None = None, position: int = 0) -> Proposal:
-        tree = GuessTree("stand")
-        nodes, contexts, depths = {-1: -1}, {-1: self.text}, {-1: 0}
-        rows: dict[int, Any] = {}
-        for number, (parent, rank) in enumerate(SHAPE):
-            if len(tree) >= budget:
-                break
-            if parent not in nodes:
-                continue
-            if parent not in rows:
-                rows[parent] = self._row(contexts[parent], noise, position + depths[parent])
-            tokens, probs, order = rows[parent]
-            if rank < len(tokens):
-                nodes[number] = tree.add(nodes[parent], tokens[rank], probs[rank], order)
-                contexts[number] = [*contexts[parent][1 - CONTEXT :], tokens[rank]]
-                depths[number] = depths[parent] + 1
-        return tree.proposal(budget)
+        def row(path: list[int]) -> Guesses:
+            """A row's tokens, probabilities and order: best first, or as drawn for a position."""
+            tokens, probs, order = self._table.longest([*self.text, *path][-CONTEXT:])
+            if noise is not None and tokens:
+                noisy = np.log(np.maximum(probs, 1e-9))
+                noisy += noise.of(position + len(path), np.array(tokens, np.int64))
+                turns = np.argsort(-noisy).tolist()
+                tokens, probs = [tokens[turn] for turn in turns], [probs[turn] for turn in turns]
+            return tokens, probs, order
 
-    def _row(self, context: Sequence[int], noise: _Noise | None, position: int) -> Any:
-        """A row's tokens, probabilities and order: best first, or as drawn for a position."""
-        tokens, probs, order = self._table.longest(context)
-        if noise is not None and tokens:
-            noisy = np.log(np.maximum(probs, 1e-9)) + noise.of(position, np.array(tokens, np.int64))
-            turns = np.argsort(-noisy).tolist()
-            tokens, probs = [tokens[turn] for turn in turns], [probs[turn] for turn in turns]
-        return tokens, probs, order
+        return fill_shape(GuessTree("stand"), SHAPE, budget, row)
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,), to the context. Rows learn in `learn`."""

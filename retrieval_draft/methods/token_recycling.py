@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from retrieval_draft._forks import lock_for_moments
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
-from retrieval_draft.methods.lookup import GuessTree, LookupSession, MethodSource
+from retrieval_draft.methods.lookup import Guesses, GuessTree, LookupSession, MethodSource, fill_shape
 from retrieval_draft.methods.method import Method, MethodContext, as_proposed
 
 __all__ = ["METHOD", "RecycledTokens", "TokenRecyclingSession", "template"]
@@ -31,12 +31,9 @@ MAX_TOKENS = 1 << 20
 ZIPF = tuple(1 / (rank + 1) / sum(1 / (other + 1) for other in range(BREADTH)) for rank in range(BREADTH))
 """Assumed probability that each rank is the next token."""
 
-Template = tuple[tuple[int, int, float], ...]
-"""Nodes as (parent, rank, chance); parent -1 is the root."""
 
-
-def template() -> Template:
-    """The tree of ranks: in each level the most probable paths of ranks under Zipf's law.
+def template() -> tuple[tuple[int, int], ...]:
+    """The tree of ranks as (parent, rank): in each level the most probable paths of ranks under Zipf's law.
 
     A path of ranks (0 is the best) has the product of its ranks' chances. Each level keeps as many of the
     best paths below the level before as the published tree has nodes there; ties go to the path whose first
@@ -53,7 +50,7 @@ def template() -> Template:
         kept += level
     kept.sort(key=lambda entry: (-round(entry[0], 12), len(entry[1]), entry[1]))
     node_of = {path: node for node, (_, path) in enumerate(kept)}
-    return tuple((node_of.get(path[:-1], -1), path[-1], ZIPF[path[-1]]) for _, path in kept)
+    return tuple((node_of.get(path[:-1], -1), path[-1]) for _, path in kept)
 
 
 TEMPLATE = template()
@@ -112,18 +109,11 @@ class RecycledTokens:
             budget: The most nodes.
             name: The source's name.
         """
-        tree, rows = GuessTree(name), {-1: self.row(token)}
-        nodes: dict[int, int] = {-1: -1}
-        for number, (parent, rank, chance) in enumerate(TEMPLATE):
-            if len(tree) >= budget:
-                break
-            if parent not in nodes:
-                continue
-            if parent not in rows:
-                rows[parent] = self.row(tree.tokens[nodes[parent]])
-            if rank < len(rows[parent]):
-                nodes[number] = tree.add(nodes[parent], rows[parent][rank], chance, 1)
-        return tree.proposal(budget)
+
+        def row(path: list[int]) -> Guesses:
+            return self.row(path[-1] if path else token), ZIPF, 1
+
+        return fill_shape(GuessTree(name), TEMPLATE, budget, row)
 
 
 class TokenRecyclingSession(LookupSession):

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,6 @@ from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.media.prompt import MediaPrompts
 from retrieval_draft.server.openai.detokenize import Decode, decoder
 from retrieval_draft.server.openai.model_defaults import usable_defaults
-from retrieval_draft.server.openai.prepare import Means
 from retrieval_draft.server.openai.token_text import TokenTexts
 from retrieval_draft.server.parsing.choice import ReplyParsing, reply_parsing
 from retrieval_draft.server.scheduler.channel import Channel
@@ -43,10 +42,11 @@ _log = logging.getLogger("retrieval_draft.server")
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Objects of a loaded model.
+    """Objects of a loaded model, for all requests or for one.
 
     Attributes:
-        drafter: Of the default tenant.
+        drafter: Of the request's tenant; of the default tenant outside of requests.
+        settings: Limits.
         tokenizer: The model's.
         decode: Token ids to text.
         texts: Single tokens as text.
@@ -57,9 +57,11 @@ class Loaded:
         parsing: Of replies to chats.
         media: Makes prompts with images and sounds; None for a model of text.
         adapters: Drafters by tenant of each adapter, by its name.
+        check: Raises once the request's client has left.
     """
 
     drafter: RetrievalDrafter
+    settings: ServerSettings
     tokenizer: Any
     decode: Decode
     texts: TokenTexts
@@ -70,10 +72,17 @@ class Loaded:
     parsing: ReplyParsing
     media: MediaPrompts | None = None
     adapters: Mapping[str, Tenants] = field(default_factory=dict)
+    check: Callable[[], object] = lambda: None
 
     def tenants_of(self, model: str | None) -> Tenants:
         """Drafters by tenant of the model, or of the adapter of that name."""
         return self.tenants if model is None else self.adapters.get(model, self.tenants)
+
+    @property
+    def most_prompt_tokens(self) -> int | None:
+        """Limit of a prompt's tokens; None for any number."""
+        limits = (self.settings.max_prompt_tokens, self.drafter.continuous.target.max_positions)
+        return min((limit for limit in limits if limit is not None), default=None)
 
 
 class Service:
@@ -154,7 +163,8 @@ class Service:
             if template is None and media is not None:
                 template = "\n".join(media.templates.values())
             loaded = Loaded(
-                drafter, tokenizer, decoder(tokenizer), texts, longest, overrides, tenants, engine,
+                drafter, self.settings, tokenizer, decoder(tokenizer), texts, longest, overrides, tenants,
+                engine,
                 reply_parsing(
                     tokenizer, template, self.settings.tool_parser, self.settings.reasoning_parser
                 ),
@@ -204,7 +214,7 @@ class Service:
         self,
         request_id: str,
         tenant: str,
-        prepare: Callable[[Job, Loaded, Means], object],
+        prepare: Callable[[Job, Loaded], object],
         traceparent: str | None = None,
         client_id: str | None = None,
         size: int = 0,
@@ -240,12 +250,12 @@ class Service:
         channel = Channel(loop, self.settings.unread_tokens, slow)
         arrived = time.monotonic()
 
-        def work(loaded: Loaded, means: Means) -> Job:
+        def work(loaded: Loaded) -> Job:
             made = Job(
-                request_id, tenant, means.drafter, channel, self.settings.request_seconds, arrived,
+                request_id, tenant, loaded.drafter, channel, self.settings.request_seconds, arrived,
                 traceparent, client_id, priority,
             )  # fmt: skip
-            prepare(made, loaded, means)
+            prepare(made, loaded)
             return made
 
         job = await self.work(tenant, work, size, model)
@@ -260,7 +270,7 @@ class Service:
     async def work(
         self,
         tenant: str,
-        call: Callable[[Loaded, Means], Result],
+        call: Callable[[Loaded], Result],
         size: int = 0,
         model: str | None = None,
     ) -> Result:
@@ -283,11 +293,7 @@ class Service:
                 raise ApiError(499, "The client has left.")
 
         def run() -> Result:
-            means = Means(
-                tenants[tenant], loaded.tokenizer, loaded.decode, self.settings, loaded.overrides,
-                loaded.longest, check,
-            )  # fmt: skip
-            return call(loaded, means)
+            return call(replace(loaded, drafter=tenants[tenant], check=check))
 
         try:
             return await asyncio.wrap_future(self._preparing.submit((tenant, size > _SHORT_BYTES), run))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from retrieval_draft._settings import Range, check_ranges
+from retrieval_draft._settings import Range, check_range, check_ranges
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.server.media.settings import MediaSettings
 
@@ -79,8 +79,7 @@ class ServerSettings:
         if self.max_choices > self.max_queue:
             raise InvalidInputError(f"max_choices is {self.max_choices}, and max_queue {self.max_queue}.")
         for name, weight in self.tenant_weights.items():
-            if not 0.001 <= weight <= 1000.0:
-                raise InvalidInputError(f"The weight of {name} is {weight}; it must lie in 0.001..1000.0.")
+            check_range(f"The weight of {name}", weight, 0.001, 1000.0)
         for option, name, known in (
             ("tool-parser", self.tool_parser, TOOL_PARSERS),
             ("reasoning-parser", self.reasoning_parser, REASONING_PARSERS),

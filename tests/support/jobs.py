@@ -11,9 +11,20 @@ import torch
 from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.engine.request import DecodeRequest
 from retrieval_draft.generation.requests import DecodeRequests
-from retrieval_draft.server.openai.detokenize import ReplyText, StopTexts
+from retrieval_draft.server.openai.detokenize import ReplyText, StopTexts, decoder
 from retrieval_draft.server.scheduler.channel import Channel, Ended, Event, Failed
 from retrieval_draft.server.scheduler.job import Job
+from retrieval_draft.server.service import Loaded
+from retrieval_draft.server.settings import ServerSettings
+
+
+def loaded_for(drafter: RetrievalDrafter, tokenizer: Any, longest: int = 3, **settings: Any) -> Loaded:
+    """The objects that requests of text are prepared with, without an engine."""
+    nothing: Any = None
+    return Loaded(
+        drafter, ServerSettings("m", **settings), tokenizer, decoder(tokenizer), nothing, longest, {},
+        nothing, nothing, nothing,
+    )  # fmt: skip
 
 
 def empty_job(name: str, *sizes: int, tenant: str = "default", priority: int = 0) -> Job:

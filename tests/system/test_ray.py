@@ -9,9 +9,10 @@ import pytest
 
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.build import shards
-from retrieval_draft.index.build.builder import BuildOptions, build_index
+from retrieval_draft.index.build.builder import build_index
 from retrieval_draft.index.build.documents import find_files
 from retrieval_draft.index.build.encoder import Encoder
+from retrieval_draft.index.build.options import BuildOptions
 from retrieval_draft.index.segments.index_folder import IndexFolder
 from tests.support.tiny import byte_tokenizer
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from retrieval_draft._settings import check_range
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.drafting.batch.counts import ChainCounts
 from retrieval_draft.drafting.batch.lookups import Lookups
@@ -28,7 +29,7 @@ from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index import suffix_automaton
 from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.segments import segment_session
-from retrieval_draft.index.source import CONTEXT, DraftSource, NodeLogits, TokenArray
+from retrieval_draft.index.source import CONTEXT, DraftSource, NodeLogits, TokenArray, checked_ids
 
 __all__ = ["MAX_CHAIN", "ChainBatch"]
 
@@ -91,10 +92,8 @@ class ChainBatch:
         calibration: Calibration | None = None,
         threads: int = 1,
     ) -> None:
-        if not 1 <= max_chain <= MAX_CHAIN:
-            raise InvalidInputError(f"max_chain is {max_chain}; it must lie in 1..{MAX_CHAIN}.")
-        if not 1 <= threads <= 64:
-            raise InvalidInputError(f"threads is {threads}; it must lie in 1..64.")
+        check_range("max_chain", max_chain, 1, MAX_CHAIN)
+        check_range("threads", threads, 1, 64)
         self.config = DraftConfig() if config is None else config
         if self.config.method not in ("calibrated", "none"):
             raise InvalidInputError(
@@ -150,10 +149,10 @@ class ChainBatch:
         Raises:
             InvalidInputError: The prompt is empty, or an id lies outside the vocabulary.
         """
-        text = self._checked(prompt, "The prompt")
+        text = checked_ids(prompt, "The prompt", self.stores.vocabulary)
         if not len(text):
             raise InvalidInputError("The prompt is empty.", "Pass one token at least, such as the bos token.")
-        others = [self._checked(reference, "A reference") for reference in references]
+        others = [checked_ids(each, "A reference", self.stores.vocabulary) for each in references]
         with self._lock:
             self._fleet.exchange(self.calibration)
             session = self._slots.open(text, others, self._lookups.request)
@@ -192,7 +191,7 @@ class ChainBatch:
         """
         rows = np.ascontiguousarray(ids, np.int64)
         sizes = np.ascontiguousarray(counts, np.int32)
-        tokens = self._checked(new_tokens, "What was emitted")
+        tokens = checked_ids(new_tokens, "What was emitted", self.stores.vocabulary)
         if rows.ndim != 1 or sizes.shape != rows.shape:
             raise InvalidInputError(
                 f"ids has shape {rows.shape} and counts {sizes.shape}; they must be one row each, and alike."
@@ -371,17 +370,3 @@ class ChainBatch:
         if slot < 0:
             raise InvalidInputError(f"Session {session} is not open.", "Open another one.")
         return slot
-
-    def _checked(self, tokens: ArrayLike, what: str) -> TokenArray:
-        ids = np.asarray(tokens)
-        if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
-            raise InvalidInputError(
-                f"{what} has shape {ids.shape} and dtype {ids.dtype}; it must be one row of token ids."
-            )
-        if len(ids) and (ids.min() < 0 or ids.max() >= self.stores.vocabulary):
-            bad = ids[(ids < 0) | (ids >= self.stores.vocabulary)][0]
-            raise InvalidInputError(
-                f"{what} contains the token id {bad}; ids must lie in 0..{self.stores.vocabulary - 1}.",
-                "Use the tokenizer that belongs to the model.",
-            )
-        return np.ascontiguousarray(ids, np.int32)

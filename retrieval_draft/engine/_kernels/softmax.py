@@ -7,7 +7,11 @@ from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import sum_kernel
 
-__all__ = ["exp_sum", "exp_sum_above", "exp_sums", "exp_sums_numpy"]
+__all__ = [
+    "exp_sum",
+    "exp_sum_above",
+    "exp_sums",
+]
 
 LOG2_E = np.float32(1.4426950408889634)
 # 2^r is 1 + r (P1 + r (P2 + ...)) to 9e-8 where |r| <= 1/2, and 1 exactly at 0. Least squares, reweighted.
@@ -89,9 +93,3 @@ def exp_sums(logits: NDArray[np.float32], best: NDArray[np.float32], out: NDArra
     """
     for row in range(logits.shape[0]):
         out[row] = exp_sum_above(logits[row], best[row])
-
-
-def exp_sums_numpy(logits: NDArray[np.float32], best: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The same in numpy, exactly, for tests: float32, shape (n,), from (n, vocabulary) and (n,)."""
-    sums: NDArray[np.float32] = np.exp(logits - best[:, None]).sum(-1, dtype=np.float64).astype(np.float32)
-    return sums

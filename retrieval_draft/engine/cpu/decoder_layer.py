@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary, ref
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -824,18 +825,16 @@ def _observe(model: Any, layer: Any, parts: _Parts) -> _Calls | None:
 
 def _activation(mlp: Any) -> int | None:
     """`SILU` or `GELU_TANH`, if the activation of a gated MLP is one of them."""
-    from retrieval_draft.engine.cpu._kernels.stages import GELU_TANH, SILU, gate_numpy
+    from retrieval_draft.engine.cpu._kernels.stages import GELU_TANH, SILU
 
-    x = np.linspace(-8, 8, 161, dtype=np.float32)
+    x = torch.linspace(-8, 8, 161)
     own = getattr(mlp, "act_fn", None)
     try:
-        got = own(torch.from_numpy(x)).numpy()  # type: ignore[misc]
+        got = own(x)  # type: ignore[misc]
     except Exception:  # none, or one of several arguments
         return None
-    for kind in (SILU, GELU_TANH):
-        if got.shape == x.shape and np.allclose(
-            got, gate_numpy(x, np.ones_like(x), kind), rtol=1e-4, atol=1e-6
-        ):
+    for kind, expected in ((SILU, functional.silu(x)), (GELU_TANH, functional.gelu(x, approximate="tanh"))):
+        if got.shape == x.shape and torch.allclose(got, expected, rtol=1e-4, atol=1e-6):
             return kind
     return None
 

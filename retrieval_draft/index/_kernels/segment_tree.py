@@ -57,8 +57,8 @@ def propose(
     tail: NDArray[np.int32],
     params: NDArray[np.float64],
     budget: int,
-    work_int: NDArray[np.int32],
     work_range: NDArray[np.int16],
+    work_int: NDArray[np.int32],
     work_float: NDArray[np.float64],
     work_bits: NDArray[np.int64],
     heap: NDArray[np.int32],
@@ -72,8 +72,8 @@ def propose(
     Args:
         segments, chain, longest, tail: As `segment_match.advance` left them.
         params: float64, shape (3,): escape factor, order cap, gain beyond it.
-        work_int: int32, shape (candidates, 4): parent node, token, depth, match length.
         work_range: int16, shape (candidates + 1, RANGES, 2): ranges of the pool; the last row is the root's.
+        work_int: int32, shape (candidates, 4): parent node, token, depth, match length.
         work_float: float64, shape (2, candidates): path probability, probability given the parent.
         work_bits: int64. The memory of `work_float`.
         heap: int32, shape (candidates,). Scratch.

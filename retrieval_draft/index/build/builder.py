@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,74 +22,22 @@ from retrieval_draft.index.build.documents import (
 from retrieval_draft.index.build.encoder import Encoder
 from retrieval_draft.index.build.journal import Journal, Position, work_key
 from retrieval_draft.index.build.merge import compacted, joined_texts
+from retrieval_draft.index.build.options import RUN_TOKENS, BuildOptions
 from retrieval_draft.index.segments.index_folder import IndexFolder, SegmentEntry
-from retrieval_draft.index.segments.segment import MAX_TOKENS, Segment, text_dtype
+from retrieval_draft.index.segments.segment import Segment, text_dtype
 from retrieval_draft.index.source import TokenArray
 
 __all__ = [
-    "BuildOptions",
     "BuildState",
     "build_index",
     "check_columns",
     "publish",
     "read_runs",
     "save_journal",
-    "segment_tokens_here",
 ]
-
-RUN_TOKENS = 1 << 24
-"""Tokens read at a time; after an interruption at most as many are read again."""
-
-MAX_SEGMENT_TOKENS = 1 << 27
-_MEMORY_SHARE = 64
-
-
-def segment_tokens_here() -> int:
-    """Default tokens of a segment on this machine.
-
-    Fewer and larger segments are looked up faster; sorting one takes about 13 bytes a token, so a fifth of
-    the memory at most.
-    """
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(RUN_TOKENS, min(MAX_SEGMENT_TOKENS, memory // _MEMORY_SHARE))
-
 
 _BATCH_CHARACTERS = 1 << 21
 _BATCH_TEXTS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class BuildOptions:
-    """Options of reading and sorting.
-
-    Attributes:
-        text_column: Field or column with the text.
-        skip: Documents to leave out at the beginning.
-        limit: Documents to take at most; None for all.
-        segment_tokens: Tokens of a segment at most; 0 for a size that suits this machine's memory.
-        workers: Threads that sort.
-    """
-
-    text_column: str = "text"
-    skip: int = 0
-    limit: int | None = None
-    segment_tokens: int = 0
-    workers: int = 1
-
-    def __post_init__(self) -> None:
-        for name, value, low, high in (
-            ("segment_tokens", self.segment_tokens or 64, 64, MAX_TOKENS),
-            ("workers", self.workers, 1, 1024),
-            ("skip", self.skip, 0, 1 << 62),
-            ("limit", 1 if self.limit is None else self.limit, 1, 1 << 62),
-        ):
-            if not low <= value <= high:
-                raise InvalidInputError(f"{name} is {value}; it must lie in {low}..{high}.")
-
-    @property
-    def most(self) -> int:
-        """Largest length of a segment, separators included."""
-        return self.segment_tokens or segment_tokens_here()
 
 
 @dataclass(slots=True)

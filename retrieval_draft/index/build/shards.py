@@ -8,7 +8,6 @@ from typing import Any
 
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.build.builder import (
-    BuildOptions,
     BuildState,
     check_columns,
     publish,
@@ -19,6 +18,7 @@ from retrieval_draft.index.build.documents import DocumentFile, ReadReport
 from retrieval_draft.index.build.encoder import Encoder
 from retrieval_draft.index.build.journal import Journal, Position, work_key
 from retrieval_draft.index.build.merge import compacted
+from retrieval_draft.index.build.options import BuildOptions
 from retrieval_draft.index.segments.index_folder import IndexFolder, SegmentEntry
 from retrieval_draft.index.segments.segment import Segment
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from retrieval_draft.index._workspace import Workspace
 from retrieval_draft.index.segments.segment import Segment, match_state
-from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
+from retrieval_draft.index.source import Proposal, TextSession, TokenArray
 
 __all__ = ["SegmentSession", "Segments"]
 
@@ -25,7 +25,7 @@ Segments = tuple[Segment, ...]
 """Segments, oldest first. A new tuple with every change, so that readers need no lock."""
 
 
-class SegmentSession:
+class SegmentSession(TextSession):
     """Tracks the occurrences of a growing text's end in each segment.
 
     Args:
@@ -69,13 +69,9 @@ class SegmentSession:
     def propose(self, budget: int) -> Proposal:
         """The tokens after the text's end in the segments, as a tree of the `budget` most probable nodes."""
         self._refresh()
-        self._workspace.fit(budget)
+        found = self._workspace.fit(budget)
         if len(self._ranges) != len(self._workspace.heap) + 1:
             self._ranges = np.empty((len(self._workspace.heap) + 1, self._tree.RANGES, 2), np.int16)
-        tokens = np.empty(budget, np.int32)
-        parents = np.empty(budget, np.int32)
-        probs = np.empty(budget, np.float32)
-        lengths = np.empty(budget, np.int32)
         size = self._tree.propose(
             self._rows,
             self._chain,
@@ -83,22 +79,11 @@ class SegmentSession:
             self._tail,
             self._params,
             budget,
-            self._workspace.ints,
             self._ranges,
-            self._workspace.floats,
-            self._workspace.bits,
-            self._workspace.heap,
-            tokens,
-            parents,
-            probs,
-            lengths,
+            *self._workspace.scratch,
+            *found,
         )
-        return Proposal(
-            tokens[:size], parents[:size], probs[:size], lengths[:size], self._source, self._level
-        )
-
-    def learn(self, logits: NodeLogits) -> None:
-        """Does nothing: only text is kept here."""
+        return found.proposal(size, self._source, self._level)
 
     def close(self) -> None:
         """Releases the segments."""

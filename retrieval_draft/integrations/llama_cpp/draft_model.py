@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval_draft._settings import check_range
 from retrieval_draft.config import MAX_NODES, DraftConfig
 from retrieval_draft.drafting.cost import SIZES
 from retrieval_draft.drafting.stats import DraftStats
-from retrieval_draft.errors import InvalidInputError, UnsupportedModelError
+from retrieval_draft.errors import UnsupportedModelError
 from retrieval_draft.integrations.llama_cpp._engine import llama_cpp
 from retrieval_draft.integrations.llama_cpp.gguf_tokenizer import GgufTokenizer
 from retrieval_draft.integrations.llama_cpp.pass_costs import PassCosts
@@ -70,9 +71,8 @@ class RetrievalDraftModel:
         max_tokens: int = 32,
         share: str | None = None,
     ) -> None:
-        for name, value in (("num_pred_tokens", num_pred_tokens or 0), ("max_tokens", max_tokens)):
-            if not 0 <= value <= MAX_NODES:
-                raise InvalidInputError(f"{name} is {value}; it must lie in 0..{MAX_NODES}.")
+        check_range("num_pred_tokens", num_pred_tokens or 0, 0, MAX_NODES)
+        check_range("max_tokens", max_tokens, 0, MAX_NODES)
         if importlib.util.find_spec("llama_cpp") is not None:
             # A subclass for isinstance, without loading the engine's libraries with this module.
             llama_cpp().llama_speculative.LlamaDraftModel.register(RetrievalDraftModel)

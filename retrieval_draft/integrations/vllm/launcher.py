@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from retrieval_draft._settings import check_range
 from retrieval_draft.drafting.batch.chain_batch import MAX_CHAIN
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.store.config import StoreConfig
@@ -65,10 +66,7 @@ def server_command(
             "vLLM is not installed in this environment.",
             "Install it beside retrieval_draft, see docs/vllm.md, or serve without --engine vllm.",
         )
-    if not 1 <= num_speculative_tokens <= MAX_CHAIN:
-        raise InvalidInputError(
-            f"num_speculative_tokens is {num_speculative_tokens}; it must lie in 1..{MAX_CHAIN}."
-        )
+    check_range("num_speculative_tokens", num_speculative_tokens, 1, MAX_CHAIN)
     speculative = {
         "method": "custom_class",
         "model": PROPOSER,

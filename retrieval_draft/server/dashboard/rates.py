@@ -10,6 +10,8 @@ from retrieval_draft.server.scheduler.events import StepReport
 
 __all__ = ["Rates"]
 
+KEPT_SECONDS = 90
+
 
 @dataclass(slots=True)
 class _Second:
@@ -21,17 +23,14 @@ class _Second:
 
 
 class Rates:
-    """Sums of the last seconds.
+    """Sums of the last `KEPT_SECONDS` seconds.
 
     A rate is tokens over the time that steps took, so that idle time does not count. The plain estimate is
     the time of the same tokens at one token a row and pass, each pass at its measured time.
-
-    Args:
-        seconds: Length of the kept period.
     """
 
-    def __init__(self, seconds: int = 90) -> None:
-        self._kept: deque[_Second] = deque(maxlen=seconds)
+    def __init__(self) -> None:
+        self._kept: deque[_Second] = deque(maxlen=KEPT_SECONDS)
 
     def add(self, now: float, report: StepReport) -> None:
         """Counts a step.

@@ -11,7 +11,7 @@ from retrieval_draft.server.media.prompt import refuse_media, take_urls
 from retrieval_draft.server.openai.chat_request import ChatRequest
 from retrieval_draft.server.openai.chat_template import render_chat
 from retrieval_draft.server.openai.format import ChatFormat
-from retrieval_draft.server.openai.prepare import Means, check_length, prepare_request, tokenize
+from retrieval_draft.server.openai.prepare import check_length, prepare_request, tokenize
 from retrieval_draft.server.openai.structured_outputs import asked_grammar
 from retrieval_draft.server.openai.tool_grammar import tool_grammar
 from retrieval_draft.server.scheduler.job import Job
@@ -78,13 +78,12 @@ class ChatReplies:
         return render(self._conversation)
 
     def tokens(
-        self, loaded: Loaded, means: Means, text: str, *, special: bool = False
+        self, loaded: Loaded, text: str, *, special: bool = False
     ) -> tuple[Sequence[int], Mapping[str, Any]]:
         """Token ids of the conversation, and the model's further inputs: those of images and sounds.
 
         Args:
-            loaded: The loaded objects.
-            means: Tools and limits.
+            loaded: The model's objects and limits.
             text: As of `prompt`.
             special: Whether the tokenizer adds its special tokens to a text alone.
 
@@ -92,12 +91,12 @@ class ChatReplies:
             ApiError: It is too long, or an image or sound is not allowed or cannot be read.
         """
         if not self._urls or loaded.media is None:
-            return tokenize(means, text, "messages", special=special), {}
-        check_length(means, text, "messages")
-        prompt = loaded.media.prompt(text, self._urls, means.check)
+            return tokenize(loaded, text, "messages", special=special), {}
+        check_length(loaded, text, "messages", loaded.most_prompt_tokens)
+        prompt = loaded.media.prompt(text, self._urls, loaded.check)
         return prompt.ids, prompt.inputs
 
-    def prepare(self, job: Job, loaded: Loaded, means: Means) -> None:
+    def prepare(self, job: Job, loaded: Loaded) -> None:
         """Prepares the request.
 
         Raises:
@@ -113,7 +112,7 @@ class ChatReplies:
             )
         asked, text_before = asked_grammar(body), text
         if use is not None:
-            means.check()
+            loaded.check()
             asked = tool_grammar(use, parsing, text, loaded.tokenizer, asked)
         if use is not None or parsing.parses:
             if asked is not None and asked.field != "tool_choice" and parsing.template is None:
@@ -121,10 +120,10 @@ class ChatReplies:
             schemas = None if use is None else use.schemas
             parser = parsing.parser(text_before, schemas, use is not None and use.one_call)
             marks = parsing.marks(use is not None)
-        ids, inputs = self.tokens(loaded, means, text)
+        ids, inputs = self.tokens(loaded, text)
         top = (body.top_logprobs or 0) if body.logprobs else None
         prepare_request(
-            job, body, means, [ids], body.wanted_tokens, samples=self.samples,
+            job, body, loaded, [ids], body.wanted_tokens, samples=self.samples,
             competing=self.kept is not None, top_logprobs=top, parser=parser, marks=marks, grammar=asked,
             model_inputs=inputs,
         )  # fmt: skip

@@ -238,7 +238,7 @@ def _plain(message: Message) -> dict[str, Any]:
                 400, f"messages: {name} is not supported by this server; leave it out.", "messages"
             )
     fields = {name: value for name in _PASSED_ON if (value := getattr(message, name)) is not None}
-    fields["content"] = content_of(message.content, "messages")
+    fields["content"] = content_of(message.content)
     if message.tool_calls:
         fields["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
     return fields

@@ -87,11 +87,8 @@ def stopping_specials(tokenizer: Any, stops: Sequence[str]) -> dict[int, str]:
         tokenizer: Any of transformers.
         stops: Stop strings.
     """
-    found: dict[int, str] = {}
-    for token, added in getattr(tokenizer, "added_tokens_decoder", {}).items():
-        if getattr(added, "special", False) and any(str(added) in stop for stop in stops):
-            found[int(token)] = str(added)
-    return found
+    texts = special_tokens(tokenizer).items()
+    return {token: text for token, text in texts if any(text in stop for stop in stops)}
 
 
 class ReplyText:

@@ -375,18 +375,16 @@ def text_of(content: str | list[ContentPart] | None, param: str) -> str:
     return "".join(part.text or "" for part in content)
 
 
-def content_of(content: str | list[ContentPart] | None, param: str) -> str | list[dict[str, Any]]:
+def content_of(content: str | list[ContentPart] | None) -> str | list[dict[str, Any]]:
     """The content of a message for a chat template: text, or parts where there are images or sounds.
 
     Raises:
         ApiError: A part is neither text nor an image or a sound.
     """
-    if not isinstance(content, list):
-        return text_of(content, param)
-    media = [part.media for part in content]
-    if not any(media):
-        return text_of(content, param)
+    media = [part.media for part in content] if isinstance(content, list) else []
+    if not isinstance(content, list) or not any(media):
+        return text_of(content, "messages")
     return [
-        found or {"type": "text", "text": text_of([part], param)}
+        found or {"type": "text", "text": text_of([part], "messages")}
         for part, found in zip(content, media, strict=True)
     ]

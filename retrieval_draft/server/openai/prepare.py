@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.engine.sampling.penalties import CountPenalty
 from retrieval_draft.errors import RetrievalDraftError
 from retrieval_draft.server.errors import ApiError, from_library
@@ -27,44 +25,16 @@ from retrieval_draft.server.openai.structured_outputs import AskedGrammar, asked
 from retrieval_draft.server.openai.token_masks import AllowedTokens, BadWords
 from retrieval_draft.server.parsing.deltas import ReplyParser
 from retrieval_draft.server.scheduler.job import Job
+from retrieval_draft.server.service import Loaded
 from retrieval_draft.server.settings import ServerSettings
 
-__all__ = ["Means", "check_length", "prepare_request", "tokenize"]
-
-
-@dataclass(frozen=True, slots=True)
-class Means:
-    """Tools and limits for the preparation of a request.
-
-    Attributes:
-        drafter: The tenant's.
-        tokenizer: The model's.
-        decode: Token ids to text.
-        settings: Limits.
-        overrides: Options that override the model's own generation configuration.
-        longest: Characters of the longest token.
-        check: Raises once the client has left.
-    """
-
-    drafter: RetrievalDrafter
-    tokenizer: Any
-    decode: Decode
-    settings: ServerSettings
-    overrides: Mapping[str, Any]
-    longest: int
-    check: Callable[[], object]
-
-    @property
-    def most_prompt_tokens(self) -> int | None:
-        """Limit of a prompt's tokens; None for any number."""
-        limits = (self.settings.max_prompt_tokens, self.drafter.continuous.target.max_positions)
-        return min((limit for limit in limits if limit is not None), default=None)
+__all__ = ["check_length", "prepare_request", "tokenize"]
 
 
 def prepare_request(
     job: Job,
     fields: GenerationFields,
-    means: Means,
+    loaded: Loaded,
     prompts: Sequence[Sequence[int]],
     max_tokens: int | None,
     *,
@@ -82,7 +52,7 @@ def prepare_request(
     Args:
         job: Gets the prompts and their replies.
         fields: Sampling and extensions.
-        means: Tools and limits.
+        loaded: The model's objects and limits.
         prompts: Token ids of each.
         max_tokens: Limit of the reply; None for the server's.
         samples: Samples of each prompt.
@@ -97,14 +67,14 @@ def prepare_request(
     Raises:
         ApiError: Something is not supported, or beyond a limit.
     """
-    drafter, target = means.drafter, means.drafter.continuous.target
-    options = _options(fields, means)
+    drafter, target = loaded.drafter, loaded.drafter.continuous.target
+    options = _options(fields, loaded)
     greedy = not options["do_sample"]
     seed = secrets.randbits(62) if fields.seed is None else fields.seed
-    words = _words(means.tokenizer, fields.bad_words or ())
+    words = _words(loaded.tokenizer, fields.bad_words or ())
     grammar = grammar or asked_grammar(fields)
     if grammar is not None:
-        means.check()
+        loaded.check()
         for name in ("min_tokens", "ignore_eos", "allowed_token_ids", "bad_words"):
             if getattr(fields, name):
                 raise ApiError(400, f"{name} does not go together with {grammar.field}.", name)
@@ -112,10 +82,10 @@ def prepare_request(
         job.grammar_field = grammar.field.partition(".")[0]
     if fields.allowed_token_ids and {word[-1] for word in words} >= set(fields.allowed_token_ids):
         raise ApiError(400, "bad_words leaves none of allowed_token_ids.", "bad_words")
-    documents, job.predicted = _references(fields, means)
+    documents, job.predicted = _references(fields, loaded)
     for index, prompt in enumerate(prompts):
-        means.check()
-        room = _room(len(prompt), max_tokens, target.max_positions, means.settings)
+        loaded.check()
+        room = _room(len(prompt), max_tokens, target.max_positions, loaded.settings)
         least = fields.min_tokens or 0
         if least > max(room, 1):
             raise ApiError(400, f"min_tokens is {least}; the reply has room for {room}.", "min_tokens")
@@ -151,13 +121,13 @@ def prepare_request(
             if fields.ignore_eos:
                 request.eos = frozenset(fields.stop_token_ids or ())
         first, stops, copies = prepared.requests[0], fields.stops, samples if greedy else 1
-        decode, specials = _decoder(fields, means, first.eos, marks)
+        decode, specials = _decoder(fields, loaded, first.eos, marks)
         tail = first.prompt[-16:].tolist()
         echo = echoed[index] if echoed else None
         prompt_logprobs, offsets = None, []
         if echo is not None and top_logprobs is not None:
             first.read_prompt = prompt_logprobs = PromptLogprobs(first.prompt, top_logprobs)
-            means.check()
+            loaded.check()
             prompt_text = ReplyText(decode)
             prompt_text.push(first.prompt.tolist())
             offsets = [min(offset, len(echo)) for offset in prompt_text.offsets]
@@ -182,15 +152,15 @@ def prepare_request(
         job.prompt_tokens += len(prompt)
 
 
-def _options(fields: GenerationFields, means: Means) -> dict[str, Any]:
+def _options(fields: GenerationFields, loaded: Loaded) -> dict[str, Any]:
     """Options of generation for all prompts.
 
     Raises:
         ApiError: A field names a token that there is not.
     """
-    target = means.drafter.continuous.target
+    target = loaded.drafter.continuous.target
     model: Any = target.model
-    options = {**means.overrides, **fields.options(getattr(model.generation_config, "top_k", None))}
+    options = {**loaded.overrides, **fields.options(getattr(model.generation_config, "top_k", None))}
     named = {
         "logit_bias": [token for (token,) in options.get("sequence_bias", ())],
         "allowed_token_ids": fields.allowed_token_ids or [],
@@ -222,57 +192,52 @@ def _processors(
 
 
 def _decoder(
-    fields: GenerationFields, means: Means, eos: frozenset[int], marks: frozenset[str] | None
+    fields: GenerationFields, loaded: Loaded, eos: frozenset[int], marks: frozenset[str] | None
 ) -> tuple[Decode, Mapping[int, str]]:
     """Decodes a reply; and the special tokens that only stop strings see, by id."""
-    specials = stopping_specials(means.tokenizer, fields.stops) if fields.stops else {}
+    specials = stopping_specials(loaded.tokenizer, fields.stops) if fields.stops else {}
     kept = None if fields.skip_special_tokens is False else marks
     if kept is not None and not kept and not fields.stop_token_ids:
-        return means.decode, specials
+        return loaded.decode, specials
     dropped = frozenset() if fields.include_stop_str_in_output else eos
     specials = {
         token: text
         for token, text in specials.items()
         if token in dropped or (kept is not None and text not in kept)
     }
-    return selective_decoder(means.tokenizer, kept, dropped), specials
+    return selective_decoder(loaded.tokenizer, kept, dropped), specials
 
 
-def tokenize(means: Means, text: str, param: str, *, special: bool = True) -> list[int]:
-    """Token ids of a prompt.
+def tokenize(
+    loaded: Loaded, text: str, param: str, *, special: bool = True, most: int | None = None
+) -> list[int]:
+    """Token ids of a text.
 
     Args:
-        means: Tools and limits.
+        loaded: The model's objects and limits.
         text: Of the client.
         param: The field with the text.
         special: Whether the tokenizer adds its special tokens.
+        most: Tokens that the text may have; None for as many as a prompt.
 
     Raises:
-        ApiError: It has more characters than the tokens of a prompt can.
+        ApiError: It has more characters than so many tokens can.
     """
-    return _tokenize(means, text, param, means.most_prompt_tokens, special)
+    loaded.check()
+    check_length(loaded, text, param, loaded.most_prompt_tokens if most is None else most)
+    return list(loaded.tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
-def check_length(means: Means, text: str, param: str) -> None:
-    """Refuses a text with more characters than the tokens of a prompt can have.
+def check_length(loaded: Loaded, text: str, param: str, most: int | None) -> None:
+    """Refuses a text with more characters than `most` tokens can have.
 
     Raises:
         ApiError: As above.
     """
-    _check_length(means, text, param, means.most_prompt_tokens)
-
-
-def _check_length(means: Means, text: str, param: str, most: int | None) -> None:
-    if most is not None and len(text) > most * means.longest:
+    if most is not None and len(text) > most * loaded.longest:
         raise ApiError(
             400, f"{param} has {len(text)} characters; {most} tokens, the most allowed, have fewer.", param
         )
-
-
-def _tokenize(means: Means, text: str, param: str, most: int | None, special: bool) -> list[int]:
-    means.check()
-    _check_length(means, text, param, most)
-    return list(means.tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
 def _ends(config: Any) -> list[int]:
@@ -292,17 +257,17 @@ def _words(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:
     return found
 
 
-def _references(fields: GenerationFields, means: Means) -> tuple[list[list[int]], list[int]]:
+def _references(fields: GenerationFields, loaded: Loaded) -> tuple[list[list[int]], list[int]]:
     """Token ids of the documents and of the prediction.
 
     Raises:
         ApiError: Together they are longer than the limit on references.
     """
-    most = means.settings.max_reference_tokens
+    most = loaded.settings.max_reference_tokens
     left, documents, predicted = most, [], []
     given = [("documents", text) for text in fields.references]
     for name, text in (*given, ("prediction", fields.predicted or "")):
-        ids = _tokenize(means, text, name, left, False) if text else []
+        ids = tokenize(loaded, text, name, special=False, most=left) if text else []
         left -= len(ids)
         if left < 0:
             raise ApiError(400, f"documents and prediction have more than {most} tokens together.", name)

@@ -21,7 +21,7 @@ from retrieval_draft.server.openai.chat_request import CHAT, ChatRequest
 from retrieval_draft.server.openai.completions_request import COMPLETION
 from retrieval_draft.server.openai.format import CompletionFormat, ResponseFormat
 from retrieval_draft.server.openai.generation_request import GenerationFields
-from retrieval_draft.server.openai.prepare import Means, prepare_request, tokenize
+from retrieval_draft.server.openai.prepare import prepare_request, tokenize
 from retrieval_draft.server.openai.response import ResponseWriter
 from retrieval_draft.server.openai.responses_request import RESPONSES, named_as_here
 from retrieval_draft.server.openai.responses_writer import ResponsesWriter
@@ -86,16 +86,16 @@ def make_router(service: Service) -> APIRouter:
         samples = body.best_of or n
         _check_choices(service, samples * len(prompts))
 
-        def prepare(job: Job, loaded: Loaded, means: Means) -> None:
+        def prepare(job: Job, loaded: Loaded) -> None:
             special = body.add_special_tokens is not False
             ids = [
-                prompt if isinstance(prompt, list) else tokenize(means, prompt, "prompt", special=special)
+                prompt if isinstance(prompt, list) else tokenize(loaded, prompt, "prompt", special=special)
                 for prompt in prompts
             ]
             texts = [loaded.decode(each) if isinstance(given, list) else given
                      for given, each in zip(prompts, ids, strict=True)]  # fmt: skip
             prepare_request(
-                job, body, means, ids, _DEFAULT_COMPLETION if body.max_tokens is None else body.max_tokens,
+                job, body, loaded, ids, _DEFAULT_COMPLETION if body.max_tokens is None else body.max_tokens,
                 samples=samples, competing=samples > n, top_logprobs=body.alternatives,
                 echoed=texts if body.echo else (),
             )  # fmt: skip
@@ -143,7 +143,7 @@ async def _respond(
     service: Service,
     request: Request,
     fields: GenerationFields,
-    prepare: Callable[[Job, Loaded, Means], object],
+    prepare: Callable[[Job, Loaded], object],
     shape: Callable[[Loaded, str], ResponseFormat],
     kept: int | None,
     writer: Callable[..., ResponseWriter] = ResponseWriter,

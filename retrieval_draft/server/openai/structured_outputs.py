@@ -76,30 +76,21 @@ def schema_grammar(
     schema: Mapping[str, Any] | bool | str,
     name: str,
     *,
-    before: str = "",
-    after: str = "",
     strict: bool = True,
     whitespace: str | None = None,
 ) -> AskedGrammar:
-    r"""The grammar of JSON that a schema describes, between two texts.
+    """The grammar of JSON that a schema describes.
 
     Args:
         schema: The schema, or its JSON text.
         name: The field that asks for it, for errors.
-        before: Text in front, such as ``"<tool_call>\n"``. Special tokens are written by their names.
-        after: Text after it.
         strict: Whether keywords that cannot be followed are refused; else they are ignored.
         whitespace: As of `Grammar.json_schema`.
 
     Raises:
         ApiError: It is no schema. What it asks for is checked by `check_grammar`.
     """
-
-    def make() -> Grammar:
-        grammar = Grammar.json_schema(schema, whitespace=whitespace, strict=strict)
-        return grammar.within(before, after) if before or after else grammar
-
-    return _asked(name, make)
+    return _asked(name, lambda: Grammar.json_schema(schema, whitespace=whitespace, strict=strict))
 
 
 def asked_grammar(fields: GenerationFields) -> AskedGrammar | None:

@@ -16,7 +16,7 @@ from retrieval_draft.server.openai.api_errors import ERRORS, body_schema
 from retrieval_draft.server.openai.chat_replies import ChatReplies
 from retrieval_draft.server.openai.chat_request import ChatRequest
 from retrieval_draft.server.openai.generation_request import TokenId
-from retrieval_draft.server.openai.prepare import Means, tokenize
+from retrieval_draft.server.openai.prepare import tokenize
 from retrieval_draft.server.service import Loaded, Service
 
 __all__ = ["DetokenizeRequest", "TokenizeRequest", "token_router"]
@@ -88,15 +88,15 @@ def token_router(service: Service) -> APIRouter:
             )
             chat = ChatReplies(service, asked)
 
-        def work(loaded: Loaded, means: Means) -> dict[str, Any]:
+        def work(loaded: Loaded) -> dict[str, Any]:
             if chat is None:
                 special = body.add_special_tokens is not False
-                ids = tokenize(means, body.prompt or "", "prompt", special=special)
+                ids = tokenize(loaded, body.prompt or "", "prompt", special=special)
             else:
                 special = bool(body.add_special_tokens)
-                ids = list(chat.tokens(loaded, means, chat.prompt(loaded), special=special)[0])
+                ids = list(chat.tokens(loaded, chat.prompt(loaded), special=special)[0])
             names = loaded.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
-            most = means.drafter.continuous.target.max_positions
+            most = loaded.drafter.continuous.target.max_positions
             return {"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": names}
 
         size = len(await request.body())
@@ -108,8 +108,8 @@ def token_router(service: Service) -> APIRouter:
         body = await read_body(request, _DETOKENIZE)
         service.check_model(body.model)
 
-        def work(loaded: Loaded, means: Means) -> dict[str, Any]:
-            end = max(len(loaded.tokenizer), means.drafter.continuous.target.embedding_rows)
+        def work(loaded: Loaded) -> dict[str, Any]:
+            end = max(len(loaded.tokenizer), loaded.drafter.continuous.target.embedding_rows)
             if body.tokens and max(body.tokens) >= end:
                 raise ApiError(400, f"tokens names {max(body.tokens)}; ids end at {end - 1}.", "tokens")
             decoded = loaded.tokenizer.decode(body.tokens, clean_up_tokenization_spaces=False)

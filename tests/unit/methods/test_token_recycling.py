@@ -29,7 +29,7 @@ def predictions(*rows):
 
 def paths(nodes):
     found = []
-    for parent, rank, _ in nodes:
+    for parent, rank in nodes:
         found.append((*(found[parent] if parent >= 0 else ()), rank))
     return found
 
@@ -38,7 +38,7 @@ def test_the_template_has_the_published_levels():
     sizes = Counter(len(path) for path in paths(TEMPLATE))
     assert [sizes[level] for level in range(1, 7)] == [8, 21, 25, 15, 8, 3]
     assert METHOD.nodes == len(TEMPLATE) == len(set(paths(TEMPLATE))) == 80
-    assert all(parent < node for node, (parent, _, _) in enumerate(TEMPLATE))
+    assert all(parent < node for node, (parent, _) in enumerate(TEMPLATE))
 
 
 def test_the_template_follows_zipfs_law():
@@ -55,7 +55,7 @@ def test_rows_fill_the_template():
     proposal = opened.propose(80)
     # ranks 0, 1, 00, (10), (000) ..: below 9 comes 2, below 4 comes 7 whose row starts again
     pairs = zip(proposal.parents, proposal.tokens, strict=True)
-    found = paths([(parent, token, 0) for parent, token in pairs])
+    found = paths(pairs)
     assert found[:4] == [(9,), (4,), (9, 2), (4, 7)]
     assert (4, 7, 9) in found
     assert (4, 7, 4) in found

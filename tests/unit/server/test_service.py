@@ -14,7 +14,7 @@ from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.http.keys import KeyRing
 from retrieval_draft.server.errors import ApiError
 from retrieval_draft.server.openai.generation_request import GenerationFields
-from retrieval_draft.server.openai.prepare import Means, prepare_request
+from retrieval_draft.server.openai.prepare import prepare_request
 from retrieval_draft.server.scheduler.channel import Failed
 from retrieval_draft.server.scheduler.job import Job
 from retrieval_draft.server.service import Loaded, Service
@@ -48,8 +48,8 @@ def started(
         service.close()
 
 
-def prepare(job: Job, loaded: Loaded, means: Means) -> None:
-    prepare_request(job, GenerationFields(temperature=0.0), means, [[1, 2]], 4)
+def prepare(job: Job, loaded: Loaded) -> None:
+    prepare_request(job, GenerationFields(temperature=0.0), loaded, [[1, 2]], 4)
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -102,9 +102,9 @@ def test_a_request_is_prepared_beside_the_loop_and_decoded() -> None:
     async def check() -> None:
         threads: list[str] = []
 
-        def noted(job: Job, loaded: Loaded, means: Means) -> None:
+        def noted(job: Job, loaded: Loaded) -> None:
             threads.append(threading.current_thread().name)
-            prepare(job, loaded, means)
+            prepare(job, loaded)
 
         with started() as service:
             service.wait(60)
@@ -120,7 +120,7 @@ def test_a_request_is_prepared_beside_the_loop_and_decoded() -> None:
 
 def test_what_preparing_raises_comes_out() -> None:
     async def check() -> None:
-        def refuse(job: Job, loaded: Loaded, means: Means) -> None:
+        def refuse(job: Job, loaded: Loaded) -> None:
             raise ApiError(400, "no such thing")
 
         with started() as service:
@@ -136,17 +136,17 @@ def test_preparing_ends_once_nobody_waits_for_it() -> None:
     async def check() -> None:
         begun, gone, noted, found = threading.Event(), threading.Event(), threading.Event(), []
 
-        def slow(job: Job, loaded: Loaded, means: Means) -> None:
+        def slow(job: Job, loaded: Loaded) -> None:
             begun.set()
             assert gone.wait(60)
             try:
-                means.check()
+                loaded.check()
             except ApiError as error:
                 found.append(error.status)
                 raise
             finally:
                 noted.set()
-            prepare(job, loaded, means)
+            prepare(job, loaded)
 
         with started() as service:
             service.wait(60)
@@ -166,9 +166,9 @@ def test_each_tenant_has_a_drafter_of_its_own() -> None:
     async def check() -> None:
         seen: list[RetrievalDrafter] = []
 
-        def noted(job: Job, loaded: Loaded, means: Means) -> None:
-            seen.append(means.drafter)
-            prepare(job, loaded, means)
+        def noted(job: Job, loaded: Loaded) -> None:
+            seen.append(loaded.drafter)
+            prepare(job, loaded)
 
         with started(keys={"secret-a": "a", "secret-b": "b"}) as service:
             service.wait(60)

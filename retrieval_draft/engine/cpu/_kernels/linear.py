@@ -11,7 +11,6 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 from numba.np.numpy_support import carray
-from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import kernel
 from retrieval_draft.engine.cpu._kernels.vector_tile import (
@@ -31,7 +30,7 @@ from retrieval_draft.engine.cpu._kernels.vector_tile import (
 
 __all__ = [
     "BLOCK", "GROUP", "JOB", "MAX_TOKENS", "RUN", "SIGNATURE", "TILE", "add_rest", "fetches", "floats",
-    "groups_of", "linear", "linear_numpy", "run_length_of", "widen_rows", "write",
+    "groups_of", "linear", "run_length_of", "widen_rows", "write",
 ]  # fmt: skip
 
 SIGNATURE = types.void(types.intp)
@@ -309,44 +308,3 @@ def write(
             out = carray(floats_at(target), (count,))
             for line in range(count):
                 out[line] = sums[line, token]
-
-
-def linear_numpy(
-    x: NDArray[np.float32], w: NDArray[np.float32], bias: NDArray[np.float32] | None = None
-) -> NDArray[np.float32]:
-    """The kernel's twin, in its order of summation: `LANES` lanes along a row, each a chain of multiply-adds.
-
-    numpy has no fused multiply-add: products are formed in float64, where they are exact, and each sum is
-    rounded to float32, which differs from fusing only where two roundings meet.
-
-    Args:
-        x: float32, shape (tokens, length).
-        w: float32, shape (rows, length).
-        bias: float32, shape (rows,), or None.
-
-    Returns:
-        float32, shape (tokens, rows).
-    """
-    tokens, length = x.shape
-    out = np.zeros((tokens, w.shape[0]), np.float32)
-    run_length = run_length_of(length)
-    for run in range(0, length, run_length):
-        part = min(run_length, length - run)
-        whole = part - part % STEP
-        lanes = np.zeros((tokens, w.shape[0], LANES), np.float64)
-        for column in range(run, run + whole, LANES):
-            exact = (
-                x[:, None, column : column + LANES].astype(np.float64) * w[None, :, column : column + LANES]
-            )
-            lanes = (lanes + exact).astype(np.float32).astype(np.float64)
-        halves = lanes.astype(np.float32)
-        while halves.shape[-1] > 1:
-            middle = halves.shape[-1] // 2
-            halves = halves[..., :middle] + halves[..., middle:]
-        out += halves[..., 0]
-        rest = np.zeros_like(out)
-        for column in range(run + whole, run + part):
-            rest += x[:, None, column] * w[None, :, column]
-        if whole < part:
-            out += rest
-    return out if bias is None else out + bias

@@ -7,9 +7,7 @@ for all tokens. Either way the order of the sums is that of `linear`.
 
 from __future__ import annotations
 
-import numpy as np
 from numba.np.numpy_support import carray
-from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import kernel
 from retrieval_draft.engine.cpu._kernels.linear import (
@@ -21,7 +19,6 @@ from retrieval_draft.engine.cpu._kernels.linear import (
     fetches,
     floats,
     groups_of,
-    linear_numpy,
     run_length_of,
     write,
 )
@@ -32,7 +29,10 @@ from retrieval_draft.engine.cpu._kernels.quantized_tile import (
 )
 from retrieval_draft.engine.cpu._kernels.vector_tile import STEP, claim, floats_at, integers_at, stack_floats
 
-__all__ = ["QUANTIZED_JOB", "linear_quantized", "linear_quantized_numpy"]
+__all__ = [
+    "QUANTIZED_JOB",
+    "linear_quantized",
+]
 
 QUANTIZED_JOB = 16
 """int64 fields of a job."""
@@ -229,32 +229,3 @@ def _rest_of_rows(
         for column in range(begin, end):
             wide[column] = integer_at(w + line * w_stride + column)
         add_rest(1, tokens, room, RUN, x, x_stride, begin, end, y + line * MAX_TOKENS * 4, False)
-
-
-def linear_quantized_numpy(
-    x: NDArray[np.float32],
-    w: NDArray[np.int8],
-    scale: NDArray[np.float32],
-    shift: NDArray[np.float32] | None = None,
-    bias: NDArray[np.float32] | None = None,
-) -> NDArray[np.float32]:
-    """The kernel's twin, in its order of summation.
-
-    Args:
-        x: float32, shape (tokens, length).
-        w: Integers, shape (rows, length), one for each weight.
-        scale: float32, shape (rows, groups); without `shift` (rows, 1), and the sums are scaled.
-        shift: float32, shape (rows, groups), added to scaled weights, or None.
-        bias: float32, shape (rows,), or None.
-
-    Returns:
-        float32, shape (tokens, rows).
-    """
-    if shift is None:
-        out = linear_numpy(x, w.astype(np.float32)) * scale[:, 0]
-        return out if bias is None else out + bias
-    each = w.shape[1] // scale.shape[1]
-    scale, shift = np.repeat(scale, each, axis=1), np.repeat(shift, each, axis=1)
-    # Exact in float64, then rounded once, as a fused multiply-add is.
-    wide = (w.astype(np.float64) * scale + shift).astype(np.float32)
-    return linear_numpy(x, wide, bias)

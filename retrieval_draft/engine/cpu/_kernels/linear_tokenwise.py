@@ -8,9 +8,7 @@ part of x that stays in the second cache, while the next two tiles are fetched.
 
 from __future__ import annotations
 
-import numpy as np
 from numba.np.numpy_support import carray
-from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import kernel
 from retrieval_draft.engine.cpu._kernels.linear import BLOCK, JOB, MAX_TOKENS, RUN, fetches, write
@@ -26,7 +24,7 @@ from retrieval_draft.engine.cpu._kernels.vector_tile import (
     widen,
 )
 
-__all__ = ["MAX_VECTORS", "linear_tokenwise", "linear_tokenwise_numpy", "multiply", "pack", "rows_of"]
+__all__ = ["MAX_VECTORS", "linear_tokenwise", "multiply", "pack", "rows_of"]
 
 MAX_VECTORS = MAX_TOKENS // LANES
 
@@ -159,29 +157,3 @@ def pack(source: int, stride: int, target: int, tokens: int, length: int, width:
                     out[column, token] = given[token, column]
                 for token in range(max(first, last), first + LANES):
                     out[column, token] = 0.0
-
-
-def linear_tokenwise_numpy(
-    x: NDArray[np.float32], w: NDArray[np.float32], bias: NDArray[np.float32] | None = None
-) -> NDArray[np.float32]:
-    """The kernel's twin: in each run of a row a chain of multiply-adds, rounded as in `linear_numpy`.
-
-    Args:
-        x: float32, shape (tokens, length).
-        w: float32, shape (rows, length).
-        bias: float32, shape (rows,), or None.
-
-    Returns:
-        float32, shape (tokens, rows).
-    """
-    out = np.zeros((len(x), len(w)), np.float32)
-    for run in range(0, x.shape[1], RUN):
-        end = min(run + RUN, x.shape[1])
-        whole = end - (end - run) % _TURNS
-        for begin, stop in ((run, whole), (whole, end)):
-            total = np.zeros(out.shape, np.float64)
-            for column in range(begin, stop):
-                exact = x[:, None, column].astype(np.float64) * w[None, :, column]
-                total = (total + exact).astype(np.float32).astype(np.float64)
-            out += total.astype(np.float32)
-    return out if bias is None else out + bias

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba.np.numpy_support import carray
-from numpy.typing import NDArray
 
 from retrieval_draft._kernels.jit import kernel, sum_kernel
 from retrieval_draft.engine.cpu._kernels.vector_tile import (
@@ -16,7 +13,7 @@ from retrieval_draft.engine.cpu._kernels.vector_tile import (
     store_bfloat16,
 )
 
-__all__ = ["norm_row", "read_row", "rms_norm", "rms_norm_numpy", "round_bfloat16", "write_row"]
+__all__ = ["norm_row", "read_row", "rms_norm", "round_bfloat16", "write_row"]
 
 
 @kernel
@@ -103,10 +100,3 @@ def rms_norm(x: int, y: int, scale: int, rows: int, length: int, eps: float, twi
         norm_row(target, scale, length, eps, twice, half)
         if half:
             write_row(wide, at, length, True)
-
-
-def rms_norm_numpy(x: NDArray[np.float32], scale: NDArray[np.float32], eps: float) -> NDArray[np.float32]:
-    """The kernel's twin: float32, shape (rows, length), from `x` of that shape and `scale`, (length,)."""
-    given: Any = x.astype(np.float64)
-    factor = 1.0 / np.sqrt((given * given).mean(-1, keepdims=True) + eps)
-    return (given * factor * scale).astype(np.float32)

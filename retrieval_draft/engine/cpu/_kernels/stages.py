@@ -35,7 +35,7 @@ from retrieval_draft.engine.cpu._kernels.vector_tile import (
 
 __all__ = [
     "CHUNK", "ENTRY", "GELU_TANH", "MAX_HEAD", "MAX_QUERIES", "MAX_ROW", "SILU", "add_and_norm", "attend",
-    "attend_numpy", "fill", "gate", "gate_numpy", "head_positions", "layout", "run_stages",
+    "fill", "gate", "head_positions", "layout", "run_stages",
 ]  # fmt: skip
 
 ENTRY = 4
@@ -293,13 +293,6 @@ def gate(job: int) -> None:
         block = claim(job)
 
 
-def gate_numpy(g: NDArray[np.float32], u: NDArray[np.float32], activation: int) -> NDArray[np.float32]:
-    """The twin of `gate` for float32 of any shape."""
-    given: Any = g.astype(np.float64)
-    z = given if activation == SILU else 2 * np.sqrt(2 / np.pi) * (given + 0.044715 * given**3)
-    return (given / (1 + np.exp(-np.clip(z, -700, 700))) * u).astype(np.float32)
-
-
 def head_positions(job: int) -> None:
     """Norms the heads of queries, keys or values, and rotates their halves by position. A block is a token.
 
@@ -464,33 +457,6 @@ def attend(job: int) -> None:
             at = field[5] + (token * heads + head) * dim * size
             write_row(query_at + row * dim * 4, at, dim, half)
         block = claim(job)
-
-
-def attend_numpy(
-    query: NDArray[np.float32],
-    key: NDArray[np.float32],
-    value: NDArray[np.float32],
-    mask: NDArray[np.float32],
-    scale: float,
-) -> NDArray[np.float32]:
-    """The twin of `attend` for float32.
-
-    Args:
-        query: (tokens, heads, dim).
-        key: (heads of keys, keys, dim), as `value`.
-        value: Each head of it serves as many of queries, one after the other.
-        mask: (tokens, keys), added to the scores.
-        scale: Factor of the scores.
-
-    Returns:
-        (tokens, heads, dim).
-    """
-    times = query.shape[1] // key.shape[0]
-    keys, values = (each.astype(np.float64).repeat(times, 0) for each in (key, value))
-    scores = np.einsum("thd,hkd->htk", query.astype(np.float64), keys) * scale + mask
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    return np.einsum("htk,hkd->thd", weights, values).astype(np.float32)
 
 
 def layout(job: int) -> None:

@@ -5,9 +5,8 @@ from numba import config as numba_config
 from torch.nn.functional import linear
 
 from retrieval_draft.engine.cpu import linear_kernels
-from retrieval_draft.engine.cpu._kernels.linear import linear_numpy
-from retrieval_draft.engine.cpu._kernels.linear_tokenwise import linear_tokenwise_numpy
 from retrieval_draft.engine.cpu.linear_kernels import KERNELS, OURS, Outputs, is_tiled_available
+from tests.support.kernel_twins import linear_numpy, linear_tokenwise_numpy
 from tests.support.tensors import normal
 
 SHAPES = [(1, 1), (5, 3), (7, 16), (3, 33), (24, 640), (25, 641), (63, 1283), (640, 100), (129, 2048)]

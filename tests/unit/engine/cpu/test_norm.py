@@ -6,9 +6,9 @@ from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from retrieval_draft.engine.cpu._kernels.norm import rms_norm_numpy
 from retrieval_draft.engine.cpu.norm import CpuNorm
 from retrieval_draft.engine.substitution import lend_forwards
+from tests.support.kernel_twins import rms_norm_numpy
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from retrieval_draft.engine.cpu._kernels.linear_quantized import linear_quantized_numpy
 from retrieval_draft.engine.cpu.quantized_kernels import quantized
 from retrieval_draft.engine.cpu.quantized_weights import QuantizedWeight
+from tests.support.kernel_twins import linear_quantized_numpy
 from tests.support.tensors import normal
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 33, 63, 64, 65, 130)

@@ -14,11 +14,12 @@ import pytest
 from retrieval_draft.errors import DatastoreError, InvalidInputError, TokenizerMismatchError
 from retrieval_draft.index.build import builder
 from retrieval_draft.index.build import encoder as encoder_module
-from retrieval_draft.index.build.builder import BuildOptions, build_index
+from retrieval_draft.index.build.builder import build_index
 from retrieval_draft.index.build.documents import ReadReport, find_files
 from retrieval_draft.index.build.encoder import Encoder
 from retrieval_draft.index.build.journal import Journal
 from retrieval_draft.index.build.merge import merge_indexes
+from retrieval_draft.index.build.options import BuildOptions
 from retrieval_draft.index.build.shards import build_shard
 from retrieval_draft.index.segments.index_folder import IndexFolder
 from tests.support.tiny import byte_tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,28 +12,21 @@ from msgspec import Raw
 from retrieval_draft.engine.sampling.noise import GumbelNoise
 from retrieval_draft.engine.sampling.penalties import CountPenalty
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.openai.detokenize import StopTexts, decoder
+from retrieval_draft.server.openai.detokenize import StopTexts
 from retrieval_draft.server.openai.generation_request import GenerationFields, Prediction
 from retrieval_draft.server.openai.prepare import (
-    Means,
     prepare_request,
     tokenize,
 )
 from retrieval_draft.server.openai.prompt_logprobs import PromptLogprobs
 from retrieval_draft.server.openai.token_masks import AllowedTokens
 from retrieval_draft.server.scheduler.job import Job
-from retrieval_draft.server.settings import ServerSettings
-from tests.support.jobs import empty_job
+from tests.support.jobs import empty_job, loaded_for
 from tests.support.servers import tiny_drafter, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 DRAFTER = tiny_drafter(tiny_model(TOKENIZER, max_position_embeddings=32), TOKENIZER)
 ROWS = len(TOKENIZER)
-
-
-def means(**settings: Any) -> Means:
-    given = ServerSettings("m", **settings)
-    return Means(DRAFTER, TOKENIZER, decoder(TOKENIZER), given, {}, 3, lambda: None)
 
 
 def prepared(
@@ -43,7 +37,8 @@ def prepared(
 ) -> Job:
     given = GenerationFields(**{"temperature": 0.0, **fields})
     job = empty_job("job")
-    prepare_request(job, given, means(**(settings or {})), prompts, **{"max_tokens": 4, **(asks or {})})
+    loaded = loaded_for(DRAFTER, TOKENIZER, **(settings or {}))
+    prepare_request(job, given, loaded, prompts, **{"max_tokens": 4, **(asks or {})})
     job.begin()
     return job
 
@@ -208,7 +203,7 @@ def test_references_have_a_limit_together(fields: dict[str, Any], param: str | N
 
 
 def test_a_text_too_long_for_any_prompt_is_not_tokenised() -> None:
-    asked = means(max_prompt_tokens=4)
+    asked = loaded_for(DRAFTER, TOKENIZER, max_prompt_tokens=4)
     assert tokenize(asked, "a" * 12, "prompt")
     with pytest.raises(ApiError, match="13 characters; 4 tokens") as error:
         tokenize(asked, "a" * 13, "prompt")
@@ -219,8 +214,7 @@ def test_nothing_is_prepared_for_one_that_has_left() -> None:
     def gone() -> None:
         raise ApiError(499, "gone")
 
-    given = means()
-    left = Means(given.drafter, given.tokenizer, given.decode, given.settings, {}, 3, gone)
+    left = replace(loaded_for(DRAFTER, TOKENIZER), check=gone)
     with pytest.raises(ApiError, match="gone"):
         prepare_request(empty_job("job"), GenerationFields(), left, [[1]], 4)
     with pytest.raises(ApiError, match="gone"):

@@ -11,13 +11,11 @@ from msgspec import Raw
 from retrieval_draft import DraftConfig, Grammar, RetrievalDrafter
 from retrieval_draft.drafting.grammar.grammar import ANY_WHITESPACE
 from retrieval_draft.server.errors import ApiError
-from retrieval_draft.server.openai.detokenize import decoder
 from retrieval_draft.server.openai.generation_request import GenerationFields
-from retrieval_draft.server.openai.prepare import Means, prepare_request
+from retrieval_draft.server.openai.prepare import prepare_request
 from retrieval_draft.server.openai.structured_outputs import asked_grammar, check_grammar, schema_grammar
-from retrieval_draft.server.settings import ServerSettings
 from tests.support.grammars import json_model, json_tokenizer
-from tests.support.jobs import empty_job
+from tests.support.jobs import empty_job, loaded_for
 
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}
 DRAFTER = RetrievalDrafter.for_model(json_model(), json_tokenizer(), config=DraftConfig(nodes=4))
@@ -128,18 +126,16 @@ def test_absence_is_no_grammar(given: dict[str, Any]) -> None:
     ids=str,
 )
 def test_a_wrong_one_is_a_400_with_field_and_reason(given: dict[str, Any], param: str, message: str) -> None:
-    means = Means(
-        DRAFTER, json_tokenizer(), decoder(json_tokenizer()), ServerSettings("m"), {}, 9, lambda: None
-    )
+    loaded = loaded_for(DRAFTER, json_tokenizer(), 9)
     with pytest.raises(ApiError) as error:
-        prepare_request(empty_job("job"), fields(**given), means, [[5, 6]], 4)
+        prepare_request(empty_job("job"), fields(**given), loaded, [[5, 6]], 4)
     assert (error.value.status, error.value.param) == (400, param)
     assert message in error.value.message
 
 
-def test_a_schema_between_texts_for_calls_of_tools() -> None:
-    asked = schema_grammar(SCHEMA, "tools", before="<call>", after="</call>")
-    assert asked.grammar == Grammar.json_schema(SCHEMA).within("<call>", "</call>")
+def test_a_schema_names_the_field_that_asks_for_it() -> None:
+    asked = schema_grammar(SCHEMA, "tools")
+    assert (asked.grammar, asked.field) == (Grammar.json_schema(SCHEMA), "tools")
     check_grammar(DRAFTER, asked)
     with pytest.raises(ApiError) as error:
         schema_grammar("[", "tools")
@@ -147,14 +143,12 @@ def test_a_schema_between_texts_for_calls_of_tools() -> None:
 
 
 def test_the_request_of_the_engine_has_the_grammar() -> None:
-    means = Means(
-        DRAFTER, json_tokenizer(), decoder(json_tokenizer()), ServerSettings("m"), {}, 9, lambda: None
-    )
+    loaded = loaded_for(DRAFTER, json_tokenizer(), 9)
     given = fields(guided_json=SCHEMA, temperature=0.0)
     job = empty_job("job")
-    prepare_request(job, given, means, [[5, 6]], 4)
+    prepare_request(job, given, loaded, [[5, 6]], 4)
     other = schema_grammar({"enum": ["ZQ"]}, "tools")
-    prepare_request(job, given, means, [[5, 6]], 4, grammar=other)
+    prepare_request(job, given, loaded, [[5, 6]], 4, grammar=other)
     job.begin()
     first, second = (choice.request for choice in job.choices)
     assert first.grammar is not None

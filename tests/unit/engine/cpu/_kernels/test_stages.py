@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
-from retrieval_draft.engine.cpu._kernels.norm import rms_norm_numpy
-from retrieval_draft.engine.cpu._kernels.stages import GELU_TANH, MAX_QUERIES, SILU, attend_numpy, gate_numpy
+from retrieval_draft.engine.cpu._kernels.stages import GELU_TANH, MAX_QUERIES, SILU
 from retrieval_draft.engine.cpu._kernels.vector_tile import LANES, STEP
 from retrieval_draft.engine.cpu.stage_program import At, StageProgram, stage_function
+from tests.support.kernel_twins import attend_numpy, gate_numpy, rms_norm_numpy
 from tests.support.tensors import normal
 
 DTYPES = [torch.float32, torch.bfloat16]
