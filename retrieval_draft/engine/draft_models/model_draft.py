@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from retrieval_draft.engine.cpu.kernels import CpuKernels
+from retrieval_draft.engine.draft_models.beside import BesideSession, DraftThread
 from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits, LentExpansion
 from retrieval_draft.engine.draft_models.heads import RERANKED, proposal_of
 from retrieval_draft.engine.draft_models.layer_search import LayerSearch
@@ -70,12 +71,24 @@ class ModelSession:
 
     def propose(self, budget: int) -> Proposal:
         """The model's most probable paths, more than `budget` of them: fusion chooses."""
-        if budget <= 0 or not len(self._text):
+        return self._grow(self._text, budget)
+
+    def propose_after(self, tokens: TokenArray, budget: int, stop: Callable[[], bool]) -> Proposal:
+        """As `propose`, one level deeper, after the text and `tokens`; see `PreparesDrafts`."""
+        if not self._expansion.knows(tokens):
+            return empty_proposal("model", "model")
+        return self._grow(np.concatenate((self._text, tokens)), budget, 1, stop)
+
+    def _grow(
+        self, text: TokenArray, budget: int, sure: int = 0, stop: Callable[[], bool] = lambda: False
+    ) -> Proposal:
+        if budget <= 0 or not len(text):
             return empty_proposal("model", "model")
         trim = self._trim
         with nullcontext() if trim is None else trim.applied():
             allowed, ids = (self._allowed, None) if trim is None else (None, trim.ids)
-            tree = self._expansion.grow(self._text, self._reranked * budget, allowed, ids=ids)
+            nodes = self._reranked * budget
+            tree = self._expansion.grow(text, nodes, allowed, ids=ids, sure=sure, stop=stop)
         return proposal_of(tree)
 
     def review(self, chain: TokenArray) -> Tensor:
@@ -137,6 +150,7 @@ class ModelDraft:
             self._allowed = self._allowed.to(self.target.device)
         self._known = min(vocabulary, self.target.embedding_rows)
         self.trims = trim_of(model, self._known, columns)
+        self.thread: DraftThread | None = None
 
     def expansion(self, limits: ExpansionLimits | None = None, slack: int = 0) -> Expansion:
         """The model with an empty cache.
@@ -159,7 +173,9 @@ class ModelDraft:
         with self._kernels.applied():
             yield
 
-    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> ModelSession:
+    def open(
+        self, prompt: TokenArray, references: Sequence[TokenArray] = ()
+    ) -> ModelSession | BesideSession:
         """Starts a request with `prompt`, int32, shape (length,); reference texts are not read.
 
         Raises:
@@ -169,9 +185,13 @@ class ModelDraft:
 
     def session(
         self, prompt: TokenArray, limits: ExpansionLimits | None = None, reranked: int = RERANKED
-    ) -> ModelSession:
+    ) -> ModelSession | BesideSession:
         """Starts a request with limits of its own; see `open` and `ModelSession`."""
         self._check(prompt)
+        made = self._session(prompt, limits, reranked)
+        return made if self.thread is None else BesideSession(made, self.thread)
+
+    def _session(self, prompt: TokenArray, limits: ExpansionLimits | None, reranked: int) -> ModelSession:
         return ModelSession(self.expansion(limits), prompt, self._allowed, reranked, self.trims)
 
     def _check(self, prompt: TokenArray) -> None:
@@ -186,7 +206,9 @@ class ModelDraft:
         """Does nothing: no text waits to be looked up."""
 
     def close(self) -> None:
-        """Does nothing: there is no thread or file to close."""
+        """Ends the thread, if there is one."""
+        if self.thread is not None:
+            self.thread.close()
 
     @property
     def nbytes(self) -> int:
@@ -248,12 +270,14 @@ class ParallelSession(ModelSession):
         super().__init__(expansion, prompt, allowed, reranked)
         self._masks = masks
 
-    def propose(self, budget: int) -> Proposal:
-        """The model's most probable paths, by one pass."""
-        if budget <= 0 or not len(self._text):
+    def _grow(
+        self, text: TokenArray, budget: int, sure: int = 0, stop: Callable[[], bool] = lambda: False
+    ) -> Proposal:
+        """The model's most probable paths, by one pass: its masks are as many as it was trained with."""
+        if budget <= 0 or not len(text):
             return empty_proposal("model", "model")
         nodes = self._reranked * budget
-        return proposal_of(self._expansion.grow_parallel(self._text, nodes, self._masks, self._allowed))
+        return proposal_of(self._expansion.grow_parallel(text, nodes, self._masks, self._allowed))
 
 
 class ParallelDraft(ModelDraft):
@@ -291,11 +315,7 @@ class ParallelDraft(ModelDraft):
             )
         self._mask = mask
 
-    def session(
-        self, prompt: TokenArray, limits: ExpansionLimits | None = None, reranked: int = RERANKED
-    ) -> ModelSession:
-        """Starts a request with limits of its own; see `ModelDraft.open`."""
-        self._check(prompt)
+    def _session(self, prompt: TokenArray, limits: ExpansionLimits | None, reranked: int) -> ModelSession:
         limits = limits or self.limits
         masks = np.full(limits.depth - 1, self._mask, np.int32)
         return ParallelSession(self.expansion(limits), prompt, masks, self._allowed, reranked)
@@ -363,10 +383,7 @@ class SelfDraft(ModelDraft):
             self._search = LayerSearch(count, rest * count / max(sum(sizes), 1), self.limits.depth)
         self._scored: Tensor | None = None
 
-    def session(
-        self, prompt: TokenArray, limits: ExpansionLimits | None = None, reranked: int = RERANKED
-    ) -> SelfSession:
-        """Starts a request with limits of its own; see `ModelDraft.session`."""
+    def _session(self, prompt: TokenArray, limits: ExpansionLimits | None, reranked: int) -> SelfSession:
         expansion = LentExpansion(self.target, limits or self.limits, self.applied, lambda: self.skip)
         return SelfSession(self, expansion, prompt, reranked)
 
