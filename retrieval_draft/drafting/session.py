@@ -368,7 +368,7 @@ def _likely_outcomes(tree: DraftTree, ahead: int) -> list[TokenArray]:
         ahead: Its first tokens, which the sources have seen.
 
     Example:
-        tokens [8, 9, 4, 3], parents [-1, 0, 1, 0], path_probs [1, .8, .6, .1]: "9 4" .6, "9" .2, none .1
+        tokens [8, 9, 4, 3], parents [-1, 0, 1, 0], path_probs [1, .8, .6, .05]: "9 4" .6, "9" .2, none .15
     """
     ends = tree.path_probs.copy()
     np.subtract.at(ends, tree.parents[1:], tree.path_probs[1:])
