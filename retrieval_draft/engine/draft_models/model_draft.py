@@ -349,10 +349,11 @@ class SelfDraft(ModelDraft):
 
     Attributes:
         skip: The layers that are left out now. At first, every second one of the middle: neither the first
-            and last quarter nor the first layer, whose keys count the text.
+            and last quarter nor the first layer, whose keys count the text, nor one whose keys later ones use.
 
     Raises:
-        InvalidInputError: A layer does not exist, is the first, or the model's layers are not found.
+        InvalidInputError: A layer does not exist, is the first or one whose keys others use, or the model's
+            layers are not found.
 
     Example:
         12 layers: skips 3, 5, 7 until the search has found something better
@@ -364,23 +365,34 @@ class SelfDraft(ModelDraft):
         super().__init__(model, int(model.get_input_embeddings().weight.shape[0]), limits)
         self._layers = list(decoder_layers(model))
         count = len(self._layers)
-        chosen = range(max(1, count // 4), count - count // 4, 2) if skip is None else skip
-        self.skip = tuple(sorted(set(chosen)))
+        needed = _lenders(model, count)
+        is_searched = skip is None
+        if skip is None:
+            middle = range(max(1, count // 4), count - count // 4, 2)
+            others = [layer for layer in range(1, count) if layer not in needed]
+            skip = [layer for layer in middle if layer not in needed] or others[:1]
+        self.skip = tuple(sorted(set(skip)))
         wrong = [layer for layer in self.skip if not 0 < layer < count]
         if wrong or not self.skip:
             raise InvalidInputError(
                 f"Layers to skip are {list(self.skip)}; the model has layers 0..{count - 1}.",
                 "Name some of 1 and above.",
             )
+        if lenders := needed.intersection(self.skip):
+            raise InvalidInputError(
+                f"Layers to skip are {list(self.skip)}; later layers of the model use the keys of "
+                f"{', '.join(map(str, sorted(lenders)))}.",
+                f"Name others than {', '.join(map(str, sorted(needed)))}.",
+            )
         self._in_tuple = _returns_tuple(model, self._layers[1])
         self._search: LayerSearch | None = None
-        if skip is None:
+        if is_searched:
             sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in self._layers]
             head = model.get_output_embeddings()
             rest = 0 if head is None else head.weight.numel()
             if self.trims is not None:
                 rest = int(rest * self.trims.share)
-            self._search = LayerSearch(count, rest * count / max(sum(sizes), 1), self.limits.depth)
+            self._search = LayerSearch(count, rest * count / max(sum(sizes), 1), self.limits.depth, needed)
         self._scored: Tensor | None = None
 
     def _session(self, prompt: TokenArray, limits: ExpansionLimits | None, reranked: int) -> SelfSession:
@@ -456,6 +468,15 @@ def _unless_skipped(layer: Any, in_tuple: bool, present: Callable[..., Any]) -> 
         return present(hidden_states, *args, **kwargs)
 
     return forward
+
+
+def _lenders(model: Any, count: int) -> frozenset[int]:
+    """Layers whose keys and values later ones use, as in Gemma 3n and 4: the last of each type with its own."""
+    text = model.config.get_text_config(decoder=True)
+    first = count - (getattr(text, "num_kv_shared_layers", None) or 0)
+    kinds = list(getattr(text, "layer_types", None) or [None] * count)
+    own, sharing = kinds[:first], kinds[first:]
+    return frozenset(first - 1 - own[::-1].index(kind) for kind in set(sharing) if kind in own)
 
 
 class _Seen(Exception):
