@@ -13,6 +13,9 @@ from retrieval_draft.bench.prompts import Prompt
 from retrieval_draft.config import SOURCES, DraftConfig
 from retrieval_draft.drafter import RetrievalDrafter
 from retrieval_draft.engine.draft_models.choose import load_draft_model
+from retrieval_draft.engine.draft_models.expansion import ExpansionLimits
+from retrieval_draft.engine.draft_models.foreign_draft import ForeignModelDraft
+from retrieval_draft.engine.draft_models.model_draft import ModelDraft
 
 __all__ = ["compare_beside"]
 
@@ -28,6 +31,7 @@ def compare_beside(
     max_new_tokens: int = 64,
     nodes: int | None = None,
     lookups: bool = True,
+    depth: int | None = None,
 ) -> dict[str, Any]:
     """Decodes each prompt in both ways, in turns, without text of earlier prompts.
 
@@ -39,12 +43,19 @@ def compare_beside(
         max_new_tokens: Of each reply.
         nodes: Draft nodes of each step; None for the budget by cost.
         lookups: Whether lookups draft too.
+        depth: Levels of the draft model's trees; None for its own limit.
 
     Returns:
         ``{way: {"tokens_per_step", "tokens_per_second"}}``; the median ratio of tokens a second, beside to
         before; passes beside which was drafted and the share whose outcome was prepared for; equal texts.
     """
     loaded = load_draft_model(draft_model, model)
+    if depth is not None:
+        limits = ExpansionLimits(depth=depth)
+        if isinstance(loaded, tuple):
+            loaded = ForeignModelDraft(*loaded, tokenizer, limits=limits)
+        else:
+            loaded = ModelDraft(loaded, len(loaded.get_input_embeddings().weight), limits)
     sources = tuple(source for source in SOURCES if source != "history") if lookups else ()
     drafters = {
         way: RetrievalDrafter.for_model(

@@ -25,6 +25,7 @@ def beside(
         int | None, typer.Option(min=1, help="Draft nodes of a step; without, the cost decides.")
     ] = None,
     lookups: Annotated[bool, typer.Option(help="Draft from lookups too.")] = True,
+    depth: Annotated[int | None, typer.Option(min=1, help="Levels of the draft model's trees.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the target, and of the draft model.")] = 1,
 ) -> Report:
     """Compare drafts made before the target's passes with drafts made beside them."""
@@ -38,9 +39,9 @@ def beside(
     loaded, tokenizer = load_model(model)
     result = compare_beside(
         loaded, tokenizer, prompts.read(KINDS), draft_model,
-        max_new_tokens=max_new_tokens, nodes=nodes, lookups=lookups,
+        max_new_tokens=max_new_tokens, nodes=nodes, lookups=lookups, depth=depth,
     )  # fmt: skip
-    result |= {"model": model, "draft_model": draft_model, "nodes": nodes, "threads": threads}
+    result |= {"model": model, "draft_model": draft_model, "nodes": nodes, "depth": depth, "threads": threads}
     rows = [
         (way, f"{each['tokens_per_step']:.2f}", f"{each['tokens_per_second']:.1f}")
         for way, each in result["ways"].items()

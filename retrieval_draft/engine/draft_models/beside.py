@@ -1,4 +1,4 @@
-"""Drafts of a model on a thread of its own, made for the likeliest outcomes of the target's pass while it runs."""
+"""Drafts of a model for the likeliest outcomes of the target's pass, made on another thread while it runs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class PreparesDrafts(Protocol):
 
 
 class WayChoice:
-    """Comparison of the tokens a second with drafts made beside the target's pass and with drafts made before it.
+    """Comparison of the tokens a second with drafts made beside the target's passes and before them.
 
     Both ways take turns at first; then the faster one is taken, and the other tried again now and then.
 

@@ -169,8 +169,9 @@ class Growth:
 class Expansion:
     """A draft model with its cache of one text.
 
-    The cache holds text only; where the text has changed, it goes back to what is still the same. Nodes are staged after it and dropped: each level passes the expanded part of
-    the tree again, which costs ``1 + top_k * level`` tokens a pass and keeps one kind of mask.
+    The cache holds text only; where the text has changed, it goes back to what is still the same. Nodes are
+    staged after it and dropped: each level passes the expanded part of the tree again, which costs
+    ``1 + top_k * level`` tokens a pass and keeps one kind of mask.
 
     Args:
         target: The draft model.

@@ -173,9 +173,7 @@ class ModelDraft:
         with self._kernels.applied():
             yield
 
-    def open(
-        self, prompt: TokenArray, references: Sequence[TokenArray] = ()
-    ) -> ModelSession | BesideSession:
+    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> ModelSession | BesideSession:
         """Starts a request with `prompt`, int32, shape (length,); reference texts are not read.
 
         Raises:
@@ -349,7 +347,7 @@ class SelfDraft(ModelDraft):
 
     Attributes:
         skip: The layers that are left out now. At first, every second one of the middle: neither the first
-            and last quarter nor the first layer, whose keys count the text, nor one whose keys later ones use.
+            and last quarter nor the first layer, whose keys count the text, nor one whose keys others use.
 
     Raises:
         InvalidInputError: A layer does not exist, is the first or one whose keys others use, or the model's
@@ -471,7 +469,7 @@ def _unless_skipped(layer: Any, in_tuple: bool, present: Callable[..., Any]) -> 
 
 
 def _lenders(model: Any, count: int) -> frozenset[int]:
-    """Layers whose keys and values later ones use, as in Gemma 3n and 4: the last of each type with its own."""
+    """Layers whose keys and values later ones use, as in Gemma 4: the last of each type with its own."""
     text = model.config.get_text_config(decoder=True)
     first = count - (getattr(text, "num_kv_shared_layers", None) or 0)
     kinds = list(getattr(text, "layer_types", None) or [None] * count)

@@ -43,8 +43,8 @@ def load_mtp(model: Any) -> MtpHead:
 
     Raises:
         UnsupportedEngineError: This transformers cannot read them.
-        UnsupportedModelError: The model's configuration names none and its checkpoint has none, or they are of
-            a kind without keys.
+        UnsupportedModelError: The model's configuration names none and its checkpoint has none, or they are
+            of a kind without keys.
         ModelFileError: The checkpoint lacks some of their weights, or has others.
     """
     classes = mtp_classes()
