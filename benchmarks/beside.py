@@ -46,8 +46,9 @@ def compare_beside(
         depth: Levels of the draft model's trees; None for its own limit.
 
     Returns:
-        ``{way: {"tokens_per_step", "tokens_per_second"}}``; the median ratio of tokens a second, beside to
-        before; passes beside which was drafted and the share whose outcome was prepared for; equal texts.
+        ``{way: {"tokens_per_step", "tokens_per_second", "pass_ms", "draft_ms" of a step}}``; the median ratio
+        of tokens a second, beside to before; passes beside which was drafted and the share whose outcome was
+        prepared for; equal texts.
     """
     loaded = load_draft_model(draft_model, model)
     if depth is not None:
@@ -84,10 +85,12 @@ def compare_beside(
     return {
         "ways": {
             way: {
-                "tokens_per_step": drafters[way].stats.tokens_per_step,
+                "tokens_per_step": drafter.stats.tokens_per_step,
                 "tokens_per_second": float(np.median(rates[way])),
+                "pass_ms": 1e3 * drafter.stats.forward_seconds / drafter.stats.steps,
+                "draft_ms": 1e3 * drafter.stats.draft_seconds / drafter.stats.steps,
             }
-            for way in WAYS
+            for way, drafter in drafters.items()
         },
         "ratio": float(np.median(ratios)),
         "ratios": ratios,

@@ -43,14 +43,20 @@ def beside(
     )  # fmt: skip
     result |= {"model": model, "draft_model": draft_model, "nodes": nodes, "depth": depth, "threads": threads}
     rows = [
-        (way, f"{each['tokens_per_step']:.2f}", f"{each['tokens_per_second']:.1f}")
+        (
+            way,
+            f"{each['tokens_per_step']:.2f}",
+            f"{each['tokens_per_second']:.1f}",
+            f"{each['pass_ms']:.0f}",
+            f"{each['draft_ms']:.0f}",
+        )
         for way, each in result["ways"].items()
     ]
     title = f"{model} with {draft_model}, {result['equal']} of {result['prompts']} texts equal"
     return Report(
         result,
         [
-            Table(title, ("drafts", "tokens/step", "tokens/s"), rows),
+            Table(title, ("drafts", "tokens/step", "tokens/s", "ms a pass", "ms of drafts"), rows),
             f"beside to before: {result['ratio']:.2f}; {result['prepared']} passes prepared for, "
             f"{result['hits']:.0%} of them with the outcome that came",
         ],

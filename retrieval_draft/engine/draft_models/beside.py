@@ -267,11 +267,13 @@ class BesideSession:
             if found is not None:
                 self._thread.used += 1
                 return found
-        return self._run(self._session.propose, budget)
+        proposal: Proposal = self._run(self._session.propose, budget)
+        return proposal
 
     def review(self, chain: TokenArray) -> Tensor:
         """Log probabilities after the text and along a chain of guesses; see `ModelSession.review`."""
-        return self._run(self._session.review, chain)
+        logs: Tensor = self._run(self._session.review, chain)
+        return logs
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,); a preparation for others ends."""
@@ -300,7 +302,8 @@ class BesideSession:
 
     def _run(self, call: Callable[..., Result], *arguments: Any) -> Result:
         waiting, self._waiting = self._waiting, []
-        return self._thread.run(self._called, waiting, call, *arguments)
+        result: Result = self._thread.run(self._called, waiting, call, *arguments)
+        return result
 
     def _called(
         self, waiting: Sequence[TokenArray | NodeLogits], call: Callable[..., Result], *arguments: Any
