@@ -262,8 +262,10 @@ class BesideSession:
         self._budget = budget
         preparation, self._preparation = self._preparation, None
         if preparation is not None:
-            preparation.done.result()
-            found = preparation.found()
+            found = preparation.found()  # before drafts for another outcome have come to their end
+            if found is None:
+                preparation.done.result()
+                found = preparation.found()
             if found is not None:
                 self._thread.used += 1
                 return found

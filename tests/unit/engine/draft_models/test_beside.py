@@ -296,6 +296,25 @@ def test_a_preparation_ends_where_its_outcome_did_not_come_or_the_request_ends()
     thread.close()
 
 
+def test_drafts_that_are_there_do_not_wait_for_those_of_another_outcome() -> None:
+    class Second(Told):
+        def propose_after(self, tokens: TokenArray, budget: int, stop: Callable[[], bool]) -> Proposal:
+            if self.calls[-1] == "propose_after":
+                self.go_on.clear()
+            return super().propose_after(tokens, budget, lambda: False)
+
+    thread, told = DraftThread(), Second(TEXT, 0)
+    session = BesideSession(told, thread)
+    session.propose(4)
+    session.prepare_for([int32(10, 11), int32(10)])
+    told.wait(preparations=2)
+    session.observe(int32(10, 11, 12))
+    assert session.propose(4).tokens.tolist() == [13, 14, 15]
+    told.go_on.set()
+    session.close()
+    thread.close()
+
+
 def test_what_waits_for_a_session_that_sleeps_is_bounded() -> None:
     thread, told = DraftThread(), Told(TEXT, 0)
     session = BesideSession(told, thread)
