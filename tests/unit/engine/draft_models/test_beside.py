@@ -30,8 +30,7 @@ from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 from tests.support.drafters import near_ties, prompt_ids
 from tests.support.grammars import SHAPES, json_model, json_tokenizer
 from tests.support.models import make
-from tests.unit.engine.draft_models.test_foreign_draft import DRAFT, TARGET, model_of
-from tests.unit.engine.draft_models.test_foreign_draft import prompt as foreign_prompt
+from tests.support.tokenizers_for_tests import byte_level, metaspace
 
 NEW = 40
 FREE = ExpansionLimits(top_k=4, depth=3, entropy_stop=None)
@@ -88,10 +87,15 @@ def test_seeded_text_is_that_of_the_seed_undrafted(kind: str) -> None:
 
 @pytest.mark.parametrize("mode", ["intersection", "text"])
 def test_a_model_with_another_tokenizer(mode: Any) -> None:
-    target = model_of(TARGET)
-    ours = drafter(target, ForeignModelDraft(model_of(DRAFT, seed=5), DRAFT, TARGET, mode, FREE), TARGET)
-    stock = target.generate(foreign_prompt(), max_new_tokens=50, do_sample=False)
-    out = ours.generate(foreign_prompt(), max_new_tokens=50, do_sample=False)
+    theirs, own = byte_level(("ab", "abc", "de")), metaspace(("a", "ab", "abc", "f"))
+    target, draft = (
+        make("llama", vocab_size=max(each.get_vocab().values()) + 1, seed=seed)
+        for each, seed in ((theirs, 0), (own, 5))
+    )
+    ours = drafter(target, ForeignModelDraft(draft, own, theirs, mode, FREE), theirs)
+    prompt = torch.tensor([theirs("abc de fgh abc de ab")["input_ids"]])
+    stock = target.generate(prompt, max_new_tokens=50, do_sample=False)
+    out = ours.generate(prompt, max_new_tokens=50, do_sample=False)
     assert near_ties(target, out, stock) == 0
     assert ours.stats.source_failures == 0
     assert thread_of(ours).prepared > 0
