@@ -264,7 +264,6 @@ def test_drafts_of_the_outcome_that_came_are_there_and_others_are_made_anew() ->
     session.prepare_for([int32(13, 14), int32()])
     session.observe(int32(99))
     session.learn(NodeLogits(np.zeros((1, 4), np.int32), np.zeros((1, 2), np.int32), np.ones((1, 2))))
-    told.at = 3
     assert session.propose(2).tokens.tolist() == [14, 15]
     assert told.observed == [10, 11, 12, 99]
     assert told.calls.count("learn") == 1
