@@ -106,6 +106,8 @@ class DraftConfig:
             keep to it on this machine. By default equality up to rounding.
         known_noise: Whether drafts for sampled text are ranked by the noise that it will be drawn with.
             Turned off in measurements only.
+        draft_beside: Whether a draft model prepares its next drafts while the target's pass runs, on a thread
+            of its own. By default where it is on another device than the target, as long as that is faster.
         history_bytes: Limit of the memory for texts of earlier requests; the oldest are evicted first.
         history_folder: A folder in which prompts and replies are kept to draft from, after a restart too.
         history_prompts: Whether prompts are kept.
@@ -125,6 +127,7 @@ class DraftConfig:
     graphs: Literal["auto", "off", "tape"] = "auto"
     exact: Literal["bitwise"] | None = None
     known_noise: bool = True
+    draft_beside: bool | None = None
     history_bytes: Annotated[int, Range(1 << 20, 1 << 40)] = 1 << 28
     history_folder: str | None = None
     history_prompts: bool = True

@@ -197,7 +197,8 @@ class RetrievalDrafter:
             stores = open_draft_stores(tokenizer, target.embedding_rows, config, corpora, phrases, store)
             if draft_model is None and config.method == SELF:
                 draft_model = SELF
-            parts = MethodContext(config, stores, make_draft_sources(draft_model, target, tokenizer))
+            models = make_draft_sources(draft_model, target, tokenizer, config.draft_beside)
+            parts = MethodContext(config, stores, models)
             drafter = cls(target, tokenizer, parts, make_draft_engine(target, parts))
         if target.verification.way == "plain":
             _log.warning(

@@ -6,6 +6,7 @@ import typer
 
 from benchmarks.commands import (
     agents,
+    beside,
     chains,
     drafts,
     fleet,
@@ -34,7 +35,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for _command in (
-    agents.agents, parts.automaton, sampling.batch, chains.chains, parts.cold, drafts.drafts,
+    agents.agents, parts.automaton, sampling.batch, beside.beside, chains.chains, parts.cold, drafts.drafts,
     sampling.draw, fleet.fleet, parts.fusion, grammars.grammars, heads.heads, llama_cpp.llama_cpp, parts.loop,
     serve.mixed, models.models, parts.passes, agents.restart, sampling.samples, serve.serve, store.store,
     tokenizers.tokenizers, heads.trim,

@@ -196,6 +196,7 @@ def drafting_fields(*names: str, **defaults: Any) -> Fields:
         "method",
         "nodes",
         "exact",
+        "draft_beside",
         *names,
         cpu_kernels="--cpu-kernels/--stock-kernels",
         history_folder=typer.Option("--history", metavar="PATH"),

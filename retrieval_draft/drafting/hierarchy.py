@@ -197,6 +197,25 @@ class SourceSessions:
                 except Exception as error:  # as above
                     opened.failed("lend_cache", error)
 
+    @property
+    def prepares(self) -> bool:
+        """True if a session drafts beside the target's pass."""
+        return any(_prepares(opened.session) for opened in self._opened)
+
+    def prepare_for(self, outcomes: Sequence[TokenArray]) -> None:
+        """Has the sessions that draft beside the target's pass prepare for its outcomes; as it begins.
+
+        Args:
+            outcomes: int32 each, the likeliest first. Tokens that the pass may accept.
+        """
+        for opened in self._opened:
+            if _prepares(opened.session):
+                drafter: Any = opened.session
+                try:
+                    drafter.prepare_for(outcomes)
+                except Exception as error:  # as above
+                    opened.failed("prepare_for", error)
+
     def fork_hidden(self, other: SourceSessions) -> None:
         """Gives sessions the target's states that another request with the same prompt has."""
         for opened, owner in zip(self._opened, other._opened, strict=False):
@@ -381,6 +400,17 @@ class OuterSession:
             if getattr(each, "wants_cache", False):
                 each.lend_cache(cache)
 
+    @property
+    def prepares(self) -> bool:
+        """True if one of them drafts beside the target's pass."""
+        return any(_prepares(each) for each in self.inner)
+
+    def prepare_for(self, outcomes: Sequence[TokenArray]) -> None:
+        """Passes the outcomes on; see `SourceSessions.prepare_for`."""
+        for each in self.inner:
+            if _prepares(each):
+                each.prepare_for(outcomes)
+
     def fork(self, owner: OuterSession) -> None:
         """Gives them the states that those of another request with the same prompt have."""
         for each, other in zip(self.inner, owner.inner, strict=True):
@@ -392,6 +422,10 @@ def _takes_cache(session: object, captured: bool) -> bool:
     """True if a session has a use for the target's cache, and leaves the memory of captured passes alone."""
     writes = bool(getattr(session, "writes_cache", False))
     return bool(getattr(session, "wants_cache", False)) and not (captured and writes)
+
+
+def _prepares(session: object) -> bool:
+    return bool(getattr(session, "prepares", False))
 
 
 def _learns_early(session: object) -> bool:

@@ -50,6 +50,9 @@ Gemma 270M, 8 nodes: 1% more tokens a step at a temperature of 0.6, 3% at 1."""
 _CHOICE_OF_PATHS = 64
 """Nodes of a tree from which a short chain is chosen, at most twice its own."""
 
+OUTCOMES = 3
+"""Outcomes of a pass that are prepared for while it runs, one after the other."""
+
 _NONE = np.empty(0, np.int32)
 
 _kernels = LazyKernels("retrieval_draft.drafting._kernels.tree")
@@ -214,6 +217,11 @@ class DraftSession:
         wanted = max(self._max_nodes, min(2 * self._max_nodes, _CHOICE_OF_PATHS))
         return self.propose(root, length, max_depth, wanted).chain(self._max_nodes)
 
+    def prepare(self, plan: DraftPlan) -> None:
+        """Has sources that draft beside the target's pass prepare for its outcomes; as it begins."""
+        if self._sessions.prepares:
+            self._sessions.prepare_for(_likely_outcomes(plan.tree, plan.ahead))
+
     def count(self, plan: DraftPlan, path: Sequence[int]) -> None:
         """Counts the nodes of a step that were verified and accepted; those of each source when it ends."""
         stats = self._stats
@@ -350,6 +358,28 @@ class DraftSession:
 def _expected(tree: DraftTree) -> float:
     """Tokens of the best `_CHOICE_OF_PATHS` nodes that are accepted on average."""
     return float(tree.path_probs[1 : 1 + _CHOICE_OF_PATHS].sum())
+
+
+def _likely_outcomes(tree: DraftTree, ahead: int) -> list[TokenArray]:
+    """The paths that are likeliest to be accepted and to end there, int32 each, the likeliest first.
+
+    Args:
+        tree: The tree that is verified.
+        ahead: Its first tokens, which the sources have seen.
+
+    Example:
+        tokens [8, 9, 4, 3], parents [-1, 0, 1, 0], path_probs [1, .8, .6, .05]: "9 4" .6, "9" .2, none .15
+    """
+    ends = tree.path_probs.copy()
+    np.subtract.at(ends, tree.parents[1:], tree.path_probs[1:])
+    outcomes = []
+    for node in np.argsort(-ends, kind="stable")[:OUTCOMES].tolist():
+        path: list[int] = []
+        while node > 0:
+            path.append(int(tree.tokens[node]))
+            node = int(tree.parents[node])
+        outcomes.append(np.array(path[::-1][ahead:], np.int32))
+    return outcomes
 
 
 def _followed(tree: DraftTree, tokens: Sequence[int], nodes: int) -> int:

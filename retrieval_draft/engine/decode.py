@@ -224,6 +224,7 @@ class Batch:
         wanted = reduce(Wanted.joined, (row.wanted for row in planned), Wanted())
         self._wanted = self._target.summarised_for(self._reader.k, wanted)
         prepared = self._prepare(planned)
+        self._of_each(Row.prepare_drafts, list(prepared), [planned[row] for row in prepared])
         packed = perf_counter()
         verified = self._verify_groups(prepared, planned)
         outputs = {row: output for each in verified for row, output in each.outputs.items()}

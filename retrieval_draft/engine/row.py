@@ -267,6 +267,11 @@ class Row:
         plan = propose(root, length, max_depth)
         return plan if most is None else plan.cut(most)
 
+    def prepare_drafts(self, plan: DraftPlan) -> None:
+        """Has sources that draft beside the pass over a tree begin with it."""
+        if self.drafting is not None:
+            self.drafting.prepare(plan)
+
     def prepare(self, plan: DraftPlan) -> TreeInputs:
         """Packs the tree for the model. The last accepted path is committed, or left to a captured pass."""
         moved, moves = self._moved, None

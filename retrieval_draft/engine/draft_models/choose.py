@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from retrieval_draft.engine.draft_models.beside import DraftThread, WayChoice
 from retrieval_draft.engine.draft_models.foreign_draft import ForeignModelDraft
 from retrieval_draft.engine.draft_models.head_files import load_head
 from retrieval_draft.engine.draft_models.heads import HeadDraft
-from retrieval_draft.engine.draft_models.model_draft import SelfDraft, draft_of
+from retrieval_draft.engine.draft_models.model_draft import ModelDraft, SelfDraft, draft_of
 from retrieval_draft.engine.draft_models.mtp import load_mtp
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.wrapped_models import device_of
@@ -30,7 +32,9 @@ def is_self(given: Any) -> bool:
     return isinstance(given, str) and (given == SELF or given.startswith(f"{SELF}:"))
 
 
-def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[DraftSource, ...]:
+def make_draft_sources(
+    given: Any, target: Target, tokenizer: Any, beside: bool | None = False
+) -> tuple[DraftSource, ...]:
     """Draft sources from models.
 
     Args:
@@ -40,6 +44,7 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
             or of a model; a `DraftHead`; a ready source such as `HeadDraft`; a list of those.
         target: The target.
         tokenizer: The target's, or None.
+        beside: Whether models draft beside the target's passes, see `DraftConfig.draft_beside`.
 
     Raises:
         InvalidInputError: It is none of these, or a pair and the target's tokenizer is missing.
@@ -47,10 +52,35 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
             over a decoder.
         ModelFileError: A checkpoint is missing, torn, or not for this target.
     """
+    return tuple(_beside(source, target, beside) for source in _sources(given, target, tokenizer))
+
+
+def _beside(source: DraftSource, target: Target, beside: bool | None) -> DraftSource:
+    """The source, or a copy with a thread of its own where it is a model that drafts beside the target."""
+    model = source.model if isinstance(source, ForeignModelDraft) else source
+    if (
+        not isinstance(model, ModelDraft)
+        or isinstance(model, SelfDraft)
+        or model.target.model is target.model
+    ):
+        return source  # it drafts with the target's own states or layers
+    is_elsewhere = model.target.device != target.device
+    if not (is_elsewhere if beside is None else beside):
+        return source
+    model = copy(model)
+    model.thread = DraftThread(WayChoice() if beside is None else None)
+    if not isinstance(source, ForeignModelDraft):
+        return model
+    translated = copy(source)
+    translated.model = model
+    return translated
+
+
+def _sources(given: Any, target: Target, tokenizer: Any) -> tuple[DraftSource, ...]:
     if given is None:
         return ()
     if isinstance(given, list):
-        return tuple(source for one in given for source in make_draft_sources(one, target, tokenizer))
+        return tuple(source for one in given for source in _sources(one, target, tokenizer))
     if hasattr(given, "read") and hasattr(given, "expand"):
         given = HeadDraft(given)
     if isinstance(given, HeadDraft):
@@ -63,7 +93,7 @@ def make_draft_sources(given: Any, target: Target, tokenizer: Any) -> tuple[Draf
     if isinstance(given, str):
         found = load_draft_model(given, target.model)
         own = isinstance(found, tuple) and tokenizer is None  # nothing to compare its tokenizer with
-        return make_draft_sources(found[0] if own else found, target, tokenizer)
+        return _sources(found[0] if own else found, target, tokenizer)
     if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], PreTrainedModel):
         return (_translated(given[0], given[1], target, tokenizer),)
     if all(hasattr(given, name) for name in ("open", "name", "level", "nbytes")):

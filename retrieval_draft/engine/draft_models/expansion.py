@@ -14,6 +14,7 @@ from torch import Tensor
 
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.cache.kv_cache import SpeculativeCache
+from retrieval_draft.engine.cache.prefix_tree import common_length
 from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import TokenizerMismatchError
 from retrieval_draft.index.source import TokenArray
@@ -72,6 +73,7 @@ class Growth:
         budget: The most nodes to keep.
         allowed: bool, shape (vocabulary,). Tokens that may be drafted; None for all.
         ids: int64, shape (columns of the logits,). Token of each column; None where they are the same.
+        sure: Levels of which the target is known to emit a token: more than the limit's, and expanded always.
 
     Attributes:
         tokens: Of all nodes so far, the root first.
@@ -91,8 +93,10 @@ class Growth:
         budget: int,
         allowed: Tensor | None = None,
         ids: NDArray[np.int64] | None = None,
+        sure: int = 0,
     ) -> None:
         self._limits, self._budget, self._allowed, self._ids = limits, budget, allowed, ids
+        self._sure = sure
         self._probs, self._paths = [1.0], [1.0]
         self._level, self._expected = 0, 0.0
         self.tokens: list[int] = []
@@ -116,7 +120,8 @@ class Growth:
         likely, entropy = _best(rows, limits.top_k, self._allowed)
         added, stopped = len(tokens), []
         for node, (row_tokens, row_probs), h in zip(self.frontier, likely, entropy, strict=True):
-            uncertain = limits.entropy_stop is not None and (_SVIP * h) ** 0.5 > limits.entropy_stop
+            may_stop = limits.entropy_stop is not None and self._level >= self._sure
+            uncertain = may_stop and (_SVIP * h) ** 0.5 > limits.entropy_stop
             for token, prob in zip(row_tokens, row_probs, strict=True):
                 if prob > 0.0:
                     tokens.append(token if ids is None else int(ids[token]))
@@ -129,7 +134,10 @@ class Growth:
         self.frontier = []
         ordered = sorted(paths[1:], reverse=True)
         gained, self._expected = sum(ordered[:budget]) - self._expected, sum(ordered[:budget])
-        if self._level == limits.depth or (limits.gain_stop is not None and gained <= limits.gain_stop):
+        after = self._level - self._sure
+        if after == limits.depth or (
+            limits.gain_stop is not None and after > 0 and gained <= limits.gain_stop
+        ):
             return
         # A child of a node is at most as likely as that: below the budget's last it cannot enter.
         min_prob = ordered[budget - 1] if len(tokens) > budget else 0.0
@@ -161,8 +169,9 @@ class Growth:
 class Expansion:
     """A draft model with its cache of one text.
 
-    The cache holds text only. Nodes are staged after it and dropped: each level passes the expanded part of
-    the tree again, which costs ``1 + top_k * level`` tokens a pass and keeps one kind of mask.
+    The cache holds text only; where the text has changed, it goes back to what is still the same. Nodes are
+    staged after it and dropped: each level passes the expanded part of the tree again, which costs
+    ``1 + top_k * level`` tokens a pass and keeps one kind of mask.
 
     Args:
         target: The draft model.
@@ -196,6 +205,8 @@ class Expansion:
         allowed: Tensor | None = None,
         depth: int | None = None,
         ids: NDArray[np.int64] | None = None,
+        sure: int = 0,
+        stop: Callable[[], bool] = lambda: False,
     ) -> ModelTree:
         """The `budget` most probable nodes after `text` (EAGLE-2's expand and rerank, arXiv:2406.16858).
 
@@ -205,12 +216,14 @@ class Expansion:
             allowed: bool, shape (vocabulary,). Tokens that may be drafted; None for all.
             depth: Levels instead of the limit's.
             ids: int64, shape (columns of the logits,). Token of each column; None where they are the same.
+            sure: As for `Growth`.
+            stop: True where the tree is not to grow on.
         """
         limits = self._limits if depth is None else replace(self._limits, depth=depth)
-        growing = Growth(limits, budget, allowed, ids)
+        growing = Growth(limits, budget, allowed, ids, sure)
         with self._applied():
             growing.begin(int(text[-1]), self._root(text))
-            while growing.frontier:
+            while growing.frontier and not stop():
                 nodes = (growing.tokens, growing.parents, growing.depths, growing.expanded)
                 growing.add(self._pass(*nodes, len(text))[-len(growing.frontier) :])
         return growing.tree()
@@ -230,7 +243,7 @@ class Expansion:
             root = self._root(text)
             if not len(chain):
                 return root.float().log_softmax(-1)
-            _check_known(chain, self._target)
+            self._check_known(chain)
             tokens = [int(text[-1]), *chain.tolist()]
             indices = list(range(len(tokens)))
             rows = self._pass(tokens, [index - 1 for index in indices], indices, indices, len(text))
@@ -257,6 +270,18 @@ class Expansion:
             growing.add(rows[depth].expand(len(growing.frontier), -1))
         return growing.tree()
 
+    def knows(self, tokens: TokenArray) -> bool:
+        """True if the model has a row for each of `tokens`, int32, shape (n,)."""
+        return not len(tokens) or int(tokens.max()) < self._target.embedding_rows
+
+    def _check_known(self, tokens: TokenArray) -> None:
+        if not self.knows(tokens):
+            raise TokenizerMismatchError(
+                f"Token {int(tokens.max())} is unknown to the draft model, which has "
+                f"{self._target.embedding_rows} tokens.",
+                "Pass (model, tokenizer) as draft_model, so that its text is translated.",
+            )
+
     def close(self) -> None:
         """Frees the cache."""
         self._cache, self._cached = None, np.empty(0, np.int32)
@@ -267,9 +292,9 @@ class Expansion:
         Text that is missing in the cache enters it.
         """
         target = self._target
-        same = len(self._cached)
-        _check_known(text[same:], target)
-        if same >= len(text) or not np.array_equal(self._cached, text[:same]):
+        same = common_length(self._cached, text[:-1])
+        self._check_known(text[same:])
+        if same < len(self._cached) and (self._cache is None or not self._cache.keep(same)):
             self.close()
             same = 0
         if self._cache is None:
@@ -365,15 +390,6 @@ class LentExpansion(Expansion):
                 if self.cache is not None:
                     self.cache.drop()
                     self.close()
-
-
-def _check_known(tokens: TokenArray, target: Target) -> None:
-    if len(tokens) and int(tokens.max()) >= target.embedding_rows:
-        raise TokenizerMismatchError(
-            f"Token {int(tokens.max())} is unknown to the draft model, which has {target.embedding_rows} "
-            "tokens.",
-            "Pass (model, tokenizer) as draft_model, so that its text is translated.",
-        )
 
 
 def _chain(tokens: TokenArray) -> DraftTree:

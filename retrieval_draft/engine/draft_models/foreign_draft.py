@@ -8,13 +8,14 @@ probability orders the nodes and is calibrated like other evidence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from retrieval_draft.engine.draft_models.beside import BesideSession
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, ModelTree
 from retrieval_draft.engine.draft_models.heads import proposal_of
 from retrieval_draft.engine.draft_models.model_draft import ModelDraft
@@ -50,22 +51,37 @@ class ForeignSession:
 
     def propose(self, budget: int) -> Proposal:
         """The draft model's guesses after the same text, in the target's tokens."""
-        if budget <= 0 or not len(self._text):
+        return self._grow(self._tokens, self._text, budget)
+
+    def propose_after(self, tokens: TokenArray, budget: int, stop: Callable[[], bool]) -> Proposal:
+        """As `propose`, one level deeper, after the text and `tokens`; see `PreparesDrafts`."""
+        text = self._text + self._source.speller.text(tokens)
+        return self._grow(np.concatenate((self._tokens, tokens)), text, budget, 1, stop)
+
+    def _grow(
+        self,
+        tokens: TokenArray,
+        text: bytes,
+        budget: int,
+        sure: int = 0,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Proposal:
+        if budget <= 0 or not len(text):
             return empty_proposal("model", "model")
+        source, allowed = self._source, self._source.allowed
         # The target may have emitted the first bytes of a character, of which the draft model knows nothing.
-        end = len(self._text) - cut_off(self._text)
-        own = self._source.to_draft(self._text[self._start : end].decode("utf-8", "replace"))
+        end = len(text) - cut_off(text)
+        own = source.to_draft(text[self._start : end].decode("utf-8", "replace"))
         if not len(own):
             return empty_proposal("model", "model")
-        if self._source.mode == "intersection":
-            if end < len(self._text):
+        if source.mode == "intersection":
+            if end < len(text):
                 return empty_proposal("model", "model")
-            tree = self._expansion.grow(own, budget, self._source.allowed)
-            return proposal_of(replace(tree, tokens=self._source.map.to_target[tree.tokens]))
-        depth = self._source.depth(self._tokens[-RECENT:], own)
-        tree = self._expansion.grow(own, TEXT_NODES * budget, self._source.allowed, depth)
-        behind, begun = self._tokens[-LOOK_BEHIND:], self._text[end:]
-        return proposal_of(self._source.to_target(behind, begun, tree, budget))
+            tree = self._expansion.grow(own, budget, allowed, sure=sure, stop=stop)
+            return proposal_of(replace(tree, tokens=source.map.to_target[tree.tokens]))
+        depth = source.depth(tokens[-RECENT:], own)
+        tree = self._expansion.grow(own, TEXT_NODES * budget, allowed, depth, sure=sure, stop=stop)
+        return proposal_of(source.to_target(tokens[-LOOK_BEHIND:], text[end:], tree, budget))
 
     def observe(self, tokens: TokenArray) -> None:
         """Appends accepted tokens, int32, shape (m,)."""
@@ -97,6 +113,9 @@ class ForeignModelDraft:
         mode: "text" or "intersection".
         limits: Limits on the growth of its trees.
 
+    Attributes:
+        model: The draft model as a source of trees in its own tokens.
+
     Raises:
         InvalidInputError: `mode` is neither.
         TokenizerMismatchError: Nothing is shared, in the mode "intersection".
@@ -120,8 +139,8 @@ class ForeignModelDraft:
         self._draft_tokenizer = draft_tokenizer
         self._target_tokenizer = target_tokenizer
         rows = int(model.get_input_embeddings().weight.shape[0])
-        self._model = ModelDraft(model, rows, limits, columns=0)
-        target = self._model.target
+        self.model = ModelDraft(model, rows, limits, columns=0)
+        target = self.model.target
         if mode == "intersection":
             self.map = VocabularyMap(target_tokenizer, draft_tokenizer)
             allowed = self.map.to_target >= 0
@@ -135,11 +154,11 @@ class ForeignModelDraft:
 
     def expansion(self) -> Any:
         """The draft model with an empty cache."""
-        return self._model.expansion(slack=SLACK)
+        return self.model.expansion(slack=SLACK)
 
     def prepare(self) -> None:
         """Measures the fastest kernels for the draft model's layers, once."""
-        self._model.prepare()
+        self.model.prepare()
 
     def is_padded(self, tokens: TokenArray) -> bool:
         """True if a text's first token has a space that is not in the text, as SentencePiece puts there."""
@@ -158,7 +177,7 @@ class ForeignModelDraft:
         sizes = np.cumsum(self._sizes[own[::-1][: MOST_STRETCH * len(recent)]])
         count = int(np.searchsorted(sizes, len(self.speller.text(recent)))) + 1
         stretch = min(max(count / len(recent), 1.0), MOST_STRETCH)
-        return round(stretch * self._model.limits.depth)
+        return round(stretch * self.model.limits.depth)
 
     def to_draft(self, text: str) -> TokenArray:
         """A text in the draft model's tokens."""
@@ -185,15 +204,19 @@ class ForeignModelDraft:
         texts = [path[size:] if path.startswith(begun) else b"" for path in paths]
         return joined_tree(tree, self.speller.spell(behind, texts), most)
 
-    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> ForeignSession:
+    def open(
+        self, prompt: TokenArray, references: Sequence[TokenArray] = ()
+    ) -> ForeignSession | BesideSession:
         """Starts a request with `prompt`, int32, shape (length,); reference texts are not read."""
-        return ForeignSession(self, prompt)
+        made = ForeignSession(self, prompt)
+        return made if self.model.thread is None else BesideSession(made, self.model.thread)
 
     def flush(self) -> None:
         """Does nothing: no text waits to be looked up."""
 
     def close(self) -> None:
-        """Does nothing: there is no thread or file to close."""
+        """Ends the draft model's thread, if there is one."""
+        self.model.close()
 
     @property
     def nbytes(self) -> int:

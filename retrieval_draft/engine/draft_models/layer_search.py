@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 __all__ = ["LayerSearch"]
 
 SINGLES = 32
@@ -23,6 +25,7 @@ class LayerSearch:
         layers: Number of the model's layers. The first is never skipped.
         head: Cost of the rest of a draft pass, above all the output head, in layers.
         depth: Drafts in a chain at most.
+        needed: Further layers that are never skipped.
 
     Attributes:
         best: The best set so far; empty before the first score.
@@ -31,10 +34,11 @@ class LayerSearch:
         18 layers: 17 candidates of one layer; if 16 is best and 13 next, then (13, 16), ...
     """
 
-    def __init__(self, layers: int, head: float, depth: int) -> None:
+    def __init__(self, layers: int, head: float, depth: int, needed: Collection[int] = ()) -> None:
         self._layers, self._head, self._depth = layers, head, depth
         step = max(1, -(-(layers - 1) // SINGLES))
-        self._waiting: list[tuple[int, ...]] = [(layer,) for layer in range(layers - 1, 0, -step)]
+        singles = [layer for layer in range(layers - 1, 0, -1) if layer not in needed]
+        self._waiting: list[tuple[int, ...]] = [(layer,) for layer in singles[::step]]
         self._singles: list[tuple[float, int]] | None = []
         self.best: tuple[int, ...] = ()
         self._value = 0.0

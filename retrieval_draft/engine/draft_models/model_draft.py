@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from retrieval_draft.engine.cpu.kernels import CpuKernels
+from retrieval_draft.engine.draft_models.beside import BesideSession, DraftThread
 from retrieval_draft.engine.draft_models.expansion import Expansion, ExpansionLimits, LentExpansion
 from retrieval_draft.engine.draft_models.heads import RERANKED, proposal_of
 from retrieval_draft.engine.draft_models.layer_search import LayerSearch
@@ -70,12 +71,24 @@ class ModelSession:
 
     def propose(self, budget: int) -> Proposal:
         """The model's most probable paths, more than `budget` of them: fusion chooses."""
-        if budget <= 0 or not len(self._text):
+        return self._grow(self._text, budget)
+
+    def propose_after(self, tokens: TokenArray, budget: int, stop: Callable[[], bool]) -> Proposal:
+        """As `propose`, one level deeper, after the text and `tokens`; see `PreparesDrafts`."""
+        if not self._expansion.knows(tokens):
+            return empty_proposal("model", "model")
+        return self._grow(np.concatenate((self._text, tokens)), budget, 1, stop)
+
+    def _grow(
+        self, text: TokenArray, budget: int, sure: int = 0, stop: Callable[[], bool] = lambda: False
+    ) -> Proposal:
+        if budget <= 0 or not len(text):
             return empty_proposal("model", "model")
         trim = self._trim
         with nullcontext() if trim is None else trim.applied():
             allowed, ids = (self._allowed, None) if trim is None else (None, trim.ids)
-            tree = self._expansion.grow(self._text, self._reranked * budget, allowed, ids=ids)
+            nodes = self._reranked * budget
+            tree = self._expansion.grow(text, nodes, allowed, ids=ids, sure=sure, stop=stop)
         return proposal_of(tree)
 
     def review(self, chain: TokenArray) -> Tensor:
@@ -137,6 +150,7 @@ class ModelDraft:
             self._allowed = self._allowed.to(self.target.device)
         self._known = min(vocabulary, self.target.embedding_rows)
         self.trims = trim_of(model, self._known, columns)
+        self.thread: DraftThread | None = None
 
     def expansion(self, limits: ExpansionLimits | None = None, slack: int = 0) -> Expansion:
         """The model with an empty cache.
@@ -159,7 +173,7 @@ class ModelDraft:
         with self._kernels.applied():
             yield
 
-    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> ModelSession:
+    def open(self, prompt: TokenArray, references: Sequence[TokenArray] = ()) -> ModelSession | BesideSession:
         """Starts a request with `prompt`, int32, shape (length,); reference texts are not read.
 
         Raises:
@@ -169,9 +183,13 @@ class ModelDraft:
 
     def session(
         self, prompt: TokenArray, limits: ExpansionLimits | None = None, reranked: int = RERANKED
-    ) -> ModelSession:
+    ) -> ModelSession | BesideSession:
         """Starts a request with limits of its own; see `open` and `ModelSession`."""
         self._check(prompt)
+        made = self._session(prompt, limits, reranked)
+        return made if self.thread is None else BesideSession(made, self.thread)
+
+    def _session(self, prompt: TokenArray, limits: ExpansionLimits | None, reranked: int) -> ModelSession:
         return ModelSession(self.expansion(limits), prompt, self._allowed, reranked, self.trims)
 
     def _check(self, prompt: TokenArray) -> None:
@@ -186,7 +204,9 @@ class ModelDraft:
         """Does nothing: no text waits to be looked up."""
 
     def close(self) -> None:
-        """Does nothing: there is no thread or file to close."""
+        """Ends the thread, if there is one."""
+        if self.thread is not None:
+            self.thread.close()
 
     @property
     def nbytes(self) -> int:
@@ -248,12 +268,14 @@ class ParallelSession(ModelSession):
         super().__init__(expansion, prompt, allowed, reranked)
         self._masks = masks
 
-    def propose(self, budget: int) -> Proposal:
-        """The model's most probable paths, by one pass."""
-        if budget <= 0 or not len(self._text):
+    def _grow(
+        self, text: TokenArray, budget: int, sure: int = 0, stop: Callable[[], bool] = lambda: False
+    ) -> Proposal:
+        """The model's most probable paths, by one pass: its masks are as many as it was trained with."""
+        if budget <= 0 or not len(text):
             return empty_proposal("model", "model")
         nodes = self._reranked * budget
-        return proposal_of(self._expansion.grow_parallel(self._text, nodes, self._masks, self._allowed))
+        return proposal_of(self._expansion.grow_parallel(text, nodes, self._masks, self._allowed))
 
 
 class ParallelDraft(ModelDraft):
@@ -291,11 +313,7 @@ class ParallelDraft(ModelDraft):
             )
         self._mask = mask
 
-    def session(
-        self, prompt: TokenArray, limits: ExpansionLimits | None = None, reranked: int = RERANKED
-    ) -> ModelSession:
-        """Starts a request with limits of its own; see `ModelDraft.open`."""
-        self._check(prompt)
+    def _session(self, prompt: TokenArray, limits: ExpansionLimits | None, reranked: int) -> ModelSession:
         limits = limits or self.limits
         masks = np.full(limits.depth - 1, self._mask, np.int32)
         return ParallelSession(self.expansion(limits), prompt, masks, self._allowed, reranked)
@@ -329,10 +347,11 @@ class SelfDraft(ModelDraft):
 
     Attributes:
         skip: The layers that are left out now. At first, every second one of the middle: neither the first
-            and last quarter nor the first layer, whose keys count the text.
+            and last quarter nor the first layer, whose keys count the text, nor one whose keys others use.
 
     Raises:
-        InvalidInputError: A layer does not exist, is the first, or the model's layers are not found.
+        InvalidInputError: A layer does not exist, is the first or one whose keys others use, or the model's
+            layers are not found.
 
     Example:
         12 layers: skips 3, 5, 7 until the search has found something better
@@ -344,29 +363,37 @@ class SelfDraft(ModelDraft):
         super().__init__(model, int(model.get_input_embeddings().weight.shape[0]), limits)
         self._layers = list(decoder_layers(model))
         count = len(self._layers)
-        chosen = range(max(1, count // 4), count - count // 4, 2) if skip is None else skip
-        self.skip = tuple(sorted(set(chosen)))
+        needed = _lenders(model, count)
+        is_searched = skip is None
+        if skip is None:
+            middle = range(max(1, count // 4), count - count // 4, 2)
+            others = [layer for layer in range(1, count) if layer not in needed]
+            skip = [layer for layer in middle if layer not in needed] or others[:1]
+        self.skip = tuple(sorted(set(skip)))
         wrong = [layer for layer in self.skip if not 0 < layer < count]
         if wrong or not self.skip:
             raise InvalidInputError(
                 f"Layers to skip are {list(self.skip)}; the model has layers 0..{count - 1}.",
                 "Name some of 1 and above.",
             )
+        if lenders := needed.intersection(self.skip):
+            raise InvalidInputError(
+                f"Layers to skip are {list(self.skip)}; later layers of the model use the keys of "
+                f"{', '.join(map(str, sorted(lenders)))}.",
+                f"Name others than {', '.join(map(str, sorted(needed)))}.",
+            )
         self._in_tuple = _returns_tuple(model, self._layers[1])
         self._search: LayerSearch | None = None
-        if skip is None:
+        if is_searched:
             sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in self._layers]
             head = model.get_output_embeddings()
             rest = 0 if head is None else head.weight.numel()
             if self.trims is not None:
                 rest = int(rest * self.trims.share)
-            self._search = LayerSearch(count, rest * count / max(sum(sizes), 1), self.limits.depth)
+            self._search = LayerSearch(count, rest * count / max(sum(sizes), 1), self.limits.depth, needed)
         self._scored: Tensor | None = None
 
-    def session(
-        self, prompt: TokenArray, limits: ExpansionLimits | None = None, reranked: int = RERANKED
-    ) -> SelfSession:
-        """Starts a request with limits of its own; see `ModelDraft.session`."""
+    def _session(self, prompt: TokenArray, limits: ExpansionLimits | None, reranked: int) -> SelfSession:
         expansion = LentExpansion(self.target, limits or self.limits, self.applied, lambda: self.skip)
         return SelfSession(self, expansion, prompt, reranked)
 
@@ -439,6 +466,15 @@ def _unless_skipped(layer: Any, in_tuple: bool, present: Callable[..., Any]) -> 
         return present(hidden_states, *args, **kwargs)
 
     return forward
+
+
+def _lenders(model: Any, count: int) -> frozenset[int]:
+    """Layers whose keys and values later ones use, as in Gemma 4: the last of each type with its own."""
+    text = model.config.get_text_config(decoder=True)
+    first = count - (getattr(text, "num_kv_shared_layers", None) or 0)
+    kinds = list(getattr(text, "layer_types", None) or [None] * count)
+    own, sharing = kinds[:first], kinds[first:]
+    return frozenset(first - 1 - own[::-1].index(kind) for kind in set(sharing) if kind in own)
 
 
 class _Seen(Exception):

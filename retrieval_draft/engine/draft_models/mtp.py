@@ -8,13 +8,19 @@ output for the levels after the first, as EAGLE's is and as servers do with thes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
 from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from retrieval_draft.engine.compat import mtp_classes
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth
@@ -37,7 +43,8 @@ def load_mtp(model: Any) -> MtpHead:
 
     Raises:
         UnsupportedEngineError: This transformers cannot read them.
-        UnsupportedModelError: The model's configuration names none, or they are of a kind without keys.
+        UnsupportedModelError: The model's configuration names none and its checkpoint has none, or they are
+            of a kind without keys.
         ModelFileError: The checkpoint lacks some of their weights, or has others.
     """
     classes = mtp_classes()
@@ -47,13 +54,15 @@ def load_mtp(model: Any) -> MtpHead:
             "Run: pip install --upgrade transformers",
         )
     config = model.config.get_text_config(decoder=True)
-    count = getattr(config, "num_mtp_layers", None)
+    with _usable_checkpoint(model):
+        count = getattr(config, "num_mtp_layers", None) or _layers_in_checkpoint(model)
     if not count:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no layers for multi-token prediction: num_mtp_layers is {count}.",
+            f"{type(model).__name__} has no layers for multi-token prediction: num_mtp_layers is "
+            f"{getattr(config, 'num_mtp_layers', None)}, and its checkpoint has none.",
             "Name a head's checkpoint as draft_model instead.",
         )
-    kinds = getattr(config, "mtp_layer_types", None) or KINDS[:1]
+    kinds = getattr(config, "mtp_layer_types", None) or KINDS[:1] * count
     if not set(kinds) <= set(KINDS):
         raise UnsupportedModelError(
             f"The layers for multi-token prediction of {type(model).__name__} are {', '.join(kinds)}; drafts "
@@ -61,8 +70,38 @@ def load_mtp(model: Any) -> MtpHead:
             "Name a head's checkpoint as draft_model instead.",
         )
     device = model.get_input_embeddings().weight.device
-    try:
+    with _usable_checkpoint(model), _completed(config, num_mtp_layers=count, mtp_layer_types=list(kinds)):
         loaded = classes[0].from_pretrained(model, device_map={"": device})
+    return MtpHead(loaded.eval())
+
+
+def _layers_in_checkpoint(model: Any) -> int:
+    """Layers for multi-token prediction among the weights that a model's class leaves out.
+
+    Qwen3-Next and Qwen 3.5 have them beside the model, as ``mtp.layers.0``, and no configuration that
+    transformers reads names their number.
+    """
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    if not any(re.search(pattern, "mtp.layers.0.") for pattern in ignored):
+        return 0
+    name, missing = model.config.name_or_path, {"_raise_exceptions_for_missing_entries": False}
+    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **missing)
+    if index is not None:
+        keys = list(json.loads(Path(index).read_bytes())["weight_map"])
+    else:
+        file = cached_file(name, SAFE_WEIGHTS_NAME, **missing)
+        if file is None:
+            return 0
+        with safe_open(file, framework="pt") as weights:
+            keys = list(weights.keys())
+    return len({found[1] for key in keys if (found := re.match(r"mtp\.layers\.(\d+)\.", key))})
+
+
+@contextmanager
+def _usable_checkpoint(model: Any) -> Iterator[None]:
+    """Turns errors of a model's checkpoint into one that names it."""
+    try:
+        yield
     except Exception as error:  # of safetensors, of files, of transformers' own checks
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelFileError(
@@ -70,7 +109,22 @@ def load_mtp(model: Any) -> MtpHead:
             f"{first}",
             "Load the model from a folder or hub name whose weights include them.",
         ) from error
-    return MtpHead(loaded.eval())
+
+
+@contextmanager
+def _completed(config: Any, **values: Any) -> Iterator[None]:
+    """Gives a configuration the values that it lacks, inside the context."""
+    missing = [name for name in values if getattr(config, name, None) is None]
+    before = {name: getattr(config, name) for name in missing if hasattr(config, name)}
+    for name in missing:
+        setattr(config, name, values[name])
+    try:
+        yield
+    finally:
+        for name in missing:
+            delattr(config, name)
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 class _State:

@@ -11,8 +11,9 @@ from retrieval_draft.drafting.fusion import fuse
 from retrieval_draft.drafting.grammar.compiler import compiler_of
 from retrieval_draft.drafting.grammar.grammar import Grammar
 from retrieval_draft.drafting.predictions import Predictions
-from retrieval_draft.drafting.session import DraftSession
+from retrieval_draft.drafting.session import DraftSession, _likely_outcomes
 from retrieval_draft.drafting.stats import DraftStats
+from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.index.source import NodeLogits, Proposal, TokenArray
 from tests.support.grammars import json_tokenizer
 from tests.support.sources import sessions_of
@@ -148,3 +149,17 @@ def test_a_token_that_was_not_forced_after_all_is_seen_too() -> None:
     assert recorder.text == [4, 6, 7]
     session.observe(np.array([8], np.int32))
     assert recorder.text == [4, 6, 7, 8]
+
+
+def test_likely_outcomes_are_the_paths_that_most_often_end_there() -> None:
+    tree = DraftTree(
+        np.array([8, 9, 4, 3], np.int32),
+        np.array([-1, 0, 1, 0], np.int32),
+        np.array([0, 1, 2, 1], np.int32),
+        np.array([1, 0.8, 0.75, 0.05], np.float32),
+        np.array([1, 0.8, 0.6, 0.05], np.float32),
+        np.zeros(4, np.int64),
+    )
+    assert [each.tolist() for each in _likely_outcomes(tree, 0)] == [[9, 4], [9], []]
+    assert [each.tolist() for each in _likely_outcomes(tree, 1)] == [[4], [], []]
+    assert [each.tolist() for each in _likely_outcomes(DraftTree.root(8), 0)] == [[]]

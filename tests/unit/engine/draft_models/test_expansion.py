@@ -114,3 +114,24 @@ def test_review_gives_the_law_after_each_guess() -> None:
         expected = distribution(model, [*TEXT[:20].tolist(), *guesses]).log()
         np.testing.assert_allclose(logs[size].numpy(), expected.numpy(), atol=2e-3)
     assert expansion.review(TEXT[:21], np.empty(0, np.int32)).shape == (1, 97)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_text_that_goes_back_continues_what_is_still_the_same(name: str) -> None:
+    model = make(name)
+    target = Target(model)
+    expansion = Expansion(target, ALL)
+    expansion.grow(TEXT[:30], 8)
+    cache = expansion._cache
+    other = np.concatenate((TEXT[:26], TEXT[:2]))
+    tree = expansion.grow(other, 20)
+    assert expansion._cache is cache
+    expected = Expansion(target, ALL).grow(other, 20)
+    np.testing.assert_array_equal(tree.tokens, expected.tokens)
+    np.testing.assert_allclose(tree.probs, expected.probs, rtol=2e-3)
+
+
+def test_a_sure_level_is_expanded_where_the_model_is_uncertain() -> None:
+    limits = ExpansionLimits(top_k=3, depth=2, entropy_stop=1e-6)
+    tree = Expansion(Target(make("llama")), limits).grow(TEXT, 60, sure=1)
+    assert max(len(path) for path in paths(tree)) == 2

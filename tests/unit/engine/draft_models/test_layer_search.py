@@ -47,6 +47,16 @@ def test_it_is_bounded(layers: int) -> None:
         search.note(1.0)
 
 
+def test_layers_that_are_needed_are_not_tried() -> None:
+    search = LayerSearch(6, 0.0, depth=4, needed={2, 5})
+    tried = []
+    while (candidate := search.candidate) is not None:
+        tried.append(candidate)
+        search.note(0.9)
+    assert tried[:3] == [(4,), (3,), (1,)]
+    assert not {2, 5} & {layer for each in tried for layer in each}
+
+
 def test_a_chain_is_worth_its_tokens_in_the_time_of_all_passes() -> None:
     # Half of the layers: one draft, right with a chance of 0.5, is 1.5 tokens in 1.5 passes.
     assert LayerSearch(4, 0.0, depth=1).value(0.5, 2) == pytest.approx(1.0)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits
@@ -118,6 +119,21 @@ def test_the_default_choice_of_layers() -> None:
     assert SelfDraft(make("llama", num_hidden_layers=12)).skip == (3, 5, 7)
     with pytest.raises(InvalidInputError, match="layers 0\\.\\.2"):
         SelfDraft(make("llama"), skip=[0])
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="this transformers has no Gemma 4")
+def test_layers_whose_keys_others_use_are_not_skipped() -> None:
+    model = make("gemma4-shared")
+    text = model.config.get_text_config(decoder=True)
+    own = text.num_hidden_layers - text.num_kv_shared_layers
+    lender = max(at for at in range(own) if text.layer_types[at] == text.layer_types[-1])
+    ours = drafter(model, "self", sources=())
+    stock = model.generate(prompt_ids(), max_new_tokens=100, do_sample=False)  # through the search
+    assert near_ties(model, ours.generate(prompt_ids(), max_new_tokens=100, do_sample=False), stock) == 0
+    assert ours.stats.source_failures == 0
+    assert ours.stats.drafted_by_source["model"] > 0
+    with pytest.raises(InvalidInputError, match=f"use the keys of {lender}"):
+        SelfDraft(model, skip=[lender])
 
 
 def test_tokens_that_a_draft_model_does_not_know() -> None:

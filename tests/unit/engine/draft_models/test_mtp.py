@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growt
 from retrieval_draft.engine.draft_models.mtp import MtpHead, _path, load_mtp
 from retrieval_draft.errors import ModelFileError, UnsupportedEngineError, UnsupportedModelError
 from tests.random_generate.architectures import ARCHITECTURES
+from tests.support.chain_models import KNOWN, make_family
 from tests.support.drafters import near_ties, prompt_ids
 from tests.support.models import SHAPE, make
 
@@ -58,6 +60,36 @@ def written(folder: Path, name: str, layers: int, patch: pytest.MonkeyPatch) -> 
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
+def written_beside(folder: Path, name: str, files: str = "whole") -> Any:
+    """A tiny Qwen3-Next or 3.5 with such layers in a module of its own, as its checkpoints are published."""
+    model = make_family(name, num_hidden_layers=4, layer_types=GATED)
+    model.save_pretrained(folder)
+    weights = {}
+    for key, own in model.state_dict().items():
+        part = key.partition(".layers.3.")[2]  # the layer with full attention
+        if not part:
+            continue
+        each = (0.1 if "norm" in key else 0.3) * torch.randn_like(own)
+        weights |= {f"mtp.layers.0.{name}": one for name, one in _experts(part, each)}
+    width = model.config.hidden_size
+    weights |= {f"mtp.{part}.weight": 0.1 * torch.randn(width) for part in BESIDE_NORMS}
+    weights["mtp.fc.weight"] = 0.3 * torch.randn(width, 2 * width)
+    weights = {key: each.contiguous() for key, each in weights.items()}
+    whole = load_file(folder / "model.safetensors")
+    if files == "whole":
+        save_file(whole | weights, folder / "model.safetensors", FORMAT)
+    else:
+        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+        save_file(weights, folder / "model-2.safetensors", FORMAT)
+        named = dict.fromkeys(whole, "model-1.safetensors") | dict.fromkeys(weights, "model-2.safetensors")
+        index = {"metadata": {"total_size": 0}, "weight_map": named}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+GATED = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
+BESIDE_NORMS = ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding")
+BESIDE = [name for name in ("qwen3_next", "qwen3_5_text") if name in KNOWN]
 FORMAT = {"format": "pt"}
 
 
@@ -205,6 +237,66 @@ def test_the_method_takes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     out = drafter.generate(prompt_ids(), max_new_tokens=NEW, do_sample=False)
     assert near_ties(model, out, model.generate(prompt_ids(), max_new_tokens=NEW, do_sample=False)) == 0
     assert (drafter.stats.source_failures, max(drafter.stats.nodes)) == (0, 2)
+
+
+@pytest.mark.parametrize("files", ["whole", "parts"])
+@pytest.mark.parametrize("name", BESIDE)
+def test_layers_in_a_module_of_their_own(name: str, files: str, tmp_path: Path) -> None:
+    model = written_beside(tmp_path, name, files=files)
+    drafter = RetrievalDrafter.for_model(
+        model, draft_model="mtp", config=DraftConfig(nodes=4, sources=(), cpu_kernels=False)
+    )
+    assert getattr(model.config, "num_mtp_layers", None) is None, "the user's configuration is as before"
+    head = drafter.context.models[0].head
+    weights = load_file(tmp_path / ("model.safetensors" if files == "whole" else "model-2.safetensors"))
+    layer = head.model.layers[0]
+    for published, own in BESIDE_NAMES.items():
+        torch.testing.assert_close(layer.get_parameter(own), weights[f"mtp.{published}"])
+    prompts = torch.cat([prompt_ids(seed=seed) for seed in range(2)])
+    stock = model.generate(prompts, max_new_tokens=NEW, do_sample=False)
+    ours = drafter.generate(prompts, max_new_tokens=NEW, do_sample=False)
+    assert sum(near_ties(model, ours[row : row + 1], stock[row : row + 1]) for row in range(2)) == 0
+    plain = RetrievalDrafter.for_model(model, config=DraftConfig("none", cpu_kernels=False))
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": True, "temperature": 0.8, "seed": 3}
+    texts = [each.generate(prompts[:1], **options) for each in (drafter, plain)]
+    assert torch.equal(*texts)
+    assert drafter.stats.source_failures == 0
+    assert drafter.stats.drafted > 20
+
+
+BESIDE_NAMES = {
+    "fc.weight": "eh_proj.weight",
+    "pre_fc_norm_embedding.weight": "enorm.weight",
+    "pre_fc_norm_hidden.weight": "hnorm.weight",
+    "norm.weight": "post_norm.weight",
+    "layers.0.self_attn.q_proj.weight": "mtp_block.self_attn.q_proj.weight",
+    "layers.0.input_layernorm.weight": "mtp_block.input_layernorm.weight",
+}
+"""Published names, and those in transformers' layer."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BESIDE)
+def test_the_greedy_chain_of_such_a_layer_is_that_of_transformers(name: str, tmp_path: Path) -> None:
+    head = load_mtp(written_beside(tmp_path, name))
+    classes = mtp_classes()
+    assert classes is not None
+    tokens, hidden = torch.randint(0, 97, (11,)), torch.randn(10, head.model.config.hidden_size)
+    wanted, logits, _ = head.model(
+        tokens[None, 1:], hidden[None], None, torch.arange(1, 11)[None], classes[1]()
+    )
+    state = head.state()
+    (guess,) = head.read([state], [tokens[1:]], [hidden], [0])
+    torch.testing.assert_close(guess, logits[0, :1], atol=1e-4, rtol=1e-3)
+    growth = grown(head, state, int(tokens[10]), guess, top_k=1, depth=1)
+    assert growth.tokens[1:] == wanted[0].tolist()
+
+
+def test_a_checkpoint_without_such_layers_is_refused(tmp_path: Path) -> None:
+    make_family("qwen3_next").save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="its checkpoint has none"):
+        load_mtp(model)
 
 
 def without_a_weight(folder: Path) -> None:
