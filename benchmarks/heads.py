@@ -91,7 +91,7 @@ def compare_heads(
             drafter.close()
     return {
         "by_task": {task: {way: _summary(each, way) for way in ways} for task, each in runs.items()},
-        "asked": {way: float(calls / max(steps, 1)) for way, (calls, steps) in asked.items()},
+        "asked": {way: float(calls / max(int(steps), 1)) for way, (calls, steps) in asked.items()},
         "prompts": len(prompts),
         "equal": len(prompts) - len(different),
     }

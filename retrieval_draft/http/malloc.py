@@ -18,7 +18,7 @@ _M_ARENA_MAX = -8
 
 
 def keep_malloc_small(seconds: float = TRIM_SECONDS) -> bool:
-    """Keeps the memory of a process near what is in use, whatever it allocates and frees.
+    """Keeps the memory of a process near what is in use, for any order of its allocations.
 
     glibc's malloc makes a pool ("arena") for each thread, up to eight a core, and a block returns to the pool
     that it came from. A server's texts are prepared, decoded and learned by different threads, and live from
