@@ -54,7 +54,7 @@ def compare_beside(
     if depth is not None:
         limits = ExpansionLimits(depth=depth)
         if isinstance(loaded, tuple):
-            loaded = ForeignModelDraft(*loaded, tokenizer, limits=limits)
+            loaded = ForeignModelDraft(loaded[0], loaded[1], tokenizer, limits=limits)
         else:
             loaded = ModelDraft(loaded, len(loaded.get_input_embeddings().weight), limits)
     sources = tuple(source for source in SOURCES if source != "history") if lookups else ()
