@@ -15,6 +15,7 @@ from retrieval_draft.cli.options import Fields, command
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.draft_service.limits import SessionLimits
 from retrieval_draft.errors import InvalidInputError
+from retrieval_draft.http.malloc import keep_malloc_small
 
 __all__ = ["app", "serve"]
 
@@ -57,6 +58,7 @@ def serve(
     """Serve drafts over HTTP, in the foreground, until interrupted. See docs/drafting_service.md."""
     ring = keys.ring(address, store.tenant)
     settings = configured(store)
+    keep_malloc_small()
     encoder = None
     if tokenizer is not None:
         encoder = _tokenizer(tokenizer)

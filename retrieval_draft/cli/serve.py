@@ -22,6 +22,7 @@ from retrieval_draft.cli.common import (
 from retrieval_draft.cli.options import Fields, command
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.errors import InvalidInputError, RetrievalDraftError
+from retrieval_draft.http.malloc import keep_malloc_small
 from retrieval_draft.server.media.settings import MediaSettings
 from retrieval_draft.server.settings import ServerSettings
 
@@ -130,6 +131,7 @@ def serve(
     from retrieval_draft.models.adapters import check_adapter, read_adapters
     from retrieval_draft.models.loading import load_processor
 
+    keep_malloc_small()
     model.check()  # before torch, whose import takes seconds
     adapters = read_adapters(lora or (), name)
     for folder in adapters.values():

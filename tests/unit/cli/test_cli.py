@@ -11,8 +11,10 @@ import pytest
 import retrieval_draft
 from retrieval_draft.bench.replay import read_traces
 from retrieval_draft.cli import demo as demo_module
+from retrieval_draft.cli import drafts as drafts_module
 from retrieval_draft.cli import generate as generate_module
 from retrieval_draft.cli import main
+from retrieval_draft.cli import serve as serve_module
 from retrieval_draft.models.loading import load_model
 from retrieval_draft.models.packaged import PACKAGED
 from tests.support.commands import Command
@@ -96,6 +98,22 @@ def test_absent_model_is_an_error_with_a_hint(command: Command) -> None:
     assert code == 1
     assert err.splitlines()[0].startswith("error: No model folder './no-such-folder'")
     assert err.splitlines()[1].startswith("hint:  ")
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (serve_module, ["serve", "--model", "./no-such-folder"]),
+        (drafts_module, ["drafts", "serve", "--tokenizer", "./no-such-folder"]),
+    ],
+)
+def test_servers_keep_malloc_small_from_before_they_load(
+    module: Any, words: list[str], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[int] = []
+    monkeypatch.setattr(module, "keep_malloc_small", lambda: called.append(1))
+    assert command(*words)[0] == 1
+    assert called == [1]
 
 
 def test_debug_shows_the_traceback() -> None:
