@@ -159,7 +159,8 @@ def summary(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
     ways = [models[name].get("way") for name in (*result["equal"], *result["plain"])]
     result["ways"] = {way: ways.count(way) for way in ("tree", "chain", "plain")}
     captured = [entry["captured"] for entry in models.values() if "captured" in entry]
-    result["captured"] = {"yes": captured.count("yes"), "no": len(captured) - captured.count("yes")}
+    counts = {answer: captured.count(answer) for answer in ("yes", "rounding")}
+    result["captured"] = {**counts, "no": len(captured) - sum(counts.values())}
     return {**result, "models": models}
 
 

@@ -103,6 +103,12 @@ class _Subject:
             return "no"
         return graphs.reason or ("yes" if graphs.replays else "no pass over a tree")
 
+    @property
+    def is_dropped(self) -> bool:
+        """True if passes over trees were to be captured, and are eager for a reason."""
+        graphs = self._planted.target.graphs
+        return graphs is not None and graphs.reason is not None
+
     def fresh(self) -> RetrievalDrafter:
         """A drafter of `_NODES` nodes that has seen no text."""
         return self._planted.namespace("trial", _HISTORY)
@@ -139,7 +145,7 @@ def try_model(
         For JSON: "outcome", one of equal, plain, refused, differs, crashed and stock_fails; "error", empty
         where there is none; "way" and "reason" of the verification; "layers", the number of each kind;
         "trials" by name, with the fields of `Trial`; "captured", whether passes over
-        trees were replayed, or why not.
+        trees were replayed, or why not, or rounding where they are in float64 alone.
     """
     result: dict[str, Any] = {
         "class": type(model).__name__,
@@ -163,14 +169,17 @@ def try_model(
     found = {name: trial for name in wanted if (trial := _tried(subject, name)) is not None}
     result["captured"] = subject.captured
     different = [name for name, trial in found.items() if trial.verdict == "differs"]
-    if different and to_float64(model, lambda: _stock(model, prompt, torch.ones_like(prompt))):
+    repeated = list(found) if subject.is_dropped else different
+    if repeated and to_float64(model, lambda: _stock(model, prompt, torch.ones_like(prompt))):
         subject = _Subject(model, seed, DraftConfig(graphs=graphs))
-        for name in different:
+        for name in repeated:
             again = _tried(subject, name)
-            if again is not None and again.verdict == "equal":
+            if name in different and again is not None and again.verdict == "equal":
                 found[name] = replace(
                     found[name], verdict="rounding", note=f"{found[name].note}; equal in float64"
                 )
+        if result["captured"] != "yes" and subject.captured == "yes":
+            result["captured"] = "rounding"
     return {**result, **_outcome(found, way), "trials": {name: asdict(each) for name, each in found.items()}}
 
 

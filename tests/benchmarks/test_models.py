@@ -26,6 +26,7 @@ from benchmarks.models.shapes import HEADS, VOCABULARY, WINDOW
 from benchmarks.models.tiny import tiny_model
 from benchmarks.models.trials import try_model
 from retrieval_draft import RetrievalDrafter
+from retrieval_draft.engine.graph.graph_passes import GraphPasses
 from retrieval_draft.errors import InvalidInputError, UnsupportedModelError
 from tests.support.commands import Command
 
@@ -221,6 +222,22 @@ def test_difference_that_is_gone_in_float64_is_rounding(llama: Any, monkeypatch:
     assert result["outcome"] == "equal"
     assert result["trials"]["drafts"]["verdict"] == "rounding"
     assert summary({"llama": result})["rounding"] == ["llama"]
+
+
+def test_replays_that_agree_in_float64_are_rounding(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = GraphPasses._compared
+
+    def rounded(self: Any, *given: Any) -> Any:
+        return compared(self, *given) if self._model.dtype == torch.float64 else False
+
+    monkeypatch.setattr(GraphPasses, "_compared", rounded)
+    result = try_model(llama, image_text=False, trials=["drafts"], graphs="tape")
+    assert (result["outcome"], result["captured"]) == ("equal", "rounding")
+    assert result["trials"]["drafts"]["verdict"] == "equal"
+    assert summary({"llama": result})["captured"] == {"yes": 0, "rounding": 1, "no": 0}
+    monkeypatch.setattr(GraphPasses, "_compared", lambda *_: False)
+    result = try_model(tiny_model("llama", "LlamaForCausalLM"), False, ["drafts"], graphs="tape")
+    assert "gave other logits" in result["captured"]
 
 
 def test_errors_are_told_apart(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,10 +49,14 @@ def test_server_may_pass_other_prompts_in_parts() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("words", [CAUSAL, ("--vision", *IMAGE_TEXT)], ids=["causal", "image-text"])
-def test_no_model_differs_and_none_crashes(words: tuple[str, ...], tmp_path: Path) -> None:
+def test_no_model_differs_and_none_crashes(
+    words: tuple[str, ...], tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
     out = tmp_path / "models.json"
     command = [sys.executable, "-m", "benchmarks", "models", *words, "--out", str(out), "--jobs", "2"]
     command += ["--trials", "drafts,seeded,batch,server,images"]
+    if pytestconfig.getoption("--graphs") == "tape":
+        command.append("--tape")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout + done.stderr
