@@ -14,7 +14,6 @@ from retrieval_draft.engine.cpu import linear_choice
 from retrieval_draft.engine.graph import graph_passes
 from tests.support.commands import Command
 from tests.support.tiny import save_tiny
-from tests.support.two_threads import GRAPHS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,7 +28,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--graphs") == "tape":
         graph_passes.AUTO["cpu"] = "tape"
-        os.environ[GRAPHS] = "tape"
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -24,8 +24,6 @@ from tests.support.pages import ROOT
 PROMPT = torch.arange(40)[None] % 17
 OPTIONS: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
 TASKS = Path("/proc/self/task")
-GRAPHS = "RETRIEVAL_DRAFT_TEST_GRAPHS"
-"""The environment variable by which programs in processes of their own get pytest's option --graphs."""
 
 calls: list[int] = []
 """The number of threads of each call of a compiled function on several, after `on_two_threads`."""
@@ -61,8 +59,7 @@ def wide_model() -> Any:
 
 
 def drafter_of(model: Any, cpu_kernels: bool = True) -> RetrievalDrafter:
-    graphs: Any = os.environ.get(GRAPHS, "auto")
-    return RetrievalDrafter.for_model(model, config=DraftConfig(cpu_kernels=cpu_kernels, graphs=graphs))
+    return RetrievalDrafter.for_model(model, config=DraftConfig(cpu_kernels=cpu_kernels))
 
 
 def text_of(generate: Callable[..., Any]) -> list[int]:

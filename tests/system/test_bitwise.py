@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
+from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import InvalidInputError, UnsupportedModelError
 from tests.support.batches import padded, ragged
 from tests.support.bits import ARCHITECTURES, bitwise, generate, half, same_bits
@@ -107,10 +108,9 @@ def test_a_continued_cache_has_the_bits_of_a_new_one() -> None:
 def test_without_it_bfloat16_text_depends_on_drafts() -> None:
     """The same comparison fails without the option, so that it could fail with it."""
     model, prompt = half("llama"), prompt_ids(40)
-    text, cache = generate(drafter_with(model, cpu_kernels=False), prompt, NEW)
-    drafter = drafter_with(
-        model, OracleSource(reply_of(text, prompt), wrong=0.3), nodes=31, cpu_kernels=False
-    )
+    eager: dict[str, Any] = {"cpu_kernels": False, "target": Target(model, "off")}
+    text, cache = generate(drafter_with(model, **eager), prompt, NEW)
+    drafter = drafter_with(model, OracleSource(reply_of(text, prompt), wrong=0.3), nodes=31, **eager)
     drafted, other = generate(drafter, prompt, NEW)
     assert not (torch.equal(drafted, text) and same_bits(cache, other))
 
