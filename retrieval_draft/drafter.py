@@ -169,8 +169,9 @@ class RetrievalDrafter:
             store: Store that servers share, with the same tokenizer: a URL such as ``redis://host:6379`` or
                 ``embedded://FOLDER``, a `StoreConfig`, or an opened `SharedStore`, which the caller closes.
             draft_model: A model with the same tokenizer, a pair of another model and its tokenizer, "self"
-                for the target with layers skipped, "self:3,5" for these ones, "int8" for a copy of it with
-                rounded weights, "mtp" for its layers for multi-token prediction, the folder or hub name of a
+                for the target with layers skipped, "self:3,5" for these ones, "self:window" for all layers
+                after a text's first and last 512 tokens alone, "int8" for a copy of it with rounded weights,
+                "mtp" for its layers for multi-token prediction, the folder or hub name of a
                 trained head or of a model, a draft source such as `HeadDraft`, or a list of those.
             config: All other settings.
             strict: Whether a model that nothing can be drafted for is refused.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import copy
 from typing import Any
 
@@ -13,6 +14,7 @@ from retrieval_draft.engine.draft_models.head_files import load_head
 from retrieval_draft.engine.draft_models.heads import HeadDraft
 from retrieval_draft.engine.draft_models.model_draft import ModelDraft, SelfDraft, draft_of
 from retrieval_draft.engine.draft_models.mtp import load_mtp
+from retrieval_draft.engine.draft_models.window_draft import WINDOW, WindowDraft
 from retrieval_draft.engine.target import Target
 from retrieval_draft.engine.wrapped_models import device_of
 from retrieval_draft.errors import InvalidInputError
@@ -28,7 +30,7 @@ INT8 = "int8"
 
 
 def is_self(given: Any) -> bool:
-    """True for "self", or "self:" with the layers to skip."""
+    """True for "self", or "self:" with layers to skip or a window."""
     return isinstance(given, str) and (given == SELF or given.startswith(f"{SELF}:"))
 
 
@@ -39,9 +41,10 @@ def make_draft_sources(
 
     Args:
         given: None; a model with the target's tokenizer; a pair of a model and its own tokenizer; "self" for
-            the target with layers skipped, "self:3,5" for these ones, "int8" for a copy of it with rounded
-            weights, "mtp" for its layers for multi-token prediction; the folder or hub name of a trained head
-            or of a model; a `DraftHead`; a ready source such as `HeadDraft`; a list of those.
+            the target with layers skipped, "self:3,5" for these ones, "self:window" for all of them after a
+            text's first and last tokens alone, "int8" for a copy of it with rounded weights, "mtp" for its
+            layers for multi-token prediction; the folder or hub name of a trained head or of a model; a
+            `DraftHead`; a ready source such as `HeadDraft`; a list of those.
         target: The target.
         tokenizer: The target's, or None.
         beside: Whether models draft beside the target's passes, see `DraftConfig.draft_beside`.
@@ -89,7 +92,7 @@ def _sources(given: Any, target: Target, tokenizer: Any) -> tuple[DraftSource, .
     if isinstance(given, PreTrainedModel):
         return (draft_of(given, target.vocabulary),)
     if is_self(given):
-        return (SelfDraft(target.model, _layers_of(given)),)
+        return (_self_draft(given, target.model),)
     if isinstance(given, str):
         found = load_draft_model(given, target.model)
         own = isinstance(found, tuple) and tokenizer is None  # nothing to compare its tokenizer with
@@ -105,15 +108,25 @@ def _sources(given: Any, target: Target, tokenizer: Any) -> tuple[DraftSource, .
     )
 
 
-def _layers_of(given: str) -> list[int] | None:
-    """The layers that "self:3,5" names; None where it names none."""
+def _self_draft(given: str, model: Any) -> SelfDraft | WindowDraft:
+    """The source that "self", "self:3,5", "self:window" or "self:window=256" names.
+
+    Raises:
+        InvalidInputError: It names none of these, or layers or keys that cannot be.
+    """
     named = given.partition(":")[2]
+    window = re.fullmatch(r"window(?:=(\d+))?", named)
+    if window:
+        return WindowDraft(model, int(window[1] or WINDOW))
     try:
-        return [int(layer) for layer in named.split(",")] if named else None
+        layers = [int(layer) for layer in named.split(",")] if named else None
     except ValueError as error:
         raise InvalidInputError(
-            f"draft_model is {given!r}.", 'Name layers as in "self:3,5", or pass "self".'
+            f"draft_model is {given!r}.",
+            'Name layers to skip as in "self:3,5", or last tokens to read as in "self:window=512", or pass '
+            '"self".',
         ) from error
+    return SelfDraft(model, layers)
 
 
 def load_draft_model(name: str, model: Any) -> Any:
