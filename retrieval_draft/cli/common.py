@@ -86,7 +86,8 @@ class SourceOptions:
         corpora: A corpus index to draft from.
         phrases: A file of fixed texts to draft from: one a line, or between lines of ---.
         draft_model: A smaller model or a trained head to draft with; "self": this one with layers skipped;
-            "self:window": over a text's first and last tokens alone; "int8": its copy with rounded weights; "mtp": its layers for multi-token prediction.
+            "self:window": this one over a text's first and last tokens; "int8": its copy with rounded
+            weights; "mtp": its layers for multi-token prediction.
     """
 
     corpora: Annotated[tuple[Path, ...], typer.Option("--index")] = ()
