@@ -36,7 +36,9 @@ class KnownText:
         self._text = text
         self._depth = depth
 
-    def grow(self, text: TokenArray, budget: int, allowed: Any = None, depth: int | None = None) -> ModelTree:
+    def grow(
+        self, text: TokenArray, budget: int, allowed: Any = None, depth: int | None = None, **others: Any
+    ) -> ModelTree:
         """A chain: what follows in the text, up to the first token that may not be drafted."""
         done = len(self._speller.text(text))
         # A SentencePiece tokenizer puts a space before the text.
