@@ -29,6 +29,11 @@ FACTORIES = {
     "randint",
     "as_tensor",
     "eye",
+    "linspace",
+    "logspace",
+    "randperm",
+    "empty_strided",
+    "scalar_tensor",
 }
 
 
