@@ -62,12 +62,14 @@ class SourceSessions:
 
     Attributes:
         learns_early: Whether a source drafts from the last predictions, and so learns before each proposal.
+        prepares: Whether a source drafts beside the target's pass.
     """
 
     def __init__(self, opened: Sequence[_Opened] = ()) -> None:
         self._opened = tuple(opened)
         self._heads = tuple(each for each in self._opened if wants_hidden(each.session))
         self.learns_early = any(_learns_early(each.session) for each in self._opened)
+        self.prepares = any(_prepares(each.session) for each in self._opened)
 
     def propose(self, budget: int) -> list[Proposal]:
         """One proposal of at most `budget` nodes from each source, in their order; empty ones too.
@@ -196,11 +198,6 @@ class SourceSessions:
                     drafter.lend_cache(cache)
                 except Exception as error:  # as above
                     opened.failed("lend_cache", error)
-
-    @property
-    def prepares(self) -> bool:
-        """True if a session drafts beside the target's pass."""
-        return any(_prepares(opened.session) for opened in self._opened)
 
     def prepare_for(self, outcomes: Sequence[TokenArray]) -> None:
         """Has the sessions that draft beside the target's pass prepare for its outcomes; as it begins.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.index.draft_stores import DraftStores
-from retrieval_draft.index.source import Proposal, RequestSource, TextSession, TokenArray, empty_proposal
+from retrieval_draft.index.source import BaseSession, BaseSource, Proposal, TokenArray, empty_proposal
 
 __all__ = ["AlignmentSession", "AlignmentSource", "make_source"]
 
@@ -31,7 +31,7 @@ CHANCES: NDArray[np.float32] = np.array(
 _END: TokenArray = np.array([-1], np.int32)
 
 
-class AlignmentSession(TextSession):
+class AlignmentSession(BaseSession):
     """One request's text, and where in it the copy stands.
 
     Args:
@@ -88,7 +88,7 @@ class AlignmentSession(TextSession):
         self._length = length
 
 
-class AlignmentSource(RequestSource):
+class AlignmentSource(BaseSource):
     """Drafts what follows the text that the request's own text copies, across edits."""
 
     name = "alignment"

@@ -10,7 +10,7 @@ from retrieval_draft.config import DraftConfig
 from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.segments.index_folder import IndexFolder
 from retrieval_draft.index.segments.segment_session import Segments, SegmentSession, segments_nbytes
-from retrieval_draft.index.source import RequestSource, TokenArray
+from retrieval_draft.index.source import BaseSource, TokenArray
 
 __all__ = ["Corpus", "CorpusSource", "make_source"]
 
@@ -49,7 +49,7 @@ class Corpus:
         return segments_nbytes(self.segments)
 
 
-class CorpusSource(RequestSource):
+class CorpusSource(BaseSource):
     """Drafts from corpus indexes; the counts of several are added up.
 
     Args:

@@ -26,7 +26,7 @@ from retrieval_draft.index.segments.new_texts import new_texts
 from retrieval_draft.index.segments.segment import Segment
 from retrieval_draft.index.segments.segment_session import Segments, SegmentSession
 from retrieval_draft.index.segments.segment_store import SegmentStore
-from retrieval_draft.index.source import Proposal, TextSession, TokenArray
+from retrieval_draft.index.source import BaseSession, Proposal, TokenArray
 
 __all__ = ["History", "HistorySource", "make_source"]
 
@@ -229,7 +229,7 @@ class History:
         return not (self._closed and not self._waiting)
 
 
-class HistorySession(TextSession):
+class HistorySession(BaseSession):
     """Drafts from the history, and becomes part of it at its end."""
 
     def __init__(self, history: History, prompt: TokenArray, keep_prompt: bool, keep_reply: bool) -> None:

@@ -15,7 +15,7 @@ from retrieval_draft._settings import check_range
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index.draft_stores import DraftStores
-from retrieval_draft.index.source import Proposal, RequestSource, TextSession, TokenArray
+from retrieval_draft.index.source import BaseSession, BaseSource, Proposal, TokenArray
 
 __all__ = ["PhraseSession", "PhraseSource", "PhraseTable", "make_source"]
 
@@ -228,7 +228,7 @@ class _Continuations:
             first = end
 
 
-class PhraseSession(TextSession):
+class PhraseSession(BaseSession):
     """One request's last 32 tokens."""
 
     def __init__(self, table: PhraseTable, prompt: TokenArray) -> None:
@@ -252,7 +252,7 @@ class PhraseSession(TextSession):
         self._tail = (self._tail + ids[-LONGEST:].tobytes())[-LONGEST * _TOKEN :]
 
 
-class PhraseSource(RequestSource):
+class PhraseSource(BaseSource):
     """Drafts the rest of fixed texts: templates, schemas, licence headers.
 
     Args:

@@ -17,10 +17,10 @@ from retrieval_draft.config import DraftConfig
 from retrieval_draft.index.draft_stores import DraftStores
 from retrieval_draft.index.source import (
     CONTEXT,
+    BaseSession,
+    BaseSource,
     NodeLogits,
     Proposal,
-    RequestSource,
-    TextSession,
     TokenArray,
     empty_proposal,
 )
@@ -39,7 +39,7 @@ WEIGHTS: NDArray[np.float32] = np.array(
 )
 
 
-class RunnersUpSession(TextSession):
+class RunnersUpSession(BaseSession):
     """The last predictions of one request.
 
     Args:
@@ -92,7 +92,7 @@ class RunnersUpSession(TextSession):
         self._found = logits if logits.top_tokens.shape[1] > 1 else None
 
 
-class RunnersUpSource(RequestSource):
+class RunnersUpSource(BaseSource):
     """Drafts from the ranks of the target's own last predictions."""
 
     name = "runners-up"

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from retrieval_draft.config import DraftConfig
 from retrieval_draft.index.draft_stores import DraftStores
-from retrieval_draft.index.source import Proposal, RequestSource, TextSession, TokenArray, empty_proposal
+from retrieval_draft.index.source import BaseSession, BaseSource, Proposal, TokenArray, empty_proposal
 from retrieval_draft.index.suffix_automaton import SuffixAutomaton
 
 __all__ = ["SiblingSession", "SiblingSource", "make_source"]
@@ -16,7 +16,7 @@ LED_TO = 32
 """Tokens of the prompt before each reply, so that its first tokens have a context."""
 
 
-class SiblingSession(TextSession):
+class SiblingSession(BaseSession):
     """One reply among several, in an automaton that holds all of them.
 
     Args:
@@ -47,7 +47,7 @@ class SiblingSession(TextSession):
         """Keeps the text for the siblings that continue."""
 
 
-class SiblingSource(RequestSource):
+class SiblingSource(BaseSource):
     """Drafts from other samples of the same prompt in the same call.
 
     Samples agree in parts, and counts over all of them show where: the consensus of parallel paths

@@ -15,12 +15,12 @@ from retrieval_draft.errors import InvalidInputError
 
 __all__ = [
     "CONTEXT",
+    "BaseSession",
+    "BaseSource",
     "DraftSource",
     "NodeLogits",
     "Proposal",
-    "RequestSource",
     "SourceSession",
-    "TextSession",
     "TokenArray",
     "check_ids",
     "checked_ids",
@@ -157,8 +157,8 @@ class SourceSession(Protocol):
         ...
 
 
-class TextSession:
-    """The parts of a `SourceSession` that plain text does not need."""
+class BaseSession:
+    """Defaults of a `SourceSession`: it does not learn, and holds nothing to free."""
 
     def learn(self, logits: NodeLogits) -> None:
         """Does nothing: only text is kept here."""
@@ -197,8 +197,8 @@ class DraftSource(Protocol):
         ...
 
 
-class RequestSource:
-    """The parts of a `DraftSource` that one without threads and files does not need."""
+class BaseSource:
+    """Defaults of a `DraftSource`: it is of the request alone, without threads, files and memory."""
 
     level = "request"
 

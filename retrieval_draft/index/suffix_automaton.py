@@ -16,7 +16,7 @@ from retrieval_draft.config import DraftConfig
 from retrieval_draft.errors import InvalidInputError
 from retrieval_draft.index._workspace import Workspace
 from retrieval_draft.index.draft_stores import DraftStores
-from retrieval_draft.index.source import Proposal, RequestSource, TextSession, TokenArray
+from retrieval_draft.index.source import BaseSession, BaseSource, Proposal, TokenArray
 
 __all__ = ["AutomatonSession", "AutomatonSource", "SuffixAutomaton", "make_source"]
 
@@ -190,7 +190,7 @@ def _grown(array: NDArray[np.int32], rows: int) -> NDArray[np.int32]:
     return grown
 
 
-class AutomatonSession(TextSession):
+class AutomatonSession(BaseSession):
     """The text of one request."""
 
     def __init__(self, prompt: TokenArray, references: Sequence[TokenArray]) -> None:
@@ -211,7 +211,7 @@ class AutomatonSession(TextSession):
         self.automaton.insert(tokens)
 
 
-class AutomatonSource(RequestSource):
+class AutomatonSource(BaseSource):
     """Drafts from the request's own prompt, reply and reference texts."""
 
     name = "automaton"

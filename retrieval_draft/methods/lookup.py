@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from retrieval_draft.index.source import Proposal, RequestSource, SourceSession, TextSession, TokenArray
+from retrieval_draft.index.source import BaseSession, BaseSource, Proposal, SourceSession, TokenArray
 
 __all__ = [
     "GuessTree",
@@ -120,7 +120,7 @@ def after_references(prompt: TokenArray, references: Sequence[TokenArray]) -> To
     return np.concatenate([*references, prompt]) if references else prompt
 
 
-class LookupSession(TextSession):
+class LookupSession(BaseSession):
     """A request's text as a list, for methods that look it up. Subclasses propose.
 
     Args:
@@ -139,7 +139,7 @@ class LookupSession(TextSession):
         self.text.extend(int(token) for token in tokens)
 
 
-class MethodSource(RequestSource):
+class MethodSource(BaseSource):
     """A source without state of its own; its sessions share the state that `open_session` closes over.
 
     Args:

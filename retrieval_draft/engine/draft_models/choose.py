@@ -61,11 +61,7 @@ def make_draft_sources(
 def _beside(source: DraftSource, target: Target, beside: bool | None) -> DraftSource:
     """The source, or a copy with a thread of its own where it is a model that drafts beside the target."""
     model = source.model if isinstance(source, ForeignModelDraft) else source
-    if (
-        not isinstance(model, ModelDraft)
-        or isinstance(model, SelfDraft)
-        or model.target.model is target.model
-    ):
+    if not isinstance(model, ModelDraft) or model.target.model is target.model:
         return source  # it drafts with the target's own states or layers
     is_elsewhere = model.target.device != target.device
     if not (is_elsewhere if beside is None else beside):

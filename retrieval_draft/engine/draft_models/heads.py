@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from retrieval_draft.engine.cache.prefix_tree import common_length
 from retrieval_draft.engine.cpu.linear import CpuLinear
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits, Growth, ModelTree
 from retrieval_draft.engine.draft_models.vocab_trim import VocabTrim, VocabTrims, columns_for
@@ -228,20 +229,24 @@ class HeadSession:
     @property
     def trim(self) -> VocabTrim | None:
         """Tokens that the head's outputs choose among; None for all."""
+        self._count_waiting()
+        return self._trim
+
+    def _count_waiting(self) -> None:
+        """Counts the tokens that waited, the prompt's first."""
         if self._trim is None and self._source.trims is not None:
             self._trim = self._source.trims.of(self._apart)
             self._uncounted.append(self.text[: self._prompt])
         if self._trim is not None and self._uncounted:
             self._trim.add(np.concatenate([tokens.reshape(-1) for tokens in self._uncounted]))
             self._uncounted = []
-        return self._trim
 
     def _count(self, tokens: NDArray[Any]) -> None:
         """Has tokens drafted from now on, where not all are; counted together while the head sleeps."""
         if self._source.trims is not None:
             self._uncounted.append(tokens)
             if len(self._uncounted) > UNCOUNTED:
-                _ = self.trim
+                self._count_waiting()
 
     @property
     def ids(self) -> NDArray[np.int64] | None:
@@ -316,7 +321,7 @@ class HeadSession:
 
     def close(self) -> None:
         """Frees the rows, and leaves the state to requests with the same beginning."""
-        _ = self.trim  # whose columns are those of the next texts
+        self._count_waiting()  # for the texts that follow
         self._rows, self._owner, self._found, self._lent = [], None, None, None
         self._source.keep(self)
         self.state = None
@@ -515,7 +520,7 @@ class HeadDraft:
         for key, text, state in [*texts, *self._kept]:
             if state is not None and key == session.key:
                 # Row i holds token i + 1 too.
-                common = min(_common(text, session.text) - 1, rows, state.length)
+                common = min(common_length(text, session.text) - 1, rows, state.length)
                 if common > best:
                     best, source = common, state
         if source is None:
@@ -555,10 +560,3 @@ def proposal_of(tree: ModelTree) -> Proposal:
     """A model's tree as a source's proposal."""
     zeros = np.zeros(len(tree.tokens), np.int32)
     return Proposal(tree.tokens, tree.parents, np.clip(tree.probs, 1e-6, 1.0), zeros, "model", "model")
-
-
-def _common(text: TokenArray, other: TokenArray) -> int:
-    """Number of equal tokens at the beginning of two texts."""
-    size = min(len(text), len(other))
-    differs = np.flatnonzero(text[:size] != other[:size])
-    return int(differs[0]) if len(differs) else size

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from retrieval_draft.index._workspace import Workspace
 from retrieval_draft.index.segments.segment import Segment, match_state
-from retrieval_draft.index.source import Proposal, TextSession, TokenArray
+from retrieval_draft.index.source import BaseSession, Proposal, TokenArray
 
 __all__ = ["SegmentSession", "Segments"]
 
@@ -25,7 +25,7 @@ Segments = tuple[Segment, ...]
 """Segments, oldest first. A new tuple with every change, so that readers need no lock."""
 
 
-class SegmentSession(TextSession):
+class SegmentSession(BaseSession):
     """Tracks the occurrences of a growing text's end in each segment.
 
     Args:

@@ -150,10 +150,11 @@ def test_time_between_requests_does_not_count() -> None:
 
 @pytest.mark.parametrize("kind", ["useless", "right"])
 def test_a_draft_model_is_asked_where_it_adds_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time is left out: what decides is whether more tokens are accepted than those of lookups."""
+    """Time is left out: a call costs half a token, which lucky guesses do not bring."""
     model = make("llama")
     draft = ModelDraft(make("llama") if kind == "right" else make("gemma3", seed=9), 97)
-    monkeypatch.setattr(Pacer, "price", 1e-9)
+    monkeypatch.setattr(Pacer, "price", 1.0)
+    monkeypatch.setattr(Pacer, "rate", 0.5)
     monkeypatch.setattr(pacing, "SHARE", math.inf)
     ours = RetrievalDrafter.for_model(model, draft_model=draft, config=DraftConfig(nodes=None))
     (source,) = [each for each in ours.draft_engine.sources if isinstance(each, PacedSource)]
@@ -161,4 +162,4 @@ def test_a_draft_model_is_asked_where_it_adds_tokens(kind: str, monkeypatch: pyt
     assert near_ties(model, ours.generate(prompt_ids(), max_new_tokens=100, do_sample=False), stock) == 0
     assert ours.stats.source_failures == 0
     asked = source.pacer.calls / ours.stats.steps
-    assert asked > 0.3 if kind == "right" else asked < 0.9
+    assert asked > 0.6 if kind == "right" else asked < 0.4

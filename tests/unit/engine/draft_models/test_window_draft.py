@@ -13,7 +13,12 @@ from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.drafting.tree import DraftTree
 from retrieval_draft.engine.compat import cache_parameter
 from retrieval_draft.engine.draft_models.expansion import ExpansionLimits
-from retrieval_draft.engine.draft_models.window_draft import SINKS, CacheWindow, WindowDraft
+from retrieval_draft.engine.draft_models.window_draft import (
+    SINKS,
+    CacheWindow,
+    WindowDraft,
+    WindowSession,
+)
 from retrieval_draft.engine.target import Target
 from retrieval_draft.errors import InvalidInputError
 from tests.support.drafters import near_ties, prompt_ids
@@ -120,7 +125,8 @@ def test_review_scores_a_chain_with_and_without_a_lent_cache() -> None:
     chain = prompt_ids(3, seed=8)[0].numpy()
     alone = session.review(chain)
     assert torch.equal(ids, prompt_ids(23)[0][:22])
-    session.lend_cache(cache)  # type: ignore[union-attr]
+    assert isinstance(session, WindowSession)
+    session.lend_cache(cache)
     assert torch.allclose(session.review(chain), alone, atol=1e-4)
     assert session.propose(4).tokens.size
 
