@@ -10,6 +10,7 @@ import pytest
 
 from retrieval_draft import DraftConfig, RetrievalDrafter
 from retrieval_draft.drafting import pacing
+from retrieval_draft.drafting.cost import CostModel
 from retrieval_draft.drafting.pacing import LAST_WAIT, SHARE, PacedSource, Pacer
 from retrieval_draft.engine.draft_models.model_draft import ModelDraft
 from tests.support.drafters import near_ties, prompt_ids
@@ -156,6 +157,8 @@ def test_a_draft_model_is_asked_where_it_adds_tokens(kind: str, monkeypatch: pyt
     monkeypatch.setattr(Pacer, "price", 1.0)
     monkeypatch.setattr(Pacer, "rate", 0.5)
     monkeypatch.setattr(pacing, "SHARE", math.inf)
+    monkeypatch.setattr(CostModel, "choose", lambda self, path_probs, *_, **__: min(len(path_probs), 12))
+    monkeypatch.setattr(CostModel, "best", CostModel.choose)
     ours = RetrievalDrafter.for_model(model, draft_model=draft, config=DraftConfig(nodes=None))
     (source,) = [each for each in ours.draft_engine.sources if isinstance(each, PacedSource)]
     stock = model.generate(prompt_ids(), max_new_tokens=100, do_sample=False)
