@@ -18,8 +18,12 @@ MAX_SEGMENT_TOKENS = 1 << 27
 _MEMORY_SHARE = 64
 
 
+MOST_WORKERS = 1024
+
+
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,7 @@ class BuildOptions:
     text_column: str = "text"
     limit: Annotated[int | None, Range(1, 1 << 62)] = None
     skip: Annotated[int, Range(0, 1 << 62)] = 0
-    workers: Annotated[int, Range(1, 1024)] = field(default_factory=_cores)
+    workers: Annotated[int, Range(1, MOST_WORKERS)] = field(default_factory=_cores)
     segment_tokens: Annotated[int, Range(0, 2**31 - 2**20)] = 0
 
     def __post_init__(self) -> None:
